@@ -1,0 +1,62 @@
+"""Activations on disk: a Zarr v3 group that is written once, checked always and read shuffled.
+
+writer = StoreWriter("store", arrays={"model.layers.9": 576}, dtype="bfloat16")
+writer.write_item(0, rows, {"token_id": ids, "document": documents, "position": positions})
+writer.finalise()
+stream = ShuffledStream(open_store("store"), ["model.layers.9"], seed=0, batch_rows=4096,
+                        window_items=16, buffer_rows=65_536)
+batch = stream.next().arrays["model.layers.9"]  # [4096, 576]
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from activation_store.zarr_hook import register_bfloat16
+
+if TYPE_CHECKING:
+    from activation_store.header import Calibration, StoreHeader
+    from activation_store.record import ItemRecord, Statistics
+    from activation_store.store import Store, open_store
+    from activation_store.stream import ShuffledStream, StreamBatch
+    from activation_store.verify import Damage, verify_store
+    from activation_store.writer import StoreWriter
+
+_HOMES = {
+    "Calibration": "header",
+    "StoreHeader": "header",
+    "ItemRecord": "record",
+    "Statistics": "record",
+    "Store": "store",
+    "open_store": "store",
+    "ShuffledStream": "stream",
+    "StreamBatch": "stream",
+    "Damage": "verify",
+    "verify_store": "verify",
+    "StoreWriter": "writer",
+}
+
+__all__ = [
+    "Calibration",
+    "Damage",
+    "ItemRecord",
+    "ShuffledStream",
+    "Statistics",
+    "Store",
+    "StoreHeader",
+    "StoreWriter",
+    "StreamBatch",
+    "open_store",
+    "verify_store",
+]
+
+
+def __getattr__(name: str) -> Any:
+    # Lazy: the config schema imports this package for `--help`, which needs no NumPy.
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+
+
+register_bfloat16()

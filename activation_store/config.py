@@ -1,0 +1,32 @@
+"""What a user may set about the store and the order it is read in. No NumPy import here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from activation_store.errors import StoreConfigError
+
+
+@dataclass
+class StoreConfig:
+    """Where activations live, in which pieces, and how they are shuffled when read."""
+
+    path: str = ""
+    dtype: str = "bfloat16"
+    """bfloat16 or float32."""
+    shard_tokens: int = 8192
+    """Rows of one shard file; one work item fills one shard of every array."""
+    chunk_bytes: int = 1 << 20
+    """Target size of an inner chunk, the unit of a read and of a checksum."""
+    window_items: int = 16
+    """Work items shuffled together; in epoch 0 a window opens when all of it is committed."""
+    buffer_tokens: int = 65_536
+    """Rows permuted together in memory; larger mixes documents better."""
+
+    def validate(self) -> None:
+        """Raises: StoreConfigError: naming the setting that cannot be."""
+        if self.dtype not in ("bfloat16", "float32"):
+            raise StoreConfigError("store.dtype", self.dtype, "bfloat16 or float32")
+        for name in ("shard_tokens", "chunk_bytes", "window_items", "buffer_tokens"):
+            if getattr(self, name) < 1:
+                raise StoreConfigError(f"store.{name}", getattr(self, name), "at least 1")

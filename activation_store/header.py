@@ -1,0 +1,177 @@
+"""What a store is: names, widths, sizes and where its rows come from, and the Zarr metadata."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import google_crc32c
+import ml_dtypes
+import numpy as np
+from numpy.typing import NDArray
+
+from activation_store.codec import ShardLayout
+from activation_store.errors import StoreConfigError
+
+SCHEMA_VERSION = 1
+METADATA = "zarr.json"
+VALID_ROWS = "valid_rows"
+UNPLANNED_ITEMS = 1_000_000
+"""Items that arrays are preallocated for when nobody knows how many there will be."""
+
+DTYPES: dict[str, np.dtype[Any]] = {
+    "bfloat16": np.dtype(ml_dtypes.bfloat16),
+    "float32": np.dtype("<f4"),
+}
+SIDECARS: dict[str, np.dtype[Any]] = {
+    "token_id": np.dtype("<i4"),
+    "document": np.dtype("<i8"),
+    "position": np.dtype("<i4"),
+}
+
+_MAX_ARRAYS = 1024
+_MAX_D_MODEL = 1 << 20
+_MAX_SHARD_TOKENS = 1 << 24
+_MAX_SHARD_BYTES = 1 << 40
+_MAX_CHUNKS = 1 << 16
+_MAX_ITEMS = 100_000_000
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.\-]{0,199}")
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Moments of one hookpoint's activations over a sample, measured before the store."""
+
+    mean: NDArray[np.float64]
+    """[d_model]."""
+    std: NDArray[np.float64]
+    """[d_model]."""
+    norm: float
+    """As the harvester defines it; kept, never interpreted here."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain numbers."""
+        mean, std = (np.asarray(column, np.float64).tolist() for column in (self.mean, self.std))
+        return {"mean": mean, "std": std, "norm": float(self.norm)}
+
+
+@dataclass(frozen=True)
+class StoreHeader:
+    """Everything that is true of the whole store."""
+
+    arrays: dict[str, int]
+    """Hookpoint to d_model, in the order given when the store was made."""
+    dtype: str
+    shard_tokens: int
+    """Rows of a shard; item i owns rows [i * shard_tokens, (i + 1) * shard_tokens)."""
+    chunk_rows: int
+    """Rows of an inner chunk, the same in every array."""
+    planned_items: int
+    provenance: dict[str, Any]
+    calibration: dict[str, Calibration] | None = None
+    sidecars: tuple[str, ...] = tuple(SIDECARS)
+    finalised: bool = False
+    n_items: int = 0
+    """Items of a finalised store; 0 before."""
+    n_tokens: int = 0
+    """Valid rows of a finalised store; 0 before."""
+    schema_version: int = SCHEMA_VERSION
+
+    def __post_init__(self) -> None:
+        check_header(self)
+
+    @property
+    def columns(self) -> dict[str, tuple[np.dtype[Any], tuple[int, ...]]]:
+        """Data type and shape of one row, of every array and sidecar."""
+        rows = {name: (DTYPES[self.dtype], (width,)) for name, width in self.arrays.items()}
+        return {**rows, **{name: (SIDECARS[name], ()) for name in self.sidecars}}
+
+    def layout(self, name: str) -> ShardLayout:
+        """The sizes of a shard of an array or sidecar."""
+        dtype, shape = self.columns[name]
+        row_bytes = dtype.itemsize * math.prod(shape)
+        return ShardLayout(self.shard_tokens, self.chunk_rows, row_bytes)
+
+    def shard_file(self, name: str, item: int) -> str:
+        """Path of a shard inside the store."""
+        return f"{name}/c.{item}.0" if name in self.arrays else f"{name}/c.{item}"
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values, with the checksum of all of them."""
+        document = asdict(replace(self, calibration=None))
+        document["arrays"] = {name: {"d_model": width} for name, width in self.arrays.items()}
+        document["sidecars"] = list(self.sidecars)
+        if self.calibration:
+            moments = {name: part.to_json() for name, part in self.calibration.items()}
+            document["calibration"] = moments
+        return {**document, "crc32c": header_checksum(document)}
+
+
+def header_checksum(document: dict[str, Any]) -> int:
+    """Of a header's document without its `crc32c`."""
+    # Of the canonical form, not of the file: Zarr tools may rewrite zarr.json around the header.
+    canonical = json.dumps(document, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return int(google_crc32c.value(canonical.encode()))
+
+
+def largest_chunk_rows(arrays: Mapping[str, int], dtype: str, shard_tokens: int, size: int) -> int:
+    """Rows of a chunk of at most `size` bytes: a power of two, lowered to divide `shard_tokens`."""
+    row_bytes = max(arrays.values()) * DTYPES[dtype].itemsize
+    rows = 1 << max(size // row_bytes, 1).bit_length() - 1
+    return max(part for part in range(1, min(rows, shard_tokens) + 1) if shard_tokens % part == 0)
+
+
+def check_header(header: StoreHeader) -> None:
+    """Raises: StoreConfigError: naming the first value that cannot be."""
+
+    def require(valid: bool, key: str, value: object, expected: str) -> None:
+        if not valid:
+            raise StoreConfigError(key, value, expected)
+
+    require(header.dtype in DTYPES, "dtype", header.dtype, "bfloat16 or float32")
+    require(0 < len(header.arrays) <= _MAX_ARRAYS, "arrays", len(header.arrays), "1 to 1024 names")
+    reserved = {*SIDECARS, VALID_ROWS, METADATA}
+    for name, width in header.arrays.items():
+        named = bool(_NAME.fullmatch(name)) and ".." not in name and name not in reserved
+        require(named, "arrays", name, "a name of letters, digits, '_', '-', '.', without '..'")
+        require(_in(width, 1, _MAX_D_MODEL), f"arrays[{name!r}]", width, "a d_model up to 2**20")
+    for key, value, largest in (
+        ("shard_tokens", header.shard_tokens, _MAX_SHARD_TOKENS),
+        ("planned_items", header.planned_items, _MAX_ITEMS),
+        ("chunk_rows", header.chunk_rows, header.shard_tokens),
+    ):
+        require(_in(value, 1, largest), key, value, f"a whole number from 1 to {largest}")
+    divides = header.shard_tokens % header.chunk_rows == 0
+    require(divides, "chunk_rows", header.chunk_rows, f"a divisor of {header.shard_tokens}")
+    n_chunks = header.shard_tokens // header.chunk_rows
+    require(n_chunks <= _MAX_CHUNKS, "chunk_rows", header.chunk_rows, "at most 65536 chunks")
+    n_bytes = header.shard_tokens * max(header.arrays.values()) * DTYPES[header.dtype].itemsize
+    require(n_bytes <= _MAX_SHARD_BYTES, "shard_tokens", header.shard_tokens, "shards up to 1 TiB")
+    require(header.sidecars == tuple(SIDECARS), "sidecars", header.sidecars, str(tuple(SIDECARS)))
+    require(_in(header.n_items, 0, header.planned_items), "n_items", header.n_items, "0 to planned")
+    most = header.n_items * header.shard_tokens
+    require(_in(header.n_tokens, 0, most), "n_tokens", header.n_tokens, f"0 to {most}")
+    require(isinstance(header.provenance, dict), "provenance", header.provenance, "a dict")
+    _check_calibration(header)
+
+
+def _in(value: object, low: int, high: int) -> bool:
+    return type(value) is int and low <= value <= high
+
+
+def _check_calibration(header: StoreHeader) -> None:
+    for name, part in (header.calibration or {}).items():
+        key = f"calibration[{name!r}]"
+        width = header.arrays.get(name)
+        if width is None:
+            raise StoreConfigError(key, name, f"one of {list(header.arrays)}")
+        for column in ("mean", "std"):
+            values = np.asarray(getattr(part, column), np.float64)
+            if values.shape != (width,) or not np.isfinite(values).all():
+                raise StoreConfigError(f"{key}.{column}", values, f"[{width}] finite numbers")
+        if not math.isfinite(part.norm):
+            raise StoreConfigError(f"{key}.norm", part.norm, "a finite number")

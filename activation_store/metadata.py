@@ -1,0 +1,178 @@
+"""The `zarr.json` files of a store: as zarr-python would write them, and checked when opened."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from activation_store.errors import DamagedDataError, StoreFormatError
+from activation_store.files import parse_json, read_bounded
+from activation_store.header import (
+    METADATA,
+    SCHEMA_VERSION,
+    VALID_ROWS,
+    Calibration,
+    StoreHeader,
+    header_checksum,
+)
+
+KEY = "activation_store"
+_MAX_BYTES = 256 << 20
+_CODECS: list[dict[str, Any]] = [
+    {"name": "bytes", "configuration": {"endian": "little"}},
+    {"name": "crc32c"},
+]
+
+
+def array_documents(header: StoreHeader, n_items: int) -> dict[str, dict[str, Any]]:
+    """The `zarr.json` of every array and sidecar, shaped for `n_items` items."""
+    return {name: _array_document(header, name, n_items) for name in header.columns}
+
+
+def _array_document(header: StoreHeader, name: str, n_items: int) -> dict[str, Any]:
+    dtype, shape = header.columns[name]
+    sharding: dict[str, Any] = {
+        "chunk_shape": [header.chunk_rows, *shape],
+        "codecs": _CODECS,
+        "index_codecs": _CODECS,
+        "index_location": "end",
+    }
+    return array_document(
+        dtype,
+        [n_items * header.shard_tokens, *shape],
+        [header.shard_tokens, *shape],
+        [{"name": "sharding_indexed", "configuration": sharding}],
+    )
+
+
+def valid_rows_document(header: StoreHeader) -> dict[str, Any]:
+    """The `zarr.json` of the plain array `valid_rows`: int32 [n_items] in one chunk."""
+    return array_document(np.dtype("<i4"), [header.n_items], [max(header.n_items, 1)], _CODECS)
+
+
+def group_document(header: StoreHeader) -> dict[str, Any]:
+    """The `zarr.json` of the group; consolidated once finalised, as `zarr.open` prefers."""
+    document: dict[str, Any] = {
+        "attributes": {KEY: header.to_json()},
+        "zarr_format": 3,
+        "node_type": "group",
+    }
+    if header.finalised:
+        metadata = array_documents(header, header.n_items)
+        metadata[VALID_ROWS] = valid_rows_document(header)
+        document["consolidated_metadata"] = {
+            "kind": "inline",
+            "must_understand": False,
+            "metadata": metadata,
+        }
+    return document
+
+
+def array_document(
+    dtype: np.dtype[Any], shape: list[int], chunks: list[int], codecs: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """Zarr v3 array metadata, with the keys that zarr-python writes."""
+    return {
+        "shape": shape,
+        "data_type": dtype.name,
+        "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": chunks}},
+        "chunk_key_encoding": {"name": "default", "configuration": {"separator": "."}},
+        "fill_value": 0 if dtype.kind == "i" else 0.0,
+        "codecs": codecs,
+        "attributes": {},
+        "zarr_format": 3,
+        "node_type": "array",
+        "storage_transformers": [],
+    }
+
+
+def dump(document: Mapping[str, Any]) -> bytes:
+    """The bytes of a `zarr.json`."""
+    return json.dumps(document, indent=1, allow_nan=False).encode()
+
+
+def read_header(root: Path) -> StoreHeader:
+    """The header of the store at `root`, and its group metadata checked.
+
+    Raises:
+        StoreFormatError: No store of ours, a newer schema, or values that cannot be.
+        DamagedDataError: The header is not what was written.
+    """
+    path = root / METADATA
+    if not path.exists():
+        raise StoreFormatError(
+            f"{root} is no activation store: expected {path}; StoreWriter creates one"
+        )
+    group = parse_json(path, read_bounded(path, _MAX_BYTES))
+    attributes = group.get("attributes")
+    document = attributes.get(KEY) if isinstance(attributes, dict) else None
+    if not isinstance(document, dict):
+        raise StoreFormatError(f"{path} has no attribute {KEY!r}: not a store that we wrote")
+    version = document.get("schema_version")
+    if version != SCHEMA_VERSION:
+        raise StoreFormatError(
+            f"{path} has schema_version={version!r}: expected {SCHEMA_VERSION}; "
+            "update latent-foundry to read a newer one"
+        )
+    try:
+        crc32c = header_checksum({k: v for k, v in document.items() if k != "crc32c"})
+    except (ValueError, RecursionError) as error:
+        raise StoreFormatError(f"{path}: the header cannot be: {error}") from error
+    if crc32c != document.get("crc32c"):
+        raise DamagedDataError(f"{path}: the header fails its checksum; restore the file")
+    header = _parse(path, document)
+    _check_documents(root, header, group)
+    return header
+
+
+def _parse(path: Path, document: dict[str, Any]) -> StoreHeader:
+    try:
+        fields = {key: value for key, value in document.items() if key != "crc32c"}
+        fields["arrays"] = {name: part["d_model"] for name, part in document["arrays"].items()}
+        fields["sidecars"] = tuple(document["sidecars"])
+        if fields["calibration"] is not None:
+            fields["calibration"] = {
+                name: Calibration(np.array(part["mean"]), np.array(part["std"]), part["norm"])
+                for name, part in document["calibration"].items()
+            }
+        return StoreHeader(**fields)
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+        raise StoreFormatError(f"{path}: the header cannot be: {error}") from error
+
+
+def _check_documents(root: Path, header: StoreHeader, group: dict[str, Any]) -> None:
+    """That Zarr readers see the same arrays as we do."""
+    _agree(root / METADATA, group_document(header), group, skip=("attributes",))
+    expected = array_documents(header, header.n_items)
+    if header.finalised:
+        expected[VALID_ROWS] = valid_rows_document(header)
+    for name, document in expected.items():
+        path = root / name / METADATA
+        found = parse_json(path, read_bounded(path, _MAX_BYTES))
+        if not header.finalised:  # a finalise that was killed may have trimmed some arrays
+            document["shape"][0] = _growing_rows(path, header, found.get("shape"))
+        _agree(path, document, found)
+
+
+def _growing_rows(path: Path, header: StoreHeader, shape: Any) -> int:
+    rows = shape[0] if isinstance(shape, list) and shape else None
+    most = header.planned_items * header.shard_tokens
+    if type(rows) is not int or not 0 <= rows <= most or rows % header.shard_tokens:
+        raise StoreFormatError(
+            f"{path} has shape={shape!r}: expected up to {most} rows in shards of "
+            f"{header.shard_tokens}; restore the file"
+        )
+    return rows
+
+
+def _agree(
+    path: Path, expected: dict[str, Any], found: dict[str, Any], skip: tuple[str, ...] = ()
+) -> None:
+    for key, value in expected.items():
+        if key not in skip and found.get(key) != value:
+            there, wanted = (repr(part)[:300] for part in (found.get(key), value))
+            raise StoreFormatError(f"{path} has {key}={there}: expected {wanted}; restore the file")

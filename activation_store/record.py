@@ -1,0 +1,172 @@
+"""What the commit log says of one item: its rows, the checksums and the moments of its shards."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from activation_store.errors import StoreFormatError
+from activation_store.header import StoreHeader
+
+SCHEMA_VERSION = 1
+_BLOCK_VALUES = 1 << 18  # moments are summed in pieces that stay in the cache
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Moments over all numbers of some rows, as stored; of the finite ones but for the last."""
+
+    count: int = 0
+    sum: float = 0.0
+    sumsq: float = 0.0
+    absmax: float = 0.0
+    non_finite: int = 0
+
+    def __add__(self, other: Statistics) -> Statistics:
+        return Statistics(
+            self.count + other.count,
+            self.sum + other.sum,
+            self.sumsq + other.sumsq,
+            max(self.absmax, other.absmax),
+            self.non_finite + other.non_finite,
+        )
+
+
+def measure(rows: NDArray[Any]) -> Statistics:
+    """The moments of `rows` [n, d_model], summed in float64."""
+    values, total = rows.reshape(-1), Statistics()
+    for start in range(0, len(values), _BLOCK_VALUES):
+        block = values[start : start + _BLOCK_VALUES].astype(np.float32)
+        finite = np.isfinite(block)
+        n_bad = len(block) - int(np.count_nonzero(finite))
+        block = (block[finite] if n_bad else block).astype(np.float64)
+        absmax = float(np.abs(block).max(initial=0))
+        total += Statistics(len(block), float(block.sum()), float(block @ block), absmax, n_bad)
+    return total
+
+
+@dataclass(frozen=True)
+class ShardRecord:
+    """One committed file."""
+
+    bytes: int
+    crc32c: int
+    """Of the whole file."""
+    tail_crc32c: int
+    """Of its last `ShardLayout.tail_bytes` bytes: enough to know the file again."""
+    statistics: Statistics | None = None
+    """Of a hookpoint array; sidecars have none."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Flat."""
+        document = asdict(self)
+        statistics = document.pop("statistics")
+        return {**document, **(statistics or {})}
+
+
+@dataclass(frozen=True)
+class ItemRecord:
+    """One committed item: what is not in such a record does not exist."""
+
+    item: int
+    attempt: str
+    """A uuid: which of several attempts at the item was first."""
+    rows: int
+    """Valid rows, 0 to shard_tokens."""
+    arrays: dict[str, ShardRecord]
+
+    def to_json(self) -> dict[str, Any]:
+        """The loose record's document."""
+        arrays = {name: shard.to_json() for name, shard in self.arrays.items()}
+        head = {"schema_version": SCHEMA_VERSION, "item": self.item}
+        return {**head, "attempt": self.attempt, "rows": self.rows, "arrays": arrays}
+
+    def same_bytes(self, other: ItemRecord) -> bool:
+        """Whether two attempts wrote the same files."""
+        return self.rows == other.rows and all(
+            (mine.bytes, mine.crc32c) == (other.arrays[name].bytes, other.arrays[name].crc32c)
+            for name, mine in self.arrays.items()
+        )
+
+
+_STATISTICS = [(part.name, "<i8" if part.type == "int" else "<f8") for part in fields(Statistics)]
+_FILE = [("bytes", "<i8"), ("crc32c", "<u4"), ("tail_crc32c", "<u4")]
+
+
+def row_dtype(header: StoreHeader) -> np.dtype[Any]:
+    """One record as a row of a structured array: a million items fit in memory."""
+    shards = [
+        (name, _FILE + _STATISTICS if name in header.arrays else _FILE) for name in header.columns
+    ]
+    return np.dtype([("present", "?"), ("attempt", "S36"), ("rows", "<i8"), *shards])
+
+
+def to_row(record: ItemRecord, dtype: np.dtype[Any]) -> NDArray[np.void]:
+    """`record` as one row [] of a table of `dtype`."""
+    row = np.zeros((), dtype)
+    row["present"], row["attempt"], row["rows"] = True, record.attempt.encode(), record.rows
+    for name, shard in record.arrays.items():
+        for key, value in shard.to_json().items():
+            row[name][key] = value
+    return row
+
+
+def from_row(header: StoreHeader, item: int, row: Any) -> ItemRecord:
+    """The reverse of `to_row`."""
+    arrays = {}
+    for name in header.columns:
+        values = {key: row[name][key].item() for key in row.dtype[name].names}
+        file = {key: values.pop(key) for key, _ in _FILE}
+        arrays[name] = ShardRecord(**file, statistics=Statistics(**values) if values else None)
+    return ItemRecord(item, row["attempt"].decode(), int(row["rows"]), arrays)
+
+
+def parse_columns(header: StoreHeader, path: Path, document: dict[str, Any]) -> NDArray[np.void]:
+    """A table [n] of the columns {"rows": [n], "attempt": [n], "arrays": {name: {key: [n]}}}.
+
+    Raises:
+        StoreFormatError: A column is missing, of another length or type, or holds values that
+            cannot be (more rows than a shard has, a size that does not follow from the rows).
+    """
+    try:
+        rows = _integers(document["rows"])
+        table = np.zeros(len(rows), row_dtype(header))
+        table["present"], table["rows"] = True, rows
+        if not ((rows >= 0) & (rows <= header.shard_tokens)).all():
+            raise ValueError(f"rows {rows.tolist()} of shards of {header.shard_tokens}")
+        attempts = document["attempt"]
+        if any(type(name) is not str or len(name) > 36 for name in attempts):
+            raise ValueError("an attempt that is no uuid")
+        table["attempt"] = [name.encode("ascii") for name in attempts]
+        if set(document["arrays"]) != set(header.columns):
+            raise ValueError(f"arrays {list(document['arrays'])}: expected {list(header.columns)}")
+        for name in header.columns:
+            _fill(header, name, table, document["arrays"][name])
+    except (KeyError, TypeError, ValueError, OverflowError, AttributeError) as error:
+        raise StoreFormatError(f"{path} cannot be a commit record: {error}") from error
+    return table
+
+
+def _fill(header: StoreHeader, name: str, table: NDArray[np.void], columns: Any) -> None:
+    target = table[name]
+    for key in target.dtype.names or ():
+        integer = target.dtype[key].kind in "iu"
+        values = _integers(columns[key]) if integer else np.array(columns[key], np.float64)
+        if values.shape != table.shape or not np.isfinite(values).all():
+            raise ValueError(f"{name}.{key} has shape {values.shape}: expected {table.shape}")
+        if integer and not ((values >= 0) & (values <= np.iinfo(target.dtype[key]).max)).all():
+            raise ValueError(f"{name}.{key} is out of range")
+        target[key] = values
+    layout = header.layout(name)
+    if target["bytes"].tolist() != [layout.file_bytes(rows) for rows in table["rows"].tolist()]:
+        raise ValueError(f"{name}.bytes {target['bytes'].tolist()} does not follow from the rows")
+
+
+def _integers(values: Any) -> NDArray[np.int64]:
+    if type(values) is not list or any(type(value) is not int for value in values):
+        raise ValueError("expected a list of whole numbers")
+    return np.array(values, np.int64)

@@ -1,0 +1,114 @@
+"""The order in which rows are read: a pure function of (valid rows, seed, epoch), no I/O.
+
+An epoch visits all items, in their own order in epoch 0 (so that it can follow a store which is
+still being written) and in a permuted one after. `window_items` items in a row are a window. All
+inner chunks of a window are permuted and packed into blocks of at least `buffer_rows` rows, the
+last one takes what is left; the rows of a block are permuted. The stream of the epoch is its blocks
+one after the other; batch i is rows [i * B, (i + 1) * B) of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+Ints = NDArray[np.int64]
+
+_ITEMS, _CHUNKS, _ROWS = 1, 2, 3  # what a permutation is of: keeps their random streams apart
+
+
+@dataclass(frozen=True)
+class Block:
+    """Chunks that are in memory, and permuted, together."""
+
+    epoch: int
+    start: int
+    """Row of the epoch's stream with which the block begins."""
+    chunks: Ints
+    """[n, 3]: item, chunk, valid rows; in the order in which they lie in memory."""
+    key: tuple[int, int, int]
+    """Epoch, window, number in the window."""
+
+    @property
+    def n_rows(self) -> int:
+        """Valid rows."""
+        return int(self.chunks[:, 2].sum())
+
+    @property
+    def stop(self) -> int:
+        """Row of the epoch's stream after the last one."""
+        return self.start + self.n_rows
+
+
+@dataclass(frozen=True)
+class Shuffle:
+    """All that the order depends on besides the store's rows."""
+
+    seed: int
+    chunk_rows: int
+    window_items: int
+    buffer_rows: int
+
+    def item_order(self, epoch: int, n_items: int) -> Ints:
+        """[n_items]: the items in the order in which an epoch visits them."""
+        if epoch == 0:
+            return np.arange(n_items)
+        return permutation(n_items, _ITEMS, epoch, 0, 0, self.seed)
+
+    def window_starts(self, rows: Ints) -> Ints:
+        """The first stream row of every window, and the end: [n_windows + 1].
+
+        Args:
+            rows: [n_items]: valid rows in the epoch's order of items.
+        """
+        if not len(rows):
+            return np.zeros(1, np.int64)
+        sums = np.add.reduceat(rows, np.arange(0, len(rows), self.window_items))
+        return np.concatenate([[0], np.cumsum(sums)])
+
+    def blocks(
+        self, epoch: int, window: int, start: int, items: Ints, rows: Ints
+    ) -> Iterator[Block]:
+        """The blocks of a window whose first stream row is `start`.
+
+        Args:
+            epoch: Number of the pass.
+            window: Number of the window in the pass.
+            start: Row of the epoch's stream.
+            items: [n] of the window.
+            rows: [n] valid rows of them.
+        """
+        chunks = _chunks(items, rows, self.chunk_rows)
+        chunks = chunks[permutation(len(chunks), _CHUNKS, epoch, window, 0, self.seed)]
+        ends = np.cumsum(chunks[:, 2])
+        first = number = begin = 0
+        while first < len(chunks):
+            last = int(np.searchsorted(ends, begin + self.buffer_rows)) + 1
+            yield Block(epoch, start + begin, chunks[first:last], (epoch, window, number))
+            first, number = last, number + 1
+            begin = int(ends[min(last, len(chunks)) - 1])
+
+    def row_order(self, block: Block) -> Ints:
+        """[n_rows]: where in memory each row of the block's stream lies."""
+        return permutation(block.n_rows, _ROWS, *block.key, self.seed)
+
+
+def _chunks(items: Ints, rows: Ints, chunk_rows: int) -> Ints:
+    counts = -(-rows // chunk_rows)
+    item = np.repeat(items, counts)
+    chunk = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+    valid = np.minimum(np.repeat(rows, counts) - chunk * chunk_rows, chunk_rows)
+    return np.stack([item, chunk, valid], axis=1)
+
+
+def permutation(n: int, *key: int) -> Ints:
+    """A permutation [n] that is the same for the same key, in every version of NumPy.
+
+    `Generator.permutation` may change between versions (NEP 19), and a resumed run would then see
+    other batches; the raw numbers of a bit generator may not. The seed goes last in a key, for a
+    large one takes several words.
+    """
+    return np.argsort(np.random.PCG64(key).random_raw(n), kind="stable")

@@ -1,0 +1,1 @@
+"""Reads what the other stages wrote: evaluation, export and the report of a run."""

@@ -1,0 +1,45 @@
+"""Export stage: the trained SAE in the folders that other libraries load, with a model card.
+
+    export/sae.safetensors, sae.json     ours: `sae_core.load_sae(export)`
+    export/saelens/                      SAELens 6
+    export/sparsify/<hookpoint>/         sparsify
+    export/README.md                     model card
+
+Only this package knows the peers' names for things.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from conf.schema import RunConfig
+
+
+def run(config: RunConfig, run_dir: Path) -> None:
+    """Writes `export/` of the newest valid checkpoint; one of an earlier run is replaced whole.
+
+    Raises:
+        CheckpointError: the run has no valid checkpoint.
+        ExportError: a hookpoint that cannot be a folder's name.
+    """
+    from analysis.export.card import model_card
+    from analysis.export.folder import replaced_folder
+    from analysis.export.saelens import write_saelens
+    from analysis.export.source import source_of
+    from analysis.export.sparsify import write_sparsify
+    from analysis.runs import read_optional_json
+    from sae_core.inference import load_sae
+
+    sae = load_sae(run_dir)
+    source = source_of(config, sae)
+    metrics = read_optional_json(run_dir / "eval" / "metrics.json")
+    with replaced_folder(run_dir / "export") as folder:
+        sae.save(folder)
+        write_saelens(sae, source, folder / "saelens")
+        write_sparsify(sae, source, folder / "sparsify")
+        (folder / "README.md").write_text(
+            model_card(sae, source, config, metrics), encoding="utf-8"
+        )
+    print(f"export: {run_dir / 'export'} (sae_core, saelens, sparsify), step {sae.step}")

@@ -1,0 +1,46 @@
+"""sparsify: `<hookpoint>/{cfg.json,sae.safetensors}`, for `SparseCoder.load_from_disk`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from safetensors.torch import save_file
+
+from sae_core.atomic import write_json
+
+if TYPE_CHECKING:
+    from analysis.export.source import Source
+    from sae_core.inference import SAE
+
+
+def write_sparsify(sae: SAE, source: Source, folder: Path) -> None:
+    """Writes `folder/<hookpoint>/`, so that `SparseCoder.load_many(folder, local=True)` finds it.
+
+    All tensors are float32: the loader takes the dtype of the first one for all of them.
+    """
+    inside = folder / source.hookpoint
+    inside.mkdir(parents=True)
+    tensors = {
+        "encoder.weight": sae.W_enc.detach().contiguous(),
+        "encoder.bias": sae.b_enc.detach().contiguous(),
+        "W_dec": sae.W_dec.detach().contiguous(),
+        "b_dec": sae.b_dec.detach().contiguous(),
+    }
+    save_file(tensors, inside / "sae.safetensors")
+    write_json(inside / "cfg.json", sparsify_config(sae))
+
+
+def sparsify_config(sae: SAE) -> dict[str, Any]:
+    """The content of `cfg.json`; `num_latents` takes precedence over the whole-number factor."""
+    return {
+        "activation": "topk",
+        "expansion_factor": max(sae.config.n_latents // sae.d_model, 1),
+        "normalize_decoder": True,
+        "num_latents": sae.config.n_latents,
+        "k": sae.config.k,
+        "multi_topk": False,
+        "skip_connection": False,
+        "transcode": False,
+        "d_in": sae.d_model,
+    }

@@ -1,0 +1,63 @@
+"""One pass over the stored training rows: how often each latent fires."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from analysis.reconstruction import ReconstructionSums
+
+if TYPE_CHECKING:
+    from activation_store import Store
+    from sae_core import SAE
+
+ROWS_PER_READ = 4096
+
+
+class FiringPass(NamedTuple):
+    """What one pass over a store gives."""
+
+    counts: Tensor
+    """[L] int64 rows in which each latent is above 0."""
+    sums: ReconstructionSums
+    """Mean and variance of the rows; errors only if asked for."""
+
+    @property
+    def dead_fraction(self) -> float:
+        """Share of latents that fired on no row."""
+        return float((self.counts == 0).double().mean())
+
+
+def count_firings(
+    sae: SAE,
+    store: Store,
+    array: str,
+    *,
+    with_errors: bool,
+    progress: Callable[[int], None] = lambda rows: None,
+) -> FiringPass:
+    """Reads the rows of `array` once, in order, and encodes them.
+
+    Args:
+        sae: The dictionary.
+        store: The store it was trained on.
+        array: Hookpoint.
+        with_errors: Also reconstruct, for fvu, mse and l0 on these rows.
+        progress: Told the number of rows done.
+    """
+    counts = torch.zeros(sae.config.n_latents, dtype=torch.int64)
+    sums = ReconstructionSums(sae.d_model)
+    for start in range(0, store.n_tokens, ROWS_PER_READ):
+        rows = store.read(array, start, min(start + ROWS_PER_READ, store.n_tokens))
+        x = torch.from_numpy(rows.astype(np.float32)).to(sae.b_dec.device)
+        sums.add_rows(x)
+        values, indices = sae.encode_topk(x)
+        counts += torch.bincount(indices[values > 0], minlength=len(counts)).cpu()
+        if with_errors:
+            sums.add_reconstruction(x, sae.decode_topk(values, indices), values)
+        progress(start + len(rows))
+    return FiringPass(counts, sums)

@@ -1,0 +1,111 @@
+"""Read what a run folder holds, whichever of its stages have run."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from analysis.errors import RunFileError
+from sae_core.checkpoint.folder import MANIFEST, list_checkpoints
+
+METRIC_NAMES = (
+    "fvu",
+    "mse",
+    "l0",
+    "dead_fraction",
+    "ce_clean",
+    "ce_recon",
+    "ce_zero",
+    "ce_mean",
+    "ce_recovered",
+    "ce_recovered_mean",
+    "kl",
+    "tokens",
+)
+"""Of eval/metrics.json, in the order in which people read them."""
+
+
+def read_optional_json(path: Path) -> dict[str, Any] | None:
+    """The object in a JSON file; None when the file is not there, because its stage has not run.
+
+    Raises:
+        RunFileError: it is there, but is no JSON object.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return None
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise RunFileError(f"{path}: expected JSON: {error}; run its stage again") from error
+    if not isinstance(value, dict):
+        raise RunFileError(f"{path}: expected a JSON object, found {type(value).__name__}")
+    return value
+
+
+@dataclass(frozen=True)
+class TrainingLog:
+    """`metrics.jsonl`, by SAE."""
+
+    rows: dict[str, list[dict[str, Any]]]
+    """SAE name -> rows in order of step, one a step."""
+    unreadable_lines: int
+    """Lines that are no JSON object: a kill in the middle of a write leaves one."""
+
+    def __bool__(self) -> bool:
+        return any(self.rows.values())
+
+
+def read_training_log(path: Path) -> TrainingLog:
+    """Rows of a run's `metrics.jsonl`; empty when training has not begun.
+
+    A resumed run repeats the steps after its checkpoint: the last row of a step counts.
+    """
+    by_sae: dict[str, dict[int, dict[str, Any]]] = defaultdict(dict)
+    unreadable = 0
+    if path.is_file():
+        with path.open(encoding="utf-8", errors="replace") as file:
+            for line in filter(str.strip, file):
+                row = _row(line)
+                if row is None:
+                    unreadable += 1
+                else:
+                    by_sae[str(row.get("sae", "sae"))][row["step"]] = row
+    rows = {name: [steps[step] for step in sorted(steps)] for name, steps in by_sae.items()}
+    return TrainingLog(rows, unreadable)
+
+
+def _row(line: str) -> dict[str, Any] | None:
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return None
+    whole = isinstance(row, dict) and isinstance(row.get("step"), int)
+    return row if whole else None
+
+
+@dataclass(frozen=True)
+class CheckpointEntry:
+    """One finished checkpoint folder."""
+
+    name: str
+    written: datetime
+    bytes: int
+    files: int
+    has_manifest: bool
+
+
+def checkpoint_entries(run_dir: Path) -> list[CheckpointEntry]:
+    """The run's checkpoints, newest first; sizes only, nothing is verified here."""
+    entries = []
+    for folder in list_checkpoints(run_dir / "checkpoints"):
+        sizes = [file.stat().st_size for file in folder.rglob("*") if file.is_file()]
+        written = datetime.fromtimestamp(folder.stat().st_mtime, UTC)
+        manifest = (folder / MANIFEST).is_file()
+        entries.append(CheckpointEntry(folder.name, written, sum(sizes), len(sizes), manifest))
+    return entries

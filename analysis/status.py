@@ -1,0 +1,63 @@
+"""The status stage: how far a run has come, read from its folder."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from cluster.errors import RunDirError
+from cluster.metric_sinks import METRICS
+from cluster.run_dir import saved_config
+from cluster.training_line import render
+from conf.schema import RunConfig
+from sae_core.checkpoint.folder import list_checkpoints
+
+
+def run(config: RunConfig, run_dir: Path) -> None:
+    """Prints store, training, checkpoints and results.
+
+    Raises:
+        RunDirError: there is no such run.
+    """
+    if not run_dir.is_dir():
+        raise RunDirError(f"{run_dir}: no such run; start it with name={config.name}")
+    config = saved_config(run_dir) or config
+    table = Table(title=f"status: {config.name}", show_header=False, title_justify="left")
+    table.add_row("store", _store(config))
+    table.add_row("training", _training(config, run_dir))
+    names = [folder.name for folder in list_checkpoints(run_dir / "checkpoints")]
+    table.add_row("checkpoints", ", ".join(names) or "none")
+    table.add_row("evaluation", _evaluation(run_dir))
+    Console().print(table)
+
+
+def _store(config: RunConfig) -> str:
+    from activation_store import open_store
+    from activation_store.errors import StoreError
+
+    try:
+        store = open_store(config.store.path)
+    except StoreError as error:
+        return str(error)
+    state = "finalised" if store.finalised else "being written"
+    return f"{store.n_tokens:,} tokens in {store.n_items} items, {state}"
+
+
+def _training(config: RunConfig, run_dir: Path) -> str:
+    path = run_dir / METRICS
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    whole = [line for line in lines if line.endswith("}")]
+    return render(json.loads(whole[-1]), config.train.n_steps) if whole else "not begun"
+
+
+def _evaluation(run_dir: Path) -> str:
+    path = run_dir / "eval" / "metrics.json"
+    if not path.exists():
+        return "none"
+    metrics: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    keys = ("fvu", "l0", "dead_fraction", "ce_recovered")
+    return ", ".join(f"{key} {metrics[key]:.4f}" for key in keys if metrics.get(key) is not None)

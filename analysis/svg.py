@@ -1,0 +1,210 @@
+"""Line charts and histograms as inline SVG, coloured by the page's CSS: they follow light and dark.
+
+Hand-made, because a plotting library's SVG has fixed colours and glyphs drawn as paths.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+
+WIDTH, HEIGHT = 560, 250
+LEFT, RIGHT, TOP, BOTTOM = 58, 14, 12, 34
+MAX_POINTS = 600
+N_COLOURS = 6  # .s0 to .s5 in the page's CSS
+
+Point = tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Axis:
+    """A range of values on a span of pixels."""
+
+    low: float
+    high: float
+    start_px: float
+    end_px: float
+    log: bool = False
+
+    def px(self, value: float) -> float:
+        """Where a value lies; values outside the range are drawn at its end."""
+        low, high, at = (self._scaled(v) for v in (self.low, self.high, value))
+        share = min(max((at - low) / (high - low), 0.0), 1.0)
+        return self.start_px + share * (self.end_px - self.start_px)
+
+    def _scaled(self, value: float) -> float:
+        return math.log10(max(value, self.low)) if self.log else value
+
+    def ticks(self) -> list[float]:
+        """Round values within the range; logarithmic: decades, or steps within few decades."""
+        return _log_ticks(self.low, self.high) if self.log else _linear_ticks(self.low, self.high)
+
+
+def line_chart(
+    series: Mapping[str, Sequence[Point]], *, label: str, x_label: str, log: bool = False
+) -> str:
+    """An `<svg>` with one line for each series.
+
+    Args:
+        series: name -> (x, y) in order of x. Points that are not finite, or not positive on a
+            logarithmic axis, are left out and break the line.
+        label: what the chart shows, for screen readers.
+        x_label: unit under the x axis.
+        log: logarithmic y axis.
+
+    Returns:
+        The SVG; the empty string when no point can be drawn.
+    """
+    runs = {name: _runs(points, log) for name, points in series.items()}
+    points = [point for parts in runs.values() for part in parts for point in part]
+    if not points:
+        return ""
+    x_axis = Axis(*_x_range([x for x, _ in points]), LEFT, WIDTH - RIGHT)
+    y_axis = Axis(*_y_range([y for _, y in points], log), HEIGHT - BOTTOM, TOP, log)
+    body = [_frame(x_axis, y_axis, x_label)]
+    for number, (name, parts) in enumerate(runs.items()):
+        colour = f"s{number % N_COLOURS}"
+        body += [_polyline(part, x_axis, y_axis, colour, name) for part in parts]
+    return _svg(label, "".join(body))
+
+
+def histogram(edges: Sequence[float], counts: Sequence[int], *, label: str, x_label: str) -> str:
+    """An `<svg>` of bars; `edges` has one value more than `counts`. Empty when all counts are 0."""
+    if not any(counts):
+        return ""
+    x_axis = Axis(edges[0], edges[-1], LEFT, WIDTH - RIGHT)
+    y_axis = Axis(0, _linear_ticks(0, max(counts) * 1.08)[-1] or 1, HEIGHT - BOTTOM, TOP)
+    if y_axis.high < max(counts):
+        y_axis = Axis(0, max(counts) * 1.05, HEIGHT - BOTTOM, TOP)
+    body = [_frame(x_axis, y_axis, x_label)]
+    for low, high, count in zip(edges[:-1], edges[1:], counts, strict=True):
+        if count:
+            body.append(_bar(x_axis, y_axis, low, high, count))
+    return _svg(label, "".join(body))
+
+
+def thin(points: Sequence[Point], limit: int = MAX_POINTS) -> list[Point]:
+    """At most about `limit` points: the lowest and highest of each stretch, so no spike is lost."""
+    if len(points) <= limit:
+        return list(points)
+    kept: list[Point] = []
+    size = math.ceil(len(points) / (limit // 2))
+    for first in range(0, len(points), size):
+        part = points[first : first + size]
+        ends = {min(part, key=lambda p: p[1]), max(part, key=lambda p: p[1])}
+        kept += sorted(ends)
+    return kept
+
+
+def number(value: float, digits: int = 3) -> str:
+    """A short form of a value: 12k, 3.5M, 0.02, 1e-6."""
+    if value == 0:
+        return "0"
+    size = abs(value)
+    for factor, suffix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if size >= factor:
+            return f"{value / factor:.{digits}g}{suffix}"
+    return f"{value:.2g}".replace("e-0", "e-") if size < 1e-3 else f"{value:.{digits}g}"
+
+
+def _labels(ticks: Sequence[float]) -> list[str]:
+    """Labels with as many digits as it takes to tell them apart."""
+    for digits in (3, 4, 5):
+        labels = [number(tick, digits) for tick in ticks]
+        if len(set(labels)) == len(labels):
+            return labels
+    return [f"{tick:g}" for tick in ticks]
+
+
+def _runs(points: Sequence[Point], log: bool) -> list[list[Point]]:
+    """Stretches without a gap, thinned."""
+    runs: list[list[Point]] = [[]]
+    for x, y in points:
+        if math.isfinite(x) and math.isfinite(y) and (y > 0 or not log):
+            runs[-1].append((x, y))
+        elif runs[-1]:
+            runs.append([])
+    return [thin(run) for run in runs if run]
+
+
+def _x_range(values: Sequence[float]) -> tuple[float, float]:
+    low, high = min(values), max(values)
+    return (low, high) if high > low else (low - 0.5, high + 0.5)
+
+
+def _y_range(values: Sequence[float], log: bool) -> tuple[float, float]:
+    low, high = min(values), max(values)
+    if log:
+        return (low / 1.15, high * 1.15)
+    # A constant with a little noise is drawn as one: the axis spans a tenth of its value at least.
+    spread = (abs(high) * 0.1 or 1.0) - (high - low)
+    if spread > 0:
+        low, high = (low if low == 0 else low - spread / 2), high + spread / 2
+    pad = (high - low) * 0.06
+    # A quantity that comes near zero is read against zero.
+    floor = 0.0 if 0 <= low < (high - low) * 0.5 else low - pad
+    return floor, high + pad
+
+
+def _linear_ticks(low: float, high: float, wanted: int = 5) -> list[float]:
+    raw = (high - low) / wanted
+    power = 10 ** math.floor(math.log10(raw))
+    step = next(power * m for m in (1, 2, 2.5, 5, 10) if power * m >= raw * 0.999)
+    first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
+    return [round(i * step, 12) for i in range(first, last + 1)]
+
+
+def _log_ticks(low: float, high: float) -> list[float]:
+    first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
+    for factors in ((1,), (1, 3), (1, 2, 5), (1, 1.5, 2, 3, 4, 5, 6, 8)):
+        ticks = [f * 10.0**e for e in range(first, last + 1) for f in factors]
+        inside = [tick for tick in ticks if low <= tick <= high]
+        if len(inside) >= 3:
+            return inside[:: math.ceil(len(inside) / 7)]
+    # Less than a third of a decade: the axis is as good as linear.
+    return _linear_ticks(low, high)
+
+
+def _frame(x_axis: Axis, y_axis: Axis, x_label: str) -> str:
+    base, right = HEIGHT - BOTTOM, WIDTH - RIGHT
+    parts = []
+    for tick, label in zip(y_axis.ticks(), _labels(y_axis.ticks()), strict=True):
+        y = y_axis.px(tick)
+        parts.append(_rule("grid", y))
+        parts.append(_text(LEFT - 8, y + 4, label, "end"))
+    for tick, label in zip(x_axis.ticks(), _labels(x_axis.ticks()), strict=True):
+        parts.append(_text(x_axis.px(tick), base + 16, label, "middle"))
+    return "".join([*parts, _rule("axis", base), _text(right, HEIGHT - 3, x_label, "end")])
+
+
+def _rule(kind: str, y: float) -> str:
+    return f'<line class="{kind}" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'
+
+
+def _text(x: float, y: float, text: str, anchor: str) -> str:
+    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(text)}</text>'
+
+
+def _polyline(points: list[Point], x_axis: Axis, y_axis: Axis, colour: str, name: str) -> str:
+    x_last, y_last = points[-1]
+    tip = f"<title>{escape(name)}: {y_last:.6g} at {number(x_last)}</title>"
+    if len(points) == 1:
+        centre = f'cx="{x_axis.px(x_last):.1f}" cy="{y_axis.px(y_last):.1f}"'
+        return f'<circle class="dot {colour}" {centre} r="2">{tip}</circle>'
+    path = " ".join(f"{x_axis.px(x):.1f},{y_axis.px(y):.1f}" for x, y in points)
+    return f'<polyline class="line {colour}" points="{path}">{tip}</polyline>'
+
+
+def _bar(x_axis: Axis, y_axis: Axis, low: float, high: float, count: int) -> str:
+    left, right, top = x_axis.px(low), x_axis.px(high), y_axis.px(count)
+    place = f'x="{left + 0.5:.1f}" y="{top:.1f}" width="{max(right - left - 1, 0.5):.1f}"'
+    tip = f"<title>{low:.2f} to {high:.2f}: {count:,}</title>"
+    return f'<rect class="bar" {place} height="{HEIGHT - BOTTOM - top:.1f}">{tip}</rect>'
+
+
+def _svg(label: str, body: str) -> str:
+    return (
+        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(label)}">{body}</svg>'
+    )

@@ -1,0 +1,34 @@
+"""The verify stage: every file of the store and of the run's checkpoints against its checksum."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rich.console import Console
+
+from activation_store import verify_store
+from activation_store.errors import DamagedDataError
+from cluster.run_dir import saved_config
+from conf.schema import RunConfig
+from sae_core.checkpoint.folder import check_manifest, list_checkpoints
+from sae_core.errors import DamagedCheckpointError
+
+
+def run(config: RunConfig, run_dir: Path) -> None:
+    """Names each damaged thing, or says that nothing is.
+
+    Raises:
+        DamagedDataError: something is damaged.
+    """
+    console = Console()
+    config = saved_config(run_dir) or config
+    problems = [str(damage) for damage in verify_store(config.store.path)]
+    checkpoints = list_checkpoints(run_dir / "checkpoints")
+    for folder in checkpoints:
+        try:
+            check_manifest(folder)
+        except DamagedCheckpointError as error:
+            problems.append(str(error))
+    if problems:
+        raise DamagedDataError("\n  ".join([f"{len(problems)} damaged:", *problems]))
+    console.print(f"verify: {config.store.path} and {len(checkpoints)} checkpoints are whole")

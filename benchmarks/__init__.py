@@ -1,0 +1,1 @@
+"""One command per table of figures; every table carries hardware, versions, commit and command."""

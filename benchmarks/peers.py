@@ -1,0 +1,98 @@
+"""Rows of the peers' training steps, each measured in a process of its own inside `.venv-peers`."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.errors import PeerError
+from benchmarks.hardware import ROOT, threads
+
+PEERS = ("eai-sparsify", "sae-lens", "dictionary-learning")
+PEERS_PYTHON = ROOT / ".venv-peers" / "bin" / "python"
+HOW_TO_MAKE = "make it with: benchmarks/make_peers_env.sh"
+
+
+def peers_available() -> bool:
+    """Whether the peers' environment was made, to its end."""
+    return (PEERS_PYTHON.parent.parent / ".complete").exists()
+
+
+def peer_rows(
+    work: dict[str, Any],
+    *,
+    peers: Sequence[str] = PEERS,
+    rounds: int = 7,
+    timeout_s: float = 900.0,
+) -> list[dict[str, Any]]:
+    """One row for each peer: its trainer's own step beside the yardstick GEMM, float32 on the CPU.
+
+    Every peer gets as many threads as torch has in this process; all cores when it is not loaded.
+
+    Args:
+        work: L latents, D width, B batch rows, k active; `adam`: "fused" (default) or "stock", the
+            peer's own choice. Other keys (dtype) are only repeated in the row.
+        peers: package names out of `PEERS`.
+        rounds: samples of the step and of each GEMM.
+        timeout_s: longest that one peer may take.
+
+    Returns:
+        Rows {work, system, op, median_s, ratio, tokens_per_s, peak_bytes, gemm_s, linear_s,
+        ratio_linear, version}; ratio is to the oneDNN GEMM timed in the same process, peak_bytes
+        what building and stepping added to resident memory. Empty, with the reason on stderr, when
+        the peers' environment was not made.
+
+    Raises:
+        PeerError: a peer's step failed or took too long.
+    """
+    if not peers_available():
+        print(f"no rows of the peers: .venv-peers is not there; {HOW_TO_MAKE}", file=sys.stderr)
+        return []
+    return [_row(peer, work, rounds, timeout_s) for peer in peers]
+
+
+def _row(peer: str, work: dict[str, Any], rounds: int, timeout_s: float) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "row.json"
+        command = [str(PEERS_PYTHON), "-m", "benchmarks.peers_step", peer, json.dumps(work)]
+        command += ["--rounds", str(rounds), "--out", str(out)]
+        try:
+            done = subprocess.run(
+                command,
+                cwd=ROOT,
+                env=peer_environment(),
+                capture_output=True,
+                text=True,
+                timeout=timeout_s,
+                check=False,
+            )
+        except subprocess.TimeoutExpired as error:
+            raise PeerError(f"{peer}: no step within {timeout_s:.0f} s at {work}") from error
+        if done.returncode != 0:
+            raise PeerError(
+                f"{peer}: exit code {done.returncode} at {work}:\n{done.stderr[-2000:]}"
+            )
+        row: dict[str, Any] = json.loads(out.read_text())
+    return row
+
+
+def peer_environment() -> dict[str, str]:
+    """Variables for a process in `.venv-peers`: quiet, offline, as many threads as here."""
+    environment = {
+        **os.environ,
+        "SPARSIFY_DISABLE_TRITON": "1",  # its Triton decoder has no CPU body
+        "WANDB_MODE": "disabled",
+        "HF_HUB_OFFLINE": "1",
+        "TQDM_DISABLE": "1",
+        "PYTHONPATH": str(ROOT),
+    }
+    count = threads()
+    if count is not None:
+        environment["OMP_NUM_THREADS"] = str(count)
+    return environment

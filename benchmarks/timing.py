@@ -1,0 +1,109 @@
+"""Time several callables side by side in one process.
+
+Standard library only: it also runs in the peers' environment.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+
+class Timing(NamedTuple):
+    """Wall-clock seconds of one callable, one sample a round."""
+
+    median_s: float
+    best_s: float
+    samples_s: tuple[float, ...]
+
+
+def interleaved(
+    callables: Mapping[str, Callable[[], object]],
+    *,
+    rounds: int = 15,
+    warmup: int = 3,
+    synchronize: Callable[[], object] | None = None,
+) -> dict[str, Timing]:
+    """Run every callable once a round, so that drift of the machine falls on all of them alike.
+
+    Each round starts with another callable: none always runs with the caches its neighbour leaves.
+
+    Args:
+        callables: name -> what to time; the result is dropped.
+        rounds: samples per callable.
+        warmup: rounds that are not counted (allocator, autotuning, lazy optimiser state).
+        synchronize: called before each reading of the clock, `torch.cuda.synchronize` on a GPU.
+
+    Returns:
+        name -> Timing, in the order given.
+
+    Raises:
+        ValueError: without callables or rounds there is nothing to time.
+    """
+    if not callables or rounds < 1:
+        raise ValueError(
+            f"{len(callables)} callables, {rounds} rounds: at least 1 of each expected"
+        )
+    names = list(callables)
+    samples: dict[str, list[float]] = {name: [] for name in names}
+    for turn in range(warmup + rounds):
+        first = turn % len(names)
+        for name in names[first:] + names[:first]:
+            seconds = _seconds(callables[name], synchronize)
+            if turn >= warmup:
+                samples[name].append(seconds)
+    return {
+        name: Timing(statistics.median(taken), min(taken), tuple(taken))
+        for name, taken in samples.items()
+    }
+
+
+def _seconds(call: Callable[[], object], synchronize: Callable[[], object] | None) -> float:
+    if synchronize is not None:
+        synchronize()
+    start = time.perf_counter()
+    call()
+    if synchronize is not None:
+        synchronize()
+    return time.perf_counter() - start
+
+
+class PeakMemory:
+    """Resident memory that a `with` block adds at its peak, in bytes.
+
+    `bytes` is None where the kernel does not give the figure (anything but Linux).
+    """
+
+    bytes: int | None = None
+
+    def __enter__(self) -> PeakMemory:
+        self._before = _status_bytes("VmRSS")
+        _reset_peak()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        peak = _status_bytes("VmHWM")
+        if peak is not None and self._before is not None:
+            self.bytes = max(peak - self._before, 0)
+
+
+def _status_bytes(field: str) -> int | None:
+    try:
+        text = Path("/proc/self/status").read_text()
+    except OSError:
+        return None
+    for line in text.splitlines():
+        if line.startswith(f"{field}:"):
+            return int(line.split()[1]) * 1024
+    return None
+
+
+def _reset_peak() -> None:
+    """Start the high-water mark anew; where that is refused, the whole process's mark stands."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return

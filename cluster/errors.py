@@ -1,0 +1,27 @@
+"""What can go wrong in and between the stages; each says the value, what was expected, a remedy."""
+
+from __future__ import annotations
+
+
+class ClusterError(Exception):
+    """Base of every error this package raises on purpose."""
+
+
+class ModelError(ClusterError):
+    """The language model or its tokenizer cannot be loaded, or has no such hookpoint."""
+
+
+class TextError(ClusterError):
+    """The text cannot be read, or there is too little of it."""
+
+
+class RunDirError(ClusterError):
+    """The run folder is in use, or belongs to another config."""
+
+
+class PlacementError(ClusterError):
+    """The cluster cannot give the ranks what they ask for."""
+
+
+class RankFailedError(ClusterError):
+    """Trainer ranks died more often than the config allows."""

@@ -1,0 +1,178 @@
+"""The harvest stage: text through the language model into the activation store.
+
+The driver tokenises, plans the work items and creates the store; Ray workers compute the items. It
+never loads the model's weights. Running it again does only the items that are missing.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cluster.provenance import describe, matching_store, store_path
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from activation_store import StoreWriter
+    from cluster.contexts import ItemPlan
+    from cluster.harvest_pool import WorkerPool
+    from conf.schema import RunConfig
+
+
+@dataclass(frozen=True)
+class HarvestJob:
+    """One harvest, planned and ready to run."""
+
+    config: RunConfig
+    run_dir: Path
+    store: Path
+    plan: ItemPlan
+    provenance: dict[str, Any]
+    resuming: bool
+    """The store exists already."""
+    console: Console
+
+
+def run(config: RunConfig, run_dir: Path) -> None:
+    """Fills the store with `data.tokens` rows per hookpoint; returns at once if it is full already.
+
+    Leaves `harvest.json` in the run folder: tokens, items, seconds and tokens_per_s (of this
+    session, from the start of Ray to the finalised store; null when nothing was left to do),
+    workers, hookpoints and store_bytes.
+
+    Raises:
+        StoreMismatchError: The store holds other rows than these; raised before any work.
+        ModelError: No such model or hookpoint.
+        TextError: The text cannot be read, or there is none.
+        PlacementError: The cluster has no room for the workers.
+    """
+    from rich.console import Console
+
+    from cluster.contexts import plan_items, prepare_contexts
+    from cluster.models import load_tokenizer
+
+    console = Console()
+    cache_dir = Path(config.cache_dir).expanduser()
+    path = store_path(config, run_dir)
+    tokenizer = load_tokenizer(config.model, cache_dir)
+    provenance = describe(config, tokenizer, cache_dir)
+    existing = matching_store(path, config, provenance)
+    if existing and existing.finalised:
+        console.print(f"harvest: {path} holds all {existing.n_tokens:,} rows already")
+        if not (run_dir / "harvest.json").is_file():
+            _write_summary(config, run_dir, path, {"seconds": 0.0, "tokens_per_s": None})
+        return
+    contexts = prepare_contexts(config.data, tokenizer, cache_dir)
+    plan = plan_items(contexts.train, config.seed, config.data.tokens, config.store.shard_tokens)
+    if plan.n_rows < config.data.tokens:
+        console.print(
+            f"harvest: the text gives {plan.n_rows:,} rows, fewer than data.tokens="
+            f"{config.data.tokens:,}; storing all of them"
+        )
+    session = _fill(HarvestJob(config, run_dir, path, plan, provenance, bool(existing), console))
+    _write_summary(config, run_dir, path, session)
+    console.print(f"harvest: {plan.n_rows:,} rows in {path}")
+
+
+def _fill(job: HarvestJob) -> dict[str, Any]:
+    """Computes the missing items and finalises the store."""
+    from activation_store import StoreWriter
+    from cluster.harvest_pool import WorkerPool
+    from cluster.harvest_worker import WorkerSpec
+    from cluster.ray_session import ray_session
+
+    config = job.config
+    started = time.monotonic()
+    with ray_session(config.cluster, min_cpus=config.cluster.harvest_workers):
+        n_workers, device = _workers(config.cluster.harvest_workers, job.console)
+        spec = WorkerSpec(
+            model=config.model,
+            data=config.data,
+            seed=config.seed,
+            store_path=job.store.resolve(),
+            cache_dir=Path(config.cache_dir).expanduser().resolve(),
+            device=device,
+            starts_dir=(job.run_dir / "logs" / "harvest-starts").resolve(),
+        )
+        with WorkerPool(spec, n_workers, config.cluster) as pool:
+            writer = StoreWriter(job.store) if job.resuming else _create(job, pool)
+            rows = _run_items(job, pool, writer)
+        writer.finalise()
+    seconds = time.monotonic() - started
+    return {
+        "seconds": round(seconds, 2),
+        "tokens_per_s": round(rows / seconds, 1) if rows else None,
+        "workers": n_workers,
+    }
+
+
+def _workers(wanted: int, console: Console) -> tuple[int, str]:
+    import ray
+
+    gpus = int(ray.cluster_resources().get("GPU", 0))
+    if not gpus:
+        return wanted, "cpu"
+    if gpus < wanted:
+        console.print(f"harvest: {gpus} workers for {gpus} GPUs (cluster.harvest_workers={wanted})")
+    return min(wanted, gpus), "cuda"
+
+
+def _create(job: HarvestJob, pool: WorkerPool) -> StoreWriter:
+    from activation_store import StoreWriter
+
+    job.console.print("harvest: loading the model and calibrating on the first item")
+    calibration = pool.calibrate((0, job.plan.contexts(0)))
+    store = job.config.store
+    return StoreWriter(
+        job.store,
+        {name: len(moments.mean) for name, moments in calibration.items()},
+        dtype=store.dtype,
+        shard_tokens=store.shard_tokens,
+        chunk_bytes=store.chunk_bytes,
+        n_items=job.plan.n_items,
+        provenance=job.provenance,
+        calibration=calibration,
+    )
+
+
+def _run_items(job: HarvestJob, pool: WorkerPool, writer: StoreWriter) -> int:
+    """Returns the rows computed now."""
+    from cluster.progress import ProgressLine, duration
+
+    plan, committed = job.plan, writer.committed_items()
+    todo = [item for item in range(plan.n_items) if item not in committed]
+    if committed:
+        job.console.print(f"harvest: {len(committed)} of {plan.n_items} items are there already")
+    rows, finished = 0, 0
+    started = time.monotonic()
+    with ProgressLine(job.console) as line:
+        for new_rows in pool.run((item, plan.contexts(item)) for item in todo):
+            if new_rows is not None:
+                rows, finished = rows + new_rows, finished + 1
+            seconds = time.monotonic() - started
+            eta = duration(seconds / finished * (len(todo) - finished)) if finished else "?"
+            done = len(committed) + finished
+            line.show(
+                f"harvest {done / plan.n_items:4.0%} · {done}/{plan.n_items} items · "
+                f"{rows:,} rows · {rows / seconds:,.0f} tokens/s · ETA {eta}"
+            )
+    return rows
+
+
+def _write_summary(config: RunConfig, run_dir: Path, path: Path, session: dict[str, Any]) -> None:
+    from activation_store import open_store
+
+    store = open_store(path)
+    summary = {
+        "tokens": store.n_tokens,
+        "items": store.n_items,
+        **session,
+        "hookpoints": list(config.model.hookpoints),
+        "store_bytes": sum(part.stat().st_size for part in path.rglob("*") if part.is_file()),
+    }
+    run_dir.mkdir(parents=True, exist_ok=True)
+    (run_dir / "harvest.json").write_text(json.dumps(summary, indent=1) + "\n")

@@ -1,0 +1,128 @@
+"""A pool of harvest workers: placed or refused, kept busy with a bounded number of items each."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cluster.config import ClusterConfig
+from cluster.errors import ClusterError, PlacementError
+from cluster.harvest_worker import HarvestWorker, WorkerSpec
+
+POLL_S = 0.5
+STARTS_WITHOUT_PROGRESS = 5
+"""Starts per worker, with no item finished between them, after which the harvest gives up."""
+
+Work = tuple[int, NDArray[np.int64]]
+"""Item number and the contexts it holds."""
+
+
+class WorkerPool:
+    """Ray actors that restart by themselves; use as a context manager inside a ray_session."""
+
+    def __init__(self, spec: WorkerSpec, n_workers: int, config: ClusterConfig) -> None:
+        """Places the workers.
+
+        Raises:
+            PlacementError: Not all of them within `config.placement_timeout_s`.
+        """
+        import ray
+
+        self._spec = spec
+        self._in_flight = config.items_in_flight
+        shutil.rmtree(spec.starts_dir, ignore_errors=True)
+        spec.starts_dir.mkdir(parents=True)
+        slots = {"num_gpus": 1} if spec.device == "cuda" else {"num_cpus": 1}
+        actor = ray.remote(max_restarts=-1, max_task_retries=-1, **slots)(HarvestWorker)
+        self.workers: list[Any] = [actor.remote(spec) for _ in range(n_workers)]
+        waiting = [worker.ready.remote() for worker in self.workers]
+        ready, missing = ray.wait(
+            waiting, num_returns=n_workers, timeout=config.placement_timeout_s
+        )
+        if missing:
+            self.close()
+            raise PlacementError(
+                f"cluster.harvest_workers={n_workers}: {len(ready)} were placed within "
+                f"cluster.placement_timeout_s={config.placement_timeout_s:g}; the cluster has "
+                f"{ray.cluster_resources()} and each needs {slots}; lower cluster.harvest_workers"
+            )
+
+    def __enter__(self) -> WorkerPool:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Ends the workers."""
+        import ray
+
+        for worker in self.workers:
+            ray.kill(worker)
+        shutil.rmtree(self._spec.starts_dir, ignore_errors=True)
+
+    def calibrate(self, work: Work) -> dict[str, Any]:
+        """Has the first worker measure every hookpoint while the others load the model."""
+        loading = [worker.warm_up.remote() for worker in self.workers[1:]]
+        moments: dict[str, Any] = self._result(self.workers[0].calibrate.remote(*work))
+        for reference in loading:
+            self._result(reference)
+        return moments
+
+    def run(self, work: Iterable[Work]) -> Iterator[int | None]:
+        """Runs every item; yields the rows of each finished one, and None while none has finished.
+
+        Raises:
+            ClusterError: Workers keep dying without finishing an item.
+        """
+        import ray
+
+        queue = iter(work)
+        pending: dict[Any, Any] = {}  # task -> the worker that has it
+        for worker in self.workers * self._in_flight:
+            self._submit(queue, worker, pending)
+        starts = self._starts()
+        while pending:
+            done, _ = ray.wait(list(pending), timeout=POLL_S)
+            for task in done:
+                rows = self._result(task)
+                self._submit(queue, pending.pop(task), pending)
+                starts = self._starts()
+                yield rows
+            if not done:
+                self._refuse_endless_restarts(starts)
+                yield None
+
+    def _submit(self, queue: Iterator[Work], worker: Any, pending: dict[Any, Any]) -> None:
+        work = next(queue, None)
+        if work is not None:
+            pending[worker.run_item.remote(*work)] = worker
+
+    def _result(self, task: Any) -> Any:
+        import ray
+
+        starts = self._starts()
+        while True:
+            try:
+                return ray.get(task, timeout=POLL_S)
+            except ray.exceptions.GetTimeoutError:
+                self._refuse_endless_restarts(starts)
+            except ray.exceptions.RayTaskError as error:
+                # Ours, as the worker raised it, without the wrapping that repeats its traceback.
+                raise error.cause from error
+
+    def _starts(self) -> int:
+        return sum(1 for _ in self._spec.starts_dir.iterdir())
+
+    def _refuse_endless_restarts(self, starts_at_last_progress: int) -> None:
+        starts = self._starts() - starts_at_last_progress
+        if starts > STARTS_WITHOUT_PROGRESS * len(self.workers):
+            raise ClusterError(
+                f"harvest workers died {starts} times without finishing an item: they are killed "
+                "from outside or crash, most often for lack of memory; lower "
+                "cluster.harvest_workers or model.batch_contexts"
+            )

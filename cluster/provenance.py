@@ -1,0 +1,89 @@
+"""Where a store's rows come from, and whether a store that exists holds the rows of this run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from activation_store.errors import StoreMismatchError
+
+if TYPE_CHECKING:
+    from activation_store import Store
+    from conf.schema import RunConfig
+
+NAMES = ("model", "revision", "dataset")
+"""Provenance that may differ between runs that share a store; the hashes beside it may not."""
+
+
+def store_path(config: RunConfig, run_dir: Path) -> Path:
+    """`store.path`, or `store/` in the run folder."""
+    return Path(config.store.path).expanduser() if config.store.path else run_dir / "store"
+
+
+def describe(config: RunConfig, tokenizer: Any, cache_dir: Path) -> dict[str, Any]:
+    """The provenance of the rows that this config harvests: all that decides one of their bytes."""
+    from cluster.contexts import boundary_ids
+    from cluster.models import locate_model, tokenizer_sha256
+    from cluster.texts import find_text
+
+    model = locate_model(config.model)
+    bos_id, separator_id = boundary_ids(tokenizer)
+    return {
+        "model": model.name,
+        "revision": model.revision,
+        "weights_sha256": model.weights_sha256(cache_dir),
+        "model_dtype": config.model.dtype,
+        "hookpoints": list(config.model.hookpoints),
+        "tokenizer_sha256": tokenizer_sha256(tokenizer),
+        "bos_id": bos_id,
+        "separator_id": separator_id,
+        "dataset": "/".join(part for part in (config.data.package, config.data.path) if part),
+        "dataset_sha256": find_text(config.data).sha256(cache_dir),
+        "context_tokens": config.data.context_tokens,
+        "batch_contexts": config.model.batch_contexts,
+        "heldout_fraction": config.data.heldout_fraction,
+        "dropped_positions": [0],
+        "dropped_special_tokens": config.data.drop_special_tokens,
+        "tokens_wanted": config.data.tokens,
+        "seed": config.seed,
+    }
+
+
+def matching_store(path: Path, config: RunConfig, provenance: dict[str, Any]) -> Store | None:
+    """The store at `path`, or None where there is none yet.
+
+    Raises:
+        StoreMismatchError: It holds other rows; lists each difference.
+    """
+    if not path.exists() or not any(path.iterdir()):
+        return None
+    from activation_store import open_store
+
+    store = open_store(path)
+    there = {
+        **(store.header.provenance or {}),
+        "store.dtype": store.header.dtype,
+        "store.shard_tokens": store.header.shard_tokens,
+    }
+    wanted = {
+        **provenance,
+        "store.dtype": config.store.dtype,
+        "store.shard_tokens": config.store.shard_tokens,
+    }
+    found = differences(there, wanted)
+    if found:
+        raise StoreMismatchError(
+            f"store.path={str(path)!r} holds other rows, of {dict(store.arrays)}:\n"
+            + "\n".join(f"  {line}" for line in found)
+            + "\nset store.path to a new folder, or train on this one with stage=train"
+        )
+    return store
+
+
+def differences(there: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
+    """A line for each setting in which a store differs from what is wanted; names do not count."""
+    return [
+        f"{key}: the store has {there.get(key)!r}, this run wants {value!r}"
+        for key, value in wanted.items()
+        if key not in NAMES and there.get(key) != value
+    ]

@@ -1,0 +1,144 @@
+"""One trainer rank. No Ray here: actors, torchrun and the deepspeed launcher all call `run_rank`.
+
+torchrun --nproc-per-node 4 -m cluster.rank runs/demo
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from dataclasses import replace
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from activation_store import open_store
+from cluster.errors import ClusterError
+from cluster.metric_sinks import MetricSinks
+from cluster.run_dir import CONFIG, rank_lock
+from cluster.source import StoreSource
+from conf.run_config import load_config
+from conf.schema import RunConfig
+from sae_core.checkpoint import newest_valid
+from sae_core.errors import ConfigError
+from sae_core.mesh import Mesh
+from sae_core.trainer import Trainer
+
+_ENVIRONMENT = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+
+
+def run_rank(run_dir: Path, console: bool = False) -> None:
+    """Trains to the end of the run, resuming from its newest valid checkpoint.
+
+    Where this rank stands comes from RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT.
+
+    Args:
+        run_dir: the run's folder with its `config.yaml`, on a file system that all ranks share.
+        console: rank 0 prints the progress line itself.
+
+    Raises:
+        ClusterError: the environment does not say where this rank stands.
+        SAEError, StoreError: config, store, loss or checkpoints are at fault.
+    """
+    missing = [name for name in _ENVIRONMENT if name not in os.environ]
+    if missing:
+        raise ClusterError(f"{', '.join(missing)} not set: start ranks with launch.py or torchrun")
+    config = load_config(run_dir / CONFIG)
+    rank, local_rank = int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"])
+    device = _device(config.train.device, local_rank)
+    torch.set_num_threads(_threads(config))
+    with rank_lock(run_dir):
+        dist.init_process_group(
+            "nccl" if device.type == "cuda" else "gloo",
+            timeout=timedelta(seconds=config.train.timeout_s),
+        )
+        sinks = MetricSinks(config, run_dir, console) if rank == 0 else None
+        try:
+            _train(config, run_dir, device, sinks)
+        finally:
+            if sinks is not None:
+                sinks.close()
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+def _train(
+    config: RunConfig, run_dir: Path, device: torch.device, sinks: MetricSinks | None
+) -> None:
+    mesh = Mesh.create(device.type, config.parallel.latent, config.parallel.data)
+    store = open_store(config.store.path)
+    array = config.sae.hookpoint or next(iter(store.arrays))
+    if array not in store.arrays:
+        raise ConfigError("sae.hookpoint", array, f"an array of the store: {list(store.arrays)}")
+    source = StoreSource(
+        store,
+        array,
+        config.seed,
+        config.train.batch_tokens,
+        mesh.data_rank,
+        mesh.n_data,
+        config.store.window_items,
+        config.store.buffer_tokens,
+    )
+    trainer_config = replace(config.trainer, sae=replace(config.sae, hookpoint=array))
+    try:
+        trainer = Trainer(
+            trainer_config,
+            mesh,
+            source,
+            run_dir / "checkpoints",
+            config.seed,
+            report=sinks.write if sinks is not None else lambda row: None,
+            report_every=config.logging.every_steps,
+        )
+        newest = _agreed_checkpoint(run_dir / "checkpoints", config.checkpoint.verify_hashes)
+        if newest is None:
+            trainer.calibrate()
+        else:
+            trainer.resume(newest)
+        trainer.train()
+    finally:
+        source.close()
+
+
+def _agreed_checkpoint(root: Path, hashes: bool) -> Path | None:
+    """Rank 0's choice, for all: ranks that look at different moments could choose differently."""
+    chosen: list[str | None] = [None]
+    if dist.get_rank() == 0:
+        root.mkdir(exist_ok=True)
+        newest = newest_valid(root, hashes)
+        chosen = [newest.name if newest else None]
+    dist.broadcast_object_list(chosen)
+    return root / chosen[0] if chosen[0] else None
+
+
+def _device(name: str, local_rank: int) -> torch.device:
+    if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
+        os.environ["DS_ACCELERATOR"] = "cpu"
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise ConfigError("train.device", name, "a machine with CUDA", "use train.device=cpu")
+    count = torch.cuda.device_count()
+    if local_rank >= count:
+        raise ConfigError(
+            "parallel.latent x parallel.data",
+            local_rank + 1,
+            f"at most {count} ranks on this machine, one per device",
+        )
+    torch.cuda.set_device(local_rank)
+    return torch.device("cuda", local_rank)
+
+
+def _threads(config: RunConfig) -> int:
+    """Configured, or the machine's cores shared evenly among its ranks."""
+    if config.train.threads_per_rank is not None:
+        return config.train.threads_per_rank
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return max(1, (cores or 1) // local)
+
+
+if __name__ == "__main__":
+    run_rank(Path(sys.argv[1]).resolve(), console=True)

@@ -1,0 +1,64 @@
+"""Which exceptions are a message for the user, and whether the input was at fault."""
+
+from __future__ import annotations
+
+import difflib
+import re
+
+from hydra.errors import HydraException
+from omegaconf.errors import OmegaConfBaseException
+
+from activation_store.errors import (
+    DamagedDataError,
+    IncompleteStoreError,
+    MissingDataError,
+    StoreError,
+)
+from cluster.errors import ClusterError, RankFailedError
+from conf.schema import RunConfig
+from sae_core.errors import CheckpointError, NonFiniteLossError, SAEError
+
+_RUNTIME = (
+    CheckpointError,
+    DamagedDataError,
+    IncompleteStoreError,
+    MissingDataError,
+    NonFiniteLossError,
+    RankFailedError,
+)
+"""Ours, but not the fault of what the user typed."""
+
+
+_NOISE = ("object_type=", "reference_type=", "To append to", "Config search path", "provider=")
+
+
+def explain(error: BaseException) -> tuple[str | None, bool]:
+    """(message, whether the input is at fault); no message for what nobody raised on purpose."""
+    if isinstance(error, HydraException | OmegaConfBaseException):
+        return _config_message(error), True
+    if isinstance(error, SAEError | StoreError | ClusterError):
+        return str(error), not isinstance(error, _RUNTIME)
+    return None, False
+
+
+def _config_message(error: BaseException) -> str:
+    """Hydra's lines that say something, as one, with the nearest keys where one was unknown."""
+    lines = str(error).splitlines()
+    if error.__cause__ is not None and str(error.__cause__) not in str(error):
+        lines += str(error.__cause__).splitlines()
+    kept = [line.strip().rstrip(".:") for line in lines]
+    message = "; ".join(line for line in kept if line and not line.startswith(_NOISE))
+    unknown = re.search(r"full_key: ([\w.]+)", message)
+    if unknown and "not in" in message:
+        near = difflib.get_close_matches(unknown[1], _keys(RunConfig()), n=2)
+        message += f"; did you mean {' or '.join(near)}?" if near else ""
+    return message
+
+
+def _keys(config: object, prefix: str = "") -> list[str]:
+    keys: list[str] = []
+    for name, value in vars(config).items():
+        keys.append(f"{prefix}{name}")
+        if hasattr(value, "__dataclass_fields__"):
+            keys += _keys(value, f"{prefix}{name}.")
+    return keys

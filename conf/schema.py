@@ -1,0 +1,46 @@
+"""The typed shape of a run's config; each part is a dataclass beside the code it configures."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from activation_store.config import StoreConfig
+from analysis.config import EvalConfig
+from cluster.config import ClusterConfig, DataConfig, LoggingConfig, ModelConfig
+from sae_core.config import (
+    CheckpointConfig,
+    OptimConfig,
+    ParallelConfig,
+    SAEConfig,
+    TrainConfig,
+    TrainerConfig,
+)
+
+
+@dataclass
+class RunConfig:
+    """One run: what `launch.py` composes and every stage and rank reads back from `config.yaml`."""
+
+    name: str = "demo"
+    """The run's folder under `runs_dir`."""
+    stage: str = "pipeline"
+    seed: int = 0
+    runs_dir: str = "runs"
+    cache_dir: str = "~/.cache/latent-foundry"
+    """Where models that need conversion and tokenised text are kept between runs."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    store: StoreConfig = field(default_factory=StoreConfig)
+    sae: SAEConfig = field(default_factory=SAEConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+
+    @property
+    def trainer(self) -> TrainerConfig:
+        """The parts that the trainer takes."""
+        return TrainerConfig(self.sae, self.optim, self.train, self.parallel, self.checkpoint)

@@ -1,0 +1,51 @@
+"""What the config alone shows to be impossible, before any work and any heavy import."""
+
+from __future__ import annotations
+
+import re
+
+from conf.schema import RunConfig
+from sae_core.errors import ConfigError
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+_NEEDS_TEXT = {"pipeline", "plan", "harvest"}
+
+
+def validate(config: RunConfig, stages: tuple[str, ...]) -> None:
+    """Checks the parts that `config.stage` uses, and how they fit together.
+
+    Args:
+        config: the composed config.
+        stages: names that `stage` may have.
+
+    Raises:
+        ConfigError, StoreConfigError: naming the key, its value, what was expected, the remedy.
+    """
+    if config.stage not in stages:
+        raise ConfigError("stage", config.stage, f"one of: {', '.join(stages)}")
+    if not _NAME.fullmatch(config.name):
+        raise ConfigError("name", config.name, "letters, digits, '.', '_' and '-', not a path")
+    config.trainer.validate()
+    config.store.validate()
+    config.eval.validate()
+    config.logging.validate()
+    config.cluster.validate()
+    if config.stage in _NEEDS_TEXT:
+        config.model.validate()
+        config.data.validate()
+        _check_harvest_fits_store(config)
+
+
+def _check_harvest_fits_store(config: RunConfig) -> None:
+    rows = config.data.context_tokens - 1
+    if config.store.shard_tokens < rows:
+        raise ConfigError(
+            "store.shard_tokens",
+            config.store.shard_tokens,
+            f"room for one context, {rows} rows (data.context_tokens - 1)",
+        )
+    hookpoint = config.sae.hookpoint
+    if hookpoint is not None and hookpoint not in config.model.hookpoints:
+        raise ConfigError(
+            "sae.hookpoint", hookpoint, f"one of model.hookpoints={config.model.hookpoints}"
+        )

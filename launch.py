@@ -1,0 +1,81 @@
+"""Composes the config and runs the stages it names; `python launch.py --help`."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import import_module
+from pathlib import Path
+
+import hydra
+from hydra.core.config_store import ConfigStore
+from omegaconf import DictConfig, OmegaConf
+
+from conf.schema import RunConfig
+
+PIPELINE = ("plan", "harvest", "train", "evaluate", "export", "report")
+STAGES = {
+    "plan": "cluster.plan",
+    "harvest": "cluster.harvest",
+    "train": "cluster.train",
+    "evaluate": "analysis.evaluate",
+    "export": "analysis.export",
+    "report": "analysis.report",
+    "verify": "analysis.verify",
+    "status": "analysis.status",
+}
+READ_ONLY = ("plan", "verify", "status")
+EXIT_FAILED, EXIT_BAD_INPUT = 1, 2
+
+ConfigStore.instance().store(name="run_schema", node=RunConfig)
+
+
+@hydra.main(config_path="conf", config_name="config", version_base="1.3")
+def compose_and_run(composed: DictConfig) -> None:
+    """Validates, then runs one stage, or the pipeline's stages in order."""
+    with _explained():
+        from cluster.run_dir import open_run
+        from conf.validate import validate
+
+        config: RunConfig = OmegaConf.to_object(composed)  # type: ignore[assignment]
+        validate(config, ("pipeline", *STAGES))
+        # Ranks and workers may run in another folder.
+        config.store.path = str(Path(config.store.path).expanduser().resolve())
+        stages = PIPELINE if config.stage == "pipeline" else (config.stage,)
+        with open_run(config, read_only=config.stage in READ_ONLY) as run_dir:
+            for stage in stages:
+                import_module(STAGES[stage]).run(config, run_dir)
+
+
+@contextmanager
+def _explained() -> Iterator[None]:
+    """Turns what went wrong on purpose into one message and an exit code."""
+    from conf.failure import explain
+
+    try:
+        yield
+    except KeyboardInterrupt:
+        sys.exit("interrupted; the same command resumes")
+    except Exception as error:
+        message, is_input = explain(error)
+        if message is None:
+            raise
+        print(f"error: {message}", file=sys.stderr)
+        sys.exit(EXIT_BAD_INPUT if is_input else EXIT_FAILED)
+
+
+def main() -> None:
+    """The command line."""
+    # Hydra would print what it cannot compose and exit 1; this makes it raise to here instead.
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")
+    # The packages of this checkout must be importable from any working directory, and in workers.
+    root = str(Path(__file__).resolve().parent)
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
+    with _explained():
+        compose_and_run()
+
+
+if __name__ == "__main__":
+    main()

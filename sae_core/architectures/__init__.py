@@ -1,0 +1,6 @@
+"""SAE architectures, one file each; `build_sae` looks the configured one up."""
+
+from sae_core.architectures.registry import build_sae
+from sae_core.architectures.topk import StepOutput, TopKSAE
+
+__all__ = ["StepOutput", "TopKSAE", "build_sae"]

@@ -1,0 +1,21 @@
+"""Sharded checkpoints: safetensors row ranges, JSON state, hashed manifest, one atomic rename."""
+
+from sae_core.checkpoint.folder import (
+    CheckpointState,
+    check_manifest,
+    list_checkpoints,
+    newest_valid,
+    read_state,
+)
+from sae_core.checkpoint.load import load_checkpoint
+from sae_core.checkpoint.save import save_checkpoint
+
+__all__ = [
+    "CheckpointState",
+    "check_manifest",
+    "list_checkpoints",
+    "load_checkpoint",
+    "newest_valid",
+    "read_state",
+    "save_checkpoint",
+]

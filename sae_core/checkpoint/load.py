@@ -1,0 +1,74 @@
+"""Reading a checkpoint back, on any mesh: every rank reads the rows that are its own."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+import torch.distributed.checkpoint as dcp
+
+from sae_core.checkpoint.folder import OPTIMIZER, WEIGHTS, CheckpointState, read_state
+from sae_core.checkpoint.tensors import local_part, moment_tensors, weight_tensors
+from sae_core.engine import SAEEngine
+from sae_core.errors import CheckpointError
+
+_SIZES = ("architecture", "n_latents", "hookpoint")
+
+
+def load_checkpoint(folder: Path, engines: list[SAEEngine]) -> CheckpointState:
+    """Puts a checkpoint's weights, moments and ages into the engines; collective over all ranks.
+
+    Args:
+        folder: a checkpoint that `newest_valid` returned.
+        engines: freshly built engines of the same SAEs; the mesh and ZeRO stage may differ from
+            those that wrote it.
+
+    Raises:
+        CheckpointError: it holds other SAEs or sizes.
+    """
+    state = read_state(folder)
+    _check_same_saes(folder, state, engines)
+    weights = weight_tensors(engines)
+    _load_tensors(folder / WEIGHTS, weights)
+    moments = {engine.name: engine.moments() for engine in engines}
+    loaded = moment_tensors(engines, moments)
+    _load_tensors(folder / OPTIMIZER, loaded)
+    for engine in engines:
+        parameters = {
+            name: local_part(weights[f"{engine.name}.{name}"])
+            for name, _ in engine.sae.named_parameters()
+        }
+        own = {
+            name: {
+                moment: local_part(loaded[f"{engine.name}.{name}.{moment}"])
+                for moment in moments[engine.name][name]
+            }
+            for name in parameters
+        }
+        for name, buffer in engine.sae.named_buffers():
+            buffer.copy_(local_part(weights[f"{engine.name}.{name}"]))
+        engine.load(parameters, own, state.step)
+    return state
+
+
+def _load_tensors(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
+    dcp.load(tensors, storage_reader=dcp.HuggingFaceStorageReader(str(folder)))
+
+
+def _check_same_saes(folder: Path, state: CheckpointState, engines: list[SAEEngine]) -> None:
+    names = [engine.name for engine in engines]
+    if sorted(names) != sorted(state.saes):
+        raise CheckpointError(f"{folder}: holds SAEs {sorted(state.saes)}, the run has {names}")
+    for engine in engines:
+        width = engine.sae.b_dec.shape[0]
+        if width != state.d_model:
+            raise CheckpointError(
+                f"{folder}: SAE of width {state.d_model}, the store has width {width}; "
+                "use another run name or the store it was trained on"
+            )
+        ours, theirs = asdict(engine.sae.config), state.saes[engine.name]
+        differing = [key for key in _SIZES if ours[key] != theirs.get(key)]
+        if differing:
+            what = ", ".join(f"{key} {theirs.get(key)!r} -> {ours[key]!r}" for key in differing)
+            raise CheckpointError(f"{folder}: {engine.name} differs in {what}")

@@ -1,0 +1,219 @@
+"""What a user may set about dictionary, optimiser and training. No torch import here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from sae_core.errors import ConfigError
+
+
+@dataclass
+class SAEConfig:
+    """One sparse autoencoder."""
+
+    architecture: str = "topk"
+    """Name in the architecture registry."""
+    hookpoint: str | None = None
+    """Array of the store this SAE reconstructs; null takes the first one."""
+    n_latents: int = 4096
+    k: int = 32
+    """Active latents per token."""
+    auxk: int | None = None
+    """Dead latents per token that explain the residual; null: d_model / 2, as a power of two."""
+    auxk_coef: float = 1 / 32
+    """Weight of the auxiliary loss; 0 switches it off."""
+    dead_after_tokens: int = 10_000_000
+    """A latent is dead when it has fired on none of this many training tokens."""
+
+    def validate(self) -> None:
+        """Raises: ConfigError: for a combination no SAE can have."""
+        if self.architecture != "topk":
+            raise ConfigError("sae.architecture", self.architecture, "one of: topk")
+        if self.n_latents < 1:
+            raise ConfigError("sae.n_latents", self.n_latents, "at least 1")
+        if not 1 <= self.k <= self.n_latents:
+            raise ConfigError(
+                "sae.k",
+                self.k,
+                f"between 1 and sae.n_latents={self.n_latents}",
+                "lower sae.k or raise sae.n_latents",
+            )
+        if self.auxk is not None and self.auxk < 1:
+            raise ConfigError("sae.auxk", self.auxk, "at least 1, or null for d_model / 2")
+        if self.auxk_coef < 0:
+            raise ConfigError("sae.auxk_coef", self.auxk_coef, "0 (off) or more")
+        if self.dead_after_tokens < 1:
+            raise ConfigError("sae.dead_after_tokens", self.dead_after_tokens, "at least 1")
+
+
+@dataclass
+class OptimConfig:
+    """Adam with linear warm-up, a constant stretch and a linear decay to zero."""
+
+    lr: float | None = None
+    """Peak learning rate; null: 2e-4 / sqrt(n_latents / 2**14) (Gao et al. 2024)."""
+    warmup_tokens: int = 0
+    decay_tokens: int = 0
+    """Length of the final linear decay."""
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 6.25e-10
+    clip_norm: float = 1.0
+    """Global gradient norm that clipping keeps; 0 switches clipping off."""
+
+    def validate(self, train_tokens: int) -> None:
+        """Raises: ConfigError: for a value Adam or the schedule cannot have."""
+        if self.lr is not None and self.lr <= 0:
+            raise ConfigError("optim.lr", self.lr, "more than 0, or null for the 1/sqrt(n) rule")
+        for name in ("beta1", "beta2"):
+            value = getattr(self, name)
+            if not 0 <= value < 1:
+                raise ConfigError(f"optim.{name}", value, "in [0, 1)")
+        if self.eps <= 0:
+            raise ConfigError("optim.eps", self.eps, "more than 0")
+        if self.clip_norm < 0:
+            raise ConfigError("optim.clip_norm", self.clip_norm, "0 (off) or more")
+        if self.warmup_tokens < 0 or self.decay_tokens < 0:
+            raise ConfigError(
+                "optim.warmup_tokens, optim.decay_tokens",
+                (self.warmup_tokens, self.decay_tokens),
+                "0 or more",
+            )
+        if self.warmup_tokens + self.decay_tokens > train_tokens:
+            raise ConfigError(
+                "optim.warmup_tokens + optim.decay_tokens",
+                self.warmup_tokens + self.decay_tokens,
+                f"at most train.tokens={train_tokens}",
+                "shorten the warm-up or the decay, or train longer",
+            )
+
+
+@dataclass
+class TrainConfig:
+    """How long, on what, and in which pieces."""
+
+    tokens: int = 1_000_000
+    """Training tokens in all, epochs counted; rounded down to whole batches."""
+    batch_tokens: int = 2048
+    """Global batch, over all data replicas."""
+    sample_tokens: int = 32_768
+    """Rows that calibrate the input scale and the geometric-median bias."""
+    device: str = "auto"
+    """auto, cpu or cuda."""
+    compute_dtype: str = "auto"
+    """GEMM dtype: auto (bfloat16 on cuda, float32 on cpu), float32 or bfloat16."""
+    threads_per_rank: int | None = None
+    """CPU threads of each rank; null: cores / ranks on this machine, at least 1."""
+    timeout_s: float = 600.0
+    """A collective that takes longer than this fails the run."""
+
+    def validate(self) -> None:
+        """Raises: ConfigError: for impossible sizes or unknown names."""
+        for name in ("tokens", "batch_tokens", "sample_tokens"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"train.{name}", getattr(self, name), "at least 1")
+        if self.tokens < self.batch_tokens:
+            raise ConfigError(
+                "train.tokens", self.tokens, f"at least one batch of {self.batch_tokens} tokens"
+            )
+        if self.device not in ("auto", "cpu", "cuda"):
+            raise ConfigError("train.device", self.device, "auto, cpu or cuda")
+        if self.compute_dtype not in ("auto", "float32", "bfloat16"):
+            raise ConfigError(
+                "train.compute_dtype", self.compute_dtype, "auto, float32 or bfloat16"
+            )
+        if self.threads_per_rank is not None and self.threads_per_rank < 1:
+            raise ConfigError(
+                "train.threads_per_rank", self.threads_per_rank, "at least 1, or null"
+            )
+        if self.timeout_s <= 0:
+            raise ConfigError("train.timeout_s", self.timeout_s, "more than 0")
+
+    @property
+    def n_steps(self) -> int:
+        """Optimiser steps in the whole run."""
+        return self.tokens // self.batch_tokens
+
+
+@dataclass
+class ParallelConfig:
+    """The mesh: `latent` shards of the dictionary times `data` replicas."""
+
+    latent: int = 1
+    data: int = 1
+    zero_stage: int = 0
+    """DeepSpeed ZeRO stage over the data replicas: 0 or 1."""
+
+    def validate(self, n_latents: int, batch_tokens: int) -> None:
+        """Raises: ConfigError: for a mesh the SAE or the batch cannot be split over."""
+        for name in ("latent", "data"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"parallel.{name}", getattr(self, name), "at least 1")
+        if self.zero_stage not in (0, 1):
+            raise ConfigError(
+                "parallel.zero_stage",
+                self.zero_stage,
+                "0 or 1",
+                "shard over parallel.latent instead",
+            )
+        if batch_tokens % self.data:
+            raise ConfigError(
+                "train.batch_tokens",
+                batch_tokens,
+                f"a multiple of parallel.data={self.data}",
+                f"use {batch_tokens // self.data * self.data or self.data}",
+            )
+        rows_per_rank = -(-n_latents // self.latent)
+        if rows_per_rank * (self.latent - 1) >= n_latents:
+            raise ConfigError(
+                "parallel.latent",
+                self.latent,
+                f"shards that each hold some of sae.n_latents={n_latents} ({rows_per_rank} a rank)",
+                "use fewer latent shards",
+            )
+
+    @property
+    def n_ranks(self) -> int:
+        """Processes in the trainer's mesh."""
+        return self.latent * self.data
+
+
+@dataclass
+class CheckpointConfig:
+    """When checkpoints are written and how many stay."""
+
+    every_tokens: int = 100_000_000
+    keep: int = 2
+    """Newest valid checkpoints that stay; at least 2, so that a damaged one has a predecessor."""
+    verify_hashes: bool = True
+    """Check SHA-256 of every file before loading."""
+
+    def validate(self) -> None:
+        """Raises: ConfigError: for a cadence or a count that would lose work."""
+        if self.every_tokens < 1:
+            raise ConfigError("checkpoint.every_tokens", self.every_tokens, "at least 1")
+        if self.keep < 2:
+            raise ConfigError(
+                "checkpoint.keep",
+                self.keep,
+                "at least 2, so that a damaged newest checkpoint has a predecessor",
+            )
+
+
+@dataclass
+class TrainerConfig:
+    """Everything the trainer takes; the run's config carries these parts under the same names."""
+
+    sae: SAEConfig = field(default_factory=SAEConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+
+    def validate(self) -> None:
+        """Raises: ConfigError: naming the first part that cannot be."""
+        self.sae.validate()
+        self.train.validate()
+        self.optim.validate(self.train.tokens)
+        self.parallel.validate(self.sae.n_latents, self.train.batch_tokens)
+        self.checkpoint.validate()

@@ -1,0 +1,206 @@
+"""One SAE under DeepSpeed: the engine, the step, and the optimiser state whatever the ZeRO stage.
+
+Every DeepSpeed detail that is not public API stands in this file; `tests/distributed` fails when
+one of them moves.
+"""
+
+from __future__ import annotations
+
+import collections
+import logging
+import os
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from sae_core.architectures import StepOutput, TopKSAE
+from sae_core.config import TrainerConfig
+from sae_core.mesh import MeshMPU
+from sae_core.optimizer import ShardedAdam, lr_at
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+"""Adam's two moments, under torch's names."""
+
+
+class SAEEngine:
+    """A `TopKSAE` shard with its optimiser; `train_step` is collective over all ranks.
+
+    Args:
+        name: key of this SAE in metrics and checkpoints.
+        sae: this rank's shard, calibrated or about to be loaded.
+        config: optimiser, batch and mesh.
+        device: where the parameters go.
+    """
+
+    def __init__(
+        self, name: str, sae: TopKSAE, config: TrainerConfig, device: torch.device
+    ) -> None:
+        self.name, self.config, self.device = name, config, device
+        self.sae = sae.to(device)
+        zero = config.parallel.zero_stage
+        clip_norm = config.optim.clip_norm
+        self.optimizer = ShardedAdam(
+            sae.parameters(),
+            lr_at(config.optim, config.sae.n_latents, 0, config.train.tokens),
+            config.optim,
+            clip_norm if zero == 0 else 0.0,
+            sae.plan.group,
+            device,
+        )
+        self.engine = _initialise_deepspeed(sae, self.optimizer, config, clip_norm if zero else 0.0)
+        self.first_bad_step = torch.full((), -1, dtype=torch.int64, device=device)
+
+    def train_step(self, raw: torch.Tensor, step: int) -> StepOutput:
+        """Forward, backward, clip, update, renormalise, age; no host sync.
+
+        A loss that is not finite on any rank sets a flag that keeps this and every later update
+        from being made; `raise_if_bad` reads it.
+
+        Args:
+            raw: [B / n_data, D] this replica's rows on `device`.
+            step: index of this optimiser step.
+        """
+        tokens = step * self.config.train.batch_tokens
+        lr = lr_at(self.config.optim, self.config.sae.n_latents, tokens, self.config.train.tokens)
+        for group in self.engine.optimizer.param_groups:
+            group["lr"] = lr
+        out: StepOutput = self.engine(raw)
+        flag = (~out.loss.detach().isfinite()).float()
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+        self.optimizer.found_inf = torch.maximum(self.optimizer.found_inf, flag)
+        self.engine.backward(out.loss)
+        self.engine.step()
+        bad = self.optimizer.found_inf
+        self.first_bad_step = torch.where(
+            (bad > 0) & (self.first_bad_step < 0), step, self.first_bad_step
+        )
+        self._renormalise_decoder(bad)
+        self.sae.note_fired(out.fired, self.config.train.batch_tokens, bad)
+        return out
+
+    @torch.no_grad()
+    def _renormalise_decoder(self, skipped: torch.Tensor) -> None:
+        """Brings decoder rows back to unit norm; leaves them alone after a skipped update."""
+        W_dec = self.sae.W_dec
+        norm = W_dec.norm(dim=1, keepdim=True).clamp_min(1e-12)
+        W_dec.mul_(torch.where(skipped > 0, 1.0, 1.0 / norm))
+        self._push_to_zero(W_dec)
+
+    def parameters_edited(self) -> None:
+        """Tells the optimiser that somebody set parameters in place."""
+        for parameter in self.sae.parameters():
+            self._push_to_zero(parameter)
+
+    def _push_to_zero(self, parameter: torch.nn.Parameter) -> None:
+        """Under ZeRO 1 the optimiser owns copies; an edit of the parameter alone is lost."""
+        mapping = getattr(parameter, "_hp_mapping", None)
+        if mapping is not None:
+            mapping.update_hp()
+
+    @property
+    def grad_norm(self) -> torch.Tensor:
+        """Global gradient norm of the last step, before clipping."""
+        norm = self.engine.get_global_grad_norm()
+        return torch.as_tensor(0.0 if norm is None else norm, device=self.device)
+
+    @property
+    def lr(self) -> float:
+        """Learning rate of the last step."""
+        return float(self.engine.optimizer.param_groups[0]["lr"])
+
+    def moments(self) -> dict[str, dict[str, torch.Tensor]]:
+        """Adam's moments of every parameter, whole local rows; collective under ZeRO 1.
+
+        Returns:
+            `{parameter: {moment: tensor}}`, shapes as the parameters.
+        """
+        self._make_optimizer_state()
+        return {
+            name: {moment: self._get_moment(parameter, moment) for moment in MOMENTS}
+            for name, parameter in self.sae.named_parameters()
+        }
+
+    @torch.no_grad()
+    def load(
+        self,
+        parameters: dict[str, torch.Tensor],
+        moments: dict[str, dict[str, torch.Tensor]],
+        step: int,
+    ) -> None:
+        """Puts loaded local rows and moments in place; collective under ZeRO 1.
+
+        Args:
+            parameters: `{name: tensor}`, shapes as the parameters.
+            moments: as `moments()` gives.
+            step: optimiser steps taken.
+        """
+        self._make_optimizer_state()
+        for name, parameter in self.sae.named_parameters():
+            parameter.copy_(parameters[name])
+            self._push_to_zero(parameter)
+            for moment in MOMENTS:
+                self._set_moment(parameter, moment, moments[name][moment])
+        for state in self.optimizer.state.values():
+            state["step"].fill_(float(step))
+
+    def _get_moment(self, parameter: torch.nn.Parameter, moment: str) -> torch.Tensor:
+        if not self.config.parallel.zero_stage:
+            return self.optimizer.state[parameter][moment]
+        from deepspeed.utils import safe_get_full_optimizer_state
+
+        full: torch.Tensor = safe_get_full_optimizer_state(parameter, moment)
+        return full.view(parameter.shape)
+
+    def _set_moment(self, parameter: torch.nn.Parameter, moment: str, value: torch.Tensor) -> None:
+        if not self.config.parallel.zero_stage:
+            self.optimizer.state[parameter][moment].copy_(value)
+            return
+        from deepspeed.utils import safe_set_full_optimizer_state
+
+        safe_set_full_optimizer_state(parameter, value, moment)
+
+    def _make_optimizer_state(self) -> None:
+        """Adam makes its state at the first step; loading before that needs it earlier."""
+        for group in self.optimizer.param_groups:
+            for parameter in group["params"]:
+                if not self.optimizer.state[parameter]:
+                    self.optimizer.state[parameter] = {
+                        "step": torch.zeros((), device=parameter.device),
+                        "exp_avg": torch.zeros_like(parameter),
+                        "exp_avg_sq": torch.zeros_like(parameter),
+                    }
+        if self.config.parallel.zero_stage:
+            self.engine.optimizer._lazy_init_hp_params_optimizer_state()
+
+
+def _initialise_deepspeed(
+    sae: TopKSAE, optimizer: ShardedAdam, config: TrainerConfig, clip_norm: float
+) -> Any:
+    device_type = next(sae.parameters()).device.type
+    os.environ.setdefault("DS_ACCELERATOR", device_type)
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    import deepspeed
+
+    # Without this DeepSpeed compiles an op nobody uses, for two minutes.
+    deepspeed.ops.__compatible_ops__ = collections.defaultdict(bool)
+    batch = config.train.batch_tokens // config.parallel.data
+    engine, *_ = deepspeed.initialize(
+        model=sae,
+        model_parameters=list(sae.parameters()),
+        optimizer=optimizer,
+        mpu=MeshMPU(sae.mesh),
+        dist_init_required=False,
+        config={
+            "train_micro_batch_size_per_gpu": batch,
+            "gradient_clipping": clip_norm,
+            "zero_optimization": {"stage": config.parallel.zero_stage},
+            # The check goes by exact type: our Adam is torch's fused Adam.
+            "zero_allow_untested_optimizer": True,
+            "steps_per_print": 10**9,
+        },
+    )
+    if sae.mesh.n_data == 1 and config.parallel.zero_stage == 0:
+        # Nothing to reduce: skips a flatten-and-copy of every gradient.
+        engine.enable_backward_allreduce = False
+    return engine

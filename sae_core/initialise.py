@@ -1,0 +1,104 @@
+"""Where training starts: the dictionary's first rows, the input scale, the bias.
+
+Recipe of Gao et al. 2024 (arXiv 2406.04093, appendix A): unit-norm random decoder rows, the encoder
+tied to them, the decoder bias at the geometric median, the encoder scaled so that a first
+reconstruction has the norm of its input.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+
+from sae_core.autoencode import encode_shard
+from sae_core.errors import ShapeError
+
+if TYPE_CHECKING:
+    from sae_core.architectures.topk import TopKSAE
+
+_BLOCK_ROWS = 1024
+_SCALE_ROWS = 4096
+_MEDIAN_STEPS = 100
+
+
+def default_auxk(d_model: int) -> int:
+    """d_model / 2, rounded down to a power of two, at least 1."""
+    half = max(d_model // 2, 1)
+    return int(1 << (half.bit_length() - 1))
+
+
+def random_unit_rows(start: int, stop: int, d_model: int, seed: int) -> torch.Tensor:
+    """Rows [start, stop) of the initial dictionary, [stop - start, D], the same for every sharding.
+
+    Blocks of rows have generators of their own, so a rank draws only what it holds.
+    """
+    # torch takes 32 bits of a seed on the CPU: consecutive numbers never collide within one run.
+    base = int.from_bytes(hashlib.sha256(str(seed).encode()).digest()[:4])
+    blocks = []
+    for block in range(start // _BLOCK_ROWS, -(-stop // _BLOCK_ROWS)):
+        generator = torch.Generator().manual_seed((base + block) % 2**32)
+        blocks.append(torch.randn(_BLOCK_ROWS, d_model, generator=generator))
+    first = start // _BLOCK_ROWS * _BLOCK_ROWS
+    rows = torch.cat(blocks)[start - first : stop - first]
+    return torch.nn.functional.normalize(rows, dim=1)
+
+
+def geometric_median(x: torch.Tensor, tolerance: float = 1e-5) -> torch.Tensor:
+    """[D] point with the least summed distance to the rows of x [N, D] (Weiszfeld's iteration)."""
+    point = x.mean(0)
+    for _ in range(_MEDIAN_STEPS):
+        weights = 1 / (x - point).norm(dim=1).clamp_min(1e-8)
+        moved = (weights[:, None] * x).sum(0) / weights.sum()
+        done = (moved - point).norm() <= tolerance * moved.norm().clamp_min(1e-8)
+        point = moved
+        if done:
+            break
+    return point
+
+
+@torch.no_grad()
+def calibrate(sae: TopKSAE, sample: torch.Tensor) -> None:
+    """Sets input mean and scale, decoder bias and encoder scale; a collective call.
+
+    Args:
+        sae: a freshly built shard.
+        sample: [N, D] raw activations, the same on every rank.
+
+    Raises:
+        ShapeError: the sample has another width, is not finite, or has no variance.
+    """
+    d_model = sae.b_dec.shape[0]
+    if sample.ndim != 2 or sample.shape[1] != d_model or len(sample) < 2:
+        raise ShapeError(
+            f"calibration sample {tuple(sample.shape)}: expected [at least 2, {d_model}]"
+        )
+    raw = sample.float()
+    mean = raw.mean(0)
+    power = (raw - mean).square().sum(1).mean()
+    if not bool(torch.isfinite(power)) or bool(power <= 0):
+        raise ShapeError(
+            f"calibration sample has variance {float(power)}: expected finite and above 0; "
+            "check the stored activations with stage=verify"
+        )
+    sae.input_mean.copy_(mean)
+    sae.input_scale.copy_((d_model / power).sqrt())
+    x = sae.normalise(raw)
+    # Rank 0's numbers go to all: a rounding difference here would make replicas drift.
+    sae.b_dec.copy_(geometric_median(x))
+    scale = _encoder_scale(sae, x[:_SCALE_ROWS])
+    for tensor in (sae.input_mean, sae.input_scale, sae.b_dec, scale):
+        dist.broadcast(tensor, src=0)
+    sae.W_enc.mul_(scale)
+
+
+def _encoder_scale(sae: TopKSAE, x: torch.Tensor) -> torch.Tensor:
+    """Factor that gives reconstructions the mean square norm of their inputs."""
+    centred = x - sae.b_dec
+    active = encode_shard(centred, sae.W_enc, sae.b_enc, sae.plan.k, sae.plan)
+    recon = sae.plan.kernels.decode(active, sae.W_dec)
+    if sae.plan.group is not None:
+        dist.all_reduce(recon, group=sae.plan.group)
+    return (centred.square().sum() / recon.square().sum().clamp_min(1e-30)).sqrt()

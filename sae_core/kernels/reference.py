@@ -1,0 +1,45 @@
+"""The plain body: dense and slow, in any float dtype. It defines what the others must give."""
+
+from __future__ import annotations
+
+import torch
+
+from sae_core.kernels.interface import RowGradients, SparseLatents
+
+
+class ReferenceKernels:
+    """See `Kernels`; every operation spelled out with dense tensors."""
+
+    name = "reference"
+
+    def encode_topk(
+        self, x: torch.Tensor, W_enc: torch.Tensor, b_enc: torch.Tensor, k: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        pre_acts = x @ W_enc.T + b_enc
+        # A stable descending sort leaves equal values in ascending latent order; NaN sorts first.
+        values, latents = pre_acts.sort(dim=1, descending=True, stable=True)
+        return values[:, :k].contiguous(), latents[:, :k].contiguous()
+
+    def decode(self, active: SparseLatents, W_dec: torch.Tensor) -> torch.Tensor:
+        return _dense(active, W_dec.shape[0]) @ W_dec
+
+    def decoder_dot(
+        self, grad: torch.Tensor, active: SparseLatents, W_dec: torch.Tensor
+    ) -> torch.Tensor:
+        return (grad @ W_dec.T)[active.rows, active.latents]
+
+    def row_gradients(
+        self, active: SparseLatents, dvalues: torch.Tensor, x: torch.Tensor, grad: torch.Tensor
+    ) -> RowGradients:
+        latents, slots = active.latents.unique(return_inverse=True)
+        acts = x.new_zeros(x.shape[0], len(latents))
+        dpre = x.new_zeros(x.shape[0], len(latents))
+        acts[active.rows, slots] = active.values
+        dpre[active.rows, slots] = dvalues
+        return RowGradients(latents, acts.T @ grad, dpre.T @ x, dpre.sum(0))
+
+
+def _dense(active: SparseLatents, n_latents: int) -> torch.Tensor:
+    acts = active.values.new_zeros(len(active.offsets), n_latents)
+    acts[active.rows, active.latents] = active.values
+    return acts

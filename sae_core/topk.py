@@ -1,0 +1,63 @@
+"""Exact global TopK over a dictionary whose rows are split among the ranks of a latent group.
+
+Weights never move. Each rank brings its k best candidates of every token; rank r merges the
+candidates of the r-th share of the tokens (an all-to-all, so that a rank receives B*k candidates in
+all instead of the G*B*k of an all-gather) and tells everyone the token's k-th key; a candidate is
+selected exactly when its key is not below it. Keys are unique, so exactly k are.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+
+from sae_core.kernels.keys import EMPTY_KEY, pack_keys
+from sae_core.mesh import row_range
+
+
+def select_global(
+    values: torch.Tensor,
+    latents: torch.Tensor,
+    k: int,
+    first_latent: int,
+    group: dist.ProcessGroup | None,
+) -> torch.Tensor:
+    """Which local candidates are among the token's k largest of all shards; a collective call.
+
+    Args:
+        values: [B, C] float32 local candidates, C the same on every rank; `-inf`: an empty slot.
+        latents: [B, C] int64, local to the shard.
+        k: selected per token; ties go to the lowest global index.
+        first_latent: global index of this shard's first row.
+        group: ranks that share the dictionary; None or one rank: nothing is exchanged.
+
+    Returns:
+        [B, C] bool.
+    """
+    keys = pack_keys(values, latents + first_latent)
+    keys = keys.masked_fill(values == float("-inf"), EMPTY_KEY)
+    if group is None or dist.get_world_size(group) == 1:
+        if keys.shape[1] <= k:
+            return keys != EMPTY_KEY
+        threshold = keys.topk(k, dim=1).values[:, -1]
+    else:
+        threshold = _kth_keys(keys, k, group)
+    return (keys >= threshold[:, None]) & (keys != EMPTY_KEY)
+
+
+def _kth_keys(keys: torch.Tensor, k: int, group: dist.ProcessGroup) -> torch.Tensor:
+    """[B] the k-th largest key of each token over all ranks; EMPTY_KEY where there are fewer."""
+    B, C = keys.shape
+    n_ranks, rank = dist.get_world_size(group), dist.get_rank(group)
+    shares = [row_range(B, r, n_ranks) for r in range(n_ranks)]
+    sent = [(stop - start) * C for start, stop in shares]
+    mine = shares[rank][1] - shares[rank][0]
+    received = keys.new_empty(n_ranks * mine * C)
+    dist.all_to_all_single(received, keys.reshape(-1), [mine * C] * n_ranks, sent, group=group)
+    merged = received.view(n_ranks, mine, C).transpose(0, 1).reshape(mine, n_ranks * C)
+    share_size = shares[0][1]  # the largest share; the others are padded to it
+    kth = keys.new_full((share_size,), EMPTY_KEY)
+    kth[:mine] = merged.topk(min(k, n_ranks * C), dim=1).values[:, -1]
+    everyone = keys.new_empty(n_ranks * share_size)
+    dist.all_gather_into_tensor(everyone, kth, group=group)
+    return everyone[:B]

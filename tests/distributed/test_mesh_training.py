@@ -1,0 +1,107 @@
+"""Sharded and replicated training gives the numbers of one process; broken collectives do not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from sae_core.checkpoint.folder import list_checkpoints
+from sae_core.inference import _read_weights
+from tests.trainer_ranks import Job, RanksFailed, run_job
+
+pytestmark = pytest.mark.distributed
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict]]:
+    folder = tmp_path_factory.mktemp("alone")
+    return folder, run_job(Job(str(folder)))
+
+
+def deviation(rows: list[dict], others: list[dict], key: str = "loss") -> float:
+    tail = rows[len(rows) - len(others) :]
+    assert [row["step"] for row in tail] == [row["step"] for row in others]
+    return max(abs(a[key] - b[key]) / abs(a[key]) for a, b in zip(tail, others, strict=True))
+
+
+def same_tensors(one: Path, other: Path) -> None:
+    for part in ("weights", "optimizer"):
+        a, b = _read_weights(one / part, ""), _read_weights(other / part, "")
+        assert a.keys() == b.keys()
+        for name, tensor in a.items():
+            assert torch.equal(tensor, b[name]), name
+
+
+@pytest.mark.parametrize(
+    ("latent", "data", "zero"), [(2, 2, 0), (2, 2, 1), (3, 1, 0), (1, 3, 1), (4, 1, 0)]
+)
+def test_a_mesh_trains_like_one_rank(alone, tmp_path, latent, data, zero):
+    _, rows = alone
+    assert rows[-1]["fvu"] < 0.85 * rows[0]["fvu"]
+    assert max(row["auxk_loss"] for row in rows) > 0  # the auxiliary path took part
+    meshed = run_job(Job(str(tmp_path), latent, data, zero))
+    assert deviation(rows, meshed) < 1e-4
+    assert deviation(rows, meshed, "grad_norm") < 1e-3
+    assert [row["l0"] for row in rows] == pytest.approx([row["l0"] for row in meshed], abs=0.05)
+
+
+@pytest.mark.parametrize(
+    ("latent", "data", "zero", "breakage"),
+    [
+        (2, 1, 0, "global selection"),
+        (2, 1, 0, "reconstruction all-reduce"),
+        (1, 2, 0, "fired all-reduce"),
+        (1, 2, 1, "zero push"),
+    ],
+)
+def test_the_comparison_sees_a_broken_part(alone, tmp_path, latent, data, zero, breakage):
+    _, rows = alone
+    try:
+        meshed = run_job(Job(str(tmp_path), latent, data, zero, breakage=breakage))
+    except RanksFailed:
+        return
+    assert deviation(rows, meshed) > 1e-4
+
+
+@pytest.mark.parametrize(
+    ("latent", "data", "zero"), [(1, 1, 0), (2, 1, 0), (3, 1, 0), (4, 1, 0), (2, 2, 1)]
+)
+def test_resume_on_any_mesh(alone, tmp_path, latent, data, zero):
+    folder, rows = alone
+    checkpoint = folder / "checkpoints" / "step-00000025"
+    resaved = tmp_path / "resaved"
+    run_job(Job(str(resaved), latent, data, zero, resume=str(checkpoint), steps=25))
+    same_tensors(checkpoint, list_checkpoints(resaved / "checkpoints")[0])
+
+    resumed = run_job(Job(str(tmp_path / "on"), latent, data, zero, resume=str(checkpoint)))
+    assert resumed[0]["step"] == 26
+    assert abs(resumed[0]["loss"] / rows[25]["loss"] - 1) < 1e-5
+    assert deviation(rows, resumed) < 1e-4
+    if (latent, data) == (1, 1):
+        assert [row["loss"] for row in resumed] == [row["loss"] for row in rows[25:]]
+        same_tensors(
+            folder / "checkpoints" / "step-00000050",
+            tmp_path / "on" / "checkpoints" / "step-00000050",
+        )
+
+
+def test_a_checkpoint_of_a_mesh_opens_on_one_rank(alone, tmp_path):
+    _, rows = alone
+    run_job(Job(str(tmp_path / "mesh"), 2, 2, 1, steps=25))
+    checkpoint = tmp_path / "mesh" / "checkpoints" / "step-00000025"
+    resumed = run_job(Job(str(tmp_path / "on"), resume=str(checkpoint)))
+    # The learning rate's decay knows the whole length, so the first half ends on another one.
+    assert abs(resumed[0]["loss"] / rows[25]["loss"] - 1) < 0.05
+
+
+@pytest.mark.parametrize(("latent", "data", "zero"), [(2, 1, 0), (1, 2, 0), (1, 2, 1)])
+def test_a_bad_row_on_one_rank_stops_all_before_the_update(tmp_path, latent, data, zero):
+    rank = 1 if data > 1 else 0
+    job = Job(str(tmp_path), latent, data, zero, poison_step=30, poison_rank=rank)
+    with pytest.raises(RanksFailed) as failed:
+        run_job(job)
+    text = str(failed.value)
+    assert text.count("NonFiniteLossError: sae: loss or gradient of step 30") == latent * data
+    assert [path.name for path in list_checkpoints(tmp_path / "checkpoints")] == ["step-00000025"]

@@ -1,0 +1,187 @@
+"""Evaluation of hand-made dictionaries whose metrics are known, on a tiny harvested model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tiny_models import save_llama, write_text
+
+from activation_store import StoreWriter, open_store
+from activation_store.errors import StoreMismatchError
+from analysis import evaluate
+from cluster import harvest
+from cluster.config import ClusterConfig, DataConfig, ModelConfig
+from cluster.contexts import prepare_contexts
+from cluster.models import load_language_model, load_tokenizer
+from cluster.ray_session import ray_session
+from conf.schema import RunConfig
+from sae_core import SAE
+from sae_core.config import SAEConfig
+
+pytestmark = pytest.mark.ray
+D, HOOKPOINT = 16, "model.layers.1"
+
+
+@pytest.fixture(scope="module")
+def harvested(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunConfig]:
+    """A store of a tiny random Llama; float32, so that equal activations give equal losses."""
+    folder = tmp_path_factory.mktemp("harvest")
+    save_llama(folder / "model")
+    config = RunConfig(
+        cache_dir=str(folder / "cache"),
+        model=ModelConfig(
+            path=str(folder / "model"), hookpoints=["model.layers.0", HOOKPOINT], dtype="float32"
+        ),
+        data=DataConfig(
+            path=str(write_text(folder / "text.txt")),
+            tokens=700,
+            context_tokens=16,
+            heldout_fraction=0.2,
+        ),
+    )
+    config.store.path, config.store.shard_tokens = str(folder / "store"), 64
+    config.store.dtype = "float32"
+    config.eval.tokens, config.eval.batch_contexts = 200, 5
+    with ray_session(ClusterConfig(), min_cpus=2):
+        harvest.run(config, folder / "run")
+    yield config
+
+
+def save_sae(folder: Path, W: torch.Tensor, k: int, **biases: torch.Tensor) -> SAE:
+    """A dictionary [L, D] with W_enc = W_dec = W, saved as the run's."""
+    zeros = {"b_enc": torch.zeros(len(W)), "b_dec": torch.zeros(W.shape[1])}
+    config = SAEConfig(n_latents=len(W), k=k, hookpoint=HOOKPOINT)
+    sae = SAE(config, W, W.clone(), **{**zeros, **biases}, step=7)
+    sae.save(folder)
+    return sae
+
+
+def metrics_of(config: RunConfig, run_dir: Path) -> dict[str, Any]:
+    evaluate.run(config, run_dir)
+    return dict(json.loads((run_dir / "eval" / "metrics.json").read_text()))
+
+
+def plus_minus(scale: float = 1.0) -> torch.Tensor:
+    """[2D, D] rows e_i and -e_i: with k = D every activation is reconstructed exactly."""
+    return torch.cat([torch.eye(D), -torch.eye(D)]) * scale
+
+
+def test_a_perfect_dictionary_loses_nothing(harvested: RunConfig, tmp_path: Path) -> None:
+    save_sae(tmp_path, plus_minus(), k=D)
+    metrics = metrics_of(harvested, tmp_path)
+    assert metrics["heldout"] and metrics["reason"] is None
+    assert metrics["fvu"] < 1e-10 and metrics["mse"] < 1e-10
+    assert metrics["l0"] == pytest.approx(D) and metrics["dead_fraction"] == 0
+    assert metrics["ce_recon"] == pytest.approx(metrics["ce_clean"], abs=1e-6)
+    assert metrics["kl"] == pytest.approx(0, abs=1e-6)
+    assert metrics["ce_recovered"] == pytest.approx(1, abs=1e-3)
+    assert metrics["tokens"] == 192 and metrics["hookpoint"] == HOOKPOINT  # 12 contexts of 16
+
+
+def test_a_dictionary_that_never_fires_is_an_ablation(harvested: RunConfig, tmp_path: Path) -> None:
+    store = open_store(harvested.store.path)
+    mean = torch.from_numpy(store.read(HOOKPOINT, 0, store.n_tokens)).double().mean(0).float()
+    never = {"b_enc": torch.full((2 * D,), -1e4)}
+    save_sae(tmp_path / "zero", plus_minus(), k=4, **never)
+    save_sae(tmp_path / "mean", plus_minus(), k=4, b_dec=mean, **never)
+    zero, at_mean = (metrics_of(harvested, tmp_path / name) for name in ("zero", "mean"))
+    assert zero["dead_fraction"] == 1 and zero["l0"] == 0
+    assert zero["ce_recon"] == zero["ce_zero"] and zero["ce_recovered"] == 0
+    assert at_mean["ce_recon"] == pytest.approx(zero["ce_mean"], abs=1e-6)
+    assert at_mean["ce_recovered_mean"] == pytest.approx(0, abs=1e-3)
+    assert zero["kl"] > 0 and zero["fvu"] > at_mean["fvu"] > 1
+
+
+def test_metrics_agree_with_a_direct_computation(harvested: RunConfig, tmp_path: Path) -> None:
+    sae = save_sae(tmp_path, torch.nn.functional.normalize(torch.randn(24, D), dim=1), k=3)
+    config = replace(harvested, eval=replace(harvested.eval, tokens=10**6))  # all held-out text
+    metrics = metrics_of(config, tmp_path)
+
+    cache = Path(config.cache_dir)
+    tokenizer = load_tokenizer(config.model, cache)
+    split = prepare_contexts(config.data, tokenizer, cache).heldout
+    ids = torch.from_numpy(split.input_ids(np.arange(len(split))))
+    model = load_language_model(config.model, cache)
+    hidden = model(ids, output_hidden_states=True).hidden_states[2]
+    x = hidden[:, 1:][~torch.isin(ids[:, 1:], torch.tensor([0, 1]))].double()
+    error = (x - sae(x).double()).square()
+    assert metrics["rows"] == len(x) and metrics["tokens"] == ids.numel()
+    variance = (x - x.mean(0)).square().sum()
+    assert metrics["fvu"] == pytest.approx(float(error.sum() / variance), rel=1e-5)
+    assert metrics["mse"] == pytest.approx(float(error.mean()), rel=1e-5)
+    assert metrics["l0"] == pytest.approx(float((sae.encode(x) > 0).sum(1).double().mean()))
+
+    # The rest of the model, by hand, on the reconstruction at positions 1 and later.
+    spliced = torch.cat([hidden[:, :1], sae(hidden[:, 1:])], dim=1)
+    model.model.layers[1].register_forward_hook(lambda *_: spliced)
+    recon = model(ids).logits[:, 1:-1].log_softmax(-1)
+    ce_recon = -recon.gather(-1, ids[:, 2:, None]).double().mean()
+    assert metrics["ce_recon"] == pytest.approx(float(ce_recon), rel=1e-5)
+    clean = load_language_model(config.model, cache)(ids).logits[:, 1:-1].log_softmax(-1)
+    kl = (clean.exp() * (clean - recon)).sum(-1).double().mean()
+    assert metrics["kl"] == pytest.approx(float(kl), rel=1e-4)
+    ratio = (metrics["ce_zero"] - ce_recon) / (metrics["ce_zero"] - metrics["ce_clean"])
+    assert metrics["ce_recovered"] == pytest.approx(float(ratio), rel=1e-3)
+
+
+def test_firing_counts_are_those_of_the_stored_rows(harvested: RunConfig, tmp_path: Path) -> None:
+    sae = save_sae(tmp_path, plus_minus(), k=3, b_enc=-torch.arange(2.0 * D) / 4)
+    metrics = metrics_of(harvested, tmp_path)
+    store = open_store(harvested.store.path)
+    latents = sae.encode(torch.from_numpy(store.read(HOOKPOINT, 0, store.n_tokens)))
+    expected = (latents > 0).sum(0)
+    frequency = json.loads((tmp_path / "eval" / "frequency.json").read_text())
+    assert frequency == {"tokens": store.n_tokens, "counts": expected.tolist()}
+    assert 0 < metrics["dead_fraction"] == float((expected == 0).double().mean()) < 1
+
+
+def test_it_runs_again_only_for_something_new(harvested: RunConfig, tmp_path: Path) -> None:
+    save_sae(tmp_path, plus_minus(), k=3)
+    first = metrics_of(harvested, tmp_path)
+    assert metrics_of(harvested, tmp_path) == first  # `seconds` too: nothing was measured
+    fewer = replace(harvested, eval=replace(harvested.eval, tokens=64))
+    assert metrics_of(fewer, tmp_path)["tokens"] == 64
+    save_sae(tmp_path, plus_minus(), k=4)
+    assert metrics_of(fewer, tmp_path)["l0"] > first["l0"]
+
+
+def test_a_store_of_a_persons_own_rows(tmp_path: Path) -> None:
+    rows = np.random.default_rng(0).normal(size=(100, D)).astype(np.float32)
+    writer = StoreWriter(tmp_path / "store", {HOOKPOINT: D}, dtype="float32", shard_tokens=64)
+    writer.write_item(0, {HOOKPOINT: rows[:64]})
+    writer.write_item(1, {HOOKPOINT: rows[64:]})
+    writer.finalise()
+    sae = save_sae(tmp_path, plus_minus(), k=5)
+    metrics = metrics_of(RunConfig(), tmp_path)
+    error = (torch.from_numpy(rows) - sae(torch.from_numpy(rows))).double().square()
+    variance = np.square(rows - rows.mean(0)).sum()
+    assert metrics["fvu"] == pytest.approx(float(error.sum() / variance), rel=1e-4)
+    assert metrics["heldout"] is False and "names no language model" in metrics["reason"]
+    assert metrics["ce_recovered"] is None and metrics["kl"] is None
+    assert metrics["tokens"] == 100
+
+
+def test_a_store_harvested_otherwise_has_no_heldout_text(
+    harvested: RunConfig, tmp_path: Path
+) -> None:
+    save_sae(tmp_path, plus_minus(), k=3)
+    other = replace(harvested, data=replace(harvested.data, heldout_fraction=0.3))
+    metrics = metrics_of(other, tmp_path)
+    assert (
+        metrics["ce_clean"] is None and "heldout_fraction: the store has 0.2" in metrics["reason"]
+    )
+
+
+def test_a_store_of_another_width_is_refused(harvested: RunConfig, tmp_path: Path) -> None:
+    config = SAEConfig(n_latents=4, k=2, hookpoint=HOOKPOINT)
+    W = torch.eye(4, 3)
+    SAE(config, W, W, torch.zeros(4), torch.zeros(3)).save(tmp_path)
+    with pytest.raises(StoreMismatchError, match="of width 3; the store holds .*16"):
+        evaluate.run(harvested, tmp_path)

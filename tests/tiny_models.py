@@ -1,0 +1,78 @@
+"""Tiny random language models with a tokenizer of their own, saved as a Hugging Face folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
+
+WORDS = [f"w{i}" for i in range(60)]
+VOCABULARY = {word: i for i, word in enumerate(["<s>", "</s>", "<unk>", *WORDS])}
+
+
+def save_tokenizer(folder: Path) -> Any:
+    """A word-level tokenizer: `w0` is 3, `w1` is 4, ...; BOS 0, EOS 1, unknown 2."""
+    backend = Tokenizer(models.WordLevel(VOCABULARY, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )
+    tokenizer.save_pretrained(folder)
+    return tokenizer
+
+
+def save_llama(folder: Path) -> LlamaForCausalLM:
+    """Three layers of width 16, hookpoints `model.layers.0` to `model.layers.2`."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(VOCABULARY),
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        bos_token_id=0,
+        eos_token_id=1,
+    )
+    model = LlamaForCausalLM(config).eval()
+    model.save_pretrained(folder)
+    save_tokenizer(folder)
+    return model
+
+
+def save_gpt2(folder: Path) -> GPT2LMHeadModel:
+    """Two blocks of width 12, hookpoints `transformer.h.0` and `transformer.h.1`."""
+    torch.manual_seed(1)
+    config = GPT2Config(
+        vocab_size=len(VOCABULARY),
+        n_embd=12,
+        n_layer=2,
+        n_head=2,
+        n_positions=64,
+        bos_token_id=0,
+        eos_token_id=1,
+    )
+    model = GPT2LMHeadModel(config).eval()
+    model.save_pretrained(folder)
+    save_tokenizer(folder)
+    return model
+
+
+def write_text(file: Path, documents: int = 80) -> Path:
+    """A text file whose blank-line-separated documents hold 5 to 44 known words each."""
+    generator = torch.Generator().manual_seed(2)
+    blocks = []
+    for number in range(documents):
+        picks = torch.randint(0, len(WORDS), (5 + number % 40,), generator=generator)
+        blocks.append(" ".join(WORDS[pick] for pick in picks.tolist()))
+    file.write_text("\n\n".join(blocks))
+    return file

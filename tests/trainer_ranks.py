@@ -1,0 +1,192 @@
+"""Real gloo ranks for the distributed tests: synthetic activations and a small SAE."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sae_core.config import (
+    CheckpointConfig,
+    OptimConfig,
+    ParallelConfig,
+    SAEConfig,
+    TrainConfig,
+    TrainerConfig,
+)
+from sae_core.source import Batch
+
+D, N_LATENTS, BATCH, STEPS = 24, 250, 48, 50
+
+
+class SyntheticSource:
+    """Sparse sums of fixed directions; batch i is a pure function of i."""
+
+    d_in = d_out = D
+
+    def __init__(self, replica: int, n_replicas: int, poison: int | None = None) -> None:
+        self.position, self.replica, self.n_replicas = 0, replica, n_replicas
+        self.poison = poison
+        self.directions = torch.randn(96, D, generator=torch.Generator().manual_seed(7))
+
+    def rows(self, index: int) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(1000 + index)
+        weights = torch.rand(BATCH, 96, generator=generator)
+        on = torch.rand(BATCH, 96, generator=generator) < 0.06
+        noise = 0.02 * torch.randn(BATCH, D, generator=generator)
+        return (weights * on) @ self.directions * 3 + 1.5 + noise
+
+    def sample(self, n: int) -> torch.Tensor:
+        return torch.cat([self.rows(i) for i in range(-(-n // BATCH))])[:n]
+
+    def seek(self, position: int) -> None:
+        self.position = position
+
+    def next(self) -> Batch:
+        x = self.rows(self.position).chunk(self.n_replicas)[self.replica].clone()
+        if self.position == self.poison:
+            x[0, 0] = float("nan")
+        self.position += 1
+        return Batch(x, None, 0)
+
+
+@dataclass
+class Job:
+    """What a group of ranks is to do; travels as JSON."""
+
+    folder: str
+    latent: int = 1
+    data: int = 1
+    zero_stage: int = 0
+    resume: str | None = None
+    steps: int = STEPS
+    save_every: int = 25
+    breakage: str | None = None
+    """Feature to take out, so that a test can see its comparison fail."""
+    poison_step: int | None = None
+    poison_rank: int = 0
+    overrides: dict[str, Any] = field(default_factory=dict)
+
+
+def config_of(job: Job) -> TrainerConfig:
+    """The trainer's config of a job."""
+    sae = SAEConfig(n_latents=N_LATENTS, k=6, auxk=8, dead_after_tokens=8 * BATCH)
+    for key, value in job.overrides.items():
+        setattr(sae, key, value)
+    return TrainerConfig(
+        sae,
+        OptimConfig(lr=3e-3, warmup_tokens=8 * BATCH, decay_tokens=10 * BATCH, clip_norm=0.3),
+        TrainConfig(tokens=job.steps * BATCH, batch_tokens=BATCH, sample_tokens=480),
+        ParallelConfig(job.latent, job.data, job.zero_stage),
+        CheckpointConfig(every_tokens=job.save_every * BATCH),
+    )
+
+
+def run_job(job: Job, timeout_s: float = 120) -> list[dict[str, Any]]:
+    """Runs the job's ranks to their end; returns rank 0's metric rows.
+
+    Raises:
+        RanksFailed: some rank ended with an error; its text is the message.
+    """
+    Path(job.folder).mkdir(parents=True, exist_ok=True)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    n_ranks = job.latent * job.data
+    command = [sys.executable, "-m", "tests.trainer_ranks", json.dumps(vars(job))]
+    processes = []
+    for rank in range(n_ranks):
+        environment = os.environ | {
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": str(n_ranks),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+            "OMP_NUM_THREADS": "1",
+            "DS_ACCELERATOR": "cpu",
+        }
+        log = open(Path(job.folder) / f"rank-{rank}.log", "w")  # noqa: SIM115, outlives the block
+        processes.append(subprocess.Popen(command, env=environment, stdout=log, stderr=log))
+    try:
+        codes = [process.wait(timeout_s) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    if any(codes):
+        texts = [(Path(job.folder) / f"rank-{r}.log").read_text() for r in range(n_ranks)]
+        raise RanksFailed("\n".join(texts))
+    return json.loads((Path(job.folder) / "rows.json").read_text())
+
+
+class RanksFailed(Exception):
+    """Some rank ended with an error."""
+
+
+def _rank_main(job: Job) -> None:
+    import torch.distributed as dist
+
+    from sae_core.mesh import Mesh
+    from sae_core.trainer import Trainer
+
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    mesh = Mesh.create("cpu", job.latent, job.data)
+    poison = job.poison_step if dist.get_rank() == job.poison_rank else None
+    source = SyntheticSource(mesh.data_rank, mesh.n_data, poison)
+    rows: list[dict[str, Any]] = []
+    checkpoints = Path(job.folder) / "checkpoints"
+    checkpoints.mkdir(exist_ok=True)
+    _take_out(job.breakage)
+    trainer = Trainer(config_of(job), mesh, source, checkpoints, 3, rows.append, 1)
+    if job.resume is None:
+        trainer.calibrate()
+    else:
+        trainer.resume(Path(job.resume))
+        if job.steps == trainer.step:  # only re-save what was loaded
+            trainer.save()
+    trainer.train()
+    if dist.get_rank() == 0:
+        (Path(job.folder) / "rows.json").write_text(json.dumps(rows))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def _take_out(feature: str | None) -> None:
+    """Breaks one thing on purpose."""
+    import torch.distributed as dist
+
+    from sae_core import autoencode
+    from sae_core.architectures.topk import TopKSAE
+    from sae_core.engine import SAEEngine
+
+    if feature == "global selection":
+        autoencode.select_global = lambda values, *_: values > float("-inf")
+    elif feature == "reconstruction all-reduce":
+        autoencode.dist = _Without(dist, "all_reduce")
+    elif feature == "fired all-reduce":
+        TopKSAE.note_fired = lambda *_: None
+    elif feature == "zero push":
+        SAEEngine._push_to_zero = lambda *_: None
+    elif feature is not None:
+        raise ValueError(feature)
+
+
+class _Without:
+    """A module with one function that does nothing."""
+
+    def __init__(self, module: Any, name: str) -> None:
+        self._module, self._name = module, name
+
+    def __getattr__(self, name: str) -> Any:
+        return (lambda *_, **__: None) if name == self._name else getattr(self._module, name)
+
+
+if __name__ == "__main__":
+    _rank_main(Job(**json.loads(sys.argv[1])))

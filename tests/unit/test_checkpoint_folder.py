@@ -1,0 +1,93 @@
+"""A checkpoint is whole or it is none: damage of every kind is named and the older one is used."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from sae_core.checkpoint.folder import (
+    check_manifest,
+    hash_file,
+    list_checkpoints,
+    newest_valid,
+    payload_files,
+    prunable,
+)
+from sae_core.errors import DamagedCheckpointError
+
+STATE = {
+    "step": 1,
+    "tokens": 2,
+    "source_position": 1,
+    "seed": 0,
+    "batch_tokens": 2,
+    "d_model": 3,
+    "saes": {},
+    "mesh": {},
+    "schema": 1,
+}
+
+
+def make(root: Path, step: int) -> Path:
+    folder = root / f"step-{step:08d}"
+    (folder / "weights").mkdir(parents=True)
+    (folder / "weights" / "a.safetensors").write_bytes(bytes([step]) * 1000)
+    (folder / "state.json").write_text(json.dumps(STATE | {"step": step}))
+    entries = {
+        name: {"bytes": (folder / name).stat().st_size, "sha256": hash_file(folder / name)}
+        for name in payload_files(folder)
+    }
+    (folder / "manifest.json").write_text(json.dumps({"files": entries}))
+    return folder
+
+
+def flip(folder: Path) -> None:
+    path = folder / "weights" / "a.safetensors"
+    data = bytearray(path.read_bytes())
+    data[500] ^= 1
+    path.write_bytes(bytes(data))
+
+
+DAMAGES = {
+    "flipped": flip,
+    "truncated": lambda f: (f / "weights" / "a.safetensors").write_bytes(b"x"),
+    "deleted": lambda f: (f / "weights" / "a.safetensors").unlink(),
+    "extra": lambda f: (f / "weights" / "b.safetensors").write_bytes(b"x"),
+    "no manifest": lambda f: (f / "manifest.json").unlink(),
+    "manifest is no JSON": lambda f: (f / "manifest.json").write_text("{"),
+    "manifest is a list": lambda f: (f / "manifest.json").write_text("[]"),
+    "state edited": lambda f: (f / "state.json").write_text(json.dumps(STATE | {"step": 99})),
+    "empty folder": lambda f: [shutil.rmtree(f), f.mkdir()],
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damage_is_named_and_the_older_one_used(tmp_path, damage):
+    older, newest = make(tmp_path, 1), make(tmp_path, 2)
+    (tmp_path / "step-00000003.tmp").mkdir()  # a save that was killed
+    assert newest_valid(tmp_path) == newest
+    DAMAGES[damage](newest)
+    with pytest.raises(DamagedCheckpointError, match="step-00000002"):
+        check_manifest(newest)
+    with pytest.warns(UserWarning, match="skipping a damaged checkpoint.*step-00000002"):
+        assert newest_valid(tmp_path) == older
+
+
+def test_another_schema_is_refused(tmp_path):
+    folder = make(tmp_path, 1)
+    (folder / "state.json").write_text(json.dumps(STATE | {"schema": 9}))
+    entries = {n: {"bytes": (folder / n).stat().st_size, "sha256": hash_file(folder / n)}
+               for n in payload_files(folder)}  # fmt: skip
+    (folder / "manifest.json").write_text(json.dumps({"files": entries}))
+    with pytest.warns(UserWarning, match="schema 9"):
+        assert newest_valid(tmp_path) is None
+
+
+def test_pruning_keeps_the_newest_valid_ones(tmp_path):
+    folders = [make(tmp_path, step) for step in (1, 2, 3, 4)]
+    DAMAGES["truncated"](folders[3])
+    assert [f.name for f in list_checkpoints(tmp_path)][0] == "step-00000004"
+    assert list(prunable(tmp_path, 2)) == [folders[0]]

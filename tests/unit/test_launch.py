@@ -1,0 +1,68 @@
+"""What a user gets wrong ends in one line and exit code 2, before any work."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def launch(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(ROOT / "launch.py"), *arguments]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=60, check=False)
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("sae.n_latent=5", "did you mean sae.n_latents"),
+        ("colour=red", "Key 'colour' not in 'RunConfig'"),
+        ("sae.k=many", "'many' of type 'str' could not be converted to Integer"),
+        ("sae.k=5000", "between 1 and sae.n_latents=4096"),
+        ("sae.architecture=transformer", "one of: topk"),
+        ("stage=trian", "expected one of: pipeline"),
+        ("model=nope", "Available options in 'model'"),
+        ("name=../x", "not a path"),
+        ("parallel.data=3", "a multiple of parallel.data=3"),
+        ("parallel.latent=5000", "use fewer latent shards"),
+        ("parallel.zero_stage=3", "0 or 1"),
+        ("store.dtype=float64", "bfloat16 or float32"),
+        ("store.shard_tokens=100", "room for one context"),
+        ("checkpoint.keep=1", "at least 2"),
+        ("optim.warmup_tokens=99999999", "at most train.tokens"),
+        ("model.hookpoints=[]", "at least one module name"),
+        ("sae.hookpoint=model.layers.3", "one of model.hookpoints"),
+        ("data.heldout_fraction=0", "between 0 and 1"),
+        ("logging.wandb=maybe", "auto, online, offline or disabled"),
+    ],
+)
+def test_bad_input(tmp_path, override, expected):
+    done = launch(override, cwd=tmp_path)
+    assert done.returncode == 2, done.stderr
+    assert expected in done.stderr
+    assert done.stderr.count("\n") == 1 and done.stderr.startswith("error: ")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_train_without_a_store(tmp_path):
+    done = launch("stage=train", "store.path=missing", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "store.path='missing': expected a store of activations" in done.stderr
+
+
+def test_help_names_stages_groups_and_examples(tmp_path):
+    done = launch("--help", cwd=tmp_path)
+    assert done.returncode == 0
+    for word in ("pipeline", "evaluate", "experiment: demo", "stage=train name=own"):
+        assert word in done.stdout
+
+
+def test_a_changed_config_is_refused_with_a_diff(tmp_path):
+    launch("stage=train", "store.path=missing", cwd=tmp_path)
+    again = launch("stage=train", "store.path=missing", "sae.k=16", "eval.tokens=9", cwd=tmp_path)
+    assert again.returncode == 2
+    assert "sae.k: 32 -> 16" in again.stderr and "eval.tokens" not in again.stderr
