@@ -12,14 +12,14 @@ from typing import Any, ClassVar, Self, TypeGuard
 import ml_dtypes
 import numpy as np
 from zarr.core.dtype import DataTypeValidationError, ZDType, data_type_registry
-from zarr.core.dtype.common import HasItemSize
+from zarr.core.dtype.common import HasEndianness, HasItemSize
 
 DTYPE = np.dtype(ml_dtypes.bfloat16)
 _SPECIAL = {"NaN": float("nan"), "Infinity": float("inf"), "-Infinity": float("-inf")}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class BFloat16(ZDType[Any, Any], HasItemSize):
+class BFloat16(ZDType[Any, Any], HasItemSize, HasEndianness):
     """bfloat16 in Zarr v3, as `ml_dtypes.bfloat16` in NumPy. Zarr v2 has no such type."""
 
     dtype_cls: ClassVar[Any] = type(DTYPE)

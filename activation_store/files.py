@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import time
 import uuid
 from collections.abc import Iterable
 from pathlib import Path
@@ -21,6 +23,7 @@ Bytes = NDArray[np.uint8]
 TMP = "_tmp"
 _SEAL = b'{"crc32c":"%08x",'
 _SEAL_BYTES = len(_SEAL % 0)
+_STALE_S = 3600
 _MAX_PARTS = 512  # of one writev; Linux takes 1024
 
 
@@ -87,6 +90,14 @@ def link_new(temporary: Path, path: Path) -> bool:
     finally:
         temporary.unlink()
     return True
+
+
+def remove_stale(root: Path) -> None:
+    """Removes what dead writers left half written; young files may be a living one's."""
+    for file in (root / TMP).iterdir():
+        with contextlib.suppress(FileNotFoundError):  # its writer, or another one's sweep
+            if time.time() - file.stat().st_mtime > _STALE_S:
+                file.unlink()
 
 
 def read_bounded(path: Path, limit_bytes: int) -> bytes:

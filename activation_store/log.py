@@ -120,9 +120,8 @@ def write_snapshot(root: Path, segment: int, table: NDArray[np.void]) -> None:
 def append(root: Path, record: ItemRecord) -> bool:
     """Commits an item, unless it is committed already: then False. Durable when it returns."""
     path = record_path(root, record.item)
-    if not path.parent.is_dir():
-        path.parent.mkdir(exist_ok=True)
-        files.fsync_folder(path.parent.parent)
+    path.parent.mkdir(exist_ok=True)
+    files.fsync_folder(path.parent.parent)  # even if another writer made the folder a moment ago
     temporary = files.write_temporary(root, [files.seal(record.to_json())])
     is_new = files.link_new(temporary, path)
     files.fsync_folder(path.parent)

@@ -169,6 +169,7 @@ class StoreWriter:
         for segment in range(-(-final.n_items // log.SEGMENT_ITEMS)):
             log.snapshot_if_full(self.path, final, segment)
         self._write_metadata(final, table["rows"])
+        files.remove_stale(self.path)
         self.header = final
         return final
 

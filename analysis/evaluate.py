@@ -75,7 +75,7 @@ def run(config: RunConfig, run_dir: Path) -> None:
     from activation_store import open_store
     from sae_core import load_sae
 
-    console = Console()
+    console = Console(soft_wrap=True)
     started = time.monotonic()
     sae = load_sae(run_dir)
     store = open_store(store_path(config, run_dir))
@@ -87,6 +87,7 @@ def run(config: RunConfig, run_dir: Path) -> None:
         "data": asdict(config.data),
         "model": asdict(config.model),
         "seed": config.seed,
+        "sae": asdict(sae.config),
         "weights_sha256": _weights_sha256(sae),
         "store": [store.n_items, store.n_tokens, store.header.provenance],
     }

@@ -55,7 +55,7 @@ def run(config: RunConfig, run_dir: Path) -> None:
     from cluster.contexts import plan_items, prepare_contexts
     from cluster.models import load_tokenizer
 
-    console = Console()
+    console = Console(soft_wrap=True)
     cache_dir = Path(config.cache_dir).expanduser()
     path = store_path(config, run_dir)
     tokenizer = load_tokenizer(config.model, cache_dir)

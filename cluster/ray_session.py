@@ -18,8 +18,10 @@ def ray_session(config: ClusterConfig, min_cpus: int = 1) -> Iterator[None]:
     """Gives the block a Ray cluster, and stops afterwards only what it started itself.
 
     Within a process that is already connected to Ray this does nothing. With `config.address` it
-    joins that cluster and leaves it at the end. Otherwise it starts one on the loopback interface:
-    no dashboard, no usage statistics, no log forwarding, and it dies with this process.
+    joins that cluster and leaves it at the end. Otherwise it starts one without dashboard, usage
+    statistics and log forwarding, which dies with this process. Ray's ports listen on all
+    interfaces, whatever address it is given; what keeps others out is its token authentication,
+    which it switches on for the clusters that it starts (token in `~/.ray/auth_token`).
 
     Args:
         config: Where the cluster is.
@@ -45,7 +47,6 @@ def ray_session(config: ClusterConfig, min_cpus: int = 1) -> Iterator[None]:
             logging_level="ERROR",
             log_to_driver=False,
             object_store_memory=OBJECT_STORE_BYTES,
-            _node_ip_address="127.0.0.1",
         )
     else:
         _join(config.address)

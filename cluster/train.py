@@ -242,5 +242,6 @@ class _Rank:
         )
         from cluster.rank import run_rank
 
-        print(f"{time.strftime('%Y-%m-%d %H:%M:%S')} rank {self.rank} of {self.n_ranks} starts")
+        now = time.strftime("%Y-%m-%d %H:%M:%S")
+        print(f"{now} rank {self.rank} of {self.n_ranks}, process {os.getpid()}", flush=True)
         run_rank(self.run_dir)

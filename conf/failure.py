@@ -14,6 +14,7 @@ from activation_store.errors import (
     MissingDataError,
     StoreError,
 )
+from analysis.errors import AnalysisError, RunFileError
 from cluster.errors import ClusterError, RankFailedError
 from conf.schema import RunConfig
 from sae_core.errors import CheckpointError, NonFiniteLossError, SAEError
@@ -25,6 +26,7 @@ _RUNTIME = (
     MissingDataError,
     NonFiniteLossError,
     RankFailedError,
+    RunFileError,
 )
 """Ours, but not the fault of what the user typed."""
 
@@ -36,7 +38,7 @@ def explain(error: BaseException) -> tuple[str | None, bool]:
     """(message, whether the input is at fault); no message for what nobody raised on purpose."""
     if isinstance(error, HydraException | OmegaConfBaseException):
         return _config_message(error), True
-    if isinstance(error, SAEError | StoreError | ClusterError):
+    if isinstance(error, SAEError | StoreError | ClusterError | AnalysisError):
         return str(error), not isinstance(error, _RUNTIME)
     return None, False
 

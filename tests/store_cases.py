@@ -49,9 +49,7 @@ def write_store(
     return writer
 
 
-def expected(
-    valid_rows: Sequence[int], arrays: dict[str, int], dtype: str = "bfloat16"
-) -> Columns:
+def expected(valid_rows: Sequence[int], arrays: dict[str, int], dtype: str = "bfloat16") -> Columns:
     """All logical rows of such a store, by array."""
     parts = [item_columns(item, n_rows, arrays) for item, n_rows in enumerate(valid_rows)]
     names = {**arrays, "token_id": 0, "document": 0, "position": 0}

@@ -182,6 +182,6 @@ def test_a_store_harvested_otherwise_has_no_heldout_text(
 def test_a_store_of_another_width_is_refused(harvested: RunConfig, tmp_path: Path) -> None:
     config = SAEConfig(n_latents=4, k=2, hookpoint=HOOKPOINT)
     W = torch.eye(4, 3)
-    SAE(config, W, W, torch.zeros(4), torch.zeros(3)).save(tmp_path)
+    SAE(config, W, W.clone(), torch.zeros(4), torch.zeros(3)).save(tmp_path)
     with pytest.raises(StoreMismatchError, match="of width 3; the store holds .*16"):
         evaluate.run(harvested, tmp_path)

@@ -28,7 +28,7 @@ def read_tensorstore(path: Path, array: str) -> Any:
     return np.asarray(tensorstore.open(spec).result().read().result())
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(
     valid_rows=st.lists(st.integers(0, 24), max_size=4),
     dtype=st.sampled_from(["bfloat16", "float32"]),

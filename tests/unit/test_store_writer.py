@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -96,11 +97,13 @@ def test_files_without_a_record_do_not_exist(tmp_path: Path) -> None:
     path = tmp_path / "s"
     writer = write_store(path, ROWS, order=[0, 1, 2], finalise=False)
     (path / "model.layers.9" / "c.3.0").write_bytes(b"half a sh")
-    (path / "_tmp" / "left").write_bytes(b"over")
+    for name, age_s in (("old", 7200), ("young", 0)):
+        (path / "_tmp" / name).write_bytes(b"over")
+        os.utime(path / "_tmp" / name, (time.time() - age_s,) * 2)
     assert open_store(path).n_items == 3 and verify_store(path) == []
     writer.write_item(3, *item_columns(3, 16, ARRAYS))
     writer.finalise()
-    assert verify_store(path) == []
+    assert verify_store(path) == [] and os.listdir(path / "_tmp") == ["young"]
     rows = open_store(path).read("model.layers.9", 0, 37)
     np.testing.assert_array_equal(rows, expected(ROWS[:4], ARRAYS)["model.layers.9"])
 
@@ -116,7 +119,10 @@ def test_opening_another_store_shows_what_differs(tmp_path: Path) -> None:
     assert calibration is not None and calibration["model.layers.9"].norm == 2.5
     before = tree(tmp_path / "s")
     for change, line in (
-        ({"dtype": "float32"}, "dtype: the store has 'bfloat16', wanted 'float32'"),
+        (
+            {"dtype": "float32", "chunk_bytes": 96},
+            "dtype: the store has 'bfloat16', wanted 'float32'",
+        ),
         ({"shard_tokens": 32}, "shard_tokens: the store has 16, wanted 32"),
         ({"chunk_bytes": 100}, "chunk_rows: the store has 4, wanted 8"),
         ({"n_items": 10}, "planned_items: the store has 9, wanted 10"),

@@ -1,0 +1,48 @@
+# What a person does daily; `make help` lists it.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help install peers demo test test-fast lint format bench clean
+
+help: ## list the targets
+	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
+
+install: $(STAMP) ## make .venv with everything pinned
+
+$(STAMP): pyproject.toml constraints.txt requirements-demo.txt
+	$(PYTHON) -m venv --clear $(VENV)
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt torch==2.13.0 setuptools
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps -r requirements-demo.txt
+	touch $(STAMP)
+
+peers: ## make .venv-peers: the libraries that exports and benchmarks are compared with
+	PYTHON=$(PYTHON) benchmarks/make_peers_env.sh
+
+demo: $(STAMP) ## harvest a real model, train, evaluate, export and report (minutes on 2 cores)
+	$(BIN)/python launch.py
+	@echo "open runs/demo/report/index.html"
+
+test: $(STAMP) peers ## all tests
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest
+
+test-fast: $(STAMP) ## tests that start no processes
+	$(BIN)/python -m pytest -m "not slow and not distributed and not ray" tests/unit
+
+lint: $(STAMP) ## ruff and mypy
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: $(STAMP) ## ruff, writing
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: $(STAMP) peers ## one step, ours and the peers'
+	$(BIN)/python -m benchmarks.step --json benchmarks/results/step-cpu.json
+
+clean: ## remove environments, runs and caches
+	rm -rf $(VENV) .venv-peers runs .pytest_cache .mypy_cache .ruff_cache

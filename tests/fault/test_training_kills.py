@@ -1,0 +1,181 @@
+"""A killed driver, a killed rank: the same command again ends with the weights of an unkilled run."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from activation_store import StoreWriter
+from sae_core.checkpoint.folder import list_checkpoints, read_state
+from sae_core.inference import _read_weights
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.distributed]
+
+ROOT = Path(__file__).resolve().parents[2]
+STEPS = 400
+
+
+def command(folder: Path, *more: str) -> list[str]:
+    return [
+        sys.executable,
+        str(ROOT / "launch.py"),
+        "stage=train",
+        "experiment=none",
+        "name=run",
+        f"runs_dir={folder}",
+        f"store.path={folder.parent / 'store'}",
+        "sae.n_latents=300",
+        "sae.k=6",
+        "sae.auxk=8",
+        "sae.dead_after_tokens=20000",
+        "optim.lr=2e-3",
+        "train.batch_tokens=256",
+        f"train.tokens={STEPS * 256}",
+        f"checkpoint.every_tokens={40 * 256}",
+        "store.window_items=3",
+        "store.buffer_tokens=2048",
+        "logging.wandb=disabled",
+        "logging.every_steps=5",
+        "train.threads_per_rank=1",
+        *more,
+    ]
+
+
+def run(folder: Path, *more: str) -> str:
+    done = subprocess.run(
+        command(folder, *more), capture_output=True, text=True, timeout=200, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store of synthetic activations, and the run that nobody killed."""
+    folder = tmp_path_factory.mktemp("kills")
+    rng = np.random.default_rng(0)
+    directions = rng.normal(size=(128, 32)).astype(np.float32)
+    writer = StoreWriter(folder / "store", {"acts": 32}, dtype="float32", shard_tokens=1024)
+    for item in range(14):
+        weights = rng.random((1024, 128)) * (rng.random((1024, 128)) < 0.05)
+        writer.write_item(item, (weights @ directions).astype(np.float32))
+    writer.finalise()
+    run(folder / "clean", "parallel.latent=2")
+    return folder
+
+
+def final(folder: Path) -> tuple[Path, dict[str, torch.Tensor]]:
+    newest = list_checkpoints(folder / "run" / "checkpoints")[0]
+    assert read_state(newest).step == STEPS
+    return newest, _read_weights(newest / "weights", "") | _read_weights(newest / "optimizer", "")
+
+
+def same_end(one: Path, other: Path) -> None:
+    a, b = final(one)[1], final(other)[1]
+    assert a.keys() == b.keys()
+    for name, tensor in a.items():
+        assert torch.equal(tensor, b[name]), name
+
+
+def wait_until(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 90
+    while not condition():
+        assert process.poll() is None, "ended before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def trained_beyond(folder: Path, step: int) -> bool:
+    path = folder / "run" / "metrics.jsonl"
+    return path.exists() and f'"step": {step},' in path.read_text()
+
+
+def rank_pids(folder: Path) -> list[int]:
+    logs = sorted((folder / "run" / "logs").glob("rank-*.log"))
+    starts = [re.findall(r"process (\d+)\n", log.read_text()) for log in logs]
+    return [int(found[-1]) for found in starts if found]
+
+
+def start(folder: Path, *more: str) -> subprocess.Popen[str]:
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    return subprocess.Popen(command(folder, *more), text=True, **pipes)
+
+
+def test_a_killed_driver(folder):
+    mine = folder / "driver"
+    process = start(mine, "parallel.latent=2")
+    wait_until(lambda: trained_beyond(mine, 100), process)
+    process.kill()
+    process.wait()
+    before = [path.name for path in list_checkpoints(mine / "run" / "checkpoints")]
+    assert before and before[0] != f"step-{STEPS:08d}"
+    run(mine, "parallel.latent=2")
+    same_end(folder / "clean", mine)
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_killed_rank(folder, victim):
+    mine = folder / f"rank-{victim}"
+    process = start(mine, "parallel.latent=2")
+    wait_until(lambda: trained_beyond(mine, 100), process)
+    os.kill(rank_pids(mine)[victim], signal.SIGKILL)
+    output, _ = process.communicate(timeout=150)
+    assert process.returncode == 0, output
+    assert "a trainer rank died" in output or "a trainer rank failed" in output
+    same_end(folder / "clean", mine)
+
+
+def test_two_drivers_in_one_run(folder):
+    mine = folder / "two"
+    first = start(mine)
+    wait_until(lambda: (mine / "run" / "config.yaml").exists(), first)
+    second = subprocess.run(
+        command(mine), capture_output=True, text=True, timeout=60, check=False
+    )
+    assert second.returncode == 2
+    assert f"is in use by process {first.pid} on" in second.stderr
+    first.kill()
+    first.wait()
+
+
+def test_ranks_that_die_again_and_again_are_given_up(folder):
+    mine = folder / "again"
+    process = start(mine, "cluster.max_failures=1")
+    killed: list[int] = []
+    for _ in range(2):
+        wait_until(lambda: rank_pids(mine) not in ([], killed), process)
+        killed = rank_pids(mine)
+        os.kill(killed[0], signal.SIGKILL)
+    output, _ = process.communicate(timeout=100)
+    assert process.returncode == 1
+    assert "trainer ranks died 2 times" in output and "resume" in output
+
+
+def test_torchrun_gives_the_same_weights(folder):
+    mine = folder / "torchrun"
+    run_dir = mine / "run"
+    run_dir.mkdir(parents=True)
+    clean = (folder / "clean" / "run" / "config.yaml").read_text()
+    (run_dir / "config.yaml").write_text(clean)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [*torchrun, "--standalone", "-m", "cluster.rank", str(run_dir)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=150,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert f"train {STEPS}/{STEPS} 100%" in done.stdout
+    same_end(folder / "clean", mine)
