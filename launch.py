@@ -45,8 +45,18 @@ def compose_and_run(composed: DictConfig) -> None:
         config.store.path = str(Path(config.store.path).expanduser().resolve())
         stages = PIPELINE if config.stage == "pipeline" else (config.stage,)
         with open_run(config, read_only=config.stage in READ_ONLY) as run_dir:
+            if config.stage == "pipeline":
+                _print_config(config)
             for stage in stages:
                 import_module(STAGES[stage]).run(config, run_dir)
+
+
+def _print_config(config: RunConfig) -> None:
+    from rich import print as show
+
+    from conf.tree import config_tree
+
+    show(config_tree(config))
 
 
 @contextmanager

@@ -202,6 +202,8 @@ class ShuffledStream:
                 return current
             self._current = None  # its buffer is free from here on
             self._current = self._take()
+            begin = (self._current.block.epoch, self._current.block.start)
+            assert begin <= (epoch, row), "passed the row that is asked for"
 
     def _take(self) -> _Loaded:
         started = time.monotonic()

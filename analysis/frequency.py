@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from activation_store import Store
     from sae_core import SAE
 
-ROWS_PER_READ = 4096
+ROWS_PER_READ = 2048
 
 
 class FiringPass(NamedTuple):

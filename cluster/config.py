@@ -69,7 +69,9 @@ class DataConfig:
             raise ConfigError("data.tokens", self.tokens, "at least 1")
         if self.context_tokens < 2:
             raise ConfigError(
-                "data.context_tokens", self.context_tokens, "at least 2: position 0 is always dropped"
+                "data.context_tokens",
+                self.context_tokens,
+                "at least 2: position 0 is always dropped",
             )
         if not 0 < self.heldout_fraction < 1:
             raise ConfigError(
@@ -90,9 +92,7 @@ class LoggingConfig:
     def validate(self) -> None:
         """Raises: ConfigError: naming the setting that cannot be."""
         if self.wandb not in ("auto", "online", "offline", "disabled"):
-            raise ConfigError(
-                "logging.wandb", self.wandb, "auto, online, offline or disabled"
-            )
+            raise ConfigError("logging.wandb", self.wandb, "auto, online, offline or disabled")
         if self.every_steps < 1:
             raise ConfigError("logging.every_steps", self.every_steps, "at least 1")
 

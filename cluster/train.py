@@ -7,17 +7,16 @@ continue from the newest valid checkpoint. Errors that we raised on purpose are 
 from __future__ import annotations
 
 import json
-import os
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
 from activation_store.errors import StoreConfigError, StoreError
-from cluster.errors import ClusterError, PlacementError, RankFailedError
+from cluster.errors import ClusterError, RankFailedError
 from cluster.metric_sinks import METRICS
+from cluster.rank_group import rank_group
 from cluster.ray_session import ray_session
 from cluster.run_dir import wait_for_old_ranks
 from cluster.training_line import TrainingLine
@@ -78,62 +77,11 @@ def _attempt(config: RunConfig, run_dir: Path) -> str | None:
     """One group of ranks, to its end. Returns what killed it, None when it finished."""
     import ray
 
-    ranks = _place(config, run_dir)
-    try:
+    with rank_group(config, run_dir) as ranks:
         host, port = ray.get(ranks[0].address.remote(), timeout=config.cluster.placement_timeout_s)
         tasks = [rank.run.remote(host, port) for rank in ranks]
         _follow(tasks, config, run_dir)
         return _first_problem(tasks)
-    finally:
-        for rank in ranks:
-            ray.kill(rank)
-
-
-def _place(config: RunConfig, run_dir: Path) -> list[Any]:
-    """One actor per rank, all placed, or none.
-
-    Raises:
-        PlacementError: not all of them came up in time.
-    """
-    import ray
-    from ray.util.placement_group import placement_group, remove_placement_group
-    from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
-
-    n_ranks = config.parallel.n_ranks
-    options: dict[str, Any] = {"num_cpus": 0, "max_restarts": 0}
-    timeout = config.cluster.placement_timeout_s
-    if _wants_gpus(config):
-        group = placement_group([{"GPU": 1}] * n_ranks, strategy="PACK")
-        if not ray.wait([group.ready()], timeout=timeout)[0]:
-            remove_placement_group(group)
-            raise PlacementError(
-                f"parallel.latent x parallel.data = {n_ranks} ranks: expected as many GPUs free "
-                f"within {timeout:.0f} s, the cluster has {ray.cluster_resources().get('GPU', 0)}"
-            )
-        options |= {
-            "num_gpus": 1,
-            "scheduling_strategy": PlacementGroupSchedulingStrategy(placement_group=group),
-        }
-    actor = ray.remote(_Rank).options(**options)
-    ranks = [actor.remote(str(run_dir), index, n_ranks) for index in range(n_ranks)]
-    ready = [rank.ready.remote() for rank in ranks]
-    placed, missing = ray.wait(ready, num_returns=n_ranks, timeout=timeout)
-    if missing:
-        for rank in ranks:
-            ray.kill(rank)
-        raise PlacementError(
-            f"{len(placed)} of {n_ranks} ranks were placed within {timeout:.0f} s; "
-            "lower parallel.latent or parallel.data, or raise cluster.placement_timeout_s"
-        )
-    return ranks
-
-
-def _wants_gpus(config: RunConfig) -> bool:
-    import ray
-
-    if config.train.device == "auto":
-        return bool(ray.cluster_resources().get("GPU", 0))
-    return config.train.device == "cuda"
 
 
 def _follow(tasks: list[Any], config: RunConfig, run_dir: Path) -> None:
@@ -204,44 +152,3 @@ def _error_of(task: Any) -> Any:
     except ray.exceptions.RayError as error:
         return error
     return None
-
-
-class _Rank:
-    """The actor: a process of its own that becomes one trainer rank."""
-
-    def __init__(self, run_dir: str, rank: int, n_ranks: int) -> None:
-        self.run_dir, self.rank, self.n_ranks = Path(run_dir), rank, n_ranks
-        log = open(self.run_dir / "logs" / f"rank-{rank}.log", "ab", buffering=0)  # noqa: SIM115
-        # For the whole life of the process, native libraries included.
-        os.dup2(log.fileno(), 1)
-        os.dup2(log.fileno(), 2)
-
-    def ready(self) -> int:
-        """Process id, once the actor runs."""
-        return os.getpid()
-
-    def address(self) -> tuple[str, int]:
-        """Where rank 0 listens: this node's address and a port that is free now."""
-        import socket
-
-        import ray
-
-        with socket.socket() as free:
-            free.bind(("", 0))
-            return ray.util.get_node_ip_address(), free.getsockname()[1]
-
-    def run(self, host: str, port: int) -> None:
-        """Trains."""
-        os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-        os.environ.update(
-            RANK=str(self.rank),
-            WORLD_SIZE=str(self.n_ranks),
-            LOCAL_RANK="0" if os.environ.get("CUDA_VISIBLE_DEVICES") else str(self.rank),
-            MASTER_ADDR=host,
-            MASTER_PORT=str(port),
-        )
-        from cluster.rank import run_rank
-
-        now = time.strftime("%Y-%m-%d %H:%M:%S")
-        print(f"{now} rank {self.rank} of {self.n_ranks}, process {os.getpid()}", flush=True)
-        run_rank(self.run_dir)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +12,6 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from store_cases import expected, item_columns, tree, write_store
 
 from activation_store import ShuffledStream, Store, open_store, verify_store
 from activation_store import files as store_files
@@ -22,6 +23,7 @@ from activation_store.errors import (
     StoreFormatError,
 )
 from activation_store.files import read_sealed, seal
+from tests.store_cases import expected, item_columns, tree, write_store
 
 ARRAYS = {"a": 6, "b": 3}
 ROWS = [16, 5, 16, 9]
@@ -153,6 +155,29 @@ def test_swapped_records_are_named(tmp_path: Path) -> None:
     assert {damage.item for damage in verify_store(path)} == {0, 2}
 
 
+def test_a_header_that_was_edited_is_refused(pristine: Path, tmp_path: Path) -> None:
+    """Values that could be, but are not what was written."""
+    path = tmp_path / "s"
+    shutil.copytree(pristine, path)
+    text = (path / "zarr.json").read_text()
+    (path / "zarr.json").write_text(
+        text.replace('"provenance": {}', '"provenance": {"model": "m"}')
+    )
+    with pytest.raises(DamagedDataError, match=r"zarr\.json: the header fails its checksum"):
+        open_store(path)
+    assert [damage.file for damage in verify_store(path)] == ["zarr.json"]
+
+
+def test_a_record_that_contradicts_the_snapshot_is_named(pristine: Path, tmp_path: Path) -> None:
+    path = tmp_path / "s"
+    shutil.copytree(pristine, path)
+    record = path / "_log" / "000000" / "000000001.json"
+    record.write_bytes(seal({**read_sealed(record, 1 << 20), "attempt": "another"}))
+    damages = verify_store(path)
+    assert [(damage.file, damage.item) for damage in damages] == [("_log/000000/000000001.json", 1)]
+    assert "differs" in damages[0].problem
+
+
 def test_swapped_chunks_of_one_shard_are_named(pristine: Path, tmp_path: Path) -> None:
     """Each chunk with its checksum is whole: only its place is wrong."""
     path = tmp_path / "s"
@@ -196,9 +221,19 @@ def test_a_record_that_claims_too_much_is_refused(tmp_path: Path) -> None:
     good = read_sealed(record, 1 << 20)
     name = "model.layers.9"
     shard = good["arrays"][name]
+    header = open_store(path).header
+
+    def sized(rows: int) -> dict[str, object]:
+        """A record whose sizes agree with its rows."""
+        sizes = {key: header.layout(key).file_bytes(rows) for key in good["arrays"]}
+        arrays = {key: {**good["arrays"][key], "bytes": size} for key, size in sizes.items()}
+        return {"rows": rows, "arrays": arrays}
+
     for change in (
-        {"rows": 10**12},
-        {"rows": -1},
+        {"rows": 3},
+        sized(17),
+        sized(-1),
+        sized(10**12),
         {"rows": True},
         {"rows": 15.0},
         {"rows": [16]},
@@ -223,6 +258,42 @@ def test_a_record_that_claims_too_much_is_refused(tmp_path: Path) -> None:
     record.write_bytes(b" " * (9 << 20))
     with pytest.raises(StoreFormatError, match="expected at most"):
         open_store(path)
+
+
+@pytest.mark.parametrize("calls", range(13))
+def test_a_disk_that_fails_leaves_a_store_that_can_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, calls: int
+) -> None:
+    path = tmp_path / "s"
+    writer = write_store(path, ROWS, arrays=ARRAYS, order=[0, 1], finalise=False)
+    fsync, left = os.fsync, [calls]
+
+    def full(fd: int) -> None:
+        if not left[0]:
+            raise OSError(errno.ENOSPC, "no space left on device")
+        left[0] -= 1
+        fsync(fd)
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="no space left"):
+        writer.write_item(2, *item_columns(2, 16, ARRAYS))
+    monkeypatch.undo()
+    # The last call is for the folder that names the record already.
+    assert open_store(path).n_items == (2 if calls < 12 else 3) and verify_store(path) == []
+    writer.write_item(2, *item_columns(2, 16, ARRAYS))
+    writer.write_item(3, *item_columns(3, 9, ARRAYS))
+    writer.finalise()
+    read_all(path)
+    assert verify_store(path) == [] and not list((path / "_tmp").iterdir())
+
+
+def test_a_reader_of_a_file_that_is_replaced_sees_the_old_one_whole(tmp_path: Path) -> None:
+    (tmp_path / "_tmp").mkdir()
+    (tmp_path / "x").write_bytes(b"old")
+    with (tmp_path / "x").open("rb") as file:
+        store_files.replace(tmp_path, tmp_path / "x", b"new and longer")
+        assert file.read() == b"old"
+    assert tree(tmp_path) == {"x": b"new and longer"}
 
 
 @pytest.mark.parametrize("survivors", range(9))

@@ -12,18 +12,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from store_cases import expected, tree, write_store
 
 from activation_store import StoreWriter, open_store, verify_store
+from tests.store_cases import expected, tree, write_store
 
 N_ITEMS, ARRAYS = 80, {"a": 64}
 ROWS = [(item * 37) % 257 for item in range(N_ITEMS)]
 
 WRITER = f"""
 import os, random, sys
-sys.path.insert(0, {str(Path(__file__).parents[1])!r})
+sys.path.insert(0, {str(Path(__file__).parents[2])!r})
 from pathlib import Path
-from store_cases import item_columns
+from tests.store_cases import item_columns
 from activation_store import StoreWriter, log
 log.SEGMENT_ITEMS = 25
 writer = StoreWriter(Path(sys.argv[1]), {ARRAYS!r}, shard_tokens=256, chunk_bytes=1000)

@@ -1,4 +1,4 @@
-"""A killed driver, a killed rank: the same command again ends with the weights of an unkilled run."""
+"""A killed driver, a killed rank: the command again ends with the weights of an unkilled run."""
 
 from __future__ import annotations
 
@@ -138,10 +138,8 @@ def test_a_killed_rank(folder, victim):
 def test_two_drivers_in_one_run(folder):
     mine = folder / "two"
     first = start(mine)
-    wait_until(lambda: (mine / "run" / "config.yaml").exists(), first)
-    second = subprocess.run(
-        command(mine), capture_output=True, text=True, timeout=60, check=False
-    )
+    wait_until((mine / "run" / "config.yaml").exists, first)
+    second = subprocess.run(command(mine), capture_output=True, text=True, timeout=60, check=False)
     assert second.returncode == 2
     assert f"is in use by process {first.pid} on" in second.stderr
     first.kill()
@@ -151,11 +149,11 @@ def test_two_drivers_in_one_run(folder):
 def test_ranks_that_die_again_and_again_are_given_up(folder):
     mine = folder / "again"
     process = start(mine, "cluster.max_failures=1")
-    killed: list[int] = []
+    killed: set[int] = set()
     for _ in range(2):
-        wait_until(lambda: rank_pids(mine) not in ([], killed), process)
-        killed = rank_pids(mine)
-        os.kill(killed[0], signal.SIGKILL)
+        wait_until(lambda: bool(set(rank_pids(mine)) - killed), process)
+        os.kill(rank_pids(mine)[0], signal.SIGKILL)
+        killed.update(rank_pids(mine))
     output, _ = process.communicate(timeout=100)
     assert process.returncode == 1
     assert "trainer ranks died 2 times" in output and "resume" in output

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny_models import save_llama, write_text
 
 from activation_store import StoreWriter, open_store
 from activation_store.errors import StoreMismatchError
@@ -24,6 +23,7 @@ from cluster.ray_session import ray_session
 from conf.schema import RunConfig
 from sae_core import SAE
 from sae_core.config import SAEConfig
+from tests.tiny_models import save_llama, write_text
 
 pytestmark = pytest.mark.ray
 D, HOOKPOINT = 16, "model.layers.1"

@@ -17,7 +17,6 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
-from tiny_models import save_gpt2, save_llama, write_text
 
 from activation_store import StoreWriter, open_store, verify_store
 from activation_store.errors import StoreMismatchError
@@ -28,6 +27,7 @@ from cluster.errors import ClusterError, ModelError, PlacementError, TextError
 from cluster.models import load_language_model, load_tokenizer
 from cluster.ray_session import ray_session
 from conf.schema import RunConfig
+from tests.tiny_models import save_gpt2, save_llama, write_text
 
 pytestmark = pytest.mark.ray
 CONTEXT, SHARD = 16, 64
@@ -185,13 +185,24 @@ def test_a_restart_does_only_the_missing_items(tmp_path: Path) -> None:
         patch.setattr(harvest_pool.WorkerPool, "run", stop_after_four)
         harvest.run(config, tmp_path / "run")
     path = tmp_path / "run" / "store"
+    committed = StoreWriter(path).committed_items()
     before = {name: (path / name).stat().st_mtime_ns for name in shard_hashes(path)}
     items = open_store(tmp_path / "whole" / "store").n_items
-    assert 4 * 5 <= len(before) < items * 5
-    harvest.run(config, tmp_path / "run")
+    assert 4 <= len(committed) < items
+
+    submitted: list[int] = []
+
+    def note_items(pool: Any, work: Any) -> Iterator[int | None]:
+        todo = list(work)
+        submitted.extend(item for item, _ in todo)
+        return run(pool, todo)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(harvest_pool.WorkerPool, "run", note_items)
+        harvest.run(config, tmp_path / "run")
+    assert submitted == sorted(set(range(items)) - committed)
     assert shard_hashes(path) == shard_hashes(tmp_path / "whole" / "store")
-    after = {name: (path / name).stat().st_mtime_ns for name in before}
-    assert after == before
+    assert {name: (path / name).stat().st_mtime_ns for name in before} == before
 
 
 def test_a_full_store_is_left_alone_and_another_one_is_refused(tmp_path: Path) -> None:

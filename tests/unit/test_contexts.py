@@ -6,11 +6,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tiny_models import save_tokenizer, write_text
 
 from cluster.config import DataConfig
 from cluster.contexts import Contexts, is_heldout, plan_items, prepare_contexts
 from cluster.errors import TextError
+from tests.tiny_models import save_tokenizer, write_text
 
 
 def prepare(tmp_path: Path, text: str | None = None, **settings: object) -> Contexts:

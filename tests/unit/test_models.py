@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_models import save_gpt2, save_llama
 from torch import nn
 
 from cluster.config import ModelConfig
 from cluster.errors import ModelError
 from cluster.models import capture, load_language_model, load_tokenizer, locate_model, splice
+from tests.tiny_models import save_gpt2, save_llama
 
 IDS = torch.tensor([[0, 5, 9, 30], [0, 7, 7, 8]])
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from pathlib import Path
@@ -11,11 +12,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from store_cases import expected, item_columns, write_store
 
 from activation_store import ShuffledStream, Store, StoreWriter, open_store
 from activation_store.errors import IncompleteStoreError, MissingDataError, StoreConfigError
 from activation_store.shuffle import Shuffle, permutation
+from tests.store_cases import expected, item_columns, write_store
 
 ARRAYS = {"model.layers.9": 6}
 ROWS = [16, 5, 0, 16, 9, 16, 1, 16, 16, 3]
@@ -157,8 +158,8 @@ def test_a_growing_store_gives_the_batches_of_the_finished_one(
 
     slices = [(0, 1), (1, 3), (3, 6), (6, 7)]
     stores = [shared, shared, open_store(tmp_path / "s"), open_store(tmp_path / "s")]
-    threads = [threading.Thread(target=write)] + [
-        threading.Thread(target=read, args=(*part, mine))
+    threads = [threading.Thread(target=write, daemon=True)] + [
+        threading.Thread(target=read, args=(*part, mine), daemon=True)
         for part, mine in zip(slices, stores, strict=True)
     ]
     for thread in threads:
@@ -248,4 +249,7 @@ def test_more_shards_than_files_that_may_be_open(
 ) -> None:
     wanted = tokens(stream(store), 28)
     monkeypatch.setattr("activation_store.store.MAX_OPEN_SHARDS", 2)
-    assert tokens(stream(open_store(store.path)), 28) == wanted
+    before = len(os.listdir("/proc/self/fd"))
+    crowded = open_store(store.path)
+    assert tokens(stream(crowded), 28) == wanted
+    assert len(os.listdir("/proc/self/fd")) <= before + 2

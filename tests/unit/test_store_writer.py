@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from store_cases import expected, item_columns, tree, write_store
 
 from activation_store import Calibration, StoreWriter, open_store, verify_store
 from activation_store.errors import (
@@ -19,6 +18,8 @@ from activation_store.errors import (
     StoreFormatError,
     StoreMismatchError,
 )
+from activation_store.writer import _create
+from tests.store_cases import expected, item_columns, tree, write_store
 
 ARRAYS = {"model.layers.9": 6}
 ROWS = [16, 5, 0, 16, 9, 16, 1]
@@ -76,19 +77,21 @@ def test_a_second_attempt_with_other_bytes_is_refused(tmp_path: Path, rows: int)
     assert tree(tmp_path / "s") == before
 
 
-def test_a_late_attempt_never_touches_committed_files(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Two attempts with other bytes; the second one looks before the first one has committed."""
+@pytest.mark.parametrize("same", [True, False])
+def test_a_late_attempt_never_touches_what_is_committed(tmp_path: Path, same: bool) -> None:
+    """Two attempts at an item; the second one looks before the first one has committed."""
     path = tmp_path / "s"
     write_store(path, [], finalise=False)
     answers = iter([False])  # what it saw when it looked first
     late = StoreWriter(path)
     late.is_committed = lambda i: next(answers, True)  # type: ignore[method-assign]
-    StoreWriter(path).write_item(0, *item_columns(0, 16, ARRAYS))
+    record = StoreWriter(path).write_item(0, *item_columns(0, 16, ARRAYS))
     before = tree(path)
-    with pytest.raises(NonDeterministicItemError, match="item 0"):
-        late.write_item(0, *item_columns(99, 16, ARRAYS))
+    if same:
+        assert late.write_item(0, *item_columns(0, 16, ARRAYS)) == record
+    else:
+        with pytest.raises(NonDeterministicItemError, match="item 0"):
+            late.write_item(0, *item_columns(99, 16, ARRAYS))
     assert tree(path) == before
 
 
@@ -163,7 +166,10 @@ def test_many_writers_may_create_one_store(tmp_path: Path) -> None:
     assert sorted(done) == list(range(8)) and os.listdir(tmp_path) == ["s"]
     StoreWriter(tmp_path / "s").finalise()
     assert verify_store(tmp_path / "s") == []
-    assert open_store(tmp_path / "s").n_tokens == 32
+    store = open_store(tmp_path / "s")
+    assert store.n_tokens == 32
+    _create(tmp_path / "s", store.header)  # of one that looked just before the others were done
+    assert os.listdir(tmp_path) == ["s"]
 
 
 def test_what_an_item_cannot_be(tmp_path: Path) -> None:
