@@ -70,8 +70,6 @@ def run(config: RunConfig, run_dir: Path) -> None:
         CheckpointError: The run has no valid checkpoint.
         StoreError: The store cannot be read, or is of another width.
     """
-    # Before torch is imported: threads that spin while they wait cost more than they compute.
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     from rich.console import Console
 
     from activation_store import open_store

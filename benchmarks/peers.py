@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.errors import PeerError
-from benchmarks.hardware import ROOT, threads
+from cluster.environment import ROOT, threads
 
 PEERS = ("eai-sparsify", "sae-lens", "dictionary-learning")
 PEERS_PYTHON = ROOT / ".venv-peers" / "bin" / "python"

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.hardware import environment
+from cluster.environment import environment
 
 COLUMNS = ("work", "system", "op", "median_s", "ratio", "tokens_per_s", "peak_bytes")
 

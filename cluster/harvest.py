@@ -154,11 +154,14 @@ def _run_items(job: HarvestJob, pool: WorkerPool, writer: StoreWriter) -> int:
             if new_rows is not None:
                 rows, finished = rows + new_rows, finished + 1
             seconds = time.monotonic() - started
-            eta = duration(seconds / finished * (len(todo) - finished)) if finished else "?"
+            # Calibration computed the first item already: it says nothing about the rate.
+            known = finished > 1
+            eta = duration(seconds / finished * (len(todo) - finished)) if known else "?"
+            rate = f"{rows / seconds:,.0f}" if known else "?"
             done = len(committed) + finished
             line.show(
                 f"harvest {done / plan.n_items:4.0%} · {done}/{plan.n_items} items · "
-                f"{rows:,} rows · {rows / seconds:,.0f} tokens/s · ETA {eta}"
+                f"{rows:,} rows · {rate} tokens/s · ETA {eta}"
             )
     return rows
 

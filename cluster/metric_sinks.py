@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 from uuid import uuid4
 
 from cluster.training_line import TrainingLine
@@ -28,7 +28,7 @@ class MetricSinks:
     """
 
     def __init__(self, config: RunConfig, run_dir: Path, console: bool) -> None:
-        self._file = open(run_dir / METRICS, "a", encoding="utf-8")  # noqa: SIM115, closed below
+        self._file = _open_for_append(run_dir / METRICS)
         self._wandb = _start_wandb(config, run_dir)
         self._line = TrainingLine(config.train.n_steps) if console else None
 
@@ -59,6 +59,15 @@ class MetricSinks:
         except Exception as error:  # a dead network or a broken wandb never stops training
             print(f"wandb is off: {type(error).__name__}: {error}", file=sys.stderr)
             self._wandb = None
+
+
+def _open_for_append(path: Path) -> TextIO:
+    """The log, at the beginning of a line: a killed rank may have left half of one."""
+    torn = path.exists() and path.stat().st_size > 0 and not path.read_bytes().endswith(b"\n")
+    file = open(path, "a", encoding="utf-8")  # noqa: SIM115, the sinks close it
+    if torn:
+        file.write("\n")
+    return file
 
 
 def _start_wandb(config: RunConfig, run_dir: Path) -> Any:

@@ -120,7 +120,6 @@ class RankActor:
 
     def run(self, host: str, port: int) -> None:
         """Trains."""
-        os.environ.setdefault("OMP_WAIT_POLICY", "passive")
         os.environ.update(
             RANK=str(self.rank),
             WORLD_SIZE=str(self.n_ranks),

@@ -109,7 +109,8 @@ def _show_new_rows(path: Path, offset: int, line: TrainingLine) -> int:
         for raw in file:
             if not raw.endswith(b"\n"):
                 break  # rank 0 is in the middle of writing it
-            line.show(json.loads(raw))
+            if raw.strip():  # blank where a killed rank's half line was ended
+                line.show(json.loads(raw))
             offset += len(raw)
     return offset
 

@@ -31,6 +31,15 @@ def test_rows_are_appended_over_restarts_and_nan_is_null(tmp_path):
     assert not (tmp_path / "wandb_id").exists()
 
 
+def test_a_torn_line_does_not_swallow_the_next_row(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "los')
+    sinks = MetricSinks(config("disabled"), tmp_path, console=False)
+    sinks.write(ROW)
+    sinks.close()
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert lines[0] == '{"step": 1, "los' and json.loads(lines[1])["step"] == 1
+
+
 def test_wandb_continues_under_its_id(tmp_path):
     ids = []
     for _ in range(2):
