@@ -8,15 +8,29 @@ a backward makes one dense [L, D] gradient per matrix and nothing of size [B, L]
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 
-from sae_core.kernels import Kernels, SparseLatents, compact
+from sae_core.kernels import Kernels, RowGradients, SparseLatents, compact
 from sae_core.mesh import row_range
 from sae_core.topk import select_global
+
+
+class SparseGradient(NamedTuple):
+    """All that the dictionary rows' gradient is made of, before it is summed per row."""
+
+    pairs: SparseLatents
+    """Active pairs of all paths; `rows` index into `x` and `grad`."""
+    dvalues: torch.Tensor
+    """[N] gradient of each pair's pre-activation."""
+    x: torch.Tensor
+    """[R, D] centred inputs, once per path."""
+    grad: torch.Tensor
+    """[R, D] gradient of each path's reconstruction."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +46,8 @@ class SparsePlan:
     """Global index of this shard's first row."""
     group: dist.ProcessGroup | None
     """The latent group; None for an unsharded dictionary."""
+    collect: Callable[[SparseGradient], None] | None = None
+    """Takes the rows' gradient instead of autograd (the fused update); None: dense gradients."""
 
     @property
     def n_shards(self) -> int:
@@ -153,20 +169,31 @@ class _SparseAutoencode(torch.autograd.Function):
         dvalues = [
             kernels.decoder_dot(g, path, W_dec) for g, path in zip(grads, ctx.paths, strict=True)
         ]
-        pairs, stacked = _concatenate(ctx.paths, centred.shape[0])
-        by_row = kernels.row_gradients(
-            pairs, torch.cat(dvalues), centred.repeat(stacked, 1), torch.cat(grads)
+        gradient = SparseGradient(
+            _concatenate(ctx.paths, centred.shape[0]),
+            torch.cat(dvalues),
+            centred.repeat(len(grads), 1),
+            torch.cat(grads),
         )
-        decoder_rows = W_dec[by_row.latents]
-        along = (by_row.W_dec * decoder_rows).sum(1, keepdim=True)
-        dW_dec = _scatter(by_row.latents, by_row.W_dec - along * decoder_rows, W_dec)
+        db_dec = _encoder_bias_gradient(ctx.paths[0], dvalues[0], W_enc, ctx.plan)
+        if ctx.plan.collect is not None:
+            ctx.plan.collect(gradient)
+            return None, None, None, None, db_dec, None, None, None
+        by_row = project(kernels.row_gradients(*gradient), W_dec)
+        dW_dec = _scatter(by_row.latents, by_row.W_dec, W_dec)
         dW_enc = _scatter(by_row.latents, by_row.W_enc, W_enc)
         db_enc = W_enc.new_zeros(W_enc.shape[0]).index_copy_(0, by_row.latents, by_row.b_enc)
-        db_dec = _encoder_bias_gradient(kernels, ctx.paths[0], dvalues[0], W_enc, ctx.plan)
         return None, dW_enc, db_enc, dW_dec, db_dec, None, None, None
 
 
-def _concatenate(paths: list[SparseLatents], B: int) -> tuple[SparseLatents, int]:
+def project(gradients: RowGradients, W_dec: torch.Tensor) -> RowGradients:
+    """Takes out what would only change the length of the unit decoder rows."""
+    rows = W_dec[gradients.latents]
+    along = (gradients.W_dec * rows).sum(1, keepdim=True)
+    return gradients._replace(W_dec=gradients.W_dec - along * rows)
+
+
+def _concatenate(paths: list[SparseLatents], B: int) -> SparseLatents:
     """The paths' pairs as one list whose rows index into the stacked inputs [paths * B, D]."""
     rows = torch.cat([path.rows + i * B for i, path in enumerate(paths)])
     latents = torch.cat([path.latents for path in paths])
@@ -175,7 +202,7 @@ def _concatenate(paths: list[SparseLatents], B: int) -> tuple[SparseLatents, int
     for path in paths[:-1]:
         starts.append(starts[-1] + len(path.rows))
     offsets = torch.cat([path.offsets + s for path, s in zip(paths, starts, strict=True)])
-    return SparseLatents(rows, latents, values, offsets), len(paths)
+    return SparseLatents(rows, latents, values, offsets)
 
 
 def _scatter(latents: torch.Tensor, rows: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
@@ -183,7 +210,6 @@ def _scatter(latents: torch.Tensor, rows: torch.Tensor, like: torch.Tensor) -> t
 
 
 def _encoder_bias_gradient(
-    kernels: Kernels,
     active: SparseLatents,
     dvalues: torch.Tensor,
     W_enc: torch.Tensor,

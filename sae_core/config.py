@@ -60,8 +60,14 @@ class OptimConfig:
     eps: float = 6.25e-10
     clip_norm: float = 1.0
     """Global gradient norm that clipping keeps; 0 switches clipping off."""
+    update: str = "auto"
+    """fused (used rows only, no dense gradient; ZeRO 0), dense, or auto: fused where it can be."""
 
-    def validate(self, train_tokens: int) -> None:
+    def fused(self, zero_stage: int) -> bool:
+        """Whether dictionary rows are updated without a dense gradient."""
+        return self.update == "fused" or (self.update == "auto" and zero_stage == 0)
+
+    def validate(self, train_tokens: int, zero_stage: int) -> None:
         """Raises: ConfigError: for a value Adam or the schedule cannot have."""
         if self.lr is not None and self.lr <= 0:
             raise ConfigError("optim.lr", self.lr, "more than 0, or null for the 1/sqrt(n) rule")
@@ -71,6 +77,15 @@ class OptimConfig:
                 raise ConfigError(f"optim.{name}", value, "in [0, 1)")
         if self.eps <= 0:
             raise ConfigError("optim.eps", self.eps, "more than 0")
+        if self.update not in ("auto", "fused", "dense"):
+            raise ConfigError("optim.update", self.update, "auto, fused or dense")
+        if self.update == "fused" and zero_stage:
+            raise ConfigError(
+                "optim.update",
+                self.update,
+                "dense or auto with parallel.zero_stage=1: ZeRO flattens what the fused update "
+                "needs as rows",
+            )
         if self.clip_norm < 0:
             raise ConfigError("optim.clip_norm", self.clip_norm, "0 (off) or more")
         if self.warmup_tokens < 0 or self.decay_tokens < 0:
@@ -214,6 +229,6 @@ class TrainerConfig:
         """Raises: ConfigError: naming the first part that cannot be."""
         self.sae.validate()
         self.train.validate()
-        self.optim.validate(self.train.tokens)
+        self.optim.validate(self.train.tokens, self.parallel.zero_stage)
         self.parallel.validate(self.sae.n_latents, self.train.batch_tokens)
         self.checkpoint.validate()

@@ -16,8 +16,9 @@ import torch.distributed as dist
 
 from sae_core.architectures import StepOutput, TopKSAE
 from sae_core.config import TrainerConfig
+from sae_core.fused_update import FusedRowAdam
 from sae_core.mesh import MeshMPU
-from sae_core.optimizer import ShardedAdam, lr_at
+from sae_core.optimizer import ShardedAdam, lr_at, renormalise_
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """Adam's two moments, under torch's names."""
@@ -40,13 +41,13 @@ class SAEEngine:
         self.sae = sae.to(device)
         zero = config.parallel.zero_stage
         clip_norm = config.optim.clip_norm
-        self.optimizer = ShardedAdam(
-            sae.parameters(),
+        self.fused = config.optim.fused(zero)
+        optimizer_class = FusedRowAdam if self.fused else ShardedAdam
+        self.optimizer = optimizer_class(
+            sae,
             lr_at(config.optim, config.sae.n_latents, 0, config.train.tokens),
             config.optim,
             clip_norm if zero == 0 else 0.0,
-            sae.plan.group,
-            device,
         )
         self.engine = _initialise_deepspeed(sae, self.optimizer, config, clip_norm if zero else 0.0)
         self.first_bad_step = torch.full((), -1, dtype=torch.int64, device=device)
@@ -75,17 +76,11 @@ class SAEEngine:
         self.first_bad_step = torch.where(
             (bad > 0) & (self.first_bad_step < 0), step, self.first_bad_step
         )
-        self._renormalise_decoder(bad)
+        if not self.fused:
+            renormalise_(self.sae.W_dec, bad)
+            self._push_to_zero(self.sae.W_dec)
         self.sae.note_fired(out.fired, self.config.train.batch_tokens, bad)
         return out
-
-    @torch.no_grad()
-    def _renormalise_decoder(self, skipped: torch.Tensor) -> None:
-        """Brings decoder rows back to unit norm; leaves them alone after a skipped update."""
-        W_dec = self.sae.W_dec
-        norm = W_dec.norm(dim=1, keepdim=True).clamp_min(1e-12)
-        W_dec.mul_(torch.where(skipped > 0, 1.0, 1.0 / norm))
-        self._push_to_zero(W_dec)
 
     def parameters_edited(self) -> None:
         """Tells the optimiser that somebody set parameters in place."""
@@ -115,7 +110,7 @@ class SAEEngine:
         Returns:
             `{parameter: {moment: tensor}}`, shapes as the parameters.
         """
-        self._make_optimizer_state()
+        self._allocate_state()
         return {
             name: {moment: self._get_moment(parameter, moment) for moment in MOMENTS}
             for name, parameter in self.sae.named_parameters()
@@ -135,7 +130,7 @@ class SAEEngine:
             moments: as `moments()` gives.
             step: optimiser steps taken.
         """
-        self._make_optimizer_state()
+        self._allocate_state()
         for name, parameter in self.sae.named_parameters():
             parameter.copy_(parameters[name])
             self._push_to_zero(parameter)
@@ -160,16 +155,8 @@ class SAEEngine:
 
         safe_set_full_optimizer_state(parameter, value, moment)
 
-    def _make_optimizer_state(self) -> None:
-        """Adam makes its state at the first step; loading before that needs it earlier."""
-        for group in self.optimizer.param_groups:
-            for parameter in group["params"]:
-                if not self.optimizer.state[parameter]:
-                    self.optimizer.state[parameter] = {
-                        "step": torch.zeros((), device=parameter.device),
-                        "exp_avg": torch.zeros_like(parameter),
-                        "exp_avg_sq": torch.zeros_like(parameter),
-                    }
+    def _allocate_state(self) -> None:
+        self.optimizer.allocate_state()
         if self.config.parallel.zero_stage:
             self.engine.optimizer._lazy_init_hp_params_optimizer_state()
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 
 from sae_core.config import OptimConfig
+
+if TYPE_CHECKING:
+    from sae_core.architectures.topk import TopKSAE
 
 
 def peak_lr(config: OptimConfig, n_latents: int) -> float:
@@ -34,29 +37,19 @@ class ShardedAdam(torch.optim.Adam):
     skipping through its `found_inf` flag.
 
     Args:
-        parameters: this rank's parameters; shards carry `tensor_model_parallel=True`.
+        sae: whose parameters it updates; shards carry `tensor_model_parallel=True`.
         lr: learning rate of the first step.
         config: betas, eps.
         clip_norm: largest global gradient norm; 0 leaves clipping to somebody else (ZeRO 1 gives
             this class flat pieces whose owner it cannot know, so the engine clips there).
-        latent_group: ranks that share the dictionary; None: it is whole here.
-        device: where the parameters are.
     """
 
-    def __init__(
-        self,
-        parameters: Iterable[torch.nn.Parameter],
-        lr: float,
-        config: OptimConfig,
-        clip_norm: float,
-        latent_group: dist.ProcessGroup | None,
-        device: torch.device,
-    ) -> None:
-        super().__init__(
-            parameters, lr=lr, betas=(config.beta1, config.beta2), eps=config.eps, fused=True
-        )
+    def __init__(self, sae: TopKSAE, lr: float, config: OptimConfig, clip_norm: float) -> None:
+        betas = (config.beta1, config.beta2)
+        super().__init__(sae.parameters(), lr=lr, betas=betas, eps=config.eps, fused=True)
+        device = sae.b_dec.device
         self.clip_norm = clip_norm
-        self.latent_group = latent_group
+        self.latent_group = sae.plan.group
         self.found_inf = torch.zeros((), device=device)
         """1: make no update. Stays until somebody clears it."""
         self.grad_scale: torch.Tensor | None = None
@@ -71,9 +64,20 @@ class ShardedAdam(torch.optim.Adam):
             self.grad_scale = (norm / self.clip_norm).clamp_min(1.0)
         return super().step(closure)
 
+    def allocate_state(self) -> None:
+        """Makes the moments that the first step would make; loading needs them before."""
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if not self.state[parameter]:
+                    self.state[parameter] = {
+                        "step": torch.zeros((), device=parameter.device),
+                        "exp_avg": torch.zeros_like(parameter),
+                        "exp_avg_sq": torch.zeros_like(parameter),
+                    }
+
     def _grad_norm(self) -> torch.Tensor:
         """Norm of the whole gradient: shards summed over the latent group, replicated ones once."""
-        sharded = torch.zeros_like(self.found_inf)
+        sharded = self._collected_square()
         replicated = torch.zeros_like(self.found_inf)
         for group in self.param_groups:
             for parameter in group["params"]:
@@ -87,3 +91,14 @@ class ShardedAdam(torch.optim.Adam):
         if self.latent_group is not None:
             dist.all_reduce(sharded, group=self.latent_group)
         return (sharded + replicated).sqrt()
+
+    def _collected_square(self) -> torch.Tensor:
+        """Squared norm of gradients that are in no `.grad`."""
+        return torch.zeros_like(self.found_inf)
+
+
+@torch.no_grad()
+def renormalise_(W_dec: torch.Tensor, skipped: torch.Tensor) -> None:
+    """Brings rows [n, D] back to unit norm, in place; leaves them alone after a skipped update."""
+    norm = W_dec.norm(dim=1, keepdim=True).clamp_min(1e-12)
+    W_dec.mul_(torch.where(skipped > 0, 1.0, 1.0 / norm))

@@ -65,6 +65,7 @@ class Job:
     latent: int = 1
     data: int = 1
     zero_stage: int = 0
+    update: str = "auto"
     resume: str | None = None
     steps: int = STEPS
     save_every: int = 25
@@ -82,7 +83,13 @@ def config_of(job: Job) -> TrainerConfig:
         setattr(sae, key, value)
     return TrainerConfig(
         sae,
-        OptimConfig(lr=3e-3, warmup_tokens=8 * BATCH, decay_tokens=10 * BATCH, clip_norm=0.3),
+        OptimConfig(
+            lr=3e-3,
+            warmup_tokens=8 * BATCH,
+            decay_tokens=10 * BATCH,
+            clip_norm=0.3,
+            update=job.update,
+        ),
         TrainConfig(tokens=job.steps * BATCH, batch_tokens=BATCH, sample_tokens=480),
         ParallelConfig(job.latent, job.data, job.zero_stage),
         CheckpointConfig(every_tokens=job.save_every * BATCH),
@@ -152,6 +159,9 @@ def _rank_main(job: Job) -> None:
         if job.steps == trainer.step:  # only re-save what was loaded
             trainer.save()
     trainer.train()
+    if job.update != "dense" and job.zero_stage == 0:
+        sae = trainer.engines[0].sae
+        assert all(p.grad is None for p in (sae.W_enc, sae.W_dec, sae.b_enc)), "dense gradient"
     if dist.get_rank() == 0:
         (Path(job.folder) / "rows.json").write_text(json.dumps(rows))
     dist.barrier()
@@ -162,7 +172,7 @@ def _take_out(feature: str | None) -> None:
     """Breaks one thing on purpose."""
     import torch.distributed as dist
 
-    from sae_core import autoencode
+    from sae_core import autoencode, fused_update
     from sae_core.architectures.topk import TopKSAE
     from sae_core.engine import SAEEngine
 
@@ -172,6 +182,8 @@ def _take_out(feature: str | None) -> None:
         autoencode.dist = _Without(dist, "all_reduce")
     elif feature == "fired all-reduce":
         TopKSAE.note_fired = lambda *_: None
+    elif feature == "replica exchange":
+        fused_update.over_replicas = lambda gradient, _: gradient
     elif feature == "zero push":
         SAEEngine._push_to_zero = lambda *_: None
     elif feature is not None:

@@ -35,16 +35,34 @@ def same_tensors(one: Path, other: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("latent", "data", "zero"), [(2, 2, 0), (2, 2, 1), (3, 1, 0), (1, 3, 1), (4, 1, 0)]
+    ("latent", "data", "zero", "update"),
+    [
+        (2, 2, 0, "fused"),
+        (2, 2, 0, "dense"),
+        (2, 2, 1, "auto"),
+        (3, 1, 0, "auto"),
+        (1, 3, 1, "auto"),
+    ],
 )
-def test_a_mesh_trains_like_one_rank(alone, tmp_path, latent, data, zero):
+def test_a_mesh_trains_like_one_rank(alone, tmp_path, latent, data, zero, update):
     _, rows = alone
     assert rows[-1]["fvu"] < 0.85 * rows[0]["fvu"]
     assert max(row["auxk_loss"] for row in rows) > 0  # the auxiliary path took part
-    meshed = run_job(Job(str(tmp_path), latent, data, zero))
+    meshed = run_job(Job(str(tmp_path), latent, data, zero, update))
     assert deviation(rows, meshed) < 1e-4
     assert deviation(rows, meshed, "grad_norm") < 1e-3
     assert [row["l0"] for row in rows] == pytest.approx([row["l0"] for row in meshed], abs=0.05)
+
+
+def test_the_fused_update_is_the_dense_one(alone, tmp_path):
+    folder, rows = alone
+    dense = run_job(Job(str(tmp_path), update="dense"))
+    assert deviation(rows, dense) < 1e-6
+    for part in ("weights", "optimizer"):
+        a = _read_weights(folder / "checkpoints" / "step-00000050" / part, "")
+        b = _read_weights(tmp_path / "checkpoints" / "step-00000050" / part, "")
+        for name, tensor in a.items():
+            torch.testing.assert_close(tensor, b[name], atol=1e-6, rtol=1e-4, msg=name)
 
 
 @pytest.mark.parametrize(
@@ -53,6 +71,7 @@ def test_a_mesh_trains_like_one_rank(alone, tmp_path, latent, data, zero):
         (2, 1, 0, "global selection"),
         (2, 1, 0, "reconstruction all-reduce"),
         (1, 2, 0, "fired all-reduce"),
+        (1, 2, 0, "replica exchange"),
         (1, 2, 1, "zero push"),
     ],
 )

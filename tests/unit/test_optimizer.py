@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from sae_core.autoencode import SparsePlan
 from sae_core.config import OptimConfig
+from sae_core.kernels import get_kernels
 from sae_core.optimizer import ShardedAdam, lr_at
 
 
@@ -18,8 +20,18 @@ def test_lr_schedule():
     assert lr_at(OptimConfig(), 2**16, 0, 10) == pytest.approx(1e-4)
 
 
+class Bare(torch.nn.Module):
+    """What the optimiser needs of an SAE."""
+
+    def __init__(self, parameters):
+        super().__init__()
+        self.b_dec = parameters[0]
+        self.more = torch.nn.ParameterList(parameters[1:])
+        self.plan = SparsePlan(get_kernels("stock", torch.float32), 1, 1, 1, 0, None)
+
+
 def adam(parameters, clip_norm):
-    return ShardedAdam(parameters, 0.1, OptimConfig(eps=1e-8), clip_norm, None, torch.device("cpu"))
+    return ShardedAdam(Bare(parameters), 0.1, OptimConfig(eps=1e-8), clip_norm)
 
 
 @pytest.mark.parametrize("clip_norm", [0.0, 0.5, 100.0])
