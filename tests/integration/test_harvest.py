@@ -200,7 +200,10 @@ def test_a_restart_does_only_the_missing_items(tmp_path: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(harvest_pool.WorkerPool, "run", note_items)
         harvest.run(config, tmp_path / "run")
-    assert submitted == sorted(set(range(items)) - committed)
+    missing = set(range(items)) - committed
+    assert submitted == sorted(submitted) and set(submitted) <= missing
+    # A worker that is being killed may still commit the item that it has in hand.
+    assert len(missing) - len(submitted) <= config.cluster.harvest_workers
     assert shard_hashes(path) == shard_hashes(tmp_path / "whole" / "store")
     assert {name: (path / name).stat().st_mtime_ns for name in before} == before
 
