@@ -27,6 +27,7 @@ STAGES = {
     "status": "analysis.status",
 }
 READ_ONLY = ("plan", "verify", "status")
+NEED_A_RUN = ("evaluate", "export", "report", "verify", "status")
 EXIT_FAILED, EXIT_BAD_INPUT = 1, 2
 
 ConfigStore.instance().store(name="run_schema", node=RunConfig)
@@ -41,14 +42,23 @@ def compose_and_run(composed: DictConfig) -> None:
 
         config: RunConfig = OmegaConf.to_object(composed)  # type: ignore[assignment]
         validate(config, ("pipeline", *STAGES))
-        # Ranks and workers may run in another folder.
-        config.store.path = str(Path(config.store.path).expanduser().resolve())
+        _make_paths_absolute(config)
         stages = PIPELINE if config.stage == "pipeline" else (config.stage,)
-        with open_run(config, read_only=config.stage in READ_ONLY) as run_dir:
+        with open_run(config, config.stage in READ_ONLY, config.stage in NEED_A_RUN) as run_dir:
             if config.stage == "pipeline":
                 _print_config(config)
             for stage in stages:
                 import_module(STAGES[stage]).run(config, run_dir)
+
+
+def _make_paths_absolute(config: RunConfig) -> None:
+    """Ranks and workers may run in another folder; a hub name is no path and stays."""
+    config.store.path = str(Path(config.store.path).expanduser().resolve())
+    config.cache_dir = str(Path(config.cache_dir).expanduser().resolve())
+    for part in (config.model, config.data):
+        local = Path(part.path).expanduser()
+        if part.path and part.package is None and local.exists():
+            part.path = str(local.resolve())
 
 
 def _print_config(config: RunConfig) -> None:

@@ -13,6 +13,11 @@ class StoreConfigError(StoreError, ValueError):
     def __init__(self, key: str, value: object, expected: str, remedy: str = "") -> None:
         message = f"{key}={value!r}: expected {expected}"
         super().__init__(f"{message}; {remedy}" if remedy else message)
+        self._arguments = (key, value, expected, remedy)
+
+    def __reduce__(self) -> tuple[type, tuple[str, object, str, str]]:
+        # Errors travel between processes, and the default would call this class with the message.
+        return type(self), self._arguments
 
 
 class StoreFormatError(StoreError):

@@ -22,7 +22,6 @@ from activation_store.header import StoreHeader
 from activation_store.record import (
     SCHEMA_VERSION,
     ItemRecord,
-    from_row,
     parse_columns,
     row_dtype,
 )
@@ -207,12 +206,6 @@ class CommitLog:
             if len(missing):
                 break
         return np.concatenate(parts)
-
-    def find(self, item: int) -> ItemRecord | None:
-        """The record of an item as of the last refresh, or None."""
-        table = self._tables.get(item // SEGMENT_ITEMS)
-        row = None if table is None else table[item % SEGMENT_ITEMS]
-        return from_row(self.header, item, row) if row is not None and row["present"] else None
 
 
 def snapshot_if_full(root: Path, header: StoreHeader, segment: int) -> None:

@@ -28,6 +28,10 @@ class Damage:
     item: int | None = None
     chunk: int | None = None
 
+    def __str__(self) -> str:
+        chunk = "" if self.chunk is None else f", chunk {self.chunk}"
+        return f"{self.file}{chunk}: {self.problem}"
+
 
 def verify_store(path: str | Path) -> list[Damage]:
     """Reads every file of a store, finalised or growing; an empty list means that all is well.

@@ -154,10 +154,12 @@ class StoreWriter:
         commits = log.CommitLog(self.path, self.header)
         table = commits.contiguous()
         items = commits.items()
-        missing = sorted(set(range(max(items, default=-1) + 1)) - items)
+        planned = self.header.planned_items
+        last = max(items, default=-1) if planned == UNPLANNED_ITEMS else planned - 1
+        missing = sorted(set(range(last + 1)) - items)
         if missing:
             raise IncompleteStoreError(
-                f"{self.path} has {len(items)} items up to {max(items)} but lacks "
+                f"{self.path} has {len(items)} of the items up to {last} but lacks "
                 f"{len(missing)}: {_shorten(missing)}; write them, then finalise again"
             )
         final = replace(

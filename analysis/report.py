@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from analysis.runs import (
     METRIC_NAMES,
     TrainingLog,
+    as_trained,
     checkpoint_entries,
     read_optional_json,
     read_training_log,
@@ -59,7 +60,7 @@ def run(config: RunConfig, run_dir: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     page = folder / "index.html"
     temporary = page.with_name(".index.html.tmp")
-    temporary.write_text(render(config, run_dir), encoding="utf-8")
+    temporary.write_text(render(as_trained(config), run_dir), encoding="utf-8")
     temporary.replace(page)
     print(f"report: {page}")
 

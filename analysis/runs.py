@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from activation_store.errors import StoreError
 from analysis.errors import RunFileError
+from cluster.config import DataConfig, ModelConfig
+from conf.schema import RunConfig
 from sae_core.checkpoint.folder import MANIFEST, list_checkpoints
 
 METRIC_NAMES = (
@@ -27,6 +30,24 @@ METRIC_NAMES = (
     "tokens",
 )
 """Of eval/metrics.json, in the order in which people read them."""
+
+
+def as_trained(config: RunConfig) -> RunConfig:
+    """The config with model and text only if the store says that its rows come from them.
+
+    A person who trains on activations of their own leaves the config's model at its default, and
+    neither an export nor a report may then name it.
+    """
+    from activation_store import open_store
+
+    try:
+        provenance = open_store(config.store.path).header.provenance or {}
+    except StoreError:
+        return config  # nothing to compare with: the store was moved away after training
+    if "model" in provenance and "dataset" in provenance:
+        return config
+    unknown = "unknown"
+    return replace(config, model=ModelConfig(path=unknown), data=DataConfig(path=unknown))
 
 
 def read_optional_json(path: Path) -> dict[str, Any] | None:

@@ -9,7 +9,6 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from cluster.errors import RunDirError
 from cluster.metric_sinks import METRICS
 from cluster.run_dir import saved_config
 from cluster.training_line import render
@@ -18,13 +17,7 @@ from sae_core.checkpoint.folder import list_checkpoints
 
 
 def run(config: RunConfig, run_dir: Path) -> None:
-    """Prints store, training, checkpoints and results.
-
-    Raises:
-        RunDirError: there is no such run.
-    """
-    if not run_dir.is_dir():
-        raise RunDirError(f"{run_dir}: no such run; start it with name={config.name}")
+    """Prints store, training, checkpoints and results."""
     config = saved_config(run_dir) or config
     table = Table(title=f"status: {config.name}", show_header=False, title_justify="left")
     table.add_row("store", _store(config))

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from rich.console import Console
 
-from activation_store import verify_store
-from activation_store.errors import DamagedDataError
+from activation_store import open_store, verify_store
+from activation_store.errors import DamagedDataError, StoreError
 from cluster.run_dir import saved_config
 from conf.schema import RunConfig
 from sae_core.checkpoint.folder import check_manifest, list_checkpoints
@@ -23,6 +23,7 @@ def run(config: RunConfig, run_dir: Path) -> None:
     console = Console()
     config = saved_config(run_dir) or config
     problems = [str(damage) for damage in verify_store(config.store.path)]
+    problems += non_finite(config.store.path)
     checkpoints = list_checkpoints(run_dir / "checkpoints")
     for folder in checkpoints:
         try:
@@ -32,3 +33,13 @@ def run(config: RunConfig, run_dir: Path) -> None:
     if problems:
         raise DamagedDataError("\n  ".join([f"{len(problems)} damaged:", *problems]))
     console.print(f"verify: {config.store.path} and {len(checkpoints)} checkpoints are whole")
+
+
+def non_finite(path: str) -> list[str]:
+    """Arrays whose rows hold NaN or infinities, as they were committed; a trainer would stop."""
+    try:
+        store = open_store(path)
+        counts = {name: store.statistics(name).non_finite for name in store.arrays}
+    except StoreError:
+        return []  # `verify_store` has named what is wrong
+    return [f"{name}: {n} numbers are not finite" for name, n in counts.items() if n]

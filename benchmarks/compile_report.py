@@ -7,6 +7,7 @@ Compiles every configuration that `TritonKernels` launches for sm_90 and reads t
 
 from __future__ import annotations
 
+# mypy: disable-error-code="import-untyped, import-not-found"
 import argparse
 import json
 import platform
@@ -50,8 +51,7 @@ class Configuration:
 
 def configurations() -> Iterator[Configuration]:
     """Every kernel in every dtype it runs in."""
-    tiles = [(dtype, "ieee") for dtype in _TYPES] + [(torch.float32, "tf32")]
-    for dtype, precision in tiles:
+    for dtype, precision in (*((dtype, "ieee") for dtype in _TYPES), (torch.float32, "tf32")):
         yield from _encoders(dtype, precision)
     for k in (1, 32, 64, 128, 256):
         shape = triton_select.select_shape(triton_select.pool_width(k), k)
@@ -65,8 +65,7 @@ def configurations() -> Iterator[Configuration]:
 
 
 def _encoders(dtype: torch.dtype, precision: str) -> Iterator[Configuration]:
-    tile = triton_encode.tile_config(dtype, precision).options()
-    sizes = {**tile, "PRECISION": precision}
+    tiles = triton_encode.tiles(dtype, precision)
     name = f"{_TYPES[dtype]} {precision}" if dtype == torch.float32 else _TYPES[dtype]
     matrix = dtype != torch.float32 or precision == "tf32"
     types = {"x": f"*{_TYPES[dtype]}", "W": f"*{_TYPES[dtype]}", "b": "*fp32"}
@@ -74,12 +73,16 @@ def _encoders(dtype: torch.dtype, precision: str) -> Iterator[Configuration]:
     strides = dict.fromkeys(("D", "x_stride", "W_stride"), "i32")
     ragged = {"n_rows", "n_latents"}
     keys = {**types, "out": "*i64", **scalars, **strides, "out_stride": "i32"}
+    sizes = {**tiles.many.options(), "PRECISION": precision}
     yield Configuration(f"keys {name}", triton_encode.keys_kernel, keys, sizes, matrix, ragged)
     pool = {"threshold": "*fp32", "pool": "*i64", "counts": "*i32"}
-    filtered = {**types, **pool, **scalars, **strides}
-    sizes = {**sizes, "WIDTH": triton_select.pool_width(32)}
+    types |= {**pool, **scalars, **strides}
     kernel = triton_encode.filter_kernel
-    yield Configuration(f"filter {name}", kernel, filtered, sizes, matrix, ragged)
+    for many, tile in ((False, tiles.few), (True, tiles.many)):
+        sizes = {**tile.options(), "PRECISION": precision, "MANY": many}
+        sizes["WIDTH"] = triton_select.pool_width(32)
+        label = f"filter {'many' if many else 'few'} {name}"
+        yield Configuration(label, kernel, types, sizes, matrix, ragged)
 
 
 def _sparse(weights: str, d_model: int) -> Iterator[Configuration]:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import importlib.util
 import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from uuid import uuid4
 
@@ -78,3 +80,11 @@ def _fsync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def find_package(name: str) -> ModuleSpec | None:
+    """Where an installed package lies, without running any of it; None when it is not installed."""
+    try:
+        return importlib.util.find_spec(name)
+    except ModuleNotFoundError:  # of a parent in a dotted name
+        return None

@@ -124,5 +124,5 @@ class WorkerPool:
             raise ClusterError(
                 f"harvest workers died {starts} times without finishing an item: they are killed "
                 "from outside or crash, most often for lack of memory; lower "
-                "cluster.harvest_workers or model.batch_contexts"
+                "cluster.harvest_workers"
             )

@@ -34,8 +34,11 @@ class MetricSinks:
 
     def write(self, row: dict[str, Any]) -> None:
         """Appends one row, whole, and shows it."""
-        # JSON has no NaN; null is what a reader of another language can take.
-        clean = {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in row.items()}
+        # JSON has no NaN or infinity; null is what a reader of another language can take.
+        clean = {
+            key: None if isinstance(value, float) and not math.isfinite(value) else value
+            for key, value in row.items()
+        }
         self._file.write(json.dumps(clean) + "\n")
         self._file.flush()
         self._tell_wandb(

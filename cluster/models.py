@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import importlib.util
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -11,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from cluster.cache import built_once, digest, file_sha256
+from cluster.cache import built_once, digest, file_sha256, find_package
 from cluster.config import ModelConfig
 from cluster.errors import ModelError
 
@@ -61,7 +60,7 @@ def locate_model(cfg: ModelConfig) -> ModelFiles:
         ModelError: No such package, folder or hub model.
     """
     if cfg.package:
-        spec = importlib.util.find_spec(cfg.package)
+        spec = find_package(cfg.package)
         if spec is None or not spec.submodule_search_locations:
             raise ModelError(
                 f"model.package={cfg.package!r} is not installed; "

@@ -55,6 +55,8 @@ def matching_store(path: Path, config: RunConfig, provenance: dict[str, Any]) ->
     Raises:
         StoreMismatchError: It holds other rows; lists each difference.
     """
+    if path.is_file():
+        raise StoreMismatchError(f"store.path={str(path)!r} is a file: expected a folder")
     if not path.exists() or not any(path.iterdir()):
         return None
     from activation_store import open_store

@@ -15,14 +15,17 @@ import torch
 import torch.distributed as dist
 
 from activation_store import open_store
+from activation_store.errors import StoreError
+from cluster.environment import environment
 from cluster.errors import ClusterError
 from cluster.metric_sinks import MetricSinks
-from cluster.run_dir import CONFIG, rank_lock
+from cluster.run_dir import CONFIG, ENVIRONMENT, rank_lock
 from cluster.source import StoreSource
 from conf.run_config import load_config
 from conf.schema import RunConfig
+from sae_core.atomic import write_json
 from sae_core.checkpoint import newest_valid
-from sae_core.errors import ConfigError
+from sae_core.errors import ConfigError, SAEError
 from sae_core.mesh import Mesh
 from sae_core.trainer import Trainer
 
@@ -49,19 +52,22 @@ def run_rank(run_dir: Path, console: bool = False) -> None:
     rank, local_rank = int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"])
     device = _device(config.train.device, local_rank)
     torch.set_num_threads(_threads(config))
-    with rank_lock(run_dir):
+    with rank_lock(run_dir, rank):
         dist.init_process_group(
             "nccl" if device.type == "cuda" else "gloo",
             timeout=timedelta(seconds=config.train.timeout_s),
         )
+        if rank == 0:
+            write_json(run_dir / ENVIRONMENT, environment())
         sinks = MetricSinks(config, run_dir, console) if rank == 0 else None
         try:
             _train(config, run_dir, device, sinks)
+            dist.barrier()
+            dist.destroy_process_group()
         finally:
+            # After the barrier: a wandb that takes its time must not keep the others waiting.
             if sinks is not None:
                 sinks.close()
-        dist.barrier()
-        dist.destroy_process_group()
 
 
 def _train(
@@ -70,8 +76,6 @@ def _train(
     mesh = Mesh.create(device.type, config.parallel.latent, config.parallel.data)
     store = open_store(config.store.path)
     array = config.sae.hookpoint or next(iter(store.arrays))
-    if array not in store.arrays:
-        raise ConfigError("sae.hookpoint", array, f"an array of the store: {list(store.arrays)}")
     source = StoreSource(
         store,
         array,
@@ -140,5 +144,15 @@ def _threads(config: RunConfig) -> int:
     return max(1, (cores or 1) // local)
 
 
+def main() -> None:
+    """`python -m cluster.rank RUN_DIR`, once per rank."""
+    if len(sys.argv) != 2 or not (Path(sys.argv[1]) / CONFIG).is_file():
+        sys.exit(f"usage: python -m cluster.rank RUN_DIR, a folder that holds a {CONFIG}")
+    try:
+        run_rank(Path(sys.argv[1]).resolve(), console=True)
+    except (SAEError, StoreError, ClusterError) as error:
+        sys.exit(f"error: {error}")
+
+
 if __name__ == "__main__":
-    run_rank(Path(sys.argv[1]).resolve(), console=True)
+    main()

@@ -60,6 +60,13 @@ def _wait_until_ready(ranks: list[Any], timeout_s: float) -> None:
             f"{len(placed)} of {len(ranks)} ranks were placed within {timeout_s:.0f} s; "
             "lower parallel.latent or parallel.data, or raise cluster.placement_timeout_s"
         )
+    try:
+        ray.get(placed)
+    except ray.exceptions.RayError as error:
+        raise PlacementError(
+            f"a rank cannot start: {error}; the run folder must lie on a file system that all "
+            "nodes share"
+        ) from error
 
 
 def _gpu_group(config: RunConfig, n_ranks: int) -> Any:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+from dataclasses import asdict
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -38,6 +42,7 @@ class StoreSource:
         buffer_tokens: int,
     ) -> None:
         self.d_in = self.d_out = store.arrays[array]
+        self.identity = f"{array}-{store_digest(store)}"
         self._store, self._array, self._seed = store, array, seed
         self._window_items, self._buffer_tokens = window_items, buffer_tokens
         share = batch_tokens // n_replicas
@@ -86,6 +91,15 @@ class StoreSource:
     def close(self) -> None:
         """Ends the background reader."""
         self._stream.close()
+
+
+def store_digest(store: Store) -> str:
+    """Sixteen hex digits of what a finalised store holds, wherever it lies."""
+    header = store.header
+    content = [header.arrays, header.dtype, header.provenance, header.n_items, header.n_tokens]
+    rows = [asdict(store.statistics(name)) for name in header.arrays]
+    text = json.dumps([content, rows], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def to_torch(rows: NDArray[np.generic]) -> torch.Tensor:

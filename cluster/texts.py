@@ -17,14 +17,13 @@ Empty documents are skipped. All but `.json` are read piece by piece, so memory 
 from __future__ import annotations
 
 import gzip
-import importlib.util
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from cluster.cache import digest, file_sha256
+from cluster.cache import digest, file_sha256, find_package
 from cluster.config import DataConfig
 from cluster.errors import TextError
 
@@ -71,7 +70,7 @@ class TextSource:
                 yield from self._columns(file, kind)
         except UnicodeDecodeError as error:
             raise TextError(f"{file} is not UTF-8 text ({error}); convert it first") from error
-        except OSError as error:
+        except (OSError, EOFError, _arrow_invalid()) as error:
             raise TextError(f"{file} cannot be read: {error}") from error
 
     def _json_lines(self, file: Path) -> Iterator[str]:
@@ -135,7 +134,7 @@ def _root(data: DataConfig) -> Path:
     if data.package is None:
         return Path(data.path).expanduser()
     # find_spec does not run the package: its dependencies need not be installed.
-    spec = importlib.util.find_spec(data.package)
+    spec = find_package(data.package)
     if spec is None or not spec.submodule_search_locations:
         raise TextError(
             f"data.package={data.package!r} is not installed; "
@@ -215,3 +214,11 @@ def _require_column(field: str, schema: Any, file: Path) -> None:
     kind = schema.field(field).type
     if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
         raise TextError(f"{file}: column {field!r} is {kind}; expected strings")
+
+
+def _arrow_invalid() -> type[Exception]:
+    """What pyarrow raises on a file that is not what its name says."""
+    from pyarrow import ArrowInvalid
+
+    invalid: type[Exception] = ArrowInvalid
+    return invalid

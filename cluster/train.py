@@ -13,6 +13,7 @@ from typing import Any
 
 from rich.console import Console
 
+from activation_store import open_store
 from activation_store.errors import StoreConfigError, StoreError
 from cluster.errors import ClusterError, RankFailedError
 from cluster.metric_sinks import METRICS
@@ -22,7 +23,7 @@ from cluster.run_dir import wait_for_old_ranks
 from cluster.training_line import TrainingLine
 from conf.schema import RunConfig
 from sae_core.checkpoint.folder import newest_valid, read_state
-from sae_core.errors import SAEError
+from sae_core.errors import ConfigError, SAEError
 
 _POLL_S = 0.5
 _SETTLE_S = 3.0
@@ -33,7 +34,7 @@ def run(config: RunConfig, run_dir: Path) -> None:
     """Trains to `train.tokens`, resuming from the newest valid checkpoint.
 
     Raises:
-        StoreConfigError: there is no store.
+        ConfigError, StoreConfigError: there is no store, or it does not fit the config.
         PlacementError: the cluster cannot hold the ranks.
         RankFailedError: ranks died more often than `cluster.max_failures`.
     """
@@ -45,6 +46,7 @@ def run(config: RunConfig, run_dir: Path) -> None:
             "a store of activations",
             "make one with stage=harvest or activation_store.StoreWriter",
         )
+    _check_store(config)
     wait_for_old_ranks(run_dir)
     done = _finished(config, run_dir)
     if done is not None:
@@ -66,8 +68,35 @@ def run(config: RunConfig, run_dir: Path) -> None:
     console.print(f"train: done, {newest}")
 
 
+def _check_store(config: RunConfig) -> None:
+    """What the ranks would stumble over, before they are started."""
+    store = open_store(config.store.path)
+    if not store.finalised:
+        raise StoreConfigError(
+            "store.path",
+            config.store.path,
+            "a finalised store",
+            "finish it with stage=harvest, or call StoreWriter.finalise()",
+        )
+    array = config.sae.hookpoint or next(iter(store.arrays))
+    if array not in store.arrays:
+        raise ConfigError("sae.hookpoint", array, f"an array of the store: {list(store.arrays)}")
+    if store.n_tokens < config.train.batch_tokens:
+        raise ConfigError(
+            "train.batch_tokens", config.train.batch_tokens, f"at most {store.n_tokens} stored rows"
+        )
+    bad = store.statistics(array).non_finite
+    if bad:
+        raise StoreConfigError(
+            "store.path",
+            config.store.path,
+            f"finite activations, {array} holds {bad} numbers that are not",
+            "store it anew without them",
+        )
+
+
 def _finished(config: RunConfig, run_dir: Path) -> Path | None:
-    newest = newest_valid(run_dir / "checkpoints", hashes=False)
+    newest = newest_valid(run_dir / "checkpoints", config.checkpoint.verify_hashes)
     if newest is not None and read_state(newest).step >= config.train.n_steps:
         return newest
     return None
@@ -78,7 +107,11 @@ def _attempt(config: RunConfig, run_dir: Path) -> str | None:
     import ray
 
     with rank_group(config, run_dir) as ranks:
-        host, port = ray.get(ranks[0].address.remote(), timeout=config.cluster.placement_timeout_s)
+        try:
+            timeout_s = config.cluster.placement_timeout_s
+            host, port = ray.get(ranks[0].address.remote(), timeout=timeout_s)
+        except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError):
+            return "a trainer rank died before it began"
         tasks = [rank.run.remote(host, port) for rank in ranks]
         _follow(tasks, config, run_dir)
         return _first_problem(tasks)
@@ -128,13 +161,18 @@ def _first_problem(tasks: list[Any]) -> str | None:
     if deaths:
         return "a trainer rank died"
     for error in errors:
-        if isinstance(error.cause, SAEError | StoreError | ClusterError):
-            raise error.cause
+        if isinstance(cause_of(error), SAEError | StoreError | ClusterError):
+            raise cause_of(error)
     for error in errors:
-        if not isinstance(error.cause, RuntimeError):
+        if not isinstance(cause_of(error), RuntimeError):
             raise error  # a defect of ours; its text carries the rank's traceback
     # What torch raises when a collective breaks; nothing tells it from other RuntimeErrors.
-    return f"a trainer rank failed: {str(errors[0].cause).splitlines()[0][:200]}"
+    return f"a trainer rank failed: {str(cause_of(errors[0])).splitlines()[0][:200]}"
+
+
+def cause_of(error: Any) -> Any:
+    """What the rank raised; Ray's own error where it did not come through."""
+    return getattr(error, "cause", None) or error
 
 
 def _is_done(task: Any) -> bool:

@@ -1,0 +1,1 @@
+"""Hydra groups, the typed schema, and what the config alone shows to be wrong."""

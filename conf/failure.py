@@ -40,6 +40,8 @@ def explain(error: BaseException) -> tuple[str | None, bool]:
         return _config_message(error), True
     if isinstance(error, SAEError | StoreError | ClusterError | AnalysisError):
         return str(error), not isinstance(error, _RUNTIME)
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {error.strerror}", False
     return None, False
 
 

@@ -18,7 +18,6 @@ MAY_CHANGE = (
     "eval",
     "logging",
     "cluster",
-    "model.batch_contexts",
     "train.tokens",
     "train.device",
     "train.compute_dtype",

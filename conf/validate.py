@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 
 from conf.schema import RunConfig
@@ -25,6 +26,9 @@ def validate(config: RunConfig, stages: tuple[str, ...]) -> None:
         raise ConfigError("stage", config.stage, f"one of: {', '.join(stages)}")
     if not _NAME.fullmatch(config.name):
         raise ConfigError("name", config.name, "letters, digits, '.', '_' and '-', not a path")
+    if config.seed < 0:
+        raise ConfigError("seed", config.seed, "0 or more")
+    _check_finite(config)
     config.trainer.validate()
     config.store.validate()
     config.eval.validate()
@@ -36,6 +40,14 @@ def validate(config: RunConfig, stages: tuple[str, ...]) -> None:
         _check_harvest_fits_store(config)
 
 
+def _check_finite(config: RunConfig) -> None:
+    """NaN passes every comparison that the parts make."""
+    for group, part in vars(config).items():
+        for key, value in getattr(part, "__dict__", {}).items():
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ConfigError(f"{group}.{key}", value, "a finite number")
+
+
 def _check_harvest_fits_store(config: RunConfig) -> None:
     rows = config.data.context_tokens - 1
     if config.store.shard_tokens < rows:
@@ -43,6 +55,12 @@ def _check_harvest_fits_store(config: RunConfig) -> None:
             "store.shard_tokens",
             config.store.shard_tokens,
             f"room for one context, {rows} rows (data.context_tokens - 1)",
+        )
+    if config.data.tokens < config.train.batch_tokens:
+        raise ConfigError(
+            "data.tokens",
+            config.data.tokens,
+            f"at least a batch, train.batch_tokens={config.train.batch_tokens}",
         )
     hookpoint = config.sae.hookpoint
     if hookpoint is not None and hookpoint not in config.model.hookpoints:

@@ -127,6 +127,8 @@ class TrainConfig:
         for name in ("tokens", "batch_tokens", "sample_tokens"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"train.{name}", getattr(self, name), "at least 1")
+        if self.sample_tokens < 2:
+            raise ConfigError("train.sample_tokens", self.sample_tokens, "at least 2")
         if self.tokens < self.batch_tokens:
             raise ConfigError(
                 "train.tokens", self.tokens, f"at least one batch of {self.batch_tokens} tokens"

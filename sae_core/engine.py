@@ -47,16 +47,18 @@ class SAEEngine:
             sae,
             lr_at(config.optim, config.sae.n_latents, 0, config.train.tokens),
             config.optim,
-            clip_norm if zero == 0 else 0.0,
+            clip_norm if zero == 0 else None,
         )
         self.engine = _initialise_deepspeed(sae, self.optimizer, config, clip_norm if zero else 0.0)
         self.first_bad_step = torch.full((), -1, dtype=torch.int64, device=device)
 
     def train_step(self, raw: torch.Tensor, step: int) -> StepOutput:
-        """Forward, backward, clip, update, renormalise, age; no host sync.
+        """Forward, backward, clip, update, renormalise, age.
+
+        Reads nothing back to the host itself; ZeRO 1 and the stock kernels do.
 
         A loss that is not finite on any rank sets a flag that keeps this and every later update
-        from being made; `raise_if_bad` reads it.
+        from being made; `first_bad_step` says which step it was.
 
         Args:
             raw: [B / n_data, D] this replica's rows on `device`.
@@ -72,6 +74,10 @@ class SAEEngine:
         self.optimizer.found_inf = torch.maximum(self.optimizer.found_inf, flag)
         self.engine.backward(out.loss)
         self.engine.step()
+        if self.config.parallel.zero_stage:
+            # The engine skips such an update by itself, and says nothing.
+            flag = (~self.grad_norm.isfinite()).float()
+            self.optimizer.found_inf = torch.maximum(self.optimizer.found_inf, flag)
         bad = self.optimizer.found_inf
         self.first_bad_step = torch.where(
             (bad > 0) & (self.first_bad_step < 0), step, self.first_bad_step

@@ -35,10 +35,12 @@ class FusedRowAdam(ShardedAdam):
         sae: its row-sharded parameters stop requiring gradients, and its plan hands theirs here.
         lr: learning rate of the first step.
         config: betas, eps.
-        clip_norm: largest global gradient norm, 0 for none; the norm is that of this very step.
+        clip_norm: largest global gradient norm, 0 for no limit; the norm is that of this step.
     """
 
-    def __init__(self, sae: TopKSAE, lr: float, config: OptimConfig, clip_norm: float) -> None:
+    def __init__(
+        self, sae: TopKSAE, lr: float, config: OptimConfig, clip_norm: float | None
+    ) -> None:
         super().__init__(sae, lr, config, clip_norm)
         self.sae = sae
         for parameter in (sae.W_enc, sae.b_enc, sae.W_dec):

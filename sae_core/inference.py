@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
@@ -163,7 +164,7 @@ def _load_saved(folder: Path) -> SAE:
         return SAE(
             SAEConfig(**raw["config"]), **weights, step=raw["step"], metadata=raw["metadata"]
         )
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise CheckpointError(f"{folder}: not a saved SAE: {error}") from error
 
 

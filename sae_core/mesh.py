@@ -77,6 +77,7 @@ class MeshMPU:
         self.mesh = mesh
 
     def get_model_parallel_rank(self) -> int:
+        """What DeepSpeed calls model parallel is the latent dimension of the mesh."""
         return self.mesh.latent_rank
 
     def get_model_parallel_world_size(self) -> int:

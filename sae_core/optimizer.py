@@ -40,11 +40,13 @@ class ShardedAdam(torch.optim.Adam):
         sae: whose parameters it updates; shards carry `tensor_model_parallel=True`.
         lr: learning rate of the first step.
         config: betas, eps.
-        clip_norm: largest global gradient norm; 0 leaves clipping to somebody else (ZeRO 1 gives
-            this class flat pieces whose owner it cannot know, so the engine clips there).
+        clip_norm: largest global gradient norm, 0 for no limit. None leaves norm and clipping to
+            the engine: ZeRO 1 gives this class flat pieces whose owner it cannot know.
     """
 
-    def __init__(self, sae: TopKSAE, lr: float, config: OptimConfig, clip_norm: float) -> None:
+    def __init__(
+        self, sae: TopKSAE, lr: float, config: OptimConfig, clip_norm: float | None
+    ) -> None:
         betas = (config.beta1, config.beta2)
         super().__init__(sae.parameters(), lr=lr, betas=betas, eps=config.eps, fused=True)
         device = sae.b_dec.device
@@ -57,11 +59,12 @@ class ShardedAdam(torch.optim.Adam):
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One update, unless `found_inf` is set or the gradient norm is not finite."""
-        if self.clip_norm > 0:
+        if self.clip_norm is not None:
             norm = self._grad_norm()
             self._global_grad_norm = norm
             self.found_inf = torch.maximum(self.found_inf, (~norm.isfinite()).float())
-            self.grad_scale = (norm / self.clip_norm).clamp_min(1.0)
+            if self.clip_norm > 0:
+                self.grad_scale = (norm / self.clip_norm).clamp_min(1.0)
         return super().step(closure)
 
     def allocate_state(self) -> None:

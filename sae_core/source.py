@@ -23,6 +23,8 @@ class ActivationSource(Protocol):
 
     d_in: int
     d_out: int
+    identity: str
+    """Changes whenever batch i would hold other rows, but for the seed."""
 
     @property
     def position(self) -> int:

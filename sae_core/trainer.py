@@ -83,6 +83,13 @@ class Trainer:
                 self.config.train.batch_tokens,
                 f"{state.batch_tokens}, as the checkpoint's position counts batches of that size",
             )
+        if state.source_identity != self.source.identity:
+            raise ConfigError(
+                "store.path",
+                self.source.identity,
+                f"the store that {folder.name} was trained on, {state.source_identity}",
+                "use that store, or another name=...",
+            )
         self.step = state.step
         self.source.seek(state.source_position)
 
@@ -111,7 +118,7 @@ class Trainer:
             self.checkpoints,
             self.engines,
             self.step,
-            self.source.position,
+            self.source,
             self.seed,
             self.config.checkpoint.keep,
         )

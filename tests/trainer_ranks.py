@@ -30,6 +30,7 @@ class SyntheticSource:
     """Sparse sums of fixed directions; batch i is a pure function of i."""
 
     d_in = d_out = D
+    identity = "synthetic"
 
     def __init__(self, replica: int, n_replicas: int, poison: int | None = None) -> None:
         self.position, self.replica, self.n_replicas = 0, replica, n_replicas
@@ -71,6 +72,9 @@ class Job:
     save_every: int = 25
     breakage: str | None = None
     """Feature to take out, so that a test can see its comparison fail."""
+    clip_norm: float = 0.3
+    poison_gradient_step: int | None = None
+    """Step whose gradient, not loss, is made infinite on rank `poison_rank`."""
     poison_step: int | None = None
     poison_rank: int = 0
     overrides: dict[str, Any] = field(default_factory=dict)
@@ -87,7 +91,7 @@ def config_of(job: Job) -> TrainerConfig:
             lr=3e-3,
             warmup_tokens=8 * BATCH,
             decay_tokens=10 * BATCH,
-            clip_norm=0.3,
+            clip_norm=job.clip_norm,
             update=job.update,
         ),
         TrainConfig(tokens=job.steps * BATCH, batch_tokens=BATCH, sample_tokens=480),
@@ -152,6 +156,8 @@ def _rank_main(job: Job) -> None:
     checkpoints.mkdir(exist_ok=True)
     _take_out(job.breakage)
     trainer = Trainer(config_of(job), mesh, source, checkpoints, 3, rows.append, 1)
+    if job.poison_gradient_step is not None and dist.get_rank() == job.poison_rank:
+        _poison_gradient(trainer, job)
     if job.resume is None:
         trainer.calibrate()
     else:
@@ -173,6 +179,7 @@ def _take_out(feature: str | None) -> None:
     import torch.distributed as dist
 
     from sae_core import autoencode, fused_update
+    from sae_core.architectures import topk as topk_module
     from sae_core.architectures.topk import TopKSAE
     from sae_core.engine import SAEEngine
 
@@ -181,13 +188,51 @@ def _take_out(feature: str | None) -> None:
     elif feature == "reconstruction all-reduce":
         autoencode.dist = _Without(dist, "all_reduce")
     elif feature == "fired all-reduce":
-        TopKSAE.note_fired = lambda *_: None
+        topk_module.dist = _Without(dist, "all_reduce")
+    elif feature == "gradient average":
+        SAEEngine.train_step = _without_average(SAEEngine.train_step)
+    elif feature == "sharded mark":
+        TopKSAE.forward = _without_mark(TopKSAE.forward)
     elif feature == "replica exchange":
         fused_update.over_replicas = lambda gradient, _: gradient
     elif feature == "zero push":
         SAEEngine._push_to_zero = lambda *_: None
     elif feature is not None:
         raise ValueError(feature)
+
+
+def _without_average(train_step: Any) -> Any:
+    def broken(self: Any, *arguments: Any) -> Any:
+        self.engine.enable_backward_allreduce = False
+        return train_step(self, *arguments)
+
+    return broken
+
+
+def _without_mark(forward: Any) -> Any:
+    def broken(self: Any, raw: torch.Tensor) -> Any:
+        for parameter in (self.W_enc, self.W_dec, self.b_enc):
+            parameter.tensor_model_parallel = False
+        return forward(self, raw)
+
+    return broken
+
+
+def _poison_gradient(trainer: Any, job: Job) -> None:
+    """An infinite gradient under a finite loss, as an overflow in the backward would make."""
+    engine = trainer.engines[0]
+    train_step = engine.train_step
+
+    def poisoned(raw: torch.Tensor, step: int) -> Any:
+        handle = None
+        if step == job.poison_gradient_step:
+            handle = engine.sae.b_dec.register_hook(lambda grad: grad * float("inf"))
+        out = train_step(raw, step)
+        if handle is not None:
+            handle.remove()
+        return out
+
+    engine.train_step = poisoned
 
 
 class _Without:

@@ -29,10 +29,11 @@ def run(config: RunConfig, run_dir: Path) -> None:
     from analysis.export.saelens import write_saelens
     from analysis.export.source import source_of
     from analysis.export.sparsify import write_sparsify
-    from analysis.runs import read_optional_json
+    from analysis.runs import as_trained, read_optional_json
     from sae_core.inference import load_sae
 
     sae = load_sae(run_dir)
+    config = as_trained(config)
     source = source_of(config, sae)
     metrics = read_optional_json(run_dir / "eval" / "metrics.json")
     with replaced_folder(run_dir / "export") as folder:

@@ -39,6 +39,8 @@ class CheckpointState:
     """Training tokens seen."""
     source_position: int
     """The source's next batch."""
+    source_identity: str
+    """Of the rows that positions count."""
     seed: int
     batch_tokens: int
     d_model: int
@@ -77,7 +79,7 @@ def hash_file(path: Path) -> str:
 
 def payload_files(folder: Path) -> list[str]:
     """What the manifest covers, relative and sorted."""
-    files = (path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
+    files = (path for path in folder.rglob("*") if path.is_file() and path != folder / MANIFEST)
     return sorted(path.relative_to(folder).as_posix() for path in files)
 
 
@@ -92,7 +94,7 @@ def check_manifest(folder: Path, hashes: bool = True) -> None:
         DamagedCheckpointError: naming the file and what differs.
     """
     expected = _read(folder, MANIFEST).get("files")
-    if not isinstance(expected, dict):
+    if not isinstance(expected, dict) or not all(isinstance(e, dict) for e in expected.values()):
         raise DamagedCheckpointError(f"{folder / MANIFEST}: expected a table of files")
     found = set(payload_files(folder))
     if found != set(expected):

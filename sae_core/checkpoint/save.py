@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -33,10 +35,13 @@ from sae_core.checkpoint.folder import (
 from sae_core.checkpoint.tensors import moment_tensors, weight_tensors
 from sae_core.engine import SAEEngine
 from sae_core.errors import CheckpointError
+from sae_core.source import ActivationSource
+
+T = TypeVar("T")
 
 
 def save_checkpoint(
-    root: Path, engines: list[SAEEngine], step: int, source_position: int, seed: int, keep: int
+    root: Path, engines: list[SAEEngine], step: int, source: ActivationSource, seed: int, keep: int
 ) -> Path:
     """Writes `root/step-N` and prunes older ones; collective over all ranks.
 
@@ -44,7 +49,7 @@ def save_checkpoint(
         root: the run's `checkpoints` folder, on a file system that all ranks share.
         engines: the SAEs.
         step: optimiser steps taken.
-        source_position: the source's next batch.
+        source: whose position and identity are kept.
         seed: the run's seed.
         keep: newest valid checkpoints that stay.
 
@@ -53,42 +58,51 @@ def save_checkpoint(
     """
     final = root / checkpoint_name(step)
     temporary = root / f"{final.name}.tmp"
-    _together(lambda: _prepare(temporary), "prepare", temporary, only_rank_0=True)
-    _together(lambda: _write(temporary, engines, step, source_position, seed), "write", temporary)
-    _together(lambda: _finish(temporary, final, step), "finish", temporary)
-    if dist.get_rank() == 0:
+    is_first = dist.get_rank() == 0
+    _together(lambda: _prepare(root, temporary) if is_first else None, "prepare", temporary)
+    _together(lambda: _write(temporary, engines, step, source, seed), "write", temporary)
+    entries = _together(lambda: _hash_share(temporary), "hash", temporary)
+    files = {name: entry for part in entries for name, entry in part.items()}
+    _together(
+        lambda: _publish(temporary, final, step, files) if is_first else None, "finish", final
+    )
+    if is_first:
         for old in prunable(root, keep):
             shutil.rmtree(old, ignore_errors=True)
     dist.barrier()
     return final
 
 
-def _together(action: object, what: str, folder: Path, only_rank_0: bool = False) -> None:
-    """Runs `action` on the ranks, then all learn whether it succeeded everywhere."""
-    problem = ""
-    if not only_rank_0 or dist.get_rank() == 0:
-        try:
-            action()  # type: ignore[operator]
-        except Exception as error:  # the vote below reports it on every rank
-            problem = f"{type(error).__name__}: {error}"
-    votes: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(votes, problem)
-    bad = [f"rank {rank}: {vote}" for rank, vote in enumerate(votes) if vote]
+def _together(action: Callable[[], T], what: str, folder: Path) -> list[T]:
+    """Every rank's result of `action`, once all have succeeded; else an error on all of them.
+
+    Only `action` may fail, and it calls no collective that the other ranks would miss.
+    """
+    outcome: tuple[T | None, str]
+    try:
+        outcome = (action(), "")
+    except Exception as error:  # the vote reports it on every rank
+        outcome = (None, f"{type(error).__name__}: {error}")
+    votes: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(votes, outcome)
+    bad = [f"rank {rank}: {problem}" for rank, (_, problem) in enumerate(votes) if problem]
     if bad:
         raise CheckpointError(
             f"cannot {what} {folder}: {'; '.join(bad)}; free space or fix the folder's rights, "
             "then run the same command again: older checkpoints are untouched"
         )
+    return [result for result, _ in votes]
 
 
-def _prepare(temporary: Path) -> None:
-    shutil.rmtree(temporary, ignore_errors=True)
+def _prepare(root: Path, temporary: Path) -> None:
+    for killed in root.glob("step-*.tmp"):
+        shutil.rmtree(killed)
     for part in (WEIGHTS, OPTIMIZER):
         (temporary / part).mkdir(parents=True)
 
 
 def _write(
-    temporary: Path, engines: list[SAEEngine], step: int, source_position: int, seed: int
+    temporary: Path, engines: list[SAEEngine], step: int, source: ActivationSource, seed: int
 ) -> None:
     # One SAE's moments at a time would need a collective save each; they are views under ZeRO 0.
     moments = {engine.name: engine.moments() for engine in engines}
@@ -100,7 +114,8 @@ def _write(
         state = CheckpointState(
             step=step,
             tokens=step * batch_tokens,
-            source_position=source_position,
+            source_position=source.position,
+            source_identity=source.identity,
             seed=seed,
             batch_tokens=batch_tokens,
             d_model=first.sae.b_dec.shape[0],
@@ -115,20 +130,17 @@ def _save_tensors(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
     dcp.save(tensors, storage_writer=writer)
 
 
-def _finish(temporary: Path, final: Path, step: int) -> None:
-    """Manifest, rename, `latest`; every rank hashes its share of the files."""
-    rank, n_ranks = dist.get_rank(), dist.get_world_size()
-    files = payload_files(temporary)
-    mine = {
+def _hash_share(temporary: Path) -> dict[str, dict[str, object]]:
+    """This rank's share of the manifest."""
+    return {
         name: {"bytes": (temporary / name).stat().st_size, "sha256": hash_file(temporary / name)}
-        for name in files[rank::n_ranks]
+        for name in payload_files(temporary)[dist.get_rank() :: dist.get_world_size()]
     }
-    gathered: list[dict[str, dict[str, object]] | None] = [None] * n_ranks
-    dist.all_gather_object(gathered, mine)
-    if rank:
-        return
-    entries = {name: entry for part in gathered if part for name, entry in part.items()}
-    write_json(temporary / MANIFEST, {"schema": SCHEMA, "step": step, "files": entries})
+
+
+def _publish(temporary: Path, final: Path, step: int, files: dict[str, dict[str, object]]) -> None:
+    """Manifest, rename, `latest`."""
+    write_json(temporary / MANIFEST, {"schema": SCHEMA, "step": step, "files": files})
     for folder in (temporary / WEIGHTS, temporary / OPTIMIZER, temporary):
         fsync_path(folder)
     if final.exists():  # a damaged one of the same step, passed over when the run resumed

@@ -22,7 +22,8 @@ class StockKernels:
     """See `Kernels`.
 
     Args:
-        compute_dtype: dtype of the encoder product's inputs; sums are float32.
+        compute_dtype: dtype of the encoder product; bfloat16 sums in float32 and then rounds the
+            pre-activations to bfloat16, so that near-equal ones tie.
     """
 
     name = "stock"

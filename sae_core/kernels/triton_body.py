@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+# mypy: disable-error-code="import-untyped, import-not-found"
 from typing import TYPE_CHECKING
 
 import torch
@@ -41,9 +42,9 @@ class TritonKernels:
 
         self.compute_dtype = compute_dtype
         self.interpreted = interpreted
-        tile = triton_encode.tile_config(compute_dtype, precision)
+        tiles = triton_encode.tiles(compute_dtype, precision)
         self._encoder = triton_encode.Encoder(
-            compute_dtype, precision, triton_encode.INTERPRETER_TILE if interpreted else tile
+            compute_dtype, precision, triton_encode.INTERPRETER_TILES if interpreted else tiles
         )
         self._sparse: ModuleType = triton_sparse
 
@@ -60,16 +61,14 @@ class TritonKernels:
 
     def decode(self, active: SparseLatents, W_dec: torch.Tensor) -> torch.Tensor:
         self._check(W_dec)
-        recon: torch.Tensor = self._sparse.decode(active, W_dec.contiguous())
+        recon: torch.Tensor = self._sparse.decode(active, _plain_rows(W_dec))
         return recon
 
     def decoder_dot(
         self, grad: torch.Tensor, active: SparseLatents, W_dec: torch.Tensor
     ) -> torch.Tensor:
         self._check(grad, W_dec)
-        dot: torch.Tensor = self._sparse.decoder_dot(
-            grad.contiguous(), active, W_dec.contiguous()
-        )
+        dot: torch.Tensor = self._sparse.decoder_dot(grad.contiguous(), active, W_dec.contiguous())
         return dot
 
     def row_gradients(
@@ -77,7 +76,7 @@ class TritonKernels:
     ) -> RowGradients:
         self._check(x, grad)
         gradients: RowGradients = self._sparse.row_gradients(
-            active, dvalues, x.contiguous(), grad.contiguous()
+            active, dvalues, _plain_rows(x), _plain_rows(grad)
         )
         return gradients
 
@@ -93,6 +92,11 @@ class TritonKernels:
                     f"a tensor of {tensor.dtype}: the triton kernels take bfloat16, float16 and "
                     "float32; use kernels=reference for float64"
                 )
+
+
+def _plain_rows(matrix: torch.Tensor) -> torch.Tensor:
+    """Rows may lie anywhere, a row's columns side by side."""
+    return matrix if matrix.stride(1) == 1 else matrix.contiguous()
 
 
 def _check_triton() -> bool:

@@ -10,6 +10,8 @@ same bits whichever of them computed it.
 
 from __future__ import annotations
 
+# Triton has no types, and a kernel's arguments none that mypy knows.
+# mypy: disable-error-code="no-untyped-def, import-untyped, import-not-found"
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +21,7 @@ import triton.language as tl
 from sae_core.kernels.keys import EMPTY_KEY, unpack_keys
 from sae_core.kernels.triton_select import pack_key, pool_width, select
 
+_NONE = tl.constexpr(0x7FFFFFFF)
 _GROWTH = 4
 """Latents seen after a segment, over those seen before it."""
 _RERUN_KEYS = 1 << 26
@@ -44,18 +47,34 @@ class TileConfig:
         """Keyword arguments of a launch."""
         return dict(vars(self))
 
+    def grid(self, n_rows: int, n_latents: int) -> tuple[int]:
+        """Programs that cover so many rows and latents."""
+        return (triton.cdiv(n_rows, self.BM) * triton.cdiv(n_latents, self.BN),)
 
-INTERPRETER_TILE = TileConfig(32, 64, 32, 4, 1, GROUP=2)
+
+@dataclass(frozen=True)
+class Tiles:
+    """The tiles of one dtype."""
+
+    few: TileConfig
+    """Where a row has at most about one key to append per tile: nearly all of the product."""
+    many: TileConfig
+    """Where it has more, or every key is written. Same BK: the same order of summation."""
+
+
+INTERPRETER_TILES = Tiles(TileConfig(32, 64, 32, 4, 1, GROUP=2), TileConfig(32, 32, 32, 4, 1))
 """Small, so that the tests' sizes span several tiles."""
 
 
-def tile_config(dtype: torch.dtype, precision: str) -> TileConfig:
-    """The tile for sm_90; compiled and read, not yet timed."""
+def tiles(dtype: torch.dtype, precision: str) -> Tiles:
+    """The tiles for sm_90: two programs per multiprocessor, so that one's epilogue runs beside the
+    other's product, and no spills. Compiled and read, not yet timed."""
     if dtype != torch.float32:
-        return TileConfig(128, 128, 64, 8, 3)
+        return Tiles(TileConfig(128, 128, 64, 4, 3), TileConfig(128, 64, 64, 4, 3))
     if precision == "tf32":
-        return TileConfig(128, 128, 32, 8, 3)
-    return TileConfig(64, 64, 32, 4, 3)
+        return Tiles(TileConfig(128, 128, 32, 4, 3), TileConfig(128, 64, 32, 4, 3))
+    tile = TileConfig(64, 64, 32, 4, 3)
+    return Tiles(tile, tile)
 
 
 @triton.jit
@@ -113,31 +132,66 @@ def _halves(tile, BM: tl.constexpr, BN: tl.constexpr):
 
 
 @triton.jit
-def _append(
-    tile, rows, first_column, threshold, pool, counts, n_rows, n_latents, first_latent,
-    WIDTH: tl.constexpr, WIDE: tl.constexpr,
-):  # fmt: skip
-    """Appends the keys of the tile's values that are above their row's threshold, or NaN."""
-    columns = first_column + tl.arange(0, WIDE)
-    # "not at most": NaN must pass, or a fused maximum would drop it without a word.
-    hit = (tile <= threshold[:, None]) == 0
+def _quarters(tile, BM: tl.constexpr, BN: tl.constexpr):
+    """A tile's columns in four parts, from left to right."""
+    left, right = _halves(tile, BM, BN)
+    first, second = _halves(left, BM, BN // 2)
+    third, fourth = _halves(right, BM, BN // 2)
+    return first, second, third, fourth
+
+
+@triton.jit
+def _append_all(
+    tile, rows, columns, limit, pool, counts, n_rows, n_latents, first_latent, WIDTH: tl.constexpr
+):
+    """Appends what is above, every place of the tile on its own; for tiles with many such."""
+    hit = (tile <= limit[:, None]) == 0
     hit = hit & (rows < n_rows)[:, None] & (columns < n_latents)[None, :]
-    counters = counts + rows[:, None] + tl.zeros((1, WIDE), tl.int32)
-    # Which slot a key gets is a race, which keys there are is not, and `select` looks at no slot.
+    counters = counts + rows[:, None] + tl.zeros_like(columns)[None, :]
     slot = tl.atomic_add(counters, 1, mask=hit, sem="relaxed")
     keys = pack_key(tile, (first_latent + columns)[None, :])
-    where = pool + rows.to(tl.int64)[:, None] * WIDTH + slot
-    tl.store(where, keys, mask=hit & (slot < WIDTH))
+    place = pool + rows.to(tl.int64)[:, None] * WIDTH + slot
+    tl.store(place, keys, mask=hit & (slot < WIDTH))
+
+
+@triton.jit
+def _append_few(
+    tile, rows, columns, limit, pool, counts, n_rows, n_latents, first_latent, WIDTH: tl.constexpr
+):
+    """Appends what is above, one column per row and turn; for tiles with hardly any."""
+    # A latent outside is "none", and so is every latent of a row outside.
+    column = tl.where(columns < n_latents, columns, _NONE)[None, :]
+    found = _first_above(tile, column, limit, rows < n_rows)
+    while tl.min(found, 0) < _NONE:
+        here = column == found[:, None]
+        value = tl.sum(tl.where(here, tile, 0.0), 1)
+        hit = found < _NONE
+        slot = tl.atomic_add(counts + rows, 1, mask=hit, sem="relaxed")
+        place = pool + rows.to(tl.int64) * WIDTH + slot
+        tl.store(place, pack_key(value, first_latent + found), mask=hit & (slot < WIDTH))
+        # Taken out of the tile: a memory of what was above would cost as many registers again.
+        tile = tl.where(here, float("-inf"), tile)
+        found = _first_above(tile, column, limit, rows < n_rows)
+
+
+@triton.jit
+def _first_above(tile, column, limit, inside):
+    first = tl.min(tl.where(tile <= limit[:, None], _NONE, column), 1)
+    return tl.where(inside, first, _NONE)
 
 
 @triton.jit
 def filter_kernel(
     x, W, b, threshold, pool, counts, n_rows, n_latents, first_latent, D, x_stride, W_stride,
-    WIDTH: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-    GROUP: tl.constexpr, PRECISION: tl.constexpr,
+    WIDTH: tl.constexpr, MANY: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    BK: tl.constexpr, GROUP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Appends to pool [n_rows, WIDTH] what is above threshold [n_rows]; counts [n_rows] goes on
-    counting past WIDTH, which marks the row as lost."""
+    counting past WIDTH, which marks the row as lost.
+
+    Which slot a key gets is a race; which keys there are is not, and `select` heeds no slot.
+    "Above" is "not at most": NaN has to pass, a maximum would drop it without a word.
+    """
     row_block, block = _block_of(tl.program_id(0), n_rows, n_latents, BM, BN, GROUP)
     rows = row_block * BM + tl.arange(0, BM)
     columns = block * BN + tl.arange(0, BN)
@@ -145,16 +199,17 @@ def filter_kernel(
         x, W, b, rows, columns, n_rows, n_latents, D, x_stride, W_stride, BM, BN, BK, PRECISION
     )
     limit = tl.load(threshold + rows, mask=rows < n_rows, other=float("inf"))
-    above = ((acc <= limit[:, None]) == 0).to(tl.int32)
-    if tl.max(tl.max(above, 1), 0) > 0:
+    if MANY:
         # In quarters, so that the slots and addresses of one need not live beside all others.
-        left, right = _halves(acc, BM, BN)
-        quarters = (*_halves(left, BM, BN // 2), *_halves(right, BM, BN // 2))
+        quarters = _quarters(acc, BM, BN)
         for i in tl.static_range(4):
-            _append(
-                quarters[i], rows, block * BN + i * (BN // 4), limit, pool, counts,
-                n_rows, n_latents, first_latent, WIDTH, BN // 4,
+            part = block * BN + i * (BN // 4) + tl.arange(0, BN // 4)
+            _append_all(
+                quarters[i], rows, part, limit, pool, counts, n_rows, n_latents, first_latent,
+                WIDTH,
             )  # fmt: skip
+    else:
+        _append_few(acc, rows, columns, limit, pool, counts, n_rows, n_latents, first_latent, WIDTH)
 
 
 @dataclass(frozen=True)
@@ -164,12 +219,12 @@ class Encoder:
     Args:
         dtype: of the product's inputs; sums are float32.
         precision: "ieee" or "tf32", for float32 inputs.
-        tile: how programs are cut.
+        tiles: how programs are cut.
     """
 
     dtype: torch.dtype
     precision: str
-    tile: TileConfig
+    tiles: Tiles
 
     def topk(
         self, x: torch.Tensor, W_enc: torch.Tensor, b_enc: torch.Tensor, k: int
@@ -187,10 +242,13 @@ class Encoder:
         while stop < L:
             start, stop = stop, min(_GROWTH * stop, L)
             W, b = self._rows(W_enc[start:stop]), b_enc[start:stop]
-            filter_kernel[self._grid(B, stop - start)](
+            # The expected number of a row's keys in a tile: k of `start` were above so far.
+            many = k * self.tiles.few.BN > start
+            tile = self.tiles.many if many else self.tiles.few
+            filter_kernel[tile.grid(B, stop - start)](
                 x, W, b, threshold, pool, counts, B, stop - start, start, x.shape[1],
-                x.stride(0), W.stride(0), WIDTH=width, PRECISION=self.precision,
-                **self.tile.options(),
+                x.stride(0), W.stride(0), WIDTH=width, MANY=many, PRECISION=self.precision,
+                **tile.options(),
             )  # fmt: skip
             select(pool, counts, threshold, overflow, k)
         best = pool[:, :k]
@@ -204,7 +262,7 @@ class Encoder:
     ) -> torch.Tensor:
         """[R, k] keys of rows whose pool was too small: all keys, a piece of latents at a time."""
         best = torch.full((len(x), k), EMPTY_KEY, dtype=torch.int64, device=x.device)
-        size = max(self.tile.BN, _RERUN_KEYS // len(x))
+        size = max(k, _RERUN_KEYS // len(x))
         for start in range(0, W_enc.shape[0], size):
             W, b = W_enc[start : start + size], b_enc[start : start + size]
             keys = torch.empty(len(x), len(W), dtype=torch.int64, device=x.device)
@@ -216,14 +274,12 @@ class Encoder:
         self, x: torch.Tensor, W: torch.Tensor, b: torch.Tensor, first: int, out: torch.Tensor
     ) -> None:
         W = self._rows(W)
-        keys_kernel[self._grid(len(x), len(W))](
+        tile = self.tiles.many
+        keys_kernel[tile.grid(len(x), len(W))](
             x, W, b, out, len(x), len(W), first, x.shape[1], x.stride(0), W.stride(0),
-            out.stride(0), PRECISION=self.precision, **self.tile.options(),
+            out.stride(0), PRECISION=self.precision, **tile.options(),
         )  # fmt: skip
 
     def _rows(self, W: torch.Tensor) -> torch.Tensor:
         W = W.to(self.dtype)
         return W if W.stride(1) == 1 else W.contiguous()
-
-    def _grid(self, n_rows: int, n_latents: int) -> tuple[int]:
-        return (triton.cdiv(n_rows, self.tile.BM) * triton.cdiv(n_latents, self.tile.BN),)

@@ -6,6 +6,8 @@ one, so the result does not depend on the order in which candidates were appende
 
 from __future__ import annotations
 
+# Triton has no types, and a kernel's arguments none that mypy knows.
+# mypy: disable-error-code="no-untyped-def, import-untyped, import-not-found"
 import math
 
 import torch
@@ -23,10 +25,15 @@ _BLOCK_KEYS = 1024
 
 
 @triton.jit
+def _is_nan(value):
+    return value != value  # noqa: PLR0124  (true of NaN alone)
+
+
+@triton.jit
 def pack_key(value, latent):
     """`keys.pack_keys` for fp32 values and int32 latents of one shape."""
     bits = value.to(tl.int32, bitcast=True)
-    bits = tl.where(value != value, bits & _LATENT_MASK, bits)  # every NaN sorts above +inf
+    bits = tl.where(_is_nan(value), bits & _LATENT_MASK, bits)  # every NaN sorts above +inf
     bits = tl.where(value == 0.0, 0, bits)  # -0.0 ties with 0.0
     ordered = bits ^ ((bits >> 31) & _LATENT_MASK)
     return (ordered.to(tl.int64) << 32) | (latent ^ _LATENT_MASK).to(tl.int64)
@@ -39,17 +46,32 @@ def _bit(n_dims: tl.constexpr, axis: tl.constexpr):
 
 
 @triton.jit
+def _exchange(
+    cube, n_dims: tl.constexpr, axis: tl.constexpr, stage: tl.constexpr, alternate: tl.constexpr
+):
+    """Larger first along `axis`; in every second run of 2**stage, smaller first."""
+    # The partner by wrapping addition: the interpreter has no fast path for an xor reduction.
+    partner = tl.sum(cube, axis, keep_dims=True) - cube
+    wants_smaller = _bit(n_dims, axis)
+    if alternate:
+        wants_smaller = wants_smaller ^ _bit(n_dims, n_dims - 1 - stage)
+    return tl.where((cube > partner) != (wants_smaller == 1), cube, partner)
+
+
+@triton.jit
 def _merge(cube, n_dims: tl.constexpr, stage: tl.constexpr, alternate: tl.constexpr):
     """Sorts bitonic runs of 2**stage: descending, or every second one ascending."""
     for j in tl.static_range(stage):
-        axis: tl.constexpr = n_dims - stage + j
-        # The partner by wrapping addition: the interpreter has no fast path for an xor reduction.
-        partner = tl.sum(cube, axis, keep_dims=True) - cube
-        wants_smaller = _bit(n_dims, axis)
-        if alternate:
-            wants_smaller = wants_smaller ^ _bit(n_dims, n_dims - 1 - stage)
-        cube = tl.where((cube > partner) != (wants_smaller == 1), cube, partner)
+        cube = _exchange(cube, n_dims, n_dims - stage + j, stage, alternate)
     return cube
+
+
+@triton.jit
+def _fold(cube, n_dims: tl.constexpr, LOG_K: tl.constexpr, alternate: tl.constexpr):
+    """The 2**LOG_K largest of a descending and an ascending run side by side, sorted."""
+    # The larger of each two, one from either run, are the largest of both, and bitonic.
+    cube = tl.max(cube, n_dims - 1 - LOG_K)
+    return _merge(cube, n_dims - 1, LOG_K, alternate)
 
 
 @triton.jit
@@ -59,11 +81,8 @@ def _largest(keys, LOG_ROWS: tl.constexpr, LOG_WIDTH: tl.constexpr, LOG_K: tl.co
     for stage in tl.static_range(1, LOG_K + 1):
         cube = _merge(cube, LOG_ROWS + LOG_WIDTH, stage, stage < LOG_WIDTH)
     for level in tl.static_range(LOG_K + 1, LOG_WIDTH + 1):
-        # A descending and an ascending run side by side: the larger of each two are the largest,
-        # and bitonic again.
-        dims: tl.constexpr = LOG_ROWS + LOG_WIDTH - (level - LOG_K)
-        cube = tl.max(cube, dims - LOG_K)
-        cube = _merge(cube, dims, LOG_K, level < LOG_WIDTH)
+        # Assigned to a name first, the number of axes would no longer be a constant.
+        cube = _fold(cube, LOG_ROWS + LOG_WIDTH + 1 + LOG_K - level, LOG_K, level < LOG_WIDTH)
     return tl.reshape(cube, [1 << LOG_ROWS, 1 << LOG_K])
 
 
@@ -99,7 +118,7 @@ def select_kernel(
     ordered = (last >> 32).to(tl.int32)
     value = (ordered ^ ((ordered >> 31) & _LATENT_MASK)).to(tl.float32, bitcast=True)
     # k NaNs already: a later one loses by its latent, so nothing can beat them.
-    value = tl.where(value != value, float("inf"), value)
+    value = tl.where(_is_nan(value), float("inf"), value)
     tl.store(threshold + rows, value, mask=inside)
     tl.store(counts + rows, tl.zeros_like(offered) + k, mask=inside)
     lost = tl.load(overflow + rows, mask=inside, other=0)

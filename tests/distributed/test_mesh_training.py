@@ -66,22 +66,22 @@ def test_the_fused_update_is_the_dense_one(alone, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("latent", "data", "zero", "breakage"),
+    ("latent", "data", "update", "zero", "breakage"),
     [
-        (2, 1, 0, "global selection"),
-        (2, 1, 0, "reconstruction all-reduce"),
-        (1, 2, 0, "fired all-reduce"),
-        (1, 2, 0, "replica exchange"),
-        (1, 2, 1, "zero push"),
+        (2, 1, "auto", 0, "global selection"),
+        (2, 1, "auto", 0, "reconstruction all-reduce"),
+        (2, 1, "dense", 0, "sharded mark"),
+        (1, 2, "auto", 0, "fired all-reduce"),
+        (1, 2, "auto", 0, "replica exchange"),
+        (1, 2, "dense", 0, "gradient average"),
+        (1, 2, "auto", 1, "zero push"),
     ],
 )
-def test_the_comparison_sees_a_broken_part(alone, tmp_path, latent, data, zero, breakage):
+def test_the_comparison_sees_a_broken_part(alone, tmp_path, latent, data, update, zero, breakage):
     _, rows = alone
-    try:
-        meshed = run_job(Job(str(tmp_path), latent, data, zero, breakage=breakage))
-    except RanksFailed:
-        return
-    assert deviation(rows, meshed) > 1e-4
+    meshed = run_job(Job(str(tmp_path), latent, data, zero, update, breakage=breakage))
+    worst = max(deviation(rows, meshed), deviation(rows, meshed, "grad_norm"))
+    assert worst > 1e-3, worst
 
 
 @pytest.mark.parametrize(
@@ -113,6 +113,18 @@ def test_a_checkpoint_of_a_mesh_opens_on_one_rank(alone, tmp_path):
     resumed = run_job(Job(str(tmp_path / "on"), resume=str(checkpoint)))
     # The learning rate's decay knows the whole length, so the first half ends on another one.
     assert abs(resumed[0]["loss"] / rows[25]["loss"] - 1) < 0.05
+
+
+@pytest.mark.parametrize(
+    ("zero", "clip_norm", "update"),
+    [(0, 0.3, "fused"), (0, 0.0, "fused"), (0, 0.0, "dense"), (1, 0.3, "auto"), (1, 0.0, "auto")],
+)
+def test_an_infinite_gradient_under_a_finite_loss_stops_too(tmp_path, zero, clip_norm, update):
+    job = Job(str(tmp_path), 1, 2, zero, update, clip_norm=clip_norm, poison_gradient_step=30)
+    with pytest.raises(RanksFailed) as failed:
+        run_job(job)
+    assert str(failed.value).count("loss or gradient of step 30 is not finite") == 2
+    assert [path.name for path in list_checkpoints(tmp_path / "checkpoints")] == ["step-00000025"]
 
 
 @pytest.mark.parametrize(("latent", "data", "zero"), [(2, 1, 0), (1, 2, 0), (1, 2, 1)])

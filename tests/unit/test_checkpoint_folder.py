@@ -22,6 +22,7 @@ STATE = {
     "step": 1,
     "tokens": 2,
     "source_position": 1,
+    "source_identity": "s",
     "seed": 0,
     "batch_tokens": 2,
     "d_model": 3,
@@ -59,6 +60,7 @@ DAMAGES = {
     "no manifest": lambda f: (f / "manifest.json").unlink(),
     "manifest is no JSON": lambda f: (f / "manifest.json").write_text("{"),
     "manifest is a list": lambda f: (f / "manifest.json").write_text("[]"),
+    "an entry is a number": lambda f: (f / "manifest.json").write_text('{"files": {"a": 1}}'),
     "state edited": lambda f: (f / "state.json").write_text(json.dumps(STATE | {"step": 99})),
     "empty folder": lambda f: [shutil.rmtree(f), f.mkdir()],
 }

@@ -26,6 +26,9 @@ def test_save_and_load(tmp_path):
     again = load_sae(tmp_path)
     assert (again.config, again.step, again.metadata) == (sae.config, 7, {"a": 1})
     assert torch.equal(again(x), sae(x))
+    (tmp_path / "sae.safetensors").write_bytes(b"short")
+    with pytest.raises(CheckpointError, match="not a saved SAE"):
+        load_sae(tmp_path)
 
 
 def test_dense_and_sparse_agree_in_any_batch_shape():

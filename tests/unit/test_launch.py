@@ -38,6 +38,11 @@ def launch(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
         ("model.hookpoints=[]", "at least one module name"),
         ("sae.hookpoint=model.layers.3", "one of model.hookpoints"),
         ("data.heldout_fraction=0", "between 0 and 1"),
+        ("seed=-1", "0 or more"),
+        ("optim.lr=nan", "a finite number"),
+        ("data.tokens=100", "at least a batch"),
+        ("stage=report name=nosuchrun", "no such run"),
+        ("stage=verify name=nosuchrun", "no such run"),
         ("logging.wandb=maybe", "auto, online, offline or disabled"),
     ],
 )
@@ -64,6 +69,10 @@ def test_help_names_stages_groups_and_examples(tmp_path):
 
 def test_a_changed_config_is_refused_with_a_diff(tmp_path):
     launch("stage=train", "store.path=missing", cwd=tmp_path)
+    corrected = launch("stage=train", "store.path=missing", "sae.k=31", cwd=tmp_path)
+    assert "sae.k" not in corrected.stderr  # the run holds nothing yet
+    launch("stage=train", "store.path=missing", cwd=tmp_path)
+    (tmp_path / "runs" / "demo" / "metrics.jsonl").touch()
     again = launch("stage=train", "store.path=missing", "sae.k=16", "eval.tokens=9", cwd=tmp_path)
     assert again.returncode == 2
     assert "sae.k: 32 -> 16" in again.stderr and "eval.tokens" not in again.stderr

@@ -117,7 +117,8 @@ def test_opening_another_store_shows_what_differs(tmp_path: Path) -> None:
     write_store(
         tmp_path / "s", ROWS, finalise=False, calibration={"model.layers.9": moments}, **options
     )
-    write_store(tmp_path / "s", ROWS, **options)  # the same again, calibration not asked about
+    # The same again, calibration not asked about.
+    write_store(tmp_path / "s", ROWS, finalise=False, **options)
     calibration = open_store(tmp_path / "s").header.calibration
     assert calibration is not None and calibration["model.layers.9"].norm == 2.5
     before = tree(tmp_path / "s")
@@ -243,3 +244,9 @@ def test_snapshots_hold_what_the_records_say(
     assert {damage.file for damage in verify_store(path)} == {
         f"_log/{segment:06d}.json" for segment in range(3)
     }
+
+
+def test_a_planned_store_is_finished_only_when_all_items_are_there(tmp_path: Path) -> None:
+    with pytest.raises(IncompleteStoreError, match="lacks 2: "):
+        write_store(tmp_path / "s", ROWS, n_items=len(ROWS) + 2)
+    assert not open_store(tmp_path / "s").finalised

@@ -1,0 +1,38 @@
+"""Every Triton kernel compiles for Hopper without a GPU, spills nothing, uses the tensor cores."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton", reason="triton is not installed: pip install triton")
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("interpreted kernels cannot be compiled", allow_module_level=True)
+
+from benchmarks import compile_report
+
+CONFIGURATIONS = {each.name: each for each in compile_report.configurations()}
+RESULT = Path(__file__).resolve().parents[2] / compile_report.RESULT
+
+
+@pytest.mark.parametrize("name", CONFIGURATIONS)
+def test_compiles_without_spills_and_with_the_instructions_it_is_meant_to_use(name):
+    row = compile_report.compile_one(CONFIGURATIONS[name])
+    print(compile_report.format_row(row))
+    assert not compile_report.spills(row), compile_report.format_row(row)
+    assert ("HGMMA" in row["instructions"]) == CONFIGURATIONS[name].matrix
+    assert row["programs_per_sm"] >= 2
+
+
+def test_the_kept_report_covers_every_configuration():
+    kept = json.loads(RESULT.read_text())
+    assert [row["name"] for row in kept["kernels"]] == list(CONFIGURATIONS)
+    assert kept["target"] == "sm_90"
+
+
+def test_a_spill_is_seen():
+    row = {"local_bytes": 0, "instructions": {"LDL": 2}}
+    assert compile_report.spills(row) and not compile_report.spills({**row, "instructions": {}})

@@ -1,0 +1,43 @@
+"""The Triton kernels give what the float64 reference gives, run by Triton's interpreter."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from sae_core.errors import ConfigError
+from sae_core.kernels.triton_body import TritonKernels
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.mark.slow
+def test_the_cases_hold_under_the_interpreter():
+    pytest.importorskip("triton", reason="triton is not installed: pip install triton")
+    # Whether a kernel is interpreted is settled when its module is imported: a process of its own.
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
+        + ["tests/unit/triton_cases.py"],
+        cwd=ROOT,
+        env={**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
+    assert " passed" in done.stdout
+
+
+def test_a_machine_without_triton_or_gpu_is_told_what_to_do(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(ConfigError, match="kernels=stock"):
+        TritonKernels()
+    monkeypatch.setitem(sys.modules, "triton", None)
+    with pytest.raises(ConfigError, match="expected triton installed; pip install triton"):
+        TritonKernels()
