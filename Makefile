@@ -42,7 +42,8 @@ format: $(STAMP) ## ruff, writing
 	$(BIN)/ruff check --fix .
 
 bench: $(STAMP) peers ## one step, ours and the peers'
-	$(BIN)/python -m benchmarks.step --json benchmarks/results/step-cpu.json
+	$(BIN)/python -m benchmarks.step --work 16384,256,1024,32 65536,768,1024,32 --rounds 9 \
+		--json benchmarks/results/step-cpu.json
 
 clean: ## remove environments, runs and caches
 	rm -rf $(VENV) .venv-peers runs .pytest_cache .mypy_cache .ruff_cache

@@ -104,8 +104,8 @@ def test_more_gpus_than_there_are(tmp_path):
         pytest.skip("this machine has GPUs")
     from activation_store import StoreWriter
 
-    writer = StoreWriter(tmp_path / "store", {"acts": 4}, shard_tokens=8)
-    writer.write_item(0, torch.randn(8, 4).numpy())
+    writer = StoreWriter(tmp_path / "store", {"acts": 4}, shard_tokens=256)
+    writer.write_item(0, torch.randn(256, 4).numpy())
     writer.finalise()
     done = launch(
         tmp_path,
