@@ -21,6 +21,7 @@ MAY_CHANGE = (
     "train.tokens",
     "train.device",
     "train.compute_dtype",
+    "train.kernels",
     "train.threads_per_rank",
     "train.timeout_s",
 )

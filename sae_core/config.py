@@ -117,6 +117,8 @@ class TrainConfig:
     """auto, cpu or cuda."""
     compute_dtype: str = "auto"
     """GEMM dtype: auto (bfloat16 on cuda, float32 on cpu), float32 or bfloat16."""
+    kernels: str = "stock"
+    """Body of the sparse operations: stock (torch), triton (CUDA) or reference (plain, slow)."""
     threads_per_rank: int | None = None
     """CPU threads of each rank; null: cores / ranks on this machine, at least 1."""
     timeout_s: float = 600.0
@@ -139,6 +141,8 @@ class TrainConfig:
             raise ConfigError(
                 "train.compute_dtype", self.compute_dtype, "auto, float32 or bfloat16"
             )
+        if self.kernels not in ("stock", "triton", "reference"):
+            raise ConfigError("train.kernels", self.kernels, "stock, triton or reference")
         if self.threads_per_rank is not None and self.threads_per_rank < 1:
             raise ConfigError(
                 "train.threads_per_rank", self.threads_per_rank, "at least 1, or null"

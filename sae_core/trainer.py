@@ -61,7 +61,8 @@ class Trainer:
         self.checkpoints, self.seed = checkpoints, seed
         self.report, self.report_every = report, report_every
         self.device = torch.device(mesh.devices.device_type)
-        kernels = get_kernels("stock", compute_dtype(config.train.compute_dtype, self.device))
+        dtype = compute_dtype(config.train.compute_dtype, self.device)
+        kernels = get_kernels(config.train.kernels, dtype)
         sae = build_sae(config.sae, source.d_in, mesh, kernels, seed).to(self.device)
         self.engines = [SAEEngine(config.sae.hookpoint or "sae", sae, config, self.device)]
         self.step = 0

@@ -73,6 +73,7 @@ class Job:
     breakage: str | None = None
     """Feature to take out, so that a test can see its comparison fail."""
     clip_norm: float = 0.3
+    kernels: str = "stock"
     poison_gradient_step: int | None = None
     """Step whose gradient, not loss, is made infinite on rank `poison_rank`."""
     poison_step: int | None = None
@@ -94,7 +95,7 @@ def config_of(job: Job) -> TrainerConfig:
             clip_norm=job.clip_norm,
             update=job.update,
         ),
-        TrainConfig(tokens=job.steps * BATCH, batch_tokens=BATCH, sample_tokens=480),
+        TrainConfig(job.steps * BATCH, BATCH, sample_tokens=480, kernels=job.kernels),
         ParallelConfig(job.latent, job.data, job.zero_stage),
         CheckpointConfig(every_tokens=job.save_every * BATCH),
     )

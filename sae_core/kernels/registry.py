@@ -14,7 +14,7 @@ def get_kernels(name: str, compute_dtype: torch.dtype) -> Kernels:
     """The body called `name`.
 
     Raises:
-        ConfigError: no such body, or it cannot compute in that dtype.
+        ConfigError: no such body, it cannot run here, or not in that dtype.
     """
     if name == "reference":
         if compute_dtype not in (torch.float32, torch.float64):
@@ -24,4 +24,8 @@ def get_kernels(name: str, compute_dtype: torch.dtype) -> Kernels:
         if compute_dtype not in (torch.float32, torch.bfloat16):
             raise ConfigError("compute dtype", compute_dtype, "float32 or bfloat16 for stock")
         return StockKernels(compute_dtype)
-    raise ConfigError("kernels", name, "one of: stock, reference")
+    if name == "triton":
+        from sae_core.kernels.triton_body import TritonKernels
+
+        return TritonKernels(compute_dtype)
+    raise ConfigError("train.kernels", name, "one of: stock, triton, reference")

@@ -54,6 +54,10 @@ def test_a_mesh_trains_like_one_rank(alone, tmp_path, latent, data, zero, update
     assert [row["l0"] for row in rows] == pytest.approx([row["l0"] for row in meshed], abs=0.05)
 
 
+def test_the_reference_kernels_train_the_same(alone, tmp_path):
+    assert deviation(alone[1], run_job(Job(str(tmp_path), kernels="reference"))) < 1e-4
+
+
 def test_the_fused_update_is_the_dense_one(alone, tmp_path):
     folder, rows = alone
     dense = run_job(Job(str(tmp_path), update="dense"))

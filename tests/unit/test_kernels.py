@@ -119,7 +119,7 @@ def test_bfloat16_selects_by_bfloat16_products():
 
 
 def test_unknown_bodies_and_dtypes_are_named():
-    with pytest.raises(ConfigError, match="one of: stock, reference"):
+    with pytest.raises(ConfigError, match="one of: stock, triton, reference"):
         get_kernels("fast", torch.float32)
     with pytest.raises(ConfigError, match="float32 or bfloat16"):
         get_kernels("stock", torch.float16)
