@@ -5,9 +5,10 @@
 Compiles every configuration that `TritonKernels` launches for sm_90 and reads the machine code.
 """
 
+# mypy: disable-error-code="import-untyped, import-not-found"
+
 from __future__ import annotations
 
-# mypy: disable-error-code="import-untyped, import-not-found"
 import argparse
 import json
 import platform

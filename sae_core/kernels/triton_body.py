@@ -1,8 +1,9 @@
 """The body for NVIDIA GPUs, written in Triton and cut for Hopper."""
 
+# mypy: disable-error-code="import-untyped, import-not-found"
+
 from __future__ import annotations
 
-# mypy: disable-error-code="import-untyped, import-not-found"
 from typing import TYPE_CHECKING
 
 import torch
@@ -53,10 +54,11 @@ class TritonKernels:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         self._check(x, W_enc, b_enc)
         L = W_enc.shape[0]
-        if not 0 < k <= L < _LARGEST_LATENT:
-            raise ShapeError(f"k={k}, L={L}: expected 0 < k <= L < 2**31")
-        if not x.shape[0]:
-            return x.new_empty(0, k, dtype=torch.float32), x.new_empty(0, k, dtype=torch.int64)
+        if not 0 <= k <= L < _LARGEST_LATENT:
+            raise ShapeError(f"k={k}, L={L}: expected 0 <= k <= L < 2**31")
+        if not x.shape[0] or not k:  # k 0: a shard without dead latents takes part in AuxK
+            shape = (x.shape[0], k)
+            return x.new_empty(shape, dtype=torch.float32), x.new_empty(shape, dtype=torch.int64)
         return self._encoder.topk(x, W_enc, b_enc, k)
 
     def decode(self, active: SparseLatents, W_dec: torch.Tensor) -> torch.Tensor:
@@ -68,7 +70,7 @@ class TritonKernels:
         self, grad: torch.Tensor, active: SparseLatents, W_dec: torch.Tensor
     ) -> torch.Tensor:
         self._check(grad, W_dec)
-        dot: torch.Tensor = self._sparse.decoder_dot(grad.contiguous(), active, W_dec.contiguous())
+        dot: torch.Tensor = self._sparse.decoder_dot(_plain_rows(grad), active, _plain_rows(W_dec))
         return dot
 
     def row_gradients(

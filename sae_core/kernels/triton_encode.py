@@ -8,10 +8,11 @@ is run again with every key kept. All paths share one tile product, so a pre-act
 same bits whichever of them computed it.
 """
 
-from __future__ import annotations
-
 # Triton has no types, and a kernel's arguments none that mypy knows.
 # mypy: disable-error-code="no-untyped-def, import-untyped, import-not-found"
+
+from __future__ import annotations
+
 from dataclasses import dataclass
 
 import torch

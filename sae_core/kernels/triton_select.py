@@ -4,10 +4,11 @@ A key orders by value, then by lower latent (`keys.py` says how), and no two pai
 one, so the result does not depend on the order in which candidates were appended.
 """
 
-from __future__ import annotations
-
 # Triton has no types, and a kernel's arguments none that mypy knows.
 # mypy: disable-error-code="no-untyped-def, import-untyped, import-not-found"
+
+from __future__ import annotations
+
 import math
 
 import torch

@@ -4,10 +4,11 @@ All sums run in a fixed order inside one program, in fp32: no atomic addition an
 [B, K, D], so the same input gives the same bits.
 """
 
-from __future__ import annotations
-
 # Triton has no types, and a kernel's arguments none that mypy knows.
 # mypy: disable-error-code="no-untyped-def, import-untyped, import-not-found"
+
+from __future__ import annotations
+
 import torch
 import triton
 import triton.language as tl
@@ -27,7 +28,7 @@ def column_block(D: int, most: int) -> int:
 
 @triton.jit
 def _row_end(offsets, row, B, n_pairs):
-    end = n_pairs.to(tl.int64)
+    end = tl.zeros((), tl.int64) + n_pairs
     if row + 1 < B:
         end = tl.load(offsets + row + 1)
     return end

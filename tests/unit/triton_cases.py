@@ -102,6 +102,12 @@ def test_rows_that_rise_with_the_latent_overflow_their_pool_and_stay_exact(k):
     assert_same_selection(x, W, torch.zeros(1200, device=DEVICE), k)
 
 
+def test_a_row_that_overflowed_early_is_run_again_after_all_later_segments():
+    x, W = torch.ones(3, 40, device=DEVICE), torch.zeros(1200, 40, device=DEVICE)
+    W[:400, 0] = torch.arange(400, device=DEVICE)
+    assert_same_selection(x, W, torch.zeros(1200, device=DEVICE), 4)
+
+
 def test_overflow_runs_again_in_pieces(monkeypatch):
     monkeypatch.setattr("sae_core.kernels.triton_encode._RERUN_KEYS", 1000)
     x, W = torch.ones(3, 40, device=DEVICE), torch.zeros(700, 40, device=DEVICE)
@@ -158,6 +164,8 @@ def test_offsets_past_two_to_the_31():
     double = pairs._replace(values=pairs.values.double())
     expected = REFERENCE.row_gradients(double, double.values, far.double(), far.double())
     assert torch.equal(sums.W_enc.double(), expected.W_enc)
+    dots = REFERENCE.decoder_dot(far.double(), double, near)
+    assert torch.equal(body().decoder_dot(far, pairs, W).double(), dots.to(far.dtype).double())
 
 
 @pytest.mark.parametrize("weights", DTYPES, ids=str)
@@ -215,6 +223,7 @@ def test_what_it_cannot_do_is_said():
     x = torch.ones(2, 3, device=DEVICE)
     with pytest.raises(ShapeError, match="kernels=reference for float64"):
         body().decode(compact(x, x.long()), x.double())
+    assert [part.shape for part in body().encode_topk(x, x, x[:, 0], 0)] == [(2, 0), (2, 0)]
     with pytest.raises(ShapeError, match="k=4, L=2"):
         body().encode_topk(x, x, x[:, 0], 4)
     if INTERPRETED:
