@@ -21,6 +21,7 @@ from cluster.errors import ClusterError
 from cluster.metric_sinks import MetricSinks
 from cluster.run_dir import CONFIG, ENVIRONMENT, rank_lock
 from cluster.source import StoreSource
+from cluster.trainable import check_store
 from conf.run_config import load_config
 from conf.schema import RunConfig
 from sae_core.atomic import write_json
@@ -75,7 +76,7 @@ def _train(
 ) -> None:
     mesh = Mesh.create(device.type, config.parallel.latent, config.parallel.data)
     store = open_store(config.store.path)
-    array = config.sae.hookpoint or next(iter(store.arrays))
+    array = check_store(config)
     source = StoreSource(
         store,
         array,

@@ -13,17 +13,17 @@ from typing import Any
 
 from rich.console import Console
 
-from activation_store import open_store
 from activation_store.errors import StoreConfigError, StoreError
 from cluster.errors import ClusterError, RankFailedError
 from cluster.metric_sinks import METRICS
 from cluster.rank_group import rank_group
 from cluster.ray_session import ray_session
 from cluster.run_dir import wait_for_old_ranks
+from cluster.trainable import check_store
 from cluster.training_line import TrainingLine
 from conf.schema import RunConfig
 from sae_core.checkpoint.folder import newest_valid, read_state
-from sae_core.errors import ConfigError, SAEError
+from sae_core.errors import SAEError
 
 _POLL_S = 0.5
 _SETTLE_S = 3.0
@@ -46,7 +46,7 @@ def run(config: RunConfig, run_dir: Path) -> None:
             "a store of activations",
             "make one with stage=harvest or activation_store.StoreWriter",
         )
-    _check_store(config)
+    check_store(config)
     wait_for_old_ranks(run_dir)
     done = _finished(config, run_dir)
     if done is not None:
@@ -66,33 +66,6 @@ def run(config: RunConfig, run_dir: Path) -> None:
             )
     newest = newest_valid(run_dir / "checkpoints", hashes=False)
     console.print(f"train: done, {newest}")
-
-
-def _check_store(config: RunConfig) -> None:
-    """What the ranks would stumble over, before they are started."""
-    store = open_store(config.store.path)
-    if not store.finalised:
-        raise StoreConfigError(
-            "store.path",
-            config.store.path,
-            "a finalised store",
-            "finish it with stage=harvest, or call StoreWriter.finalise()",
-        )
-    array = config.sae.hookpoint or next(iter(store.arrays))
-    if array not in store.arrays:
-        raise ConfigError("sae.hookpoint", array, f"an array of the store: {list(store.arrays)}")
-    if store.n_tokens < config.train.batch_tokens:
-        raise ConfigError(
-            "train.batch_tokens", config.train.batch_tokens, f"at most {store.n_tokens} stored rows"
-        )
-    bad = store.statistics(array).non_finite
-    if bad:
-        raise StoreConfigError(
-            "store.path",
-            config.store.path,
-            f"finite activations, {array} holds {bad} numbers that are not",
-            "store it anew without them",
-        )
 
 
 def _finished(config: RunConfig, run_dir: Path) -> Path | None:

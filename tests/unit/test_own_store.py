@@ -12,7 +12,7 @@ from activation_store.errors import StoreConfigError
 from analysis.runs import as_trained
 from analysis.verify import non_finite
 from cluster.source import store_digest
-from cluster.train import _check_store
+from cluster.trainable import check_store
 from conf.schema import RunConfig
 from sae_core.errors import ConfigError
 
@@ -38,17 +38,17 @@ def test_no_model_is_named_that_the_rows_do_not_come_from(tmp_path):
 
 def test_what_ranks_would_stumble_over_is_said_before(tmp_path):
     config = own_store(tmp_path / "s")
-    _check_store(config)
+    check_store(config)
     config.sae.hookpoint = "typo"
     with pytest.raises(ConfigError, match=r"sae.hookpoint='typo': expected an array .*'acts'"):
-        _check_store(config)
+        check_store(config)
     config.sae.hookpoint, config.train.batch_tokens = None, 65
     with pytest.raises(ConfigError, match="at most 64 stored rows"):
-        _check_store(config)
+        check_store(config)
     with pytest.raises(StoreConfigError, match="finalise"):
-        _check_store(own_store(tmp_path / "open", finalise=False))
+        check_store(own_store(tmp_path / "open", finalise=False))
     with pytest.raises(StoreConfigError, match="acts holds 3 numbers that are not"):
-        _check_store(own_store(tmp_path / "bad", bad=3))
+        check_store(own_store(tmp_path / "bad", bad=3))
     assert non_finite(str(tmp_path / "bad")) == ["acts: 3 numbers are not finite"]
     assert non_finite(str(tmp_path / "s")) == []
 

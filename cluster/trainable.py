@@ -1,0 +1,42 @@
+"""Whether a store can be trained on as the config says."""
+
+from __future__ import annotations
+
+from activation_store import open_store
+from activation_store.errors import StoreConfigError
+from conf.schema import RunConfig
+from sae_core.errors import ConfigError
+
+
+def check_store(config: RunConfig) -> str:
+    """The array to train on, once the store is known to serve the config.
+
+    Asked by the driver before it starts ranks, and by every rank, which torchrun starts alone.
+
+    Raises:
+        ConfigError, StoreConfigError: naming what does not fit.
+    """
+    store = open_store(config.store.path)
+    if not store.finalised:
+        raise StoreConfigError(
+            "store.path",
+            config.store.path,
+            "a finalised store",
+            "finish it with stage=harvest, or call StoreWriter.finalise()",
+        )
+    array = config.sae.hookpoint or next(iter(store.arrays))
+    if array not in store.arrays:
+        raise ConfigError("sae.hookpoint", array, f"an array of the store: {list(store.arrays)}")
+    if store.n_tokens < config.train.batch_tokens:
+        raise ConfigError(
+            "train.batch_tokens", config.train.batch_tokens, f"at most {store.n_tokens} stored rows"
+        )
+    bad = store.statistics(array).non_finite
+    if bad:
+        raise StoreConfigError(
+            "store.path",
+            config.store.path,
+            f"finite activations, {array} holds {bad} numbers that are not",
+            "store it anew without them",
+        )
+    return array
