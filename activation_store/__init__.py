@@ -16,10 +16,13 @@ from typing import TYPE_CHECKING, Any
 from activation_store.zarr_hook import register_bfloat16
 
 if TYPE_CHECKING:
+    from activation_store.diagnose import ShuffleQuality, shuffle_quality
     from activation_store.header import Calibration, StoreHeader
+    from activation_store.mixture import MixtureStream
     from activation_store.record import ItemRecord, Statistics
+    from activation_store.rows import LoadedBlock, LoadedRows
     from activation_store.store import Store, open_store
-    from activation_store.stream import ShuffledStream, StreamBatch
+    from activation_store.stream import ShuffledStream, StagedBatch, StagedStream, StreamBatch
     from activation_store.verify import Damage, verify_store
     from activation_store.writer import StoreWriter
 
@@ -27,10 +30,17 @@ _HOMES = {
     "Calibration": "header",
     "StoreHeader": "header",
     "ItemRecord": "record",
+    "LoadedBlock": "rows",
+    "LoadedRows": "rows",
+    "MixtureStream": "mixture",
+    "ShuffleQuality": "diagnose",
+    "shuffle_quality": "diagnose",
     "Statistics": "record",
     "Store": "store",
     "open_store": "store",
     "ShuffledStream": "stream",
+    "StagedBatch": "stream",
+    "StagedStream": "stream",
     "StreamBatch": "stream",
     "Damage": "verify",
     "verify_store": "verify",
@@ -41,13 +51,20 @@ __all__ = [
     "Calibration",
     "Damage",
     "ItemRecord",
+    "LoadedBlock",
+    "LoadedRows",
+    "MixtureStream",
+    "ShuffleQuality",
     "ShuffledStream",
+    "StagedBatch",
+    "StagedStream",
     "Statistics",
     "Store",
     "StoreHeader",
     "StoreWriter",
     "StreamBatch",
     "open_store",
+    "shuffle_quality",
     "verify_store",
 ]
 

@@ -11,20 +11,20 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import google_crc32c
 import numpy as np
 from numpy.typing import NDArray
 
+from activation_store.checksum import crc32c
 from activation_store.errors import DamagedDataError, MissingDataError, StoreFormatError
 
 Bytes = NDArray[np.uint8]
-"""A flat view of memory; google_crc32c and os.writev take it without a copy."""
+"""A flat view of memory; checksums, os.preadv and os.writev take it without a copy."""
 
 TMP = "_tmp"
 _SEAL = b'{"crc32c":"%08x",'
 _SEAL_BYTES = len(_SEAL % 0)
 _STALE_S = 3600
-_MAX_PARTS = 512  # of one writev; Linux takes 1024
+_MAX_PARTS = 512  # of one call; Linux takes 1024
 
 
 def as_bytes(array: NDArray[Any]) -> Bytes:
@@ -56,11 +56,35 @@ def _write_all(fd: int, parts: list[bytes | Bytes]) -> None:
         if len(part)
     ]
     while views:
-        written = os.writev(fd, views[:_MAX_PARTS])
-        while views and written >= len(views[0]):
-            written -= len(views.pop(0))
-        if written:
-            views[0] = views[0][written:]
+        _drop(views, os.writev(fd, views[:_MAX_PARTS]))
+
+
+def open_to_read(path: Path) -> int:
+    """A file descriptor for `read_into`, to be closed by the caller."""
+    return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+
+
+def read_into(fd: int, views: list[Bytes], offset: int) -> bool:
+    """Fills `views` one after the other with the bytes from `offset` on; False if too few."""
+    left = [view.data for view in views if len(view)]
+    while left:
+        read = os.preadv(fd, left[:_MAX_PARTS], offset)
+        if read == 0:
+            return False
+        offset += read
+        _drop(left, read)
+    return True
+
+
+def _drop(views: list[memoryview], n_bytes: int) -> None:
+    """Takes the first `n_bytes` bytes away from `views`."""
+    done = 0
+    while done < len(views) and n_bytes >= len(views[done]):
+        n_bytes -= len(views[done])
+        done += 1
+    del views[:done]
+    if n_bytes:
+        views[0] = views[0][n_bytes:]
 
 
 def fsync_folder(path: Path) -> None:
@@ -134,7 +158,7 @@ def parse_json(path: Path, data: bytes) -> dict[str, Any]:
 def seal(document: dict[str, Any]) -> bytes:
     """JSON whose first key is the crc32c (hexadecimal) of all the bytes after it."""
     rest = json.dumps(document, separators=(",", ":"), allow_nan=False).encode()[1:]
-    return _SEAL % google_crc32c.value(rest) + rest
+    return _SEAL % crc32c(rest) + rest
 
 
 def read_sealed(path: Path, limit_bytes: int) -> dict[str, Any]:
@@ -147,6 +171,6 @@ def read_sealed(path: Path, limit_bytes: int) -> dict[str, Any]:
     """
     data = read_bounded(path, limit_bytes)
     rest = data[_SEAL_BYTES:]
-    if data[:_SEAL_BYTES] != _SEAL % google_crc32c.value(rest):
+    if data[:_SEAL_BYTES] != _SEAL % crc32c(rest):
         raise DamagedDataError(f"{path} fails its checksum; restore it from a backup")
     return parse_json(path, b"{" + rest)

@@ -6,15 +6,16 @@ import json
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, fields
 from typing import Any
 
-import google_crc32c
 import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
+from activation_store.checksum import crc32c
 from activation_store.codec import ShardLayout
+from activation_store.compression import MOST_BYTES
 from activation_store.errors import StoreConfigError
 
 SCHEMA_VERSION = 1
@@ -32,6 +33,11 @@ SIDECARS: dict[str, np.dtype[Any]] = {
     "document": np.dtype("<i8"),
     "position": np.dtype("<i4"),
 }
+
+CODECS = ("none", "blosc", "int8")
+"""As they are (with checksums); compressed; quantised, see `quantise.py`."""
+SCALE = ".scale"
+"""After an int8 array's name: the name of the array of its rows' scales."""
 
 _MAX_ARRAYS = 1024
 _MAX_D_MODEL = 1 << 20
@@ -66,6 +72,7 @@ class StoreHeader:
     arrays: dict[str, int]
     """Hookpoint to d_model, in the order given when the store was made."""
     dtype: str
+    """Of the rows that readers get: bfloat16 or float32."""
     shard_tokens: int
     """Rows of a shard; item i owns rows [i * shard_tokens, (i + 1) * shard_tokens)."""
     chunk_rows: int
@@ -74,6 +81,8 @@ class StoreHeader:
     provenance: dict[str, Any]
     calibration: dict[str, Calibration] | None = None
     sidecars: tuple[str, ...] = tuple(SIDECARS)
+    codec: str = "none"
+    """One of `CODECS`: how the hookpoint arrays lie on disk. Sidecars are stored as they are."""
     finalised: bool = False
     n_items: int = 0
     """Items of a finalised store; 0 before."""
@@ -86,15 +95,33 @@ class StoreHeader:
 
     @property
     def columns(self) -> dict[str, tuple[np.dtype[Any], tuple[int, ...]]]:
-        """Data type and shape of one row, of every array and sidecar."""
+        """Data type and shape of one row, of every array and sidecar, as readers get it."""
         rows = {name: (DTYPES[self.dtype], (width,)) for name, width in self.arrays.items()}
         return {**rows, **{name: (SIDECARS[name], ()) for name in self.sidecars}}
 
+    @property
+    def stored(self) -> dict[str, tuple[np.dtype[Any], tuple[int, ...]]]:
+        """Data type and shape of one row, of every array on disk."""
+        columns = self.columns
+        if self.codec != "int8":
+            return columns
+        quantised = {name: (np.dtype(np.int8), columns[name][1]) for name in self.arrays}
+        scales = {name + SCALE: (np.dtype("<f4"), ()) for name in self.arrays}
+        return {**columns, **quantised, **scales}
+
+    def stored_as(self, name: str) -> tuple[str, ...]:
+        """The arrays on disk that make up an array or sidecar."""
+        quantised = self.codec == "int8" and name in self.arrays
+        return (name, name + SCALE) if quantised else (name,)
+
     def layout(self, name: str) -> ShardLayout:
-        """The sizes of a shard of an array or sidecar."""
-        dtype, shape = self.columns[name]
+        """The sizes of a shard of an array on disk."""
+        dtype, shape = self.stored[name]
         row_bytes = dtype.itemsize * math.prod(shape)
-        return ShardLayout(self.shard_tokens, self.chunk_rows, row_bytes)
+        compressed = self.codec == "blosc" and name in self.arrays
+        return ShardLayout(
+            self.shard_tokens, self.chunk_rows, row_bytes, dtype.itemsize, compressed
+        )
 
     def shard_file(self, name: str, item: int) -> str:
         """Path of a shard inside the store."""
@@ -102,12 +129,11 @@ class StoreHeader:
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, with the checksum of all of them."""
-        document = asdict(replace(self, calibration=None))
+        document = {part.name: getattr(self, part.name) for part in fields(self)}
         document["arrays"] = {name: {"d_model": width} for name, width in self.arrays.items()}
         document["sidecars"] = list(self.sidecars)
-        if self.calibration:
-            moments = {name: part.to_json() for name, part in self.calibration.items()}
-            document["calibration"] = moments
+        moments = {name: part.to_json() for name, part in (self.calibration or {}).items()}
+        document["calibration"] = moments or None
         return {**document, "crc32c": header_checksum(document)}
 
 
@@ -115,12 +141,14 @@ def header_checksum(document: dict[str, Any]) -> int:
     """Of a header's document without its `crc32c`."""
     # Of the canonical form, not of the file: Zarr tools may rewrite zarr.json around the header.
     canonical = json.dumps(document, sort_keys=True, separators=(",", ":"), allow_nan=False)
-    return int(google_crc32c.value(canonical.encode()))
+    return crc32c(canonical.encode())
 
 
-def largest_chunk_rows(arrays: Mapping[str, int], dtype: str, shard_tokens: int, size: int) -> int:
+def largest_chunk_rows(
+    arrays: Mapping[str, int], itemsize: int, shard_tokens: int, size: int
+) -> int:
     """Rows of a chunk of at most `size` bytes: a power of two, lowered to divide `shard_tokens`."""
-    row_bytes = max(arrays.values()) * DTYPES[dtype].itemsize
+    row_bytes = max(arrays.values()) * itemsize
     rows = 1 << max(size // row_bytes, 1).bit_length() - 1
     return max(part for part in range(1, min(rows, shard_tokens) + 1) if shard_tokens % part == 0)
 
@@ -133,12 +161,15 @@ def check_header(header: StoreHeader) -> None:
             raise StoreConfigError(key, value, expected)
 
     require(header.dtype in DTYPES, "dtype", header.dtype, "bfloat16 or float32")
+    require(header.codec in CODECS, "codec", header.codec, f"one of {CODECS}")
     require(0 < len(header.arrays) <= _MAX_ARRAYS, "arrays", len(header.arrays), "1 to 1024 names")
     reserved = {*SIDECARS, VALID_ROWS, METADATA}
     for name, width in header.arrays.items():
         named = bool(_NAME.fullmatch(name)) and ".." not in name and name not in reserved
         require(named, "arrays", name, "a name of letters, digits, '_', '-', '.', without '..'")
         require(_in(width, 1, _MAX_D_MODEL), f"arrays[{name!r}]", width, "a d_model up to 2**20")
+        scale = name + SCALE
+        require(scale not in header.arrays, "arrays", scale, "a name that int8 does not need")
     for key, value, largest in (
         ("shard_tokens", header.shard_tokens, _MAX_SHARD_TOKENS),
         ("planned_items", header.planned_items, _MAX_ITEMS),
@@ -151,6 +182,8 @@ def check_header(header: StoreHeader) -> None:
     require(n_chunks <= _MAX_CHUNKS, "chunk_rows", header.chunk_rows, "at most 65536 chunks")
     n_bytes = header.shard_tokens * max(header.arrays.values()) * DTYPES[header.dtype].itemsize
     require(n_bytes <= _MAX_SHARD_BYTES, "shard_tokens", header.shard_tokens, "shards up to 1 TiB")
+    fits = header.codec != "blosc" or n_bytes // n_chunks <= MOST_BYTES
+    require(fits, "chunk_rows", header.chunk_rows, "chunks below 2 GiB, which is all blosc takes")
     require(header.sidecars == tuple(SIDECARS), "sidecars", header.sidecars, str(tuple(SIDECARS)))
     require(_in(header.n_items, 0, header.planned_items), "n_items", header.n_items, "0 to planned")
     most = header.n_items * header.shard_tokens
@@ -164,6 +197,14 @@ def _in(value: object, low: int, high: int) -> bool:
 
 
 def _check_calibration(header: StoreHeader) -> None:
+    missing = sorted(set(header.arrays) - set(header.calibration or {}))
+    if header.codec == "int8" and missing:
+        raise StoreConfigError(
+            "codec",
+            "int8",
+            f"a calibration of {missing}, by whose mean and std it is scaled",
+            "give StoreWriter calibration={name: Calibration(mean, std, norm)}, or codec none",
+        )
     for name, part in (header.calibration or {}).items():
         key = f"calibration[{name!r}]"
         width = header.arrays.get(name)

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from activation_store import compression
 from activation_store.errors import DamagedDataError, StoreFormatError
 from activation_store.files import parse_json, read_bounded
 from activation_store.header import (
@@ -19,6 +20,7 @@ from activation_store.header import (
     StoreHeader,
     header_checksum,
 )
+from activation_store.quantise import attributes
 
 KEY = "activation_store"
 _MAX_BYTES = 256 << 20
@@ -26,27 +28,33 @@ _CODECS: list[dict[str, Any]] = [
     {"name": "bytes", "configuration": {"endian": "little"}},
     {"name": "crc32c"},
 ]
+_PLAIN = {"name": "bytes"}  # numbers of one byte have no order of bytes
 
 
 def array_documents(header: StoreHeader, n_items: int) -> dict[str, dict[str, Any]]:
     """The `zarr.json` of every array and sidecar, shaped for `n_items` items."""
-    return {name: _array_document(header, name, n_items) for name in header.columns}
+    return {name: _array_document(header, name, n_items) for name in header.stored}
 
 
 def _array_document(header: StoreHeader, name: str, n_items: int) -> dict[str, Any]:
-    dtype, shape = header.columns[name]
+    dtype, shape = header.stored[name]
+    layout = header.layout(name)
+    packing = [compression.configuration(layout.itemsize)] if layout.compressed else []
     sharding: dict[str, Any] = {
         "chunk_shape": [header.chunk_rows, *shape],
-        "codecs": _CODECS,
+        "codecs": [_PLAIN if layout.itemsize == 1 else _CODECS[0], *packing, _CODECS[1]],
         "index_codecs": _CODECS,
         "index_location": "end",
     }
-    return array_document(
+    document = array_document(
         dtype,
         [n_items * header.shard_tokens, *shape],
         [header.shard_tokens, *shape],
         [{"name": "sharding_indexed", "configuration": sharding}],
     )
+    if header.codec == "int8" and name in header.arrays:
+        document["attributes"] = attributes(header, name)
+    return document
 
 
 def valid_rows_document(header: StoreHeader) -> dict[str, Any]:

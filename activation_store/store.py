@@ -2,33 +2,37 @@
 
 from __future__ import annotations
 
-import os
 import threading
-import weakref
 from collections import OrderedDict
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
-import google_crc32c
 import numpy as np
 from numpy.typing import NDArray
 
-from activation_store.codec import ShardLayout, chunk_table
 from activation_store.errors import (
     DamagedDataError,
     IncompleteStoreError,
     MissingDataError,
     StoreConfigError,
 )
-from activation_store.files import Bytes, as_bytes
+from activation_store.files import as_bytes
 from activation_store.header import StoreHeader
 from activation_store.log import CommitLog, record_path
 from activation_store.metadata import read_header
+from activation_store.parallel import run_all
+from activation_store.quantise import Scaling, scaling
 from activation_store.record import Statistics
+from activation_store.shard import OpenShard, Wanted, scratch
 
 MAX_OPEN_SHARDS = 256
 """Files held open; well below the usual limit of 1024 for a process."""
+Place = Callable[[int, NDArray[Any]], None]
+_BYTES_PER_THREAD = 2 << 20  # less is read before another thread has woken up
 
 
 def open_store(path: str | Path) -> Store:
@@ -39,57 +43,6 @@ def open_store(path: str | Path) -> Store:
         MissingDataError, DamagedDataError: A file of the header or the log; names it.
     """
     return Store(Path(path))
-
-
-class OpenShard:
-    """A committed shard file, recognised by the checksum of its tail."""
-
-    def __init__(
-        self, path: Path, layout: ShardLayout, rows: int, n_bytes: int, tail_crc32c: int
-    ) -> None:
-        self.path, self.layout, self.rows = path, layout, rows
-        try:
-            self.fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        except FileNotFoundError as error:
-            raise MissingDataError(f"{path} is committed but missing; restore it") from error
-        # Closed with the last reader's reference, so that dropping it from the cache is safe.
-        weakref.finalize(self, os.close, self.fd)
-        found = os.fstat(self.fd).st_size
-        if found != n_bytes:
-            raise DamagedDataError(f"{path} has {found} bytes: expected {n_bytes}; restore it")
-        tail = np.empty(layout.tail_bytes, np.uint8)
-        self._read(tail, n_bytes - layout.tail_bytes, "index")
-        if google_crc32c.value(tail) != tail_crc32c:
-            raise DamagedDataError(
-                f"{path}: index is damaged, or the file is another shard's; restore it"
-            )
-        self._chunk_crc32c = chunk_table(layout, tail)
-
-    def rows_of(self, chunk: int) -> int:
-        """Valid rows of a chunk, 0 where it lies beyond the shard's rows."""
-        start = chunk * self.layout.chunk_rows
-        return min(max(self.rows - start, 0), self.layout.chunk_rows)
-
-    def read_chunk(self, chunk: int, target: Bytes) -> int:
-        """Reads a whole chunk into `target` [chunk_bytes]; returns its valid rows.
-
-        Raises:
-            DamagedDataError: naming file and chunk.
-        """
-        rows = self.rows_of(chunk)
-        if rows:
-            self._read(target, self.layout.chunk_offset(chunk), f"chunk {chunk}")
-            if google_crc32c.value(target) != self._chunk_crc32c[chunk]:
-                raise DamagedDataError(f"{self.path}: chunk {chunk} fails its checksum; restore it")
-        return rows
-
-    def _read(self, target: Bytes, offset: int, what: str) -> None:
-        done = 0
-        while done < len(target):
-            count = os.preadv(self.fd, [target[done:].data], offset + done)
-            if count == 0:
-                raise DamagedDataError(f"{self.path}: {what} is cut off; restore it")
-            done += count
 
 
 @dataclass(frozen=True)
@@ -114,8 +67,10 @@ class Store:
     def __init__(self, path: Path) -> None:
         self.path = path
         header = read_header(path)
-        self._columns = header.columns
-        self._layouts = {name: header.layout(name) for name in header.columns}
+        self._columns, self._stored = header.columns, header.stored
+        self._layouts = {name: header.layout(name) for name in header.stored}
+        quantised = header.arrays if header.codec == "int8" else ()
+        self._scaling = {name: scaling(header, name) for name in quantised}
         self._lock = threading.Lock()
         self._shards: OrderedDict[tuple[str, int], OpenShard] = OrderedDict()
         self._commits = CommitLog(path, header)
@@ -178,53 +133,130 @@ class Store:
             IncompleteStoreError: Rows that nobody has committed.
             MissingDataError, DamagedDataError: naming the file and the chunk.
         """
-        layout, starts = self._layout(array), self._state.starts
+        if array not in self._columns:
+            raise StoreConfigError("array", array, f"one of {list(self._columns)}")
+        starts = self._state.starts
         if not 0 <= start <= stop <= starts[-1]:
             raise IncompleteStoreError(
                 f"rows [{start}, {stop}) of {array!r}: {self.path} has {self.n_tokens} rows"
                 + ("" if self.finalised else " committed so far")
             )
+        parts = [self._read_stored(name, start, stop) for name in self.header.stored_as(array)]
+        if len(parts) == 1:
+            return parts[0]
         dtype, shape = self._columns[array]
         rows = np.empty((stop - start, *shape), dtype)
-        target, scratch = as_bytes(rows), np.empty(layout.chunk_bytes, np.uint8)
+        self.scaling(array).dequantise(parts[0], parts[1], rows)
+        return rows
+
+    def _read_stored(self, name: str, start: int, stop: int) -> NDArray[Any]:
+        """Logical rows [start, stop) of an array on disk."""
+        starts, chunk_rows = self._state.starts, self.header.chunk_rows
+        dtype, shape = self._stored[name]
+        rows = np.empty((stop - start, *shape), dtype)
+        whole: list[tuple[int, int, int]] = []
         item, done = int(np.searchsorted(starts, start, side="right")) - 1, start
         while done < stop:
             if done == starts[item + 1]:
                 item += 1
                 continue
-            chunk, skip = divmod(done - int(starts[item]), layout.chunk_rows)
-            count = min(layout.chunk_rows - skip, min(stop, int(starts[item + 1])) - done)
-            low = (done - start) * layout.row_bytes
-            part = target[low : low + count * layout.row_bytes]
-            if len(part) == layout.chunk_bytes:
-                self._shard(array, item).read_chunk(chunk, part)
-            else:
-                self._shard(array, item).read_chunk(chunk, scratch)
-                part[:] = scratch[skip * layout.row_bytes :][: len(part)]
+            chunk, skip = divmod(done - int(starts[item]), chunk_rows)
+            valid = min(chunk_rows, int(starts[item + 1] - starts[item]) - chunk * chunk_rows)
+            count = min(valid - skip, stop - done)
+            if count == valid:
+                whole.append((item, chunk, done - start))
+            else:  # the first or the last chunk, cut by the range
+                part = np.empty((valid, *shape), dtype)
+                self.read_chunks(name, [(item, chunk, 0)], part)
+                rows[done - start : done - start + count] = part[skip : skip + count]
             done += count
+        self.read_chunks(name, whole, rows)
         return rows
 
-    def read_chunk_into(self, array: str, item: int, chunk: int, buffer: NDArray[Any]) -> int:
-        """Reads a whole inner chunk into `buffer`; returns its valid rows, the rest is padding.
+    def read_chunks(
+        self, name: str, wanted: Sequence[tuple[int, int, int]], rows: NDArray[Any]
+    ) -> None:
+        """Reads whole inner chunks as they are stored, in a few threads.
 
         Args:
-            array: Hookpoint or sidecar.
-            item: A committed item.
-            chunk: Number of the chunk in its shard. Beyond the item's rows: reads nothing, gives 0.
-            buffer: [chunk_rows, d_model] or [chunk_rows], of the array's dtype, C-contiguous.
+            name: An array on disk: hookpoint (of codec int8 the quantised numbers), its scales
+                (`<name>.scale`), or sidecar.
+            wanted: Item, chunk in its shard, and the row of `rows` where its first row goes. Only
+                valid rows are written, none where the chunk lies beyond the item's rows. No two
+                chunks may overlap.
+            rows: [n, ...] of the type stored, C-contiguous.
 
         Raises:
-            StoreConfigError: No such array or chunk, or a buffer of another size.
+            StoreConfigError: No such array or chunk, or rows of another shape or type.
             IncompleteStoreError: The item is not committed.
             MissingDataError, DamagedDataError: naming the file and the chunk.
         """
-        layout = self._layout(array)
-        if not 0 <= chunk < layout.n_chunks:
-            raise StoreConfigError("chunk", chunk, f"0 to {layout.n_chunks - 1}")
-        target = as_bytes(buffer)
-        if len(target) != layout.chunk_bytes:
-            raise StoreConfigError("buffer", buffer.shape, f"{layout.chunk_rows} rows of {array}")
-        return self._shard(array, item).read_chunk(chunk, target)
+        dtype, shape = self._stored.get(name, (None, ()))
+        if dtype is None:
+            raise StoreConfigError("array", name, f"one of {list(self._stored)}")
+        if rows.dtype != dtype or rows.shape[1:] != shape:
+            found = f"{rows.dtype} {rows.shape}"
+            raise StoreConfigError("rows", found, f"{dtype} rows of shape {shape}")
+        row_bytes, memory = self._layouts[name].row_bytes, as_bytes(rows)
+
+        def read(shard: OpenShard, run: list[Wanted]) -> None:
+            targets = [
+                memory[part.first * row_bytes : (part.first + part.rows) * row_bytes]
+                for part in run
+            ]
+            shard.read_run(run, targets)
+
+        self._read_runs(name, wanted, len(rows), read)
+
+    def place_chunks(
+        self, name: str, wanted: Sequence[tuple[int, int, int]], n_rows: int, place: Place
+    ) -> None:
+        """Like `read_chunks`, but hands the rows of each chunk to `place` while they are in cache.
+
+        Args:
+            name: An array on disk.
+            wanted: Item, chunk in its shard, and the number of its first row among `n_rows`.
+            n_rows: What all numbers of rows are below.
+            place: Called in several threads at once with the number of a chunk's first row and
+                its valid rows [n, ...], which are gone when it returns.
+
+        Raises:
+            As `read_chunks`.
+        """
+        dtype, shape = self._stored[name]
+        row_bytes = self._layouts[name].row_bytes
+
+        def read(shard: OpenShard, run: list[Wanted]) -> None:
+            ends = [0, *accumulate(part.rows * row_bytes for part in run)]
+            memory = scratch("rows", ends[-1])
+            targets = [memory[low:high] for low, high in pairwise(ends)]
+            shard.read_run(run, targets)
+            for part, target in zip(run, targets, strict=True):
+                place(part.first, target.view(dtype).reshape(part.rows, *shape))
+
+        self._read_runs(name, wanted, n_rows, read)
+
+    def _read_runs(
+        self,
+        name: str,
+        wanted: Sequence[tuple[int, int, int]],
+        n_rows: int,
+        read: Callable[[OpenShard, list[Wanted]], None],
+    ) -> None:
+        by_item: dict[int, list[tuple[int, int]]] = {}
+        for item, chunk, first in wanted:
+            by_item.setdefault(item, []).append((chunk, first))
+        reads: list[Callable[[], None]] = []
+        for item, chunks in by_item.items():
+            shard = self._shard(name, item)
+            parts = _with_rows(shard, chunks, n_rows)
+            reads += [partial(read, shard, run) for run in shard.runs(parts)]
+        n_bytes = len(wanted) * self._layouts[name].chunk_bytes
+        run_all(reads, n_threads=1 + n_bytes // _BYTES_PER_THREAD)
+
+    def scaling(self, array: str) -> Scaling:
+        """How the rows of an array of codec int8 follow from what is stored."""
+        return self._scaling[array]
 
     def statistics(self, array: str) -> Statistics:
         """Moments of all committed rows of a hookpoint array."""
@@ -242,12 +274,6 @@ class Store:
     def shard_path(self, array: str, item: int) -> Path:
         """The file of a shard."""
         return self.path / self.header.shard_file(array, item)
-
-    def _layout(self, array: str) -> ShardLayout:
-        layout = self._layouts.get(array)
-        if layout is None:
-            raise StoreConfigError("array", array, f"one of {list(self._layouts)}")
-        return layout
 
     def _shard(self, array: str, item: int) -> OpenShard:
         key = (array, item)
@@ -272,6 +298,20 @@ class Store:
             if len(self._shards) > MAX_OPEN_SHARDS:
                 self._shards.popitem(last=False)
         return shard
+
+
+def _with_rows(shard: OpenShard, chunks: list[tuple[int, int]], n_rows: int) -> list[Wanted]:
+    """Those chunks of a shard that hold rows, checked."""
+    wanted = []
+    for chunk, first in chunks:
+        if not 0 <= chunk < shard.layout.n_chunks:
+            raise StoreConfigError("chunk", chunk, f"0 to {shard.layout.n_chunks - 1}")
+        count = shard.rows_of(chunk)
+        if not 0 <= first <= n_rows - count:
+            raise StoreConfigError("first row", first, f"room for {count} of {n_rows} rows")
+        if count:
+            wanted.append(Wanted(chunk, count, first))
+    return wanted
 
 
 def _take_in(path: Path, header: StoreHeader, commits: CommitLog) -> _State:

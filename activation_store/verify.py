@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
-import google_crc32c
 import numpy as np
 
 from activation_store import log
-from activation_store.errors import DamagedDataError, MissingDataError, StoreError
+from activation_store.errors import StoreError
 from activation_store.header import METADATA, VALID_ROWS, StoreHeader
 from activation_store.metadata import read_header
+from activation_store.parallel import run_all
 from activation_store.record import ItemRecord, from_row
-from activation_store.store import OpenShard
+from activation_store.shard import OpenShard
 from activation_store.writer import encode_valid_rows
 
 
@@ -48,9 +48,13 @@ def verify_store(path: str | Path) -> list[Damage]:
     records = _records(root, header, damages)
     if header.finalised:
         damages += _valid_rows(root, header, records)
-    for record in records.values():
-        for name in header.columns:
-            damages += _shard(root, header, name, record)
+    shards = [
+        partial(_shard, root, header, name, record)
+        for record in records.values()
+        for name in header.stored
+    ]
+    for found in [_counts(root, header, record) for record in records.values()] + run_all(shards):
+        damages += found
     return damages
 
 
@@ -115,30 +119,23 @@ def _valid_rows(root: Path, header: StoreHeader, records: dict[int, ItemRecord])
     return [Damage(file, "does not hold the rows of the commit log")]
 
 
-def _shard(root: Path, header: StoreHeader, name: str, record: ItemRecord) -> Iterator[Damage]:
+def _shard(root: Path, header: StoreHeader, name: str, record: ItemRecord) -> list[Damage]:
     layout, committed = header.layout(name), record.arrays[name]
     file = header.shard_file(name, record.item)
     try:
         shard = OpenShard(root / file, layout, record.rows, committed.bytes, committed.tail_crc32c)
+        damaged = shard.damaged_chunks()
     except (StoreError, OSError) as error:
-        yield Damage(file, str(error), record.item)
-        return
-    buffer = np.empty(layout.chunk_bytes, np.uint8)
-    damaged = False
-    for chunk in range(layout.chunks_with_rows(record.rows)):
-        try:
-            shard.read_chunk(chunk, buffer)
-        except (DamagedDataError, MissingDataError, OSError) as error:
-            damaged = True
-            yield Damage(file, str(error), record.item, chunk)
-    if not damaged and _crc32c(root / file) != committed.crc32c:
-        # What is left: the stored checksums between chunks, which only other Zarr readers look at.
-        yield Damage(file, "fails the checksum of the whole file", record.item)
+        return [Damage(file, str(error), record.item)]
+    return [Damage(file, "fails its checksum", record.item, chunk) for chunk in damaged]
 
 
-def _crc32c(path: Path) -> int:
-    crc32c = 0
-    with path.open("rb") as file:
-        while block := file.read(1 << 22):
-            crc32c = google_crc32c.extend(crc32c, block)
-    return crc32c
+def _counts(root: Path, header: StoreHeader, record: ItemRecord) -> list[Damage]:
+    """That the moments are of as many numbers as the rows have."""
+    wrong = []
+    for name, width in header.arrays.items():
+        moments = record.arrays[name].statistics
+        if moments is None or moments.count + moments.non_finite != record.rows * width:
+            wrong.append(name)
+    problem = f"has moments of another count of numbers than its {record.rows} rows: {wrong}"
+    return [Damage(_name(root, record.item), problem, record.item)] if wrong else []

@@ -7,28 +7,26 @@ no record does not exist, and the item is written again.
 
 from __future__ import annotations
 
-import json
 import os
-import shutil
 import uuid
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import google_crc32c
 import numpy as np
 from numpy.typing import NDArray
 
 from activation_store import files, log
+from activation_store.checksum import crc32c
 from activation_store.codec import EncodedShard, encode_shard
+from activation_store.creation import compare, create, plan_header, shorten
 from activation_store.errors import (
     IncompleteStoreError,
     ItemError,
-    MissingDataError,
     NonDeterministicItemError,
-    StoreConfigError,
-    StoreFormatError,
+    StoreError,
     StoreMismatchError,
 )
 from activation_store.header import (
@@ -37,7 +35,6 @@ from activation_store.header import (
     VALID_ROWS,
     Calibration,
     StoreHeader,
-    largest_chunk_rows,
 )
 from activation_store.metadata import (
     array_documents,
@@ -46,9 +43,13 @@ from activation_store.metadata import (
     read_header,
     valid_rows_document,
 )
-from activation_store.record import ItemRecord, ShardRecord, from_row, measure
+from activation_store.parallel import run_all
+from activation_store.quantise import scaling
+from activation_store.record import ItemRecord, ShardRecord, Statistics, from_row, measure
+from activation_store.shard import OpenShard
 
 Columns = Mapping[str, NDArray[Any]]
+Shards = Mapping[str, EncodedShard]
 
 
 class StoreWriter:
@@ -65,6 +66,7 @@ class StoreWriter:
         n_items: How many items there will be, if known. None does not compare.
         provenance: Where the rows come from: JSON values. None does not compare.
         calibration: Moments of each hookpoint. None does not compare.
+        codec: none; blosc (lossless, smaller, slower); int8 (half of bfloat16, needs calibration).
 
     Raises:
         StoreConfigError: A value that cannot be.
@@ -83,22 +85,27 @@ class StoreWriter:
         n_items: int | None = None,
         provenance: Mapping[str, Any] | None = None,
         calibration: Mapping[str, Calibration] | None = None,
+        codec: str = "none",
     ) -> None:
         self.path = Path(path)
         if arrays is not None:
-            wanted = _header(arrays, dtype, shard_tokens, chunk_bytes, n_items)
-            wanted = replace(
-                wanted,
-                provenance=_as_json(provenance),
-                calibration=dict(calibration) if calibration else None,
+            wanted = plan_header(
+                dict(arrays),
+                dtype,
+                shard_tokens,
+                chunk_bytes,
+                n_items,
+                codec,
+                calibration,
+                provenance,
             )
             if not (self.path / METADATA).exists():
-                _create(self.path, wanted)
+                create(self.path, wanted)
         self.header = read_header(self.path)
         if arrays is not None:
             options = {"n_items": n_items, "provenance": provenance, "calibration": calibration}
             given = {key for key, value in options.items() if value is not None}
-            _compare(self.path, self.header, wanted, given)
+            compare(self.path, self.header, wanted, given)
 
     def write_item(
         self, i: int, rows: NDArray[Any] | Columns, sidecars: Columns | None = None
@@ -117,20 +124,25 @@ class StoreWriter:
             StoreMismatchError: The store is finalised and has no such item.
         """
         columns = self._columns(i, rows, sidecars or {})
+        n_rows = len(next(iter(columns.values())))
         shards = {
-            name: encode_shard(self.header.layout(name), column) for name, column in columns.items()
+            name: encode_shard(self.header.layout(name), column)
+            for name, column in self._stored(columns).items()
         }
-        record = self._record(i, columns, shards)
         if self.is_committed(i):
-            return self._same(record)
+            return self._same(i, n_rows, shards)
         if self.header.finalised:
             raise StoreMismatchError(
                 f"{self.path} is finalised with items 0 to {self.header.n_items - 1}: "
                 f"item {i} cannot be added; write to a new store"
             )
-        self._place(i, shards)
+        # The moments are summed while the disk works.
+        moments: dict[str, Statistics] = {}
+        sums = [partial(_measure_into, moments, name, columns[name]) for name in self.header.arrays]
+        run_all([partial(self._place, i, n_rows, shards), *sums])
+        record = _record(i, n_rows, shards, moments)
         if not log.append(self.path, record):
-            return self._same(record)
+            return self._same(i, n_rows, shards)
         log.snapshot_if_full(self.path, self.header, i // log.SEGMENT_ITEMS)
         return record
 
@@ -160,7 +172,7 @@ class StoreWriter:
         if missing:
             raise IncompleteStoreError(
                 f"{self.path} has {len(items)} of the items up to {last} but lacks "
-                f"{len(missing)}: {_shorten(missing)}; write them, then finalise again"
+                f"{len(missing)}: {shorten(missing)}; write them, then finalise again"
             )
         final = replace(
             self.header,
@@ -214,113 +226,61 @@ class StoreWriter:
             columns[name] = _convert(i, name, given, dtype)
         return columns
 
-    def _record(self, i: int, columns: Columns, shards: Mapping[str, EncodedShard]) -> ItemRecord:
-        arrays = {}
-        for name, shard in shards.items():
-            moments = measure(columns[name]) if name in self.header.arrays else None
-            arrays[name] = ShardRecord(shard.n_bytes, shard.crc32c, shard.tail_crc32c, moments)
-        n_rows = len(next(iter(columns.values())))
-        return ItemRecord(i, str(uuid.uuid4()), n_rows, arrays)
+    def _stored(self, columns: Columns) -> Columns:
+        """The columns as they lie on disk."""
+        if self.header.codec != "int8":
+            return columns
+        stored = dict(columns)
+        for name in self.header.arrays:
+            pair = scaling(self.header, name).quantise(columns[name])
+            stored |= dict(zip(self.header.stored_as(name), pair, strict=True))
+        return stored
 
-    def _same(self, record: ItemRecord) -> ItemRecord:
+    def _same(self, i: int, n_rows: int, shards: Shards) -> ItemRecord:
         """The record of the attempt that was first, if this one gave the same bytes."""
-        table = log.read_record(self.path, self.header, record.item)
-        first = from_row(self.header, record.item, table[0])
-        if not record.same_bytes(first):
+        first = from_row(self.header, i, log.read_record(self.path, self.header, i)[0])
+        if (first.rows, first.files()) != (n_rows, _files(shards)):
             raise NonDeterministicItemError(
-                f"item {record.item} of {self.path} is committed by attempt {first.attempt} with "
-                f"other bytes: {_differing(first, record)}; items must be pure functions of their "
-                "number (the first attempt's rows stay)"
+                f"item {i} of {self.path} is committed by attempt {first.attempt} with other "
+                f"bytes: {_differing(first, n_rows, shards)}; items must be pure functions of "
+                "their number (the first attempt's rows stay)"
             )
         return first
 
-    def _place(self, i: int, shards: Mapping[str, EncodedShard]) -> None:
-        for name, shard in shards.items():
-            path = self.path / self.header.shard_file(name, i)
-            temporary = files.write_temporary(self.path, shard.parts)
-            if files.link_new(temporary, path) or _same_file(path, shard):
-                continue
-            # A worker taken for dead may come back late with other bytes. Its item may have been
-            # committed meanwhile: those files are never touched. Without a record, what stands
-            # here is a dead attempt's.
-            if self.is_committed(i):
-                raise NonDeterministicItemError(
-                    f"item {i} of {self.path} was committed meanwhile, with other bytes of {name}"
-                )
-            os.rename(files.write_temporary(self.path, shard.parts), path)
-        for name in shards:
-            files.fsync_folder(self.path / name)
+    def _place(self, i: int, n_rows: int, shards: Shards) -> None:
+        # Side by side: a file system commits several files in the time it takes for one.
+        run_all(
+            [partial(self._place_one, i, n_rows, name, shard) for name, shard in shards.items()]
+        )
+        run_all([partial(files.fsync_folder, self.path / name) for name in shards])
+
+    def _place_one(self, i: int, n_rows: int, name: str, shard: EncodedShard) -> None:
+        path = self.path / self.header.shard_file(name, i)
+        temporary = files.write_temporary(self.path, shard.parts)
+        if files.link_new(temporary, path) or self._same_file(path, n_rows, name, shard):
+            return
+        # A worker taken for dead may come back late with other bytes. Its item may have been
+        # committed meanwhile: those files are never touched. Without a record, what stands
+        # here is a dead attempt's.
+        if self.is_committed(i):
+            raise NonDeterministicItemError(
+                f"item {i} of {self.path} was committed meanwhile, with other bytes of {name}"
+            )
+        os.rename(files.write_temporary(self.path, shard.parts), path)
+
+    def _same_file(self, path: Path, n_rows: int, name: str, shard: EncodedShard) -> bool:
+        layout = self.header.layout(name)
+        try:
+            there = OpenShard(path, layout, n_rows, shard.n_bytes, shard.tail_crc32c)
+            return not there.damaged_chunks()
+        except StoreError:
+            return False
 
 
 def encode_valid_rows(rows: NDArray[Any]) -> bytes:
     """The only chunk of the plain array `valid_rows`: int32 and its crc32c."""
     data = (rows if len(rows) else np.zeros(1)).astype("<i4").tobytes()
-    return data + int(google_crc32c.value(data)).to_bytes(4, "little")
-
-
-def _header(
-    arrays: Mapping[str, int], dtype: str, shard_tokens: int, chunk_bytes: int, n_items: int | None
-) -> StoreHeader:
-    if chunk_bytes < 1:
-        raise StoreConfigError("chunk_bytes", chunk_bytes, "at least 1")
-    planned = UNPLANNED_ITEMS if n_items is None else n_items
-    widths = {name: int(width) for name, width in arrays.items()}
-    header = StoreHeader(widths, dtype, shard_tokens, shard_tokens, planned, {})
-    return replace(header, chunk_rows=largest_chunk_rows(arrays, dtype, shard_tokens, chunk_bytes))
-
-
-def _as_json(provenance: Mapping[str, Any] | None) -> dict[str, Any]:
-    try:
-        return dict(json.loads(json.dumps(dict(provenance or {}), allow_nan=False)))
-    except (TypeError, ValueError) as error:
-        raise StoreConfigError("provenance", provenance, f"JSON values: {error}") from error
-
-
-def _create(path: Path, header: StoreHeader) -> None:
-    """Builds the empty store beside its place and moves it there: others see all of it or none."""
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        if (path / METADATA).exists():
-            return  # somebody else was faster
-        raise StoreFormatError(
-            f"{path} holds files but is no activation store; choose an empty or a new folder"
-        )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    building = path.parent / f".{path.name}.{uuid.uuid4().hex}.tmp"
-    try:
-        for name in (files.TMP, log.LOG, *header.columns):
-            (building / name).mkdir(parents=True)
-        for name, document in array_documents(header, header.planned_items).items():
-            files.replace(building, building / name / METADATA, dump(document))
-        files.replace(building, building / METADATA, dump(group_document(header)))
-        os.rename(building, path)
-        files.fsync_folder(path.parent)
-    except OSError:
-        if not (path / METADATA).exists():  # else somebody else was faster
-            raise
-    finally:
-        shutil.rmtree(building, ignore_errors=True)
-
-
-def _compare(path: Path, there: StoreHeader, wanted: StoreHeader, given: set[str]) -> None:
-    found, asked = there.to_json(), wanted.to_json()
-    keys = ["arrays", "dtype", "shard_tokens", "chunk_rows", "sidecars"]
-    keys += ["planned_items"] * ("n_items" in given) + ["calibration"] * ("calibration" in given)
-    pairs = [(key, found[key], asked[key]) for key in keys]
-    if "provenance" in given:
-        pairs += [
-            (f"provenance.{key}", there.provenance.get(key), wanted.provenance.get(key))
-            for key in sorted({*there.provenance, *wanted.provenance})
-        ]
-    lines = [
-        f"  {key}: the store has {_shorten(old)}, wanted {_shorten(new)}"
-        for key, old, new in pairs
-        if old != new
-    ]
-    if lines:
-        raise StoreMismatchError(
-            f"{path} exists and differs:\n" + "\n".join(lines) + "\nchoose a new folder for a "
-            "new store, or the values that this one was made with"
-        )
+    return data + crc32c(data).to_bytes(4, "little")
 
 
 def _convert(i: int, name: str, given: NDArray[Any], dtype: np.dtype[Any]) -> NDArray[Any]:
@@ -340,28 +300,24 @@ def _convert(i: int, name: str, given: NDArray[Any], dtype: np.dtype[Any]) -> ND
     return np.ascontiguousarray(given.astype(dtype, copy=False))
 
 
-def _same_file(path: Path, shard: EncodedShard) -> bool:
-    crc32c = n_bytes = 0
-    try:
-        with path.open("rb") as file:
-            while block := file.read(1 << 22):
-                crc32c, n_bytes = google_crc32c.extend(crc32c, block), n_bytes + len(block)
-    except FileNotFoundError as error:
-        raise MissingDataError(f"{path} was removed while it was being written") from error
-    return (n_bytes, crc32c) == (shard.n_bytes, shard.crc32c)
+def _measure_into(moments: dict[str, Statistics], name: str, rows: NDArray[Any]) -> None:
+    moments[name] = measure(rows)
 
 
-def _differing(first: ItemRecord, second: ItemRecord) -> str:
-    if first.rows != second.rows:
-        return f"{first.rows} rows, now {second.rows}"
-    names = [
-        name
-        for name, shard in first.arrays.items()
-        if (shard.bytes, shard.crc32c) != (second.arrays[name].bytes, second.arrays[name].crc32c)
-    ]
-    return f"arrays {names}"
+def _files(shards: Shards) -> dict[str, tuple[int, int]]:
+    return {name: (shard.n_bytes, shard.tail_crc32c) for name, shard in shards.items()}
 
 
-def _shorten(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 200 else text[:200] + "..."
+def _record(i: int, n_rows: int, shards: Shards, moments: Mapping[str, Statistics]) -> ItemRecord:
+    arrays = {
+        name: ShardRecord(shard.n_bytes, shard.tail_crc32c, moments.get(name))
+        for name, shard in shards.items()
+    }
+    return ItemRecord(i, str(uuid.uuid4()), n_rows, arrays)
+
+
+def _differing(first: ItemRecord, n_rows: int, shards: Shards) -> str:
+    if first.rows != n_rows:
+        return f"{first.rows} rows, now {n_rows}"
+    now = _files(shards)
+    return f"arrays {[name for name, file in first.files().items() if file != now[name]]}"

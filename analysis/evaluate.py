@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cluster.provenance import describe, differences, store_path
+from sae_core.atomic import write_json
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -105,8 +105,8 @@ def run(config: RunConfig, run_dir: Path) -> None:
         "inputs": inputs,
     }
     file.parent.mkdir(parents=True, exist_ok=True)
-    _write_json(file.with_name("frequency.json"), {"tokens": store.n_tokens, "counts": counts})
-    _write_json(file, metrics)
+    write_json(file.with_name("frequency.json"), {"tokens": store.n_tokens, "counts": counts})
+    write_json(file, metrics)
     _print_table(console, metrics)
 
 
@@ -225,12 +225,6 @@ def _weights_sha256(sae: SAE) -> str:
     for tensor in (sae.W_enc, sae.W_dec, sae.b_enc, sae.b_dec):
         sha256.update(tensor.detach().cpu().contiguous().numpy().data)
     return sha256.hexdigest()
-
-
-def _write_json(file: Path, value: dict[str, Any]) -> None:
-    temporary = file.with_name(f"{file.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(value, indent=1) + "\n")
-    temporary.replace(file)
 
 
 def _print_table(console: Console, metrics: dict[str, Any]) -> None:

@@ -16,7 +16,7 @@ import re
 import subprocess
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,12 +26,27 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from sae_core.kernels import triton_encode, triton_select, triton_sparse
+from sae_core.kernels import (
+    triton_encode,
+    triton_filter,
+    triton_quantise,
+    triton_segments,
+    triton_select,
+    triton_sparse,
+    triton_update,
+)
+from sae_core.kernels.triton_launch import FP_FUSION, LARGEST_ROW
 
 RESULT = Path("benchmarks/results/kernels-sm90-compile.json")
-_TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
-_OPTIONS = ("num_warps", "num_stages")
-_COUNTED = ("HGMMA", "HMMA", "FFMA", "ATOMG", "LDGSTS", "LDG", "STG", "LDL", "STL")
+_FP8 = triton_quantise.FP8
+_TYPES = {
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+    torch.float32: "fp32",
+    _FP8: "fp8e4nv",
+}
+_OPTIONS = ("num_warps", "num_stages", *FP_FUSION)
+_COUNTED = ("HGMMA", "QGMMA", "HMMA", "FFMA", "ATOMG", "LDGSTS", "LDG", "STG", "LDL", "STL")
 
 
 @dataclass(frozen=True)
@@ -43,9 +58,9 @@ class Configuration:
     types: dict[str, str]
     """Triton type of every run-time argument."""
     sizes: dict[str, Any]
-    """Compile-time arguments, `num_warps` and `num_stages`."""
-    matrix: bool = False
-    """Whether it is meant to use the tensor cores' asynchronous instructions."""
+    """Compile-time arguments and the compiler's options."""
+    matrix: str = ""
+    """The tensor cores' asynchronous instruction that it is meant to use."""
     unaligned: set[str] = field(default_factory=set)
     """Run-time arguments that are not multiples of 16."""
 
@@ -54,7 +69,7 @@ def configurations() -> Iterator[Configuration]:
     """Every kernel in every dtype it runs in."""
     for dtype, precision in (*((dtype, "ieee") for dtype in _TYPES), (torch.float32, "tf32")):
         yield from _encoders(dtype, precision)
-    for k in (1, 32, 64, 128, 256):
+    for k in (1, 32, 64, 128, 256, 512):
         shape = triton_select.select_shape(triton_select.pool_width(k), k)
         types = dict(pool="*i64", counts="*i32", threshold="*fp32", overflow="*i32")
         types |= dict(B="i32", k="i32")
@@ -63,59 +78,120 @@ def configurations() -> Iterator[Configuration]:
     for weights in ("fp32", "bf16"):
         for d_model in (768, 4096):
             yield from _sparse(weights, d_model)
+            yield from _summed(weights, d_model)
+    yield _decode_error("fp32", LARGEST_ROW)
+    yield from _summed("fp32", LARGEST_ROW)
+    for d_model in (768, 4096, LARGEST_ROW):
+        for moments in ("fp32", "bf16"):
+            yield _update("fp32", moments, "bf16", d_model)
+    for d_model in (768, 4096):
+        yield _update("fp32", "fp32", "", d_model)
+        yield _update("bf16", "bf16", "bf16", d_model)
 
 
 def _encoders(dtype: torch.dtype, precision: str) -> Iterator[Configuration]:
     tiles = triton_encode.tiles(dtype, precision)
     name = f"{_TYPES[dtype]} {precision}" if dtype == torch.float32 else _TYPES[dtype]
-    matrix = dtype != torch.float32 or precision == "tf32"
+    matrix = "QGMMA" if dtype == _FP8 else "HGMMA"
+    if dtype == torch.float32 and precision == "ieee":
+        matrix = ""
     types = {"x": f"*{_TYPES[dtype]}", "W": f"*{_TYPES[dtype]}", "b": "*fp32"}
-    scalars = dict.fromkeys(("n_rows", "n_latents", "first_latent"), "i32")
-    strides = dict.fromkeys(("D", "x_stride", "W_stride"), "i32")
+    types |= {"x_scales": "*fp32", "W_scales": "*fp32", "out": "*i64"}
+    types |= {"threshold": "*fp32", "pool": "*i64", "counts": "*i32"}
+    types |= dict.fromkeys(("n_rows", "n_latents", "first_latent"), "i32")
+    types |= dict.fromkeys(("D", "x_stride", "W_stride", "out_stride"), "i32")
+    flags = {"PRECISION": precision, "SCALED": dtype == _FP8, "WIDEN": False}
     ragged = {"n_rows", "n_latents"}
-    keys = {**types, "out": "*i64", **scalars, **strides, "out_stride": "i32"}
-    sizes = {**tiles.many.options(), "PRECISION": precision}
-    yield Configuration(f"keys {name}", triton_encode.keys_kernel, keys, sizes, matrix, ragged)
-    pool = {"threshold": "*fp32", "pool": "*i64", "counts": "*i32"}
-    types |= {**pool, **scalars, **strides}
-    kernel = triton_encode.filter_kernel
+    sizes = {**tiles.many.options(), **flags}
+    kernel = triton_filter.keys_kernel
+    yield _configuration(f"keys {name}", kernel, types, sizes, matrix, ragged)
+    kernel = triton_filter.filter_kernel
+    flags["WIDTH"] = triton_select.pool_width(32)
     for many, tile in ((False, tiles.few), (True, tiles.many)):
-        sizes = {**tile.options(), "PRECISION": precision, "MANY": many}
-        sizes["WIDTH"] = triton_select.pool_width(32)
         label = f"filter {'many' if many else 'few'} {name}"
-        yield Configuration(label, kernel, types, sizes, matrix, ragged)
+        sizes = {**tile.options(), **flags, "MANY": many}
+        yield _configuration(label, kernel, types, sizes, matrix, ragged)
 
 
 def _sparse(weights: str, d_model: int) -> Iterator[Configuration]:
     def sizes(most: int) -> dict[str, Any]:
-        return {"BD": triton_sparse.column_block(d_model, most), "PAIRS": triton_sparse.PAIRS}
+        BD = triton_sparse.column_block(d_model, most)
+        return {"BD": BD, "PAIRS": triton_sparse.PAIRS, **FP_FUSION}
 
-    pairs = {"latents": "*i64", "values": "*fp32", "offsets": "*i64", "W": f"*{weights}"}
-    scalars = {"B": "i32", "n_pairs": "i32", "D": "i32", "W_stride": "i32", "grad_stride": "i32"}
-    ragged = {"B", "n_pairs"}
-    label = f"{weights} D={d_model}"
-    types = {**pairs, "out": f"*{weights}", **scalars}
-    yield _sparse_one(f"decode {label}", triton_sparse.decode_kernel, types, sizes(512), ragged)
-    types |= {"grad": "*fp32", "out": "*fp32"}
+    types, label, ragged = _pair_types(weights), f"{weights} D={d_model}", {"B", "n_pairs"}
+    kernel = triton_sparse.decode_kernel
+    yield _configuration(f"decode {label}", kernel, types, sizes(512), "", ragged)
     kernel = triton_sparse.decoder_dot_kernel
-    yield _sparse_one(f"decoder_dot {label}", kernel, types, sizes(256), ragged)
-    types = dict.fromkeys(("order", "rows", "begins", "ends", "slots"), "*i64")
-    types |= dict.fromkeys(("targets", "firsts", "counts"), "*i64")
-    types |= dict.fromkeys(("acts", "dpre", "dW_dec", "dW_enc", "db_enc"), "*fp32")
-    types |= dict.fromkeys(("x", "grad"), f"*{weights}")
-    types |= dict.fromkeys(("D", "x_stride", "grad_stride"), "i32")
-    yield _sparse_one(f"segment {label}", triton_sparse.segment_kernel, types, sizes(128))
-    if weights == "fp32":  # it only ever sees fp32 sums
-        yield _sparse_one(f"fold {label}", triton_sparse.fold_kernel, types, sizes(128))
+    yield _configuration(f"decoder_dot {label}", kernel, types, sizes(256), "", ragged)
+    yield _decode_error(weights, d_model)
+    types = {"matrix": f"*{weights}", "out": "*fp8e4nv", "scales": "*fp32"}
+    types |= dict.fromkeys(("n_rows", "D", "stride"), "i32")
+    kernel, shape = triton_quantise.quantise_kernel, triton_quantise.quantise_shape(d_model)
+    yield _configuration(f"quantise {label}", kernel, types, shape, "", {"n_rows"})
 
 
-def _sparse_one(
-    name: str, kernel: Any, types: dict[str, str], sizes: dict[str, Any], unaligned: Any = ()
+def _pair_types(weights: str) -> dict[str, str]:
+    types = {"latents": "*i64", "values": "*fp32", "offsets": "*i64", "W": f"*{weights}"}
+    types |= dict.fromkeys(("grad", "out", "target", "error", "dots"), "*fp32")
+    types |= dict.fromkeys(("B", "n_pairs", "D"), "i32")
+    return types | dict.fromkeys(("W_stride", "grad_stride", "target_stride"), "i32")
+
+
+def _decode_error(weights: str, d_model: int) -> Configuration:
+    kernel, shape = triton_sparse.decode_error_kernel, triton_sparse.decode_shape(d_model)
+    name = f"decode_error {weights} D={d_model}"
+    return _configuration(name, kernel, _pair_types(weights), shape, "", {"B", "n_pairs"})
+
+
+def _segment_types(inputs: str) -> dict[str, str]:
+    types = dict.fromkeys(("rows", "edges", "piece_ends", "owners"), "*i64")
+    types |= dict.fromkeys(("values", "dvalues", "dec", "enc", "bias"), "*fp32")
+    types |= dict.fromkeys(("dW_dec", "dW_enc", "db_enc", "squares", "W_dec"), "*fp32")
+    types |= {"x": f"*{inputs}", "error": f"*{inputs}"}
+    return types | dict.fromkeys(("D", "x_stride", "error_stride", "n_slots"), "i32")
+
+
+def _summed(inputs: str, d_model: int) -> Iterator[Configuration]:
+    types = _segment_types(inputs)
+    sizes = {"PIECE": triton_segments.PIECE, **triton_segments.sum_shape(d_model)}
+    kernels = {
+        "piece": triton_segments.piece_kernel,
+        "sum": triton_segments.sum_kernel,
+        "square": triton_update.square_kernel,
+    }
+    for name, kernel in kernels.items():
+        label = f"{name} {inputs} D={d_model}"
+        yield _configuration(label, kernel, types, sizes, "", {"n_slots"})
+
+
+def _update(inputs: str, moments: str, copies: str, d_model: int) -> Configuration:
+    types = _segment_types(inputs)
+    types |= dict.fromkeys(("W_enc", "b_enc", "m_b", "v_b"), "*fp32")
+    types |= dict.fromkeys(("m_enc", "m_dec", "v_enc", "v_dec"), f"*{moments}")
+    types |= dict.fromkeys(("copy_enc", "copy_dec"), f"*{copies or 'fp32'}")
+    types |= dict.fromkeys(("numbers", "step", "skip"), "*fp32")
+    types |= dict.fromkeys(("lerp", "beta2", "weight2", "eps"), "fp32")
+    types |= {"first_latent": "i32"}
+    sizes = {"PIECE": triton_segments.PIECE, **triton_segments.sum_shape(d_model)}
+    sizes |= {"COPIES": bool(copies), "FROM_GRAD": False}
+    kernel = triton_update.update_kernel
+    name = f"update {inputs} {moments} {copies or 'none'} D={d_model}"
+    return _configuration(name, kernel, types, sizes)
+
+
+def _configuration(
+    name: str,
+    kernel: Any,
+    types: dict[str, str],
+    sizes: dict[str, Any],
+    matrix: str = "",
+    unaligned: Iterable[str] = (),
 ) -> Configuration:
+    """Of all types and sizes, those that the kernel takes."""
     names = kernel.arg_names
     types = {key: types[key] for key in names if key in types}
-    sizes = {key: value for key, value in sizes.items() if key in names}
-    return Configuration(name, kernel, types, sizes, unaligned=set(unaligned))
+    sizes = {key: value for key, value in sizes.items() if key in (*names, *_OPTIONS)}
+    return Configuration(name, kernel, types, sizes, matrix, set(unaligned))
 
 
 def compile_one(configuration: Configuration) -> dict[str, Any]:
@@ -135,7 +211,8 @@ def compile_one(configuration: Configuration) -> dict[str, Any]:
         attrs={
             (i,): [["tt.divisibility", 16]]
             for i, name in enumerate(names)
-            if name in configuration.types and name not in configuration.unaligned
+            if configuration.types.get(name, "fp32") != "fp32"
+            and name not in configuration.unaligned
         },
     )
     built = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
@@ -179,7 +256,7 @@ def format_row(row: dict[str, Any]) -> str:
     """One line for people."""
     used = ", ".join(f"{kind} {n}" for kind, n in row["instructions"].items())
     return (
-        f"{row['name']:28} {row['registers']:4} registers  {row['num_warps']} warps  "
+        f"{row['name']:29} {row['registers']:4} registers  {row['num_warps']} warps  "
         f"{row['shared_bytes']:7} B shared  {row['programs_per_sm']} per SM  "
         f"{'SPILLS' if spills(row) else 'no spills'}  {used}"
     )

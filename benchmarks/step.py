@@ -1,16 +1,27 @@
-"""One training step, ours and the peers', against the bare encoder GEMM of the same shape.
+"""One training step, ours and other trainers', against the bare encoder GEMM of the same shape.
 
-    python -m benchmarks.step [--work L,D,B,k ...] [--no-peers] [--json FILE]
+    python -m benchmarks.step [--device cpu|cuda] [--work L,D,B,k ...] [--rounds N]
+        [--slope L1,L2,L3] [--slope-work D,B,k] [--budget-s S] [--no-peers] [--json FILE]
 
-Ours is measured in this process, each peer in one of its own; every process times the GEMM beside
-the step, round by round, and ratios are within a process.
+What is named is measured: works, a slope, or both; with neither, the device's defaults. Needs torch
+and NumPy, on cuda triton as well. Steps go through DeepSpeed where it is installed, else through
+the optimiser alone: `engine` in a step's row.
+
+Ours and the baselines are measured in this process, each of the peers' packages (on the CPU, where
+`.venv-peers` was made) in one of its own; every process times the GEMM beside the step, round by
+round, and ratios are within a process. On a CPU this process keeps the memory it frees, as a
+training run does. That spares the GEMM more page faults than the step, so it makes ratios larger;
+the peers' processes are left as their packages leave them, and so are the peers' ratios.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import socket
+import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -18,132 +29,186 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from benchmarks.peers import peer_rows
-from benchmarks.table import format_table, write_json
-from benchmarks.timing import PeakMemory, interleaved
-from benchmarks.yardstick import encoder_gemms
-from sae_core.architectures import build_sae
-from sae_core.config import OptimConfig, ParallelConfig, SAEConfig, TrainConfig, TrainerConfig
-from sae_core.engine import SAEEngine
-from sae_core.kernels import compact, get_kernels
-from sae_core.mesh import Mesh
+from benchmarks.errors import BenchmarkError, PeerError
+from benchmarks.peers import PEERS, peer_rows, peers_available
+from benchmarks.step_measure import (
+    OUT_OF_TIME,
+    Budget,
+    Row,
+    measure,
+    slope_cases,
+    slope_row,
+    work_cases,
+)
+from benchmarks.step_work import Case, Inputs, Setup, Work, parse_sizes
+from benchmarks.table import COLUMNS, format_table, write_json
+from sae_core.memory import keep_freed_memory
 
-DEFAULT_WORK = "16384,256,1024,32"
-DEAD_SHARE = 0.1
-"""Share of latents that the rows with AuxK take for dead."""
+_OPTIONAL_COLUMNS = ("mfu", "slope", "error")
+_PEER_TIMEOUT_S = 900.0
+_RESERVE = 0.05
+"""Share of the budget for what follows the last measurement."""
 
 
 @dataclass(frozen=True)
-class Work:
-    """Sizes of one measurement."""
+class Defaults:
+    """What a device measures when nothing is named."""
 
-    L: int
-    D: int
-    B: int
-    k: int
-
-    def row(self) -> dict[str, Any]:
-        """As the `work` of a benchmark row."""
-        return {"L": self.L, "D": self.D, "B": self.B, "k": self.k, "dtype": "float32"}
+    works: tuple[str, ...]
+    slope: str | None
+    slope_work: str
+    budget_s: float
 
 
-def main() -> None:
-    """Measures, prints the table, writes it when asked."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--work", nargs="+", default=[DEFAULT_WORK], metavar="L,D,B,k")
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--no-peers", action="store_true")
-    parser.add_argument("--json", metavar="FILE")
-    options = parser.parse_args()
-    _start_one_rank()
-    rows: list[dict[str, Any]] = []
-    for text in options.work:
-        work = Work(*map(int, text.split(",")))
-        rows += our_rows(work, options.rounds)
-        if not options.no_peers:
-            rows += peer_rows(work.row(), rounds=options.rounds)
-    print(format_table(rows))
-    if options.json:
-        write_json(options.json, rows)
-    dist.destroy_process_group()
+DEFAULTS = {
+    "cpu": Defaults(("16384,256,1024,32",), None, "256,1024,32", math.inf),
+    "cuda": Defaults(
+        ("131072,768,32768,32", "1048576,768,131072,32", "1048576,4096,32768,64"),
+        "131072,262144,524288",
+        "768,8192,32",
+        420.0,
+    ),
+}
 
 
-def our_rows(work: Work, rounds: int) -> list[dict[str, Any]]:
-    """The GEMM, each kernel, and whole steps under DeepSpeed, interleaved."""
+def main() -> int:
+    """Measures, prints the table, writes it when asked.
+
+    Returns:
+        Exit code: 0, or 2 when what was asked for cannot be measured here.
+    """
+    options = _options()
+    try:
+        works, slope = plan(options)
+    except BenchmarkError as error:
+        print(f"benchmarks.step: {error}", file=sys.stderr)
+        return 2
+    setup = Setup.of(options.device)
+    budget_s = options.budget_s or DEFAULTS[options.device].budget_s
+    budget = Budget(time.monotonic() + (1 - _RESERVE) * budget_s)
+    if options.device == "cpu":
+        keep_freed_memory()
     torch.manual_seed(0)
-    raw = torch.randn(work.B, work.D)
-    calls: dict[str, Callable[[], object]] = {}
-    peaks: dict[str, int | None] = {}
-    for name, auxk, clip in (
-        ("step", False, False),
-        ("step + clip", False, True),
-        ("step + clip + auxk", True, True),
-    ):
-        with PeakMemory() as peak:
-            call = _step(work, raw, auxk, clip)
-            call()
-        calls[name], peaks[name] = call, peak.bytes
-    W = torch.nn.functional.normalize(torch.randn(work.L, work.D), dim=1)
-    calls = encoder_gemms(raw, W, torch.zeros(work.L)) | _kernel_calls(work, raw, W) | calls
-    timings = interleaved(calls, rounds=rounds)
-    gemm_s = timings["gemm"].median_s
-    return [
-        {
-            "work": work.row(),
-            "system": "torch" if name in ("gemm", "linear") else "ours",
-            "op": name,
-            "median_s": timing.median_s,
-            "ratio": timing.median_s / gemm_s,
-            "tokens_per_s": work.B / timing.median_s,
-            "peak_bytes": peaks.get(name),
-        }
-        for name, timing in timings.items()
-    ]
+    _start_one_rank(options.device)
+    rows = _measure_all(works, slope, setup, options, budget)
+    shown = [key for key in _OPTIONAL_COLUMNS if any(row.get(key) is not None for row in rows)]
+    print(format_table(rows, (*COLUMNS, *shown)))
+    dist.destroy_process_group()
+    return 0
 
 
-def _kernel_calls(work: Work, x: torch.Tensor, W: torch.Tensor) -> dict[str, Callable[[], object]]:
-    kernels = get_kernels("stock", torch.float32)
-    bias = torch.zeros(work.L)
-    active = compact(*kernels.encode_topk(x, W, bias, work.k))
-    dots = kernels.decoder_dot(x, active, W)
-    return {
-        "encode + topk": lambda: kernels.encode_topk(x, W, bias, work.k),
-        "decode": lambda: kernels.decode(active, W),
-        "decoder dot": lambda: kernels.decoder_dot(x, active, W),
-        "row gradients": lambda: kernels.row_gradients(active, dots, x, x),
-    }
+def plan(options: argparse.Namespace) -> tuple[list[Work], list[Work]]:
+    """The works to measure, and those of the slope.
+
+    Args:
+        options: of the command line.
+
+    Raises:
+        BenchmarkError: a value that cannot be, or a device that this machine lacks.
+    """
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise BenchmarkError("--device cuda: torch finds no CUDA device; use --device cpu")
+    if options.rounds < 1:
+        raise BenchmarkError(f"--rounds {options.rounds}: expected at least 1")
+    if options.budget_s is not None and options.budget_s <= 0:
+        raise BenchmarkError(f"--budget-s {options.budget_s}: expected more than 0")
+    default = DEFAULTS[options.device]
+    works, slope = options.work, options.slope
+    if works is None and slope is None:
+        works, slope = default.works, default.slope
+    tail = options.slope_work or default.slope_work
+    return [Work.parse(text) for text in works or ()], _slope_works(slope, tail)
 
 
-def _step(work: Work, raw: torch.Tensor, auxk: bool, clip: bool) -> Callable[[], object]:
-    """A whole training step: forward, backward, clip, Adam, renormalise, ages."""
-    config = TrainerConfig(
-        SAEConfig(n_latents=work.L, k=work.k, auxk_coef=1 / 32 if auxk else 0.0),
-        OptimConfig(lr=1e-6, clip_norm=1.0 if clip else 0.0),
-        TrainConfig(tokens=10**12, batch_tokens=work.B),
-        ParallelConfig(),
+def _slope_works(slope: str | None, tail: str) -> list[Work]:
+    if slope is None:
+        return []
+    latents = parse_sizes(slope, slope.count(",") + 1, "L1,L2,L3")
+    if len(set(latents)) < 2:
+        raise BenchmarkError(f"--slope {slope}: expected at least two different L")
+    parse_sizes(tail, 3, "D,B,k")
+    return [Work.parse(f"{L},{tail}") for L in latents]
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.step", description=__doc__.splitlines()[0]
     )
-    mesh = Mesh.create("cpu", 1, 1)
-    sae = build_sae(config.sae, work.D, mesh, get_kernels("stock", torch.float32), seed=0)
-    engine = SAEEngine("sae", sae, config, torch.device("cpu"))
-    ages = torch.zeros(work.L, dtype=torch.int64)
-    ages[: int(work.L * DEAD_SHARE)] = config.sae.dead_after_tokens
+    parser.add_argument("--device", choices=sorted(DEFAULTS), default="cpu")
+    parser.add_argument("--work", nargs="+", metavar="L,D,B,k")
+    parser.add_argument("--slope", metavar="L1,L2,L3", help="log-log slope of the step over L")
+    parser.add_argument("--slope-work", metavar="D,B,k", help="the other sizes of the slope")
+    parser.add_argument("--rounds", type=int, default=15, help="samples of each row")
+    parser.add_argument(
+        "--budget-s", type=float, help="cut rounds to end in so many seconds after start-up"
+    )
+    parser.add_argument("--no-peers", action="store_true", help="leave the peers' packages out")
+    parser.add_argument("--json", metavar="FILE", help="write the rows, part by part")
+    return parser.parse_args()
 
-    def call() -> object:
-        if auxk:  # those that fire would leave the dead, and the work would shrink
-            sae.tokens_since_fired.copy_(ages)
-        return engine.train_step(raw, 0)
 
-    return call
+def _measure_all(
+    works: list[Work], slope: list[Work], setup: Setup, options: argparse.Namespace, budget: Budget
+) -> list[Row]:
+    rows: list[Row] = []
+    parts = len(works) + len(slope)
+
+    def add(work: Work, cases_of: Callable[[Inputs], list[Case]]) -> None:
+        nonlocal parts
+        share = budget.share(parts)
+        parts -= 1
+        print(f"measuring {work}", file=sys.stderr)
+        rows.extend(
+            measure(work, setup, cases_of, rounds=options.rounds, budget=budget, share=share)
+        )
+
+    def keep() -> None:
+        # After every work: what was measured is not lost with a machine that is only lent.
+        if options.json:
+            write_json(options.json, rows)
+
+    for work in works:
+        add(work, work_cases)
+        if options.device == "cpu" and not options.no_peers:
+            rows += _peer_rows({**vars(work), "dtype": "float32"}, options.rounds, budget)
+        keep()
+    if slope:
+        first = len(rows)
+        for work in slope:
+            add(work, slope_cases)
+        rows.append(slope_row(rows[first:]))
+        keep()
+    return rows
 
 
-def _start_one_rank() -> None:
+def _peer_rows(work: dict[str, Any], rounds: int, budget: Budget) -> list[Row]:
+    if not peers_available():
+        return peer_rows(work)  # says so
+    found: list[Row] = []
+    for peer in PEERS:
+        head = {"work": work, "system": peer, "op": "train_step"}
+        timeout_s = min(_PEER_TIMEOUT_S, budget.left_s())
+        if not timeout_s:
+            found.append({**head, "error": OUT_OF_TIME})
+            continue
+        try:
+            found += peer_rows(work, peers=[peer], rounds=rounds, timeout_s=timeout_s)
+        except PeerError as error:
+            first, *others = str(error).splitlines()
+            found.append({**head, "error": " ".join([first, *others[-1:]])})
+    return found
+
+
+def _start_one_rank(device_type: str) -> None:
+    """The trainer's mesh wants a process group, DeepSpeed its variables."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    one_rank = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "DS_ACCELERATOR": "cpu"}
+    one_rank = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "DS_ACCELERATOR": device_type}
     os.environ.update(one_rank, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    dist.init_process_group("gloo")
+    nccl = device_type == "cuda" and dist.is_nccl_available()
+    dist.init_process_group("nccl" if nccl else "gloo")
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -2,6 +2,7 @@
 
 A row is `{"work": {...}, "system": "ours" | <package>, "op": ..., "median_s": ..., "ratio": ...,
 "tokens_per_s": ..., "peak_bytes": ...}`; more keys are kept in the JSON and shown when asked for.
+What could not be measured keeps its row: `{"work": ..., "system": ..., "op": ..., "error": text}`.
 """
 
 from __future__ import annotations

@@ -8,9 +8,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+_PIECE_ELEMENTS = 1 << 30
+"""Pre-activations that one product writes at most: their memory, and 32-bit offsets inside BLAS."""
 
-def encoder_gemms(x: Tensor, W_enc: Tensor, b_enc: Tensor) -> dict[str, Callable[[], object]]:
+
+def encoder_gemms(x: Tensor, W_enc: Tensor, b_enc: Tensor) -> dict[str, Callable[[], None]]:
     """Callables that write the dense pre-activations [B, L] = x @ W_enc.T + b_enc, nothing else.
+
+    Where [B, L] has more than 2**30 elements it is computed in pieces of batch rows, each dropped
+    before the next: a call's time is that of all pieces, and [B, L] never exists.
 
     Args:
         x: [B, D], float32 or bfloat16.
@@ -18,16 +24,21 @@ def encoder_gemms(x: Tensor, W_enc: Tensor, b_enc: Tensor) -> dict[str, Callable
         b_enc: [L], dtype of x.
 
     Returns:
-        "gemm": the yardstick: oneDNN on a CPU, where it beats MKL by up to twofold (MKL is what
-        `F.linear` and so all the peers take); `F.linear` on a GPU. "linear": `F.linear`.
+        "gemm": the yardstick: oneDNN on a CPU, where it beats MKL by up to twofold; `F.linear` on
+        a GPU. "linear", on a CPU only: `F.linear`, that is MKL, which all the peers take.
     """
+    pieces = x.split(max(1, _PIECE_ELEMENTS // W_enc.shape[0]))
 
     @torch.no_grad()
-    def linear() -> object:
-        return F.linear(x, W_enc, b_enc)
+    def linear() -> None:
+        for piece in pieces:
+            F.linear(piece, W_enc, b_enc)
 
     @torch.no_grad()
-    def onednn() -> object:
-        return torch.ops.mkldnn._linear_pointwise(x, W_enc, b_enc, "none", [], "")
+    def onednn() -> None:
+        for piece in pieces:
+            torch.ops.mkldnn._linear_pointwise(piece, W_enc, b_enc, "none", [], "")
 
-    return {"gemm": onednn if x.device.type == "cpu" else linear, "linear": linear}
+    if x.device.type == "cpu":
+        return {"gemm": onednn, "linear": linear}
+    return {"gemm": linear}

@@ -6,13 +6,14 @@ import fcntl
 import hashlib
 import importlib.util
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from uuid import uuid4
+
+from sae_core.atomic import fsync_path, write_json
 
 
 def built_once(folder: Path, build: Callable[[Path], None]) -> Path:
@@ -34,12 +35,12 @@ def built_once(folder: Path, build: Callable[[Path], None]) -> Path:
         try:
             build(temporary)
             for file in temporary.rglob("*"):
-                _fsync(file)
+                fsync_path(file)
             temporary.rename(folder)
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
-        _fsync(folder.parent)
+        fsync_path(folder.parent)
     return folder
 
 
@@ -54,9 +55,7 @@ def file_sha256(path: Path, cache_dir: Path) -> str:
     with real.open("rb") as stream:
         sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
     memory.parent.mkdir(parents=True, exist_ok=True)
-    temporary = memory.with_name(f"{memory.name}.{uuid4().hex}.tmp")
-    temporary.write_text(json.dumps({"file": real.name, "sha256": sha256}))
-    temporary.replace(memory)
+    write_json(memory, {"file": real.name, "sha256": sha256})
     return sha256
 
 
@@ -72,14 +71,6 @@ def _locked(path: Path) -> Iterator[None]:
     with path.open("w") as stream:
         fcntl.flock(stream, fcntl.LOCK_EX)
         yield
-
-
-def _fsync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def find_package(name: str) -> ModuleSpec | None:

@@ -6,13 +6,13 @@ never loads the model's weights. Running it again does only the items that are m
 
 from __future__ import annotations
 
-import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cluster.provenance import describe, matching_store, store_path
+from sae_core.atomic import write_json
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -131,6 +131,7 @@ def _create(job: HarvestJob, pool: WorkerPool) -> StoreWriter:
         job.store,
         {name: len(moments.mean) for name, moments in calibration.items()},
         dtype=store.dtype,
+        codec=store.codec,
         shard_tokens=store.shard_tokens,
         chunk_bytes=store.chunk_bytes,
         n_items=job.plan.n_items,
@@ -178,4 +179,4 @@ def _write_summary(config: RunConfig, run_dir: Path, path: Path, session: dict[s
         "store_bytes": sum(part.stat().st_size for part in path.rglob("*") if part.is_file()),
     }
     run_dir.mkdir(parents=True, exist_ok=True)
-    (run_dir / "harvest.json").write_text(json.dumps(summary, indent=1) + "\n")
+    write_json(run_dir / "harvest.json", summary)

@@ -27,6 +27,7 @@ from conf.schema import RunConfig
 from sae_core.atomic import write_json
 from sae_core.checkpoint import newest_valid
 from sae_core.errors import ConfigError, SAEError
+from sae_core.memory import keep_freed_memory
 from sae_core.mesh import Mesh
 from sae_core.trainer import Trainer
 
@@ -53,6 +54,7 @@ def run_rank(run_dir: Path, console: bool = False) -> None:
     rank, local_rank = int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"])
     device = _device(config.train.device, local_rank)
     torch.set_num_threads(_threads(config))
+    keep_freed_memory()
     with rank_lock(run_dir, rank):
         dist.init_process_group(
             "nccl" if device.type == "cuda" else "gloo",

@@ -2,8 +2,8 @@
 
 Main path: the k largest latents of each token, over all shards. Auxiliary path: the `auxk` largest
 of the *dead* latents, whose decoding is to explain what the main path left over (Gao et al. 2024,
-arXiv 2406.04093, section 2.3). Both paths' gradients are summed per dictionary row in one pass, so
-a backward makes one dense [L, D] gradient per matrix and nothing of size [B, L] or [B, K, D].
+arXiv 2406.04093, section 2.3). The node gives both paths' squared errors; their gradients are
+summed per dictionary row in one pass, so nothing of size [B, L] or [B, K, D] exists.
 """
 
 from __future__ import annotations
@@ -15,22 +15,29 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
-from sae_core.kernels import Kernels, RowGradients, SparseLatents, compact
+from sae_core.kernels import (
+    Decoded,
+    Kernels,
+    SparseGradient,
+    SparseLatents,
+    compact,
+    project,
+)
 from sae_core.mesh import row_range
 from sae_core.topk import select_global
 
 
-class SparseGradient(NamedTuple):
-    """All that the dictionary rows' gradient is made of, before it is summed per row."""
+class Dictionary(NamedTuple):
+    """One shard of an SAE's weights."""
 
-    pairs: SparseLatents
-    """Active pairs of all paths; `rows` index into `x` and `grad`."""
-    dvalues: torch.Tensor
-    """[N] gradient of each pair's pre-activation."""
-    x: torch.Tensor
-    """[R, D] centred inputs, once per path."""
-    grad: torch.Tensor
-    """[R, D] gradient of each path's reconstruction."""
+    W_enc: torch.Tensor
+    """[l, D]"""
+    b_enc: torch.Tensor
+    """[l]"""
+    W_dec: torch.Tensor
+    """[l, D], rows of unit norm."""
+    b_dec: torch.Tensor
+    """[D], replicated."""
 
 
 @dataclass(frozen=True)
@@ -55,13 +62,22 @@ class SparsePlan:
         return 1 if self.group is None else dist.get_world_size(self.group)
 
 
+class AuxInput(NamedTuple):
+    """What the auxiliary path of a step works on."""
+
+    dead: torch.Tensor
+    """Local dead latents, int64, ascending, possibly none."""
+    rows: torch.Tensor | None
+    """Batch rows that take part, int64, ascending; None: all."""
+
+
 class SparseForward(NamedTuple):
     """What `sparse_autoencode` gives."""
 
-    recon: torch.Tensor
-    """[B, D] decoding of the k latents over all shards, without the decoder bias."""
-    aux_recon: torch.Tensor | None
-    """[B, D] decoding of the auxk dead latents over all shards; None without dead ones."""
+    squared_error: torch.Tensor
+    """Scalar: what the k latents and the bias leave unexplained, over all rows and dimensions."""
+    aux_squared_error: torch.Tensor | None
+    """Scalar: what the dead latents leave of that error, over the auxiliary rows."""
     active: SparseLatents
     """The local pairs of the main path; carries no gradient."""
 
@@ -105,31 +121,28 @@ def encode_shard(
 
 def sparse_autoencode(
     x: torch.Tensor,
-    W_enc: torch.Tensor,
-    b_enc: torch.Tensor,
-    W_dec: torch.Tensor,
-    b_dec: torch.Tensor,
+    weights: Dictionary,
     plan: SparsePlan,
-    dead: torch.Tensor | None,
+    aux: AuxInput | None,
+    copies: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> SparseForward:
     """Encodes, selects and decodes over all shards; a collective call.
 
     The gradient of `W_dec` comes with its part along each decoder row taken out, because the rows
-    are kept at unit norm. The auxiliary path gives no gradient to `b_dec`.
+    are kept at unit norm. The auxiliary path sees the error as given, and gives no gradient to
+    `b_dec`.
 
     Args:
         x: [B, D] normalised input, the same on every rank of the latent group; gets no gradient.
-        W_enc: [l, D] local rows of the encoder.
-        b_enc: [l].
-        W_dec: [l, D] local rows of the decoder, unit norm.
-        b_dec: [D], replicated.
+        weights: this shard's.
         plan: what to select and over which ranks.
-        dead: int64, local dead latents, ascending, possibly none; None when no rank of the latent
-            group has a dead latent or the auxiliary loss is off. All ranks must agree on None.
+        aux: None when no rank of the latent group has a dead latent or the auxiliary loss is off.
+            All ranks must agree on None and on the rows.
+        copies: W_enc and W_dec in the dtype the kernels compute in; None: the weights themselves.
     """
     box: list[SparseLatents] = []
-    recon, aux_recon = _SparseAutoencode.apply(x, W_enc, b_enc, W_dec, b_dec, plan, dead, box)
-    return SparseForward(recon, aux_recon, box[0])
+    error, aux_error = _SparseAutoencode.apply(x, *weights, plan, aux, copies, box)
+    return SparseForward(error, aux_error, box[0])
 
 
 class _SparseAutoencode(torch.autograd.Function):
@@ -142,67 +155,85 @@ class _SparseAutoencode(torch.autograd.Function):
         W_dec: torch.Tensor,
         b_dec: torch.Tensor,
         plan: SparsePlan,
-        dead: torch.Tensor | None,
+        aux: AuxInput | None,
+        copies: tuple[torch.Tensor, torch.Tensor] | None,
         box: list[SparseLatents],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        encoder, decoder = copies or (W_enc, W_dec)
         centred = x - b_dec
-        active = encode_shard(centred, W_enc, b_enc, plan.k, plan)
-        paths = [active]
-        if dead is not None:
-            paths.append(encode_shard(centred, W_enc, b_enc, plan.auxk, plan, dead))
-        recons = torch.stack([plan.kernels.decode(path, W_dec) for path in paths])
-        if plan.n_shards > 1:
-            dist.all_reduce(recons, group=plan.group)
-        ctx.save_for_backward(centred, W_enc, W_dec)
+        active = encode_shard(centred, encoder, b_enc, plan.k, plan)
+        paths = [_Path(centred, active, _decode_error(centred, active, decoder, plan))]
+        if aux is not None:
+            inputs, residual = centred, paths[0].decoded.error
+            if aux.rows is not None:
+                inputs, residual = inputs[aux.rows], residual[aux.rows]
+            chosen = encode_shard(inputs, encoder, b_enc, plan.auxk, plan, aux.dead)
+            paths.append(_Path(inputs, chosen, _decode_error(residual, chosen, decoder, plan)))
+        ctx.save_for_backward(W_enc, W_dec)
         ctx.plan, ctx.paths = plan, paths
         box.append(active)
-        return recons[0], recons[1] if dead is not None else None
+        errors = [path.decoded.error.float().square().sum() for path in paths]
+        return errors[0], errors[1] if aux is not None else None
 
     @staticmethod
     def backward(
         ctx: Any, grad: torch.Tensor, aux_grad: torch.Tensor | None
     ) -> tuple[torch.Tensor | None, ...]:
-        centred, W_enc, W_dec = ctx.saved_tensors
-        kernels = ctx.plan.kernels
-        grads = [grad] if aux_grad is None else [grad, aux_grad]
-        grads = [g.contiguous() for g in grads]
-        dvalues = [
-            kernels.decoder_dot(g, path, W_dec) for g, path in zip(grads, ctx.paths, strict=True)
-        ]
-        gradient = SparseGradient(
-            _concatenate(ctx.paths, centred.shape[0]),
-            torch.cat(dvalues),
-            centred.repeat(len(grads), 1),
-            torch.cat(grads),
-        )
-        db_dec = _encoder_bias_gradient(ctx.paths[0], dvalues[0], W_enc, ctx.plan)
-        if ctx.plan.collect is not None:
-            ctx.plan.collect(gradient)
-            return None, None, None, None, db_dec, None, None, None
-        by_row = project(kernels.row_gradients(*gradient), W_dec)
+        W_enc, W_dec = ctx.saved_tensors
+        plan, paths = ctx.plan, ctx.paths
+        # d/dy |t - y|^2 = -2 (t - y): the errors serve as gradients, once weighted.
+        weights = [-2.0 * weight for weight in (grad, aux_grad) if weight is not None]
+        gradient = _weigh(paths, weights)
+        main = paths[0]
+        dvalues = gradient.dvalues[: len(main.active.rows)]
+        db_dec = _encoder_bias_gradient(main.active, dvalues, W_enc, plan)
+        db_dec += weights[0] * main.decoded.error.sum(0)
+        if plan.collect is not None:
+            plan.collect(gradient)
+            return None, None, None, None, db_dec, None, None, None, None
+        by_row = project(plan.kernels.row_gradients(*gradient), W_dec)
         dW_dec = _scatter(by_row.latents, by_row.W_dec, W_dec)
         dW_enc = _scatter(by_row.latents, by_row.W_enc, W_enc)
         db_enc = W_enc.new_zeros(W_enc.shape[0]).index_copy_(0, by_row.latents, by_row.b_enc)
-        return None, dW_enc, db_enc, dW_dec, db_dec, None, None, None
+        return None, dW_enc, db_enc, dW_dec, db_dec, None, None, None, None
 
 
-def project(gradients: RowGradients, W_dec: torch.Tensor) -> RowGradients:
-    """Takes out what would only change the length of the unit decoder rows."""
-    rows = W_dec[gradients.latents]
-    along = (gradients.W_dec * rows).sum(1, keepdim=True)
-    return gradients._replace(W_dec=gradients.W_dec - along * rows)
+class _Path(NamedTuple):
+    """One selection of latents and what it leaves unexplained."""
+
+    x: torch.Tensor
+    """[R, D] centred inputs."""
+    active: SparseLatents
+    decoded: Decoded
 
 
-def _concatenate(paths: list[SparseLatents], B: int) -> SparseLatents:
-    """The paths' pairs as one list whose rows index into the stacked inputs [paths * B, D]."""
-    rows = torch.cat([path.rows + i * B for i, path in enumerate(paths)])
-    latents = torch.cat([path.latents for path in paths])
-    values = torch.cat([path.values for path in paths])
-    starts = [0]
-    for path in paths[:-1]:
-        starts.append(starts[-1] + len(path.rows))
-    offsets = torch.cat([path.offsets + s for path, s in zip(paths, starts, strict=True)])
-    return SparseLatents(rows, latents, values, offsets)
+def _decode_error(
+    target: torch.Tensor, active: SparseLatents, W_dec: torch.Tensor, plan: SparsePlan
+) -> Decoded:
+    """`Kernels.decode_error` over all shards."""
+    if plan.n_shards == 1:
+        return plan.kernels.decode_error(target, active, W_dec)
+    recon = plan.kernels.decode(active, W_dec).to(target.dtype)
+    dist.all_reduce(recon, group=plan.group)
+    error = target - recon
+    return Decoded(error, plan.kernels.decoder_dot(error, active, W_dec))
+
+
+def _weigh(paths: list[_Path], weights: list[torch.Tensor]) -> SparseGradient:
+    """All paths' pairs as one list, whose rows index into the stacked inputs and errors."""
+    rows, offsets, first_row, first_pair = [], [], 0, 0
+    for path in paths:
+        rows.append(path.active.rows + first_row)
+        offsets.append(path.active.offsets + first_pair)
+        first_row, first_pair = first_row + path.x.shape[0], first_pair + len(path.active.rows)
+    values = [w * path.active.values for path, w in zip(paths, weights, strict=True)]
+    latents = torch.cat([path.active.latents for path in paths])
+    return SparseGradient(
+        SparseLatents(torch.cat(rows), latents, torch.cat(values), torch.cat(offsets)),
+        torch.cat([w * path.decoded.dots for path, w in zip(paths, weights, strict=True)]),
+        torch.cat([path.x for path in paths]),
+        torch.cat([path.decoded.error for path in paths]),
+    )
 
 
 def _scatter(latents: torch.Tensor, rows: torch.Tensor, like: torch.Tensor) -> torch.Tensor:

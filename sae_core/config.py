@@ -22,6 +22,8 @@ class SAEConfig:
     """Dead latents per token that explain the residual; null: d_model / 2, as a power of two."""
     auxk_coef: float = 1 / 32
     """Weight of the auxiliary loss; 0 switches it off."""
+    auxk_rows: float = 1.0
+    """Share of the batch rows on which the auxiliary loss is estimated; 1: all of them."""
     dead_after_tokens: int = 10_000_000
     """A latent is dead when it has fired on none of this many training tokens."""
 
@@ -42,6 +44,8 @@ class SAEConfig:
             raise ConfigError("sae.auxk", self.auxk, "at least 1, or null for d_model / 2")
         if self.auxk_coef < 0:
             raise ConfigError("sae.auxk_coef", self.auxk_coef, "0 (off) or more")
+        if not 0 < self.auxk_rows <= 1:
+            raise ConfigError("sae.auxk_rows", self.auxk_rows, "a share above 0, at most 1")
         if self.dead_after_tokens < 1:
             raise ConfigError("sae.dead_after_tokens", self.dead_after_tokens, "at least 1")
 
@@ -62,6 +66,9 @@ class OptimConfig:
     """Global gradient norm that clipping keeps; 0 switches clipping off."""
     update: str = "auto"
     """fused (used rows only, no dense gradient; ZeRO 0), dense, or auto: fused where it can be."""
+    moments: str = "float32"
+    """Adam's moments of both matrices: float32 (exact), or bfloat16, stochastically rounded: half
+    the bytes, equal in the mean, needs the fused update."""
 
     def fused(self, zero_stage: int) -> bool:
         """Whether dictionary rows are updated without a dense gradient."""
@@ -85,6 +92,15 @@ class OptimConfig:
                 self.update,
                 "dense or auto with parallel.zero_stage=1: ZeRO flattens what the fused update "
                 "needs as rows",
+            )
+        if self.moments not in ("float32", "bfloat16"):
+            raise ConfigError("optim.moments", self.moments, "float32 or bfloat16")
+        if self.moments != "float32" and not self.fused(zero_stage):
+            raise ConfigError(
+                "optim.moments",
+                self.moments,
+                "float32 with the dense update, whose Adam is torch's own",
+                "set optim.update=fused and parallel.zero_stage=0, or optim.moments=float32",
             )
         if self.clip_norm < 0:
             raise ConfigError("optim.clip_norm", self.clip_norm, "0 (off) or more")
@@ -116,9 +132,14 @@ class TrainConfig:
     device: str = "auto"
     """auto, cpu or cuda."""
     compute_dtype: str = "auto"
-    """GEMM dtype: auto (bfloat16 on cuda, float32 on cpu), float32 or bfloat16."""
-    kernels: str = "stock"
-    """Body of the sparse operations: stock (torch), triton (CUDA) or reference (plain, slow)."""
+    """GEMM dtype: auto (bfloat16 on cuda, float32 on cpu), float32, tf32 (triton) or bfloat16."""
+    kernels: str = "auto"
+    """Body of the sparse operations: stock (torch), triton (CUDA), reference (plain, slow), or
+    auto: triton on cuda, stock elsewhere."""
+    prefilter: str = "auto"
+    """Cheap product that finds TopK candidates, which are rescored exactly: none; bfloat16x3 (stock
+    kernels, float32: proven row by row); bfloat16 (likewise, faster: eight standard deviations);
+    float8 (triton: six); auto: bfloat16x3 on CPUs that multiply bfloat16 in hardware, else none."""
     threads_per_rank: int | None = None
     """CPU threads of each rank; null: cores / ranks on this machine, at least 1."""
     timeout_s: float = 600.0
@@ -137,12 +158,15 @@ class TrainConfig:
             )
         if self.device not in ("auto", "cpu", "cuda"):
             raise ConfigError("train.device", self.device, "auto, cpu or cuda")
-        if self.compute_dtype not in ("auto", "float32", "bfloat16"):
+        if self.compute_dtype not in ("auto", "float32", "tf32", "bfloat16"):
             raise ConfigError(
-                "train.compute_dtype", self.compute_dtype, "auto, float32 or bfloat16"
+                "train.compute_dtype", self.compute_dtype, "auto, float32, tf32 or bfloat16"
             )
-        if self.kernels not in ("stock", "triton", "reference"):
-            raise ConfigError("train.kernels", self.kernels, "stock, triton or reference")
+        prefilters = ("auto", "none", "bfloat16x3", "bfloat16", "float8")
+        if self.prefilter not in prefilters:
+            raise ConfigError("train.prefilter", self.prefilter, f"one of {', '.join(prefilters)}")
+        if self.kernels not in ("auto", "stock", "triton", "reference"):
+            raise ConfigError("train.kernels", self.kernels, "auto, stock, triton or reference")
         if self.threads_per_rank is not None and self.threads_per_rank < 1:
             raise ConfigError(
                 "train.threads_per_rank", self.threads_per_rank, "at least 1, or null"

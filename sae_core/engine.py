@@ -17,8 +17,9 @@ import torch.distributed as dist
 from sae_core.architectures import StepOutput, TopKSAE
 from sae_core.config import TrainerConfig
 from sae_core.fused_update import FusedRowAdam
+from sae_core.kernels.stock_update import renormalise_
 from sae_core.mesh import MeshMPU
-from sae_core.optimizer import ShardedAdam, lr_at, renormalise_
+from sae_core.optimizer import ShardedAdam, lr_at
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """Adam's two moments, under torch's names."""
@@ -85,6 +86,7 @@ class SAEEngine:
         if not self.fused:
             renormalise_(self.sae.W_dec, bad)
             self._push_to_zero(self.sae.W_dec)
+            self.sae.refresh_copies()
         self.sae.note_fired(out.fired, self.config.train.batch_tokens, bad)
         return out
 
@@ -92,6 +94,7 @@ class SAEEngine:
         """Tells the optimiser that somebody set parameters in place."""
         for parameter in self.sae.parameters():
             self._push_to_zero(parameter)
+        self.sae.refresh_copies()
 
     def _push_to_zero(self, parameter: torch.nn.Parameter) -> None:
         """Under ZeRO 1 the optimiser owns copies; an edit of the parameter alone is lost."""
@@ -142,6 +145,7 @@ class SAEEngine:
             self._push_to_zero(parameter)
             for moment in MOMENTS:
                 self._set_moment(parameter, moment, moments[name][moment])
+        self.sae.refresh_copies()
         for state in self.optimizer.state.values():
             state["step"].fill_(float(step))
 

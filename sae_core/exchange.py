@@ -1,6 +1,6 @@
 """Data replicas exchange what a sparse gradient is made of, instead of all-reducing dense ones.
 
-A replica sends its centred inputs, residual gradients and active pairs: B (2 D + 4 k) numbers,
+A replica sends its centred inputs, errors and active pairs: B (2 D + 4 k) numbers,
 where an all-reduce of both matrices' gradients would move 4 L D. Every replica then sums the same
 pairs in the same order, so replicas stay equal bit for bit.
 """
@@ -10,8 +10,7 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 
-from sae_core.autoencode import SparseGradient
-from sae_core.kernels import SparseLatents
+from sae_core.kernels import SparseGradient, SparseLatents
 
 
 def over_replicas(gradient: SparseGradient, group: dist.ProcessGroup) -> SparseGradient:
@@ -27,7 +26,7 @@ def over_replicas(gradient: SparseGradient, group: dist.ProcessGroup) -> SparseG
     pairs = gradient.pairs
     counts = _gather_counts(len(pairs.rows), pairs.rows.device, group)
     whole = torch.stack((pairs.rows, pairs.latents))
-    real = torch.stack((pairs.values, gradient.dvalues / n_replicas))
+    real = torch.stack((pairs.values, gradient.dvalues)) / n_replicas
     rows, latents = _gather_ragged(whole, counts, group)
     values, dvalues = _gather_ragged(real, counts, group)
     R = gradient.x.shape[0]
@@ -37,7 +36,7 @@ def over_replicas(gradient: SparseGradient, group: dist.ProcessGroup) -> SparseG
         SparseLatents(rows + replica * R, latents, values, per_row.cumsum(0) - per_row),
         dvalues,
         _gather(gradient.x, group),
-        _gather(gradient.grad / n_replicas, group),
+        _gather(gradient.error, group),
     )
 
 

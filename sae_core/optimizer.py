@@ -72,11 +72,15 @@ class ShardedAdam(torch.optim.Adam):
         for group in self.param_groups:
             for parameter in group["params"]:
                 if not self.state[parameter]:
+                    dtype = self._moment_dtype(parameter)
                     self.state[parameter] = {
                         "step": torch.zeros((), device=parameter.device),
-                        "exp_avg": torch.zeros_like(parameter),
-                        "exp_avg_sq": torch.zeros_like(parameter),
+                        "exp_avg": torch.zeros_like(parameter, dtype=dtype),
+                        "exp_avg_sq": torch.zeros_like(parameter, dtype=dtype),
                     }
+
+    def _moment_dtype(self, parameter: torch.Tensor) -> torch.dtype:
+        return parameter.dtype
 
     def _grad_norm(self) -> torch.Tensor:
         """Norm of the whole gradient: shards summed over the latent group, replicated ones once."""
@@ -98,10 +102,3 @@ class ShardedAdam(torch.optim.Adam):
     def _collected_square(self) -> torch.Tensor:
         """Squared norm of gradients that are in no `.grad`."""
         return torch.zeros_like(self.found_inf)
-
-
-@torch.no_grad()
-def renormalise_(W_dec: torch.Tensor, skipped: torch.Tensor) -> None:
-    """Brings rows [n, D] back to unit norm, in place; leaves them alone after a skipped update."""
-    norm = W_dec.norm(dim=1, keepdim=True).clamp_min(1e-12)
-    W_dec.mul_(torch.where(skipped > 0, 1.0, 1.0 / norm))

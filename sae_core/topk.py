@@ -45,6 +45,22 @@ def select_global(
     return (keys >= threshold[:, None]) & (keys != EMPTY_KEY)
 
 
+def sent_bytes(n_rows: int, width: int, n_ranks: int, rank: int) -> int:
+    """What one rank hands to the network in one `select_global`, framing not counted.
+
+    B (1 - 1/G) rows of C keys, and its share of the k-th keys to each of the others.
+
+    Args:
+        n_rows: B.
+        width: C, candidates a rank brings.
+        n_ranks: G, ranks that share the dictionary.
+        rank: which of them.
+    """
+    start, stop = row_range(n_rows, rank, n_ranks)
+    largest = row_range(n_rows, 0, n_ranks)[1]
+    return 8 * ((n_rows - (stop - start)) * width + largest * (n_ranks - 1))
+
+
 def _kth_keys(keys: torch.Tensor, k: int, group: dist.ProcessGroup) -> torch.Tensor:
     """[B] the k-th largest key of each token over all ranks; EMPTY_KEY where there are fewer."""
     B, C = keys.shape

@@ -61,8 +61,12 @@ class Trainer:
         self.checkpoints, self.seed = checkpoints, seed
         self.report, self.report_every = report, report_every
         self.device = torch.device(mesh.devices.device_type)
-        dtype = compute_dtype(config.train.compute_dtype, self.device)
-        kernels = get_kernels(config.train.kernels, dtype)
+        kernels = get_kernels(
+            kernels_name(config.train.kernels, self.device),
+            compute_dtype(config.train.compute_dtype, self.device),
+            tf32=config.train.compute_dtype == "tf32",
+            prefilter=config.train.prefilter,
+        )
         sae = build_sae(config.sae, source.d_in, mesh, kernels, seed).to(self.device)
         self.engines = [SAEEngine(config.sae.hookpoint or "sae", sae, config, self.device)]
         self.step = 0
@@ -195,4 +199,11 @@ def compute_dtype(name: str, device: torch.device) -> torch.dtype:
     """GEMM dtype of `train.compute_dtype` on a device."""
     if name == "auto":
         return torch.bfloat16 if device.type == "cuda" else torch.float32
-    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
+    return torch.bfloat16 if name == "bfloat16" else torch.float32
+
+
+def kernels_name(name: str, device: torch.device) -> str:
+    """Body of `train.kernels` on a device."""
+    if name == "auto":
+        return "triton" if device.type == "cuda" else "stock"
+    return name

@@ -10,7 +10,7 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-from activation_store import StoreWriter
+from activation_store import Calibration, StoreWriter
 
 DTYPES = {"bfloat16": np.dtype(ml_dtypes.bfloat16), "float32": np.dtype(np.float32)}
 Columns = dict[str, NDArray[Any]]
@@ -29,6 +29,14 @@ def item_columns(item: int, n_rows: int, arrays: dict[str, int]) -> tuple[Column
         "position": np.arange(n_rows, dtype=np.int32),
     }
     return rows, sidecars
+
+
+def calibration(arrays: dict[str, int]) -> dict[str, Calibration]:
+    """About right for `item_columns`."""
+    return {
+        name: Calibration(np.linspace(-0.1, 0.1, width), np.linspace(0.9, 1.1, width), 1.0)
+        for name, width in arrays.items()
+    }
 
 
 def write_store(

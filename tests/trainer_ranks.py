@@ -79,6 +79,9 @@ class Job:
     poison_step: int | None = None
     poison_rank: int = 0
     overrides: dict[str, Any] = field(default_factory=dict)
+    """Of the SAE's config."""
+    moments: str = "float32"
+    prefilter: str = "auto"
 
 
 def config_of(job: Job) -> TrainerConfig:
@@ -94,8 +97,15 @@ def config_of(job: Job) -> TrainerConfig:
             decay_tokens=10 * BATCH,
             clip_norm=job.clip_norm,
             update=job.update,
+            moments=job.moments,
         ),
-        TrainConfig(job.steps * BATCH, BATCH, sample_tokens=480, kernels=job.kernels),
+        TrainConfig(
+            job.steps * BATCH,
+            BATCH,
+            sample_tokens=480,
+            kernels=job.kernels,
+            prefilter=job.prefilter if job.kernels == "stock" else "auto",
+        ),
         ParallelConfig(job.latent, job.data, job.zero_stage),
         CheckpointConfig(every_tokens=job.save_every * BATCH),
     )

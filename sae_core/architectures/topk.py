@@ -6,19 +6,21 @@
     recon     = latents @ W_dec + b_dec
     loss      = |x - recon|^2 / D + auxk_coef * |residual - aux_recon|^2 / |residual|^2
 
+The auxiliary term may be estimated from a fixed share of the batch's rows, without bias.
 `input_scale` makes the calibration sample's mean squared norm D, so the first term is the fraction
 of variance unexplained. Normalisation is folded into the weights on export.
 """
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple, cast
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
-from sae_core.autoencode import SparsePlan, sparse_autoencode
+from sae_core.autoencode import AuxInput, Dictionary, SparsePlan, sparse_autoencode
 from sae_core.config import SAEConfig
 from sae_core.initialise import default_auxk, random_unit_rows
 from sae_core.kernels import Kernels
@@ -76,6 +78,27 @@ class TopKSAE(nn.Module):
         self.register_buffer("input_scale", torch.ones(()))
         self.register_buffer("tokens_since_fired", torch.zeros(stop - start, dtype=torch.int64))
 
+        self.W_enc_copy: torch.Tensor | None
+        self.W_dec_copy: torch.Tensor | None
+        for name in ("W_enc", "W_dec"):
+            copy = None
+            if kernels.copy_dtype is not None:
+                copy = getattr(self, name).detach().to(kernels.copy_dtype)
+            self.register_buffer(f"{name}_copy", copy, persistent=False)
+
+    @property
+    def copies(self) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """W_enc and W_dec in the kernels' dtype, where they want copies."""
+        if self.W_enc_copy is None or self.W_dec_copy is None:
+            return None
+        return self.W_enc_copy, self.W_dec_copy
+
+    @torch.no_grad()
+    def refresh_copies(self) -> None:
+        """Brings the copies up to date with the masters, after somebody set those."""
+        for copy, master in zip(self.copies or (), (self.W_enc, self.W_dec), strict=False):
+            copy.copy_(master)
+
     def normalise(self, raw: torch.Tensor) -> torch.Tensor:
         """[B, D] raw activations of any float dtype to float32 with unit mean square."""
         return (raw.float() - self.input_mean) * self.input_scale
@@ -87,44 +110,57 @@ class TopKSAE(nn.Module):
             raw: [B, D] raw activations, the same on all ranks of the latent group.
         """
         x = self.normalise(raw)
-        out = sparse_autoencode(
-            x, self.W_enc, self.b_enc, self.W_dec, self.b_dec, self.plan, self._dead_latents()
-        )
-        error = x - out.recon - self.b_dec
-        squared_error = error.square().sum()
-        loss = squared_error / x.numel()
+        weights = Dictionary(self.W_enc, self.b_enc, self.W_dec, self.b_dec)
+        aux = self._aux_input(x.shape[0])
+        out = sparse_autoencode(x, weights, self.plan, aux, self.copies)
+        loss = out.squared_error / x.numel()
         aux_loss = torch.zeros((), device=x.device)
-        if out.aux_recon is not None:
-            aux_loss = self._aux_loss(error.detach(), out.aux_recon)
+        if out.aux_squared_error is not None:
+            aux_loss = self._aux_loss(out.squared_error.detach(), out.aux_squared_error, x.shape[0])
             loss = loss + self.config.auxk_coef * aux_loss
         fired = torch.zeros_like(self.tokens_since_fired, dtype=torch.bool)
         fired[out.active.latents] = True
         n_active = torch.tensor(len(out.active.latents), device=x.device)
-        return StepOutput(loss, squared_error.detach(), aux_loss.detach(), fired, n_active)
+        return StepOutput(loss, out.squared_error.detach(), aux_loss.detach(), fired, n_active)
 
     def dead(self) -> torch.Tensor:
         """[l] bool: local latents that have not fired for `dead_after_tokens`."""
         return self.tokens_since_fired >= self.config.dead_after_tokens
 
-    def _dead_latents(self) -> torch.Tensor | None:
-        """Local dead latents, or None when no rank of the latent group has any."""
+    def _aux_input(self, n_rows: int) -> AuxInput | None:
+        """Local dead latents and the rows they are tried on; None when no rank has any."""
         if self.config.auxk_coef == 0:
             return None
         dead = self.dead().nonzero().squeeze(1)
         total = torch.tensor(len(dead), device=dead.device)
         if self.plan.group is not None:
             dist.all_reduce(total, group=self.plan.group)
-        return dead if bool(total > 0) else None
+        if not bool(total > 0):
+            return None
+        taken = self._aux_rows(n_rows)
+        if taken == n_rows:
+            return AuxInput(dead, None)
+        # Evenly spaced: the stream is shuffled, so these are as good as drawn ones.
+        return AuxInput(dead, torch.arange(taken, device=dead.device) * n_rows // taken)
 
-    def _aux_loss(self, residual: torch.Tensor, aux_recon: torch.Tensor) -> torch.Tensor:
-        """Share of the residual that dead latents leave unexplained, over all replicas' rows."""
-        missing = (residual - aux_recon).square().sum()
-        total = residual.square().sum()
+    def _aux_rows(self, n_rows: int) -> int:
+        return max(1, math.ceil(self.config.auxk_rows * n_rows))
+
+    def _aux_loss(self, residual: torch.Tensor, missing: torch.Tensor, n_rows: int) -> torch.Tensor:
+        """Share of the residual that dead latents leave unexplained, over all replicas' rows.
+
+        Args:
+            residual: scalar, squared error of the main path over this replica's rows.
+            missing: scalar, what the dead latents leave of it on the auxiliary rows.
+            n_rows: rows of this replica.
+        """
+        missing = missing * (n_rows / self._aux_rows(n_rows))
         if self.mesh.n_data > 1:
-            dist.all_reduce(total, group=self.mesh.data_group)
+            residual = residual.clone()
+            dist.all_reduce(residual, group=self.mesh.data_group)
             missing = missing * self.mesh.n_data  # the engine averages over replicas
         # A perfect reconstruction leaves no residual to explain.
-        return torch.where(total > 0, missing / total.clamp_min(1e-30), 0.0)
+        return torch.where(residual > 0, missing / residual.clamp_min(1e-30), 0.0)
 
     @torch.no_grad()
     def note_fired(self, fired: torch.Tensor, batch_tokens: int, skipped: torch.Tensor) -> None:

@@ -1,6 +1,29 @@
 """The sparse step's kernels: one interface, several bodies. `reference` defines the answer."""
 
-from sae_core.kernels.interface import Kernels, RowGradients, SparseLatents, compact
+from sae_core.kernels.interface import (
+    AdamStep,
+    Decoded,
+    Kernels,
+    RowGradients,
+    RowState,
+    RowUpdate,
+    SparseGradient,
+    SparseLatents,
+    compact,
+    project,
+)
 from sae_core.kernels.registry import get_kernels
 
-__all__ = ["Kernels", "RowGradients", "SparseLatents", "compact", "get_kernels"]
+__all__ = [
+    "AdamStep",
+    "Decoded",
+    "Kernels",
+    "RowGradients",
+    "RowState",
+    "RowUpdate",
+    "SparseGradient",
+    "SparseLatents",
+    "compact",
+    "get_kernels",
+    "project",
+]

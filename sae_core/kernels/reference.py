@@ -4,13 +4,22 @@ from __future__ import annotations
 
 import torch
 
-from sae_core.kernels.interface import RowGradients, SparseLatents
+from sae_core.kernels.interface import (
+    Decoded,
+    RowGradients,
+    RowUpdate,
+    SparseGradient,
+    SparseLatents,
+    project,
+)
+from sae_core.kernels.stock_update import StockRowUpdate
 
 
 class ReferenceKernels:
     """See `Kernels`; every operation spelled out with dense tensors."""
 
     name = "reference"
+    copy_dtype: torch.dtype | None = None
 
     def encode_topk(
         self, x: torch.Tensor, W_enc: torch.Tensor, b_enc: torch.Tensor, k: int
@@ -28,15 +37,24 @@ class ReferenceKernels:
     ) -> torch.Tensor:
         return (grad @ W_dec.T)[active.rows, active.latents]
 
+    def decode_error(
+        self, target: torch.Tensor, active: SparseLatents, W_dec: torch.Tensor
+    ) -> Decoded:
+        error = target - self.decode(active, W_dec)
+        return Decoded(error, self.decoder_dot(error, active, W_dec))
+
     def row_gradients(
-        self, active: SparseLatents, dvalues: torch.Tensor, x: torch.Tensor, grad: torch.Tensor
+        self, active: SparseLatents, dvalues: torch.Tensor, x: torch.Tensor, error: torch.Tensor
     ) -> RowGradients:
         latents, slots = active.latents.unique(return_inverse=True)
         acts = x.new_zeros(x.shape[0], len(latents))
         dpre = x.new_zeros(x.shape[0], len(latents))
         acts[active.rows, slots] = active.values
         dpre[active.rows, slots] = dvalues
-        return RowGradients(latents, acts.T @ grad, dpre.T @ x, dpre.sum(0))
+        return RowGradients(latents, acts.T @ error, dpre.T @ x, dpre.sum(0))
+
+    def row_update(self, gradient: SparseGradient, W_dec: torch.Tensor) -> RowUpdate:
+        return StockRowUpdate(project(self.row_gradients(*gradient), W_dec))
 
 
 def _dense(active: SparseLatents, n_latents: int) -> torch.Tensor:

@@ -9,10 +9,20 @@ from typing import TYPE_CHECKING
 import torch
 
 from sae_core.errors import ConfigError, ShapeError
-from sae_core.kernels.interface import RowGradients, SparseLatents
+from sae_core.kernels.interface import (
+    Decoded,
+    RowGradients,
+    RowUpdate,
+    SparseGradient,
+    SparseLatents,
+)
+from sae_core.kernels.prefilter import prefiltered_topk
+from sae_core.kernels.prefilter_float8 import Float8Prefilter
 
 if TYPE_CHECKING:
     from types import ModuleType
+
+    from sae_core.kernels.triton_encode import Encoder
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _LARGEST_LATENT = 1 << 31
@@ -21,12 +31,15 @@ _LARGEST_LATENT = 1 << 31
 class TritonKernels:
     """See `Kernels`. Selects by value, ties to the lowest latent; the same input, the same bits.
 
-    The pre-activations' sums are float32, and so are the selected values. Encoding waits for the
-    device once, to see whether any row has to be run again.
+    The pre-activations' sums are float32, and so are the selected values and all gradients. The
+    host waits for the device once in encoding, to see whether any row has to be run again (twice
+    with the prefilter), and once in `row_gradients`; nowhere else.
 
     Args:
         compute_dtype: dtype of the encoder product's inputs.
         precision: "ieee" or "tf32", how float32 inputs are multiplied.
+        float8_prefilter: whether encoding looks at all latents in float8 only, and computes what
+            comes out of that exactly.
 
     Raises:
         ConfigError: triton or a CUDA device is missing, or the dtype cannot be computed in.
@@ -35,52 +48,116 @@ class TritonKernels:
     name = "triton"
 
     def __init__(
-        self, compute_dtype: torch.dtype = torch.bfloat16, precision: str = "ieee"
+        self,
+        compute_dtype: torch.dtype = torch.bfloat16,
+        precision: str = "ieee",
+        *,
+        float8_prefilter: bool = False,
     ) -> None:
         interpreted = _check_triton()
         _check_dtype(compute_dtype, precision, interpreted)
-        from sae_core.kernels import triton_encode, triton_sparse
+        from sae_core.kernels import triton_segments, triton_sparse, triton_update
 
         self.compute_dtype = compute_dtype
+        self.copy_dtype = compute_dtype if compute_dtype != torch.float32 else None
         self.interpreted = interpreted
-        tiles = triton_encode.tiles(compute_dtype, precision)
-        self._encoder = triton_encode.Encoder(
-            compute_dtype, precision, triton_encode.INTERPRETER_TILES if interpreted else tiles
-        )
+        self.prefilter = Float8Prefilter(self.approx_topk) if float8_prefilter else None
+        self._encoder = _encoder(compute_dtype, precision, interpreted)
         self._sparse: ModuleType = triton_sparse
+        self._segments: ModuleType = triton_segments
+        self._update: ModuleType = triton_update
 
     def encode_topk(
         self, x: torch.Tensor, W_enc: torch.Tensor, b_enc: torch.Tensor, k: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        self._check(x, W_enc, b_enc)
-        L = W_enc.shape[0]
-        if not 0 <= k <= L < _LARGEST_LATENT:
-            raise ShapeError(f"k={k}, L={L}: expected 0 <= k <= L < 2**31")
-        if not x.shape[0] or not k:  # k 0: a shard without dead latents takes part in AuxK
-            shape = (x.shape[0], k)
-            return x.new_empty(shape, dtype=torch.float32), x.new_empty(shape, dtype=torch.int64)
-        return self._encoder.topk(x, W_enc, b_enc, k)
+        # k 0: a shard without dead latents takes part in AuxK.
+        if self.prefilter is not None and k and x.shape[0]:
+            return prefiltered_topk(self.prefilter, self, x, W_enc, b_enc, k)
+        return self.exact_topk(x, W_enc, b_enc, k)
+
+    def exact_topk(
+        self, x: torch.Tensor, W_enc: torch.Tensor, b_enc: torch.Tensor, k: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """`encode_topk` without a prefilter."""
+        return self._topk(self._encoder, x, W_enc, b_enc, k)
+
+    def approx_topk(
+        self, x: torch.Tensor, W: torch.Tensor, b: torch.Tensor, count: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The `count` largest pre-activations of every row, as a product in float8 sees them.
+
+        Rows of both matrices are rounded to float8_e4m3fn times a scale of their own. The device
+        adds these products with fewer bits than float32 has (about 14 on sm_90), so a bound on the
+        error has to allow for that as well. NaN in a row of x, or of W, is selected on a GPU.
+
+        Args:
+            x: [B, D], already centred.
+            W: [L, D].
+            b: [L].
+            count: at most L.
+
+        Returns:
+            values [B, count] float32, descending, and latents [B, count] int64.
+
+        Raises:
+            ConfigError: the device has no float8.
+            ShapeError: `count` or a tensor cannot be taken.
+        """
+        self._check(x, W, b)
+        if not self.interpreted and torch.cuda.get_device_capability(x.device) < (8, 9):
+            name = torch.cuda.get_device_name(x.device)
+            raise ConfigError("device", name, "compute capability 8.9", "leave the prefilter off")
+        from sae_core.kernels.triton_quantise import FP8
+
+        return self._topk(_encoder(FP8, "ieee", self.interpreted), x, W, b, count)
 
     def decode(self, active: SparseLatents, W_dec: torch.Tensor) -> torch.Tensor:
         self._check(W_dec)
-        recon: torch.Tensor = self._sparse.decode(active, _plain_rows(W_dec))
+        recon: torch.Tensor = self._sparse.decode(active, W_dec)
         return recon
 
     def decoder_dot(
         self, grad: torch.Tensor, active: SparseLatents, W_dec: torch.Tensor
     ) -> torch.Tensor:
         self._check(grad, W_dec)
-        dot: torch.Tensor = self._sparse.decoder_dot(_plain_rows(grad), active, _plain_rows(W_dec))
+        dot: torch.Tensor = self._sparse.decoder_dot(grad, active, W_dec)
         return dot
 
+    def decode_error(
+        self, target: torch.Tensor, active: SparseLatents, W_dec: torch.Tensor
+    ) -> Decoded:
+        self._check(target, W_dec)
+        decoded: Decoded = self._sparse.decode_error(target, active, W_dec)
+        return decoded
+
     def row_gradients(
-        self, active: SparseLatents, dvalues: torch.Tensor, x: torch.Tensor, grad: torch.Tensor
+        self, active: SparseLatents, dvalues: torch.Tensor, x: torch.Tensor, error: torch.Tensor
     ) -> RowGradients:
-        self._check(x, grad)
-        gradients: RowGradients = self._sparse.row_gradients(
-            active, dvalues, _plain_rows(x), _plain_rows(grad)
-        )
+        self._check(x, error)
+        gradients: RowGradients = self._segments.row_gradients(active, dvalues, x, error)
         return gradients
+
+    def row_update(self, gradient: SparseGradient, W_dec: torch.Tensor) -> RowUpdate:
+        self._check(gradient.x, gradient.error, W_dec)
+        update: RowUpdate = self._update.TritonRowUpdate(gradient, W_dec)
+        return update
+
+    def _topk(
+        self,
+        encoder: Encoder,
+        x: torch.Tensor,
+        W_enc: torch.Tensor,
+        b_enc: torch.Tensor,
+        k: int,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        self._check(x, W_enc, b_enc)
+        L = W_enc.shape[0]
+        if not 0 <= k <= L < _LARGEST_LATENT:
+            raise ShapeError(f"k={k}, L={L}: expected 0 <= k <= L < 2**31")
+        if not x.shape[0] or not k:
+            shape = (x.shape[0], k)
+            return x.new_empty(shape, dtype=torch.float32), x.new_empty(shape, dtype=torch.int64)
+        return encoder.topk(x, W_enc, b_enc, k)
 
     def _check(self, *tensors: torch.Tensor) -> None:
         for tensor in tensors:
@@ -96,9 +173,11 @@ class TritonKernels:
                 )
 
 
-def _plain_rows(matrix: torch.Tensor) -> torch.Tensor:
-    """Rows may lie anywhere, a row's columns side by side."""
-    return matrix if matrix.stride(1) == 1 else matrix.contiguous()
+def _encoder(dtype: torch.dtype, precision: str, interpreted: bool) -> Encoder:
+    from sae_core.kernels import triton_encode
+
+    cut = triton_encode.INTERPRETER_TILES if interpreted else triton_encode.tiles(dtype, precision)
+    return triton_encode.Encoder(dtype, precision, cut, interpreted)
 
 
 def _check_triton() -> bool:

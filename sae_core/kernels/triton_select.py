@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 
 from sae_core.kernels.keys import EMPTY_KEY, unpack_keys
+from sae_core.kernels.triton_launch import FP_FUSION
 
 _LATENT_MASK = tl.constexpr(0x7FFFFFFF)
 _EMPTY = tl.constexpr(EMPTY_KEY)
@@ -141,7 +142,8 @@ def select_shape(width: int, k: int) -> dict[str, int]:
     rows = max(1, _BLOCK_KEYS // width)
     log_k = (k - 1).bit_length()
     sizes = {"LOG_ROWS": rows.bit_length() - 1, "LOG_WIDTH": width.bit_length() - 1}
-    return {**sizes, "LOG_K": log_k, "num_warps": 4 if width <= _BLOCK_KEYS else 8}
+    warps = 4 if width <= _BLOCK_KEYS else 8
+    return {**sizes, "LOG_K": log_k, "num_warps": warps, **FP_FUSION}
 
 
 def select(

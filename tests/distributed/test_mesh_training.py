@@ -23,7 +23,8 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict]]:
 def deviation(rows: list[dict], others: list[dict], key: str = "loss") -> float:
     tail = rows[len(rows) - len(others) :]
     assert [row["step"] for row in tail] == [row["step"] for row in others]
-    return max(abs(a[key] - b[key]) / abs(a[key]) for a, b in zip(tail, others, strict=True))
+    pairs = [(a[key], b[key]) for a, b in zip(tail, others, strict=True)]
+    return max(abs(a - b) / max(abs(a), 1e-9) for a, b in pairs)
 
 
 def same_tensors(one: Path, other: Path) -> None:
@@ -67,6 +68,37 @@ def test_the_fused_update_is_the_dense_one(alone, tmp_path):
         b = _read_weights(tmp_path / "checkpoints" / "step-00000050" / part, "")
         for name, tensor in a.items():
             torch.testing.assert_close(tensor, b[name], atol=1e-6, rtol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize(("latent", "data"), [(2, 1), (1, 2)])
+def test_aux_rows_are_the_same_rows_on_a_mesh(alone, tmp_path, latent, data):
+    part = {"auxk_rows": 0.25}
+    rows = run_job(Job(str(tmp_path / "alone"), overrides=part))
+    meshed = run_job(Job(str(tmp_path / "mesh"), latent, data, overrides=part))
+    assert deviation(rows, meshed) < 1e-4
+    assert deviation(rows, meshed, "auxk_loss") < 1e-4
+    assert deviation(alone[1], rows) > 1e-4  # a quarter of the rows is another estimate
+
+
+@pytest.mark.parametrize(("latent", "data"), [(1, 1), (2, 1), (2, 2)])
+def test_bfloat16_moments_resume_exactly_and_on_other_meshes(tmp_path, latent, data):
+    rows = run_job(Job(str(tmp_path / "alone"), moments="bfloat16"))
+    checkpoint = tmp_path / "alone" / "checkpoints" / "step-00000025"
+    stored = _read_weights(checkpoint / "optimizer", "")
+    assert stored["sae.W_enc.exp_avg_sq"].dtype == torch.bfloat16
+    job = Job(str(tmp_path / "on"), latent, data, moments="bfloat16", resume=str(checkpoint))
+    resumed = run_job(job)
+    if (latent, data) == (1, 1):
+        assert [row["loss"] for row in resumed] == [row["loss"] for row in rows[25:]]
+    assert deviation(rows, resumed) < 1e-3  # a rounding that falls the other way is seen
+
+
+def test_a_prefilter_trains_the_same(alone, tmp_path):
+    plain = run_job(Job(str(tmp_path / "plain"), prefilter="none"))
+    if torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        filtered = run_job(Job(str(tmp_path / "filtered"), prefilter="bfloat16x3"))
+        assert deviation(plain, filtered) < 1e-5
+    assert deviation(plain, alone[1]) < 1e-5
 
 
 @pytest.mark.parametrize(

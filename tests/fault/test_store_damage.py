@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from activation_store import ShuffledStream, Store, open_store, verify_store
 from activation_store import files as store_files
+from activation_store.codec import ShardLayout
 from activation_store.errors import (
     DamagedDataError,
     IncompleteStoreError,
@@ -203,14 +204,22 @@ def test_a_chunk_that_fails_does_not_hide_the_others(pristine: Path, tmp_path: P
     chunk_rows = store.header.chunk_rows
     buffer = np.zeros((chunk_rows, 6), store.read("a", 16, 17).dtype)
     with pytest.raises(DamagedDataError, match="chunk 0"):
-        store.read_chunk_into("a", 0, 0, buffer)
-    assert store.read_chunk_into("a", 0, 1, buffer) == chunk_rows
+        store.read_chunks("a", [(0, 0, 0)], buffer)
+    store.read_chunks("a", [(0, 1, 0)], buffer)
     np.testing.assert_array_equal(buffer, expected(ROWS, ARRAYS)["a"][chunk_rows : 2 * chunk_rows])
     last = -(-5 // chunk_rows) - 1
-    assert store.read_chunk_into("a", 1, last, buffer) == 5 - last * chunk_rows
-    assert store.read_chunk_into("a", 1, last + 1, buffer) == 0
+    before = buffer.copy()
+    store.read_chunks("a", [(1, last, 0), (1, last + 1, 0)], buffer)
+    valid = 5 - last * chunk_rows
+    np.testing.assert_array_equal(buffer[:valid], expected(ROWS, ARRAYS)["a"][21 - valid : 21])
+    np.testing.assert_array_equal(buffer[valid:], before[valid:])  # no padding is written
     with pytest.raises(IncompleteStoreError, match="item 4"):
-        store.read_chunk_into("a", 4, 0, buffer)
+        store.read_chunks("a", [(4, 0, 0)], buffer)
+
+
+def file_bytes(layout: ShardLayout, rows: int) -> int:
+    """Of a shard that is not compressed."""
+    return layout.chunks_with_rows(rows) * layout.most_stored_bytes + layout.tail_bytes
 
 
 def test_a_record_that_claims_too_much_is_refused(tmp_path: Path) -> None:
@@ -225,7 +234,7 @@ def test_a_record_that_claims_too_much_is_refused(tmp_path: Path) -> None:
 
     def sized(rows: int) -> dict[str, object]:
         """A record whose sizes agree with its rows."""
-        sizes = {key: header.layout(key).file_bytes(rows) for key in good["arrays"]}
+        sizes = {key: file_bytes(header.layout(key), rows) for key in good["arrays"]}
         arrays = {key: {**good["arrays"][key], "bytes": size} for key, size in sizes.items()}
         return {"rows": rows, "arrays": arrays}
 
@@ -244,7 +253,7 @@ def test_a_record_that_claims_too_much_is_refused(tmp_path: Path) -> None:
         {"arrays": {}},
         {"arrays": {**good["arrays"], "../x": shard}},
         {"arrays": {**good["arrays"], name: {**shard, "bytes": 10**15}}},
-        {"arrays": {**good["arrays"], name: {**shard, "crc32c": 2**40}}},
+        {"arrays": {**good["arrays"], name: {**shard, "tail_crc32c": 2**40}}},
         {"arrays": {**good["arrays"], name: {**shard, "sum": "much"}}},
         {"arrays": {**good["arrays"], name: {}}},
         {"arrays": 7},

@@ -72,6 +72,27 @@ print(memory.bytes)
     assert 60 << 20 <= int(done.stdout) <= 90 << 20
 
 
+def test_peak_memory_sees_what_comes_out_of_freed_memory() -> None:
+    code = """
+import torch
+from benchmarks.timing import PeakMemory
+from sae_core.memory import keep_freed_memory
+keep_freed_memory()
+earlier = torch.zeros(200 << 20, dtype=torch.uint8)
+del earlier
+with PeakMemory() as memory:
+    torch.zeros(64 << 20, dtype=torch.uint8)
+print(memory.bytes)
+"""
+    root = Path(__file__).resolve().parents[2]
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True
+    )
+    if done.stdout.strip() == "None":
+        pytest.skip("this kernel does not tell resident memory")
+    assert 60 << 20 <= int(done.stdout) <= 90 << 20
+
+
 def test_table_aligns_and_gives_units() -> None:
     rows = [
         {

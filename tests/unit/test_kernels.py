@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from sae_core.errors import ConfigError
 from sae_core.kernels import compact, get_kernels
 from sae_core.kernels.keys import EMPTY_KEY, pack_keys, unpack_keys
+from sae_core.kernels.stock_encode import streamed_topk
 
 REFERENCE = get_kernels("reference", torch.float32)
 STOCK = get_kernels("stock", torch.float32)
@@ -123,3 +124,14 @@ def test_unknown_bodies_and_dtypes_are_named():
         get_kernels("fast", torch.float32)
     with pytest.raises(ConfigError, match="float32 or bfloat16"):
         get_kernels("stock", torch.float16)
+
+
+@pytest.mark.parametrize("shift", [0.0, -9.0, 9.0])
+@pytest.mark.parametrize("L", [1000, 4096, 9000])
+def test_streams_of_bfloat16_pieces_keep_the_largest_of_either_sign(shift, L, monkeypatch):
+    monkeypatch.setattr("sae_core.kernels.stock_encode._PIECE_ELEMENTS", 1)  # pieces of 2048
+    generator = torch.Generator().manual_seed(L)
+    pre_acts = (torch.randn(7, L, generator=generator) + shift).bfloat16()
+    values, latents = streamed_topk(lambda a, b: pre_acts[:, a:b], 7, L, 9, pre_acts.device)
+    expected, wanted = pre_acts.float().sort(dim=1, descending=True, stable=True)
+    assert torch.equal(values, expected[:, :9]) and torch.equal(latents, wanted[:, :9])

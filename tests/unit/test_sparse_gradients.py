@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sae_core.autoencode import SparsePlan, sparse_autoencode
+from sae_core.autoencode import AuxInput, Dictionary, SparsePlan, sparse_autoencode
 from sae_core.initialise import random_unit_rows
 from sae_core.kernels import get_kernels
 
@@ -43,10 +43,10 @@ def test_gradients(kernels, n_dead):
 
     ours = [p.clone().requires_grad_() for p in parameters]
     plan = SparsePlan(get_kernels(kernels, torch.float32), L, K, AUXK, 0, None)
-    out = sparse_autoencode(x, *ours, plan, dead.nonzero().squeeze(1))
-    error = x - out.recon - ours[3]
-    aux = (error.detach() - out.aux_recon).square().sum() / error.detach().square().sum()
-    loss = error.square().mean() + aux / 32
+    aux = AuxInput(dead.nonzero().squeeze(1), None)
+    out = sparse_autoencode(x, Dictionary(*ours), plan, aux)
+    aux_loss = out.aux_squared_error / out.squared_error.detach()
+    loss = out.squared_error / x.numel() + aux_loss / 32
     loss.backward()
 
     theirs = [p.clone().requires_grad_() for p in parameters]
@@ -66,7 +66,7 @@ def test_the_decoder_gradient_is_orthogonal_to_its_rows():
     W = random_unit_rows(0, L, D, 2)
     W_dec = W.clone().requires_grad_()
     plan = SparsePlan(get_kernels("stock", torch.float32), L, K, AUXK, 0, None)
-    out = sparse_autoencode(x, W, torch.zeros(L), W_dec, torch.zeros(D), plan, None)
-    (x - out.recon).square().sum().backward()
+    weights = Dictionary(W, torch.zeros(L), W_dec, torch.zeros(D))
+    sparse_autoencode(x, weights, plan, None).squared_error.backward()
     assert W_dec.grad.norm() > 1
     assert (W_dec.grad * W_dec).sum(1).abs().max() < 1e-4

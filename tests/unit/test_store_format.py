@@ -151,7 +151,7 @@ def test_chunk_rows(
     widths: list[int], dtype: str, shard_tokens: int, chunk_bytes: int, rows: int
 ) -> None:
     arrays = {str(i): width for i, width in enumerate(widths)}
-    assert largest_chunk_rows(arrays, dtype, shard_tokens, chunk_bytes) == rows
+    assert largest_chunk_rows(arrays, DTYPES[dtype].itemsize, shard_tokens, chunk_bytes) == rows
 
 
 def test_metadata_in_front_of_a_reader_cannot_lead_it_astray(tmp_path: Path) -> None:

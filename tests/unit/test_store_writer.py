@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from activation_store import Calibration, StoreWriter, open_store, verify_store
+from activation_store.creation import create
 from activation_store.errors import (
     IncompleteStoreError,
     ItemError,
@@ -18,7 +19,6 @@ from activation_store.errors import (
     StoreFormatError,
     StoreMismatchError,
 )
-from activation_store.writer import _create
 from tests.store_cases import expected, item_columns, tree, write_store
 
 ARRAYS = {"model.layers.9": 6}
@@ -153,13 +153,13 @@ def test_a_folder_with_other_things_is_left_alone(tmp_path: Path) -> None:
 def test_many_writers_may_create_one_store(tmp_path: Path) -> None:
     barrier, done = threading.Barrier(8), []
 
-    def create(number: int) -> None:
+    def create_and_write(number: int) -> None:
         barrier.wait()
         writer = StoreWriter(tmp_path / "s", ARRAYS, shard_tokens=16)
         writer.write_item(number, *item_columns(number, 4, ARRAYS))
         done.append(number)
 
-    threads = [threading.Thread(target=create, args=(number,)) for number in range(8)]
+    threads = [threading.Thread(target=create_and_write, args=(number,)) for number in range(8)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -169,7 +169,7 @@ def test_many_writers_may_create_one_store(tmp_path: Path) -> None:
     assert verify_store(tmp_path / "s") == []
     store = open_store(tmp_path / "s")
     assert store.n_tokens == 32
-    _create(tmp_path / "s", store.header)  # of one that looked just before the others were done
+    create(tmp_path / "s", store.header)  # of one that looked just before the others were done
     assert os.listdir(tmp_path) == ["s"]
 
 

@@ -23,8 +23,13 @@ def test_compiles_without_spills_and_with_the_instructions_it_is_meant_to_use(na
     row = compile_report.compile_one(CONFIGURATIONS[name])
     print(compile_report.format_row(row))
     assert not compile_report.spills(row), compile_report.format_row(row)
-    assert ("HGMMA" in row["instructions"]) == CONFIGURATIONS[name].matrix
-    assert row["programs_per_sm"] >= 2
+    products = {kind for kind in row["instructions"] if kind.endswith("GMMA")}
+    assert products == {CONFIGURATIONS[name].matrix} - {""}
+    assert row["programs_per_sm"] * row["num_warps"] >= 8  # two per scheduler
+
+
+def test_every_launch_says_whether_to_fuse_products_and_sums():
+    assert all("enable_fp_fusion" in each.sizes for each in CONFIGURATIONS.values())
 
 
 def test_the_kept_report_covers_every_configuration():

@@ -14,6 +14,7 @@ from sae_core.errors import ConfigError
 from sae_core.kernels.triton_body import TritonKernels
 
 ROOT = Path(__file__).resolve().parents[2]
+CASES = sorted(str(path) for path in Path(__file__).parent.glob("triton_*cases.py"))
 
 
 @pytest.mark.slow
@@ -21,8 +22,7 @@ def test_the_cases_hold_under_the_interpreter():
     pytest.importorskip("triton", reason="triton is not installed: pip install triton")
     # Whether a kernel is interpreted is settled when its module is imported: a process of its own.
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
-        + ["tests/unit/triton_cases.py"],
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist"] + CASES,
         cwd=ROOT,
         env={**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""},
         capture_output=True,

@@ -1,19 +1,18 @@
 """What the Triton kernels must give; run by `test_triton_interpreter`, and on a GPU as they are.
 
-    TRITON_INTERPRET=1 python -m pytest tests/unit/triton_cases.py   # without a GPU
-    python -m pytest tests/unit/triton_cases.py                      # on one
+    TRITON_INTERPRET=1 python -m pytest tests/unit/triton_*cases.py   # without a GPU
+    python -m pytest tests/unit/triton_*cases.py                      # on one
 
 Small integers make every sum exact in every dtype, and ties abound.
 """
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 import torch
 import triton
-from triton.runtime import interpreter
 
+from sae_core.autoencode import AuxInput, Dictionary, SparsePlan, sparse_autoencode
 from sae_core.errors import ConfigError, ShapeError
 from sae_core.kernels import compact, get_kernels
 from sae_core.kernels.interface import SparseLatents
@@ -26,17 +25,6 @@ DTYPES = [torch.float32, torch.float16] + ([] if INTERPRETED else [torch.bfloat1
 REFERENCE = get_kernels("reference", torch.float64)
 INF, NAN = float("inf"), float("nan")
 
-if INTERPRETED and np.lib.NumpyVersion(np.__version__) >= "2.4.0":
-    # Triton before 3.9 turns an array of one element into an int, which NumPy 2.4 refuses.
-    patch_tensor = interpreter._patch_lang_tensor
-
-    def patch_tensor_and_index(tensor, *scope):
-        patch_tensor(tensor, *scope)
-        for each in scope:
-            each.set_attr(tensor, "__index__", lambda self: int(self.handle.data.squeeze()))
-
-    interpreter._patch_lang_tensor = patch_tensor_and_index
-
 
 def integers(shape: tuple[int, ...], seed: int, span: int = 3) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
@@ -45,6 +33,10 @@ def integers(shape: tuple[int, ...], seed: int, span: int = 3) -> torch.Tensor:
 
 def body(dtype: torch.dtype = torch.float32) -> TritonKernels:
     return TritonKernels(dtype)
+
+
+def double_of(active: SparseLatents) -> SparseLatents:
+    return active._replace(values=active.values.double())
 
 
 def assert_same_selection(x, W, b, k, dtype=torch.float32):
@@ -154,14 +146,17 @@ def test_offsets_past_two_to_the_31():
     assert_same_selection(x, W, b, 40, torch.float16)
     active = compact(*body().encode_topk(x, W, b, 40))
     near = W.double()
-    double = active._replace(values=active.values.double())
+    double = double_of(active)
     assert torch.equal(body().decode(active, W).double(), REFERENCE.decode(double, near))
     dots = REFERENCE.decoder_dot(x.double(), double, near)
     assert torch.equal(body().decoder_dot(x, active, W).double(), dots)
     far, per_row = far_rows(40, 40, 3), torch.arange(40, device=DEVICE)
     pairs = SparseLatents(per_row, per_row % 3, torch.ones(40, device=DEVICE), per_row)
     sums = body().row_gradients(pairs, pairs.values, far, far)
-    double = pairs._replace(values=pairs.values.double())
+    decoded = body().decode_error(far, pairs, W)
+    theirs = REFERENCE.decode_error(far.double(), double_of(pairs), near)
+    assert all(torch.equal(a.double(), b) for a, b in zip(decoded, theirs, strict=True))
+    double = double_of(pairs)
     expected = REFERENCE.row_gradients(double, double.values, far.double(), far.double())
     assert torch.equal(sums.W_enc.double(), expected.W_enc)
     dots = REFERENCE.decoder_dot(far.double(), double, near)
@@ -174,13 +169,18 @@ def test_sparse_operations(B, L, D, k, weights):
     generator = torch.Generator().manual_seed(0)
     x, grad, W = (torch.randn(n, D, generator=generator).to(DEVICE, weights) for n in (B, B, L))
     active = compact(*REFERENCE.encode_topk(x.float(), W.float(), W.new_zeros(L).float(), k))
-    exact = active._replace(values=active.values.double())
-    tolerance = 1e-4 if weights == torch.float32 else 2e-2  # of the result's own dtype
+    exact = double_of(active)
     recon, dots = body().decode(active, W), body().decoder_dot(grad.float(), active, W)
     expected = REFERENCE.decode(exact, W.double())
-    torch.testing.assert_close(recon.double(), expected, rtol=tolerance, atol=tolerance)
+    assert recon.dtype == torch.float32  # whatever the dictionary's copy has
+    torch.testing.assert_close(recon.double(), expected, rtol=1e-4, atol=1e-4)
     expected = REFERENCE.decoder_dot(grad.double(), exact, W.double())
     torch.testing.assert_close(dots.double(), expected, rtol=1e-4, atol=1e-4)
+    decoded = body().decode_error(x.float(), active, W)
+    theirs = REFERENCE.decode_error(x.double(), exact, W.double())
+    for part, expected in zip(decoded, theirs, strict=True):
+        assert part.dtype == torch.float32
+        torch.testing.assert_close(part.double(), expected, rtol=1e-4, atol=1e-4)
     ours = body().row_gradients(active, dots, x, grad)
     theirs = REFERENCE.row_gradients(exact, dots.double(), x.double(), grad.double())
     for part, expected in zip(ours, theirs, strict=True):
@@ -192,15 +192,22 @@ def test_rows_without_a_pair_and_a_batch_without_any():
     active = compact(values, torch.tensor([[0, 1], [2, 3], [3, 0]], device=DEVICE))
     W = integers((4, 72), 0)
     assert torch.equal(body().decode(active, W), torch.stack([2 * W[1], 0 * W[0], 3 * W[3]]))
+    decoded = body().decode_error(W[:3], active, W)
+    expected = REFERENCE.decode_error(W[:3].double(), double_of(active), W.double())
+    assert all(torch.equal(a.double(), b) for a, b in zip(decoded, expected, strict=True))
     none = compact(-torch.ones(3, 2, device=DEVICE), active.latents.new_zeros(3, 2))
     assert not body().decode(none, W).any()
     assert not len(body().decoder_dot(W[:3], none, W))
+    assert torch.equal(body().decode_error(W[:3], none, W).error, W[:3])
+    empty = compact(torch.ones(0, 2, device=DEVICE), active.latents.new_zeros(0, 2))
+    nothing = body().decode_error(W[:0], empty, W)
+    assert [tuple(part.shape) for part in nothing] == [(0, 72), (0,)]
     gradients = body().row_gradients(none, none.values, W[:3], W[:3])
     assert [tuple(part.shape) for part in gradients] == [(0,), (0, 72), (0, 72), (0,)]
 
 
 def test_a_hot_latent_is_summed_in_pieces_to_the_same_bits(monkeypatch):
-    monkeypatch.setattr("sae_core.kernels.triton_sparse._PIECE", 16)
+    monkeypatch.setattr("sae_core.kernels.triton_segments.PIECE", 16)
     generator = torch.Generator().manual_seed(0)
     B, D = 50, 40
     x, grad = (torch.randn(B, D, generator=generator).to(DEVICE) for _ in range(2))
@@ -215,6 +222,49 @@ def test_a_hot_latent_is_summed_in_pieces_to_the_same_bits(monkeypatch):
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
 
 
+def test_a_whole_step_gives_the_gradients_of_the_stock_body():
+    B, L, D, k = 12, 60, 40, 5
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(B, D, generator=generator).to(DEVICE)
+    rows = [torch.randn(L, D, generator=generator).to(DEVICE) for _ in range(2)]
+    weights = (rows[0], torch.zeros(L), rows[1] / rows[1].norm(dim=1, keepdim=True), torch.ones(D))
+    dead = torch.arange(50, 60, device=DEVICE)
+    results = []
+    for kernels in (body(), get_kernels("stock", torch.float32)):
+        own = [part.to(DEVICE).clone().requires_grad_() for part in weights]
+        plan = SparsePlan(kernels, L, k, 4, 0, None)
+        out = sparse_autoencode(x, Dictionary(*own), plan, AuxInput(dead, None))
+        (out.squared_error + out.aux_squared_error / 32).backward()
+        results.append([out.squared_error, out.aux_squared_error, *(part.grad for part in own)])
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_matrices_whose_columns_do_not_lie_side_by_side():
+    x, grad, W = (integers((n, 40), n) for n in (5, 6, 30))
+    grad = grad[:5]
+    active = compact(*REFERENCE.encode_topk(x, W, torch.zeros(30, device=DEVICE), 4))
+
+    def turned(matrix):
+        return matrix.T.contiguous().T
+
+    assert torch.equal(body().decode(active, turned(W)), body().decode(active, W))
+    dots = body().decoder_dot(grad, active, W)
+    assert torch.equal(body().decoder_dot(turned(grad), active, turned(W)), dots)
+    pairs = zip(
+        (*body().decode_error(turned(x), active, turned(W)),)
+        + (*body().row_gradients(active, dots, turned(x), turned(grad)),),
+        (*body().decode_error(x, active, W), *body().row_gradients(active, dots, x, grad)),
+        strict=True,
+    )
+    assert all(torch.equal(ours, wanted) for ours, wanted in pairs)
+
+
+def test_which_copies_it_wants():
+    assert body(torch.float16).copy_dtype == torch.float16
+    assert body(torch.float32).copy_dtype is None
+
+
 def test_what_it_cannot_do_is_said():
     with pytest.raises(ConfigError, match="bfloat16, float16 or float32"):
         TritonKernels(torch.float64)
@@ -224,6 +274,9 @@ def test_what_it_cannot_do_is_said():
     with pytest.raises(ShapeError, match="kernels=reference for float64"):
         body().decode(compact(x, x.long()), x.double())
     assert [part.shape for part in body().encode_topk(x, x, x[:, 0], 0)] == [(2, 0), (2, 0)]
+    with pytest.raises(ShapeError, match="d_model=9000: .* at most 8192"):
+        wide = torch.ones(2, 9000, device=DEVICE)
+        body().decode_error(wide, compact(x, x.long()), wide)
     with pytest.raises(ShapeError, match="k=4, L=2"):
         body().encode_topk(x, x, x[:, 0], 4)
     if INTERPRETED:

@@ -1,0 +1,123 @@
+"""A new store, or the proof that the one which is there is the one that is wanted."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from activation_store import files, log
+from activation_store.errors import StoreConfigError, StoreFormatError, StoreMismatchError
+from activation_store.header import (
+    METADATA,
+    UNPLANNED_ITEMS,
+    Calibration,
+    StoreHeader,
+    largest_chunk_rows,
+)
+from activation_store.metadata import array_documents, dump, group_document
+
+
+def plan_header(
+    arrays: dict[str, int],
+    dtype: str,
+    shard_tokens: int,
+    chunk_bytes: int,
+    n_items: int | None,
+    codec: str,
+    calibration: Mapping[str, Calibration] | None,
+    provenance: Mapping[str, Any] | None,
+) -> StoreHeader:
+    """The header of a new store; arguments as of `StoreWriter`.
+
+    Raises:
+        StoreConfigError: A value that cannot be.
+    """
+    if chunk_bytes < 1:
+        raise StoreConfigError("chunk_bytes", chunk_bytes, "at least 1")
+    header = StoreHeader(
+        arrays={name: int(width) for name, width in arrays.items()},
+        dtype=dtype,
+        shard_tokens=shard_tokens,
+        chunk_rows=shard_tokens,
+        planned_items=UNPLANNED_ITEMS if n_items is None else n_items,
+        provenance=_as_json(provenance),
+        calibration=dict(calibration) if calibration else None,
+        codec=codec,
+    )
+    itemsize = max(header.stored[name][0].itemsize for name in arrays)
+    rows = largest_chunk_rows(arrays, itemsize, shard_tokens, chunk_bytes)
+    return replace(header, chunk_rows=rows)
+
+
+def _as_json(provenance: Mapping[str, Any] | None) -> dict[str, Any]:
+    try:
+        return dict(json.loads(json.dumps(dict(provenance or {}), allow_nan=False)))
+    except (TypeError, ValueError) as error:
+        raise StoreConfigError("provenance", provenance, f"JSON values: {error}") from error
+
+
+def create(path: Path, header: StoreHeader) -> None:
+    """Builds the empty store beside its place and moves it there: others see all of it or none."""
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        if (path / METADATA).exists():
+            return  # somebody else was faster
+        raise StoreFormatError(
+            f"{path} holds files but is no activation store; choose an empty or a new folder"
+        )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    building = path.parent / f".{path.name}.{uuid.uuid4().hex}.tmp"
+    try:
+        for name in (files.TMP, log.LOG, *header.stored):
+            (building / name).mkdir(parents=True)
+        for name, document in array_documents(header, header.planned_items).items():
+            files.replace(building, building / name / METADATA, dump(document))
+        files.replace(building, building / METADATA, dump(group_document(header)))
+        os.rename(building, path)
+        files.fsync_folder(path.parent)
+    except OSError:
+        if not (path / METADATA).exists():  # else somebody else was faster
+            raise
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+
+
+def compare(path: Path, there: StoreHeader, wanted: StoreHeader, given: set[str]) -> None:
+    """Raises: StoreMismatchError: the store at `path` differs from what is wanted; lists how.
+
+    Args:
+        path: Of the store.
+        there: Its header.
+        wanted: The header that a new store would get.
+        given: Options that the caller cares about.
+    """
+    found, asked = there.to_json(), wanted.to_json()
+    keys = ["arrays", "dtype", "codec", "shard_tokens", "chunk_rows", "sidecars"]
+    keys += ["planned_items"] * ("n_items" in given) + ["calibration"] * ("calibration" in given)
+    pairs = [(key, found[key], asked[key]) for key in keys]
+    if "provenance" in given:
+        pairs += [
+            (f"provenance.{key}", there.provenance.get(key), wanted.provenance.get(key))
+            for key in sorted({*there.provenance, *wanted.provenance})
+        ]
+    lines = [
+        f"  {key}: the store has {shorten(old)}, wanted {shorten(new)}"
+        for key, old, new in pairs
+        if old != new
+    ]
+    if lines:
+        raise StoreMismatchError(
+            f"{path} exists and differs:\n" + "\n".join(lines) + "\nchoose a new folder for a "
+            "new store, or the values that this one was made with"
+        )
+
+
+def shorten(value: object) -> str:
+    """Its `repr`, cut where it would fill the screen."""
+    text = repr(value)
+    return text if len(text) <= 200 else text[:200] + "..."

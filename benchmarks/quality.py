@@ -1,0 +1,199 @@
+"""Does a faster step train a worse SAE? The same activations, seed and schedule, other kernels.
+
+    python -m benchmarks.quality --store runs/demo/store [--n-latents N] [--tokens N]
+        [--dead-after N] [--variants NAME ...] [--json FILE]
+
+Every variant trains in this process from the same first dictionary on the same batches. A row tells
+the mean FVU of the last tenth of training, the share of dead latents at the end, and the curve;
+`fvu_ratio` is to the first variant. The prefilters are then asked for the TopK of real rows under
+the trained dictionary, float8 multiplied in float32: the same selection, not the same speed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import socket
+import statistics
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from activation_store import Store, open_store
+from benchmarks.table import format_table, write_json
+from cluster.source import StoreSource
+from sae_core.config import (
+    CheckpointConfig,
+    OptimConfig,
+    SAEConfig,
+    TrainConfig,
+    TrainerConfig,
+)
+from sae_core.kernels.prefilter import Prefilter, uncertified
+from sae_core.kernels.prefilter_bfloat16 import Bfloat16Prefilter
+from sae_core.kernels.prefilter_float8 import Float8Prefilter, quantise_rows
+from sae_core.kernels.stock import StockKernels
+from sae_core.memory import keep_freed_memory
+from sae_core.mesh import Mesh
+from sae_core.trainer import Trainer
+
+SEED = 0
+BATCH_TOKENS = 2048
+CHECKED_ROWS = 8192
+COLUMNS = ("system", "op", "fvu", "fvu_ratio", "dead_fraction", "tokens_per_s")
+CHECK_COLUMNS = ("system", "op", "certified", "equal_rows", "low_precision_equal_rows")
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "reference": {"kernels": "reference", "prefilter": "none", "update": "dense"},
+    "stock, dense update": {"prefilter": "none", "update": "dense"},
+    "stock, fused update": {"prefilter": "none"},
+    "stock, fused, prefilter": {"prefilter": "auto"},
+    "bfloat16 product": {"compute_dtype": "bfloat16"},
+    "bfloat16 moments": {"moments": "bfloat16"},
+    "auxk on 1/4 of the rows": {"auxk_rows": 1 / 4},
+    "auxk on 1/8 of the rows": {"auxk_rows": 1 / 8},
+    "auxk on 1/16 of the rows": {"auxk_rows": 1 / 16},
+    "no auxk": {"auxk_coef": 0.0},
+}
+
+
+def main() -> None:
+    """Trains, prints, writes."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--store", required=True)
+    parser.add_argument("--n-latents", type=int, default=4096)
+    parser.add_argument("--tokens", type=int, default=1_000_000)
+    parser.add_argument("--dead-after", type=int, default=200_000)
+    parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS))
+    parser.add_argument("--json", metavar="FILE")
+    options = parser.parse_args()
+    keep_freed_memory()
+    _start_one_rank()
+    store = open_store(options.store)
+    base = TrainerConfig(
+        SAEConfig(n_latents=options.n_latents, auxk=256, dead_after_tokens=options.dead_after),
+        OptimConfig(
+            lr=2e-3 * (4096 / options.n_latents) ** 0.5,
+            warmup_tokens=options.tokens // 20,
+            decay_tokens=options.tokens // 5,
+        ),
+        TrainConfig(options.tokens, BATCH_TOKENS),
+        checkpoint=CheckpointConfig(every_tokens=10**12),
+    )
+    rows: list[dict[str, Any]] = []
+    for name in options.variants:
+        trainer, row = train(store, base, name)
+        row["fvu_ratio"] = row["fvu"] / (rows[0] if rows else row)["fvu"]
+        rows.append(row)
+        print(format_table(rows, COLUMNS), flush=True)
+    checks = prefilter_rows(trainer)
+    print(format_table(checks, CHECK_COLUMNS))
+    if options.json:
+        write_json(options.json, rows + checks)
+    dist.destroy_process_group()
+
+
+def train(store: Store, base: TrainerConfig, name: str) -> tuple[Trainer, dict[str, Any]]:
+    """Trains one variant; returns its trainer and its row."""
+    config = _changed(base, VARIANTS[name])
+    array = next(iter(store.arrays))
+    source = StoreSource(
+        store, array, SEED, BATCH_TOKENS, 0, 1, window_items=16, buffer_tokens=65_536
+    )
+    curve: list[dict[str, Any]] = []
+
+    def keep(row: dict[str, Any]) -> None:
+        curve.append(row)
+
+    with tempfile.TemporaryDirectory() as folder:
+        mesh = Mesh.create("cpu", 1, 1)
+        trainer = Trainer(config, mesh, source, Path(folder), SEED, keep, report_every=10)
+        trainer.calibrate()
+        trainer.train()
+    tail = curve[-max(1, len(curve) // 10) :]
+    return trainer, {
+        "work": {
+            "L": config.sae.n_latents,
+            "D": source.d_in,
+            "B": BATCH_TOKENS,
+            "k": config.sae.k,
+            "tokens": config.train.tokens,
+            "dead_after_tokens": config.sae.dead_after_tokens,
+        },
+        "system": "ours",
+        "op": name,
+        "fvu": statistics.fmean(row["fvu"] for row in tail),
+        "dead_fraction": curve[-1]["dead_fraction"],
+        "most_dead_fraction": max(row["dead_fraction"] for row in curve),
+        "tokens_per_s": statistics.median(row["tokens_per_s"] for row in curve),
+        "curve": [
+            {key: row[key] for key in ("step", "loss", "fvu", "dead_fraction")} for row in curve
+        ],
+    }
+
+
+def _changed(base: TrainerConfig, values: dict[str, Any]) -> TrainerConfig:
+    parts = {}
+    for part in ("sae", "optim", "train"):
+        old = getattr(base, part)
+        parts[part] = replace(old, **{k: v for k, v in values.items() if hasattr(old, k)})
+    return replace(base, **parts)
+
+
+def prefilter_rows(trainer: Trainer) -> list[dict[str, Any]]:
+    """How often each prefilter certifies real rows, and whether it then selects exactly."""
+    sae, exact = trainer.engines[0].sae, StockKernels(torch.float32)
+    x = (sae.normalise(trainer.source.sample(CHECKED_ROWS)) - sae.b_dec).detach()
+    W, b, k = sae.W_enc.detach(), sae.b_enc.detach(), sae.config.k
+    wanted_values, wanted = exact.exact_topk(x, W, b, k)
+
+    def float8_topk(x: torch.Tensor, W: torch.Tensor, b: torch.Tensor, count: int) -> Any:
+        low_x, low_W = (q.float() * scale[:, None] for q, scale in map(quantise_rows, (x, W)))
+        return exact.exact_topk(low_x, low_W, b, count)
+
+    prefilters: list[Prefilter] = [
+        Bfloat16Prefilter(split=True),
+        Bfloat16Prefilter(split=False),
+        Float8Prefilter(float8_topk),
+    ]
+    rows = []
+    for prefilter in prefilters:
+        offered = prefilter.candidates(x, W, b, k)
+        certified = ~uncertified(offered, wanted_values[:, -1], len(W))
+        held = (offered.latents[:, :, None] == wanted[:, None, :]).any(1).all(1)
+        low = offered.latents[:, :k].sort(1).values == wanted.sort(1).values
+        rows.append(
+            {
+                "work": {"L": len(W), "D": W.shape[1], "B": CHECKED_ROWS, "k": k},
+                "system": "ours",
+                "op": f"prefilter {prefilter.name}",
+                "candidates": offered.latents.shape[1],
+                "certified": float(certified.float().mean()),
+                "equal_rows": float(held[certified].float().mean()),
+                "low_precision_equal_rows": float(low.all(1).float().mean()),
+                "channel_rms_most_over_median": float(_outliers(x)),
+            }
+        )
+    return rows
+
+
+def _outliers(x: torch.Tensor) -> torch.Tensor:
+    rms = x.square().mean(0).sqrt()
+    return rms.max() / rms.median()
+
+
+def _start_one_rank() -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    one_rank = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "DS_ACCELERATOR": "cpu"}
+    os.environ.update(one_rank, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    dist.init_process_group("gloo")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,112 @@
+"""The same bfloat16 rows as a raw file, as a store of each codec and as safetensors shards."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from numpy.typing import NDArray
+
+from activation_store import Calibration, Store, StoreWriter, open_store
+
+ARRAY = "activations"
+BF16 = np.dtype(ml_dtypes.bfloat16)
+CODECS = ("none", "blosc", "int8")
+SHARD_BYTES = 64 << 20
+BUFFER_BYTES = 128 << 20
+BATCH_ROWS = 4096
+
+
+@dataclass(frozen=True)
+class Data:
+    """Where everything lies, and its sizes."""
+
+    folder: Path
+    d_model: int
+    n_items: int
+    shard_rows: int
+    calibration: Calibration
+    item: NDArray[Any]
+    """[shard_rows, d_model] bfloat16, what is written."""
+    sidecars: dict[str, NDArray[np.int64]]
+
+    @property
+    def row_bytes(self) -> int:
+        """Of a token."""
+        return self.d_model * BF16.itemsize
+
+    @property
+    def n_rows(self) -> int:
+        """Of the whole data."""
+        return self.n_items * self.shard_rows
+
+    @property
+    def buffer_rows(self) -> int:
+        """Rows that every system shuffles together in memory."""
+        return BUFFER_BYTES // self.row_bytes
+
+    @property
+    def raw(self) -> Path:
+        """All rows and nothing else."""
+        return self.folder / "raw.bin"
+
+    def store(self, codec: str = "none") -> Store:
+        """Our store of the data."""
+        return open_store(self.folder / codec)
+
+    def shard(self, item: int) -> Path:
+        """A safetensors shard."""
+        return self.folder / f"{item}.safetensors"
+
+    def drop_cache(self) -> None:
+        """Has the page cache let go of every file."""
+        for path in self.folder.rglob("*"):
+            if path.is_file():
+                fd = os.open(path, os.O_RDONLY)
+                os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+                os.close(fd)
+
+
+def make_data(folder: Path, d_model: int, n_bytes: int) -> Data:
+    """Writes about `n_bytes` of rows, once in every form, durably."""
+    from safetensors.numpy import save_file
+
+    shard_rows = SHARD_BYTES // (2 * d_model) // 512 * 512
+    n_items = max(n_bytes // (shard_rows * d_model * 2), 1)
+    rng = np.random.default_rng(0)
+    spread = np.exp(rng.normal(0, 0.5, d_model))
+    mean = rng.standard_normal(d_model) * spread
+    item = (rng.standard_normal((shard_rows, d_model)) * spread + mean).astype(BF16)
+    sidecars = {
+        "token_id": rng.integers(0, 50_000, shard_rows),
+        "document": np.arange(shard_rows) // 512,
+        "position": np.arange(shard_rows) % 512,
+    }
+    calibration = Calibration(mean, spread, 1.0)
+    data = Data(folder, d_model, n_items, shard_rows, calibration, item, sidecars)
+    writers = {codec: writer(data, folder / codec, codec) for codec in CODECS}
+    with data.raw.open("wb") as raw:
+        for i in range(n_items):
+            raw.write(item.view(np.uint8).data)
+            for one in writers.values():
+                one.write_item(i, item, sidecars)
+            save_file({ARRAY: item}, data.shard(i))
+    for one in writers.values():
+        one.finalise()
+    os.sync()
+    return data
+
+
+def writer(data: Data, path: Path, codec: str) -> StoreWriter:
+    """An empty store of the data's shape."""
+    return StoreWriter(
+        path,
+        {ARRAY: data.d_model},
+        shard_tokens=data.shard_rows,
+        calibration={ARRAY: data.calibration},
+        codec=codec,
+    )

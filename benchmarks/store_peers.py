@@ -1,0 +1,153 @@
+"""The same rows read by other packages, shuffled as their users shuffle them.
+
+zarr-python and tensorstore read our own store (checksums included). The buffer of
+dictionary_learning is written anew here in its style: the original is filled by a language model.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from benchmarks.errors import PeerError
+from benchmarks.peers import HOW_TO_MAKE, PEERS_PYTHON, peer_environment, peers_available
+from benchmarks.store_data import ARRAY, BATCH_ROWS, Data
+from cluster.environment import ROOT
+
+Calls = dict[tuple[str, str], Callable[[], object]]
+Reader = Callable[[int, int], NDArray[Any]]
+"""Rows [start, stop) of the data."""
+
+
+def peer_calls(data: Data) -> Calls:
+    """Each call reads all rows once."""
+    zarr, tensorstore = f"zarr-python {version('zarr')}", f"tensorstore {version('tensorstore')}"
+    safetensors = f"safetensors {version('safetensors')}"
+    shard, chunk = data.shard_rows, data.store().header.chunk_rows
+    by_zarr, by_tensorstore = _zarr_reader(data), _tensorstore_reader(data)
+    return {
+        (zarr, "sequential"): lambda: _sequential(data, by_zarr, shard),
+        (zarr, "shuffled, gathered"): lambda: _shuffled(data, by_zarr, chunk),
+        (tensorstore, "sequential"): lambda: _sequential(data, by_tensorstore, shard),
+        (tensorstore, "shuffled, gathered"): lambda: _shuffled(data, by_tensorstore, chunk),
+        (safetensors, "sequential, no checksums"): lambda: _safetensors(data, shuffled=False),
+        (safetensors, "shuffled in shards, no checksums"): lambda: _safetensors(
+            data, shuffled=True
+        ),
+        ("mask buffer (dictionary_learning style)", "half shuffled, no checksums"): (
+            lambda: _mask_buffer(data)
+        ),
+    }
+
+
+def _zarr_reader(data: Data) -> Reader:
+    import zarr
+
+    array: Any = zarr.open_group(data.folder / "none", mode="r")[ARRAY]
+    return lambda start, stop: array[start:stop]
+
+
+def _tensorstore_reader(data: Data) -> Reader:
+    import tensorstore
+
+    path = str(data.folder / "none" / ARRAY)
+    spec = {"driver": "zarr3", "kvstore": {"driver": "file", "path": path}}
+    array = tensorstore.open(spec).result()
+    return lambda start, stop: array[start:stop].read().result()
+
+
+def _sequential(data: Data, read: Reader, step: int) -> None:
+    for start in range(0, data.n_rows, step):
+        read(start, start + step)
+
+
+def _shuffled(data: Data, read: Reader, chunk_rows: int) -> None:
+    """Our order by another reader: chunks in random places, then rows in a buffer."""
+    rng = np.random.default_rng()
+    starts = rng.permutation(np.arange(0, data.n_rows, chunk_rows))
+    buffer = np.empty((data.buffer_rows, data.d_model), data.item.dtype)
+    per_buffer = data.buffer_rows // chunk_rows
+    for first in range(0, len(starts), per_buffer):
+        part = starts[first : first + per_buffer].tolist()
+        for number, start in enumerate(part):
+            buffer[number * chunk_rows : (number + 1) * chunk_rows] = read(
+                start, start + chunk_rows
+            )
+        order = rng.permutation(len(part) * chunk_rows)
+        for row in range(0, len(order), BATCH_ROWS):
+            np.take(buffer, order[row : row + BATCH_ROWS], axis=0)
+
+
+def _safetensors(data: Data, shuffled: bool) -> None:
+    from safetensors.torch import load_file
+
+    order = torch.randperm(data.n_items) if shuffled else torch.arange(data.n_items)
+    for item in order.tolist():
+        rows = load_file(data.shard(item))[ARRAY]
+        picks = torch.randperm(len(rows)) if shuffled else None
+        for row in range(0, len(rows), BATCH_ROWS):
+            batch = slice(row, row + BATCH_ROWS)
+            rows[batch].clone() if picks is None else rows[picks[batch]]
+
+
+def _mask_buffer(data: Data) -> None:
+    """A buffer with a mask of the rows that were given, refilled in order once half are."""
+    rows = torch.from_numpy(np.memmap(data.raw, np.uint16, "c")).view(torch.bfloat16)
+    rows = rows.view(data.n_rows, data.d_model)
+    for _ in _mask_batches(rows, data.buffer_rows):
+        pass
+
+
+def _mask_batches(rows: torch.Tensor, size: int) -> Iterator[torch.Tensor]:
+    buffer, given, taken = rows[:0], torch.zeros(0, dtype=torch.bool), 0
+    while taken < len(rows) or not given.all():
+        if (~given).sum() < size // 2 and taken < len(rows):
+            left = buffer[~given]
+            count = min(size - len(left), len(rows) - taken)
+            buffer = torch.cat([left, rows[taken : taken + count]])
+            given, taken = torch.zeros(len(buffer), dtype=torch.bool), taken + count
+        fresh = (~given).nonzero().squeeze(1)
+        picks = fresh[torch.randperm(len(fresh))[:BATCH_ROWS]]
+        given[picks] = True
+        yield buffer[picks]
+
+
+def saelens_rows(data: Data, timeout_s: float = 300.0) -> list[dict[str, Any]]:
+    """SAELens' cached activations, in the peers' environment; empty where that was not made.
+
+    Raises:
+        PeerError: It failed or took too long.
+    """
+    if not peers_available():
+        print(f"no rows of SAELens: .venv-peers is not there; {HOW_TO_MAKE}", file=sys.stderr)
+        return []
+    with tempfile.TemporaryDirectory(dir=data.folder) as folder:
+        out = Path(folder) / "rows.json"
+        command = [str(PEERS_PYTHON), "-m", "benchmarks.store_saelens", str(data.raw)]
+        command += [str(data.d_model), "--folder", folder, "--out", str(out)]
+        try:
+            done = subprocess.run(
+                command,
+                cwd=ROOT,
+                env=peer_environment(),
+                capture_output=True,
+                text=True,
+                timeout=timeout_s,
+                check=False,
+            )
+        except subprocess.TimeoutExpired as error:
+            raise PeerError(f"SAELens' cache was not read within {timeout_s:.0f} s") from error
+        if done.returncode != 0:
+            raise PeerError(f"SAELens: exit code {done.returncode}:\n{done.stderr[-2000:]}")
+        rows: list[dict[str, Any]] = json.loads(out.read_text())
+    return rows

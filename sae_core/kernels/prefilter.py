@@ -1,0 +1,155 @@
+"""Exact TopK behind a cheap product: candidates from low precision, rescored in high precision.
+
+A low-precision product gives the C largest approximate pre-activations of each row, C > k. What is
+not among them is, in truth, at most the C-th approximate value plus the product's error. So if the
+k-th exact value among the candidates reaches that sum, the candidates hold the row's k largest:
+that is the row's certificate. Rows without one are encoded again without the prefilter.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Protocol
+
+import torch
+
+from sae_core.kernels.interface import SparseLatents
+from sae_core.kernels.keys import pack_keys, unpack_keys
+
+_SAMPLE_ROWS = 8192
+"""Dictionary rows from which the weight of a channel is estimated."""
+_FEW_LATENTS = 8
+"""Times k: with fewer latents the candidates would be no small part of them."""
+
+
+class Candidates(NamedTuple):
+    """What a prefilter offers."""
+
+    values: torch.Tensor
+    """[B, C] float32 approximate pre-activations, descending."""
+    latents: torch.Tensor
+    """[B, C] int64."""
+    margin: torch.Tensor
+    """[B] float32: how far an approximate value may lie below the exact one."""
+
+
+class Prefilter(Protocol):
+    """A cheap product whose error is known."""
+
+    name: str
+
+    def candidates(
+        self, x: torch.Tensor, W_enc: torch.Tensor, b_enc: torch.Tensor, k: int
+    ) -> Candidates:
+        """At least min(k + 1, L) candidates a row; a margin that is not finite certifies nothing.
+
+        Args:
+            x: [B, D].
+            W_enc: [L, D].
+            b_enc: [L].
+            k: wanted in the end.
+        """
+        ...
+
+
+class Exact(Protocol):
+    """The operations that have the last word."""
+
+    def exact_topk(
+        self, x: torch.Tensor, W_enc: torch.Tensor, b_enc: torch.Tensor, k: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """`Kernels.encode_topk` by the whole product."""
+        ...
+
+    def decoder_dot(
+        self, grad: torch.Tensor, active: SparseLatents, W_dec: torch.Tensor
+    ) -> torch.Tensor:
+        """See `Kernels`."""
+        ...
+
+
+def prefiltered_topk(
+    prefilter: Prefilter,
+    exact: Exact,
+    x: torch.Tensor,
+    W_enc: torch.Tensor,
+    b_enc: torch.Tensor,
+    k: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`Kernels.encode_topk`: the same k latents of every row as without the prefilter.
+
+    "The same" is up to the order in which float32 sums are added: two latents that differ by that
+    little may change places. Values always come from the same sum, whichever way a row went, so
+    the result does not depend on which rows were certified. Reads back which rows failed.
+
+    Args:
+        prefilter: offers candidates.
+        exact: rescores them, and encodes the rows that fail.
+        x: [B, D].
+        W_enc: [L, D].
+        b_enc: [L].
+        k: at most L.
+    """
+    if W_enc.shape[0] < _FEW_LATENTS * k or k == 0:
+        return exact.exact_topk(x, W_enc, b_enc, k)
+    offered = prefilter.candidates(x, W_enc, b_enc, k)
+    values, latents = _rescored(exact, x, W_enc, b_enc, offered.latents, k)
+    failed = uncertified(offered, values[:, -1], W_enc.shape[0]).nonzero().squeeze(1)
+    if len(failed):
+        _, again = exact.exact_topk(x[failed], W_enc, b_enc, k)
+        values[failed], latents[failed] = _rescored(exact, x[failed], W_enc, b_enc, again, k)
+    return values, latents
+
+
+def uncertified(offered: Candidates, kth: torch.Tensor, n_latents: int) -> torch.Tensor:
+    """[B] bool: rows whose candidates may lack one of the k largest.
+
+    Args:
+        offered: by the prefilter.
+        kth: [B] k-th exact value among them.
+        n_latents: L; when all are candidates there is nothing to lack.
+    """
+    if offered.latents.shape[1] >= n_latents:
+        return torch.zeros_like(kth, dtype=torch.bool)
+    # Not ">=" negated: NaN on either side must fail.
+    return ~(kth >= offered.values[:, -1] + offered.margin)
+
+
+def _rescored(
+    exact: Exact,
+    x: torch.Tensor,
+    W_enc: torch.Tensor,
+    b_enc: torch.Tensor,
+    latents: torch.Tensor,
+    k: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The k best of given latents [B, C] by exact value, ties to the lowest."""
+    B, C = latents.shape
+    rows = torch.arange(B, device=x.device)
+    flat = latents.reshape(-1)
+    pairs = SparseLatents(rows.repeat_interleave(C), flat, b_enc.new_ones(B * C), rows * C)
+    values = exact.decoder_dot(x, pairs, W_enc) + b_enc[flat]
+    keys = pack_keys(values.float().view(B, C), latents)
+    return unpack_keys(keys.topk(k, dim=1).values)
+
+
+def error_deviation(
+    x: torch.Tensor, moved: torch.Tensor, W_enc: torch.Tensor, rounding: float
+) -> torch.Tensor:
+    """[B] standard deviation of a low-precision product's error, for the longest latent.
+
+    Rounding errors of different channels are taken as independent with zero mean, so the error of
+    `x . w` has the variance `sum_j dx_j^2 w_j^2 + x_j^2 dw_j^2`. Outlier channels count with what
+    they weigh: dx is measured, channel by channel. Not finite when an argument is not.
+
+    Args:
+        x: [B, D].
+        moved: [B, D] by how much rounding moved x.
+        W_enc: [L, D].
+        rounding: root mean square of an element's relative error.
+    """
+    step = max(1, W_enc.shape[0] // _SAMPLE_ROWS)
+    weight = W_enc[::step].float().square().mean(0)
+    norms = torch.linalg.vector_norm(W_enc, dim=1, dtype=torch.float32)
+    longest = norms.max().square() / weight.sum().clamp_min(1e-30)
+    variance = (moved.square() + rounding**2 * x.square()) @ weight
+    return (variance * longest).sqrt()

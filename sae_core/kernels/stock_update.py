@@ -1,0 +1,100 @@
+"""The fused update of stock torch operations: over the dictionary in blocks that stay in the cache.
+
+This is Adam, exactly: rows that were not used decay their moments and move with them.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from sae_core.kernels.interface import AdamStep, RowGradients, RowState
+from sae_core.kernels.rounding import round_stochastically_, salt_of
+
+_BLOCK_BYTES = 1 << 20
+"""Bytes of one array's rows that are worked on together; eight arrays take part."""
+
+
+class StockRowUpdate:
+    """See `RowUpdate`.
+
+    Args:
+        rows: summed gradients, those of W_dec projected.
+    """
+
+    def __init__(self, rows: RowGradients) -> None:
+        self.rows = rows
+
+    def square(self) -> torch.Tensor:
+        parts = (self.rows.W_enc, self.rows.W_dec, self.rows.b_enc)
+        return torch.stack([part.norm().square() for part in parts]).sum()
+
+    def apply(self, state: RowState, adam: AdamStep) -> None:
+        n_rows, d_model = state.W_enc.shape
+        size = max(1, min(_BLOCK_BYTES // (4 * d_model), n_rows))
+        scratch = _Scratch(state, size)
+        starts = list(range(0, n_rows, size))
+        edges = torch.tensor([*starts, n_rows], device=self.rows.latents.device)
+        cuts = torch.searchsorted(self.rows.latents, edges).tolist()
+        for start, first, last in zip(starts, cuts[:-1], cuts[1:], strict=True):
+            part = RowGradients(*(tensor[first:last] for tensor in self.rows))
+            scratch.update(slice(start, min(start + size, n_rows)), part, state, adam)
+
+
+class _Scratch:
+    """A block's gradients, and its moments in float32 where they are kept in less."""
+
+    def __init__(self, state: RowState, size: int) -> None:
+        rows = (state.W_enc, state.W_dec, state.b_enc)
+        self.grads = [torch.empty_like(array[:size]) for array in rows]
+        self.moments = [
+            [
+                None
+                if m.dtype != torch.bfloat16
+                else m.new_empty(m[:size].shape, dtype=torch.float32)
+            ]
+            for m in (*state.exp_avg, *state.exp_avg_sq)
+        ]
+
+    def update(self, span: slice, rows: RowGradients, state: RowState, adam: AdamStep) -> None:
+        """Adam on the rows of `span`, whose used ones have the gradients `rows`."""
+        n = span.stop - span.start
+        grads = [grad[:n].zero_() for grad in self.grads]
+        for grad, values in zip(grads, (rows.W_enc, rows.W_dec, rows.b_enc), strict=True):
+            grad.index_copy_(0, rows.latents - span.start, values)
+        parameters = [array[span] for array in (state.W_enc, state.W_dec, state.b_enc)]
+        stored = [moment[span] for moment in (*state.exp_avg, *state.exp_avg_sq)]
+        moments = [
+            kept if full is None else full[:n].copy_(kept)
+            for kept, (full,) in zip(stored, self.moments, strict=True)
+        ]
+        torch._fused_adam_(
+            parameters,
+            grads,
+            moments[:3],
+            moments[3:],
+            [],
+            [adam.step] * len(parameters),
+            lr=adam.lr,
+            beta1=adam.beta1,
+            beta2=adam.beta2,
+            weight_decay=0.0,
+            eps=adam.eps,
+            amsgrad=False,
+            maximize=False,
+            grad_scale=adam.divisor,
+            found_inf=adam.skip,
+        )
+        for i, (kept, moment) in enumerate(zip(stored, moments, strict=True)):
+            if kept is not moment:
+                first_row = state.first_latent + span.start
+                round_stochastically_(kept, moment, first_row, salt_of(adam.step, i))
+        renormalise_(parameters[1], adam.skip)
+        for copy, array in zip(state.copies or (), parameters[:2], strict=False):
+            copy[span].copy_(array)
+
+
+@torch.no_grad()
+def renormalise_(W_dec: torch.Tensor, skipped: torch.Tensor) -> None:
+    """Brings rows [n, D] back to unit norm, in place; leaves them alone after a skipped update."""
+    norm = W_dec.norm(dim=1, keepdim=True).clamp_min(1e-12)
+    W_dec.mul_(torch.where(skipped > 0, 1.0, 1.0 / norm))

@@ -1,0 +1,165 @@
+"""A prefilter changes how the k largest are found, never which they are."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sae_core.errors import ConfigError
+from sae_core.kernels import get_kernels
+from sae_core.kernels.prefilter import Candidates, prefiltered_topk, uncertified
+from sae_core.kernels.prefilter_bfloat16 import Bfloat16Prefilter
+from sae_core.kernels.prefilter_float8 import (
+    DEVIATIONS,
+    Float8Prefilter,
+    error_margin,
+    quantise_rows,
+)
+from sae_core.kernels.stock import StockKernels
+
+REFERENCE = get_kernels("reference", torch.float64)
+EXACT = StockKernels(torch.float32)
+
+
+def emulated_float8_topk(x, W, b, count):
+    """TopK of the float8 product, multiplied in float32: the same numbers, slowly."""
+    low_x, low_W = (q.float() * s[:, None] for q, s in map(quantise_rows, (x, W)))
+    return EXACT.exact_topk(low_x, low_W, b, count)
+
+
+PREFILTERS = [
+    Bfloat16Prefilter(split=True),
+    Bfloat16Prefilter(split=False),
+    Float8Prefilter(emulated_float8_topk),
+]
+
+
+def names(prefilters):
+    return [each.name for each in prefilters]
+
+
+def normal(seed, *shape):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def assert_exact(prefilter, x, W, b, k):
+    values, latents = prefiltered_topk(prefilter, EXACT, x, W, b, k)
+    expected, wanted = REFERENCE.encode_topk(x.double(), W.double(), b.double(), k)
+    assert torch.equal(latents, wanted)
+    torch.testing.assert_close(values.double(), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("prefilter", PREFILTERS, ids=names(PREFILTERS))
+@settings(max_examples=25, deadline=None)
+@given(
+    B=st.integers(1, 12),
+    D=st.sampled_from([1, 9, 40, 256]),
+    L=st.sampled_from([1, 7, 200, 1000, 5000]),
+    k=st.integers(1, 40),
+    seed=st.integers(0, 1000),
+)
+def test_random_rows(prefilter, B, D, L, k, seed):
+    x, W, b = normal(seed, B, D), normal(seed + 1, L, D), normal(seed + 2, L) * 0.1
+    values, latents = prefiltered_topk(prefilter, EXACT, x, W, b, min(k, L))
+    expected, _ = REFERENCE.encode_topk(x.double(), W.double(), b.double(), min(k, L))
+    torch.testing.assert_close(values.double(), expected, atol=1e-5, rtol=1e-5)
+    scores = x.double() @ W.double().T + b.double()
+    torch.testing.assert_close(scores.gather(1, latents), expected, atol=1e-5, rtol=1e-5)
+    assert all(len(set(row.tolist())) == len(row) for row in latents)
+
+
+@pytest.mark.parametrize("prefilter", PREFILTERS, ids=names(PREFILTERS))
+def test_ties_go_to_the_lowest_latent(prefilter):
+    generator = torch.Generator().manual_seed(0)
+    x, W = (torch.randint(-2, 3, (n, 24), generator=generator).float() for n in (30, 3000))
+    assert_exact(prefilter, x, W, torch.zeros(3000), 20)
+
+
+@pytest.mark.parametrize("prefilter", PREFILTERS, ids=names(PREFILTERS))
+@pytest.mark.parametrize("bias", [-40.0, -1000.0])
+def test_rows_without_positive_values(prefilter, bias):
+    x, W = normal(1, 9, 40), normal(2, 2000, 40)
+    assert_exact(prefilter, x, W, torch.full((2000,), bias), 8)
+
+
+def test_what_low_precision_cannot_tell_apart_is_encoded_again():
+    # 3,000 latents within a rounding of each other: no choice of candidates can be certified.
+    direction = torch.nn.functional.normalize(normal(0, 1, 64), dim=1)
+    W = direction * (1 + torch.arange(3000)[torch.randperm(3000)] * 1e-6)[:, None]
+    x = direction.repeat(5, 1) * torch.tensor([1.0, 2.0, 0.5, 3.0, 1.0])[:, None]
+    exact, wanted = EXACT.exact_topk(x, W, torch.zeros(3000), 10)
+    offered = Bfloat16Prefilter(split=True).candidates(x, W, torch.zeros(3000), 10)
+    assert uncertified(offered, exact[:, -1], 3000).all()
+    values, latents = prefiltered_topk(
+        Bfloat16Prefilter(split=True), EXACT, x, W, torch.zeros(3000), 10
+    )
+    assert torch.equal(latents.sort(1).values, wanted.sort(1).values)
+    assert not all(
+        set(row) >= set(best)
+        for row, best in zip(offered.latents.tolist(), wanted.tolist(), strict=True)
+    )
+
+
+@pytest.mark.parametrize("prefilter", PREFILTERS, ids=names(PREFILTERS))
+@pytest.mark.parametrize("where", ["x", "W", "b"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("nan")])
+def test_what_is_not_finite_is_selected_not_dropped(prefilter, where, value):
+    x, W, b = normal(0, 4, 16), normal(1, 1000, 16), torch.zeros(1000)
+    {"x": x[1], "W": W[500], "b": b}[where].view(-1)[3] = value
+    values, _ = prefiltered_topk(prefilter, EXACT, x, W, b, 5)
+    expected, _ = EXACT.exact_topk(x, W, b, 5)
+    torch.testing.assert_close(values, expected, equal_nan=True)
+
+
+@pytest.mark.parametrize("split", [True, False])
+@pytest.mark.parametrize("outlier", [1.0, 300.0])
+def test_the_bfloat16_margins_cover_every_error(split, outlier):
+    x, W, b = normal(0, 40, 512), normal(1, 3000, 512), normal(2, 3000)
+    x[:, 7] *= outlier
+    offered = Bfloat16Prefilter(split).candidates(x, W, b, 30)
+    exact = (x.double() @ W.double().T + b.double()).gather(1, offered.latents)
+    error = (exact - offered.values).abs().amax(1)
+    assert (error <= offered.margin).all()
+    assert (error > offered.margin / 300).all()  # a bound, but no absurd one
+
+
+@pytest.mark.parametrize("outlier", [1.0, 300.0])
+def test_the_float8_margin_is_six_deviations_with_outlier_channels_too(outlier):
+    x, W = normal(0, 40, 512), normal(1, 3000, 512)
+    x[:, 7] *= outlier
+    offered = Float8Prefilter(emulated_float8_topk).candidates(x, W, torch.zeros(3000), 30)
+    low_x, low_W = (q.double() * s[:, None] for q, s in map(quantise_rows, (x, W)))
+    error = low_x @ low_W.T - x.double() @ W.double().T
+    deviation = offered.margin / DEVIATIONS
+    assert torch.equal(offered.margin, error_margin(x, W))
+    assert (error.std(1) < deviation).all() and (error.std(1) > deviation / 4).all()
+    assert (error.abs().amax(1) < offered.margin).all()
+
+
+def test_quantised_rows_keep_their_largest_element_and_zeros():
+    rows = normal(0, 6, 33)
+    rows[2] = 0
+    quantised, scales = quantise_rows(rows)
+    back = quantised.float() * scales[:, None]
+    assert quantised.dtype == torch.float8_e4m3fn
+    assert (back - rows).abs().max() <= rows.abs().max() / 16
+    torch.testing.assert_close(back.abs().amax(1), rows.abs().amax(1))
+
+
+def test_a_certificate_needs_more_than_a_tie_with_the_margin():
+    offered = Candidates(torch.tensor([[3.0, 1.0]]), torch.zeros(1, 2), torch.tensor([0.5]))
+    assert not uncertified(offered, torch.tensor([1.5]), 100).any()
+    assert uncertified(offered, torch.tensor([1.49]), 100).all()
+    assert uncertified(offered, torch.tensor([float("nan")]), 100).all()
+    assert not uncertified(offered, torch.tensor([0.0]), 2).any()  # all latents are candidates
+
+
+def test_settings_that_cannot_be_are_refused():
+    with pytest.raises(ConfigError, match="none, bfloat16 or bfloat16x3"):
+        get_kernels("stock", torch.float32, prefilter="float8")
+    with pytest.raises(ConfigError, match="compute_dtype=float32"):
+        get_kernels("stock", torch.bfloat16, prefilter="bfloat16")
+    with pytest.raises(ConfigError, match="float32 for kernels=stock"):
+        get_kernels("stock", torch.float32, tf32=True)
