@@ -19,6 +19,8 @@ _SAMPLE_ROWS = 8192
 """Dictionary rows from which the weight of a channel is estimated."""
 _FEW_LATENTS = 8
 """Times k: with fewer latents the candidates would be no small part of them."""
+_LARGEST_K = 256
+"""With more, as AuxK wants, rescoring costs what the product saves."""
 
 
 class Candidates(NamedTuple):
@@ -89,7 +91,7 @@ def prefiltered_topk(
         b_enc: [L].
         k: at most L.
     """
-    if W_enc.shape[0] < _FEW_LATENTS * k or k == 0:
+    if W_enc.shape[0] < _FEW_LATENTS * k or not 0 < k <= _LARGEST_K:
         return exact.exact_topk(x, W_enc, b_enc, k)
     offered = prefilter.candidates(x, W_enc, b_enc, k)
     values, latents = _rescored(exact, x, W_enc, b_enc, offered.latents, k)

@@ -10,7 +10,6 @@ from sae_core.kernels.interface import (
     RowUpdate,
     SparseGradient,
     SparseLatents,
-    project,
 )
 from sae_core.kernels.stock_update import StockRowUpdate
 
@@ -54,7 +53,7 @@ class ReferenceKernels:
         return RowGradients(latents, acts.T @ error, dpre.T @ x, dpre.sum(0))
 
     def row_update(self, gradient: SparseGradient, W_dec: torch.Tensor) -> RowUpdate:
-        return StockRowUpdate(project(self.row_gradients(*gradient), W_dec))
+        return StockRowUpdate(self.row_gradients(*gradient), W_dec)
 
 
 def _dense(active: SparseLatents, n_latents: int) -> torch.Tensor:

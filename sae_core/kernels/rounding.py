@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import torch
 
-_ROW, _COLUMN, _SALT = -1640531527, -2048144789, -1028477379  # odd 32-bit constants
-_MIX_1, _MIX_2 = 2146121005, -2073254261
+ROW, COLUMN, SALT = -1640531527, -2048144789, -1028477379  # odd 32-bit constants
+MIX_1, MIX_2 = 2146121005, -2073254261
 
 
 def salt_of(step: torch.Tensor, array: int) -> torch.Tensor:
@@ -20,7 +20,7 @@ def salt_of(step: torch.Tensor, array: int) -> torch.Tensor:
         step: scalar, whole number of the update.
         array: number of the rounded array within the update.
     """
-    return (step.to(torch.int32) * 8 + array) * _SALT
+    return (step.to(torch.int32) * 8 + array) * SALT
 
 
 def round_stochastically_(
@@ -49,7 +49,7 @@ def random_bits(
     # Rows are numbered modulo 2**31; no dictionary has as many.
     rows = torch.arange(first_row, first_row + n, device=device).to(torch.int32)
     columns = torch.arange(width, dtype=torch.int32, device=device)
-    mixed = (rows * _ROW + salt)[:, None] ^ (columns * _COLUMN)
-    for constant in (_MIX_1, _MIX_2):
+    mixed = (rows * ROW + salt)[:, None] ^ (columns * COLUMN)
+    for constant in (MIX_1, MIX_2):
         mixed = (mixed ^ ((mixed >> 15) & 0x1FFFF)) * constant
     return (mixed >> 16) & 0xFFFF

@@ -15,7 +15,6 @@ from sae_core.kernels.interface import (
     RowUpdate,
     SparseGradient,
     SparseLatents,
-    project,
 )
 from sae_core.kernels.prefilter import Prefilter, prefiltered_topk
 from sae_core.kernels.stock_encode import streamed_topk
@@ -96,7 +95,7 @@ class StockKernels:
         )
 
     def row_update(self, gradient: SparseGradient, W_dec: torch.Tensor) -> RowUpdate:
-        return StockRowUpdate(project(self.row_gradients(*gradient), W_dec))
+        return StockRowUpdate(self.row_gradients(*gradient), W_dec)
 
     def _linear(self, x: torch.Tensor, W: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         if self.compute_dtype != torch.float32:

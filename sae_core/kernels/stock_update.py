@@ -10,7 +10,7 @@ import torch
 from sae_core.kernels.interface import AdamStep, RowGradients, RowState
 from sae_core.kernels.rounding import round_stochastically_, salt_of
 
-_BLOCK_BYTES = 1 << 20
+_BLOCK_BYTES = 2 << 20
 """Bytes of one array's rows that are worked on together; eight arrays take part."""
 
 
@@ -18,11 +18,16 @@ class StockRowUpdate:
     """See `RowUpdate`.
 
     Args:
-        rows: summed gradients, those of W_dec projected.
+        rows: summed gradients; those of W_dec are projected in place.
+        W_dec: [L, D] masters, along whose rows they are projected.
     """
 
-    def __init__(self, rows: RowGradients) -> None:
+    def __init__(self, rows: RowGradients, W_dec: torch.Tensor) -> None:
         self.rows = rows
+        size = max(1, _BLOCK_BYTES // (W_dec.element_size() * W_dec.shape[1]))
+        for latents, dW_dec in zip(rows.latents.split(size), rows.W_dec.split(size), strict=True):
+            decoder = W_dec.index_select(0, latents)
+            dW_dec.addcmul_((dW_dec * decoder).sum(1, keepdim=True), decoder, value=-1)
 
     def square(self) -> torch.Tensor:
         parts = (self.rows.W_enc, self.rows.W_dec, self.rows.b_enc)

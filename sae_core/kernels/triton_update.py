@@ -26,9 +26,9 @@ from sae_core.kernels.triton_segments import (
     sum_shape,
 )
 
-_ROW, _COLUMN = tl.constexpr(rounding._ROW), tl.constexpr(rounding._COLUMN)
-_MIX_1, _MIX_2 = tl.constexpr(rounding._MIX_1), tl.constexpr(rounding._MIX_2)
-_SALT = tl.constexpr(rounding._SALT)
+_ROW, _COLUMN = tl.constexpr(rounding.ROW), tl.constexpr(rounding.COLUMN)
+_MIX_1, _MIX_2 = tl.constexpr(rounding.MIX_1), tl.constexpr(rounding.MIX_2)
+_SALT = tl.constexpr(rounding.SALT)
 
 
 @triton.jit

@@ -132,8 +132,8 @@ def test_the_float8_margin_is_six_deviations_with_outlier_channels_too(outlier):
     offered = Float8Prefilter(emulated_float8_topk).candidates(x, W, torch.zeros(3000), 30)
     low_x, low_W = (q.double() * s[:, None] for q, s in map(quantise_rows, (x, W)))
     error = low_x @ low_W.T - x.double() @ W.double().T
-    deviation = offered.margin / DEVIATIONS
-    assert torch.equal(offered.margin, error_margin(x, W))
+    deviation = error_margin(x, W) / DEVIATIONS
+    assert (offered.margin >= error_margin(x, W)).all()
     assert (error.std(1) < deviation).all() and (error.std(1) > deviation / 4).all()
     assert (error.abs().amax(1) < offered.margin).all()
 
