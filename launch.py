@@ -16,10 +16,12 @@ from omegaconf import DictConfig, OmegaConf
 from conf.schema import RunConfig
 
 PIPELINE = ("plan", "harvest", "train", "evaluate", "export", "report")
+CONCURRENT_PIPELINE = ("plan", "concurrent", "evaluate", "export", "report")
 STAGES = {
     "plan": "cluster.plan",
     "harvest": "cluster.harvest",
     "train": "cluster.train",
+    "concurrent": "cluster.concurrent",
     "evaluate": "analysis.evaluate",
     "export": "analysis.export",
     "report": "analysis.report",
@@ -43,7 +45,10 @@ def compose_and_run(composed: DictConfig) -> None:
         config: RunConfig = OmegaConf.to_object(composed)  # type: ignore[assignment]
         validate(config, ("pipeline", *STAGES))
         _make_paths_absolute(config)
-        stages = PIPELINE if config.stage == "pipeline" else (config.stage,)
+        stages: tuple[str, ...] = (config.stage,)
+        if config.stage == "pipeline":
+            concurrent = config.cluster.mode == "concurrent"
+            stages = CONCURRENT_PIPELINE if concurrent else PIPELINE
         with open_run(config, config.stage in READ_ONLY, config.stage in NEED_A_RUN) as run_dir:
             if config.stage == "pipeline":
                 _print_config(config)

@@ -16,10 +16,20 @@ from typing import TYPE_CHECKING, Any
 from activation_store.zarr_hook import register_bfloat16
 
 if TYPE_CHECKING:
+    from activation_store.cursors import (
+        Consumer,
+        ConsumerState,
+        consumers,
+        lead_items,
+        remove_consumer,
+    )
     from activation_store.diagnose import ShuffleQuality, shuffle_quality
+    from activation_store.errors import DeletedDataError
     from activation_store.header import Calibration, StoreHeader
     from activation_store.mixture import MixtureStream
     from activation_store.record import ItemRecord, Statistics
+    from activation_store.repair import RepairReport, repair_store
+    from activation_store.retention import delete_consumed
     from activation_store.rows import LoadedBlock, LoadedRows
     from activation_store.store import Store, open_store
     from activation_store.stream import ShuffledStream, StagedBatch, StagedStream, StreamBatch
@@ -27,6 +37,15 @@ if TYPE_CHECKING:
     from activation_store.writer import StoreWriter
 
 _HOMES = {
+    "Consumer": "cursors",
+    "ConsumerState": "cursors",
+    "consumers": "cursors",
+    "lead_items": "cursors",
+    "remove_consumer": "cursors",
+    "DeletedDataError": "errors",
+    "RepairReport": "repair",
+    "repair_store": "repair",
+    "delete_consumed": "retention",
     "Calibration": "header",
     "StoreHeader": "header",
     "ItemRecord": "record",
@@ -49,11 +68,15 @@ _HOMES = {
 
 __all__ = [
     "Calibration",
+    "Consumer",
+    "ConsumerState",
     "Damage",
+    "DeletedDataError",
     "ItemRecord",
     "LoadedBlock",
     "LoadedRows",
     "MixtureStream",
+    "RepairReport",
     "ShuffleQuality",
     "ShuffledStream",
     "StagedBatch",
@@ -63,7 +86,12 @@ __all__ = [
     "StoreHeader",
     "StoreWriter",
     "StreamBatch",
+    "consumers",
+    "delete_consumed",
+    "lead_items",
     "open_store",
+    "remove_consumer",
+    "repair_store",
     "shuffle_quality",
     "verify_store",
 ]

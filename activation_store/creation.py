@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import uuid
 from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
-from activation_store import files, log
-from activation_store.errors import StoreConfigError, StoreFormatError, StoreMismatchError
+from activation_store import log
+from activation_store.errors import StoreConfigError, StoreMismatchError
 from activation_store.header import (
     METADATA,
     UNPLANNED_ITEMS,
@@ -21,6 +17,7 @@ from activation_store.header import (
     largest_chunk_rows,
 )
 from activation_store.metadata import array_documents, dump, group_document
+from activation_store.storage import Storage
 
 
 def plan_header(
@@ -62,32 +59,18 @@ def _as_json(provenance: Mapping[str, Any] | None) -> dict[str, Any]:
         raise StoreConfigError("provenance", provenance, f"JSON values: {error}") from error
 
 
-def create(path: Path, header: StoreHeader) -> None:
-    """Builds the empty store beside its place and moves it there: others see all of it or none."""
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        if (path / METADATA).exists():
-            return  # somebody else was faster
-        raise StoreFormatError(
-            f"{path} holds files but is no activation store; choose an empty or a new folder"
-        )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    building = path.parent / f".{path.name}.{uuid.uuid4().hex}.tmp"
-    try:
-        for name in (files.TMP, log.LOG, *header.stored):
-            (building / name).mkdir(parents=True)
-        for name, document in array_documents(header, header.planned_items).items():
-            files.replace(building, building / name / METADATA, dump(document))
-        files.replace(building, building / METADATA, dump(group_document(header)))
-        os.rename(building, path)
-        files.fsync_folder(path.parent)
-    except OSError:
-        if not (path / METADATA).exists():  # else somebody else was faster
-            raise
-    finally:
-        shutil.rmtree(building, ignore_errors=True)
+def create(storage: Storage, header: StoreHeader) -> None:
+    """Builds the empty store, unless somebody else does so at the same moment.
+
+    Raises:
+        StoreFormatError: There is something that is no store.
+    """
+    documents = array_documents(header, header.planned_items)
+    metadata = {f"{name}/{METADATA}": dump(document) for name, document in documents.items()}
+    storage.build([log.LOG, *documents], metadata, (METADATA, dump(group_document(header))))
 
 
-def compare(path: Path, there: StoreHeader, wanted: StoreHeader, given: set[str]) -> None:
+def compare(path: object, there: StoreHeader, wanted: StoreHeader, given: set[str]) -> None:
     """Raises: StoreMismatchError: the store at `path` differs from what is wanted; lists how.
 
     Args:

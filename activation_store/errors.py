@@ -40,9 +40,25 @@ class IncompleteStoreError(StoreError):
     """Rows were asked for that nobody has committed yet."""
 
 
+class DeletedDataError(StoreError):
+    """Rows were asked for that were deleted because every registered consumer had passed them."""
+
+
+class StoreBusyError(StoreError):
+    """Somebody else is at work on the store who must not be disturbed."""
+
+
+class StorageError(StoreError):
+    """An object store does not do what it is asked, after every retry; names no secret."""
+
+
 class ItemError(StoreError, ValueError):
     """Rows or sidecars handed to `write_item` that the store cannot hold."""
 
 
 class NonDeterministicItemError(StoreError):
     """A second attempt at a committed item gave other bytes than the first one."""
+
+
+DAMAGE = (MissingDataError, DamagedDataError, StoreFormatError)
+"""What says that bytes are not as they were written; not that they cannot be read just now."""

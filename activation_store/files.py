@@ -1,9 +1,8 @@
-"""Files that are there whole or not at all, and JSON whose every byte is under a checksum."""
+"""Files that are there whole or not at all."""
 
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import time
 import uuid
@@ -14,16 +13,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from activation_store.checksum import crc32c
-from activation_store.errors import DamagedDataError, MissingDataError, StoreFormatError
-
 Bytes = NDArray[np.uint8]
 """A flat view of memory; checksums, os.preadv and os.writev take it without a copy."""
 
 TMP = "_tmp"
-_SEAL = b'{"crc32c":"%08x",'
-_SEAL_BYTES = len(_SEAL % 0)
-_STALE_S = 3600
+STALE_S = 3600
 _MAX_PARTS = 512  # of one call; Linux takes 1024
 
 
@@ -96,9 +90,9 @@ def fsync_folder(path: Path) -> None:
         os.close(fd)
 
 
-def replace(root: Path, path: Path, data: bytes) -> None:
-    """Puts `data` at `path` in one step, whether or not something is there."""
-    os.rename(write_temporary(root, [data]), path)
+def replace(root: Path, path: Path, parts: Iterable[bytes | Bytes]) -> None:
+    """Puts `parts` at `path` in one step, whether or not something is there."""
+    os.rename(write_temporary(root, parts), path)
     fsync_folder(path.parent)
 
 
@@ -116,61 +110,13 @@ def link_new(temporary: Path, path: Path) -> bool:
     return True
 
 
-def remove_stale(root: Path) -> None:
+def remove_stale(root: Path) -> list[str]:
     """Removes what dead writers left half written; young files may be a living one's."""
+    removed = []
+    (root / TMP).mkdir(exist_ok=True)  # copies of a store may lack an empty folder
     for file in (root / TMP).iterdir():
         with contextlib.suppress(FileNotFoundError):  # its writer, or another one's sweep
-            if time.time() - file.stat().st_mtime > _STALE_S:
+            if time.time() - file.stat().st_mtime > STALE_S:
                 file.unlink()
-
-
-def read_bounded(path: Path, limit_bytes: int) -> bytes:
-    """A small file, whole.
-
-    Raises:
-        MissingDataError: It is not there.
-        StoreFormatError: It is larger than anything this package writes.
-    """
-    try:
-        with path.open("rb") as file:
-            data = file.read(limit_bytes + 1)
-    except FileNotFoundError as error:
-        raise MissingDataError(f"{path} is missing; restore it from a backup") from error
-    if len(data) > limit_bytes:
-        raise StoreFormatError(
-            f"{path} has {path.stat().st_size} bytes: expected at most {limit_bytes}; "
-            "this is no metadata that activation_store wrote"
-        )
-    return data
-
-
-def parse_json(path: Path, data: bytes) -> dict[str, Any]:
-    """Raises: StoreFormatError: not a JSON object, or one nested beyond reason."""
-    try:
-        document = json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise StoreFormatError(f"{path} is damaged or no JSON: {error}") from error
-    if not isinstance(document, dict):
-        raise StoreFormatError(f"{path} holds a {type(document).__name__}: expected an object")
-    return document
-
-
-def seal(document: dict[str, Any]) -> bytes:
-    """JSON whose first key is the crc32c (hexadecimal) of all the bytes after it."""
-    rest = json.dumps(document, separators=(",", ":"), allow_nan=False).encode()[1:]
-    return _SEAL % crc32c(rest) + rest
-
-
-def read_sealed(path: Path, limit_bytes: int) -> dict[str, Any]:
-    """What `seal` wrote.
-
-    Raises:
-        MissingDataError: The file is not there.
-        DamagedDataError: A byte of it is not what was written.
-        StoreFormatError: It is larger than `limit_bytes`, or no JSON object.
-    """
-    data = read_bounded(path, limit_bytes)
-    rest = data[_SEAL_BYTES:]
-    if data[:_SEAL_BYTES] != _SEAL % crc32c(rest):
-        raise DamagedDataError(f"{path} fails its checksum; restore it from a backup")
-    return parse_json(path, b"{" + rest)
+                removed.append(f"{TMP}/{file.name}")
+    return removed

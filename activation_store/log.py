@@ -8,59 +8,61 @@ Opening reads the snapshots, and loose records only of segments that have none.
 
 from __future__ import annotations
 
-import os
 import re
-from pathlib import Path
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from activation_store import files
 from activation_store.errors import MissingDataError, StoreFormatError
 from activation_store.header import StoreHeader
+from activation_store.parallel import run_all
 from activation_store.record import (
     SCHEMA_VERSION,
     ItemRecord,
     parse_columns,
     row_dtype,
 )
+from activation_store.sealed import read_sealed, seal
+from activation_store.storage import Storage
 
 SEGMENT_ITEMS = 1000
 LOG = "_log"
-_RECORD_BYTES = 8 << 20
+RECORD_BYTES = 8 << 20
 _SNAPSHOT_BYTES = 1 << 30
 _SEGMENT = re.compile(r"(\d{6})(\.json)?")
 _RECORD = re.compile(r"(\d{9})\.json")
 
 
-def segment_path(root: Path, segment: int) -> Path:
-    """Folder of the loose records of a segment."""
-    return root / LOG / f"{segment:06d}"
+def segment_name(segment: int) -> str:
+    """Folder of the loose records of a segment, inside the store."""
+    return f"{LOG}/{segment:06d}"
 
 
-def snapshot_path(root: Path, segment: int) -> Path:
-    """The columnar file of a whole segment."""
-    return root / LOG / f"{segment:06d}.json"
+def snapshot_name(segment: int) -> str:
+    """The columnar file of a whole segment, inside the store."""
+    return f"{LOG}/{segment:06d}.json"
 
 
-def record_path(root: Path, item: int) -> Path:
-    """The loose record of an item."""
-    return segment_path(root, item // SEGMENT_ITEMS) / f"{item:09d}.json"
+def record_name(item: int) -> str:
+    """The loose record of an item, inside the store."""
+    return f"{segment_name(item // SEGMENT_ITEMS)}/{item:09d}.json"
 
 
-def read_record(root: Path, header: StoreHeader, item: int) -> NDArray[np.void]:
+def read_record(storage: Storage, header: StoreHeader, item: int) -> NDArray[np.void]:
     """A table [1] of one loose record.
 
     Raises:
         MissingDataError: The item is not committed.
         DamagedDataError, StoreFormatError: naming the file.
     """
-    path = record_path(root, item)
-    document = files.read_sealed(path, _RECORD_BYTES)
-    _check_version(path, document)
+    name, where = record_name(item), storage.where(record_name(item))
+    document = read_sealed(storage, name, RECORD_BYTES)
+    _check_version(where, document)
     if document.get("item") != item:
-        raise StoreFormatError(f"{path} is the record of item {document.get('item')!r}")
+        raise StoreFormatError(f"{where} is the record of item {document.get('item')!r}")
     try:
         columns = {
             "rows": [document["rows"]],
@@ -71,36 +73,44 @@ def read_record(root: Path, header: StoreHeader, item: int) -> NDArray[np.void]:
             },
         }
     except (KeyError, AttributeError) as error:
-        raise StoreFormatError(f"{path} cannot be a commit record: {error}") from error
-    return parse_columns(header, path, columns)
+        raise StoreFormatError(f"{where} cannot be a commit record: {error}") from error
+    return parse_columns(header, where, columns)
 
 
-def read_snapshot(root: Path, header: StoreHeader, segment: int) -> NDArray[np.void]:
+def read_records(
+    storage: Storage, header: StoreHeader, items: Sequence[int]
+) -> list[NDArray[np.void]]:
+    """A table [1] of each loose record. Raises as `read_record`."""
+    reads = [partial(read_record, storage, header, item) for item in items]
+    return run_all(reads, storage.n_threads)
+
+
+def read_snapshot(storage: Storage, header: StoreHeader, segment: int) -> NDArray[np.void]:
     """A table [n] of the items of a segment.
 
     Raises:
         MissingDataError: There is no snapshot of it.
         DamagedDataError, StoreFormatError: naming the file.
     """
-    path = snapshot_path(root, segment)
-    document = files.read_sealed(path, _SNAPSHOT_BYTES)
-    _check_version(path, document)
+    where = storage.where(snapshot_name(segment))
+    document = read_sealed(storage, snapshot_name(segment), _SNAPSHOT_BYTES)
+    _check_version(where, document)
     first = segment * SEGMENT_ITEMS
-    table = parse_columns(header, path, document)
+    table = parse_columns(header, where, document)
     if document.get("first_item") != first or len(table) > SEGMENT_ITEMS:
-        raise StoreFormatError(f"{path} does not hold the items from {first} on")
+        raise StoreFormatError(f"{where} does not hold the items from {first} on")
     return table
 
 
-def _check_version(path: Path, document: dict[str, Any]) -> None:
+def _check_version(where: str, document: dict[str, Any]) -> None:
     if document.get("schema_version") != SCHEMA_VERSION:
         raise StoreFormatError(
-            f"{path} has schema_version={document.get('schema_version')!r}: "
+            f"{where} has schema_version={document.get('schema_version')!r}: "
             f"expected {SCHEMA_VERSION}; update latent-foundry to read a newer one"
         )
 
 
-def write_snapshot(root: Path, segment: int, table: NDArray[np.void]) -> None:
+def write_snapshot(storage: Storage, segment: int, table: NDArray[np.void]) -> None:
     """Writes the records of a segment as columns; the same bytes whoever writes them."""
     names = [name for name in table.dtype.names or () if table.dtype[name].names]
     document = {
@@ -113,43 +123,40 @@ def write_snapshot(root: Path, segment: int, table: NDArray[np.void]) -> None:
             for name in names
         },
     }
-    files.replace(root, snapshot_path(root, segment), files.seal(document))
+    storage.put(snapshot_name(segment), [seal(document)])
 
 
-def append(root: Path, record: ItemRecord) -> bool:
+def append(storage: Storage, record: ItemRecord) -> bool:
     """Commits an item, unless it is committed already: then False. Durable when it returns."""
-    path = record_path(root, record.item)
-    path.parent.mkdir(exist_ok=True)
-    files.fsync_folder(path.parent.parent)  # even if another writer made the folder a moment ago
-    temporary = files.write_temporary(root, [files.seal(record.to_json())])
-    is_new = files.link_new(temporary, path)
-    files.fsync_folder(path.parent)
+    folder = segment_name(record.item // SEGMENT_ITEMS)
+    storage.make_folder(folder)
+    is_new = storage.put_if_absent(record_name(record.item), [seal(record.to_json())])
+    storage.sync([folder])
     return is_new
 
 
-def loose_items(root: Path, segment: int) -> list[int]:
+def loose_items(storage: Storage, segment: int) -> list[int]:
     """Items that have a loose record, ascending."""
-    try:
-        names = os.listdir(segment_path(root, segment))
-    except FileNotFoundError:
-        return []
+    names = storage.names(segment_name(segment))
     return sorted(int(match[1]) for match in map(_RECORD.fullmatch, names) if match)
 
 
-def segments(root: Path) -> list[int]:
+def segments(storage: Storage) -> list[int]:
     """Segments of which anything is there, ascending."""
-    try:
-        names = os.listdir(root / LOG)
-    except FileNotFoundError as error:
-        raise MissingDataError(f"{root / LOG} is missing: the store has lost its log") from error
+    names = storage.names(LOG)
     return sorted({int(match[1]) for match in map(_SEGMENT.fullmatch, names) if match})
+
+
+def count(storage: Storage) -> int:
+    """Committed items, with or without gaps between them; lists the log and reads none of it."""
+    return sum(len(loose_items(storage, segment)) for segment in segments(storage))
 
 
 class CommitLog:
     """What is committed, in memory; `refresh` reads only what is new."""
 
-    def __init__(self, root: Path, header: StoreHeader) -> None:
-        self.root = root
+    def __init__(self, storage: Storage, header: StoreHeader) -> None:
+        self._storage = storage
         self._tables: dict[int, NDArray[np.void]] = {}
         self.refresh(header)
 
@@ -161,9 +168,13 @@ class CommitLog:
 
         Raises:
             DamagedDataError, StoreFormatError: A record cannot be read; names it.
+            MissingDataError: The log is gone.
         """
         self.header = header
-        for segment in segments(self.root):
+        if not self._storage.is_folder(LOG):
+            where = self._storage.where(LOG)
+            raise MissingDataError(f"{where} is missing: the store has lost its log")
+        for segment in segments(self._storage):
             known = self._tables.get(segment)
             if known is None or not known["present"].all():
                 self._tables[segment] = self._load(segment, known)
@@ -174,16 +185,19 @@ class CommitLog:
         if known is not None:
             new[:] = known
         first = segment * SEGMENT_ITEMS
-        if snapshot_path(self.root, segment).exists():
-            snapshot = read_snapshot(self.root, self.header, segment)
+        if self._storage.exists(snapshot_name(segment)):
+            snapshot = read_snapshot(self._storage, self.header, segment)
             new[: len(snapshot)] = snapshot
             if len(snapshot) == SEGMENT_ITEMS or self.header.finalised:
                 return new
-        for item in loose_items(self.root, segment):
+        loose = loose_items(self._storage, segment)
+        for item in loose:
             if item // SEGMENT_ITEMS != segment or item >= self.header.planned_items:
-                raise StoreFormatError(f"{record_path(self.root, item)} is no item of this store")
-            if not new["present"][item - first]:
-                new[item - first] = read_record(self.root, self.header, item)[0]
+                where = self._storage.where(record_name(item))
+                raise StoreFormatError(f"{where} is no item of this store")
+        unread = [item for item in loose if not new["present"][item - first]]
+        for item, row in zip(unread, read_records(self._storage, self.header, unread), strict=True):
+            new[item - first] = row[0]
         return new
 
     def items(self) -> set[int]:
@@ -208,7 +222,7 @@ class CommitLog:
         return np.concatenate(parts)
 
 
-def snapshot_if_full(root: Path, header: StoreHeader, segment: int) -> None:
+def snapshot_if_full(storage: Storage, header: StoreHeader, segment: int) -> None:
     """Writes the snapshot of a segment once all its items are committed.
 
     The last segment of a finalised store ends with the store. Several writers may do so at once:
@@ -216,6 +230,6 @@ def snapshot_if_full(root: Path, header: StoreHeader, segment: int) -> None:
     """
     first, stop = segment * SEGMENT_ITEMS, (segment + 1) * SEGMENT_ITEMS
     items = range(first, min(stop, header.n_items) if header.finalised else stop)
-    if len(loose_items(root, segment)) >= len(items):
-        tables = [read_record(root, header, item) for item in items]
-        write_snapshot(root, segment, np.concatenate(tables))
+    if len(loose_items(storage, segment)) >= len(items):
+        tables = read_records(storage, header, items)
+        write_snapshot(storage, segment, np.concatenate(tables))

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from activation_store import compression
-from activation_store.errors import DamagedDataError, StoreFormatError
-from activation_store.files import parse_json, read_bounded
+from activation_store.errors import DamagedDataError, MissingDataError, StoreFormatError
 from activation_store.header import (
     METADATA,
     SCHEMA_VERSION,
@@ -21,6 +19,8 @@ from activation_store.header import (
     header_checksum,
 )
 from activation_store.quantise import attributes
+from activation_store.sealed import parse_json
+from activation_store.storage import Storage
 
 KEY = "activation_store"
 _MAX_BYTES = 256 << 20
@@ -103,41 +103,50 @@ def dump(document: Mapping[str, Any]) -> bytes:
     return json.dumps(document, indent=1, allow_nan=False).encode()
 
 
-def read_header(root: Path) -> StoreHeader:
-    """The header of the store at `root`, and its group metadata checked.
+def read_header(storage: Storage) -> StoreHeader:
+    """The header of a store, and the metadata that Zarr readers see checked against it.
 
     Raises:
         StoreFormatError: No store of ours, a newer schema, or values that cannot be.
-        DamagedDataError: The header is not what was written.
+        MissingDataError, DamagedDataError: The header is not what was written.
     """
-    path = root / METADATA
-    if not path.exists():
+    header, group = read_group(storage)
+    _agree(storage.where(METADATA), group_document(header), group, skip=("attributes",))
+    for name in _expected(header):
+        check_document(storage, header, name)
+    return header
+
+
+def read_group(storage: Storage) -> tuple[StoreHeader, dict[str, Any]]:
+    """The header, and the document it stands in. Raises as `read_header`."""
+    where = storage.where(METADATA)
+    try:
+        data = storage.read(METADATA, _MAX_BYTES)
+    except MissingDataError as error:
         raise StoreFormatError(
-            f"{root} is no activation store: expected {path}; StoreWriter creates one"
-        )
-    group = parse_json(path, read_bounded(path, _MAX_BYTES))
+            f"{storage.path} is no activation store: expected {where}; StoreWriter creates one"
+        ) from error
+    group = parse_json(where, data)
     attributes = group.get("attributes")
     document = attributes.get(KEY) if isinstance(attributes, dict) else None
     if not isinstance(document, dict):
-        raise StoreFormatError(f"{path} has no attribute {KEY!r}: not a store that we wrote")
+        raise StoreFormatError(f"{where} has no attribute {KEY!r}: not a store that we wrote")
     version = document.get("schema_version")
     if version != SCHEMA_VERSION:
         raise StoreFormatError(
-            f"{path} has schema_version={version!r}: expected {SCHEMA_VERSION}; "
+            f"{where} has schema_version={version!r}: expected {SCHEMA_VERSION}; "
             "update latent-foundry to read a newer one"
         )
     try:
         crc32c = header_checksum({k: v for k, v in document.items() if k != "crc32c"})
     except (ValueError, RecursionError) as error:
-        raise StoreFormatError(f"{path}: the header cannot be: {error}") from error
+        raise StoreFormatError(f"{where}: the header cannot be: {error}") from error
     if crc32c != document.get("crc32c"):
-        raise DamagedDataError(f"{path}: the header fails its checksum; restore the file")
-    header = _parse(path, document)
-    _check_documents(root, header, group)
-    return header
+        raise DamagedDataError(f"{where}: the header fails its checksum; restore the file")
+    return _parse(where, document), group
 
 
-def _parse(path: Path, document: dict[str, Any]) -> StoreHeader:
+def _parse(where: str, document: dict[str, Any]) -> StoreHeader:
     try:
         fields = {key: value for key, value in document.items() if key != "crc32c"}
         fields["arrays"] = {name: part["d_model"] for name, part in document["arrays"].items()}
@@ -149,38 +158,62 @@ def _parse(path: Path, document: dict[str, Any]) -> StoreHeader:
             }
         return StoreHeader(**fields)
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
-        raise StoreFormatError(f"{path}: the header cannot be: {error}") from error
+        raise StoreFormatError(f"{where}: the header cannot be: {error}") from error
 
 
-def _check_documents(root: Path, header: StoreHeader, group: dict[str, Any]) -> None:
-    """That Zarr readers see the same arrays as we do."""
-    _agree(root / METADATA, group_document(header), group, skip=("attributes",))
+def _expected(header: StoreHeader) -> dict[str, dict[str, Any]]:
+    """The `zarr.json` of every array that the store has now."""
     expected = array_documents(header, header.n_items)
     if header.finalised:
         expected[VALID_ROWS] = valid_rows_document(header)
-    for name, document in expected.items():
-        path = root / name / METADATA
-        found = parse_json(path, read_bounded(path, _MAX_BYTES))
-        if not header.finalised:  # a finalise that was killed may have trimmed some arrays
-            document["shape"][0] = _growing_rows(path, header, found.get("shape"))
-        _agree(path, document, found)
+    return expected
 
 
-def _growing_rows(path: Path, header: StoreHeader, shape: Any) -> int:
+def check_document(storage: Storage, header: StoreHeader, name: str) -> None:
+    """That Zarr readers see an array as we do.
+
+    Raises:
+        MissingDataError, StoreFormatError: naming the file.
+    """
+    document, file = _expected(header)[name], f"{name}/{METADATA}"
+    where = storage.where(file)
+    found = parse_json(where, storage.read(file, _MAX_BYTES))
+    if not header.finalised:  # a finalise that was killed may have trimmed some arrays
+        document["shape"][0] = _growing_rows(where, header, found.get("shape"))
+    _agree(where, document, found)
+
+
+def restore_documents(storage: Storage, header: StoreHeader) -> list[str]:
+    """Writes those `zarr.json` of arrays that are missing or damaged; their names."""
+    restored = []
+    shaped = array_documents(header, header.n_items if header.finalised else header.planned_items)
+    for name, document in {**_expected(header), **shaped}.items():
+        try:
+            check_document(storage, header, name)
+        except (MissingDataError, StoreFormatError):
+            storage.make_folder(name)
+            storage.put(f"{name}/{METADATA}", [dump(document)])
+            restored.append(f"{name}/{METADATA}")
+    return restored
+
+
+def _growing_rows(where: str, header: StoreHeader, shape: Any) -> int:
     rows = shape[0] if isinstance(shape, list) and shape else None
     most = header.planned_items * header.shard_tokens
     if type(rows) is not int or not 0 <= rows <= most or rows % header.shard_tokens:
         raise StoreFormatError(
-            f"{path} has shape={shape!r}: expected up to {most} rows in shards of "
+            f"{where} has shape={shape!r}: expected up to {most} rows in shards of "
             f"{header.shard_tokens}; restore the file"
         )
     return rows
 
 
 def _agree(
-    path: Path, expected: dict[str, Any], found: dict[str, Any], skip: tuple[str, ...] = ()
+    where: str, expected: dict[str, Any], found: dict[str, Any], skip: tuple[str, ...] = ()
 ) -> None:
     for key, value in expected.items():
         if key not in skip and found.get(key) != value:
             there, wanted = (repr(part)[:300] for part in (found.get(key), value))
-            raise StoreFormatError(f"{path} has {key}={there}: expected {wanted}; restore the file")
+            raise StoreFormatError(
+                f"{where} has {key}={there}: expected {wanted}; restore the file"
+            )

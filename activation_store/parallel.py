@@ -25,6 +25,7 @@ def available_cores() -> int:
 
 N_THREADS = min(available_cores(), 8)
 """Threads that work on one request, the asking one included."""
+_MOST_REQUESTS = 16  # to an object store: their threads wait more than they work
 _pool: ThreadPoolExecutor | None = None
 _lock = threading.Lock()
 
@@ -33,7 +34,8 @@ def _helpers() -> ThreadPoolExecutor:
     global _pool  # noqa: PLW0603 - one pool per process is the point
     with _lock:
         if _pool is None:
-            _pool = ThreadPoolExecutor(2 * N_THREADS, thread_name_prefix="activation-store")
+            size = max(2 * N_THREADS, _MOST_REQUESTS)
+            _pool = ThreadPoolExecutor(size, thread_name_prefix="activation-store")
         return _pool
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, fields
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -143,7 +142,7 @@ def from_row(header: StoreHeader, item: int, row: Any) -> ItemRecord:
     return ItemRecord(item, row["attempt"].decode(), int(row["rows"]), arrays)
 
 
-def parse_columns(header: StoreHeader, path: Path, document: dict[str, Any]) -> NDArray[np.void]:
+def parse_columns(header: StoreHeader, where: str, document: dict[str, Any]) -> NDArray[np.void]:
     """A table [n] of the columns {"rows": [n], "attempt": [n], "arrays": {name: {key: [n]}}}.
 
     Raises:
@@ -165,7 +164,7 @@ def parse_columns(header: StoreHeader, path: Path, document: dict[str, Any]) -> 
         for name in header.stored:
             _fill(header, name, table, document["arrays"][name])
     except (KeyError, TypeError, ValueError, OverflowError, AttributeError) as error:
-        raise StoreFormatError(f"{path} cannot be a commit record: {error}") from error
+        raise StoreFormatError(f"{where} cannot be a commit record: {error}") from error
     return table
 
 

@@ -20,7 +20,6 @@ from activation_store.store import Store
 
 Chunks = list[tuple[int, int, int]]
 Column = tuple[np.dtype[Any], tuple[int, ...]]
-_POLL_S = 0.05
 
 
 @dataclass(frozen=True, eq=False)
@@ -116,6 +115,14 @@ class ShuffledRows:
             row = end
         return parts
 
+    def first_item_needed(self, row: int) -> int:
+        """First item of the window of epoch 0 that holds a stream row; see `ShuffledStream`."""
+        final, n_items = self.store.finalised, self.store.n_items  # in this order: see Store
+        size = self._shuffle.window_items
+        whole = n_items if final else n_items // size * size
+        ends = self._shuffle.window_starts(self.store.valid_rows[:whole])[1:]
+        return min(int(np.searchsorted(ends, row, side="right")) * size, whole)
+
     def join(self, parts: list[LoadedRows]) -> dict[str, NDArray[Any]]:
         """The rows of gathered `parts`: [n, d_model] of each array, [n] of each sidecar.
 
@@ -170,7 +177,7 @@ class ShuffledRows:
                     f"{why}; {self.store.path} has {self.store.n_items} items and is not "
                     f"finalised after {self._wait_timeout_s:g} s: is its writer still alive?"
                 )
-            if self._stop.wait(_POLL_S):
+            if self._stop.wait(self.store.poll_s):
                 raise _Stopped
 
     def _block_with(self, epoch: int, row: int) -> LoadedBlock:
@@ -206,6 +213,7 @@ class ShuffledRows:
         """The blocks of an epoch from the window that holds `row` on."""
         if epoch > 0:
             self.wait(lambda: False, f"epoch {epoch} needs the finalised store")
+            self.store.require_all(f"epoch {epoch}")
         size, known, window = self._shuffle.window_items, -1, 0
         while True:
             final, n_items = self.store.finalised, self.store.n_items  # in this order: see Store

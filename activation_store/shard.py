@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-import os
 import threading
-import weakref
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
-from activation_store import compression, files
+from activation_store import compression
 from activation_store.checksum import crc32c
 from activation_store.codec import CRC_BYTES, ShardLayout, decode_tail
-from activation_store.errors import DamagedDataError, MissingDataError
+from activation_store.errors import DamagedDataError
 from activation_store.files import Bytes
-
-RUN_BYTES = 1 << 20
-"""Neighbouring chunks are read in one call up to so many bytes, which are then still in a core's
-cache when they are checked and placed; larger reads were no faster, cold or warm."""
+from activation_store.storage import Storage
 
 _scratch = threading.local()
 
@@ -44,19 +38,33 @@ class Wanted:
 
 
 class OpenShard:
-    """A committed shard file, recognised by the checksum of its tail."""
+    """A committed shard file, recognised by the checksum of its tail.
+
+    Args:
+        storage: Where it lies.
+        name: Inside the store.
+        layout: Of its array.
+        rows: Valid ones.
+        n_bytes: As its commit record says.
+        tail_crc32c: As its commit record says.
+
+    Raises:
+        MissingDataError, DamagedDataError: naming the file.
+    """
 
     def __init__(
-        self, path: Path, layout: ShardLayout, rows: int, n_bytes: int, tail_crc32c: int
+        self,
+        storage: Storage,
+        name: str,
+        layout: ShardLayout,
+        rows: int,
+        n_bytes: int,
+        tail_crc32c: int,
     ) -> None:
-        self.path, self.layout, self.rows = path, layout, rows
-        try:
-            self._fd = files.open_to_read(path)
-        except FileNotFoundError as error:
-            raise MissingDataError(f"{path} is committed but missing; restore it") from error
-        # Closed with the last reader's reference, so that dropping it from a cache is safe.
-        weakref.finalize(self, os.close, self._fd)
-        found = os.fstat(self._fd).st_size
+        self.path, self.layout, self.rows = storage.where(name), layout, rows
+        self._run_bytes, self._gap_bytes = storage.run_bytes, storage.gap_bytes
+        self._file = storage.open(name)
+        found, path = self._file.size, self.path
         if found != n_bytes:
             raise DamagedDataError(f"{path} has {found} bytes: expected {n_bytes}; restore it")
         tail = np.empty(layout.tail_bytes, np.uint8)
@@ -82,17 +90,17 @@ class OpenShard:
 
     def runs(self, wanted: list[Wanted]) -> list[list[Wanted]]:
         """Chunks of this shard in groups, each of neighbours in the file that one read fetches."""
-        index, groups, size = self._index, list[list[Wanted]](), 0
-        end = -1
+        index, groups, begin, end = self._index, list[list[Wanted]](), 0, 0
         for part in sorted(wanted, key=lambda part: index.offsets[part.chunk]):
-            offset, length = index.offsets[part.chunk], index.lengths[part.chunk]
-            if offset == end and size + length <= RUN_BYTES:
+            offset = index.offsets[part.chunk]
+            stop = offset + index.lengths[part.chunk]
+            near = 0 <= offset - end <= self._gap_bytes and stop - begin <= self._run_bytes
+            if groups and near:
                 groups[-1].append(part)
-                size += length
             else:
                 groups.append([part])
-                size = length
-            end = offset + length
+                begin = offset
+            end = stop
         return groups
 
     def read_run(self, run: list[Wanted], targets: list[Bytes]) -> None:
@@ -117,28 +125,36 @@ class OpenShard:
         return [chunk for run in runs for chunk in self._damaged([part.chunk for part in run])]
 
     def _damaged(self, run: list[int]) -> list[int]:
-        lengths = [self._index.lengths[chunk] for chunk in run]
-        data = scratch("stored", sum(lengths))
-        self._read([data], self._index.offsets[run[0]], f"chunk {run[0]}")
-        damaged, start = [], 0
-        for chunk, length in zip(run, lengths, strict=True):
-            stored = data[start : start + length]
+        damaged = []
+        for chunk, stored in zip(run, self._stored(run), strict=True):
             committed = self._index.crc32c[chunk]
             beside = int.from_bytes(stored[-CRC_BYTES:].tobytes(), "little")
             if not committed == beside == crc32c(stored[:-CRC_BYTES]):
                 damaged.append(chunk)
-            start += length
         return damaged
 
+    def _stored(self, run: list[int]) -> list[Bytes]:
+        """The chunks of one group as they lie in the file, in this thread's memory."""
+        offsets, lengths = self._index.offsets, self._index.lengths
+        begin = offsets[run[0]]
+        data = scratch("stored", offsets[run[-1]] + lengths[run[-1]] - begin)
+        self._read([data], begin, f"chunk {run[0]}")
+        return [
+            data[offsets[chunk] - begin : offsets[chunk] - begin + lengths[chunk]] for chunk in run
+        ]
+
     def _read_plain(self, run: list[Wanted], targets: list[Bytes]) -> None:
-        # Straight to where the rows go; padding and the checksums in between go to waste paper.
-        chunk_bytes = self.layout.chunk_bytes
-        waste = scratch("waste", chunk_bytes + CRC_BYTES)
-        views = []
-        for target in targets:
-            views += [target, waste[: chunk_bytes - len(target) + CRC_BYTES]]
+        # Straight to where the rows go; padding, checksums and chunks in between that nobody wants
+        # go to waste paper.
+        chunk_bytes, offsets = self.layout.chunk_bytes, self._index.offsets
+        waste = scratch("waste", max(chunk_bytes, self._gap_bytes) + CRC_BYTES)
+        views, end = [], offsets[run[0].chunk]
+        for part, target in zip(run, targets, strict=True):
+            gap = offsets[part.chunk] - end
+            views += [waste[:gap], target, waste[: chunk_bytes - len(target) + CRC_BYTES]]
+            end += gap + chunk_bytes + CRC_BYTES
         padding = views[-1]  # only a shard's last chunk has any, so nothing overwrites it
-        self._read(views, self._index.offsets[run[0].chunk], f"chunk {run[0].chunk}")
+        self._read(views, offsets[run[0].chunk], f"chunk {run[0].chunk}")
         for part, target in zip(run, targets, strict=True):
             found = crc32c(target)
             if len(target) < chunk_bytes:
@@ -147,13 +163,10 @@ class OpenShard:
                 raise self._fails(part.chunk)
 
     def _read_compressed(self, run: list[Wanted], targets: list[Bytes]) -> None:
-        lengths = [self._index.lengths[part.chunk] for part in run]
-        data = scratch("stored", sum(lengths))
-        self._read([data], self._index.offsets[run[0].chunk], f"chunk {run[0].chunk}")
-        start, chunk_bytes = 0, self.layout.chunk_bytes
-        for part, target, length in zip(run, targets, lengths, strict=True):
-            packed = data[start : start + length - CRC_BYTES]
-            start += length
+        chunk_bytes = self.layout.chunk_bytes
+        stored = self._stored([part.chunk for part in run])
+        for part, target, data in zip(run, targets, stored, strict=True):
+            packed = data[:-CRC_BYTES]
             if crc32c(packed) != self._index.crc32c[part.chunk]:
                 raise self._fails(part.chunk)
             whole = len(target) == chunk_bytes
@@ -171,5 +184,5 @@ class OpenShard:
         return DamagedDataError(f"{self.path}: chunk {chunk} fails its checksum; restore it")
 
     def _read(self, views: list[Bytes], offset: int, what: str) -> None:
-        if not files.read_into(self._fd, views, offset):
+        if not self._file.read_into(views, offset):
             raise DamagedDataError(f"{self.path}: {what} is cut off; restore it")

@@ -22,12 +22,14 @@ from activation_store.errors import (
 )
 from activation_store.files import as_bytes
 from activation_store.header import StoreHeader
-from activation_store.log import CommitLog, record_path
+from activation_store.log import CommitLog, record_name
 from activation_store.metadata import read_header
 from activation_store.parallel import run_all
 from activation_store.quantise import Scaling, scaling
 from activation_store.record import Statistics
 from activation_store.shard import OpenShard, Wanted, scratch
+from activation_store.storage import Storage, open_storage
+from activation_store.watermark import Watermark, deleted, read_watermark
 
 MAX_OPEN_SHARDS = 256
 """Files held open; well below the usual limit of 1024 for a process."""
@@ -36,13 +38,13 @@ _BYTES_PER_THREAD = 2 << 20  # less is read before another thread has woken up
 
 
 def open_store(path: str | Path) -> Store:
-    """Opens a store, finalised or still growing.
+    """Opens a store, finalised or still growing: a folder, or s3://bucket/prefix.
 
     Raises:
         StoreFormatError: No store of ours, or metadata that cannot be.
         MissingDataError, DamagedDataError: A file of the header or the log; names it.
     """
-    return Store(Path(path))
+    return Store(open_storage(path))
 
 
 @dataclass(frozen=True)
@@ -64,17 +66,21 @@ class Store:
     Whoever sees `finalised` sees the final `n_items` and `n_tokens` after it.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        header = read_header(path)
+    def __init__(self, storage: Storage) -> None:
+        self.path = storage.path
+        self.poll_s = storage.poll_s
+        """Seconds between two looks at whether it has grown."""
+        self._storage = storage
+        header = read_header(storage)
         self._columns, self._stored = header.columns, header.stored
         self._layouts = {name: header.layout(name) for name in header.stored}
         quantised = header.arrays if header.codec == "int8" else ()
         self._scaling = {name: scaling(header, name) for name in quantised}
         self._lock = threading.Lock()
         self._shards: OrderedDict[tuple[str, int], OpenShard] = OrderedDict()
-        self._commits = CommitLog(path, header)
-        self._state = _take_in(path, header, self._commits)
+        self._watermark = read_watermark(storage)
+        self._commits = CommitLog(storage, header)
+        self._state = _take_in(storage, header, self._commits)
 
     @property
     def header(self) -> StoreHeader:
@@ -118,10 +124,23 @@ class Store:
             StoreFormatError, MissingDataError, DamagedDataError: naming the file.
         """
         with self._lock:
+            self.read_watermark()
             if not self.finalised:
-                header = read_header(self.path)  # before the log: a finalised store's is complete
+                # Before the log: a finalised store's is complete.
+                header = read_header(self._storage)
                 self._commits.refresh(header)
-                self._state = _take_in(self.path, header, self._commits)
+                self._state = _take_in(self._storage, header, self._commits)
+
+    def read_watermark(self) -> Watermark:
+        """How far the store's shards are deleted now, on disk."""
+        self._watermark = read_watermark(self._storage)
+        return self._watermark
+
+    def require_all(self, what: str) -> None:
+        """Raises: DeletedDataError: `what` needs every row, and some are deleted."""
+        mark = self.read_watermark()
+        if mark.below:
+            raise deleted(self._storage, what, mark)
 
     def read(self, array: str, start: int, stop: int) -> NDArray[Any]:
         """Logical rows [start, stop) of an array [n, d_model] or a sidecar [n].
@@ -131,6 +150,7 @@ class Store:
         Raises:
             StoreConfigError: No such array.
             IncompleteStoreError: Rows that nobody has committed.
+            DeletedDataError: Rows that all consumers had passed.
             MissingDataError, DamagedDataError: naming the file and the chunk.
         """
         if array not in self._columns:
@@ -252,11 +272,15 @@ class Store:
             parts = _with_rows(shard, chunks, n_rows)
             reads += [partial(read, shard, run) for run in shard.runs(parts)]
         n_bytes = len(wanted) * self._layouts[name].chunk_bytes
-        run_all(reads, n_threads=1 + n_bytes // _BYTES_PER_THREAD)
+        run_all(reads, min(1 + n_bytes // _BYTES_PER_THREAD, self._storage.n_threads + 1))
 
     def scaling(self, array: str) -> Scaling:
         """How the rows of an array of codec int8 follow from what is stored."""
         return self._scaling[array]
+
+    def checksums(self, item: int) -> dict[str, int]:
+        """The checksum of each array's shard of a committed item: tells it from any other."""
+        return {name: int(self._state.table[item][name]["tail_crc32c"]) for name in self._layouts}
 
     def statistics(self, array: str) -> Statistics:
         """Moments of all committed rows of a hookpoint array."""
@@ -271,10 +295,6 @@ class Store:
             int(table["non_finite"].sum()),
         )
 
-    def shard_path(self, array: str, item: int) -> Path:
-        """The file of a shard."""
-        return self.path / self.header.shard_file(array, item)
-
     def _shard(self, array: str, item: int) -> OpenShard:
         key = (array, item)
         with self._lock:
@@ -285,19 +305,29 @@ class Store:
         table = self._state.table
         if not 0 <= item < len(table):
             raise IncompleteStoreError(f"item {item}: {self.path} has items 0 to {len(table) - 1}")
-        row = table[item]
-        shard = OpenShard(
-            self.shard_path(array, item),
-            self._layouts[array],
-            int(row["rows"]),
-            int(row[array]["bytes"]),
-            int(row[array]["tail_crc32c"]),
-        )
+        shard = self._open(array, item, table[item])
         with self._lock:
             self._shards[key] = shard
             if len(self._shards) > MAX_OPEN_SHARDS:
                 self._shards.popitem(last=False)
         return shard
+
+    def _open(self, array: str, item: int, row: np.void) -> OpenShard:
+        if item >= self._watermark.below:
+            committed = row[array]
+            try:
+                return OpenShard(
+                    self._storage,
+                    self.header.shard_file(array, item),
+                    self._layouts[array],
+                    int(row["rows"]),
+                    int(committed["bytes"]),
+                    int(committed["tail_crc32c"]),
+                )
+            except MissingDataError:
+                if item >= self.read_watermark().below:
+                    raise
+        raise deleted(self._storage, f"item {item} of {array!r}", self._watermark) from None
 
 
 def _with_rows(shard: OpenShard, chunks: list[tuple[int, int]], n_rows: int) -> list[Wanted]:
@@ -314,18 +344,19 @@ def _with_rows(shard: OpenShard, chunks: list[tuple[int, int]], n_rows: int) -> 
     return wanted
 
 
-def _take_in(path: Path, header: StoreHeader, commits: CommitLog) -> _State:
+def _take_in(storage: Storage, header: StoreHeader, commits: CommitLog) -> _State:
     table = commits.contiguous()
     if header.finalised:
         table = table[: header.n_items]
         if len(table) < header.n_items:
-            file = record_path(path, len(table))
+            file = storage.where(record_name(len(table)))
             raise MissingDataError(f"{file} is missing; restore it from a backup")
     valid_rows = table["rows"].copy()
     valid_rows.flags.writeable = False
     starts = np.concatenate([np.zeros(1, np.int64), np.cumsum(valid_rows)])
     if header.finalised and starts[-1] != header.n_tokens:
         raise DamagedDataError(
-            f"{path}: the log has {starts[-1]} rows, the header {header.n_tokens}; restore the log"
+            f"{storage.path}: the log has {starts[-1]} rows, the header {header.n_tokens}; "
+            "restore the log"
         )
     return _State(header, table, valid_rows, starts)

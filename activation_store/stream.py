@@ -106,6 +106,22 @@ class _Stream:
             self._rows.reset()
         self.position = i
 
+    def first_item_needed(self, position: int) -> int:
+        """First item that batches from `position` on may need; a pure function of the store's rows.
+
+        In epoch 0 windows are opened whole, so it is the beginning of one, and everything before
+        it has been passed. 0 in later epochs, which need all items in another order. While the
+        store grows, at most the first item of the first window that is not yet whole.
+
+        Raises:
+            StoreConfigError: A negative position.
+        """
+        if position < 0:
+            raise StoreConfigError("position", position, "not negative")
+        if self.store.finalised and position >= self.batches_per_epoch:
+            return 0
+        return self._rows.first_item_needed(position * self.batch_rows)
+
     def settle(self) -> None:
         """Returns once nothing is being read in advance: the machine is quiet, the block ready."""
         self._rows.settle()
@@ -172,6 +188,7 @@ class ShuffledStream(_Stream):
 
         Raises:
             IncompleteStoreError: The store did not grow in time. `next` may be called again.
+            DeletedDataError: It needs items that are deleted, as every epoch after the first does.
             MissingDataError, DamagedDataError: naming the file and the chunk.
         """
         parts, first_row, epoch = self._next()

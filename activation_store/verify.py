@@ -9,13 +9,18 @@ from pathlib import Path
 import numpy as np
 
 from activation_store import log
-from activation_store.errors import StoreError
+from activation_store.cursors import CONSUMERS, read_state
+from activation_store.errors import DAMAGE, MissingDataError, StoreError
 from activation_store.header import METADATA, VALID_ROWS, StoreHeader
 from activation_store.metadata import read_header
 from activation_store.parallel import run_all
 from activation_store.record import ItemRecord, from_row
 from activation_store.shard import OpenShard
-from activation_store.writer import encode_valid_rows
+from activation_store.storage import Storage, open_storage
+from activation_store.watermark import WATERMARK, read_watermark
+from activation_store.writer import valid_rows_bytes
+
+_VALID_ROWS_BYTES = 1 << 30
 
 
 @dataclass(frozen=True)
@@ -39,98 +44,143 @@ def verify_store(path: str | Path) -> list[Damage]:
     Damage is never raised: it is what this function is for. Files that no commit record names
     (a dead writer's) are not looked at.
     """
-    root = Path(path)
+    storage = open_storage(path)
     try:
-        header = read_header(root)
+        header = read_header(storage)
     except (StoreError, OSError) as error:
         return [Damage(METADATA, str(error))]
     damages: list[Damage] = []
-    records = _records(root, header, damages)
+    deleted = _deleted(storage, damages)
+    records = _records(storage, header, damages)
     if header.finalised:
-        damages += _valid_rows(root, header, records)
-    shards = [
-        partial(_shard, root, header, name, record)
+        damages += _valid_rows(storage, header, records)
+    checks = [
+        partial(_item, storage, header, record, record.item >= deleted)
         for record in records.values()
-        for name in header.stored
     ]
-    for found in [_counts(root, header, record) for record in records.values()] + run_all(shards):
-        damages += found
+    return damages + [damage for found in run_all(checks, storage.n_threads) for damage in found]
+
+
+def item_damages(
+    storage: Storage, header: StoreHeader, record: ItemRecord, with_shards: bool
+) -> list[Damage]:
+    """What of a committed item is damaged.
+
+    Args:
+        storage: Of the store.
+        header: Of the store.
+        record: Of the item.
+        with_shards: Read its shards; else only the record itself is looked at.
+
+    Raises:
+        StorageError, OSError: A shard cannot be read now; nothing is said of its bytes.
+    """
+    damages = _counts(header, record)
+    for name in header.stored if with_shards else ():
+        damages += _shard(storage, header, name, record)
     return damages
 
 
-def _records(root: Path, header: StoreHeader, damages: list[Damage]) -> dict[int, ItemRecord]:
+def _item(
+    storage: Storage, header: StoreHeader, record: ItemRecord, with_shards: bool
+) -> list[Damage]:
+    try:
+        return item_damages(storage, header, record, with_shards)
+    except (StoreError, OSError) as error:
+        return [Damage(log.record_name(record.item), f"cannot be read: {error}", record.item)]
+
+
+def _deleted(storage: Storage, damages: list[Damage]) -> int:
+    """The item up to which shards are deleted on purpose; looks at the cursor files as well."""
+    for name in storage.names(CONSUMERS):
+        try:
+            read_state(storage, name.removesuffix(".json"))
+        except MissingDataError:
+            continue  # closed since it was listed
+        except (StoreError, OSError) as error:
+            damages.append(Damage(f"{CONSUMERS}/{name}", str(error)))
+    try:
+        return read_watermark(storage).below
+    except (StoreError, OSError) as error:
+        damages.append(Damage(WATERMARK, str(error)))
+        return 0
+
+
+def _records(storage: Storage, header: StoreHeader, damages: list[Damage]) -> dict[int, ItemRecord]:
     """Every record that can be read, from snapshots and loose files, which must agree."""
     records: dict[int, ItemRecord] = {}
-    if not (root / log.LOG).is_dir():
+    if not storage.is_folder(log.LOG):
         damages.append(Damage(log.LOG, "is missing"))
     else:
-        for segment in log.segments(root):
-            records |= _segment(root, header, segment, damages)
+        for segment in log.segments(storage):
+            records |= _segment(storage, header, segment, damages)
     if header.finalised:
         segments = range(-(-header.n_items // log.SEGMENT_ITEMS))
-        for path in (log.snapshot_path(root, segment) for segment in segments):
-            if not path.exists():
-                damages.append(Damage(str(path.relative_to(root)), "is missing"))
+        for name in map(log.snapshot_name, segments):
+            if not storage.exists(name):
+                damages.append(Damage(name, "is missing"))
         for item in sorted(set(range(header.n_items)) - set(records)):
-            damages.append(Damage(_name(root, item), "is missing", item))
+            damages.append(Damage(log.record_name(item), "is missing", item))
     return records
 
 
 def _segment(
-    root: Path, header: StoreHeader, segment: int, damages: list[Damage]
+    storage: Storage, header: StoreHeader, segment: int, damages: list[Damage]
 ) -> dict[int, ItemRecord]:
     records: dict[int, ItemRecord] = {}
-    loose = log.loose_items(root, segment)
-    snapshot = log.snapshot_path(root, segment)
-    if snapshot.exists():
+    loose = log.loose_items(storage, segment)
+    snapshot = log.snapshot_name(segment)
+    if storage.exists(snapshot):
         try:
-            table = log.read_snapshot(root, header, segment)
+            table = log.read_snapshot(storage, header, segment)
         except (StoreError, OSError) as error:
-            damages.append(Damage(str(snapshot.relative_to(root)), str(error)))
+            damages.append(Damage(snapshot, str(error)))
         else:
             first = segment * log.SEGMENT_ITEMS
             records = {first + i: from_row(header, first + i, row) for i, row in enumerate(table)}
             for item in sorted(set(records) - set(loose)):
-                damages.append(Damage(_name(root, item), "is missing", item))
+                damages.append(Damage(log.record_name(item), "is missing", item))
     for item in loose:
         try:
-            record = from_row(header, item, log.read_record(root, header, item)[0])
+            record = from_row(header, item, log.read_record(storage, header, item)[0])
         except (StoreError, OSError) as error:
-            damages.append(Damage(_name(root, item), str(error), item))
+            damages.append(Damage(log.record_name(item), str(error), item))
             continue
         if records.setdefault(item, record) != record:
-            damages.append(Damage(_name(root, item), "differs from the segment's snapshot", item))
+            damages.append(
+                Damage(log.record_name(item), "differs from the segment's snapshot", item)
+            )
     return records
 
 
-def _name(root: Path, item: int) -> str:
-    return str(log.record_path(root, item).relative_to(root))
-
-
-def _valid_rows(root: Path, header: StoreHeader, records: dict[int, ItemRecord]) -> list[Damage]:
+def _valid_rows(
+    storage: Storage, header: StoreHeader, records: dict[int, ItemRecord]
+) -> list[Damage]:
     file = f"{VALID_ROWS}/c.0"
     try:
-        found = (root / file).read_bytes()
-    except OSError as error:
+        found = storage.read(file, _VALID_ROWS_BYTES)
+    except (StoreError, OSError) as error:
         return [Damage(file, f"cannot be read: {error}")]
     rows = np.array([records[i].rows if i in records else -1 for i in range(header.n_items)])
-    if -1 in rows or found == encode_valid_rows(rows):
+    if -1 in rows or found == valid_rows_bytes(rows):
         return []
     return [Damage(file, "does not hold the rows of the commit log")]
 
 
-def _shard(root: Path, header: StoreHeader, name: str, record: ItemRecord) -> list[Damage]:
+def _shard(storage: Storage, header: StoreHeader, name: str, record: ItemRecord) -> list[Damage]:
     layout, committed = header.layout(name), record.arrays[name]
     file = header.shard_file(name, record.item)
     try:
-        shard = OpenShard(root / file, layout, record.rows, committed.bytes, committed.tail_crc32c)
+        shard = OpenShard(
+            storage, file, layout, record.rows, committed.bytes, committed.tail_crc32c
+        )
         damaged = shard.damaged_chunks()
-    except (StoreError, OSError) as error:
+    except DAMAGE as error:
         return [Damage(file, str(error), record.item)]
     return [Damage(file, "fails its checksum", record.item, chunk) for chunk in damaged]
 
 
-def _counts(root: Path, header: StoreHeader, record: ItemRecord) -> list[Damage]:
+def _counts(header: StoreHeader, record: ItemRecord) -> list[Damage]:
     """That the moments are of as many numbers as the rows have."""
     wrong = []
     for name, width in header.arrays.items():
@@ -138,4 +188,4 @@ def _counts(root: Path, header: StoreHeader, record: ItemRecord) -> list[Damage]
         if moments is None or moments.count + moments.non_finite != record.rows * width:
             wrong.append(name)
     problem = f"has moments of another count of numbers than its {record.rows} rows: {wrong}"
-    return [Damage(_name(root, record.item), problem, record.item)] if wrong else []
+    return [Damage(log.record_name(record.item), problem, record.item)] if wrong else []

@@ -7,7 +7,6 @@ no record does not exist, and the item is written again.
 
 from __future__ import annotations
 
-import os
 import uuid
 from collections.abc import Mapping
 from dataclasses import replace
@@ -18,13 +17,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from activation_store import files, log
+from activation_store import log
 from activation_store.checksum import crc32c
 from activation_store.codec import EncodedShard, encode_shard
 from activation_store.creation import compare, create, plan_header, shorten
 from activation_store.errors import (
     IncompleteStoreError,
     ItemError,
+    MissingDataError,
     NonDeterministicItemError,
     StoreError,
     StoreMismatchError,
@@ -40,13 +40,16 @@ from activation_store.metadata import (
     array_documents,
     dump,
     group_document,
+    read_group,
     read_header,
+    restore_documents,
     valid_rows_document,
 )
 from activation_store.parallel import run_all
 from activation_store.quantise import scaling
 from activation_store.record import ItemRecord, ShardRecord, Statistics, from_row, measure
 from activation_store.shard import OpenShard
+from activation_store.storage import open_storage
 
 Columns = Mapping[str, NDArray[Any]]
 Shards = Mapping[str, EncodedShard]
@@ -58,7 +61,7 @@ class StoreWriter:
     Many writers, in many processes, may hold one store at once.
 
     Args:
-        path: Folder of the store.
+        path: Folder of the store, or s3://bucket/prefix.
         arrays: Hookpoint to d_model. None opens the store that exists, whatever it holds.
         dtype: bfloat16 or float32.
         shard_tokens: Rows of a full item.
@@ -87,7 +90,8 @@ class StoreWriter:
         calibration: Mapping[str, Calibration] | None = None,
         codec: str = "none",
     ) -> None:
-        self.path = Path(path)
+        self._storage = open_storage(path)
+        self.path = self._storage.path
         if arrays is not None:
             wanted = plan_header(
                 dict(arrays),
@@ -99,9 +103,9 @@ class StoreWriter:
                 calibration,
                 provenance,
             )
-            if not (self.path / METADATA).exists():
-                create(self.path, wanted)
-        self.header = read_header(self.path)
+            if not self._storage.exists(METADATA):
+                create(self._storage, wanted)
+        self.header = self._read_header()
         if arrays is not None:
             options = {"n_items": n_items, "provenance": provenance, "calibration": calibration}
             given = {key for key, value in options.items() if value is not None}
@@ -139,20 +143,33 @@ class StoreWriter:
         # The moments are summed while the disk works.
         moments: dict[str, Statistics] = {}
         sums = [partial(_measure_into, moments, name, columns[name]) for name in self.header.arrays]
-        run_all([partial(self._place, i, n_rows, shards), *sums])
-        record = _record(i, n_rows, shards, moments)
-        if not log.append(self.path, record):
+        with self._storage.lock(exclusive=False):
+            run_all([partial(self._place, i, n_rows, shards), *sums])
+            record = _record(i, n_rows, shards, moments)
+            is_new = log.append(self._storage, record)
+        if not is_new:
             return self._same(i, n_rows, shards)
-        log.snapshot_if_full(self.path, self.header, i // log.SEGMENT_ITEMS)
+        log.snapshot_if_full(self._storage, self.header, i // log.SEGMENT_ITEMS)
         return record
+
+    def _read_header(self) -> StoreHeader:
+        try:
+            return read_header(self._storage)
+        except MissingDataError:
+            if self._storage.build_is_atomic:
+                raise
+        header, _ = read_group(self._storage)
+        if not header.finalised:  # whoever made the store is not done, or never will be
+            restore_documents(self._storage, header)
+        return read_header(self._storage)
 
     def is_committed(self, i: int) -> bool:
         """Whether item `i` is durable, whoever wrote it."""
-        return log.record_path(self.path, i).exists()
+        return self._storage.exists(log.record_name(i))
 
     def committed_items(self) -> set[int]:
         """All items that are durable now."""
-        return log.CommitLog(self.path, self.header).items()
+        return log.CommitLog(self._storage, self.header).items()
 
     def finalise(self) -> StoreHeader:
         """Trims the arrays to what was committed; nothing can be added after. May be repeated.
@@ -160,10 +177,10 @@ class StoreWriter:
         Raises:
             IncompleteStoreError: An item below the last one (or the planned number) is missing.
         """
-        self.header = read_header(self.path)
+        self.header = read_header(self._storage)
         if self.header.finalised:
             return self.header
-        commits = log.CommitLog(self.path, self.header)
+        commits = log.CommitLog(self._storage, self.header)
         table = commits.contiguous()
         items = commits.items()
         planned = self.header.planned_items
@@ -181,22 +198,21 @@ class StoreWriter:
             n_tokens=int(table["rows"].sum()),
         )
         for segment in range(-(-final.n_items // log.SEGMENT_ITEMS)):
-            log.snapshot_if_full(self.path, final, segment)
+            log.snapshot_if_full(self._storage, final, segment)
         self._write_metadata(final, table["rows"])
-        files.remove_stale(self.path)
+        self._storage.remove_stale()
         self.header = final
         return final
 
     def _write_metadata(self, final: StoreHeader, rows: NDArray[np.int64]) -> None:
         # The group goes last: until it says "finalised", readers accept trimmed and untrimmed.
-        folder = self.path / VALID_ROWS
-        folder.mkdir(exist_ok=True)
-        files.fsync_folder(self.path)
-        files.replace(self.path, folder / "c.0", encode_valid_rows(rows))
-        files.replace(self.path, folder / METADATA, dump(valid_rows_document(final)))
+        storage = self._storage
+        storage.make_folder(VALID_ROWS)
+        storage.put(f"{VALID_ROWS}/c.0", [valid_rows_bytes(rows)])
+        storage.put(f"{VALID_ROWS}/{METADATA}", [dump(valid_rows_document(final))])
         for name, document in array_documents(final, final.n_items).items():
-            files.replace(self.path, self.path / name / METADATA, dump(document))
-        files.replace(self.path, self.path / METADATA, dump(group_document(final)))
+            storage.put(f"{name}/{METADATA}", [dump(document)])
+        storage.put(METADATA, [dump(group_document(final))])
 
     def _columns(self, i: int, rows: NDArray[Any] | Columns, sidecars: Columns) -> Columns:
         header = self.header
@@ -238,7 +254,7 @@ class StoreWriter:
 
     def _same(self, i: int, n_rows: int, shards: Shards) -> ItemRecord:
         """The record of the attempt that was first, if this one gave the same bytes."""
-        first = from_row(self.header, i, log.read_record(self.path, self.header, i)[0])
+        first = from_row(self.header, i, log.read_record(self._storage, self.header, i)[0])
         if (first.rows, first.files()) != (n_rows, _files(shards)):
             raise NonDeterministicItemError(
                 f"item {i} of {self.path} is committed by attempt {first.attempt} with other "
@@ -249,15 +265,14 @@ class StoreWriter:
 
     def _place(self, i: int, n_rows: int, shards: Shards) -> None:
         # Side by side: a file system commits several files in the time it takes for one.
-        run_all(
-            [partial(self._place_one, i, n_rows, name, shard) for name, shard in shards.items()]
-        )
-        run_all([partial(files.fsync_folder, self.path / name) for name in shards])
+        puts = [partial(self._place_one, i, n_rows, name, shard) for name, shard in shards.items()]
+        run_all(puts, self._storage.n_threads)
+        self._storage.sync(list(shards))
 
     def _place_one(self, i: int, n_rows: int, name: str, shard: EncodedShard) -> None:
-        path = self.path / self.header.shard_file(name, i)
-        temporary = files.write_temporary(self.path, shard.parts)
-        if files.link_new(temporary, path) or self._same_file(path, n_rows, name, shard):
+        file = self.header.shard_file(name, i)
+        placed = self._storage.put_if_absent(file, shard.parts)
+        if placed or self._same_file(file, n_rows, name, shard):
             return
         # A worker taken for dead may come back late with other bytes. Its item may have been
         # committed meanwhile: those files are never touched. Without a record, what stands
@@ -266,18 +281,18 @@ class StoreWriter:
             raise NonDeterministicItemError(
                 f"item {i} of {self.path} was committed meanwhile, with other bytes of {name}"
             )
-        os.rename(files.write_temporary(self.path, shard.parts), path)
+        self._storage.put(file, shard.parts)
 
-    def _same_file(self, path: Path, n_rows: int, name: str, shard: EncodedShard) -> bool:
+    def _same_file(self, file: str, n_rows: int, name: str, shard: EncodedShard) -> bool:
         layout = self.header.layout(name)
         try:
-            there = OpenShard(path, layout, n_rows, shard.n_bytes, shard.tail_crc32c)
+            there = OpenShard(self._storage, file, layout, n_rows, shard.n_bytes, shard.tail_crc32c)
             return not there.damaged_chunks()
         except StoreError:
             return False
 
 
-def encode_valid_rows(rows: NDArray[Any]) -> bytes:
+def valid_rows_bytes(rows: NDArray[Any]) -> bytes:
     """The only chunk of the plain array `valid_rows`: int32 and its crc32c."""
     data = (rows if len(rows) else np.zeros(1)).astype("<i4").tobytes()
     return data + crc32c(data).to_bytes(4, "little")

@@ -27,9 +27,9 @@ class FiringPass(NamedTuple):
     """Mean and variance of the rows; errors only if asked for."""
 
     @property
-    def dead_fraction(self) -> float:
-        """Share of latents that fired on no row."""
-        return float((self.counts == 0).double().mean())
+    def dead_fraction(self) -> float | None:
+        """Share of latents that fired on no row; None without rows."""
+        return float((self.counts == 0).double().mean()) if self.sums.rows else None
 
 
 def count_firings(
@@ -40,7 +40,7 @@ def count_firings(
     with_errors: bool,
     progress: Callable[[int], None] = lambda rows: None,
 ) -> FiringPass:
-    """Reads the rows of `array` once, in order, and encodes them.
+    """Reads the rows of `array` once, in order, and encodes them; deleted ones are left out.
 
     Args:
         sae: The dictionary.
@@ -51,7 +51,8 @@ def count_firings(
     """
     counts = torch.zeros(sae.config.n_latents, dtype=torch.int64)
     sums = ReconstructionSums(sae.d_model)
-    for start in range(0, store.n_tokens, ROWS_PER_READ):
+    first = int(store.valid_rows[: store.read_watermark().below].sum())
+    for start in range(first, store.n_tokens, ROWS_PER_READ):
         rows = store.read(array, start, min(start + ROWS_PER_READ, store.n_tokens))
         x = torch.from_numpy(rows.astype(np.float32)).to(sae.b_dec.device)
         sums.add_rows(x)

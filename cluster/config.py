@@ -101,6 +101,13 @@ class LoggingConfig:
 class ClusterConfig:
     """The Ray cluster: where it is and what runs on it."""
 
+    mode: str = "sequential"
+    """sequential: harvest, then train; concurrent: train on what has been harvested so far."""
+    max_lead_items: int | None = None
+    """Concurrent: items that harvesting may be ahead of the slowest consumer; null: any number."""
+    retention: str = "keep"
+    """Concurrent: keep all activations, or delete what is consumed, once no consumer and no kept
+    checkpoint can need it; then training sees every row once."""
     address: str | None = None
     """Ray address to join; null starts a private local cluster."""
     harvest_workers: int = 2
@@ -113,6 +120,14 @@ class ClusterConfig:
 
     def validate(self) -> None:
         """Raises: ConfigError: naming the setting that cannot be."""
+        if self.mode not in ("sequential", "concurrent"):
+            raise ConfigError("cluster.mode", self.mode, "sequential or concurrent")
+        if self.retention not in ("keep", "consumed"):
+            raise ConfigError("cluster.retention", self.retention, "keep or consumed")
+        if self.mode == "sequential" and self.retention != "keep":
+            raise ConfigError(
+                "cluster.retention", self.retention, "keep with cluster.mode=sequential"
+            )
         for name in ("harvest_workers", "items_in_flight"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"cluster.{name}", getattr(self, name), "at least 1")

@@ -7,6 +7,7 @@ never loads the model's weights. Running it again does only the items that are m
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,6 +36,12 @@ class HarvestJob:
     resuming: bool
     """The store exists already."""
     console: Console
+    live: bool
+    """Whether progress may take the terminal's live line."""
+
+
+MayStart = Callable[[int], bool]
+"""Whether one more item may be begun, given how many are in flight."""
 
 
 def run(config: RunConfig, run_dir: Path) -> None:
@@ -50,12 +57,28 @@ def run(config: RunConfig, run_dir: Path) -> None:
         TextError: The text cannot be read, or there is none.
         PlacementError: The cluster has no room for the workers.
     """
+    job = prepare(config, run_dir)
+    if job is not None:
+        fill(job)
+
+
+def prepare(
+    config: RunConfig, run_dir: Path, console: Console | None = None, live: bool = True
+) -> HarvestJob | None:
+    """Tokenises and plans; None when the store is full already. Raises as `run`.
+
+    Args:
+        config: of the run.
+        run_dir: its folder.
+        console: where progress is shown.
+        live: as one live line on a terminal; False where somebody else has that line.
+    """
     from rich.console import Console
 
     from cluster.contexts import plan_items, prepare_contexts
     from cluster.models import load_tokenizer
 
-    console = Console(soft_wrap=True)
+    console = console or Console(soft_wrap=True)
     cache_dir = Path(config.cache_dir).expanduser()
     path = store_path(config, run_dir)
     tokenizer = load_tokenizer(config.model, cache_dir)
@@ -65,7 +88,7 @@ def run(config: RunConfig, run_dir: Path) -> None:
         console.print(f"harvest: {path} holds all {existing.n_tokens:,} rows already")
         if not (run_dir / "harvest.json").is_file():
             _write_summary(config, run_dir, path, {"seconds": 0.0, "tokens_per_s": None})
-        return
+        return None
     contexts = prepare_contexts(config.data, tokenizer, cache_dir)
     plan = plan_items(contexts.train, config.seed, config.data.tokens, config.store.shard_tokens)
     if plan.n_rows < config.data.tokens:
@@ -73,13 +96,22 @@ def run(config: RunConfig, run_dir: Path) -> None:
             f"harvest: the text gives {plan.n_rows:,} rows, fewer than data.tokens="
             f"{config.data.tokens:,}; storing all of them"
         )
-    session = _fill(HarvestJob(config, run_dir, path, plan, provenance, bool(existing), console))
-    _write_summary(config, run_dir, path, session)
-    console.print(f"harvest: {plan.n_rows:,} rows in {path}")
+    return HarvestJob(config, run_dir, path, plan, provenance, bool(existing), console, live)
 
 
-def _fill(job: HarvestJob) -> dict[str, Any]:
-    """Computes the missing items and finalises the store."""
+def fill(job: HarvestJob, may_start: MayStart = lambda _: True) -> None:
+    """Computes the missing items, finalises the store and leaves the summary.
+
+    Args:
+        job: of `prepare`.
+        may_start: holds workers back while it says no; what it raises ends the harvest.
+    """
+    session = _fill(job, may_start)
+    _write_summary(job.config, job.run_dir, job.store, session)
+    job.console.print(f"harvest: {job.plan.n_rows:,} rows in {job.store}")
+
+
+def _fill(job: HarvestJob, may_start: MayStart) -> dict[str, Any]:
     from activation_store import StoreWriter
     from cluster.harvest_pool import WorkerPool
     from cluster.harvest_worker import WorkerSpec
@@ -100,7 +132,7 @@ def _fill(job: HarvestJob) -> dict[str, Any]:
         )
         with WorkerPool(spec, n_workers, config.cluster) as pool:
             writer = StoreWriter(job.store) if job.resuming else _create(job, pool)
-            rows = _run_items(job, pool, writer)
+            rows = _run_items(job, pool, writer, may_start)
         writer.finalise()
     seconds = time.monotonic() - started
     return {
@@ -140,7 +172,7 @@ def _create(job: HarvestJob, pool: WorkerPool) -> StoreWriter:
     )
 
 
-def _run_items(job: HarvestJob, pool: WorkerPool, writer: StoreWriter) -> int:
+def _run_items(job: HarvestJob, pool: WorkerPool, writer: StoreWriter, may_start: MayStart) -> int:
     """Returns the rows computed now."""
     from cluster.progress import ProgressLine, duration
 
@@ -150,8 +182,8 @@ def _run_items(job: HarvestJob, pool: WorkerPool, writer: StoreWriter) -> int:
         job.console.print(f"harvest: {len(committed)} of {plan.n_items} items are there already")
     rows, finished = 0, 0
     started = time.monotonic()
-    with ProgressLine(job.console) as line:
-        for new_rows in pool.run((item, plan.contexts(item)) for item in todo):
+    with ProgressLine(job.console, live=job.live) as line:
+        for new_rows in pool.run(((item, plan.contexts(item)) for item in todo), may_start):
             if new_rows is not None:
                 rows, finished = rows + new_rows, finished + 1
             seconds = time.monotonic() - started

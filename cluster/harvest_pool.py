@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable, Iterator
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -73,8 +75,14 @@ class WorkerPool:
             self._result(reference)
         return moments
 
-    def run(self, work: Iterable[Work]) -> Iterator[int | None]:
+    def run(
+        self, work: Iterable[Work], may_start: Callable[[int], bool] = lambda _: True
+    ) -> Iterator[int | None]:
         """Runs every item; yields the rows of each finished one, and None while none has finished.
+
+        Args:
+            work: the items, in the order in which they are begun.
+            may_start: whether one more may be begun, given how many are; asked again and again.
 
         Raises:
             ClusterError: Workers keep dying without finishing an item.
@@ -82,25 +90,28 @@ class WorkerPool:
         import ray
 
         queue = iter(work)
+        upcoming = next(queue, None)
+        free = deque(self.workers * self._in_flight)
         pending: dict[Any, Any] = {}  # task -> the worker that has it
-        for worker in self.workers * self._in_flight:
-            self._submit(queue, worker, pending)
         starts = self._starts()
-        while pending:
+        while upcoming is not None or pending:
+            while upcoming is not None and free and may_start(len(pending)):
+                worker = free.popleft()
+                pending[worker.run_item.remote(*upcoming)] = worker
+                upcoming = next(queue, None)
+            if not pending:
+                time.sleep(POLL_S)
+                yield None
+                continue
             done, _ = ray.wait(list(pending), timeout=POLL_S)
             for task in done:
                 rows = self._result(task)
-                self._submit(queue, pending.pop(task), pending)
+                free.append(pending.pop(task))
                 starts = self._starts()
                 yield rows
             if not done:
                 self._refuse_endless_restarts(starts)
                 yield None
-
-    def _submit(self, queue: Iterator[Work], worker: Any, pending: dict[Any, Any]) -> None:
-        work = next(queue, None)
-        if work is not None:
-            pending[worker.run_item.remote(*work)] = worker
 
     def _result(self, task: Any) -> Any:
         import ray

@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any, TextIO
 from uuid import uuid4
 
+from rich.console import Console
+
 from cluster.training_line import TrainingLine
 from conf.schema import RunConfig
 
@@ -30,7 +32,7 @@ class MetricSinks:
     def __init__(self, config: RunConfig, run_dir: Path, console: bool) -> None:
         self._file = _open_for_append(run_dir / METRICS)
         self._wandb = _start_wandb(config, run_dir)
-        self._line = TrainingLine(config.train.n_steps) if console else None
+        self._line = TrainingLine(config.train.n_steps, Console()) if console else None
 
     def write(self, row: dict[str, Any]) -> None:
         """Appends one row, whole, and shows it."""

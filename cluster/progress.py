@@ -11,14 +11,22 @@ from rich.text import Text
 
 
 class ProgressLine:
-    """A context manager whose `show(text)` may be called as often as one likes."""
+    """A context manager whose `show(text)` may be called as often as one likes.
 
-    def __init__(self, console: Console | None = None, plain_every_s: float = 5.0) -> None:
+    Args:
+        console: where; a terminal has one live line, lines printed beside it stand above.
+        plain_every_s: seconds between plain lines.
+        live: False prints plain lines on a terminal too.
+    """
+
+    def __init__(
+        self, console: Console | None = None, plain_every_s: float = 5.0, live: bool = True
+    ) -> None:
         self.console = console or Console()
         self._plain_every_s = plain_every_s
         self._last_plain = float("-inf")
         self._pending: str | None = None
-        self._live = Live(console=self.console) if self.console.is_terminal else None
+        self._live = Live(console=self.console) if live and self.console.is_terminal else None
 
     def __enter__(self) -> ProgressLine:
         if self._live:

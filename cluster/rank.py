@@ -10,12 +10,14 @@ import sys
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from activation_store import open_store
 from activation_store.errors import StoreError
+from cluster.cursor import RunCursor
 from cluster.environment import environment
 from cluster.errors import ClusterError
 from cluster.metric_sinks import MetricSinks
@@ -88,8 +90,17 @@ def _train(
         mesh.n_data,
         config.store.window_items,
         config.store.buffer_tokens,
+        device,
     )
     trainer_config = replace(config.trainer, sae=replace(config.sae, hookpoint=array))
+    cursor = _cursor(config, run_dir, source) if sinks is not None else None
+
+    def report(row: dict[str, Any]) -> None:
+        if sinks is not None:
+            sinks.write(row)
+        if cursor is not None:
+            cursor.publish()
+
     try:
         trainer = Trainer(
             trainer_config,
@@ -97,7 +108,7 @@ def _train(
             source,
             run_dir / "checkpoints",
             config.seed,
-            report=sinks.write if sinks is not None else lambda row: None,
+            report=report,
             report_every=config.logging.every_steps,
         )
         newest = _agreed_checkpoint(run_dir / "checkpoints", config.checkpoint.verify_hashes)
@@ -106,8 +117,22 @@ def _train(
         else:
             trainer.resume(newest)
         trainer.train()
+        if cursor is not None:
+            cursor.close()
     finally:
         source.close()
+
+
+def _cursor(config: RunConfig, run_dir: Path, source: StoreSource) -> RunCursor | None:
+    if config.cluster.mode != "concurrent":
+        return None
+    return RunCursor(
+        config.store.path,
+        config.name,
+        source,
+        run_dir / "checkpoints",
+        keep_everything=config.cluster.retention == "keep",
+    )
 
 
 def _agreed_checkpoint(root: Path, hashes: bool) -> Path | None:

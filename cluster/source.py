@@ -1,26 +1,33 @@
-"""The store as the trainer's source: the only place where activations become torch tensors."""
+"""The store as the trainer's source."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict
+import time
+from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
-from activation_store import ShuffledStream, Store
+from activation_store import ShuffledStream, StagedStream, Store
+from activation_store.errors import IncompleteStoreError
+from cluster.device_rows import DeviceRows, pinned
+from cluster.tensors import to_torch
 from sae_core.source import Batch
 
 SAMPLE_BATCH = 4096
+WAIT_TIMEOUT_S = 600.0
+"""How long a growing store may not have the rows that are asked for."""
+_POLL_S = 0.2
 
 
 class StoreSource:
     """One data replica's batches of one array of a store; an `ActivationSource`.
 
+    The store may still be growing: then batches and samples wait for their rows.
+
     Args:
-        store: open, with at least one committed window.
+        store: open, with at least one committed item.
         array: whose rows to train on.
         seed: fixes the order, the same on all ranks.
         batch_tokens: rows of the global batch.
@@ -28,6 +35,7 @@ class StoreSource:
         n_replicas: replicas that share a global batch; divides `batch_tokens`.
         window_items: work items shuffled together.
         buffer_tokens: rows permuted together in memory.
+        device: where batches are to be; on cuda they are gathered there.
     """
 
     def __init__(
@@ -40,21 +48,28 @@ class StoreSource:
         n_replicas: int,
         window_items: int,
         buffer_tokens: int,
+        device: torch.device | None = None,
     ) -> None:
         self.d_in = self.d_out = store.arrays[array]
         self.identity = f"{array}-{store_digest(store)}"
         self._store, self._array, self._seed = store, array, seed
         self._window_items, self._buffer_tokens = window_items, buffer_tokens
         share = batch_tokens // n_replicas
-        self._stream = ShuffledStream(
-            store,
-            [array],
-            seed=seed,
-            batch_rows=batch_tokens,
-            window_items=window_items,
-            buffer_rows=buffer_tokens,
-            rows=(replica * share, (replica + 1) * share),
-        )
+        order: dict[str, Any] = {
+            "seed": seed,
+            "batch_rows": batch_tokens,
+            "window_items": window_items,
+            "buffer_rows": buffer_tokens,
+            "rows": (replica * share, (replica + 1) * share),
+            "wait_timeout_s": WAIT_TIMEOUT_S,
+        }
+        self._device_rows: DeviceRows | None = None
+        self._stream: ShuffledStream | StagedStream
+        if device is not None and device.type == "cuda":
+            self._device_rows = DeviceRows(store, array, device)
+            self._stream = StagedStream(store, [array], allocate=pinned, **order)
+        else:
+            self._stream = ShuffledStream(store, [array], **order)
 
     @property
     def position(self) -> int:
@@ -67,11 +82,16 @@ class StoreSource:
 
     def next(self) -> Batch:
         """This replica's rows of the batch at `position`, [batch_tokens / n_replicas, d_in]."""
+        if isinstance(self._stream, StagedStream):
+            assert self._device_rows is not None
+            staged = self._stream.next()
+            return Batch(self._device_rows.gather(staged), None, staged.first_row)
         batch = self._stream.next()
         return Batch(to_torch(batch.arrays[self._array]), None, batch.first_row)
 
     def sample(self, n: int) -> torch.Tensor:
         """The first `n` rows of the stream, or all of a smaller store; the same on all ranks."""
+        self._wait_for_rows(n)
         wanted = min(n, self._store.n_tokens)
         size = min(SAMPLE_BATCH, wanted)
         stream = ShuffledStream(
@@ -88,22 +108,32 @@ class StoreSource:
             stream.close()
         return torch.cat([to_torch(batch) for batch in batches])
 
+    def first_item_needed(self, position: int) -> int:
+        """First item of the store that batches from `position` on may need."""
+        return self._stream.first_item_needed(position)
+
+    def _wait_for_rows(self, n: int) -> None:
+        deadline = time.monotonic() + WAIT_TIMEOUT_S
+        while not self._store.finalised and self._store.n_tokens < n:
+            if time.monotonic() > deadline:
+                raise IncompleteStoreError(
+                    f"{self._store.path} has {self._store.n_tokens} rows after "
+                    f"{WAIT_TIMEOUT_S:.0f} s: a sample needs {n}; is its writer still alive?"
+                )
+            time.sleep(_POLL_S)
+            self._store.refresh()
+
     def close(self) -> None:
         """Ends the background reader."""
         self._stream.close()
 
 
 def store_digest(store: Store) -> str:
-    """Sixteen hex digits of what a finalised store holds, wherever it lies."""
+    """Sixteen hex digits of what a store was made to hold, wherever it lies and however full.
+
+    Of the header's fixed part, provenance among it, and the checksums of item 0.
+    """
     header = store.header
-    content = [header.arrays, header.dtype, header.provenance, header.n_items, header.n_tokens]
-    rows = [asdict(store.statistics(name)) for name in header.arrays]
-    text = json.dumps([content, rows], sort_keys=True)
+    content = [header.arrays, header.dtype, header.codec, header.shard_tokens, header.provenance]
+    text = json.dumps([content, store.checksums(0)], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def to_torch(rows: NDArray[np.generic]) -> torch.Tensor:
-    """float32 or bfloat16 rows as a tensor; torch does not know NumPy's bfloat16, only its bits."""
-    if rows.dtype.name == "bfloat16":
-        return torch.from_numpy(rows.view(np.uint16)).view(torch.bfloat16)
-    return torch.from_numpy(rows)

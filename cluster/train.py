@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,15 +31,26 @@ _SETTLE_S = 3.0
 """After a first failure, how long to wait to learn whether some rank's process died."""
 
 
-def run(config: RunConfig, run_dir: Path) -> None:
+def run(
+    config: RunConfig,
+    run_dir: Path,
+    console: Console | None = None,
+    watch: Callable[[], None] = lambda: None,
+) -> None:
     """Trains to `train.tokens`, resuming from the newest valid checkpoint.
+
+    Args:
+        config: of the run.
+        run_dir: its folder.
+        console: where progress is shown.
+        watch: called twice a second while ranks run; what it raises ends them.
 
     Raises:
         ConfigError, StoreConfigError: there is no store, or it does not fit the config.
         PlacementError: the cluster cannot hold the ranks.
         RankFailedError: ranks died more often than `cluster.max_failures`.
     """
-    console = Console()
+    console = console or Console()
     if not (Path(config.store.path) / "zarr.json").is_file():
         raise StoreConfigError(
             "store.path",
@@ -54,7 +66,7 @@ def run(config: RunConfig, run_dir: Path) -> None:
         return
     with ray_session(config.cluster, min_cpus=1):
         for failures in range(config.cluster.max_failures + 1):
-            problem = _attempt(config, run_dir)
+            problem = _attempt(config, run_dir, console, watch)
             if problem is None:
                 break
             wait_for_old_ranks(run_dir)
@@ -75,7 +87,9 @@ def _finished(config: RunConfig, run_dir: Path) -> Path | None:
     return None
 
 
-def _attempt(config: RunConfig, run_dir: Path) -> str | None:
+def _attempt(
+    config: RunConfig, run_dir: Path, console: Console, watch: Callable[[], None]
+) -> str | None:
     """One group of ranks, to its end. Returns what killed it, None when it finished."""
     import ray
 
@@ -86,21 +100,21 @@ def _attempt(config: RunConfig, run_dir: Path) -> str | None:
         except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError):
             return "a trainer rank died before it began"
         tasks = [rank.run.remote(host, port) for rank in ranks]
-        _follow(tasks, config, run_dir)
+        _follow(tasks, run_dir, TrainingLine(config.train.n_steps, console), watch)
         return _first_problem(tasks)
 
 
-def _follow(tasks: list[Any], config: RunConfig, run_dir: Path) -> None:
+def _follow(tasks: list[Any], run_dir: Path, line: TrainingLine, watch: Callable[[], None]) -> None:
     """Shows rank 0's metrics until all ranks have finished or the first one has failed."""
     import ray
 
-    line = TrainingLine(config.train.n_steps)
     path = run_dir / METRICS
     offset = path.stat().st_size if path.exists() else 0
     waiting = list(tasks)
     try:
         while waiting:
             done, waiting = ray.wait(waiting, timeout=_POLL_S)
+            watch()
             if path.exists():
                 offset = _show_new_rows(path, offset, line)
             if any(_error_of(task) is not None for task in done):

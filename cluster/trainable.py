@@ -17,17 +17,19 @@ def check_store(config: RunConfig) -> str:
         ConfigError, StoreConfigError: naming what does not fit.
     """
     store = open_store(config.store.path)
-    if not store.finalised:
+    growing = not store.finalised
+    if growing and config.cluster.mode != "concurrent":
         raise StoreConfigError(
             "store.path",
             config.store.path,
             "a finalised store",
-            "finish it with stage=harvest, or call StoreWriter.finalise()",
+            "finish it with stage=harvest or StoreWriter.finalise(), or train while it grows with "
+            "stage=pipeline cluster.mode=concurrent",
         )
     array = config.sae.hookpoint or next(iter(store.arrays))
     if array not in store.arrays:
         raise ConfigError("sae.hookpoint", array, f"an array of the store: {list(store.arrays)}")
-    if store.n_tokens < config.train.batch_tokens:
+    if not growing and store.n_tokens < config.train.batch_tokens:
         raise ConfigError(
             "train.batch_tokens", config.train.batch_tokens, f"at most {store.n_tokens} stored rows"
         )

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from rich.console import Console
+
 from cluster.progress import ProgressLine, duration
 
 
@@ -12,11 +14,12 @@ class TrainingLine:
 
     Args:
         n_steps: optimiser steps of the whole run.
+        console: where.
     """
 
-    def __init__(self, n_steps: int) -> None:
+    def __init__(self, n_steps: int, console: Console) -> None:
         self._n_steps = n_steps
-        self._line = ProgressLine()
+        self._line = ProgressLine(console)
         self._line.__enter__()
 
     def show(self, row: dict[str, Any]) -> None:

@@ -22,6 +22,7 @@ MAY_CHANGE = (
     "train.device",
     "train.compute_dtype",
     "train.kernels",
+    "train.prefilter",
     "train.threads_per_rank",
     "train.timeout_s",
 )

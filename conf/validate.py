@@ -62,8 +62,27 @@ def _check_harvest_fits_store(config: RunConfig) -> None:
             config.data.tokens,
             f"at least a batch, train.batch_tokens={config.train.batch_tokens}",
         )
+    _check_concurrent(config)
     hookpoint = config.sae.hookpoint
     if hookpoint is not None and hookpoint not in config.model.hookpoints:
         raise ConfigError(
             "sae.hookpoint", hookpoint, f"one of model.hookpoints={config.model.hookpoints}"
+        )
+
+
+def _check_concurrent(config: RunConfig) -> None:
+    cluster, window = config.cluster, config.store.window_items
+    if cluster.max_lead_items is not None and cluster.max_lead_items < 2 * window:
+        raise ConfigError(
+            "cluster.max_lead_items",
+            cluster.max_lead_items,
+            f"at least two windows, 2 x store.window_items={2 * window}",
+            "training waits for whole windows: with less, both would wait for each other",
+        )
+    if cluster.retention == "consumed" and config.train.tokens > config.data.tokens:
+        raise ConfigError(
+            "cluster.retention",
+            cluster.retention,
+            f"keep, or train.tokens of at most data.tokens={config.data.tokens}",
+            "rows that are deleted cannot be trained on a second time",
         )

@@ -11,7 +11,7 @@ class Batch(NamedTuple):
     """One replica's slice of a global batch."""
 
     x: torch.Tensor
-    """[B, D] raw activations, bfloat16 or float32, on the host."""
+    """[B, D] raw activations, bfloat16 or float32, on the host or the trainer's device."""
     target: torch.Tensor | None
     """[B, d_out] what a transcoder reconstructs; None for an autoencoder: `x` itself."""
     first_row: int

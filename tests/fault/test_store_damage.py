@@ -23,7 +23,7 @@ from activation_store.errors import (
     StoreError,
     StoreFormatError,
 )
-from activation_store.files import read_sealed, seal
+from activation_store.sealed import seal, unseal
 from tests.store_cases import expected, item_columns, tree, write_store
 
 ARRAYS = {"a": 6, "b": 3}
@@ -173,7 +173,7 @@ def test_a_record_that_contradicts_the_snapshot_is_named(pristine: Path, tmp_pat
     path = tmp_path / "s"
     shutil.copytree(pristine, path)
     record = path / "_log" / "000000" / "000000001.json"
-    record.write_bytes(seal({**read_sealed(record, 1 << 20), "attempt": "another"}))
+    record.write_bytes(seal({**unseal(str(record), record.read_bytes()), "attempt": "another"}))
     damages = verify_store(path)
     assert [(damage.file, damage.item) for damage in damages] == [("_log/000000/000000001.json", 1)]
     assert "differs" in damages[0].problem
@@ -227,7 +227,7 @@ def test_a_record_that_claims_too_much_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "s"
     write_store(path, [16], finalise=False)
     record = path / "_log" / "000000" / "000000000.json"
-    good = read_sealed(record, 1 << 20)
+    good = unseal(str(record), record.read_bytes())
     name = "model.layers.9"
     shard = good["arrays"][name]
     header = open_store(path).header
@@ -300,7 +300,7 @@ def test_a_reader_of_a_file_that_is_replaced_sees_the_old_one_whole(tmp_path: Pa
     (tmp_path / "_tmp").mkdir()
     (tmp_path / "x").write_bytes(b"old")
     with (tmp_path / "x").open("rb") as file:
-        store_files.replace(tmp_path, tmp_path / "x", b"new and longer")
+        store_files.replace(tmp_path, tmp_path / "x", [b"new and longer"])
         assert file.read() == b"old"
     assert tree(tmp_path) == {"x": b"new and longer"}
 
@@ -313,11 +313,11 @@ def test_a_finalise_that_is_killed_can_be_repeated(
     writer = write_store(path, ROWS, arrays=ARRAYS, finalise=False)
     replace, left = store_files.replace, [survivors]
 
-    def killed(root: Path, file: Path, data: bytes) -> None:
+    def killed(root: Path, file: Path, parts: list[bytes]) -> None:
         if not left[0]:
             raise KeyboardInterrupt
         left[0] -= 1
-        replace(root, file, data)
+        replace(root, file, parts)
 
     monkeypatch.setattr(store_files, "replace", killed)
     # Snapshot, valid_rows and its metadata, five arrays: the group is the ninth and last.

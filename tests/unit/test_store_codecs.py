@@ -32,8 +32,8 @@ from activation_store.errors import (
     StoreConfigError,
     StoreMismatchError,
 )
-from activation_store.files import read_sealed, seal
 from activation_store.quantise import Scaling
+from activation_store.sealed import seal, unseal
 from tests.store_cases import DTYPES, calibration, expected, item_columns, write_store
 
 CODECS = ("none", "blosc", "int8")
@@ -113,7 +113,7 @@ def test_we_read_what_they_write_with_our_metadata(
     write_store(path, [16], arrays=arrays, **options)
     header, before = open_store(path).header, open_store(path).read("a", 0, 16)
     record = path / "_log" / "000000" / "000000000.json"
-    document = read_sealed(record, 1 << 20)
+    document = unseal(str(record), record.read_bytes())
     for name in header.stored_as("a"):
         file = path / header.shard_file(name, 0)
         wanted = zarr.open_array(path / name, mode="r")[:]

@@ -12,6 +12,7 @@ import pytest
 
 from activation_store import StoreWriter, log, open_store
 from activation_store.record import ItemRecord, ShardRecord, Statistics, row_dtype, to_row
+from activation_store.storage_local import LocalStorage
 from tests.store_cases import item_columns
 
 N_SHARDS = 100_000
@@ -33,7 +34,7 @@ def large_log(path: Path) -> None:
         attempt = f"{place:08d}-1234-1234-1234-123456789012"
         table[place] = to_row(ItemRecord(place, attempt, 16, arrays), table.dtype)
     for segment in range(N_SHARDS // log.SEGMENT_ITEMS):
-        log.write_snapshot(path, segment, table)
+        log.write_snapshot(LocalStorage(path), segment, table)
 
 
 @pytest.mark.slow

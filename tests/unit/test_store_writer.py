@@ -19,6 +19,7 @@ from activation_store.errors import (
     StoreFormatError,
     StoreMismatchError,
 )
+from activation_store.storage_local import LocalStorage
 from tests.store_cases import expected, item_columns, tree, write_store
 
 ARRAYS = {"model.layers.9": 6}
@@ -169,7 +170,9 @@ def test_many_writers_may_create_one_store(tmp_path: Path) -> None:
     assert verify_store(tmp_path / "s") == []
     store = open_store(tmp_path / "s")
     assert store.n_tokens == 32
-    create(tmp_path / "s", store.header)  # of one that looked just before the others were done
+    create(
+        LocalStorage(tmp_path / "s"), store.header
+    )  # of one that looked just before the others were done
     assert os.listdir(tmp_path) == ["s"]
 
 

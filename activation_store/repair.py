@@ -1,0 +1,227 @@
+"""Making a damaged store whole again, but for the work items that it then lists to be redone.
+
+Everything that can be told from something else is written anew: metadata from the header, loose
+records from snapshots, snapshots from records. What is not committed is dropped. An item whose
+shards or record are damaged is un-committed: its record moves to `_repaired/`, its shards go, and a
+finalised store grows again until the next harvest has redone the item and finalises it. Items are
+pure functions of their number, so the rows and their order are then what they were.
+
+Repair holds the store's lock alone, which writers share for the moment in which they place and
+commit an item: an item under way waits. It may be killed at any step and run again. In an object
+store there is no lock: there only objects older than an hour are dropped as not committed.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from activation_store import log
+from activation_store.checksum import crc32c
+from activation_store.errors import DAMAGE, MissingDataError
+from activation_store.header import METADATA, VALID_ROWS
+from activation_store.metadata import dump, group_document, read_group, restore_documents
+from activation_store.parallel import run_all
+from activation_store.record import ItemRecord, from_row
+from activation_store.sealed import seal
+from activation_store.storage import Storage, open_storage
+from activation_store.verify import item_damages
+from activation_store.watermark import read_watermark
+from activation_store.writer import valid_rows_bytes
+
+REPAIRED = "_repaired"
+_SHARD = re.compile(r"c\.(\d+)(\.0)?")
+
+
+@dataclass(frozen=True)
+class RepairReport:
+    """What a repair did; all empty where nothing was wrong."""
+
+    redo: list[int] = field(default_factory=list)
+    """Items that were committed and have to be written again, ascending."""
+    restored: list[str] = field(default_factory=list)
+    """Files that were written anew from what others say."""
+    dropped: list[str] = field(default_factory=list)
+    """Files that were removed: not committed, or damaged beyond repair."""
+
+    def __str__(self) -> str:
+        items = f"items to redo: {self.redo}" if self.redo else "no item to redo"
+        return f"{len(self.restored)} files restored, {len(self.dropped)} dropped, {items}"
+
+
+def repair_store(path: str | Path, wait_s: float = 30.0) -> RepairReport:
+    """Repairs a store, finalised or growing; the next harvest writes what the report lists.
+
+    Args:
+        path: Of the store.
+        wait_s: How long to wait for writers and other repairs to let go of the store.
+
+    Raises:
+        StoreBusyError: They did not.
+        StoreFormatError, DamagedDataError: The header itself (`zarr.json`), the watermark or a
+            cursor is damaged: they follow from nothing else.
+    """
+    storage = open_storage(path)
+    with storage.lock(exclusive=True, timeout_s=wait_s):
+        return _Repair(storage).run()
+
+
+class _Repair:
+    def __init__(self, storage: Storage) -> None:
+        self.storage = storage
+        self.header, self._group = read_group(storage)
+        self._deleted_below = read_watermark(storage).below
+        self._report = RepairReport()
+
+    def run(self) -> RepairReport:
+        self._metadata()
+        records: dict[int, ItemRecord] = {}
+        broken: set[int] = set()
+        segments = set(log.segments(self.storage))
+        if self.header.finalised:
+            segments |= set(range(-(-self.header.n_items // log.SEGMENT_ITEMS)))
+        for segment in sorted(segments):
+            for item, record in self._segment(segment):
+                if record is None:
+                    broken.add(item)
+                else:
+                    records[item] = record
+        if broken:
+            self._uncommit(sorted(broken))
+        self._drop_uncommitted(set(records) - broken)
+        for segment in sorted(segments):
+            self._snapshot(segment)
+        self._valid_rows(records)
+        self._report.redo.extend(sorted(broken))
+        return self._report
+
+    def _metadata(self) -> None:
+        expected = group_document(self.header)
+        expected["attributes"] = self._group["attributes"]
+        if {key: self._group.get(key) for key in expected} != expected:
+            self._put(METADATA, dump(expected))
+        self._report.restored.extend(restore_documents(self.storage, self.header))
+
+    def _segment(self, segment: int) -> Iterator[tuple[int, ItemRecord | None]]:
+        """Each item of a segment with its record, None if it has to be redone."""
+        first = segment * log.SEGMENT_ITEMS
+        snapshot = self._read_snapshot(segment)
+        loose = set(log.loose_items(self.storage, segment))
+        items = loose | set(snapshot)
+        if self.header.finalised:
+            stop = min(first + log.SEGMENT_ITEMS, self.header.n_items)
+            items |= set(range(first, stop))
+        choices = [partial(self._choose, item, snapshot.get(item)) for item in items]
+        chosen = run_all(choices, self.storage.n_threads)
+        for item, (record, agrees) in zip(items, chosen, strict=True):
+            if record is not None and not agrees:
+                self._put(log.record_name(item), seal(record.to_json()))
+            if snapshot and (record is None or snapshot.get(item) != record):
+                self._drop(log.snapshot_name(segment))
+                snapshot = {}
+            yield item, record
+
+    def _read_snapshot(self, segment: int) -> dict[int, ItemRecord]:
+        name, first = log.snapshot_name(segment), segment * log.SEGMENT_ITEMS
+        if not self.storage.exists(name):
+            return {}
+        try:
+            table = log.read_snapshot(self.storage, self.header, segment)
+        except DAMAGE:
+            self._drop(name)
+            return {}
+        return {first + i: from_row(self.header, first + i, row) for i, row in enumerate(table)}
+
+    def _choose(self, item: int, other: ItemRecord | None) -> tuple[ItemRecord | None, bool]:
+        """The record, of the loose one and the snapshot's, that the shards agree with.
+
+        And whether it is the loose one.
+        """
+        try:
+            loose = from_row(self.header, item, log.read_record(self.storage, self.header, item)[0])
+        except DAMAGE:
+            loose = None
+        for record in (loose, other):
+            if record is not None and not self._damaged(record):
+                return record, record == loose
+        return None, False
+
+    def _damaged(self, record: ItemRecord) -> bool:
+        deleted = record.item < self._deleted_below
+        return bool(item_damages(self.storage, self.header, record, with_shards=not deleted))
+
+    def _uncommit(self, items: list[int]) -> None:
+        # In an order in which a death leaves a store that another repair understands: first the
+        # store grows again, then the snapshots go, which name an item as well as its record does.
+        if self.header.finalised:
+            self.header = replace(
+                self.header,
+                finalised=False,
+                n_items=0,
+                n_tokens=0,
+                planned_items=self.header.n_items,  # it is not whole before all are back
+            )
+            self._put(METADATA, dump(group_document(self.header)))
+        for segment in sorted({item // log.SEGMENT_ITEMS for item in items}):
+            self._drop(log.snapshot_name(segment))
+        self.storage.make_folder(REPAIRED)
+        for item in items:
+            self._move_record(item)
+            for name in self.header.stored:
+                self._drop(self.header.shard_file(name, item))
+
+    def _move_record(self, item: int) -> None:
+        name = log.record_name(item)
+        try:
+            data = self.storage.read(name, log.RECORD_BYTES)
+        except MissingDataError:
+            return
+        except DAMAGE:
+            data = b""  # far too large to be a record
+        if data:
+            self.storage.put(f"{REPAIRED}/{item:09d}-{crc32c(data):08x}.json", [data])
+        self._drop(name)
+        self.storage.sync([name.rpartition("/")[0]])
+
+    def _drop_uncommitted(self, committed: set[int]) -> None:
+        self._report.dropped.extend(self.storage.remove_stale())
+        for array in self.header.stored:
+            for file in self.storage.names(array):
+                match, name = _SHARD.fullmatch(file), f"{array}/{file}"
+                if match and int(match[1]) not in committed and self.storage.is_stale(name):
+                    self._drop(name)
+
+    def _snapshot(self, segment: int) -> None:
+        name = log.snapshot_name(segment)
+        if not self.storage.exists(name):
+            log.snapshot_if_full(self.storage, self.header, segment)
+            if self.storage.exists(name):
+                self._report.restored.append(name)
+
+    def _valid_rows(self, records: dict[int, ItemRecord]) -> None:
+        if not self.header.finalised:
+            return
+        name = f"{VALID_ROWS}/c.0"
+        rows = np.array([records[item].rows for item in range(self.header.n_items)])
+        wanted = valid_rows_bytes(rows)
+        try:
+            found = self.storage.read(name, len(wanted))
+        except DAMAGE:
+            found = b""
+        if found != wanted:
+            self._put(name, wanted)
+
+    def _put(self, name: str, data: bytes) -> None:
+        self.storage.make_folder(name.rpartition("/")[0])
+        self.storage.put(name, [data])
+        self._report.restored.append(name)
+
+    def _drop(self, name: str) -> None:
+        if self.storage.exists(name):
+            self.storage.delete(name)
+            self._report.dropped.append(name)

@@ -1,0 +1,179 @@
+"""Harvest and train at once: killed or not, held back or not, the weights are those of one after
+the other."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from activation_store import consumers, open_store
+from sae_core.checkpoint.folder import list_checkpoints
+from sae_core.inference import _read_weights
+from tests.tiny_models import save_gpt2, write_text
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.distributed]
+
+ROOT = Path(__file__).resolve().parents[2]
+CONCURRENT = ("cluster.mode=concurrent", "cluster.max_lead_items=5")
+
+
+def command(work: Path, runs: str, *more: str) -> list[str]:
+    return [
+        sys.executable,
+        str(ROOT / "launch.py"),
+        "experiment=none",
+        "name=run",
+        f"runs_dir={work / runs}",
+        f"cache_dir={work / 'cache'}",
+        "model=hf",
+        f"model.path={work / 'model'}",
+        "model.hookpoints=[transformer.h.1]",
+        "model.dtype=float32",
+        "data=files",
+        f"data.path={work / 'text.txt'}",
+        "data.context_tokens=16",
+        "data.tokens=9000",
+        "data.heldout_fraction=0.2",
+        "store.shard_tokens=512",
+        "store.dtype=float32",
+        "store.window_items=2",
+        "store.buffer_tokens=1024",
+        "sae.n_latents=64",
+        "sae.k=4",
+        "optim.lr=1e-3",
+        "train.batch_tokens=64",
+        "train.tokens=8960",
+        "train.sample_tokens=900",
+        "train.threads_per_rank=1",
+        "checkpoint.every_tokens=1280",
+        "eval.tokens=256",
+        "logging.wandb=disabled",
+        "logging.every_steps=5",
+        *more,
+    ]
+
+
+def run(work: Path, runs: str, *more: str) -> str:
+    done = subprocess.run(
+        command(work, runs, *more), capture_output=True, text=True, timeout=250, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Model and text, and the run that harvests first and trains then."""
+    work = tmp_path_factory.mktemp("concurrent")
+    save_gpt2(work / "model")
+    write_text(work / "text.txt", documents=700)
+    run(work, "sequential")
+    return work
+
+
+def final(work: Path, runs: str) -> dict[str, torch.Tensor]:
+    newest = list_checkpoints(work / runs / "run" / "checkpoints")[0]
+    assert newest.name == "step-00000140"
+    return _read_weights(newest / "weights", "") | _read_weights(newest / "optimizer", "")
+
+
+def assert_same_end(work: Path, runs: str) -> None:
+    expected, found = final(work, "sequential"), final(work, runs)
+    assert expected.keys() == found.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(tensor, found[name]), name
+
+
+def test_trains_while_it_harvests_no_further_ahead_than_allowed(work):
+    process = subprocess.Popen(command(work, "both", *CONCURRENT), stdout=subprocess.DEVNULL)
+    folder, leads, trained_growing = work / "both" / "run", [], False
+    while process.poll() is None:
+        if (folder / "store" / "zarr.json").exists():
+            store = open_store(folder / "store")
+            metrics = folder / "metrics.jsonl"
+            rows = metrics.exists() and metrics.stat().st_size > 0
+            trained_growing = trained_growing or (not store.finalised and rows)
+            for state in consumers(folder / "store").values():
+                if not store.finalised:
+                    leads.append(store.n_items - state.next_item)
+        time.sleep(0.05)
+    assert process.returncode == 0
+    assert trained_growing
+    assert leads and max(leads) <= 5
+    assert not consumers(folder / "store")  # a finished run holds nobody back
+    assert_same_end(work, "both")
+    assert json.loads((folder / "eval" / "metrics.json").read_text())["dead_fraction"] is not None
+
+
+def test_consumed_shards_are_deleted_but_none_that_a_checkpoint_needs(work):
+    run(work, "deleted", *CONCURRENT, "cluster.retention=consumed")
+    store = open_store(work / "deleted" / "run" / "store")
+    kept = list((work / "deleted" / "run" / "store" / "transformer.h.1").glob("c.*"))
+    assert 0 < len(kept) < store.n_items
+    assert store.read_watermark().below == store.n_items - len(kept)
+    assert_same_end(work, "deleted")
+
+
+@pytest.mark.parametrize("victim", ["driver", "rank", "worker"])
+def test_killed(work, victim):
+    runs = f"killed-{victim}"
+    folder = work / runs / "run"
+    with open(work / f"{runs}.log", "w+") as log:
+        process = subprocess.Popen(command(work, runs, *CONCURRENT), stdout=log, stderr=log)
+        wait_for_step(folder, 40, process)
+        if victim == "driver":
+            process.kill()
+            process.wait()
+            run(work, runs, *CONCURRENT)
+        else:
+            os.kill(pid_of(folder, victim), signal.SIGKILL)
+            assert process.wait(200) == 0, Path(log.name).read_text()
+    assert_same_end(work, runs)
+
+
+def wait_for_step(folder: Path, step: int, process: subprocess.Popen[bytes]) -> None:
+    deadline = time.monotonic() + 120
+    path = folder / "metrics.jsonl"
+    while not (path.exists() and f'"step": {step},' in path.read_text()):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def pid_of(folder: Path, victim: str) -> int:
+    if victim == "worker":
+        starts = sorted((folder / "logs" / "harvest-starts").iterdir())
+        return int(starts[0].name.split("-")[-2])
+    return int(re.findall(r"process (\d+)\n", (folder / "logs" / "rank-0.log").read_text())[-1])
+
+
+def test_a_harvest_that_fails_ends_the_trainer_too(work):
+    text = work / "text.txt"
+    runs = "failed"
+    process = subprocess.Popen(
+        command(work, runs, *CONCURRENT, "cluster.max_failures=0"),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    wait_for_step(work / runs / "run", 10, process)
+    # Every worker that is started anew fails at once: the model is gone.
+    moved = (work / "model").rename(work / "moved")
+    try:
+        for start in (work / runs / "run" / "logs" / "harvest-starts").iterdir():
+            pid = int(start.name.split("-")[-2])
+            if Path(f"/proc/{pid}").exists():
+                os.kill(pid, signal.SIGKILL)
+        output, _ = process.communicate(timeout=120)
+    finally:
+        moved.rename(work / "model")
+    assert text.exists() and process.returncode in (1, 2), output
+    assert "model" in output and "Traceback" not in output

@@ -1,0 +1,129 @@
+"""An S3 server of our own on 127.0.0.1, and a proxy before it that can be told to fail."""
+
+from __future__ import annotations
+
+import http.client
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+Fault = str | None
+"""drop: no answer, nothing done. 500, 403: refused, nothing done. lost: done, but no answer.
+cut: half of the answer. slow: the answer a little at a time. strip: conditions are ignored."""
+Rule = Callable[[str, str], Fault]
+"""Method, path -> what happens to this request."""
+
+
+@contextmanager
+def s3_server() -> Iterator[int]:
+    """A moto server; gives its port."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
+    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + 60
+        while True:
+            try:
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/moto-api/", timeout=5).read()
+                break
+            except OSError:
+                assert server.poll() is None and time.monotonic() < deadline, "no S3 server"
+                time.sleep(0.1)
+        yield port
+    finally:
+        server.kill()
+        server.wait()
+
+
+def make_bucket(port: int, bucket: str) -> None:
+    request = urllib.request.Request(f"http://127.0.0.1:{port}/{bucket}", method="PUT")
+    urllib.request.urlopen(request, timeout=10).read()
+
+
+class Proxy:
+    """Stands before the server; `rule` decides what happens to each request."""
+
+    def __init__(self, upstream: int) -> None:
+        self.rule: Rule = lambda method, path: None
+        self.requests: list[tuple[str, str]] = []
+        proxy = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+            # Small answers go at once: two packets would wait for an acknowledgement.
+            wbufsize = -1
+            disable_nagle_algorithm = True
+
+            def log_message(self, *_: object) -> None:
+                pass
+
+            def handle_one(self) -> None:
+                proxy._handle(self, upstream)
+
+            do_GET = do_PUT = do_HEAD = do_DELETE = do_POST = handle_one
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._server.daemon_threads = True
+        self.port = self._server.server_address[1]
+        threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True).start()
+
+    def close(self) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+
+    def _handle(self, client: BaseHTTPRequestHandler, upstream: int) -> None:
+        body = client.rfile.read(int(client.headers.get("Content-Length") or 0))
+        self.requests.append((client.command, client.path))
+        fault = self.rule(client.command, client.path)
+        if fault == "drop":
+            return _hang_up(client)
+        if fault in ("500", "403"):
+            client.send_response(int(fault))
+            client.send_header("Content-Length", "0")
+            client.end_headers()
+            return None
+        headers = dict(client.headers.items())
+        if fault == "strip":
+            headers = {key: v for key, v in headers.items() if key.lower() != "if-none-match"}
+        connection = http.client.HTTPConnection("127.0.0.1", upstream, timeout=30)
+        connection.connect()
+        connection.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)
+        connection.request(client.command, client.path, body, headers)
+        answer = connection.getresponse()
+        content = answer.read()
+        connection.close()
+        if fault == "lost":
+            return _hang_up(client)
+        client.send_response(answer.status)
+        for key, value in answer.getheaders():
+            if key.lower() not in ("transfer-encoding", "connection", "content-length"):
+                client.send_header(key, value)
+        length = answer.getheader("Content-Length") if client.command == "HEAD" else len(content)
+        client.send_header("Content-Length", str(length))
+        client.end_headers()
+        pieces = [content]
+        if fault == "slow":
+            step = max(len(content) // 10, 1)
+            pieces = [content[start : start + step] for start in range(0, len(content), step)]
+        if fault == "cut":
+            pieces = [content[: len(content) // 2]]
+        for piece in pieces:
+            client.wfile.write(piece)
+            client.wfile.flush()
+            if fault == "slow":
+                time.sleep(0.02)
+        return _hang_up(client) if fault == "cut" else None
+
+
+def _hang_up(client: BaseHTTPRequestHandler) -> None:
+    client.close_connection = True
+    client.wfile.flush()
+    client.connection.shutdown(socket.SHUT_RDWR)
