@@ -6,6 +6,8 @@ writer.finalise()
 stream = ShuffledStream(open_store("store"), ["model.layers.9"], seed=0, batch_rows=4096,
                         window_items=16, buffer_rows=65_536)
 batch = stream.next().arrays["model.layers.9"]  # [4096, 576]
+
+A path is a folder, or s3://bucket/prefix with endpoint and credentials in the environment.
 """
 
 from __future__ import annotations

@@ -121,13 +121,19 @@ def consumers(path: str | Path | Storage) -> dict[str, ConsumerState]:
     """
     storage = open_storage(path)
     found = {}
-    for file in sorted(storage.names(CONSUMERS)):
-        name = file.removesuffix(".json")
+    for name in consumer_names(storage):
         try:
             found[name] = read_state(storage, name)
         except MissingDataError:
             continue  # it was closed since it was listed
     return found
+
+
+def consumer_names(storage: Storage) -> list[str]:
+    """Consumers that have a cursor file, in order; other files are none of ours."""
+    files = [file for file in storage.names(CONSUMERS) if file.endswith(".json")]
+    names = [file.removesuffix(".json") for file in files]
+    return sorted(name for name in names if _NAME.fullmatch(name))
 
 
 def remove_consumer(path: str | Path, name: str) -> None:

@@ -156,8 +156,8 @@ class _Repair:
         return bool(item_damages(self.storage, self.header, record, with_shards=not deleted))
 
     def _uncommit(self, items: list[int]) -> None:
-        # In an order in which a death leaves a store that another repair understands: first the
-        # store grows again, then the snapshots go, which name an item as well as its record does.
+        # In an order in which a death leaves a store that another repair understands. Snapshots,
+        # which name an item as well as its record does, are gone already.
         if self.header.finalised:
             self.header = replace(
                 self.header,
@@ -167,8 +167,6 @@ class _Repair:
                 planned_items=self.header.n_items,  # it is not whole before all are back
             )
             self._put(METADATA, dump(group_document(self.header)))
-        for segment in sorted({item // log.SEGMENT_ITEMS for item in items}):
-            self._drop(log.snapshot_name(segment))
         self.storage.make_folder(REPAIRED)
         for item in items:
             self._move_record(item)

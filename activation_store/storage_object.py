@@ -82,27 +82,7 @@ class ObjectStorage(Storage):
                 "AWS_ENDPOINT_URL",
             )
         self.path: str = url.rstrip("/")
-        endpoints = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT")
-        plain = any(os.environ.get(name, "").startswith("http://") for name in endpoints)
-        self._store = S3Store(
-            match[1],
-            prefix=match[2],
-            client_options={
-                "allow_http": plain,
-                "connect_timeout": timedelta(seconds=_CONNECT_S),
-                "read_timeout": timedelta(seconds=_STALL_S),
-                "timeout": timedelta(seconds=_REQUEST_S),
-            },
-            retry_config={
-                "max_retries": _RETRIES,
-                "retry_timeout": timedelta(seconds=60),
-                "backoff": {
-                    "init_backoff": timedelta(seconds=_BACKOFF_S),
-                    "max_backoff": timedelta(seconds=5),
-                    "base": 2,
-                },
-            },
-        )
+        self._store = _connect(match[1], match[2])
 
     def read(self, name: str, limit_bytes: int) -> bytes:
         def get() -> bytes:
@@ -184,7 +164,7 @@ class ObjectStorage(Storage):
 
     def put(self, name: str, parts: Parts) -> None:
         data = self._join(name, parts)
-        self._ask("put", name, lambda: obstore.put(self._store, name, data))
+        self._ask("put", name, lambda: obstore.put(self._store, name, data, use_multipart=False))
 
     def put_if_absent(self, name: str, parts: Parts) -> bool:
         data = self._join(name, parts)
@@ -270,6 +250,39 @@ class ObjectStorage(Storage):
             f"{self.where(name)}: {what} failed: {problem}; expected a bucket that can be reached "
             "and written: see AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY"
         )
+
+
+def _connect(bucket: str, prefix: str) -> S3Store:
+    """A client, from the environment; nothing is asked of the server yet."""
+    endpoints = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT")
+    plain = any(os.environ.get(name, "").startswith("http://") for name in endpoints)
+    try:
+        return S3Store(
+            bucket,
+            prefix=prefix,
+            client_options={
+                "allow_http": plain,
+                "connect_timeout": timedelta(seconds=_CONNECT_S),
+                "read_timeout": timedelta(seconds=_STALL_S),
+                "timeout": timedelta(seconds=_REQUEST_S),
+            },
+            retry_config={
+                "max_retries": _RETRIES,
+                "retry_timeout": timedelta(seconds=60),
+                "backoff": {
+                    "init_backoff": timedelta(seconds=_BACKOFF_S),
+                    "max_backoff": timedelta(seconds=5),
+                    "base": 2,
+                },
+            },
+        )
+    except (BaseError, ValueError) as error:
+        source = re.search(r"source: (\w+)", str(error))
+        problem = source[1] if source else type(error).__name__
+    given = sorted(name for name in os.environ if name.startswith("AWS_"))
+    raise StoreConfigError(
+        "AWS_*", given, f"settings that belong together ({problem})", "set or unset the others"
+    )
 
 
 class _Object(ReadHandle):

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from activation_store import log
-from activation_store.cursors import CONSUMERS, read_state
+from activation_store.cursors import CONSUMERS, consumer_names, read_state
 from activation_store.errors import DAMAGE, MissingDataError, StoreError
 from activation_store.header import METADATA, VALID_ROWS, StoreHeader
 from activation_store.metadata import read_header
@@ -92,13 +92,13 @@ def _item(
 
 def _deleted(storage: Storage, damages: list[Damage]) -> int:
     """The item up to which shards are deleted on purpose; looks at the cursor files as well."""
-    for name in storage.names(CONSUMERS):
+    for name in consumer_names(storage):
         try:
-            read_state(storage, name.removesuffix(".json"))
+            read_state(storage, name)
         except MissingDataError:
             continue  # closed since it was listed
         except (StoreError, OSError) as error:
-            damages.append(Damage(f"{CONSUMERS}/{name}", str(error)))
+            damages.append(Damage(f"{CONSUMERS}/{name}.json", str(error)))
     try:
         return read_watermark(storage).below
     except (StoreError, OSError) as error:

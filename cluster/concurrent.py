@@ -93,9 +93,19 @@ class _Harvest(threading.Thread):
         if self._max_lead_items is None or self.ends.is_set():
             return True
         lead = lead_items(self._job.store)
-        if lead is None:  # the trainer has not registered yet: it is at the first item
-            lead = len(StoreWriter(self._job.store).committed_items())
+        if lead is None:
+            return self._may_start_before_the_trainer(in_flight)
         return lead + in_flight < self._max_lead_items
+
+    def _may_start_before_the_trainer(self, in_flight: int) -> bool:
+        """Until the trainer has registered: as many items as it samples, or may be ahead of it."""
+        assert self._max_lead_items is not None
+        path, config = self._job.store, self._job.config
+        if len(StoreWriter(path).committed_items()) + in_flight < self._max_lead_items:
+            return True
+        valid_rows, window = open_store(path).valid_rows, config.store.window_items
+        in_windows = valid_rows[: len(valid_rows) // window * window].sum()
+        return bool(in_windows < config.train.sample_tokens)
 
 
 def _has_rows(path: Path) -> bool:

@@ -10,7 +10,7 @@ from sae_core.checkpoint.folder import list_checkpoints, read_state
 
 
 class RunCursor:
-    """The run as a consumer of its store; held by rank 0.
+    """The run as a consumer of its store; held by rank 0, which tells it before every batch.
 
     Args:
         store: path of the store.
@@ -30,16 +30,21 @@ class RunCursor:
     ) -> None:
         self._source, self._checkpoints = source, checkpoints
         self._keep_everything = keep_everything
+        self._published: tuple[int, int] | None = None
         self._consumer = Consumer(store, name, self._kept_from())
 
     def publish(self) -> None:
-        """Publishes the position; the last batch counts as not yet passed by all ranks."""
-        position = max(self._source.position - 1, 0)
-        self._consumer.publish(
-            next_item=self._source.first_item_needed(position),
-            keep_from_item=self._kept_from(),
-            position=position,
-        )
+        """Publishes the position, if it needs other items than before.
+
+        To be called before the next batch is waited for: its window may open only once producers
+        know that the ones before it are passed.
+        """
+        position = self._source.position
+        next_item = self._source.first_item_needed(position)
+        kept_from = self._kept_from()
+        if (next_item, kept_from) != self._published:
+            self._consumer.publish(next_item=next_item, keep_from_item=kept_from, position=position)
+            self._published = (next_item, kept_from)
 
     def close(self) -> None:
         """The run has trained to its end."""

@@ -10,7 +10,6 @@ import sys
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -93,14 +92,6 @@ def _train(
         device,
     )
     trainer_config = replace(config.trainer, sae=replace(config.sae, hookpoint=array))
-    cursor = _cursor(config, run_dir, source) if sinks is not None else None
-
-    def report(row: dict[str, Any]) -> None:
-        if sinks is not None:
-            sinks.write(row)
-        if cursor is not None:
-            cursor.publish()
-
     try:
         trainer = Trainer(
             trainer_config,
@@ -108,7 +99,7 @@ def _train(
             source,
             run_dir / "checkpoints",
             config.seed,
-            report=report,
+            report=sinks.write if sinks is not None else lambda row: None,
             report_every=config.logging.every_steps,
         )
         newest = _agreed_checkpoint(run_dir / "checkpoints", config.checkpoint.verify_hashes)
@@ -116,6 +107,7 @@ def _train(
             trainer.calibrate()
         else:
             trainer.resume(newest)
+        cursor = _cursor(config, run_dir, source) if sinks is not None else None
         trainer.train()
         if cursor is not None:
             cursor.close()
@@ -126,13 +118,15 @@ def _train(
 def _cursor(config: RunConfig, run_dir: Path, source: StoreSource) -> RunCursor | None:
     if config.cluster.mode != "concurrent":
         return None
-    return RunCursor(
+    cursor = RunCursor(
         config.store.path,
         config.name,
         source,
         run_dir / "checkpoints",
         keep_everything=config.cluster.retention == "keep",
     )
+    source.before_next = cursor.publish
+    return cursor
 
 
 def _agreed_checkpoint(root: Path, hashes: bool) -> Path | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -63,6 +64,8 @@ class StoreSource:
             "rows": (replica * share, (replica + 1) * share),
             "wait_timeout_s": WAIT_TIMEOUT_S,
         }
+        self.before_next: Callable[[], None] = lambda: None
+        """Called before every batch is waited for."""
         self._device_rows: DeviceRows | None = None
         self._stream: ShuffledStream | StagedStream
         if device is not None and device.type == "cuda":
@@ -82,6 +85,7 @@ class StoreSource:
 
     def next(self) -> Batch:
         """This replica's rows of the batch at `position`, [batch_tokens / n_replicas, d_in]."""
+        self.before_next()
         if isinstance(self._stream, StagedStream):
             assert self._device_rows is not None
             staged = self._stream.next()

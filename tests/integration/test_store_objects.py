@@ -113,6 +113,40 @@ def nth(number: int, fault: Fault, method: str, part: str) -> Callable[[str, str
     return rule
 
 
+@pytest.mark.parametrize("kind", ["folder", "objects"])
+def test_both_kinds_of_storage_keep_one_contract(url: str, tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "s" if kind == "folder" else url
+    storage = open_storage(path)
+    storage.build(["x"], {"x/one": b"1"}, ("zarr.json", b"{}"))
+    storage.build(["x"], {"x/one": b"2"}, ("zarr.json", b"[]"))  # of one who came too late
+    assert storage.read("zarr.json", 2) == b"{}" and storage.read("x/one", 9) == b"1"
+    storage.make_folder("x/deep")
+    assert storage.put_if_absent("x/deep/two", [b"ab", np.arange(3, dtype=np.uint8)])
+    assert not storage.put_if_absent("x/deep/two", [b"something else"])
+    storage.sync(["x", "x/deep"])
+    storage.put("x/three", [])
+    assert sorted(storage.names("x")) == ["deep", "one", "three"]
+    assert storage.names("nowhere") == [] and storage.names("x/deep") == ["two"]
+    assert storage.exists("x/three") and not storage.exists("x/four")
+    file = storage.open("x/deep/two")
+    one, none, two = (np.zeros(size, np.uint8) for size in (1, 0, 3))
+    assert file.size == 5 and file.read_into([one, none, two], 1)
+    assert [*one, *two] == [ord("b"), 0, 1, 2]
+    assert not file.read_into([two], 3) and file.read_into([none], 5)
+    with pytest.raises(StoreFormatError, match="two has 5 bytes: expected at most 4"):
+        storage.read("x/deep/two", 4)
+    for ask in (lambda: storage.read("x/four", 9), lambda: storage.open("x/four")):
+        with pytest.raises(MissingDataError, match=f"{path}/x/four is"):
+            ask()
+    storage.put("x/deep/two", [b"new"])
+    assert storage.read("x/deep/two", 9) == b"new"
+    storage.delete("x/deep/two")
+    storage.delete("x/deep/two")
+    assert not storage.exists("x/deep/two") and storage.remove_stale() == []
+    with storage.lock(exclusive=True, timeout_s=1):
+        assert storage.where("x") == f"{path}/x"
+
+
 @pytest.mark.parametrize("codec", ["none", "blosc", "int8"])
 def test_a_store_of_objects_is_the_local_one_bit_for_bit(
     url: str, tmp_path: Path, codec: str
@@ -333,6 +367,9 @@ def test_what_does_not_answer_is_told_soon_and_without_secrets(
         open_store(url)
     assert "swordfish" not in str(error.value) and SECRET not in str(error.value)
     assert error.value.__context__ is None and error.value.__cause__ is None
+    monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
+    with pytest.raises(StoreConfigError, match="MissingSecretAccessKey"):
+        open_store(url)
 
 
 def test_a_verify_that_cannot_read_says_so_and_repairs_nothing(url: str, proxy: Proxy) -> None:

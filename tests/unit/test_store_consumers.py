@@ -60,6 +60,7 @@ def test_a_cursor_says_how_far_its_consumer_is(tmp_path: Path) -> None:
     assert lead_items(tmp_path / "s") == 10 - 6
     again = Consumer(tmp_path / "s", "one", keep_from_item=0)  # it died and came back
     assert again.state == states["one"] == consumers(tmp_path / "s")["one"]
+    (tmp_path / "s" / "_consumers" / ".DS_Store").write_bytes(b"nobody's")
     one.close()
     one.close()
     assert lead_items(tmp_path / "s") == 0 and list(consumers(tmp_path / "s")) == ["two"]
