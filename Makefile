@@ -42,7 +42,7 @@ format: $(STAMP) ## ruff, writing
 	$(BIN)/ruff check --fix .
 
 bench: $(STAMP) peers ## one step, ours and the peers'
-	$(BIN)/python -m benchmarks.step --work 16384,256,1024,32 65536,768,1024,32 --rounds 9 \
+	$(BIN)/python -m benchmarks.step --work 16384,256,1024,32 65536,768,1024,32 --rounds 7 \
 		--slope 16384,65536,262144 --slope-work 256,1024,32 \
 		--json benchmarks/results/step-cpu.json
 

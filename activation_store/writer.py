@@ -1,8 +1,9 @@
 """Writing a store: any number of processes, each item a whole shard of every array.
 
 An item is committed in this order: shard files under temporary names, fsync, their place, fsync of
-the folders, then the exclusively created record. A process may die anywhere in between: what has
-no record does not exist, and the item is written again.
+the folders, then the exclusively created record; in an object store each of them with one put. A
+process may die anywhere in between: what has no record does not exist, and the item is written
+again.
 """
 
 from __future__ import annotations

@@ -14,6 +14,7 @@ from typing import Any
 
 from rich.console import Console
 
+from activation_store import open_store, shuffle_quality
 from activation_store.errors import StoreConfigError, StoreError
 from cluster.errors import ClusterError, RankFailedError
 from cluster.metric_sinks import METRICS
@@ -27,6 +28,8 @@ from sae_core.checkpoint.folder import newest_valid, read_state
 from sae_core.errors import SAEError
 
 _POLL_S = 0.5
+_DIAGNOSED_TOKENS = 20_000_000
+"""Larger stores take long to look through; `python -m activation_store.diagnose` does it."""
 _SETTLE_S = 3.0
 """After a first failure, how long to wait to learn whether some rank's process died."""
 
@@ -64,6 +67,7 @@ def run(
     if done is not None:
         console.print(f"train: already done, {done.name}")
         return
+    _warn_of_a_poor_shuffle(config, console)
     with ray_session(config.cluster, min_cpus=1):
         for failures in range(config.cluster.max_failures + 1):
             problem = _attempt(config, run_dir, console, watch)
@@ -78,6 +82,22 @@ def run(
             )
     newest = newest_valid(run_dir / "checkpoints", hashes=False)
     console.print(f"train: done, {newest}")
+
+
+def _warn_of_a_poor_shuffle(config: RunConfig, console: Console) -> None:
+    store = open_store(config.store.path)
+    if not store.finalised or store.n_tokens > _DIAGNOSED_TOKENS:
+        return
+    quality = shuffle_quality(
+        store,
+        config.seed,
+        config.store.window_items,
+        config.store.buffer_tokens,
+        config.train.batch_tokens,
+        max_batches=20,
+    )
+    if quality.warning:
+        console.print(f"train: {quality.warning}", soft_wrap=True)
 
 
 def _finished(config: RunConfig, run_dir: Path) -> Path | None:

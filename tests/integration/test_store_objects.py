@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+import subprocess
+import sys
 import threading
 import time
 import uuid
@@ -203,6 +205,43 @@ def test_writers_at_once_and_a_reader_that_follows(url: str, tmp_path: Path) -> 
     source.close()
     timer.join()
     assert verify_store(url) == [] and objects(url).keys() == tree(tmp_path / "s").keys()
+
+
+WRITER = f"""
+import os, random, sys
+sys.path.insert(0, {str(Path(__file__).parents[2])!r})
+from tests.store_cases import item_columns
+from activation_store import StoreWriter
+writer = StoreWriter(sys.argv[1], {ARRAYS!r}, shard_tokens=16, chunk_bytes=48)
+items = list(range(80))
+random.Random(os.getpid()).shuffle(items)
+for item in items:
+    writer.write_item(item, *item_columns(item, item % 17, {ARRAYS!r}))
+"""
+
+
+@pytest.mark.slow
+def test_killed_writers_lose_and_double_nothing(
+    url: str, server: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server}")
+
+    def start() -> subprocess.Popen[bytes]:
+        return subprocess.Popen([sys.executable, "-c", WRITER, url], stderr=subprocess.PIPE)
+
+    rng, kills, writers = random.Random(1), 0, [start() for _ in range(2)]
+    for victim in (0, 1, 0, 1):
+        time.sleep(rng.uniform(0.4, 0.8))
+        kills += writers[victim].poll() is None
+        writers[victim].kill()
+        writers[victim].wait()
+        writers[victim] = start()
+    for writer in writers:
+        assert writer.wait(100) == 0, writer.stderr and writer.stderr.read()
+    assert kills >= 2
+    assert StoreWriter(url).finalise().n_items == 80
+    assert verify_store(url) == []
+    check_rows(url, [item % 17 for item in range(80)])
 
 
 def test_other_bytes_and_other_stores_are_refused(url: str) -> None:
