@@ -26,10 +26,11 @@ STAGES = {
     "export": "analysis.export",
     "report": "analysis.report",
     "verify": "analysis.verify",
+    "repair": "analysis.repair",
     "status": "analysis.status",
 }
 READ_ONLY = ("plan", "verify", "status")
-NEED_A_RUN = ("evaluate", "export", "report", "verify", "status")
+NEED_A_RUN = ("evaluate", "export", "report", "verify", "repair", "status")
 EXIT_FAILED, EXIT_BAD_INPUT = 1, 2
 
 ConfigStore.instance().store(name="run_schema", node=RunConfig)
@@ -58,7 +59,8 @@ def compose_and_run(composed: DictConfig) -> None:
 
 def _make_paths_absolute(config: RunConfig) -> None:
     """Ranks and workers may run in another folder; a hub name is no path and stays."""
-    config.store.path = str(Path(config.store.path).expanduser().resolve())
+    if "://" not in config.store.path:  # an object store's address
+        config.store.path = str(Path(config.store.path).expanduser().resolve())
     config.cache_dir = str(Path(config.cache_dir).expanduser().resolve())
     for part in (config.model, config.data):
         local = Path(part.path).expanduser()

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from activation_store.repair import RepairReport, repair_store
     from activation_store.retention import delete_consumed
     from activation_store.rows import LoadedBlock, LoadedRows
-    from activation_store.store import Store, open_store
+    from activation_store.store import Store, open_store, store_exists
     from activation_store.stream import ShuffledStream, StagedBatch, StagedStream, StreamBatch
     from activation_store.verify import Damage, verify_store
     from activation_store.writer import StoreWriter
@@ -59,6 +59,7 @@ _HOMES = {
     "Statistics": "record",
     "Store": "store",
     "open_store": "store",
+    "store_exists": "store",
     "ShuffledStream": "stream",
     "StagedBatch": "stream",
     "StagedStream": "stream",
@@ -96,6 +97,7 @@ __all__ = [
     "repair_store",
     "shuffle_quality",
     "verify_store",
+    "store_exists",
 ]
 
 

@@ -21,7 +21,7 @@ from activation_store.errors import (
     StoreConfigError,
 )
 from activation_store.files import as_bytes
-from activation_store.header import StoreHeader
+from activation_store.header import METADATA, StoreHeader
 from activation_store.log import CommitLog, record_name
 from activation_store.metadata import read_header
 from activation_store.parallel import run_all
@@ -45,6 +45,11 @@ def open_store(path: str | Path) -> Store:
         MissingDataError, DamagedDataError: A file of the header or the log; names it.
     """
     return Store(open_storage(path))
+
+
+def store_exists(path: str | Path) -> bool:
+    """Whether there is a store: one is there whole or not at all."""
+    return open_storage(path).exists(METADATA)
 
 
 @dataclass(frozen=True)
@@ -277,6 +282,11 @@ class Store:
     def scaling(self, array: str) -> Scaling:
         """How the rows of an array of codec int8 follow from what is stored."""
         return self._scaling[array]
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes of all committed shards, deleted ones counted."""
+        return int(sum(self._state.table[name]["bytes"].sum() for name in self._layouts))
 
     def checksums(self, item: int) -> dict[str, int]:
         """The checksum of each array's shard of a committed item: tells it from any other."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ def run(config: RunConfig, run_dir: Path) -> None:
 
 
 def _store(config: RunConfig) -> str:
-    from activation_store import open_store
+    from activation_store import consumers, lead_items, open_store
     from activation_store.errors import StoreError
 
     try:
@@ -37,7 +38,19 @@ def _store(config: RunConfig) -> str:
     except StoreError as error:
         return str(error)
     state = "finalised" if store.finalised else "being written"
-    return f"{store.n_tokens:,} tokens in {store.n_items} items, {state}"
+    lines = [
+        f"{store.n_tokens:,} tokens in {store.n_items} items, "
+        f"{store.n_bytes / 2**30:.2f} GiB, {state}"
+    ]
+    for name, consumer in consumers(config.store.path).items():
+        lines.append(
+            f"consumer {name}: item {consumer.next_item}, keeps from item "
+            f"{consumer.keep_from_item}, last seen {time.time() - consumer.updated:.0f} s ago"
+        )
+    lead = lead_items(config.store.path)
+    if lead is not None:
+        lines.append(f"harvest is {lead} items ahead of the slowest")
+    return "\n".join(lines)
 
 
 def _training(config: RunConfig, run_dir: Path) -> str:

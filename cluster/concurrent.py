@@ -12,7 +12,7 @@ import threading
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from activation_store import StoreWriter, delete_consumed, lead_items, open_store
+from activation_store import StoreWriter, delete_consumed, lead_items, open_store, store_exists
 from cluster import harvest, train
 from cluster.ray_session import ray_session
 from conf.schema import RunConfig
@@ -108,5 +108,5 @@ class _Harvest(threading.Thread):
         return bool(in_windows < config.train.sample_tokens)
 
 
-def _has_rows(path: Path) -> bool:
-    return (path / "zarr.json").is_file() and open_store(path).n_items > 0
+def _has_rows(path: str) -> bool:
+    return store_exists(path) and open_store(path).n_items > 0

@@ -30,7 +30,7 @@ class HarvestJob:
 
     config: RunConfig
     run_dir: Path
-    store: Path
+    store: str
     plan: ItemPlan
     provenance: dict[str, Any]
     resuming: bool
@@ -125,7 +125,7 @@ def _fill(job: HarvestJob, may_start: MayStart) -> dict[str, Any]:
             model=config.model,
             data=config.data,
             seed=config.seed,
-            store_path=job.store.resolve(),
+            store_path=job.store,
             cache_dir=Path(config.cache_dir).expanduser().resolve(),
             device=device,
             starts_dir=(job.run_dir / "logs" / "harvest-starts").resolve(),
@@ -199,7 +199,7 @@ def _run_items(job: HarvestJob, pool: WorkerPool, writer: StoreWriter, may_start
     return rows
 
 
-def _write_summary(config: RunConfig, run_dir: Path, path: Path, session: dict[str, Any]) -> None:
+def _write_summary(config: RunConfig, run_dir: Path, path: str, session: dict[str, Any]) -> None:
     from activation_store import open_store
 
     store = open_store(path)
@@ -208,7 +208,7 @@ def _write_summary(config: RunConfig, run_dir: Path, path: Path, session: dict[s
         "items": store.n_items,
         **session,
         "hookpoints": list(config.model.hookpoints),
-        "store_bytes": sum(part.stat().st_size for part in path.rglob("*") if part.is_file()),
+        "store_bytes": store.n_bytes,
     }
     run_dir.mkdir(parents=True, exist_ok=True)
     write_json(run_dir / "harvest.json", summary)

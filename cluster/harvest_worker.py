@@ -34,7 +34,7 @@ class WorkerSpec:
     model: ModelConfig
     data: DataConfig
     seed: int
-    store_path: Path
+    store_path: str
     cache_dir: Path
     device: str
     """cpu or cuda."""

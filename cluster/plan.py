@@ -87,8 +87,8 @@ def _check_memory(config: RunConfig, rank_bytes: int) -> None:
 
 
 def _check_disk(config: RunConfig, store_bytes: int) -> None:
-    path = Path(config.store.path).expanduser().resolve()
-    if path.exists():
+    path = Path(config.store.path)
+    if "://" in config.store.path or path.exists():
         return  # what is still missing is at most what was planned when it was begun
     while not path.exists():
         path = path.parent

@@ -15,9 +15,9 @@ NAMES = ("model", "revision", "dataset")
 """Provenance that may differ between runs that share a store; the hashes beside it may not."""
 
 
-def store_path(config: RunConfig, run_dir: Path) -> Path:
+def store_path(config: RunConfig, run_dir: Path) -> str:
     """`store.path`, or `store/` in the run folder."""
-    return Path(config.store.path).expanduser() if config.store.path else run_dir / "store"
+    return config.store.path or str(run_dir / "store")
 
 
 def describe(config: RunConfig, tokenizer: Any, cache_dir: Path) -> dict[str, Any]:
@@ -49,18 +49,19 @@ def describe(config: RunConfig, tokenizer: Any, cache_dir: Path) -> dict[str, An
     }
 
 
-def matching_store(path: Path, config: RunConfig, provenance: dict[str, Any]) -> Store | None:
+def matching_store(path: str, config: RunConfig, provenance: dict[str, Any]) -> Store | None:
     """The store at `path`, or None where there is none yet.
 
     Raises:
         StoreMismatchError: It holds other rows; lists each difference.
     """
-    if path.is_file():
-        raise StoreMismatchError(f"store.path={str(path)!r} is a file: expected a folder")
-    if not path.exists() or not any(path.iterdir()):
-        return None
-    from activation_store import open_store
+    from activation_store import open_store, store_exists
 
+    if Path(path).is_file():
+        raise StoreMismatchError(f"store.path={path!r} is a file: expected a folder")
+    holds_files = Path(path).is_dir() and any(Path(path).iterdir())
+    if not holds_files and not store_exists(path):
+        return None
     store = open_store(path)
     there = {
         **(store.header.provenance or {}),
@@ -75,7 +76,7 @@ def matching_store(path: Path, config: RunConfig, provenance: dict[str, Any]) ->
     found = differences(there, wanted)
     if found:
         raise StoreMismatchError(
-            f"store.path={str(path)!r} holds other rows, of {dict(store.arrays)}:\n"
+            f"store.path={path!r} holds other rows, of {dict(store.arrays)}:\n"
             + "\n".join(f"  {line}" for line in found)
             + "\nset store.path to a new folder, or train on this one with stage=train"
         )

@@ -14,7 +14,7 @@ from typing import Any
 
 from rich.console import Console
 
-from activation_store import open_store, shuffle_quality
+from activation_store import open_store, shuffle_quality, store_exists
 from activation_store.errors import StoreConfigError, StoreError
 from cluster.errors import ClusterError, RankFailedError
 from cluster.metric_sinks import METRICS
@@ -54,7 +54,7 @@ def run(
         RankFailedError: ranks died more often than `cluster.max_failures`.
     """
     console = console or Console()
-    if not (Path(config.store.path) / "zarr.json").is_file():
+    if not store_exists(config.store.path):
         raise StoreConfigError(
             "store.path",
             config.store.path,

@@ -10,8 +10,11 @@ from omegaconf.errors import OmegaConfBaseException
 
 from activation_store.errors import (
     DamagedDataError,
+    DeletedDataError,
     IncompleteStoreError,
     MissingDataError,
+    StorageError,
+    StoreBusyError,
     StoreError,
 )
 from analysis.errors import AnalysisError, RunFileError
@@ -22,11 +25,14 @@ from sae_core.errors import CheckpointError, NonFiniteLossError, SAEError
 _RUNTIME = (
     CheckpointError,
     DamagedDataError,
+    DeletedDataError,
     IncompleteStoreError,
     MissingDataError,
     NonFiniteLossError,
     RankFailedError,
     RunFileError,
+    StorageError,
+    StoreBusyError,
 )
 """Ours, but not the fault of what the user typed."""
 

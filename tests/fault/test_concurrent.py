@@ -18,6 +18,7 @@ import torch
 from activation_store import consumers, open_store
 from sae_core.checkpoint.folder import list_checkpoints
 from sae_core.inference import _read_weights
+from tests.object_server import make_bucket, s3_server
 from tests.tiny_models import save_gpt2, write_text
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.distributed]
@@ -156,6 +157,22 @@ def pid_of(folder: Path, victim: str) -> int:
         starts = sorted((folder / "logs" / "harvest-starts").iterdir())
         return int(starts[0].name.split("-")[-2])
     return int(re.findall(r"process (\d+)\n", (folder / "logs" / "rank-0.log").read_text())[-1])
+
+
+def test_a_store_in_an_object_store_trains_the_same(work, monkeypatch):
+    with s3_server() as port:
+        make_bucket(port, "bucket")
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}")
+        monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
+        monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "a-very-secret-key")
+        monkeypatch.setenv("AWS_REGION", "us-east-1")
+        output = run(work, "objects", *CONCURRENT, "store.path=s3://bucket/a/store")
+        assert "s3://bucket/a/store" in output
+        assert run(work, "objects", "stage=verify", "store.path=s3://bucket/a/store").count("whole")
+    assert_same_end(work, "objects")
+    for path in (work / "objects").rglob("*.*"):
+        if path.is_file():
+            assert b"a-very-secret-key" not in path.read_bytes()
 
 
 def test_a_harvest_that_fails_ends_the_trainer_too(work):

@@ -174,8 +174,8 @@ def test_a_restart_does_only_the_missing_items(tmp_path: Path) -> None:
     class Enough(Exception):
         pass
 
-    def stop_after_four(pool: Any, work: Any) -> Iterator[int | None]:
-        for done, rows in enumerate(r for r in run(pool, work) if r is not None):
+    def stop_after_four(pool: Any, work: Any, *more: Any) -> Iterator[int | None]:
+        for done, rows in enumerate(r for r in run(pool, work, *more) if r is not None):
             yield rows
             if done == 3:
                 raise Enough
@@ -192,10 +192,10 @@ def test_a_restart_does_only_the_missing_items(tmp_path: Path) -> None:
 
     submitted: list[int] = []
 
-    def note_items(pool: Any, work: Any) -> Iterator[int | None]:
+    def note_items(pool: Any, work: Any, *more: Any) -> Iterator[int | None]:
         todo = list(work)
         submitted.extend(item for item, _ in todo)
-        return run(pool, todo)
+        return run(pool, todo, *more)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(harvest_pool.WorkerPool, "run", note_items)
