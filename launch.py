@@ -16,12 +16,10 @@ from omegaconf import DictConfig, OmegaConf
 from conf.schema import RunConfig
 
 PIPELINE = ("plan", "harvest", "train", "evaluate", "export", "report")
-CONCURRENT_PIPELINE = ("plan", "concurrent", "evaluate", "export", "report")
 STAGES = {
     "plan": "cluster.plan",
     "harvest": "cluster.harvest",
     "train": "cluster.train",
-    "concurrent": "cluster.concurrent",
     "evaluate": "analysis.evaluate",
     "export": "analysis.export",
     "report": "analysis.report",
@@ -29,8 +27,12 @@ STAGES = {
     "repair": "analysis.repair",
     "status": "analysis.status",
 }
+HARVEST_AND_TRAIN = "harvest and train"
+"""Both at once: no stage of its own, for it is what the pipeline does."""
+CONCURRENT = ("plan", HARVEST_AND_TRAIN, "evaluate", "export", "report")
 READ_ONLY = ("plan", "verify", "status")
 NEED_A_RUN = ("evaluate", "export", "report", "verify", "repair", "status")
+MODULES = {**STAGES, HARVEST_AND_TRAIN: "cluster.concurrent"}
 EXIT_FAILED, EXIT_BAD_INPUT = 1, 2
 
 ConfigStore.instance().store(name="run_schema", node=RunConfig)
@@ -48,13 +50,12 @@ def compose_and_run(composed: DictConfig) -> None:
         _make_paths_absolute(config)
         stages: tuple[str, ...] = (config.stage,)
         if config.stage == "pipeline":
-            concurrent = config.cluster.mode == "concurrent"
-            stages = CONCURRENT_PIPELINE if concurrent else PIPELINE
+            stages = CONCURRENT if config.cluster.mode == "concurrent" else PIPELINE
         with open_run(config, config.stage in READ_ONLY, config.stage in NEED_A_RUN) as run_dir:
             if config.stage == "pipeline":
                 _print_config(config)
             for stage in stages:
-                import_module(STAGES[stage]).run(config, run_dir)
+                import_module(MODULES[stage]).run(config, run_dir)
 
 
 def _make_paths_absolute(config: RunConfig) -> None:

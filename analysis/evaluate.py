@@ -40,7 +40,8 @@ DEFINITIONS = {
     "rows are those a store keeps (no position 0, no special tokens if they are dropped)",
     "mse": "mean of (x - recon)^2 over those rows and all dimensions, raw activation units",
     "l0": "mean number of latents above 0 in those rows",
-    "dead_fraction": "latents above 0 on none of one pass over the stored training rows",
+    "dead_fraction": "latents above 0 on none of one pass over the training rows that are still "
+    "stored (all of them, unless cluster.retention=consumed)",
     "ce_clean": "next-token cross-entropy in nats, predictions from position 1 on",
     "ce_recon": "the same with the SAE spliced in at every position but 0",
     "ce_zero": "the same with zeros spliced in",
@@ -96,7 +97,7 @@ def run(config: RunConfig, run_dir: Path) -> None:
         console.print(f"evaluate: {file} is of {checkpoint} already")
         return
     evaluation = Evaluation(config, sae.to(_device(config)), store, hookpoint, console)
-    metrics, counts = _evaluate(evaluation)
+    metrics, counts, n_rows = _evaluate(evaluation)
     metrics |= {
         "hookpoint": hookpoint,
         "checkpoint": checkpoint,
@@ -105,12 +106,13 @@ def run(config: RunConfig, run_dir: Path) -> None:
         "inputs": inputs,
     }
     file.parent.mkdir(parents=True, exist_ok=True)
-    write_json(file.with_name("frequency.json"), {"tokens": store.n_tokens, "counts": counts})
+    write_json(file.with_name("frequency.json"), {"tokens": n_rows, "counts": counts})
     write_json(file, metrics)
     _print_table(console, metrics)
 
 
-def _evaluate(evaluation: Evaluation) -> tuple[dict[str, Any], list[int]]:
+def _evaluate(evaluation: Evaluation) -> tuple[dict[str, Any], list[int], int]:
+    """Metrics, how often each latent fired, and on how many rows that was counted."""
     reason = _why_not_heldout(evaluation)
     firings = _count_firings(evaluation, with_errors=reason is not None)
     if reason is None:
@@ -128,7 +130,7 @@ def _evaluate(evaluation: Evaluation) -> tuple[dict[str, Any], list[int]]:
         "heldout": reason is None,
         "reason": reason,
     }
-    return metrics, firings.counts.tolist()
+    return metrics, firings.counts.tolist(), firings.sums.rows
 
 
 def _why_not_heldout(evaluation: Evaluation) -> str | None:

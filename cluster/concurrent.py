@@ -12,10 +12,19 @@ import threading
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from activation_store import StoreWriter, delete_consumed, lead_items, open_store, store_exists
+from activation_store import (
+    consumers,
+    delete_consumed,
+    open_store,
+    remove_consumer,
+    store_exists,
+)
 from cluster import harvest, train
+from cluster.cursor import consumer_name
+from cluster.errors import PlacementError
 from cluster.ray_session import ray_session
 from conf.schema import RunConfig
+from sae_core.errors import ConfigError
 
 if TYPE_CHECKING:
     from cluster.harvest import HarvestJob
@@ -24,25 +33,64 @@ _POLL_S = 0.2
 
 
 def run(config: RunConfig, run_dir: Path) -> None:
-    """Fills the store and trains on it; returns when both are done. Raises as both stages do."""
+    """Fills the store and trains on it; returns when both are done.
+
+    Raises as both stages do, and:
+        ConfigError: deletion is asked for, but the text does not last for one pass.
+        PlacementError: harvest and ranks together need more GPUs than there are.
+    """
     from rich.console import Console
 
     console = Console(soft_wrap=True)
     job = harvest.prepare(config, run_dir, console, live=False)
     if job is None:
         train.run(config, run_dir, console)
+        _let_go(config, run_dir)
         return
+    _check_one_pass(config, job)
     with ray_session(config.cluster, min_cpus=config.cluster.harvest_workers):
-        background = _Harvest(job, config.cluster.max_lead_items)
+        _check_gpus(config)
+        background = _Harvest(job)
         background.start()
         try:
             background.wait_for_rows()
             train.run(config, run_dir, console, watch=background.check)
-            background.ends.set()
+            _let_go(config, run_dir)
             background.join()
             background.check()
         finally:
             background.cancel()
+
+
+def _check_one_pass(config: RunConfig, job: HarvestJob) -> None:
+    most = job.plan.n_rows // config.train.batch_tokens
+    if config.cluster.retention == "consumed" and config.train.n_steps > most:
+        raise ConfigError(
+            "cluster.retention",
+            config.cluster.retention,
+            f"keep: the text gives {job.plan.n_rows} rows, train.tokens={config.train.tokens}",
+            f"train.tokens={most * config.train.batch_tokens} sees every row once",
+        )
+
+
+def _check_gpus(config: RunConfig) -> None:
+    import ray
+
+    gpus = int(ray.cluster_resources().get("GPU", 0))
+    wanted = min(config.cluster.harvest_workers, gpus) + config.parallel.n_ranks
+    if gpus and config.train.device != "cpu" and wanted > gpus:
+        raise PlacementError(
+            f"cluster.mode=concurrent: harvest and trainer ranks want {wanted} GPUs together, the "
+            f"cluster has {gpus}; use train.device=cpu, fewer cluster.harvest_workers, or "
+            "cluster.mode=sequential"
+        )
+
+
+def _let_go(config: RunConfig, run_dir: Path) -> None:
+    """A run that has trained holds nobody back, even if it was killed before it said so."""
+    name = consumer_name(config, run_dir)
+    if name in consumers(config.store.path):
+        remove_consumer(config.store.path, name)
 
 
 class _Cancelled(Exception):
@@ -52,13 +100,11 @@ class _Cancelled(Exception):
 class _Harvest(threading.Thread):
     """Fills the store beside the trainer, no further ahead of it than `max_lead_items`."""
 
-    def __init__(self, job: HarvestJob, max_lead_items: int | None) -> None:
+    def __init__(self, job: HarvestJob) -> None:
         super().__init__(name="harvest", daemon=True)
-        self._job, self._max_lead_items = job, max_lead_items
+        self._job = job
         self._cancelled = threading.Event()
         self._error: BaseException | None = None
-        self.ends = threading.Event()
-        """Set when no consumer is left to wait for."""
 
     def run(self) -> None:
         """The thread's body."""
@@ -87,25 +133,25 @@ class _Harvest(threading.Thread):
         self._cancelled.set()
         self.join()
 
-    def _may_start(self, in_flight: int) -> bool:
+    def _may_start(self, item: int | None) -> bool:
+        """Whether `item` is within the lead; None asks only whether to go on."""
         if self._cancelled.is_set():
             raise _Cancelled
-        if self._max_lead_items is None or self.ends.is_set():
+        most = self._job.config.cluster.max_lead_items
+        if most is None or item is None:
             return True
-        lead = lead_items(self._job.store)
-        if lead is None:
-            return self._may_start_before_the_trainer(in_flight)
-        return lead + in_flight < self._max_lead_items
+        states = consumers(self._job.store).values()
+        if not states and train.finished(self._job.config, self._job.run_dir):
+            return True
+        slowest = min((state.next_item for state in states), default=0)
+        return item < slowest + most or not self._can_be_sampled()
 
-    def _may_start_before_the_trainer(self, in_flight: int) -> bool:
-        """Until the trainer has registered: as many items as it samples, or may be ahead of it."""
-        assert self._max_lead_items is not None
-        path, config = self._job.store, self._job.config
-        if len(StoreWriter(path).committed_items()) + in_flight < self._max_lead_items:
-            return True
-        valid_rows, window = open_store(path).valid_rows, config.store.window_items
+    def _can_be_sampled(self) -> bool:
+        """Whether whole windows hold the rows that the trainer asks for before it begins."""
+        config = self._job.config
+        valid_rows, window = open_store(self._job.store).valid_rows, config.store.window_items
         in_windows = valid_rows[: len(valid_rows) // window * window].sum()
-        return bool(in_windows < config.train.sample_tokens)
+        return bool(in_windows >= config.train.sample_tokens)
 
 
 def _has_rows(path: str) -> bool:

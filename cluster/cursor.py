@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
+import time
 from pathlib import Path
 
 from activation_store import Consumer
 from cluster.source import StoreSource
+from conf.schema import RunConfig
 from sae_core.checkpoint.folder import list_checkpoints, read_state
+from sae_core.errors import CheckpointError
+
+_LOOK_EVERY_S = 1.0
+"""Between two looks at the checkpoints; what is kept for too long only costs room."""
 
 
 class RunCursor:
@@ -14,7 +21,7 @@ class RunCursor:
 
     Args:
         store: path of the store.
-        name: of the run.
+        name: of `consumer_name`.
         source: rank 0's.
         checkpoints: folder of the run's checkpoints.
         keep_everything: training makes more than one pass, so nothing may ever be deleted.
@@ -31,7 +38,8 @@ class RunCursor:
         self._source, self._checkpoints = source, checkpoints
         self._keep_everything = keep_everything
         self._published: tuple[int, int] | None = None
-        self._consumer = Consumer(store, name, self._kept_from())
+        self._kept, self._look_again = self._kept_from(), 0.0
+        self._consumer = Consumer(store, name, self._kept)
 
     def publish(self) -> None:
         """Publishes the position, if it needs other items than before.
@@ -41,7 +49,9 @@ class RunCursor:
         """
         position = self._source.position
         next_item = self._source.first_item_needed(position)
-        kept_from = self._kept_from()
+        if time.monotonic() >= self._look_again:  # a folder on a shared disk, not at every step
+            self._kept, self._look_again = self._kept_from(), time.monotonic() + _LOOK_EVERY_S
+        kept_from = self._kept
         if (next_item, kept_from) != self._published:
             self._consumer.publish(next_item=next_item, keep_from_item=kept_from, position=position)
             self._published = (next_item, kept_from)
@@ -52,7 +62,16 @@ class RunCursor:
 
     def _kept_from(self) -> int:
         """First item that a resume from the oldest checkpoint would need."""
-        found = list_checkpoints(self._checkpoints)
-        if self._keep_everything or not found:
+        if self._keep_everything:
             return 0
-        return self._source.first_item_needed(read_state(found[-1]).source_position)
+        for folder in reversed(list_checkpoints(self._checkpoints)):
+            try:
+                return self._source.first_item_needed(read_state(folder).source_position)
+            except CheckpointError:
+                continue  # resume passes over a damaged one, too
+        return 0
+
+
+def consumer_name(config: RunConfig, run_dir: Path) -> str:
+    """Of a run among the consumers of its store: names of runs are unique in one folder only."""
+    return f"{config.name}-{hashlib.sha256(str(run_dir.resolve()).encode()).hexdigest()[:8]}"

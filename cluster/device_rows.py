@@ -14,8 +14,8 @@ from cluster.tensors import to_torch
 class DeviceRows:
     """The rows of one array of a store, on a device.
 
-    The copy of a block runs beside the step; int8 rows are dequantised after the gather, on the
-    device, so that half the bytes cross the bus.
+    The host does not wait for a block's copy, the device's work after it does; int8 rows are
+    dequantised after the gather, on the device, so that half the bytes cross the bus.
 
     Args:
         store: its codec says how rows are stored.
@@ -27,6 +27,7 @@ class DeviceRows:
         self._array, self._device = array, device
         self._block: Any = None
         self._stored: dict[str, torch.Tensor] = {}
+        self._order = torch.empty(0, dtype=torch.int64)
         self._copied: torch.cuda.Event | None = None
         self._scaling: tuple[torch.Tensor, torch.Tensor] | None = None
         if store.header.codec == "int8":
@@ -41,8 +42,7 @@ class DeviceRows:
         parts = []
         for part in batch.parts:
             self._upload(part.block)
-            picks = torch.from_numpy(part.picks).to(self._device, non_blocking=True)
-            parts.append(self._rows(picks))
+            parts.append(self._rows(self._order[part.place]))
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _rows(self, picks: torch.Tensor) -> torch.Tensor:
@@ -62,6 +62,7 @@ class DeviceRows:
             name: to_torch(rows).to(self._device, non_blocking=True)
             for name, rows in block.arrays.items()
         }
+        self._order = torch.from_numpy(block.order).to(self._device)
         if self._device.type == "cuda":
             self._copied = torch.cuda.Event()
             self._copied.record()

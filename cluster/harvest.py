@@ -40,8 +40,8 @@ class HarvestJob:
     """Whether progress may take the terminal's live line."""
 
 
-MayStart = Callable[[int], bool]
-"""Whether one more item may be begun, given how many are in flight."""
+MayStart = Callable[[int | None], bool]
+"""Whether an item may be begun; None: only whether to go on."""
 
 
 def run(config: RunConfig, run_dir: Path) -> None:

@@ -76,13 +76,14 @@ class WorkerPool:
         return moments
 
     def run(
-        self, work: Iterable[Work], may_start: Callable[[int], bool] = lambda _: True
+        self, work: Iterable[Work], may_start: Callable[[int | None], bool] = lambda _: True
     ) -> Iterator[int | None]:
         """Runs every item; yields the rows of each finished one, and None while none has finished.
 
         Args:
             work: the items, in the order in which they are begun.
-            may_start: whether one more may be begun, given how many are; asked again and again.
+            may_start: whether an item may be begun; asked again and again, with None when there
+                is none to begin. What it raises ends the run.
 
         Raises:
             ClusterError: Workers keep dying without finishing an item.
@@ -95,7 +96,8 @@ class WorkerPool:
         pending: dict[Any, Any] = {}  # task -> the worker that has it
         starts = self._starts()
         while upcoming is not None or pending:
-            while upcoming is not None and free and may_start(len(pending)):
+            may_start(None)
+            while upcoming is not None and free and may_start(upcoming[0]):
                 worker = free.popleft()
                 pending[worker.run_item.remote(*upcoming)] = worker
                 upcoming = next(queue, None)

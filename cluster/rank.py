@@ -5,6 +5,7 @@ torchrun --nproc-per-node 4 -m cluster.rank runs/demo
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 from dataclasses import replace
@@ -16,12 +17,12 @@ import torch.distributed as dist
 
 from activation_store import open_store
 from activation_store.errors import StoreError
-from cluster.cursor import RunCursor
+from cluster.cursor import RunCursor, consumer_name
 from cluster.environment import environment
 from cluster.errors import ClusterError
 from cluster.metric_sinks import MetricSinks
 from cluster.run_dir import CONFIG, ENVIRONMENT, rank_lock
-from cluster.source import StoreSource
+from cluster.source import WAIT_TIMEOUT_S, StoreSource
 from cluster.trainable import check_store
 from conf.run_config import load_config
 from conf.schema import RunConfig
@@ -90,8 +91,12 @@ def _train(
         config.store.window_items,
         config.store.buffer_tokens,
         device,
+        # The driver sees when a harvest beside the trainer fails, and ends the ranks.
+        wait_timeout_s=math.inf if config.cluster.mode == "concurrent" else WAIT_TIMEOUT_S,
     )
     trainer_config = replace(config.trainer, sae=replace(config.sae, hookpoint=array))
+    # Before the sample: what it reads must not be deleted by others meanwhile.
+    cursor = _cursor(config, run_dir, source) if sinks is not None else None
     try:
         trainer = Trainer(
             trainer_config,
@@ -107,7 +112,6 @@ def _train(
             trainer.calibrate()
         else:
             trainer.resume(newest)
-        cursor = _cursor(config, run_dir, source) if sinks is not None else None
         trainer.train()
         if cursor is not None:
             cursor.close()
@@ -120,7 +124,7 @@ def _cursor(config: RunConfig, run_dir: Path, source: StoreSource) -> RunCursor 
         return None
     cursor = RunCursor(
         config.store.path,
-        config.name,
+        consumer_name(config, run_dir),
         source,
         run_dir / "checkpoints",
         keep_everything=config.cluster.retention == "keep",

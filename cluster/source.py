@@ -37,6 +37,7 @@ class StoreSource:
         window_items: work items shuffled together.
         buffer_tokens: rows permuted together in memory.
         device: where batches are to be; on cuda they are gathered there.
+        wait_timeout_s: how long a growing store may lack the rows that are asked for.
     """
 
     def __init__(
@@ -50,10 +51,12 @@ class StoreSource:
         window_items: int,
         buffer_tokens: int,
         device: torch.device | None = None,
+        wait_timeout_s: float = WAIT_TIMEOUT_S,
     ) -> None:
         self.d_in = self.d_out = store.arrays[array]
         self.identity = f"{array}-{store_digest(store)}"
         self._store, self._array, self._seed = store, array, seed
+        self._wait_timeout_s = wait_timeout_s
         self._window_items, self._buffer_tokens = window_items, buffer_tokens
         share = batch_tokens // n_replicas
         order: dict[str, Any] = {
@@ -62,7 +65,7 @@ class StoreSource:
             "window_items": window_items,
             "buffer_rows": buffer_tokens,
             "rows": (replica * share, (replica + 1) * share),
-            "wait_timeout_s": WAIT_TIMEOUT_S,
+            "wait_timeout_s": wait_timeout_s,
         }
         self.before_next: Callable[[], None] = lambda: None
         """Called before every batch is waited for."""
@@ -94,10 +97,14 @@ class StoreSource:
         return Batch(to_torch(batch.arrays[self._array]), None, batch.first_row)
 
     def sample(self, n: int) -> torch.Tensor:
-        """The first `n` rows of the stream, or all of a smaller store; the same on all ranks."""
+        """The first `n` rows of the stream, or all of a smaller store; the same on all ranks.
+
+        In equal batches of at most `SAMPLE_BATCH`: fewer rows than batches are left out at the end.
+        """
         self._wait_for_rows(n)
         wanted = min(n, self._store.n_tokens)
-        size = min(SAMPLE_BATCH, wanted)
+        n_batches = -(-wanted // SAMPLE_BATCH)
+        size = wanted // n_batches
         stream = ShuffledStream(
             self._store,
             [self._array],
@@ -105,9 +112,10 @@ class StoreSource:
             batch_rows=size,
             window_items=self._window_items,
             buffer_rows=self._buffer_tokens,
+            wait_timeout_s=self._wait_timeout_s,
         )
         try:
-            batches = [stream.next().arrays[self._array] for _ in range(wanted // size)]
+            batches = [stream.next().arrays[self._array] for _ in range(n_batches)]
         finally:
             stream.close()
         return torch.cat([to_torch(batch) for batch in batches])
@@ -117,12 +125,12 @@ class StoreSource:
         return self._stream.first_item_needed(position)
 
     def _wait_for_rows(self, n: int) -> None:
-        deadline = time.monotonic() + WAIT_TIMEOUT_S
+        deadline = time.monotonic() + self._wait_timeout_s
         while not self._store.finalised and self._store.n_tokens < n:
             if time.monotonic() > deadline:
                 raise IncompleteStoreError(
                     f"{self._store.path} has {self._store.n_tokens} rows after "
-                    f"{WAIT_TIMEOUT_S:.0f} s: a sample needs {n}; is its writer still alive?"
+                    f"{self._wait_timeout_s:.0f} s: a sample needs {n}; is its writer still alive?"
                 )
             time.sleep(_POLL_S)
             self._store.refresh()

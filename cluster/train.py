@@ -63,7 +63,7 @@ def run(
         )
     check_store(config)
     wait_for_old_ranks(run_dir)
-    done = _finished(config, run_dir)
+    done = finished(config, run_dir)
     if done is not None:
         console.print(f"train: already done, {done.name}")
         return
@@ -100,7 +100,8 @@ def _warn_of_a_poor_shuffle(config: RunConfig, console: Console) -> None:
         console.print(f"train: {quality.warning}", soft_wrap=True)
 
 
-def _finished(config: RunConfig, run_dir: Path) -> Path | None:
+def finished(config: RunConfig, run_dir: Path) -> Path | None:
+    """The valid checkpoint with which the run has ended; None before."""
     newest = newest_valid(run_dir / "checkpoints", config.checkpoint.verify_hashes)
     if newest is not None and read_state(newest).step >= config.train.n_steps:
         return newest

@@ -24,7 +24,7 @@ def validate(config: RunConfig, stages: tuple[str, ...]) -> None:
     """
     if config.stage not in stages:
         raise ConfigError("stage", config.stage, f"one of: {', '.join(stages)}")
-    if not _NAME.fullmatch(config.name):
+    if not _NAME.fullmatch(config.name) or ".." in config.name:
         raise ConfigError("name", config.name, "letters, digits, '.', '_' and '-', not a path")
     if config.seed < 0:
         raise ConfigError("seed", config.seed, "0 or more")
@@ -72,12 +72,16 @@ def _check_harvest_fits_store(config: RunConfig) -> None:
 
 def _check_concurrent(config: RunConfig) -> None:
     cluster, window = config.cluster, config.store.window_items
-    if cluster.max_lead_items is not None and cluster.max_lead_items < 2 * window:
+    context_rows = config.data.context_tokens - 1
+    rows_per_window = window * (config.store.shard_tokens // context_rows * context_rows)
+    needed = window * (-(-config.train.batch_tokens // rows_per_window) + 1)
+    if cluster.max_lead_items is not None and cluster.max_lead_items < needed:
         raise ConfigError(
             "cluster.max_lead_items",
             cluster.max_lead_items,
-            f"at least two windows, 2 x store.window_items={2 * window}",
-            "training waits for whole windows: with less, both would wait for each other",
+            f"at least {needed}: the windows (store.window_items={window}) that hold a batch of "
+            f"train.batch_tokens={config.train.batch_tokens}, and one more",
+            "with less, harvest and training would wait for each other",
         )
     if cluster.retention == "consumed" and config.train.tokens > config.data.tokens:
         raise ConfigError(

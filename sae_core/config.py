@@ -138,10 +138,10 @@ class TrainConfig:
     auto: triton on cuda, stock elsewhere."""
     prefilter: str = "auto"
     """Cheap product that finds TopK candidates, which are rescored exactly; rows whose candidates
-    are not certified to hold the k largest are encoded again. none; bfloat16 (stock kernels,
-    float32: a margin of eight standard deviations of the rounding error); bfloat16x3 (likewise,
-    slower, but proven); float8 (triton: six deviations); auto: bfloat16 on CPUs that multiply it in
-    hardware, else none."""
+    are not certified to hold the k largest are encoded again. none; bfloat16x3 (stock kernels,
+    float32: proven row by row); bfloat16 (likewise, faster: certified by eight standard deviations
+    of rounding errors taken as independent); float8 (triton: by six); auto: bfloat16x3 on CPUs that
+    multiply bfloat16 in hardware, else none."""
     threads_per_rank: int | None = None
     """CPU threads of each rank; null: cores / ranks on this machine, at least 1."""
     timeout_s: float = 600.0

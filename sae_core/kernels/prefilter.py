@@ -15,8 +15,6 @@ import torch
 from sae_core.kernels.interface import SparseLatents
 from sae_core.kernels.keys import pack_keys, unpack_keys
 
-_SAMPLE_ROWS = 8192
-"""Dictionary rows from which the weight of a channel is estimated."""
 _FEW_LATENTS = 8
 """Times k: with fewer latents the candidates would be no small part of them."""
 _LARGEST_K = 256
@@ -137,21 +135,21 @@ def _rescored(
 def error_deviation(
     x: torch.Tensor, moved: torch.Tensor, W_enc: torch.Tensor, rounding: float
 ) -> torch.Tensor:
-    """[B] standard deviation of a low-precision product's error, for the longest latent.
+    """[B] bound over all latents on the standard deviation of a low-precision product's error.
 
     Rounding errors of different channels are taken as independent with zero mean, so the error of
-    `x . w` has the variance `sum_j dx_j^2 w_j^2 + x_j^2 dw_j^2`. Outlier channels count with what
-    they weigh: dx is measured, channel by channel. Not finite when an argument is not.
+    `x . w` has the variance `sum_j v_j w_j^2` with `v_j = dx_j^2 + rounding^2 x_j^2`. A latent may
+    lean on the very channels that are rounded most, so the sum is bounded by the smaller of
+    `max_j v_j * max |w|^2` and `sum_j v_j max_l w_lj^2`. Not finite when an argument is not.
 
     Args:
         x: [B, D].
-        moved: [B, D] by how much rounding moved x.
+        moved: [B, D] by how much rounding moved x; its outlier channels count as they are.
         W_enc: [L, D].
         rounding: root mean square of an element's relative error.
     """
-    step = max(1, W_enc.shape[0] // _SAMPLE_ROWS)
-    weight = W_enc[::step].float().square().mean(0)
-    norms = torch.linalg.vector_norm(W_enc, dim=1, dtype=torch.float32)
-    longest = norms.max().square() / weight.sum().clamp_min(1e-30)
-    variance = (moved.square() + rounding**2 * x.square()) @ weight
-    return (variance * longest).sqrt()
+    variances = moved.square() + rounding**2 * x.square()
+    longest = torch.linalg.vector_norm(W_enc, dim=1, dtype=torch.float32).max().square()
+    largest = torch.maximum(W_enc.amax(0), -W_enc.amin(0)).float().square()
+    bound = torch.minimum(variances.amax(1) * longest, variances @ largest)
+    return bound.sqrt()

@@ -46,7 +46,10 @@ class Float8Prefilter:
     ) -> Candidates:
         L, D = W_enc.shape
         values, latents = self._topk(x, W_enc, b_enc, min(3 * k, L))
-        sums = values[:, -1].abs() * (_SUM_ROUNDING * D / _SUM_WIDTH)
+        # Of the partial sums, which may cancel: not of their end.
+        largest = torch.linalg.vector_norm(W_enc, dim=1, dtype=torch.float32).max()
+        norms = torch.linalg.vector_norm(x, dim=1, dtype=torch.float32)
+        sums = norms * largest * (_SUM_ROUNDING * D / _SUM_WIDTH)
         return Candidates(values, latents, error_margin(x, W_enc) + sums)
 
 

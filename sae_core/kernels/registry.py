@@ -22,7 +22,7 @@ def get_kernels(
         compute_dtype: of the encoder product's inputs.
         tf32: multiply float32 with the tensor cores' 10 bits of mantissa.
         prefilter: none, bfloat16 or bfloat16x3 (stock, float32), float8 (triton), or auto:
-            bfloat16 on CPUs that multiply it in hardware, else none.
+            bfloat16x3 on CPUs that multiply bfloat16 in hardware, else none.
 
     Raises:
         ConfigError: no such body, it cannot run here, or not with these options.
@@ -44,6 +44,8 @@ def get_kernels(
 
         if prefilter not in ("auto", "none", "float8"):
             raise ConfigError("train.prefilter", prefilter, "none or float8 for kernels=triton")
+        if tf32 and prefilter == "float8":
+            raise ConfigError("train.prefilter", prefilter, "none with train.compute_dtype=tf32")
         return TritonKernels(
             compute_dtype, "tf32" if tf32 else "ieee", float8_prefilter=prefilter == "float8"
         )
@@ -53,7 +55,7 @@ def get_kernels(
 def _stock_prefilter(prefilter: str, compute_dtype: torch.dtype) -> Prefilter | None:
     possible = compute_dtype == torch.float32 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
     if prefilter == "auto":
-        prefilter = "bfloat16" if possible and bfloat16_is_fast() else "none"
+        prefilter = "bfloat16x3" if possible and bfloat16_is_fast() else "none"
     if prefilter == "none":
         return None
     if prefilter not in ("bfloat16", "bfloat16x3"):

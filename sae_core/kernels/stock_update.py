@@ -52,11 +52,7 @@ class _Scratch:
         rows = (state.W_enc, state.W_dec, state.b_enc)
         self.grads = [torch.empty_like(array[:size]) for array in rows]
         self.moments = [
-            [
-                None
-                if m.dtype != torch.bfloat16
-                else m.new_empty(m[:size].shape, dtype=torch.float32)
-            ]
+            m.new_empty(m[:size].shape, dtype=torch.float32) if m.dtype == torch.bfloat16 else None
             for m in (*state.exp_avg, *state.exp_avg_sq)
         ]
 
@@ -70,7 +66,7 @@ class _Scratch:
         stored = [moment[span] for moment in (*state.exp_avg, *state.exp_avg_sq)]
         moments = [
             kept if full is None else full[:n].copy_(kept)
-            for kept, (full,) in zip(stored, self.moments, strict=True)
+            for kept, full in zip(stored, self.moments, strict=True)
         ]
         torch._fused_adam_(
             parameters,

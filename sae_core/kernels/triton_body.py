@@ -72,7 +72,10 @@ class TritonKernels:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         # k 0: a shard without dead latents takes part in AuxK.
         if self.prefilter is not None and k and x.shape[0]:
-            return prefiltered_topk(self.prefilter, self, x, W_enc, b_enc, k)
+            # Rescored as the whole product sees them: rounded first, summed in float32.
+            rounded = x.to(self.compute_dtype).float()
+            W_enc = W_enc.to(self.compute_dtype)
+            return prefiltered_topk(self.prefilter, self, rounded, W_enc, b_enc, k)
         return self.exact_topk(x, W_enc, b_enc, k)
 
     def exact_topk(
