@@ -1,0 +1,70 @@
+"""How far a harvest may be ahead of the trainer beside it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from activation_store import Consumer, StoreWriter
+from cluster.concurrent import _Cancelled, _Harvest
+from cluster.harvest import HarvestJob
+from conf.schema import RunConfig
+from conf.validate import validate
+from sae_core.errors import ConfigError
+
+ROWS = 64
+
+
+def harvest_of(path: Path, items: list[int], lead: int, sample_tokens: int) -> _Harvest:
+    writer = StoreWriter(path, {"acts": 4}, "float32", ROWS)
+    for item in items:
+        writer.write_item(item, np.ones((ROWS, 4), np.float32))
+    config = RunConfig()
+    config.cluster.mode, config.cluster.max_lead_items = "concurrent", lead
+    config.store.path, config.store.window_items = str(path), 2
+    config.train.sample_tokens = sample_tokens
+    plan: Any = None
+    return _Harvest(HarvestJob(config, path.parent, str(path), plan, {}, True, Console(), False))
+
+
+def test_a_missing_item_may_always_be_begun(tmp_path):
+    done = [item for item in range(30) if item != 9]
+    harvest = harvest_of(tmp_path / "store", done, lead=5, sample_tokens=64)
+    consumer = Consumer(tmp_path / "store", "run")
+    consumer.publish(next_item=8, keep_from_item=0, position=0)
+    assert harvest._may_start(9)  # the trainer waits for it, whatever lies beyond
+    assert harvest._may_start(12) and not harvest._may_start(13)
+
+
+def test_the_sample_comes_first_and_then_the_lead(tmp_path):
+    harvest = harvest_of(tmp_path / "store", [0, 1, 2], lead=4, sample_tokens=3 * ROWS)
+    assert harvest._may_start(99)  # two items in whole windows, three wanted
+    StoreWriter(tmp_path / "store").write_item(3, np.ones((ROWS, 4), np.float32))
+    assert not harvest._may_start(4) and harvest._may_start(3)
+
+
+def test_a_cancelled_harvest_ends_with_nothing_left_to_begin(tmp_path):
+    harvest = harvest_of(tmp_path / "store", [0], lead=4, sample_tokens=1)
+    assert harvest._may_start(None)
+    harvest._cancelled.set()
+    with pytest.raises(_Cancelled):
+        harvest._may_start(None)
+
+
+def config_with(lead: int, batch_tokens: int) -> RunConfig:
+    config = RunConfig(stage="harvest")
+    config.model.path, config.model.hookpoints, config.data.path = "m", ["h"], "t"
+    config.store.path, config.store.shard_tokens, config.store.window_items = "s", 127, 1
+    config.cluster.mode, config.cluster.max_lead_items = "concurrent", lead
+    config.train.batch_tokens = batch_tokens
+    return config
+
+
+def test_a_lead_that_cannot_hold_a_batch_is_refused():
+    validate(config_with(9, 127 * 8), ("harvest",))
+    with pytest.raises(ConfigError, match="at least 9"):
+        validate(config_with(8, 127 * 8), ("harvest",))
