@@ -15,8 +15,8 @@ from sae_core.mesh import row_range
 
 _ITEM_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 _SIDECAR_BYTES_PER_TOKEN = 4 + 8 + 4
-_PARAMETER_COPIES = 4
-"""Parameters, gradients and Adam's two moments, all float32."""
+_SCALE_BYTES = 4
+"""Of a row of codec int8."""
 
 
 def run(config: RunConfig, run_dir: Path) -> None:
@@ -37,11 +37,19 @@ def run(config: RunConfig, run_dir: Path) -> None:
 
 
 def memory_bytes_per_rank(config: RunConfig, d_model: int) -> int:
-    """What one rank's largest shard and its data replica's share of ZeRO 1 take, plus buffers."""
+    """What one rank's largest shard and its data replica's share of ZeRO 1 take, plus buffers.
+
+    Weights are float32; moments as configured; gradients exist only without the fused update;
+    bfloat16 copies only where the kernels are Triton's.
+    """
     start, stop = row_range(config.sae.n_latents, 0, config.parallel.latent)
     parameters = (stop - start) * (2 * d_model + 1) + d_model
-    moments = 2 / config.parallel.data if config.parallel.zero_stage else 2
-    state = int(parameters * 4 * (_PARAMETER_COPIES - 2 + moments))
+    zero = config.parallel.zero_stage
+    moments = 2 * _ITEM_BYTES[config.optim.moments] / (config.parallel.data if zero else 1)
+    gradients = 0 if config.optim.fused(zero) else 4
+    on_cuda = config.train.device == "cuda" and config.train.compute_dtype in ("auto", "bfloat16")
+    copies = 2 if on_cuda and config.train.kernels in ("auto", "triton") else 0
+    state = int(parameters * (4 + moments + gradients + copies))
     width = d_model * _ITEM_BYTES[config.store.dtype]
     buffers = 3 * config.store.buffer_tokens * width
     batch = 6 * config.train.batch_tokens // config.parallel.data * d_model * 4
@@ -49,12 +57,17 @@ def memory_bytes_per_rank(config: RunConfig, d_model: int) -> int:
 
 
 def store_bytes_total(config: RunConfig, d_model: int) -> int:
-    """Bytes of all arrays and sidecars."""
-    width = d_model * _ITEM_BYTES[config.store.dtype] * len(config.model.hookpoints)
+    """Bytes of all arrays and sidecars; of codec blosc as many as without, which is the most."""
+    row = d_model * _ITEM_BYTES[config.store.dtype]
+    if config.store.codec == "int8":
+        row = d_model + _SCALE_BYTES
+    width = row * len(config.model.hookpoints)
     return config.data.tokens * (width + _SIDECAR_BYTES_PER_TOKEN)
 
 
 def _table(config: RunConfig, d_model: int, rank_bytes: int, store_bytes: int) -> Table:
+    from sae_core.topk import sent_bytes
+
     table = Table(title=f"plan: {config.name}", show_header=False, title_justify="left")
     epochs = config.train.tokens / config.data.tokens
     mesh = config.parallel
@@ -63,11 +76,15 @@ def _table(config: RunConfig, d_model: int, rank_bytes: int, store_bytes: int) -
         "dictionary": f"{config.sae.n_latents:,} latents, k {config.sae.k}, "
         f"{2 * config.sae.n_latents * d_model:,} weights",
         "mesh": f"{mesh.latent} latent x {mesh.data} data, ZeRO {mesh.zero_stage}",
-        "memory per rank": f"{rank_bytes / 2**30:.2f} GiB: weights, gradients, moments, buffers",
+        "memory per rank": f"{rank_bytes / 2**30:.2f} GiB: weights, moments, gradients, buffers",
         "store": f"{config.data.tokens:,} tokens, {store_bytes / 2**30:.2f} GiB",
         "training": f"{config.train.n_steps:,} steps of {config.train.batch_tokens:,} tokens, "
         f"{epochs:.1f} epochs",
     }
+    if mesh.latent > 1:
+        rows_per_replica = config.train.batch_tokens // mesh.data
+        sent = sent_bytes(rows_per_replica, config.sae.k, mesh.latent, 0)
+        rows["selection"] = f"{sent / 2**20:.2f} MiB sent by each rank and step"
     for key, value in rows.items():
         table.add_row(key, value)
     return table
