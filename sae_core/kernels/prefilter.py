@@ -139,8 +139,9 @@ def error_deviation(
 
     Rounding errors of different channels are taken as independent with zero mean, so the error of
     `x . w` has the variance `sum_j v_j w_j^2` with `v_j = dx_j^2 + rounding^2 x_j^2`. A latent may
-    lean on the very channels that are rounded most, so the sum is bounded by the smaller of
-    `max_j v_j * max |w|^2` and `sum_j v_j max_l w_lj^2`. Not finite when an argument is not.
+    lean on the very channels that are rounded most, so the sum is bounded by the smallest of
+    `max_j v_j * max |w|^2`, `sum_j v_j max_l w_lj^2` and, by Cauchy and Schwarz, `|v| max |w^2|`.
+    Not finite when an argument is not.
 
     Args:
         x: [B, D].
@@ -151,5 +152,10 @@ def error_deviation(
     variances = moved.square() + rounding**2 * x.square()
     longest = torch.linalg.vector_norm(W_enc, dim=1, dtype=torch.float32).max().square()
     largest = torch.maximum(W_enc.amax(0), -W_enc.amin(0)).float().square()
-    bound = torch.minimum(variances.amax(1) * longest, variances @ largest)
-    return bound.sqrt()
+    fourth = torch.linalg.vector_norm(W_enc, ord=4, dim=1, dtype=torch.float32).max().square()
+    bounds = (
+        variances.amax(1) * longest,
+        variances @ largest,
+        torch.linalg.vector_norm(variances, dim=1) * fourth,
+    )
+    return torch.stack(bounds).amin(0).sqrt()
