@@ -173,7 +173,9 @@ def prefilter_rows(trainer: Trainer) -> list[dict[str, Any]]:
                 "op": f"prefilter {prefilter.name}",
                 "candidates": offered.latents.shape[1],
                 "certified": float(certified.float().mean()),
-                "equal_rows": float(held[certified].float().mean()),
+                "equal_rows": float(held[certified].float().mean())
+                if bool(certified.any())
+                else None,
                 "low_precision_equal_rows": float(low.all(1).float().mean()),
                 "channel_rms_most_over_median": float(_outliers(x)),
             }
