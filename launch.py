@@ -98,9 +98,6 @@ def main() -> None:
     """The command line."""
     # Hydra would print what it cannot compose and exit 1; this makes it raise to here instead.
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
-    # Read when torch loads, here or in a worker: threads that spin while they wait cost more than
-    # they compute as soon as two processes share the cores.
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     # The packages of this checkout must be importable from any working directory, and in workers.
     root = str(Path(__file__).resolve().parent)
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))

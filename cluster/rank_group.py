@@ -30,7 +30,8 @@ def rank_group(config: RunConfig, run_dir: Path) -> Iterator[list[Any]]:
     ranks: list[Any] = []
     try:
         actor = ray.remote(RankActor).options(**_options(group))
-        ranks = [actor.remote(str(run_dir), index, n_ranks) for index in range(n_ranks)]
+        alone = n_ranks == 1 and config.cluster.mode == "sequential"
+        ranks = [actor.remote(str(run_dir), index, n_ranks, alone) for index in range(n_ranks)]
         _wait_until_ready(ranks, config.cluster.placement_timeout_s)
         yield ranks
     finally:
@@ -104,8 +105,13 @@ def _wants_gpus(config: RunConfig) -> bool:
 class RankActor:
     """The actor: a process of its own that becomes one trainer rank."""
 
-    def __init__(self, run_dir: str, rank: int, n_ranks: int) -> None:
+    def __init__(self, run_dir: str, rank: int, n_ranks: int, alone: bool) -> None:
         self.run_dir, self.rank, self.n_ranks = Path(run_dir), rank, n_ranks
+        if not alone:
+            # Read when torch loads, which it has not yet: threads that spin while they wait cost
+            # more than they compute where processes share the cores, and save a rank that has them
+            # to itself about a quarter of a step.
+            os.environ.setdefault("OMP_WAIT_POLICY", "passive")
         log = open(self.run_dir / "logs" / f"rank-{rank}.log", "ab", buffering=0)  # noqa: SIM115
         # For the whole life of the process, native libraries included.
         os.dup2(log.fileno(), 1)
