@@ -41,7 +41,7 @@ def _helpers() -> ThreadPoolExecutor:
 
 def _forget_pool() -> None:
     # A forked child has none of its parent's threads: a pool that believes so would hang it.
-    global _pool, _lock  # noqa: PLW0603
+    global _pool, _lock  # noqa: PLW0603 - the process's own pool, as above
     _pool, _lock = None, threading.Lock()
 
 

@@ -51,8 +51,18 @@ def test_nothing_to_time_is_refused(names: str, rounds: int) -> None:
         interleaved({name: lambda: None for name in names}, rounds=rounds)
 
 
+def measured_bytes(code: str) -> int:
+    """What `code` prints, in a process of its own: what earlier tests left would go meanwhile."""
+    root = Path(__file__).resolve().parents[2]
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True
+    )
+    if done.stdout.strip() == "None":
+        pytest.skip("this kernel does not tell resident memory")
+    return int(done.stdout)
+
+
 def test_peak_memory_sees_what_was_freed_again() -> None:
-    # A process of its own: what earlier tests left to the garbage collector would go meanwhile.
     code = """
 from benchmarks.timing import PeakMemory
 earlier = b"x" * (200 << 20)  # a peak before the block is none of its
@@ -63,13 +73,7 @@ with PeakMemory() as memory:
     del block
 print(memory.bytes)
 """
-    root = Path(__file__).resolve().parents[2]
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True
-    )
-    if done.stdout.strip() == "None":
-        pytest.skip("this kernel does not tell resident memory")
-    assert 60 << 20 <= int(done.stdout) <= 90 << 20
+    assert 60 << 20 <= measured_bytes(code) <= 90 << 20
 
 
 def test_peak_memory_sees_what_comes_out_of_freed_memory() -> None:
@@ -84,13 +88,7 @@ with PeakMemory() as memory:
     torch.zeros(64 << 20, dtype=torch.uint8)
 print(memory.bytes)
 """
-    root = Path(__file__).resolve().parents[2]
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True
-    )
-    if done.stdout.strip() == "None":
-        pytest.skip("this kernel does not tell resident memory")
-    assert 60 << 20 <= int(done.stdout) <= 90 << 20
+    assert 60 << 20 <= measured_bytes(code) <= 90 << 20
 
 
 def test_table_aligns_and_gives_units() -> None:
