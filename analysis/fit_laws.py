@@ -23,6 +23,8 @@ LEVEL = 0.95
 _SMALLEST_SCALE = 1e-6
 """Of log residuals. Data without noise would otherwise have a Huber loss of width 0."""
 _FAR = 1e6
+_VANISHED = 1e-3
+"""A term that nowhere takes a larger share leaves no slope for a search to find it again by."""
 _START_FLOORS = (0.02, 0.1, 0.3, 0.5, 0.7, 0.85, 0.95)
 """Shares of the lowest loss that the last term takes where the searches begin."""
 
@@ -163,7 +165,8 @@ class Fit:
         for i, coefficient in enumerate(self.law.coefficients):
             value = coefficient.before(self.theta[i])
             low, high = self._ends(value, coefficient.before(self.replicates[:, i]))
-            ends = coefficient.after(np.array([value, low, high]))
+            with np.errstate(over="ignore"):  # nothing is known of it, and infinity says so
+                ends = coefficient.after(np.array([value, low, high]))
             found[coefficient.name] = Interval(*map(float, ends))
         return found
 
@@ -225,6 +228,7 @@ def fit(
     log_y = np.log(y)
     problem = _Problem(law, x)
     starts = [problem.inner(start) for start in _starts(law, x, y)]
+    middle = starts[len(starts) // 2]
     # Nearly the absolute loss first, as its residuals show how wide the noise is; then Huber's.
     rough = problem.best(starts, log_y, width=1e-3)
     width = HUBER_SCALES * _scale(log_y - problem.predict(rough), law.n_unknowns)
@@ -234,8 +238,9 @@ def fit(
     # Coefficients of a curve through clustered points: clusters less one, as is usual there.
     spare = n_independent - (law.n_unknowns if groups is None else 1)
     centre = Fit(law, problem.outer(best), np.empty((0, law.n_unknowns)), log_y - fitted, spare)
+    origin = best if problem.smallest_share(best) > _VANISHED else middle
     replicates = [
-        problem.outer(problem.best([best], fitted + noise, width))
+        problem.outer(problem.best([origin], fitted + noise, width))
         for noise in _resampled(centre, n_boot, rng, groups)
     ]
     return Fit(law, centre.theta, np.array(replicates), centre.residuals, spare)
@@ -265,7 +270,7 @@ def _starts(law: Law, x: Array, y: Array) -> list[Array]:
     """[P] each: the last term takes a share of the lowest loss, the first one explains the rest."""
     first, *rest = law.features(x)
     if not rest:
-        return [np.linalg.lstsq(first, np.log(y), rcond=None)[0]]
+        return [np.asarray(np.linalg.lstsq(first, np.log(y), rcond=None)[0], np.float64)]
     (last,) = rest
     # The lowest loss among the cells that the last term cannot tell apart.
     _, member = np.unique(last.round(9), axis=0, return_inverse=True)
@@ -303,18 +308,25 @@ class _Problem:
         pairs = zip(self._r, self._parts, strict=True)
         return np.concatenate([np.linalg.solve(r, inner[part]) for r, part in pairs])
 
+    def smallest_share(self, inner: Array) -> float:
+        """Of the law's terms, the least that one takes where it takes most."""
+        shares = np.exp(self._logs(inner) - self.predict(inner))
+        return float(shares.max(axis=1).min())
+
     def predict(self, inner: Array) -> Array:
         """ln L, [N]."""
         return np.asarray(np.logaddexp.reduce(self._logs(inner), axis=0))
 
     def best(self, starts: list[Array], log_y: Array, width: float) -> Array:
         """The inner unknowns with the lowest loss that the searches from these starts find."""
-        found = [
-            least_squares(
-                self._residuals, start, self._jacobian, method="lm", args=(log_y, width)
-            )
-            for start in starts
-        ]
+        # MINPACK may try NaN once a term has vanished; it does not accept what NaN follows from.
+        with np.errstate(invalid="ignore"):
+            found = [
+                least_squares(
+                    self._residuals, start, self._jacobian, method="lm", args=(log_y, width)
+                )
+                for start in starts
+            ]
         return np.asarray(min(found, key=lambda result: result.cost).x)
 
     def _logs(self, inner: Array) -> Array:
@@ -323,7 +335,7 @@ class _Problem:
         return np.stack([q @ inner[p] for q, p in zip(self._q, self._parts, strict=True)])
 
     def _residuals(self, inner: Array, log_y: Array, width: float) -> Array:
-        """[N], whose squares are twice Huber's loss: MINPACK, the fast solver, knows squares only."""
+        """[N], whose squares are twice Huber's loss: MINPACK knows nothing but squares."""
         raw = log_y - self.predict(inner)
         size = np.abs(raw)
         tail = np.sign(raw) * np.sqrt(np.maximum(2 * width * size - width**2, 0))

@@ -108,10 +108,10 @@ def study_sweep(sweep: Sweep, metric: str, hold_out: str, n_boot: int, seed: int
     cells, worse = best_of_each(sweep.cells, metric)
     converged = {cell.name: converged_at(cell.steady(metric)) for cell in sweep.cells}
     fitter = _Fitter(metric, hold_out == "largest", n_boot, seed)
-    plans = [(JOINT_LAW, None, cells)]
-    for k in sorted({cell.k for cell in cells}):
-        same_k = [cell for cell in cells if cell.k == k]
-        plans += [(law, k, same_k) for law in (FLOOR_LAW, COMPUTE_LAW, TOKENS_LAW)]
+    plans: list[tuple[Law, int | None, list[Cell]]] = [(JOINT_LAW, None, cells)]
+    for each_k in sorted({cell.k for cell in cells}):
+        same_k = [cell for cell in cells if cell.k == each_k]
+        plans += [(law, each_k, same_k) for law in (FLOOR_LAW, COMPUTE_LAW, TOKENS_LAW)]
     results, not_fitted = [], {}
     for law, k, group in plans:
         try:
@@ -127,9 +127,7 @@ def study_sweep(sweep: Sweep, metric: str, hold_out: str, n_boot: int, seed: int
             not_fitted[title] = str(reason)
     if not results:
         raise FitError(_nothing(sweep, not_fitted))
-    return Study(
-        metric, sweep, tuple(cells), worse, converged, tuple(results), not_fitted
-    )
+    return Study(metric, sweep, tuple(cells), worse, converged, tuple(results), not_fitted)
 
 
 def _nothing(sweep: Sweep, not_fitted: dict[str, str]) -> str:

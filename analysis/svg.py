@@ -1,4 +1,4 @@
-"""Line charts, histograms and fits as inline SVG, coloured by the page's CSS: they follow light and dark.
+"""Lines, histograms and fits as inline SVG, coloured by the page's CSS: they follow light and dark.
 
 Hand-made, because a plotting library's SVG has fixed colours and glyphs drawn as paths.
 """
