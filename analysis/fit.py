@@ -32,8 +32,8 @@ DEFINITIONS = {
     "from a tenth of each cell's tokens on",
     "flops": "2 L D + 8 k D a token: the dense encoder and the sparse rest; without the auxiliary "
     "loss and the language model",
-    "T(n)": "tokens from which on the smoothed loss stays within 1% of its final level; counted "
-    "before the learning rate's decay; cells where that comes in the last fifth are left out",
+    "T(n)": "tokens at which the smoothed loss first comes within 1% of its final level, that "
+    "before the learning rate decays; left out where it is at once, or in the last fifth",
     "cells": "of runs with the same n, k and seed, the one with the lowest final value; L(C) takes "
     "them all",
 }

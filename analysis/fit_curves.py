@@ -53,21 +53,21 @@ def _sums(values: Array, first: NDArray[np.intp], last: NDArray[np.intp]) -> Arr
 
 
 def converged_at(curve: Curve) -> float | None:
-    """Tokens from which on the smoothed curve stays within `TOLERANCE` of its final level.
+    """Tokens at which the smoothed curve first comes within `TOLERANCE` of its final level.
 
     Args:
         curve: the stretch at the constant learning rate: a decay would look like a late descent.
 
     Returns:
-        None when that happens only in the last part of the curve (see `SETTLED`), as then the
-        final level is not the one it would have come to.
+        None when that happens in the first window, which tells no time, or only in the last part of
+        the curve (see `SETTLED`), as then it falls still and the final level is none.
     """
     smooth = curve.smooth()
     if not len(smooth.x):
         return None
-    above = np.flatnonzero(np.abs(smooth.y / smooth.y[-1] - 1) > TOLERANCE)
-    reached = float(smooth.x[above[-1] + 1]) if len(above) else float(smooth.x[0])
-    return reached if reached <= SETTLED * curve.x[-1] else None
+    first = int(np.argmax(smooth.y <= (1 + TOLERANCE) * smooth.y[-1]))
+    reached = float(smooth.x[first])
+    return reached if first > 0 and reached <= SETTLED * curve.x[-1] else None
 
 
 def frontier(curves: Sequence[Curve]) -> tuple[Curve, NDArray[np.int64]]:

@@ -174,7 +174,8 @@ class Fit:
         """(fitted, low, high) of the law itself at x [N, V], each [N]."""
         value = self.law.log_loss(self.theta, x)
         low, high = self._ends(value, self.law.log_loss(self.replicates, x))
-        return np.exp(value), np.exp(low), np.exp(high)
+        with np.errstate(over="ignore"):  # far from the data, where nothing is known
+            return np.exp(value), np.exp(low), np.exp(high)
 
     def forecast(self, x: Array, rng: np.random.Generator) -> list[Interval]:
         """What a new cell at each row of x [N, V] will measure: the law's interval and the noise's.
@@ -195,7 +196,8 @@ class Fit:
         tail = (1 - LEVEL) / 2
         stretch = t.isf(tail, self.spare) / norm.isf(tail) if self.spare > 0 else np.inf
         low, high = np.quantile(spread - value, (tail, 1 - tail), axis=0)
-        return value + stretch * low, value + stretch * high
+        # The value lies within, even where nearly all replicates are on one side of it.
+        return value + stretch * np.minimum(low, 0), value + stretch * np.maximum(high, 0)
 
 
 def fit(

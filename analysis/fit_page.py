@@ -18,7 +18,7 @@ from analysis.svg import N_COLOURS, Layer, Point, fit_chart, number, standalone,
 TEMPLATES = Path(__file__).parent / "templates"
 _SAMPLES = 80
 _BEYOND = 2.0
-"""How far past the data a curve is drawn, as a factor of its variable."""
+"""How far past the data a curve is drawn, as a factor."""
 _X_LABELS = {"n": "latents", "C": "training FLOPs"}
 
 
@@ -86,10 +86,13 @@ def _layers(result: Result) -> list[Layer]:
     held_out = {cell.name for cell in result.held_out}
     layers = []
     for colour, (name, members) in enumerate(_groups(result).items()):
-        x, points = result.x[members], _pairs(result.x[members, 0], result.y[members])
+        x, y = result.x[members], result.y[members]
+        points = _pairs(x[:, 0], y)
         grid = np.geomspace(x[:, 0].min() / 1.2, x[:, 0].max() * _BEYOND, _SAMPLES)
         inputs = np.stack([grid, *(np.full_like(grid, value) for value in x[0, 1:])], axis=1)
         value, low, high = result.fit.curve(inputs)
+        near = (value > y.min() / _BEYOND) & (value < y.max() * _BEYOND)
+        grid, value, low, high = grid[near], value[near], low[near], high[near]
         is_out = [result.names[i] in held_out for i in members]
         layers.append(
             Layer(

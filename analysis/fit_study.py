@@ -25,10 +25,10 @@ from analysis.fit_laws import (
 
 Array = NDArray[np.float64]
 
-LEAST_CELLS = {FLOOR_LAW.name: 4, JOINT_LAW.name: 8, TOKENS_LAW.name: 3, COMPUTE_LAW.name: 3}
-"""Cells a law needs; L(C): cells that lie on the frontier."""
+LEAST_CELLS = {FLOOR_LAW.name: 4, JOINT_LAW.name: 8, TOKENS_LAW.name: 3, COMPUTE_LAW.name: 4}
+"""Cells a law needs: one more than its coefficients at least."""
 LEAST_SIZES = 3
-"""Different n that every law needs; of the joint law also different k."""
+"""Different n for every law; different k for the joint one; cells on the frontier for L(C)."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class Study:
     worse: dict[str, str]
     """Name -> reason, of the finished cells that were not the best."""
     tokens_to_convergence: dict[str, float | None]
-    """Name -> tokens; None where the loss was falling still."""
+    """Name -> tokens; None where the curve does not tell."""
     results: tuple[Result, ...]
     not_fitted: dict[str, str]
     """Title -> why this law was not fitted."""
@@ -162,8 +162,8 @@ class _Fitter:
         known = [(cell, tokens) for cell, tokens in reached if tokens is not None]
         if len(known) < len(cells) and len(known) < LEAST_CELLS[TOKENS_LAW.name]:
             raise _TooFew(
-                f"{len(known)} of {len(cells)} cells had converged in the first 80% of their "
-                "tokens at the constant learning rate"
+                f"{len(known)} of {len(cells)} cells converged within the first 80% of their "
+                "tokens at the constant learning rate, and not at once"
             )
         _require(TOKENS_LAW, [cell for cell, _ in known])
         x = np.array([[cell.n_latents] for cell, _ in known], np.float64)
@@ -179,9 +179,9 @@ class _Fitter:
         _require(COMPUTE_LAW, cells)
         curves = [cell.over_compute(self.metric) for cell in cells]
         envelope, owner = frontier(curves)
-        on_it, least = len(np.unique(owner)), LEAST_CELLS[COMPUTE_LAW.name]
-        if on_it < least:
-            raise _TooFew(f"{on_it} cells lie on the compute frontier, expected at least {least}")
+        on_it = len(np.unique(owner))
+        if on_it < LEAST_SIZES:
+            raise _TooFew(f"{on_it} cells lie on the frontier, expected at least {LEAST_SIZES}")
         x = envelope.x[:, None]
         found = self._fit(COMPUTE_LAW, k, x, envelope.y, groups=owner)
         names = tuple(cells[i].name for i in owner)
