@@ -13,3 +13,7 @@ class ExportError(AnalysisError, ValueError):
 
 class RunFileError(AnalysisError):
     """A file of the run folder that is there but cannot be read: names it."""
+
+
+class FitError(AnalysisError, ValueError):
+    """A sweep whose cells allow no scaling law: says what they lack."""

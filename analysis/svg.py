@@ -1,4 +1,4 @@
-"""Line charts and histograms as inline SVG, coloured by the page's CSS: they follow light and dark.
+"""Lines, histograms and fits as inline SVG, coloured by the page's CSS: they follow light and dark.
 
 Hand-made, because a plotting library's SVG has fixed colours and glyphs drawn as paths.
 """
@@ -16,6 +16,23 @@ MAX_POINTS = 600
 N_COLOURS = 6  # .s0 to .s5 in the page's CSS
 
 Point = tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Layer:
+    """What a chart of a fit shows in one colour, over a logarithmic x axis."""
+
+    name: str
+    colour: int
+    dots: Sequence[Point] = ()
+    """Measured and fitted."""
+    rings: Sequence[Point] = ()
+    """Measured, but not fitted."""
+    line: Sequence[Point] = ()
+    band: Sequence[tuple[float, float, float]] = ()
+    """(x, low, high); what lies outside the axis, which the others span, is cut off."""
+    style: str = ""
+    """Further CSS class of the line: faint or dashed."""
 
 
 @dataclass(frozen=True)
@@ -83,6 +100,36 @@ def histogram(edges: Sequence[float], counts: Sequence[int], *, label: str, x_la
         if count:
             body.append(_bar(x_axis, y_axis, low, high, count))
     return _svg(label, "".join(body))
+
+
+def fit_chart(layers: Sequence[Layer], *, label: str, x_label: str, log: bool = True) -> str:
+    """An `<svg>` of points with the curves through them.
+
+    Args:
+        layers: from back to front.
+        label: what the chart shows, for screen readers.
+        x_label: unit under the x axis, which is logarithmic.
+        log: logarithmic y axis.
+
+    Returns:
+        The SVG; the empty string when there is nothing to draw.
+    """
+    points = [p for layer in layers for p in (*layer.dots, *layer.rings, *layer.line)]
+    if not points:
+        return ""
+    low, high = min(x for x, _ in points), max(x for x, _ in points)
+    x_axis = Axis(low / 1.1, high * 1.1, LEFT, WIDTH - RIGHT, log=True)
+    y_axis = Axis(*_y_range([y for _, y in points], log), HEIGHT - BOTTOM, TOP, log)
+    body = [_frame(x_axis, y_axis, x_label)]
+    body += [_layer(layer, x_axis, y_axis) for layer in layers]
+    return _svg(label, "".join(body))
+
+
+def standalone(svg: str, css: str) -> str:
+    """A chart as a file of its own."""
+    size = f'xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{HEIGHT}"'
+    opening, body = svg.split(">", 1)
+    return f"{opening.replace('<svg', f'<svg {size}', 1)}><style>{css}</style>{body}"
 
 
 def thin(points: Sequence[Point], limit: int = MAX_POINTS) -> list[Point]:
@@ -195,6 +242,28 @@ def _polyline(points: list[Point], x_axis: Axis, y_axis: Axis, colour: str, name
         return f'<circle class="dot {colour}" {centre} r="2">{tip}</circle>'
     path = " ".join(f"{x_axis.px(x):.1f},{y_axis.px(y):.1f}" for x, y in points)
     return f'<polyline class="line {colour}" points="{path}">{tip}</polyline>'
+
+
+def _layer(layer: Layer, x_axis: Axis, y_axis: Axis) -> str:
+    def place(x: float, y: float) -> str:
+        return f"{x_axis.px(x):.1f},{y_axis.px(y):.1f}"
+
+    colour, parts = layer.colour % N_COLOURS, []
+    if layer.band:
+        low = [place(x, below) for x, below, _ in layer.band]
+        high = [place(x, above) for x, _, above in reversed(layer.band)]
+        parts.append(f'<polygon class="band f{colour}" points="{" ".join(low + high)}"/>')
+    tip = f"<title>{escape(layer.name)}</title>"
+    if layer.line:
+        path = " ".join(place(x, y) for x, y in layer.line)
+        kind = f"line s{colour} {layer.style}".rstrip()
+        parts.append(f'<polyline class="{kind}" points="{path}">{tip}</polyline>')
+    for kind, radius, points in (("dot", 2, layer.dots), ("ring", 3.5, layer.rings)):
+        for x, y in points:
+            centre = f'cx="{x_axis.px(x):.1f}" cy="{y_axis.px(y):.1f}" r="{radius}"'
+            tip = f"<title>{escape(layer.name)}: {y:.5g} at {number(x)}</title>"
+            parts.append(f'<circle class="{kind} s{colour}" {centre}>{tip}</circle>')
+    return "".join(parts)
 
 
 def _bar(x_axis: Axis, y_axis: Axis, low: float, high: float, count: int) -> str:

@@ -16,6 +16,7 @@ MAY_CHANGE = (
     "parallel",
     "checkpoint",
     "eval",
+    "fit",
     "logging",
     "cluster",
     "train.tokens",

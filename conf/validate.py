@@ -32,6 +32,9 @@ def validate(config: RunConfig, stages: tuple[str, ...]) -> None:
     config.trainer.validate()
     config.store.validate()
     config.eval.validate()
+    config.fit.validate()
+    if config.stage == "fit" and config.fit.runs is None:
+        raise ConfigError("fit.runs", None, "a folder of runs, such as fit.runs=runs/sweep")
     config.logging.validate()
     config.cluster.validate()
     if config.stage in _NEEDS_TEXT:

@@ -44,6 +44,9 @@ def launch(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
         ("data.tokens=100", "at least a batch"),
         ("stage=report name=nosuchrun", "no such run"),
         ("stage=verify name=nosuchrun", "no such run"),
+        ("stage=fit", "fit.runs=None: expected a folder of runs"),
+        ("stage=fit fit.runs=nosuch/*", "holds a config.yaml"),
+        ("fit.metric=mse", "fvu, loss, heldout_fvu"),
         ("logging.wandb=maybe", "auto, online, offline or disabled"),
     ],
 )
