@@ -78,6 +78,7 @@ def summary(result: Result) -> str:
 def write_study(study: Study, folder: Path) -> None:
     """All files of the study; the page last, so that it never shows figures that are not there."""
     from analysis.fit_page import figures, render
+    from analysis.png import to_png
 
     folder.mkdir(parents=True, exist_ok=True)
     _write_csv(folder / "cells.csv", [_cell_row(cell, study) for cell in study.sweep.cells])
@@ -85,6 +86,7 @@ def write_study(study: Study, folder: Path) -> None:
     write_json(folder / "fit.json", as_json(study))
     for name, svg in figures(study).items():
         _write(folder / f"{name}.svg", svg)
+        (folder / f"{name}.png").write_bytes(to_png(svg))
     _write(folder / "index.html", render(study, DEFINITIONS))
 
 

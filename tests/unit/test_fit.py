@@ -20,6 +20,7 @@ from analysis.errors import FitError
 from analysis.fit_cells import best_of_each, read_sweep
 from analysis.fit_laws import JOINT_LAW
 from analysis.fit_study import study_sweep
+from analysis.png import to_png
 from conf.schema import RunConfig
 from tests.sweep_runs import D_MODEL, GPT4, STEPS, write_rows, write_run
 
@@ -141,6 +142,10 @@ def test_page_and_figures(sweep: Path, found: dict[str, Any]) -> None:
     assert len(figures) == 2 * len(found["laws"])
     for figure in figures:
         ElementTree.parse(figure)  # a file of its own must be whole XML
+        png = figure.with_suffix(".png").read_bytes()
+        assert png.startswith(b"\x89PNG")
+        unlettered = re.sub(r"<text.*?</text>", "", figure.read_text(encoding="utf-8"))
+        assert png != to_png(unlettered), "the font was not found"
 
 
 def test_hostile_names_are_escaped(tmp_path: Path) -> None:
