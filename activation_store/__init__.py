@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from activation_store.zarr_hook import register_bfloat16
 
 if TYPE_CHECKING:
+    from activation_store.claim import Claim
     from activation_store.cursors import (
         Consumer,
         ConsumerState,
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     from activation_store.writer import StoreWriter
 
 _HOMES = {
+    "Claim": "claim",
     "Consumer": "cursors",
     "ConsumerState": "cursors",
     "consumers": "cursors",
@@ -71,6 +73,7 @@ _HOMES = {
 
 __all__ = [
     "Calibration",
+    "Claim",
     "Consumer",
     "ConsumerState",
     "Damage",

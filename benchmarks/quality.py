@@ -73,16 +73,7 @@ def main() -> None:
     keep_freed_memory()
     start_one_rank()
     store = open_store(options.store)
-    base = TrainerConfig(
-        SAEConfig(n_latents=options.n_latents, auxk=256, dead_after_tokens=options.dead_after),
-        OptimConfig(
-            lr=2e-3 * (4096 / options.n_latents) ** 0.5,
-            warmup_tokens=options.tokens // 20,
-            decay_tokens=options.tokens // 5,
-        ),
-        TrainConfig(options.tokens, BATCH_TOKENS),
-        checkpoint=CheckpointConfig(every_tokens=10**12),
-    )
+    base = base_config(options.n_latents, options.tokens, options.dead_after)
     rows: list[dict[str, Any]] = []
     for name in options.variants:
         trainer, row = train(store, base, name)
@@ -94,6 +85,20 @@ def main() -> None:
     if options.json:
         write_json(options.json, rows + checks)
     dist.destroy_process_group()
+
+
+def base_config(n_latents: int, tokens: int, dead_after_tokens: int) -> TrainerConfig:
+    """What every variant starts from."""
+    return TrainerConfig(
+        SAEConfig(n_latents=n_latents, auxk=256, dead_after_tokens=dead_after_tokens),
+        OptimConfig(
+            lr=2e-3 * (4096 / n_latents) ** 0.5,
+            warmup_tokens=tokens // 20,
+            decay_tokens=tokens // 5,
+        ),
+        TrainConfig(tokens, BATCH_TOKENS),
+        checkpoint=CheckpointConfig(every_tokens=10**12),
+    )
 
 
 def train(store: Store, base: TrainerConfig, name: str) -> tuple[Trainer, dict[str, Any]]:

@@ -17,10 +17,11 @@ import torch.distributed as dist
 
 from activation_store import open_store
 from activation_store.errors import StoreError
-from cluster.cursor import RunCursor, consumer_name
+from cluster.cursor import RunCursor
 from cluster.environment import environment
 from cluster.errors import ClusterError
 from cluster.metric_sinks import MetricSinks
+from cluster.provenance import consumer_name
 from cluster.run_dir import CONFIG, ENVIRONMENT, rank_lock
 from cluster.source import WAIT_TIMEOUT_S, StoreSource
 from cluster.trainable import check_store
