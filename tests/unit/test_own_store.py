@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 import pytest
 
-from activation_store import StoreWriter
+from activation_store import StoreWriter, open_store
 from activation_store.errors import StoreConfigError
 from analysis.runs import as_trained
 from analysis.verify import non_finite
+from cluster.errors import NonFiniteRowsError
+from cluster.harvest_worker import require_finite
 from cluster.source import store_digest
 from cluster.trainable import check_store
+from cluster.trainable import require_finite as store_requires_finite
 from conf.schema import RunConfig
 from sae_core.errors import ConfigError
 
@@ -47,16 +51,37 @@ def test_what_ranks_would_stumble_over_is_said_before(tmp_path):
         check_store(config)
     with pytest.raises(StoreConfigError, match="finalise"):
         check_store(own_store(tmp_path / "open", finalise=False))
-    with pytest.raises(StoreConfigError, match="acts holds 3 numbers that are not"):
+    with pytest.raises(StoreConfigError, match="acts holds 3 numbers that are not, in items .0.;"):
         check_store(own_store(tmp_path / "bad", bad=3))
-    assert non_finite(str(tmp_path / "bad")) == ["acts: 3 numbers are not finite"]
+    assert non_finite(str(tmp_path / "bad")) == ["acts: 3 numbers are not finite, in items [0]"]
     assert non_finite(str(tmp_path / "s")) == []
 
 
 def test_a_store_is_known_by_what_it_holds(tmp_path):
-    from activation_store import open_store
-
     for name, bad in (("a", 0), ("b", 0), ("c", 1)):
         own_store(tmp_path / name, bad=bad)
     a, b, c = (store_digest(open_store(tmp_path / name)) for name in "abc")
     assert a == b != c
+
+
+def test_rows_that_are_not_finite_are_not_harvested():
+    rows = {"a": np.ones((4, 3), np.float32), "b": np.ones((4, 3), ml_dtypes.bfloat16)}
+    sidecars = {"document": np.array([5, 5, 9, 9]), "position": np.array([1, 2, 3, 4])}
+    require_finite(7, rows, sidecars)
+    rows["b"][2:, 1] = np.inf
+    found = "item 7: b holds 2 .* in 2 rows, the first at document 9, position 3: .*bfloat16"
+    with pytest.raises(NonFiniteRowsError, match=found):
+        require_finite(7, rows, sidecars)
+
+
+def test_the_items_with_rows_that_are_not_finite_are_named(tmp_path):
+    writer = StoreWriter(tmp_path / "s", {"a": 2, "b": 2}, dtype="float32", shard_tokens=4)
+    for item, bad in enumerate((0, 3, 0, 1)):
+        rows = np.ones((4, 2), np.float32)
+        rows[:bad, 1] = np.nan
+        writer.write_item(item, {"a": rows, "b": np.ones((4, 2), np.float32)})
+    store = open_store(tmp_path / "s")
+    assert store.non_finite_items("a") == {1: 3, 3: 1} and store.non_finite_items("b") == {}
+    store_requires_finite(store, "b")
+    with pytest.raises(StoreConfigError, match=r"a holds 4 numbers .* in items \[1, 3\]"):
+        store_requires_finite(store, "a")
