@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -21,22 +22,39 @@ time.sleep(600)
 """
 
 
-def test_a_claim_is_one_processs_until_it_dies(tmp_path: Path) -> None:
-    path = tmp_path / "s"
-    write_store(path, [16], finalise=False)
-    command = [sys.executable, "-c", HOLDER, str(path)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, cwd=Path(__file__).parents[2]) as holder:
-        assert holder.stdout and holder.stdout.readline() == b"held\n"
-        two = Claim(path, "two")
-        with pytest.raises(StoreBusyError, match=f"filled by run one, process {holder.pid} on"):
-            two.take()
-        assert not two.is_taken
-        holder.kill()
-        holder.wait()
-        with two:
-            two.take()
-            two.take()
-            two.check()
-            with pytest.raises(StoreBusyError, match="run two"):
-                Claim(path, "one").take()
-        Claim(path, "one").take()
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    write_store(tmp_path / "s", [16], finalise=False)
+    return tmp_path / "s"
+
+
+@pytest.fixture
+def holder(path: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """A process that has the claim."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(path)],
+        stdout=subprocess.PIPE,
+        cwd=Path(__file__).parents[2],
+    )
+    try:
+        assert process.stdout and process.stdout.readline() == b"held\n"
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def test_a_claim_is_one_processs_until_it_dies(path: Path, holder: subprocess.Popen[bytes]) -> None:
+    two = Claim(path, "two")
+    with pytest.raises(StoreBusyError, match=f"filled by run one, process {holder.pid} on"):
+        two.take()
+    assert not two.is_taken
+    holder.kill()
+    holder.wait()
+    with two:
+        two.take()
+        two.take()
+        two.check()
+        with pytest.raises(StoreBusyError, match="run two"):
+            Claim(path, "one").take()
+    Claim(path, "one").take()
