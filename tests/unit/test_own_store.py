@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import replace
 from pathlib import Path
 
 import ml_dtypes
@@ -17,8 +23,11 @@ from cluster.harvest_worker import require_finite
 from cluster.source import store_digest
 from cluster.trainable import check_store
 from cluster.trainable import require_finite as store_requires_finite
+from conf.run_config import save_config
 from conf.schema import RunConfig
 from sae_core.errors import ConfigError
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def own_store(path: Path, bad: int = 0, finalise: bool = True) -> RunConfig:
@@ -85,3 +94,44 @@ def test_the_items_with_rows_that_are_not_finite_are_named(tmp_path):
     store_requires_finite(store, "b")
     with pytest.raises(StoreConfigError, match=r"a holds 4 numbers .* in items \[1, 3\]"):
         store_requires_finite(store, "a")
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_rows_that_come_later_and_are_not_finite_are_named_by_the_trainer(tmp_path):
+    run_dir, rows = tmp_path / "run", np.random.default_rng(0).normal(size=(64, 4))
+    writer = StoreWriter(tmp_path / "s", {"acts": 4}, dtype="float32", shard_tokens=64)
+    for item in range(2):
+        writer.write_item(item, rows.astype(np.float32))
+    config = RunConfig()
+    config.store.path, config.store.window_items = str(tmp_path / "s"), 1
+    config.sae = replace(config.sae, n_latents=8, k=2, auxk=4)
+    config.train.tokens, config.train.batch_tokens, config.train.sample_tokens = 256, 32, 64
+    config.optim.warmup_tokens, config.optim.decay_tokens = 32, 32
+    config.cluster.mode, config.train.device, config.logging.wandb = "concurrent", "cpu", "disabled"
+    config.logging.every_steps = 1
+    run_dir.mkdir()
+    save_config(config, run_dir / "config.yaml")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    environment = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+    rank = subprocess.Popen(
+        [sys.executable, "-m", "cluster.rank", str(run_dir)],
+        env={**os.environ, **environment, "MASTER_PORT": port},
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+    )
+    try:
+        metrics = run_dir / "metrics.jsonl"
+        while not (metrics.exists() and '"step": 4,' in metrics.read_text()):
+            assert rank.poll() is None, rank.communicate()[1]
+            time.sleep(0.05)
+        rows[5, 2] = np.inf
+        writer.write_item(2, rows.astype(np.float32))
+        _, output = rank.communicate(timeout=120)
+    finally:
+        rank.kill()
+    assert rank.returncode == 1
+    assert "acts holds 1 numbers that are not, in items [2]" in output.splitlines()[-1]
