@@ -18,11 +18,11 @@ from activation_store import StoreWriter, open_store
 from activation_store.errors import StoreConfigError
 from analysis.runs import as_trained
 from analysis.verify import non_finite
+from cluster.config import DataConfig, ModelConfig
 from cluster.errors import NonFiniteRowsError
-from cluster.harvest_worker import require_finite
+from cluster.harvest_worker import HarvestWorker, WorkerSpec
 from cluster.source import store_digest
-from cluster.trainable import check_store
-from cluster.trainable import require_finite as store_requires_finite
+from cluster.trainable import check_store, require_finite
 from conf.run_config import save_config
 from conf.schema import RunConfig
 from sae_core.errors import ConfigError
@@ -73,14 +73,23 @@ def test_a_store_is_known_by_what_it_holds(tmp_path):
     assert a == b != c
 
 
-def test_rows_that_are_not_finite_are_not_harvested():
+def test_rows_that_are_not_finite_are_not_harvested(tmp_path):
+    spec = WorkerSpec(
+        *(ModelConfig(), DataConfig(), 0, str(tmp_path / "s"), tmp_path, "cpu", tmp_path)
+    )
+    worker, contexts = HarvestWorker(spec), np.zeros(0, np.int64)
     rows = {"a": np.ones((4, 3), np.float32), "b": np.ones((4, 3), ml_dtypes.bfloat16)}
-    sidecars = {"document": np.array([5, 5, 9, 9]), "position": np.array([1, 2, 3, 4])}
-    require_finite(7, rows, sidecars)
+    columns = ("document", "position", "token_id")
+    sidecars = {name: np.array([5, 5, 9, 9]) for name in columns}
+    StoreWriter(tmp_path / "s", {"a": 3, "b": 3}, shard_tokens=4)
+    worker._computed = (6, rows, sidecars)
+    assert worker.run_item(6, contexts) == 4
     rows["b"][2:, 1] = np.inf
-    found = "item 7: b holds 2 .* in 2 rows, the first at document 9, position 3: .*bfloat16"
+    worker._computed = (7, rows, sidecars)
+    found = "item 7: b holds 2 .* in 2 rows, the first at document 9, position 9: .*bfloat16"
     with pytest.raises(NonFiniteRowsError, match=found):
-        require_finite(7, rows, sidecars)
+        worker.run_item(7, contexts)
+    assert StoreWriter(tmp_path / "s").committed_items() == {6}
 
 
 def test_the_items_with_rows_that_are_not_finite_are_named(tmp_path):
@@ -91,9 +100,9 @@ def test_the_items_with_rows_that_are_not_finite_are_named(tmp_path):
         writer.write_item(item, {"a": rows, "b": np.ones((4, 2), np.float32)})
     store = open_store(tmp_path / "s")
     assert store.non_finite_items("a") == {1: 3, 3: 1} and store.non_finite_items("b") == {}
-    store_requires_finite(store, "b")
+    require_finite(store, "b")
     with pytest.raises(StoreConfigError, match=r"a holds 4 numbers .* in items \[1, 3\]"):
-        store_requires_finite(store, "a")
+        require_finite(store, "a")
 
 
 @pytest.mark.slow
