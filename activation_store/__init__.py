@@ -6,6 +6,8 @@ writer.finalise()
 stream = ShuffledStream(open_store("store"), ["model.layers.9"], seed=0, batch_rows=4096,
                         window_items=16, buffer_rows=65_536)
 batch = stream.next().arrays["model.layers.9"]  # [4096, 576]
+where = find_documents(open_store("store"), [17])  # rows of document 17, by position
+context = take_rows(open_store("store"), "model.layers.9", where.rows)
 
 A path is a folder, or s3://bucket/prefix with endpoint and credentials in the environment.
 """
@@ -18,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from activation_store.zarr_hook import register_bfloat16
 
 if TYPE_CHECKING:
+    from activation_store.claim import Claim
     from activation_store.cursors import (
         Consumer,
         ConsumerState,
@@ -28,6 +31,7 @@ if TYPE_CHECKING:
     from activation_store.diagnose import ShuffleQuality, shuffle_quality
     from activation_store.errors import DeletedDataError
     from activation_store.header import Calibration, StoreHeader
+    from activation_store.lookup import DocumentRows, find_documents, find_rows, take_rows
     from activation_store.mixture import MixtureStream
     from activation_store.record import ItemRecord, Statistics
     from activation_store.repair import RepairReport, repair_store
@@ -39,6 +43,7 @@ if TYPE_CHECKING:
     from activation_store.writer import StoreWriter
 
 _HOMES = {
+    "Claim": "claim",
     "Consumer": "cursors",
     "ConsumerState": "cursors",
     "consumers": "cursors",
@@ -53,6 +58,10 @@ _HOMES = {
     "ItemRecord": "record",
     "LoadedBlock": "rows",
     "LoadedRows": "rows",
+    "DocumentRows": "lookup",
+    "find_documents": "lookup",
+    "find_rows": "lookup",
+    "take_rows": "lookup",
     "MixtureStream": "mixture",
     "ShuffleQuality": "diagnose",
     "shuffle_quality": "diagnose",
@@ -71,10 +80,12 @@ _HOMES = {
 
 __all__ = [
     "Calibration",
+    "Claim",
     "Consumer",
     "ConsumerState",
     "Damage",
     "DeletedDataError",
+    "DocumentRows",
     "ItemRecord",
     "LoadedBlock",
     "LoadedRows",
@@ -91,6 +102,8 @@ __all__ = [
     "StreamBatch",
     "consumers",
     "delete_consumed",
+    "find_documents",
+    "find_rows",
     "lead_items",
     "open_store",
     "remove_consumer",
@@ -98,6 +111,7 @@ __all__ = [
     "shuffle_quality",
     "verify_store",
     "store_exists",
+    "take_rows",
 ]
 
 

@@ -30,6 +30,18 @@ class ReadHandle(ABC):
         """Fills `views` one after the other with the bytes from `offset` on; False if too few."""
 
 
+class Held(ABC):
+    """A claim that is held; see `claim.py`."""
+
+    @abstractmethod
+    def check(self) -> None:
+        """Raises: StoreBusyError: It is somebody else's by now."""
+
+    @abstractmethod
+    def release(self) -> None:
+        """Lets go of it."""
+
+
 class Storage(ABC):
     """Where a store lies."""
 
@@ -135,6 +147,18 @@ class Storage(ABC):
 
         Raises:
             StoreBusyError: The others are not done in time.
+        """
+
+    @abstractmethod
+    def claim(self, run: str, who: str) -> Held:
+        """Makes this process the one that fills the store.
+
+        Args:
+            run: The same for every attempt of one run, of which only one lives at a time.
+            who: For the messages that others get.
+
+        Raises:
+            StoreBusyError: Another one does; names it.
         """
 
 

@@ -39,7 +39,8 @@ from activation_store.errors import (
     StoreFormatError,
 )
 from activation_store.files import STALE_S, Bytes
-from activation_store.storage import OBJECT_SCHEME, Parts, ReadHandle, Storage
+from activation_store.lease import Lease
+from activation_store.storage import OBJECT_SCHEME, Held, Parts, ReadHandle, Storage
 
 T = TypeVar("T")
 
@@ -205,6 +206,9 @@ class ObjectStorage(Storage):
     @contextlib.contextmanager
     def lock(self, exclusive: bool, timeout_s: float | None = None) -> Iterator[None]:
         yield  # there is none to take; see `is_stale`
+
+    def claim(self, run: str, who: str) -> Held:
+        return Lease(self, run, who)
 
     def _head(self, name: str) -> Any | None:
         try:

@@ -305,6 +305,11 @@ class Store:
             int(table["non_finite"].sum()),
         )
 
+    def non_finite_items(self, array: str) -> dict[int, int]:
+        """Committed items whose rows of a hookpoint array hold NaN or infinities; how many."""
+        counts = self._state.table[array]["non_finite"]
+        return {int(item): int(counts[item]) for item in np.flatnonzero(counts)}
+
     def _shard(self, array: str, item: int) -> OpenShard:
         key = (array, item)
         with self._lock:

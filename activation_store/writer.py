@@ -117,6 +117,9 @@ class StoreWriter:
     ) -> ItemRecord:
         """Commits item `i`; durable when it returns. The same bytes again do nothing.
 
+        NumPy knows no bfloat16 of its own; a torch tensor of it goes without a copy of its numbers:
+        `tensor.cpu().contiguous().view(torch.int16).numpy().view(ml_dtypes.bfloat16)`.
+
         Args:
             i: Item number, below the planned number of items.
             rows: [n, d_model] bfloat16 (ml_dtypes), float16 or float32 for each hookpoint, or the

@@ -7,6 +7,7 @@ from pathlib import Path
 from rich.console import Console
 
 from activation_store import open_store, verify_store
+from activation_store.creation import shorten
 from activation_store.errors import DamagedDataError, StoreError
 from cluster.run_dir import saved_config
 from conf.schema import RunConfig
@@ -39,7 +40,11 @@ def non_finite(path: str) -> list[str]:
     """Arrays whose rows hold NaN or infinities, as they were committed; a trainer would stop."""
     try:
         store = open_store(path)
-        counts = {name: store.statistics(name).non_finite for name in store.arrays}
+        found = {name: store.non_finite_items(name) for name in store.arrays}
     except StoreError:
         return []  # `verify_store` has named what is wrong
-    return [f"{name}: {n} numbers are not finite" for name, n in counts.items() if n]
+    return [
+        f"{name}: {sum(items.values())} numbers are not finite, in items {shorten(list(items))}"
+        for name, items in found.items()
+        if items
+    ]

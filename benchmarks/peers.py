@@ -58,13 +58,27 @@ def peer_rows(
 
 
 def _row(peer: str, work: dict[str, Any], rounds: int, timeout_s: float) -> dict[str, Any]:
+    arguments = ["benchmarks.peers_step", peer, json.dumps(work), "--rounds", str(rounds)]
+    row: dict[str, Any] = run_in_peers(f"{peer} at {work}", arguments, timeout_s)
+    return row
+
+
+def run_in_peers(what: str, arguments: Sequence[str], timeout_s: float) -> Any:
+    """The JSON that a module of ours writes to `--out`, run in the peers' environment.
+
+    Args:
+        what: it measures, for messages.
+        arguments: the module and its arguments, without `--out`.
+        timeout_s: longest that it may take.
+
+    Raises:
+        PeerError: it failed or took too long.
+    """
     with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) / "row.json"
-        command = [str(PEERS_PYTHON), "-m", "benchmarks.peers_step", peer, json.dumps(work)]
-        command += ["--rounds", str(rounds), "--out", str(out)]
+        out = Path(folder) / "out.json"
         try:
             done = subprocess.run(
-                command,
+                [str(PEERS_PYTHON), "-m", *arguments, "--out", str(out)],
                 cwd=ROOT,
                 env=peer_environment(),
                 capture_output=True,
@@ -73,13 +87,10 @@ def _row(peer: str, work: dict[str, Any], rounds: int, timeout_s: float) -> dict
                 check=False,
             )
         except subprocess.TimeoutExpired as error:
-            raise PeerError(f"{peer}: no step within {timeout_s:.0f} s at {work}") from error
+            raise PeerError(f"{what}: not done within {timeout_s:.0f} s") from error
         if done.returncode != 0:
-            raise PeerError(
-                f"{peer}: exit code {done.returncode} at {work}:\n{done.stderr[-2000:]}"
-            )
-        row: dict[str, Any] = json.loads(out.read_text())
-    return row
+            raise PeerError(f"{what}: exit code {done.returncode}:\n{done.stderr[-2000:]}")
+        return json.loads(out.read_text())
 
 
 def peer_environment() -> dict[str, str]:

@@ -12,8 +12,6 @@ the trained dictionary, float8 multiplied in float32: the same selection, not th
 from __future__ import annotations
 
 import argparse
-import os
-import socket
 import statistics
 import tempfile
 from dataclasses import replace
@@ -24,6 +22,7 @@ import torch
 import torch.distributed as dist
 
 from activation_store import Store, open_store
+from benchmarks.one_rank import start_one_rank
 from benchmarks.table import format_table, write_json
 from cluster.source import StoreSource
 from sae_core.config import (
@@ -72,18 +71,9 @@ def main() -> None:
     parser.add_argument("--json", metavar="FILE")
     options = parser.parse_args()
     keep_freed_memory()
-    _start_one_rank()
+    start_one_rank()
     store = open_store(options.store)
-    base = TrainerConfig(
-        SAEConfig(n_latents=options.n_latents, auxk=256, dead_after_tokens=options.dead_after),
-        OptimConfig(
-            lr=2e-3 * (4096 / options.n_latents) ** 0.5,
-            warmup_tokens=options.tokens // 20,
-            decay_tokens=options.tokens // 5,
-        ),
-        TrainConfig(options.tokens, BATCH_TOKENS),
-        checkpoint=CheckpointConfig(every_tokens=10**12),
-    )
+    base = base_config(options.n_latents, options.tokens, options.dead_after)
     rows: list[dict[str, Any]] = []
     for name in options.variants:
         trainer, row = train(store, base, name)
@@ -95,6 +85,20 @@ def main() -> None:
     if options.json:
         write_json(options.json, rows + checks)
     dist.destroy_process_group()
+
+
+def base_config(n_latents: int, tokens: int, dead_after_tokens: int) -> TrainerConfig:
+    """What every variant starts from."""
+    return TrainerConfig(
+        SAEConfig(n_latents=n_latents, auxk=256, dead_after_tokens=dead_after_tokens),
+        OptimConfig(
+            lr=2e-3 * (4096 / n_latents) ** 0.5,
+            warmup_tokens=tokens // 20,
+            decay_tokens=tokens // 5,
+        ),
+        TrainConfig(tokens, BATCH_TOKENS),
+        checkpoint=CheckpointConfig(every_tokens=10**12),
+    )
 
 
 def train(store: Store, base: TrainerConfig, name: str) -> tuple[Trainer, dict[str, Any]]:
@@ -186,15 +190,6 @@ def prefilter_rows(trainer: Trainer) -> list[dict[str, Any]]:
 def _outliers(x: torch.Tensor) -> torch.Tensor:
     rms = x.square().mean(0).sqrt()
     return rms.max() / rms.median()
-
-
-def _start_one_rank() -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    one_rank = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "DS_ACCELERATOR": "cpu"}
-    os.environ.update(one_rank, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    dist.init_process_group("gloo")
 
 
 if __name__ == "__main__":

@@ -18,8 +18,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import os
-import socket
 import sys
 import time
 from collections.abc import Callable
@@ -30,6 +28,7 @@ import torch
 import torch.distributed as dist
 
 from benchmarks.errors import BenchmarkError, PeerError
+from benchmarks.one_rank import start_one_rank
 from benchmarks.peers import PEERS, peer_rows, peers_available
 from benchmarks.step_measure import (
     OUT_OF_TIME,
@@ -89,7 +88,7 @@ def main() -> int:
     if options.device == "cpu":
         keep_freed_memory()
     torch.manual_seed(0)
-    _start_one_rank(options.device)
+    start_one_rank(options.device)
     rows = _measure_all(works, slope, setup, options, budget)
     shown = [key for key in _OPTIONAL_COLUMNS if any(row.get(key) is not None for row in rows)]
     print(format_table(rows, (*COLUMNS, *shown)))
@@ -197,17 +196,6 @@ def _peer_rows(work: dict[str, Any], rounds: int, budget: Budget) -> list[Row]:
             first, *others = str(error).splitlines()
             found.append({**head, "error": " ".join([first, *others[-1:]])})
     return found
-
-
-def _start_one_rank(device_type: str) -> None:
-    """The trainer's mesh wants a process group, DeepSpeed its variables."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    one_rank = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "DS_ACCELERATOR": device_type}
-    os.environ.update(one_rank, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    nccl = device_type == "cuda" and dist.is_nccl_available()
-    dist.init_process_group("nccl" if nccl else "gloo")
 
 
 if __name__ == "__main__":

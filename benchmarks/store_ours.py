@@ -9,7 +9,7 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
-from activation_store import ShuffledStream, StagedStream
+from activation_store import ShuffledStream, StagedStream, verify_store
 from benchmarks.store_data import ARRAY, BATCH_ROWS, BF16, BUFFER_BYTES, CODECS, Data, writer
 
 Calls = dict[tuple[str, str], Callable[[], object]]
@@ -24,6 +24,7 @@ def read_calls(data: Data) -> Calls:
         label = "" if codec == "none" else f" {codec}"
         calls["ours" + label, "shuffled, staged"] = _epoch(data, codec, staged=True)
         calls["ours" + label, "shuffled, gathered"] = _epoch(data, codec, staged=False)
+    calls["ours", "verify"] = _verify(data)
     calls["ours", "shuffled, gathered, no prefetch"] = _epoch(
         data, "none", staged=False, prefetch=False
     )
@@ -35,6 +36,7 @@ def cold_calls(data: Data) -> Calls:
     return {
         ("raw file", "cold reads"): _plain_reads(data),
         ("ours", "cold, sequential"): _sequential(data),
+        ("ours", "cold, verify"): _verify(data),
         ("ours", "cold, shuffled, staged"): _epoch(data, "none", staged=True, prefetch=False),
     }
 
@@ -105,6 +107,13 @@ def _sequential(data: Data) -> Callable[[], object]:
     def call() -> None:
         for item in range(data.n_items):
             store.read_chunks(ARRAY, [(item, chunk, row) for chunk, row in wanted], rows)
+
+    return call
+
+
+def _verify(data: Data) -> Callable[[], object]:
+    def call() -> None:
+        assert verify_store(data.folder / "none") == []
 
     return call
 

@@ -6,23 +6,18 @@ dictionary_learning is written anew here in its style: the original is filled by
 
 from __future__ import annotations
 
-import json
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from benchmarks.errors import PeerError
-from benchmarks.peers import HOW_TO_MAKE, PEERS_PYTHON, peer_environment, peers_available
+from benchmarks.peers import HOW_TO_MAKE, peers_available, run_in_peers
 from benchmarks.store_data import ARRAY, BATCH_ROWS, Data
-from cluster.environment import ROOT
 
 Calls = dict[tuple[str, str], Callable[[], object]]
 Reader = Callable[[int, int], NDArray[Any]]
@@ -132,22 +127,8 @@ def saelens_rows(data: Data, timeout_s: float = 300.0) -> list[dict[str, Any]]:
         print(f"no rows of SAELens: .venv-peers is not there; {HOW_TO_MAKE}", file=sys.stderr)
         return []
     with tempfile.TemporaryDirectory(dir=data.folder) as folder:
-        out = Path(folder) / "rows.json"
-        command = [str(PEERS_PYTHON), "-m", "benchmarks.store_saelens", str(data.raw)]
-        command += [str(data.d_model), "--folder", folder, "--out", str(out)]
-        try:
-            done = subprocess.run(
-                command,
-                cwd=ROOT,
-                env=peer_environment(),
-                capture_output=True,
-                text=True,
-                timeout=timeout_s,
-                check=False,
-            )
-        except subprocess.TimeoutExpired as error:
-            raise PeerError(f"SAELens' cache was not read within {timeout_s:.0f} s") from error
-        if done.returncode != 0:
-            raise PeerError(f"SAELens: exit code {done.returncode}:\n{done.stderr[-2000:]}")
-        rows: list[dict[str, Any]] = json.loads(out.read_text())
+        arguments = ["benchmarks.store_saelens", str(data.raw), str(data.d_model)]
+        rows: list[dict[str, Any]] = run_in_peers(
+            "SAELens' cache", [*arguments, "--folder", folder], timeout_s
+        )
     return rows

@@ -20,8 +20,8 @@ from activation_store import (
     store_exists,
 )
 from cluster import harvest, train
-from cluster.cursor import consumer_name
 from cluster.errors import PlacementError
+from cluster.provenance import consumer_name
 from cluster.ray_session import ray_session
 from conf.schema import RunConfig
 from sae_core.errors import ConfigError
@@ -48,7 +48,9 @@ def run(config: RunConfig, run_dir: Path) -> None:
         _let_go(config, run_dir)
         return
     _check_one_pass(config, job)
-    with ray_session(config.cluster, min_cpus=config.cluster.harvest_workers):
+    if job.resuming:
+        job.claim.take()  # before anything is started
+    with job.claim, ray_session(config.cluster, min_cpus=config.cluster.harvest_workers):
         _check_gpus(config)
         background = _Harvest(job)
         background.start()
@@ -117,7 +119,9 @@ class _Harvest(threading.Thread):
         """Raises what ended the harvest, and deletes what is consumed if the run says so."""
         if self._error is not None:
             raise self._error
-        if self._job.config.cluster.retention == "consumed":
+        # Only with the claim: one process at a time may delete.
+        if self._job.config.cluster.retention == "consumed" and self._job.claim.is_taken:
+            self._job.claim.check()
             delete_consumed(self._job.store)
 
     def wait_for_rows(self) -> None:

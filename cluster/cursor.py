@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 import time
 from pathlib import Path
 
 from activation_store import Consumer
 from cluster.source import StoreSource
-from conf.schema import RunConfig
 from sae_core.checkpoint.folder import list_checkpoints, read_state
 from sae_core.errors import CheckpointError
 
@@ -21,7 +19,7 @@ class RunCursor:
 
     Args:
         store: path of the store.
-        name: of `consumer_name`.
+        name: of `provenance.consumer_name`.
         source: rank 0's.
         checkpoints: folder of the run's checkpoints.
         keep_everything: training makes more than one pass, so nothing may ever be deleted.
@@ -70,8 +68,3 @@ class RunCursor:
             except CheckpointError:
                 continue  # resume passes over a damaged one, too
         return 0
-
-
-def consumer_name(config: RunConfig, run_dir: Path) -> str:
-    """Of a run among the consumers of its store: names of runs are unique in one folder only."""
-    return f"{config.name}-{hashlib.sha256(str(run_dir.resolve()).encode()).hexdigest()[:8]}"

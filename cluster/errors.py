@@ -15,6 +15,10 @@ class TextError(ClusterError):
     """The text cannot be read, or there is too little of it."""
 
 
+class NonFiniteRowsError(ClusterError):
+    """The language model gave activations that are NaN or infinite; they were not stored."""
+
+
 class RunDirError(ClusterError):
     """The run folder is in use, or belongs to another config."""
 

@@ -12,13 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cluster.provenance import describe, matching_store, store_path
+from cluster.provenance import consumer_name, describe, matching_store, store_path
 from sae_core.atomic import write_json
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from activation_store import StoreWriter
+    from activation_store import Claim, StoreWriter
     from cluster.contexts import ItemPlan
     from cluster.harvest_pool import WorkerPool
     from conf.schema import RunConfig
@@ -33,6 +33,8 @@ class HarvestJob:
     store: str
     plan: ItemPlan
     provenance: dict[str, Any]
+    claim: Claim
+    """Of this run to the store; taken before the first item, released by whoever has planned."""
     resuming: bool
     """The store exists already."""
     console: Console
@@ -56,10 +58,12 @@ def run(config: RunConfig, run_dir: Path) -> None:
         ModelError: No such model or hookpoint.
         TextError: The text cannot be read, or there is none.
         PlacementError: The cluster has no room for the workers.
+        StoreBusyError: Another run is harvesting this store; names it.
     """
     job = prepare(config, run_dir)
     if job is not None:
-        fill(job)
+        with job.claim:
+            fill(job)
 
 
 def prepare(
@@ -75,6 +79,7 @@ def prepare(
     """
     from rich.console import Console
 
+    from activation_store import Claim
     from cluster.contexts import plan_items, prepare_contexts
     from cluster.models import load_tokenizer
 
@@ -96,7 +101,8 @@ def prepare(
             f"harvest: the text gives {plan.n_rows:,} rows, fewer than data.tokens="
             f"{config.data.tokens:,}; storing all of them"
         )
-    return HarvestJob(config, run_dir, path, plan, provenance, bool(existing), console, live)
+    claim = Claim(path, consumer_name(config, run_dir))
+    return HarvestJob(config, run_dir, path, plan, provenance, claim, bool(existing), console, live)
 
 
 def fill(job: HarvestJob, may_start: MayStart = lambda _: True) -> None:
@@ -118,6 +124,8 @@ def _fill(job: HarvestJob, may_start: MayStart) -> dict[str, Any]:
     from cluster.ray_session import ray_session
 
     config = job.config
+    if job.resuming:
+        job.claim.take()  # before anything is started
     started = time.monotonic()
     with ray_session(config.cluster, min_cpus=config.cluster.harvest_workers):
         n_workers, device = _workers(config.cluster.harvest_workers, job.console)
@@ -132,6 +140,7 @@ def _fill(job: HarvestJob, may_start: MayStart) -> dict[str, Any]:
         )
         with WorkerPool(spec, n_workers, config.cluster) as pool:
             writer = StoreWriter(job.store) if job.resuming else _create(job, pool)
+            job.claim.take()
             rows = _run_items(job, pool, writer, may_start)
         writer.finalise()
     seconds = time.monotonic() - started
@@ -181,9 +190,14 @@ def _run_items(job: HarvestJob, pool: WorkerPool, writer: StoreWriter, may_start
     if committed:
         job.console.print(f"harvest: {len(committed)} of {plan.n_items} items are there already")
     rows, finished = 0, 0
+
+    def may_go_on(item: int | None) -> bool:
+        job.claim.check()
+        return may_start(item)
+
     started = time.monotonic()
     with ProgressLine(job.console, live=job.live) as line:
-        for new_rows in pool.run(((item, plan.contexts(item)) for item in todo), may_start):
+        for new_rows in pool.run(((item, plan.contexts(item)) for item in todo), may_go_on):
             if new_rows is not None:
                 rows, finished = rows + new_rows, finished + 1
             seconds = time.monotonic() - started

@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cluster.config import DataConfig, ModelConfig
+from cluster.errors import NonFiniteRowsError
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -75,12 +76,17 @@ class HarvestWorker:
         }
 
     def run_item(self, item: int, contexts: NDArray[np.int64]) -> int:
-        """Computes the rows of an item, commits them, and returns how many there are."""
+        """Computes the rows of an item, commits them, and returns how many there are.
+
+        Raises:
+            NonFiniteRowsError: Some are not finite; the item is not committed.
+        """
         if self._computed and self._computed[0] == item:
             rows, sidecars = self._computed[1:]
         else:
             rows, sidecars = self._compute(item, contexts)
         self._computed = None
+        require_finite(item, rows, sidecars)
         self._writer.write_item(item, rows, sidecars)
         return len(sidecars["token_id"])
 
@@ -147,6 +153,26 @@ def to_numpy(rows: Tensor) -> NDArray[Any]:
     if rows.dtype != torch.bfloat16:
         return rows.float().cpu().numpy()
     return rows.contiguous().view(torch.int16).cpu().numpy().view(ml_dtypes.bfloat16)
+
+
+def require_finite(
+    item: int, rows: dict[str, NDArray[Any]], sidecars: dict[str, NDArray[Any]]
+) -> None:
+    """Raises: NonFiniteRowsError: naming the item, the array and the first such row's origin.
+
+    Here and not where they are read: a trainer beside the harvest would already have met them.
+    """
+    for name, values in rows.items():
+        bad = ~np.isfinite(values)
+        if bad.any():
+            row = int(bad.any(axis=1).argmax())
+            document, position = (int(sidecars[key][row]) for key in ("document", "position"))
+            raise NonFiniteRowsError(
+                f"item {item}: {name} holds {int(bad.sum())} numbers that are not finite in "
+                f"{int(bad.any(axis=1).sum())} rows, the first at document {document}, position "
+                f"{position}: expected finite activations; the item is not stored; float16 "
+                "overflows in many models: try model.dtype=bfloat16 or float32 in a new store"
+            )
 
 
 def _moments(rows: NDArray[np.float64]) -> tuple[NDArray[Any], NDArray[Any], float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,11 @@ NAMES = ("model", "revision", "dataset")
 def store_path(config: RunConfig, run_dir: Path) -> str:
     """`store.path`, or `store/` in the run folder."""
     return config.store.path or str(run_dir / "store")
+
+
+def consumer_name(config: RunConfig, run_dir: Path) -> str:
+    """Of a run among those that use its store: names of runs are unique in one folder only."""
+    return f"{config.name}-{hashlib.sha256(str(run_dir.resolve()).encode()).hexdigest()[:8]}"
 
 
 def describe(config: RunConfig, tokenizer: Any, cache_dir: Path) -> dict[str, Any]:

@@ -17,18 +17,19 @@ import torch.distributed as dist
 
 from activation_store import open_store
 from activation_store.errors import StoreError
-from cluster.cursor import RunCursor, consumer_name
+from cluster.cursor import RunCursor
 from cluster.environment import environment
 from cluster.errors import ClusterError
 from cluster.metric_sinks import MetricSinks
+from cluster.provenance import consumer_name
 from cluster.run_dir import CONFIG, ENVIRONMENT, rank_lock
 from cluster.source import WAIT_TIMEOUT_S, StoreSource
-from cluster.trainable import check_store
+from cluster.trainable import check_store, require_finite
 from conf.run_config import load_config
 from conf.schema import RunConfig
 from sae_core.atomic import write_json
 from sae_core.checkpoint import newest_valid
-from sae_core.errors import ConfigError, SAEError
+from sae_core.errors import ConfigError, NonFiniteLossError, SAEError
 from sae_core.memory import keep_freed_memory
 from sae_core.mesh import Mesh
 from sae_core.trainer import Trainer
@@ -115,6 +116,11 @@ def _train(
         trainer.train()
         if cursor is not None:
             cursor.close()
+    except NonFiniteLossError:
+        # Rows that came after the start may be the cause, which says more than the loss does.
+        store.refresh()
+        require_finite(store, array)
+        raise
     finally:
         source.close()
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from activation_store import open_store
+from activation_store import Store, open_store
+from activation_store.creation import shorten
 from activation_store.errors import StoreConfigError
 from conf.schema import RunConfig
 from sae_core.errors import ConfigError
@@ -33,12 +34,22 @@ def check_store(config: RunConfig) -> str:
         raise ConfigError(
             "train.batch_tokens", config.train.batch_tokens, f"at most {store.n_tokens} stored rows"
         )
-    bad = store.statistics(array).non_finite
+    require_finite(store, array)
+    return array
+
+
+def require_finite(store: Store, array: str) -> None:
+    """That no committed row of an array holds NaN or infinities.
+
+    Raises:
+        StoreConfigError: naming the items that do.
+    """
+    bad = store.non_finite_items(array)
     if bad:
         raise StoreConfigError(
             "store.path",
-            config.store.path,
-            f"finite activations, {array} holds {bad} numbers that are not",
+            str(store.path),
+            f"finite activations, {array} holds {sum(bad.values())} numbers that are not, in "
+            f"items {shorten(list(bad))}",
             "store it anew without them",
         )
-    return array

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from activation_store import Calibration, StoreWriter
-from activation_store.storage_local import LOCK
+from activation_store.storage_local import CLAIM, LOCK
 
 DTYPES = {"bfloat16": np.dtype(ml_dtypes.bfloat16), "float32": np.dtype(np.float32)}
 Columns = dict[str, NDArray[Any]]
@@ -73,9 +73,9 @@ def expected(valid_rows: Sequence[int], arrays: dict[str, int], dtype: str = "bf
 
 
 def tree(path: Path) -> dict[str, bytes]:
-    """Every file of a store but the one that is only there to be locked."""
+    """Every file of a store but those that are only there to be locked."""
     return {
         str(file.relative_to(path)): file.read_bytes()
         for file in sorted(path.rglob("*"))
-        if file.is_file() and file.name != LOCK
+        if file.is_file() and file.name not in (CLAIM, LOCK)
     }

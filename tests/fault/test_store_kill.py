@@ -1,75 +1,139 @@
-"""Writers that are killed at any moment, and started again, lose no row and double none."""
+"""Writers and readers that are killed at any moment lose, double and reorder nothing."""
 
 from __future__ import annotations
 
-import os
+import multiprocessing
 import random
 import signal
-import subprocess
-import sys
 import time
+from collections.abc import Callable, Iterator
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from activation_store import StoreWriter, open_store, verify_store
+from activation_store import StoreWriter, files, open_store, verify_store
 from tests.store_cases import expected, tree, write_store
+from tests.store_processes import (
+    ARRAYS,
+    DIGEST_BYTES,
+    LAYOUT,
+    N_ITEMS,
+    ROWS,
+    STREAM,
+    next_digest,
+    open_stream,
+    read_batches,
+    small_segments,
+    write_items,
+)
 
-N_ITEMS, ARRAYS = 80, {"a": 64}
-ROWS = [(item * 37) % 257 for item in range(N_ITEMS)]
-
-WRITER = f"""
-import os, random, sys
-sys.path.insert(0, {str(Path(__file__).parents[2])!r})
-from pathlib import Path
-from tests.store_cases import item_columns
-from activation_store import StoreWriter, log
-log.SEGMENT_ITEMS = 25
-writer = StoreWriter(Path(sys.argv[1]), {ARRAYS!r}, shard_tokens=256, chunk_bytes=1000)
-rows = {ROWS!r}
-items = list(range({N_ITEMS}))
-random.Random(os.getpid()).shuffle(items)
-for item in items:
-    writer.write_item(item, *item_columns(item, rows[item], {ARRAYS!r}))
-"""
+SEED = 0
+WRITERS, READERS = 2, 2
+WRITER_KILLS, READER_KILLS = 36, 20
+MOST_A_LIFE = 4  # items begun or batches read before a victim only waits for its death
+CALL_S = 0.01  # about the time of a write
+N_BATCHES = 3 * sum(ROWS) // (2 * STREAM["batch_rows"])  # half of the second epoch
 
 
-def start(path: Path) -> subprocess.Popen[bytes]:
-    return subprocess.Popen([sys.executable, "-c", WRITER, str(path)], stderr=subprocess.PIPE)
+class Victim:
+    """A process that is killed and started anew, and the file in which it tells how far it is."""
+
+    def __init__(self, start: Callable[[int | None], ForkServerProcess], told: Path) -> None:
+        self._start, self._told = start, told
+        self._told.touch()
+        self.begin(MOST_A_LIFE)
+
+    def begin(self, most: int | None) -> None:
+        self._before = self._told.stat().st_size
+        self.process = self._start(most)
+
+    def kill(self, rng: random.Random, step: int) -> None:
+        """At a random moment of a random call, or while it waits for rows that are not there."""
+        wanted = self._before + step * rng.randrange(MOST_A_LIFE)
+        patience = time.monotonic() + 0.4
+        while self._told.stat().st_size < wanted and time.monotonic() < patience:
+            time.sleep(0.001)
+        time.sleep(rng.uniform(0, 2 * CALL_S))
+        assert self.process.exitcode is None, "it ended by itself"
+        self.process.kill()
+        self.process.join()
+        assert self.process.exitcode == -signal.SIGKILL
+
+    def finish(self) -> None:
+        self.process.join(200)
+        assert self.process.exitcode == 0
+
+
+@pytest.fixture
+def processes() -> Iterator[list[ForkServerProcess]]:
+    """All that a test started; none of them outlives it."""
+    started: list[ForkServerProcess] = []
+    yield started
+    for process in started:
+        process.kill()
+        process.join()
 
 
 @pytest.mark.slow
-def test_killed_writers_lose_and_double_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_killed_writers_and_readers_lose_and_double_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, processes: list[ForkServerProcess]
 ) -> None:
-    monkeypatch.setattr("activation_store.log.SEGMENT_ITEMS", 25)
-    path, rng = tmp_path / "s", random.Random(0)
-    kills, writers = 0, [start(path) for _ in range(2)]
-    deadline = time.monotonic() + 6
-    while kills < 8 and time.monotonic() < deadline:
-        time.sleep(rng.uniform(0.1, 0.4))
-        victim = rng.randrange(2)
-        if writers[victim].poll() is None:
-            os.kill(writers[victim].pid, signal.SIGKILL)
-            kills += 1
-        writers[victim].wait()
-        assert writers[victim].returncode in (0, -signal.SIGKILL), writers[victim].stderr
-        if (path / "zarr.json").exists():
-            store = open_store(path)  # at every moment a store that can be read
-            store.read("a", 0, store.n_tokens)
-        writers[victim] = start(path)
-    for writer in writers:
-        assert writer.wait(60) == 0, writer.stderr and writer.stderr.read()
-    assert kills >= 4
-    assert StoreWriter(path).finalise().n_items == N_ITEMS
-    assert verify_store(path) == []
-    store = open_store(path)
-    for name, rows in expected(ROWS, ARRAYS).items():
-        np.testing.assert_array_equal(store.read(name, 0, store.n_tokens), rows)
+    path, rng = tmp_path / "s", random.Random(SEED)
+    print(f"seed {SEED}")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["pytest", "tests.store_processes"])
 
-    # The same files as a writer that nobody disturbed, but for who was first and what was left.
-    write_store(tmp_path / "calm", ROWS, arrays=ARRAYS, shard_tokens=256, chunk_bytes=1000)
-    calm, found = tree(tmp_path / "calm"), tree(path)
-    assert {name for name in found if not name.startswith("_tmp/")} == set(calm)
-    assert all(found[name] == data for name, data in calm.items() if not name.startswith("_log"))
+    def starter(work: Callable[..., None], *fixed: object) -> Callable[..., ForkServerProcess]:
+        def start(most: int | None) -> ForkServerProcess:
+            processes.append(context.Process(target=work, args=(*fixed, most)))
+            processes[-1].start()
+            return processes[-1]
+
+        return start
+
+    begun = [tmp_path / f"begun-{number}" for number in range(WRITERS)]
+    seen = [tmp_path / f"seen-{number}" for number in range(READERS)]
+    writers = [Victim(starter(write_items, path, file), file) for file in begun]
+    readers = [Victim(starter(read_batches, path, file, N_BATCHES), file) for file in seen]
+
+    victims = ["writer"] * WRITER_KILLS + ["reader"] * READER_KILLS
+    rng.shuffle(victims)
+    with small_segments():
+        for kind in victims:
+            victim = rng.choice(writers if kind == "writer" else readers)
+            victim.kill(rng, 1 if kind == "writer" else DIGEST_BYTES)
+            if (path / "zarr.json").exists():
+                store = open_store(path)  # at every moment a store that can be read
+                store.read("a", 0, store.n_tokens)
+            victim.begin(MOST_A_LIFE)
+        committed = len(StoreWriter(path).committed_items())
+        assert 0 < committed < N_ITEMS, "the kills came before or after the work"
+        print(f"{len(victims)} kills while {committed} of {N_ITEMS} items were written")
+        for victim in (*writers, *readers):  # now each may go on to its end
+            victim.process.kill()
+            victim.process.join()
+            victim.begin(None)
+        for writer in writers:
+            writer.finish()
+        assert StoreWriter(path).finalise().n_items == N_ITEMS
+        for reader in readers:
+            reader.finish()
+        assert verify_store(path) == []
+        store = open_store(path)
+        for name, rows in expected(ROWS, ARRAYS).items():
+            np.testing.assert_array_equal(store.read(name, 0, store.n_tokens), rows)
+
+        # The same files as a writer that nobody disturbed, but for who was first and what was left.
+        monkeypatch.setattr(files, "fsync_folder", lambda folder: None)
+        write_store(tmp_path / "calm", ROWS, arrays=ARRAYS, **LAYOUT)
+        calm, found = tree(tmp_path / "calm"), tree(path)
+        assert {name for name in found if not name.startswith("_tmp/")} == set(calm)
+        assert all(found[name] == data for name, data in calm.items() if "_log" not in name)
+
+        # Resumed where they were killed, readers saw what one sees that nobody disturbed.
+        stream = open_stream(tmp_path / "calm")
+        order = b"".join(next_digest(stream) for _ in range(N_BATCHES))
+        stream.close()
+        assert [file.read_bytes() == order for file in seen] == [True] * READERS

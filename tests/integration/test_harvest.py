@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 
 from activation_store import StoreWriter, open_store, verify_store
-from activation_store.errors import StoreMismatchError
+from activation_store.errors import StoreBusyError, StoreMismatchError
 from cluster import harvest, harvest_pool
 from cluster.config import ClusterConfig, DataConfig, ModelConfig
 from cluster.contexts import plan_items, prepare_contexts
@@ -288,3 +288,46 @@ def test_workers_that_keep_dying_end_the_harvest(
     finally:
         stop.set()
         killer.join()
+
+
+def test_a_second_run_on_a_growing_store_is_refused_and_may_take_over(tmp_path: Path) -> None:
+    config = make_config(tmp_path)
+    config.store.path = str(tmp_path / "store")
+    job = harvest.prepare(config, tmp_path / "one")
+    assert job is not None
+    hold = threading.Event()
+    errors: list[BaseException] = []
+
+    class Cancelled(Exception):
+        pass
+
+    def may_start(item: int | None) -> bool:
+        if hold.is_set():
+            raise Cancelled
+        return item is None or item < 2
+
+    def fill() -> None:
+        with job.claim:
+            try:
+                harvest.fill(job, may_start)
+            except Cancelled as error:
+                errors.append(error)
+
+    first = threading.Thread(target=fill)
+    first.start()
+    try:
+        while (
+            not (Path(config.store.path) / "zarr.json").exists()
+            or not open_store(config.store.path).n_items
+        ):
+            assert first.is_alive()
+            time.sleep(0.05)
+        with pytest.raises(StoreBusyError, match="is being filled by run demo-"):
+            harvest.run(config, tmp_path / "two")
+    finally:
+        hold.set()
+        first.join()
+    assert len(errors) == 1
+    harvest.run(config, tmp_path / "two")
+    assert open_store(config.store.path).finalised
+    assert verify_store(config.store.path) == []

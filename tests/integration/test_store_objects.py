@@ -19,6 +19,7 @@ import zarr
 from obstore.store import S3Store
 
 from activation_store import (
+    Claim,
     Consumer,
     DeletedDataError,
     MixtureStream,
@@ -28,6 +29,7 @@ from activation_store import (
     consumers,
     delete_consumed,
     lead_items,
+    lease,
     open_store,
     repair_store,
     storage_object,
@@ -38,6 +40,7 @@ from activation_store.errors import (
     MissingDataError,
     NonDeterministicItemError,
     StorageError,
+    StoreBusyError,
     StoreConfigError,
     StoreFormatError,
     StoreMismatchError,
@@ -435,3 +438,73 @@ def test_addresses_that_cannot_be(address: str) -> None:
     with pytest.raises(StoreConfigError, match="s3://bucket/prefix") as error:
         open_store(address)
     assert "swordfish" not in str(error.value)
+
+
+@pytest.fixture
+def quick_leases(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lease, "BEAT_S", 0.1)
+    monkeypatch.setattr(lease, "STALE_S", 2.0)
+
+
+def silence(claim: Claim) -> None:
+    """The holder's process stands still."""
+    assert isinstance(claim._held, lease.Lease)
+    claim._held._stop.set()
+    claim._held._thread.join()
+
+
+def test_a_lease_is_one_runs_as_long_as_its_heart_beats(url: str, quick_leases: None) -> None:
+    write_store(url, [16], arrays=ARRAYS, finalise=False)
+    one, two = Claim(url, "one"), Claim(url, "two")
+    one.take()
+    for _ in range(2):
+        with pytest.raises(StoreBusyError, match="is being filled by run one, process"):
+            two.take()
+    again = Claim(url, "one")  # the driver died and was started again
+    again.take()
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline:
+        try:
+            one.check()
+        except StoreBusyError as error:
+            assert "was taken over by run one" in str(error)
+            break
+        time.sleep(0.05)
+    else:
+        pytest.fail("the old holder did not notice")
+    one.release()  # which is not the new one's
+    with pytest.raises(StoreBusyError):
+        two.take()
+    again.release()
+    started = time.monotonic()
+    two.take()
+    assert time.monotonic() - started < lease.STALE_S
+    assert [name for name in objects(url) if "_claim" in name] == ["_claim/000000003.json"]
+    two.release()
+
+
+def test_a_lease_whose_holder_fell_silent_goes_to_one_of_its_takers(
+    url: str, quick_leases: None
+) -> None:
+    write_store(url, [16], arrays=ARRAYS, finalise=False)
+    dead = Claim(url, "dead")
+    dead.take()
+    silence(dead)
+    takers = [Claim(url, f"taker-{number}") for number in range(3)]
+    busy: list[StoreBusyError] = []
+
+    def take(claim: Claim) -> None:
+        try:
+            claim.take()
+        except StoreBusyError as error:
+            busy.append(error)
+
+    threads = [threading.Thread(target=take, args=(claim,)) for claim in takers]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sum(claim.is_taken for claim in takers) == 1 and len(busy) == 2
+    for claim in takers:
+        claim.check()
+        claim.release()

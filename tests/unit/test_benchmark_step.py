@@ -118,11 +118,12 @@ def test_a_step_without_deepspeed_is_the_engines_step() -> None:
     code = """
 import torch
 from benchmarks import step, step_ours
+from benchmarks.one_rank import start_one_rank
 from benchmarks.step_work import Inputs, Setup, Work
 from sae_core.engine import SAEEngine
 from sae_core.kernels import get_kernels
 
-step._start_one_rank("cpu")
+start_one_rank()
 inputs = Inputs(Work(256, 32, 64, 4), Setup.of("cpu"))
 config = step_ours._trainer_config(inputs, step_ours.Variant("", clip=True, auxk_rows=0.5))
 saes = []
@@ -152,9 +153,10 @@ def test_the_rows_of_a_gpu_run_on_triton_kernels() -> None:
     code = """
 import torch
 from benchmarks import step, step_ours
+from benchmarks.one_rank import start_one_rank
 from benchmarks.step_work import Inputs, Setup, Work
 
-step._start_one_rank("cpu")
+start_one_rank()
 step_ours.engine_name = lambda: "none"
 # The interpreter takes CPU tensors, and float16 in the place of bfloat16.
 inputs = Inputs(Work(128, 16, 8, 2), Setup(torch.device("cpu"), "triton", torch.float16))

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from activation_store import Consumer, StoreWriter
+from activation_store import Claim, Consumer, StoreWriter
 from cluster.concurrent import _Cancelled, _Harvest
 from cluster.harvest import HarvestJob
 from conf.schema import RunConfig
@@ -28,7 +28,10 @@ def harvest_of(path: Path, items: list[int], lead: int, sample_tokens: int) -> _
     config.store.path, config.store.window_items = str(path), 2
     config.train.sample_tokens = sample_tokens
     plan: Any = None
-    return _Harvest(HarvestJob(config, path.parent, str(path), plan, {}, True, Console(), False))
+    claim = Claim(path, "run")
+    return _Harvest(
+        HarvestJob(config, path.parent, str(path), plan, {}, claim, True, Console(), False)
+    )
 
 
 def test_a_missing_item_may_always_be_begun(tmp_path):

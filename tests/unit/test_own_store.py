@@ -2,19 +2,32 @@
 
 from __future__ import annotations
 
+import os
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import replace
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 import pytest
 
-from activation_store import StoreWriter
+from activation_store import StoreWriter, open_store
 from activation_store.errors import StoreConfigError
 from analysis.runs import as_trained
 from analysis.verify import non_finite
+from cluster.config import DataConfig, ModelConfig
+from cluster.errors import NonFiniteRowsError
+from cluster.harvest_worker import HarvestWorker, WorkerSpec
 from cluster.source import store_digest
-from cluster.trainable import check_store
+from cluster.trainable import check_store, require_finite
+from conf.run_config import save_config
 from conf.schema import RunConfig
 from sae_core.errors import ConfigError
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def own_store(path: Path, bad: int = 0, finalise: bool = True) -> RunConfig:
@@ -47,16 +60,87 @@ def test_what_ranks_would_stumble_over_is_said_before(tmp_path):
         check_store(config)
     with pytest.raises(StoreConfigError, match="finalise"):
         check_store(own_store(tmp_path / "open", finalise=False))
-    with pytest.raises(StoreConfigError, match="acts holds 3 numbers that are not"):
+    with pytest.raises(StoreConfigError, match="acts holds 3 numbers that are not, in items .0.;"):
         check_store(own_store(tmp_path / "bad", bad=3))
-    assert non_finite(str(tmp_path / "bad")) == ["acts: 3 numbers are not finite"]
+    assert non_finite(str(tmp_path / "bad")) == ["acts: 3 numbers are not finite, in items [0]"]
     assert non_finite(str(tmp_path / "s")) == []
 
 
 def test_a_store_is_known_by_what_it_holds(tmp_path):
-    from activation_store import open_store
-
     for name, bad in (("a", 0), ("b", 0), ("c", 1)):
         own_store(tmp_path / name, bad=bad)
     a, b, c = (store_digest(open_store(tmp_path / name)) for name in "abc")
     assert a == b != c
+
+
+def test_rows_that_are_not_finite_are_not_harvested(tmp_path):
+    spec = WorkerSpec(
+        *(ModelConfig(), DataConfig(), 0, str(tmp_path / "s"), tmp_path, "cpu", tmp_path)
+    )
+    worker, contexts = HarvestWorker(spec), np.zeros(0, np.int64)
+    rows = {"a": np.ones((4, 3), np.float32), "b": np.ones((4, 3), ml_dtypes.bfloat16)}
+    columns = ("document", "position", "token_id")
+    sidecars = {name: np.array([5, 5, 9, 9]) for name in columns}
+    StoreWriter(tmp_path / "s", {"a": 3, "b": 3}, shard_tokens=4)
+    worker._computed = (6, rows, sidecars)
+    assert worker.run_item(6, contexts) == 4
+    rows["b"][2:, 1] = np.inf
+    worker._computed = (7, rows, sidecars)
+    found = "item 7: b holds 2 .* in 2 rows, the first at document 9, position 9: .*bfloat16"
+    with pytest.raises(NonFiniteRowsError, match=found):
+        worker.run_item(7, contexts)
+    assert StoreWriter(tmp_path / "s").committed_items() == {6}
+
+
+def test_the_items_with_rows_that_are_not_finite_are_named(tmp_path):
+    writer = StoreWriter(tmp_path / "s", {"a": 2, "b": 2}, dtype="float32", shard_tokens=4)
+    for item, bad in enumerate((0, 3, 0, 1)):
+        rows = np.ones((4, 2), np.float32)
+        rows[:bad, 1] = np.nan
+        writer.write_item(item, {"a": rows, "b": np.ones((4, 2), np.float32)})
+    store = open_store(tmp_path / "s")
+    assert store.non_finite_items("a") == {1: 3, 3: 1} and store.non_finite_items("b") == {}
+    require_finite(store, "b")
+    with pytest.raises(StoreConfigError, match=r"a holds 4 numbers .* in items \[1, 3\]"):
+        require_finite(store, "a")
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_rows_that_come_later_and_are_not_finite_are_named_by_the_trainer(tmp_path):
+    run_dir, rows = tmp_path / "run", np.random.default_rng(0).normal(size=(64, 4))
+    writer = StoreWriter(tmp_path / "s", {"acts": 4}, dtype="float32", shard_tokens=64)
+    for item in range(2):
+        writer.write_item(item, rows.astype(np.float32))
+    config = RunConfig()
+    config.store.path, config.store.window_items = str(tmp_path / "s"), 1
+    config.sae = replace(config.sae, n_latents=8, k=2, auxk=4)
+    config.train.tokens, config.train.batch_tokens, config.train.sample_tokens = 256, 32, 64
+    config.optim.warmup_tokens, config.optim.decay_tokens = 32, 32
+    config.cluster.mode, config.train.device, config.logging.wandb = "concurrent", "cpu", "disabled"
+    config.logging.every_steps = 1
+    run_dir.mkdir()
+    save_config(config, run_dir / "config.yaml")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    environment = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+    rank = subprocess.Popen(
+        [sys.executable, "-m", "cluster.rank", str(run_dir)],
+        env={**os.environ, **environment, "MASTER_PORT": port},
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+    )
+    try:
+        metrics = run_dir / "metrics.jsonl"
+        while not (metrics.exists() and '"step": 4,' in metrics.read_text()):
+            assert rank.poll() is None, rank.communicate()[1]
+            time.sleep(0.05)
+        rows[5, 2] = np.inf
+        writer.write_item(2, rows.astype(np.float32))
+        _, output = rank.communicate(timeout=120)
+    finally:
+        rank.kill()
+    assert rank.returncode == 1
+    assert "acts holds 1 numbers that are not, in items [2]" in output.splitlines()[-1]

@@ -1,0 +1,60 @@
+"""One run at a time fills a store; one that died is out of the way by itself."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from activation_store import Claim
+from activation_store.errors import StoreBusyError
+from tests.store_cases import write_store
+
+HOLDER = """
+import sys, time
+from activation_store import Claim
+Claim(sys.argv[1], "one").take()
+print("held", flush=True)
+time.sleep(600)
+"""
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    write_store(tmp_path / "s", [16], finalise=False)
+    return tmp_path / "s"
+
+
+@pytest.fixture
+def holder(path: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """A process that has the claim."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(path)],
+        stdout=subprocess.PIPE,
+        cwd=Path(__file__).parents[2],
+    )
+    try:
+        assert process.stdout and process.stdout.readline() == b"held\n"
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def test_a_claim_is_one_processs_until_it_dies(path: Path, holder: subprocess.Popen[bytes]) -> None:
+    two = Claim(path, "two")
+    with pytest.raises(StoreBusyError, match=f"filled by run one, process {holder.pid} on"):
+        two.take()
+    assert not two.is_taken
+    holder.kill()
+    holder.wait()
+    with two:
+        two.take()
+        two.take()
+        two.check()
+        with pytest.raises(StoreBusyError, match="run two"):
+            Claim(path, "one").take()
+    Claim(path, "one").take()

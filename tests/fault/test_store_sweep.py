@@ -1,0 +1,194 @@
+"""Every file of a store of every codec, harmed in every way: named, and never read as other rows.
+
+Where `test_store_damage.py` looks at single mechanisms, this one asks the question that a person
+has: can any file be harmed so that nobody is told?
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from activation_store import (
+    Consumer,
+    ShuffledStream,
+    StoreWriter,
+    consumers,
+    delete_consumed,
+    open_store,
+    verify_store,
+)
+from activation_store.errors import StoreError
+from tests.store_cases import calibration, item_columns, tree, write_store
+
+ARRAYS = {"a": 6}
+ROWS = [16, 5, 16, 9]
+KINDS = ("none", "blosc", "int8", "growing", "deleted")
+
+
+def flipped(place: float) -> Callable[[bytes], bytes]:
+    def flip(data: bytes) -> bytes:
+        at = int(place * (len(data) - 1))
+        return data[:at] + bytes([data[at] ^ 0x10]) + data[at + 1 :]
+
+    return flip
+
+
+HARMS: dict[str, Callable[[bytes], bytes | None]] = {
+    **{f"flipped at {place}": flipped(place) for place in (0.0, 0.05, 0.3, 0.5, 0.7, 0.95, 1.0)},
+    "without its first byte": lambda data: data[1:],
+    "without its last byte": lambda data: data[:-1],
+    "half": lambda data: data[: len(data) // 2],
+    "empty": lambda data: b"",
+    "zeros": lambda data: bytes(len(data)),
+    "a byte longer": lambda data: data + b"\0",
+    "doubled": lambda data: data * 2,
+    "gone": lambda data: None,
+}
+
+
+def make(path: Path, kind: str) -> None:
+    codec = kind if kind in ("blosc", "int8") else "none"
+    write_store(
+        path,
+        ROWS,
+        arrays=ARRAYS,
+        codec=codec,
+        calibration=calibration(ARRAYS),
+        finalise=kind != "growing",
+    )
+    if kind == "deleted":
+        consumer = Consumer(path, "one")
+        consumer.publish(next_item=2, keep_from_item=1, position=3)
+        delete_consumed(path)
+
+
+def read_all(path: Path) -> dict[str, NDArray[Any]]:
+    """Everything that can be read of a store, in two ways."""
+    store = open_store(path)
+    first = int(store.valid_rows[: store.read_watermark().below].sum())
+    found = {name: store.read(name, first, store.n_tokens) for name in store.header.columns}
+    found["consumers"] = np.array(sorted(map(str, consumers(path).items())))
+    if store.finalised and not first:
+        names = ["a", "token_id"]
+        stream = ShuffledStream(
+            store, names, seed=0, batch_rows=23, window_items=4, buffer_rows=30, prefetch=False
+        )
+        batches = [stream.next() for _ in range(2)]
+        found |= {f"shuffled {n}": np.concatenate([b.arrays[n] for b in batches]) for n in names}
+    return found
+
+
+@pytest.fixture(params=KINDS)
+def kind(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture
+def path(kind: str, tmp_path: Path) -> Path:
+    make(tmp_path / "s", kind)
+    assert verify_store(tmp_path / "s") == []
+    return tmp_path / "s"
+
+
+def names_it(file: str, problem: str, kind: str, harm: str) -> bool:
+    if file in problem:
+        return True
+    # Without the watermark, what it says is deleted is missing.
+    return (file, harm) == ("_deleted.json", "gone") and "c.0" in problem
+
+
+def is_harmless(file: str, harm: str, good: bytes, bad: bytes | None) -> bool:
+    """Whether nothing is wrong after it."""
+    if bad == good or (file.startswith("_consumers/") and harm == "gone"):
+        return True  # a consumer may go at any time
+    try:  # Zarr's own JSON is not sealed: the same meaning is the same
+        return file.endswith("zarr.json") and bool(json.loads(bad or b"") == json.loads(good))
+    except ValueError:
+        return False
+
+
+def harmed(path: Path) -> Iterator[tuple[str, str, bool]]:
+    """Every file with every harm, one after the other: its name, the harm, whether it is none."""
+    pristine = tree(path)
+    for name, good in pristine.items():
+        for harm, change in HARMS.items():
+            bad = change(good)
+            (path / name).unlink()
+            if bad is not None:
+                (path / name).write_bytes(bad)
+            yield name, harm, is_harmless(name, harm, good, bad)
+            (path / name).write_bytes(good)
+
+
+def check(path: Path, name: str, harm: str, kind: str, baseline: dict[str, Any]) -> bool:
+    """That harm to a file is named where anybody looks; whether a reader was stopped by it."""
+    problems = str([str(damage) for damage in verify_store(path)])
+    assert names_it(name, problems, kind, harm), (name, harm, problems)
+    try:
+        found = read_all(path)
+    except StoreError as error:
+        assert names_it(name, str(error), kind, harm), (name, harm, str(error))
+        return True
+    assert found.keys() == baseline.keys(), (name, harm)
+    for key, rows in baseline.items():
+        np.testing.assert_array_equal(found[key], rows, err_msg=f"{name} {harm}")
+    return False
+
+
+def check_redone(path: Path, name: str, baseline: dict[str, Any]) -> None:
+    """Without its record an item of a growing store does not exist: the harvest does it again."""
+    item = int(name[-len("000000000.json") : -len(".json")])
+    assert open_store(path).n_items == item
+    writer = StoreWriter(path)
+    assert writer.committed_items() == set(range(len(ROWS))) - {item}
+    writer.write_item(item, *item_columns(item, ROWS[item], ARRAYS))
+    for key, rows in read_all(path).items():
+        np.testing.assert_array_equal(rows, baseline[key])
+    assert verify_store(path) == []
+
+
+@pytest.mark.slow
+def test_no_harm_to_any_file_goes_unnoticed(path: Path, kind: str) -> None:
+    baseline, stopped, n_harms = read_all(path), set(), 0
+    for name, harm, harmless in harmed(path):
+        if kind == "growing" and harm == "gone" and name.startswith("_log/"):
+            check_redone(path, name, baseline)
+        elif not harmless:
+            n_harms += 1
+            if check(path, name, harm, kind, baseline):
+                stopped.add(name.split("/")[0])
+    assert n_harms > 200
+    # Every kind of file that a reader needs did stop one; `valid_rows` is for other readers.
+    everything = {name.split("/")[0] for name in tree(path)}
+    assert stopped >= everything - {"valid_rows"}, everything - stopped
+    assert verify_store(path) == []
+
+
+@pytest.mark.slow
+def test_no_two_files_can_be_swapped_unnoticed(path: Path, kind: str) -> None:
+    baseline, files = read_all(path), tree(path)
+    names = list(files)
+    for i, one in enumerate(names):
+        for two in names[i + 1 :]:
+            if files[one] == files[two]:
+                continue
+            (path / one).write_bytes(files[two])
+            (path / two).write_bytes(files[one])
+            problems = str([str(damage) for damage in verify_store(path)])
+            assert one in problems or two in problems, (one, two, problems)
+            try:
+                found = read_all(path)
+            except StoreError as error:
+                assert one in str(error) or two in str(error), (one, two, str(error))
+            else:
+                for key, rows in baseline.items():
+                    np.testing.assert_array_equal(found[key], rows, err_msg=f"{one} {two}")
+            (path / one).write_bytes(files[one])
+            (path / two).write_bytes(files[two])
