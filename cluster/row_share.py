@@ -54,10 +54,9 @@ class RowShare:
         """What `read` gives on this rank, once it has on all; collective.
 
         Raises:
-            StoreError: on every rank, where one raised it, naming the rank; the one that did raises
-                its own.
-            RuntimeError: where another rank raised anything else; like a broken collective it says
-                that this rank is not at fault.
+            StoreError: on every rank what one of them raised.
+            RuntimeError: where another rank raised anything else: as when a collective breaks,
+                this rank is not at fault.
         """
         if self.host_group is None:
             return read()
@@ -101,14 +100,15 @@ class RowShare:
         return [n_rows * rank // self.n_ranks for rank in range(self.n_ranks + 1)]
 
     def _raise(self, error: Exception | None) -> None:
-        mine = (isinstance(error, StoreError), str(error)) if error is not None else None
-        told: list[tuple[bool, str] | None] = [None] * self.n_ranks
-        dist.all_gather_object(told, mine, group=self.host_group)
+        known = error is None or isinstance(error, StoreError)
+        told: list[Exception | None] = [None] * self.n_ranks
+        sent = error if known else RuntimeError(f"{type(error).__name__}: {error}")
+        dist.all_gather_object(told, sent, group=self.host_group)
         if error is not None:
             raise error
-        rank, (of_store, text) = next((r, one) for r, one in enumerate(told) if one is not None)
-        kind = StoreError if of_store else RuntimeError
-        raise kind(f"{text} (met by rank {rank} of the latent group)")
+        rank, met = next((rank, one) for rank, one in enumerate(told) if one is not None)
+        met.add_note(f"Met by rank {rank} of the latent group.")
+        raise met
 
 
 def _as_bytes(rows: torch.Tensor) -> torch.Tensor:

@@ -60,6 +60,7 @@ def _read(rank: int, folder: str, store: str, latent: int, data: int) -> None:
         np.save(f"{folder}/{rank}.npy", torch.stack([batch.x for batch in batches]).numpy())
     except (StoreError, RuntimeError) as error:
         told |= {"error": type(error).__name__, "text": str(error)}
+        told["notes"] = getattr(error, "__notes__", [])
     Path(folder, f"{rank}.json").write_text(json.dumps(told))
     dist.destroy_process_group()
 
