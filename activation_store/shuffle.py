@@ -122,12 +122,12 @@ class Shuffle:
         # Of a strip: how many batches have drawn from it before the block, and before its end.
         drawn = -((strips - block.start) // self.batch_rows)
         counts = -((strips - block.stop) // self.batch_rows) - drawn
-        strip = np.repeat(strips, counts)
-        number = np.arange(last - first) - np.repeat(np.cumsum(counts) - counts, counts)
-        batch = np.repeat(drawn, counts) + number
-        place = batch * (hi - lo) + (strip - lo) - self.rows_before(block.start, lo, hi)
-        order = np.empty_like(place)
-        order[place] = self._drawn(block, first, strip) - first
+        # Row number n of the slice lies in strip j, as the (n - offset[j])-th that it gives here.
+        offset = np.cumsum(counts) - counts
+        place = (drawn - offset) * (hi - lo) + strips - lo - self.rows_before(block.start, lo, hi)
+        places = np.repeat(place, counts) + np.arange(last - first) * (hi - lo)
+        order = np.empty_like(places)
+        order[places] = self._drawn(block, first, np.repeat(strips, counts)) - first
         return order
 
     def _drawn(self, block: Block, first: int, strip: Ints) -> Ints:
