@@ -23,7 +23,7 @@ class StoreConfig:
     window_items: int = 16
     """Work items shuffled together; in epoch 0 a window opens when all of it is committed."""
     buffer_tokens: int = 65_536
-    """Rows permuted together in memory; larger mixes documents better."""
+    """Rows permuted together, each rank holding its part; larger mixes documents better."""
 
     def validate(self) -> None:
         """Raises: StoreConfigError: naming the setting that cannot be."""

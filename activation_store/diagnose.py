@@ -34,7 +34,7 @@ class ShuffleQuality:
 
     @property
     def ratio(self) -> float:
-        """companions / perfect; 1 is perfect."""
+        """companions / perfect; below 1 a batch is spread more evenly than by chance."""
         if self.perfect:
             return self.companions / self.perfect
         return float("inf") if self.companions else 1.0

@@ -85,7 +85,8 @@ class MixtureStream:
     """Batches of several stores' rows; batch i is a pure function of (stores, weights, seed, i).
 
     Each store gives its rows in its own shuffled order, each once in an epoch of its own, without
-    end. Replicas take disjoint slices of every batch, as in `ShuffledStream`.
+    end. Replicas take disjoint slices of every batch; unlike those of a `ShuffledStream` they read
+    whole blocks, for the rows of a store that a slice holds move from batch to batch.
 
     Args:
         stores: Finalised; `arrays` must have the same width and type in all of them.

@@ -28,11 +28,11 @@ class LoadedBlock:
 
     block: Block
     arrays: dict[str, NDArray[Any]]
-    """[n_rows, ...]. Gathered: every array and sidecar in the order of the stream. Staged: every
-    array on disk that was asked for (of codec int8 the quantised numbers and, as `<name>.scale`,
-    the rows' scales), in the order in which the chunks came."""
+    """[n, ...]. Gathered: every array and sidecar, the reader's rows in the order of the stream.
+    Staged: every array on disk that was asked for (of codec int8 the quantised numbers and, as
+    `<name>.scale`, the rows' scales), in the order in which the chunks came."""
     order: Ints | None = None
-    """Staged: [n_rows], the row of the arrays at each place of the stream."""
+    """Staged: [n], the row of the arrays at each place of the reader's stream."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,7 +41,7 @@ class LoadedRows:
 
     block: LoadedBlock
     place: slice
-    """Where in the block's stream."""
+    """Where among the reader's rows of the block."""
 
     @property
     def picks(self) -> Ints:
@@ -50,10 +50,24 @@ class LoadedRows:
         return self.block.order[self.place]
 
 
+@dataclass(frozen=True)
+class _Span:
+    """What a reader needs of a block: the chunks under its strips."""
+
+    wanted: Chunks
+    """Item, chunk, number of its first row among the rows of these chunks."""
+    n_rows: int
+    """Rows of these chunks."""
+    own: slice
+    """The reader's among them."""
+
+
 class ShuffledRows:
     """The stream of rows of every epoch, from any row on. For `ShuffledStream` and mixtures.
 
     Args:
+        batch_rows: Rows of a batch; see `shuffle.py`.
+        rows: The slice [lo, hi) of each batch that is read.
         staged: Leave the rows of a block in the order in which its chunks came.
         others: As of `ShuffledStream`.
     """
@@ -66,6 +80,8 @@ class ShuffledRows:
         seed: int,
         window_items: int,
         buffer_rows: int,
+        batch_rows: int = 1,
+        rows: tuple[int, int] = (0, 1),
         prefetch: bool = True,
         wait_timeout_s: float = 600.0,
         allocate: Allocate = anonymous,
@@ -86,7 +102,10 @@ class ShuffledRows:
         self.arrays = tuple(arrays)
         self.wait_s = 0.0
         """Seconds spent waiting for data, in all."""
-        self._shuffle = Shuffle(seed, store.header.chunk_rows, window_items, buffer_rows)
+        self._shuffle = Shuffle(
+            seed, store.header.chunk_rows, window_items, buffer_rows, batch_rows
+        )
+        self._slice = rows
         self._prefetch, self._staged = prefetch, staged
         self._wait_timeout_s = wait_timeout_s
         self._stop = threading.Event()
@@ -97,6 +116,8 @@ class ShuffledRows:
 
     def parts(self, epoch: int, start: int, stop: int) -> list[LoadedRows]:
         """Where rows [start, stop) of an epoch lie; they follow on from those asked for before.
+
+        All of them must be of the slice that is read.
 
         Raises:
             IncompleteStoreError: The store did not grow in time.
@@ -111,7 +132,10 @@ class ShuffledRows:
             current = self._block_with(epoch, row)
             block = current.block
             end = min(stop, block.stop)
-            parts.append(LoadedRows(current, slice(row - block.start, end - block.start)))
+            first, here, there = (
+                self._shuffle.rows_before(at, *self._slice) for at in (block.start, row, end)
+            )
+            parts.append(LoadedRows(current, slice(here - first, there - first)))
             row = end
         return parts
 
@@ -205,7 +229,8 @@ class ShuffledRows:
         """Without end, from the block that holds `row` on. Runs in the reading thread."""
         while True:
             for block in self._plan(epoch, row):
-                if block.stop > row:
+                first, last = self._shuffle.memory(block, *self._slice)
+                if block.stop > row and first < last:
                     yield self._read(block)
             epoch, row = epoch + 1, 0
 
@@ -239,47 +264,60 @@ class ShuffledRows:
         self.wait(lambda: self.store.n_items >= stop, f"window {window} needs items to {stop - 1}")
 
     def _read(self, block: Block) -> LoadedBlock:
-        firsts = np.cumsum(block.chunks[:, 2]) - block.chunks[:, 2]
-        wanted = np.column_stack([block.chunks[:, :2], firsts]).tolist()
-        order = self._shuffle.row_order(block)
+        span = self._span(block)
+        order = self._shuffle.row_order(block, *self._slice)
         if self._staged:
             names = [part for name in self.arrays for part in self.store.header.stored_as(name)]
-            arrays = {name: self._read_stored(name, wanted, block) for name in names}
-            return LoadedBlock(block, arrays, order)
+            arrays = {name: self._read_stored(name, span) for name in names}
+            return LoadedBlock(block, arrays, order + span.own.start)
         places = np.empty_like(order)
         places[order] = np.arange(len(order))
-        return LoadedBlock(
-            block, {name: self._gather(name, wanted, block, places) for name in self.arrays}
+        return LoadedBlock(block, {name: self._gather(name, span, places) for name in self.arrays})
+
+    def _span(self, block: Block) -> _Span:
+        ends = np.cumsum(block.chunks[:, 2])
+        first, last = self._shuffle.memory(block, *self._slice)
+        span = slice(
+            int(np.searchsorted(ends, first, side="right")), int(np.searchsorted(ends, last)) + 1
         )
+        starts = ends[span] - block.chunks[span, 2]
+        begin = int(starts[0])
+        wanted = np.column_stack([block.chunks[span, :2], starts - begin]).tolist()
+        return _Span(wanted, int(ends[span][-1]) - begin, slice(first - begin, last - begin))
 
-    def _empty(self, block: Block, column: Column) -> NDArray[Any]:
+    def _empty(self, n_rows: int, column: Column) -> NDArray[Any]:
         # Every block of a stream fits, so that memory of one size goes round.
-        n_rows = self._shuffle.buffer_rows + self._shuffle.chunk_rows
-        return self._recycler.empty((n_rows, *column[1]), column[0])[: block.n_rows]
+        shuffle, (lo, hi) = self._shuffle, self._slice
+        most = shuffle.buffer_rows + shuffle.chunk_rows
+        own = -(-most // shuffle.batch_rows) * (hi - lo) + 2 * shuffle.chunk_rows
+        return self._recycler.empty((min(most, own), *column[1]), column[0])[:n_rows]
 
-    def _read_stored(self, name: str, wanted: Chunks, block: Block) -> NDArray[Any]:
-        rows = self._empty(block, self.store.header.stored[name])
-        self.store.read_chunks(name, wanted, rows)
+    def _read_stored(self, name: str, span: _Span) -> NDArray[Any]:
+        rows = self._empty(span.n_rows, self.store.header.stored[name])
+        self.store.read_chunks(name, span.wanted, rows)
         return rows
 
-    def _gather(self, name: str, wanted: Chunks, block: Block, places: Ints) -> NDArray[Any]:
-        """The rows of a block in the order of the stream, put there while they are in cache."""
-        out = self._empty(block, self.store.header.columns[name])
+    def _gather(self, name: str, span: _Span, places: Ints) -> NDArray[Any]:
+        """The reader's rows in the order of the stream, put there while they are in cache."""
+        out = self._empty(len(places), self.store.header.columns[name])
         # As bytes: over bfloat16 numbers NumPy would hold the interpreter's lock.
         target = as_bytes(out).reshape(len(out), -1)
         numbers, *scales = self.store.header.stored_as(name)
-        scale = self._read_stored(scales[0], wanted, block) if scales else None
+        scale = self._read_stored(scales[0], span) if scales else None
+        own = span.own
 
         def place(first: int, rows: NDArray[Any]) -> None:
-            part = slice(first, first + len(rows))
+            part = slice(max(first, own.start), min(first + len(rows), own.stop))
+            rows = rows[part.start - first : part.stop - first]
             if scale is not None:
                 decoded = scratch("decoded", out.itemsize * rows.size).view(out.dtype)
                 decoded = decoded.reshape(rows.shape)
                 self.store.scaling(name).dequantise(rows, scale[part], decoded)
                 rows = decoded
-            target[places[part]] = as_bytes(rows).reshape(len(rows), -1)
+            there = places[part.start - own.start : part.stop - own.start]
+            target[there] = as_bytes(rows).reshape(len(rows), -1)
 
-        self.store.place_chunks(numbers, wanted, block.n_rows, place)
+        self.store.place_chunks(numbers, span.wanted, span.n_rows, place)
         return out
 
 

@@ -3,8 +3,13 @@
 An epoch visits all items, in their own order in epoch 0 (so that it can follow a store which is
 still being written) and in a permuted one after. `window_items` items in a row are a window. All
 inner chunks of a window are permuted and packed into blocks of at least `buffer_rows` rows, the
-last one takes what is left; the rows of a block are permuted. The stream of the epoch is its blocks
-one after the other; batch i is rows [i * B, (i + 1) * B) of it.
+last one takes what is left. The stream of the epoch is its blocks one after the other; batch i is
+rows [i * B, (i + 1) * B) of it.
+
+The rows of a block, in the order of its chunks, are cut into B strips of equal length, to within a
+row: row j of every batch is drawn from strip j, in random order. So each batch is spread evenly
+over the block, and whoever wants a slice [lo, hi) of every batch reads only the chunks under its
+strips: readers of other slices share no chunk with it but one where two strips meet.
 """
 
 from __future__ import annotations
@@ -17,6 +22,8 @@ from numpy.typing import NDArray
 
 Ints = NDArray[np.int64]
 
+ORDER = 2
+"""Rises whenever the same store and settings give another order."""
 _ITEMS, _CHUNKS, _ROWS = 1, 2, 3  # what a permutation is of: keeps their random streams apart
 
 
@@ -51,6 +58,8 @@ class Shuffle:
     chunk_rows: int
     window_items: int
     buffer_rows: int
+    batch_rows: int
+    """1 makes one strip of every block: then all its rows are permuted together."""
 
     def item_order(self, epoch: int, n_items: int) -> Ints:
         """[n_items]: the items in the order in which an epoch visits them."""
@@ -91,9 +100,47 @@ class Shuffle:
             first, number = last, number + 1
             begin = int(ends[min(last, len(chunks)) - 1])
 
-    def row_order(self, block: Block) -> Ints:
-        """[n_rows]: where in memory each row of the block's stream lies."""
-        return permutation(block.n_rows, _ROWS, *block.key, self.seed)
+    def rows_before(self, row: int, lo: int, hi: int) -> int:
+        """How many of the first `row` rows of an epoch's stream are of strips [lo, hi)."""
+        batches, rest = divmod(row, self.batch_rows)
+        return batches * (hi - lo) + min(max(rest - lo, 0), hi - lo)
+
+    def memory(self, block: Block, lo: int, hi: int) -> tuple[int, int]:
+        """[first, last) of the block's rows, in the order of its chunks, under strips [lo, hi)."""
+        return (
+            self.rows_before(block.stop, 0, lo) - self.rows_before(block.start, 0, lo),
+            self.rows_before(block.stop, 0, hi) - self.rows_before(block.start, 0, hi),
+        )
+
+    def row_order(self, block: Block, lo: int, hi: int) -> Ints:
+        """[n]: where each row of strips [lo, hi) lies, in the order of the stream.
+
+        Counted from the first of `memory`.
+        """
+        first, last = self.memory(block, lo, hi)
+        strips = np.arange(lo, hi)
+        # Of a strip: how many batches have drawn from it before the block, and before its end.
+        drawn = -((strips - block.start) // self.batch_rows)
+        counts = -((strips - block.stop) // self.batch_rows) - drawn
+        # Row number n of the slice lies in strip j, as the (n - offset[j])-th that it gives here.
+        offset = np.cumsum(counts) - counts
+        place = (drawn - offset) * (hi - lo) + strips - lo - self.rows_before(block.start, lo, hi)
+        places = np.repeat(place, counts) + np.arange(last - first) * (hi - lo)
+        order = np.empty_like(places)
+        order[places] = self._drawn(block, first, np.repeat(strips, counts)) - first
+        return order
+
+    def _drawn(self, block: Block, first: int, strip: Ints) -> Ints:
+        """Rows `first` on, of which each lies in its `strip`: those of every strip permuted."""
+        index_bits = np.uint64(max(block.n_rows - 1, 1).bit_length())
+        strip_bits = np.uint64(max(self.batch_rows - 1, 1).bit_length())
+        low = (np.uint64(1) << index_bits) - np.uint64(1)
+        numbers = np.random.PCG64((_ROWS, *block.key, self.seed)).advance(first)
+        keys = numbers.random_raw(len(strip)) >> strip_bits & ~low
+        keys |= np.arange(first, first + len(strip), dtype=np.uint64)
+        keys |= strip.astype(np.uint64) << (np.uint64(64) - strip_bits)
+        keys.sort()
+        return (keys & low).astype(np.int64)
 
 
 def _chunks(items: Ints, rows: Ints, chunk_rows: int) -> Ints:

@@ -15,7 +15,7 @@ from activation_store.store import Store
 
 
 class StreamBatch(NamedTuple):
-    """A replica's slice of one global batch."""
+    """A reader's slice of one global batch."""
 
     arrays: dict[str, NDArray[Any]]
     """[hi - lo, d_model] of each array, [hi - lo] of each sidecar, in the store's data type."""
@@ -25,7 +25,7 @@ class StreamBatch(NamedTuple):
 
 
 class StagedBatch(NamedTuple):
-    """A replica's slice of one global batch as blocks in memory, for a device to gather from."""
+    """A reader's slice of one global batch as blocks in memory, for a device to gather from."""
 
     parts: list[LoadedRows]
     """The batch is the picked rows of each, one after the other. Many batches share a block: it
@@ -61,6 +61,8 @@ class _Stream:
             seed=seed,
             window_items=window_items,
             buffer_rows=buffer_rows,
+            batch_rows=batch_rows,
+            rows=(self.lo, self.hi),
             prefetch=prefetch,
             wait_timeout_s=wait_timeout_s,
             allocate=allocate,
@@ -134,7 +136,7 @@ class _Stream:
         """Epoch and first row of the batch at `position`."""
         row = self.position * self.batch_rows
         if not self.store.finalised:
-            # All replicas must find the whole batch in epoch 0, not each its own slice of it.
+            # All readers must find the whole batch in epoch 0, not each its own slice of it.
             started = time.monotonic()
             stop = row + self.batch_rows
             self._rows.wait(
@@ -163,9 +165,10 @@ class _Stream:
 class ShuffledStream(_Stream):
     """An endless stream of batches; batch i is a pure function of (store, seed, i).
 
-    All replicas agree on one global order; each takes its slice of every batch. Rows at the end of
-    an epoch that fill no batch are dropped. Memory that nobody holds any more is used again; what
-    somebody holds is never written again, but keeps the whole block around it.
+    All readers agree on one global order; each takes its slice of every batch, and reads and holds
+    only its part of every block. Rows at the end of an epoch that fill no batch are dropped. Memory
+    that nobody holds any more is used again; what somebody holds is never written again, but keeps
+    the whole block around it.
 
     Args:
         store: May still grow; then epoch 0 follows it, a window opening once it is committed.
@@ -173,8 +176,8 @@ class ShuffledStream(_Stream):
         seed: Not negative.
         batch_rows: Rows of the global batch.
         window_items: Items shuffled together.
-        buffer_rows: Rows permuted in memory together; two such blocks are held.
-        rows: The slice [lo, hi) of each global batch that this replica gets; None is all.
+        buffer_rows: Rows permuted together; a reader's parts of two such blocks are held.
+        rows: The slice [lo, hi) of each global batch that this reader gets; None is all.
         prefetch: Read the next block in a thread while this one is consumed.
         wait_timeout_s: How long to wait for a growing store.
         allocate: Where blocks lie: pinned memory, for a GPU.
@@ -210,7 +213,7 @@ class StagedStream(_Stream):
 
 
 def check_slice(batch_rows: int, rows: tuple[int, int] | None) -> tuple[int, int]:
-    """The slice of a batch that a replica gets; None is all.
+    """The slice of a batch that a reader gets; None is all.
 
     Raises:
         StoreConfigError: A batch without rows, or a slice that is not in it.

@@ -37,21 +37,25 @@ class DeviceRows:
                 torch.tensor(scaling.std, dtype=torch.float32, device=device),
             )
 
-    def gather(self, batch: StagedBatch) -> torch.Tensor:
-        """[B, d_model] rows of a batch on the device; int8 ones as float32."""
+    def pick(self, batch: StagedBatch) -> dict[str, torch.Tensor]:
+        """[B, ...] rows of a batch on the device, each array as stored: `decode` takes them."""
         parts = []
         for part in batch.parts:
             self._upload(part.block)
-            parts.append(self._rows(self._order[part.place]))
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+            picks = self._order[part.place]
+            stored = self._stored.items()
+            parts.append({name: rows.index_select(0, picks) for name, rows in stored})
+        if len(parts) == 1:
+            return parts[0]
+        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
-    def _rows(self, picks: torch.Tensor) -> torch.Tensor:
-        rows = self._stored[self._array].index_select(0, picks)
+    def decode(self, stored: dict[str, torch.Tensor]) -> torch.Tensor:
+        """[B, d_model] rows from what is stored of them; int8 ones as float32."""
+        rows = stored[self._array]
         if self._scaling is None:
             return rows
         mean, std = self._scaling
-        scale = self._stored[f"{self._array}.scale"].index_select(0, picks)
-        return torch.addcmul(mean, scale[:, None], std * rows.float())
+        return torch.addcmul(mean, stored[f"{self._array}.scale"][:, None], std * rows.float())
 
     def _upload(self, block: Any) -> None:
         if self._block is block:

@@ -51,18 +51,30 @@ def memory_bytes_per_rank(config: RunConfig, d_model: int) -> int:
     copies = 2 if on_cuda and config.train.kernels in ("auto", "triton") else 0
     state = int(parameters * (4 + moments + gradients + copies))
     width = d_model * _ITEM_BYTES[config.store.dtype]
-    buffers = 3 * config.store.buffer_tokens * width
+    buffers = 3 * config.store.buffer_tokens // config.parallel.n_ranks * width
     batch = 6 * config.train.batch_tokens // config.parallel.data * d_model * 4
     return state + buffers + batch
 
 
 def store_bytes_total(config: RunConfig, d_model: int) -> int:
     """Bytes of all arrays and sidecars; of codec blosc as many as without, which is the most."""
-    row = d_model * _ITEM_BYTES[config.store.dtype]
-    if config.store.codec == "int8":
-        row = d_model + _SCALE_BYTES
-    width = row * len(config.model.hookpoints)
+    width = _row_bytes(config, d_model) * len(config.model.hookpoints)
     return config.data.tokens * (width + _SIDECAR_BYTES_PER_TOKEN)
+
+
+def read_bytes_per_rank(config: RunConfig, d_model: int) -> int:
+    """What each rank reads in the whole run: all of them read every row once between them.
+
+    Where the parts of two ranks meet in a chunk both read it: that is not counted.
+    """
+    return config.train.tokens * _row_bytes(config, d_model) // config.parallel.n_ranks
+
+
+def _row_bytes(config: RunConfig, d_model: int) -> int:
+    """Of one row of one array, as stored."""
+    if config.store.codec == "int8":
+        return d_model + _SCALE_BYTES
+    return d_model * _ITEM_BYTES[config.store.dtype]
 
 
 def _table(config: RunConfig, d_model: int, rank_bytes: int, store_bytes: int) -> Table:
@@ -80,6 +92,7 @@ def _table(config: RunConfig, d_model: int, rank_bytes: int, store_bytes: int) -
         "store": f"{config.data.tokens:,} tokens, {store_bytes / 2**30:.2f} GiB",
         "training": f"{config.train.n_steps:,} steps of {config.train.batch_tokens:,} tokens, "
         f"{epochs:.1f} epochs",
+        "reading": f"{read_bytes_per_rank(config, d_model) / 2**30:.2f} GiB by each rank",
     }
     if mesh.latent > 1:
         rows_per_replica = config.train.batch_tokens // mesh.data

@@ -22,6 +22,7 @@ from cluster.environment import environment
 from cluster.errors import ClusterError
 from cluster.metric_sinks import MetricSinks
 from cluster.provenance import consumer_name
+from cluster.row_share import RowShare
 from cluster.run_dir import CONFIG, ENVIRONMENT, rank_lock
 from cluster.source import WAIT_TIMEOUT_S, StoreSource
 from cluster.trainable import check_store, require_finite
@@ -94,6 +95,7 @@ def _train(
         device,
         # The driver sees when a harvest beside the trainer fails, and ends the ranks.
         wait_timeout_s=math.inf if config.cluster.mode == "concurrent" else WAIT_TIMEOUT_S,
+        share=RowShare.of(mesh, config.train.timeout_s),
     )
     trainer_config = replace(config.trainer, sae=replace(config.sae, hookpoint=array))
     # Before the sample: what it reads must not be deleted by others meanwhile.

@@ -10,9 +10,11 @@ from typing import Any
 
 import torch
 
-from activation_store import ShuffledStream, StagedStream, Store
+from activation_store import ShuffledStream, StagedBatch, StagedStream, Store
 from activation_store.errors import IncompleteStoreError
+from activation_store.shuffle import ORDER
 from cluster.device_rows import DeviceRows, pinned
+from cluster.row_share import RowShare
 from cluster.tensors import to_torch
 from sae_core.source import Batch
 
@@ -25,7 +27,8 @@ _POLL_S = 0.2
 class StoreSource:
     """One data replica's batches of one array of a store; an `ActivationSource`.
 
-    The store may still be growing: then batches and samples wait for their rows.
+    The store may still be growing: then batches and samples wait for their rows. `next` and
+    `sample` are collective over the ranks that share the replica's rows.
 
     Args:
         store: open, with at least one committed item.
@@ -38,6 +41,7 @@ class StoreSource:
         buffer_tokens: rows permuted together in memory.
         device: where batches are to be; on cuda they are gathered there.
         wait_timeout_s: how long a growing store may lack the rows that are asked for.
+        share: the ranks of this replica, each of which reads its part of the rows.
     """
 
     def __init__(
@@ -52,27 +56,31 @@ class StoreSource:
         buffer_tokens: int,
         device: torch.device | None = None,
         wait_timeout_s: float = WAIT_TIMEOUT_S,
+        share: RowShare | None = None,
     ) -> None:
         self.d_in = self.d_out = store.arrays[array]
-        self.identity = f"{array}-{store_digest(store)}"
+        self.identity = f"{array}-{store_digest(store)}-{ORDER}"
         self._store, self._array, self._seed = store, array, seed
         self._wait_timeout_s = wait_timeout_s
         self._window_items, self._buffer_tokens = window_items, buffer_tokens
-        share = batch_tokens // n_replicas
+        self._share = share or RowShare()
+        self._batch_tokens, self._n_rows = batch_tokens, batch_tokens // n_replicas
+        self._first = replica * self._n_rows
         order: dict[str, Any] = {
             "seed": seed,
             "batch_rows": batch_tokens,
             "window_items": window_items,
             "buffer_rows": buffer_tokens,
-            "rows": (replica * share, (replica + 1) * share),
+            "rows": self._share.part(self._first, self._first + self._n_rows),
             "wait_timeout_s": wait_timeout_s,
         }
         self.before_next: Callable[[], None] = lambda: None
-        """Called before every batch is waited for."""
+        """Called on this rank before every batch is waited for; what it raises, all ranks raise."""
+        self._device = device or torch.device("cpu")
         self._device_rows: DeviceRows | None = None
         self._stream: ShuffledStream | StagedStream
-        if device is not None and device.type == "cuda":
-            self._device_rows = DeviceRows(store, array, device)
+        if self._device.type == "cuda":
+            self._device_rows = DeviceRows(store, array, self._device)
             self._stream = StagedStream(store, [array], allocate=pinned, **order)
         else:
             self._stream = ShuffledStream(store, [array], **order)
@@ -88,20 +96,34 @@ class StoreSource:
 
     def next(self) -> Batch:
         """This replica's rows of the batch at `position`, [batch_tokens / n_replicas, d_in]."""
+        first_row = self.position * self._batch_tokens + self._first
+        if self._device_rows is None:
+            x = self._gather(self._share.read(self._read))
+        else:
+            staged = self._device_rows.pick(self._share.read(self._read_staged))
+            shared = {name: self._gather(rows) for name, rows in staged.items()}
+            x = self._device_rows.decode(shared)
+        return Batch(x, None, first_row)
+
+    def _read(self) -> torch.Tensor:
         self.before_next()
-        if isinstance(self._stream, StagedStream):
-            assert self._device_rows is not None
-            staged = self._stream.next()
-            return Batch(self._device_rows.gather(staged), None, staged.first_row)
-        batch = self._stream.next()
-        return Batch(to_torch(batch.arrays[self._array]), None, batch.first_row)
+        assert isinstance(self._stream, ShuffledStream)
+        return to_torch(self._stream.next().arrays[self._array])
+
+    def _read_staged(self) -> StagedBatch:
+        self.before_next()
+        assert isinstance(self._stream, StagedStream)
+        return self._stream.next()
+
+    def _gather(self, rows: torch.Tensor) -> torch.Tensor:
+        return self._share.gather(rows, self._n_rows)
 
     def sample(self, n: int) -> torch.Tensor:
-        """The first `n` rows of the stream, or all of a smaller store; the same on all ranks.
+        """`n` rows of the order's beginning, or all of a smaller store; the same on all ranks.
 
         In equal batches of at most `SAMPLE_BATCH`: fewer rows than batches are left out at the end.
         """
-        self._wait_for_rows(n)
+        self._share.read(lambda: self._wait_for_rows(n))
         wanted = min(n, self._store.n_tokens)
         n_batches = -(-wanted // SAMPLE_BATCH)
         size = wanted // n_batches
@@ -112,13 +134,15 @@ class StoreSource:
             batch_rows=size,
             window_items=self._window_items,
             buffer_rows=self._buffer_tokens,
+            rows=self._share.part(0, size),
             wait_timeout_s=self._wait_timeout_s,
         )
         try:
-            batches = [stream.next().arrays[self._array] for _ in range(n_batches)]
+            batches = [self._share.read(stream.next) for _ in range(n_batches)]
         finally:
             stream.close()
-        return torch.cat([to_torch(batch) for batch in batches])
+        parts = [to_torch(batch.arrays[self._array]) for batch in batches]
+        return torch.cat([self._share.gather(part.to(self._device), size) for part in parts])
 
     def first_item_needed(self, position: int) -> int:
         """First item of the store that batches from `position` on may need."""

@@ -20,5 +20,5 @@ def test_plan(tmp_path, experiment):
         command, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False
     )
     assert done.returncode == 0, done.stderr
-    assert "memory per rank" in done.stdout
+    assert "memory per rank" in done.stdout and "GiB by each rank" in done.stdout
     assert list(tmp_path.iterdir()) == []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -113,7 +114,7 @@ def test_seeds_and_epochs_differ_and_repeat(store: Store) -> None:
 def test_the_order_never_changes_between_versions() -> None:
     """A resumed run must see the order of the version that started it."""
     assert permutation(8, 1, 2, 3).tolist() == [1, 3, 7, 5, 2, 0, 4, 6]
-    shuffle = Shuffle(seed=0, chunk_rows=4, window_items=2, buffer_rows=8)
+    shuffle = Shuffle(seed=0, chunk_rows=4, window_items=2, buffer_rows=8, batch_rows=3)
     assert shuffle.item_order(0, 5).tolist() == [0, 1, 2, 3, 4]
     assert shuffle.item_order(1, 5).tolist() == [0, 4, 3, 2, 1]
     blocks = list(shuffle.blocks(1, 0, 0, np.array([3, 1]), np.array([10, 4])))
@@ -122,11 +123,16 @@ def test_the_order_never_changes_between_versions() -> None:
         [[3, 1, 4]],
     ]
     assert [(block.start, block.stop) for block in blocks] == [(0, 10), (10, 14)]
-    assert shuffle.row_order(blocks[0]).tolist() == [4, 0, 2, 7, 3, 5, 6, 9, 1, 8]
+    assert [shuffle.row_order(block, 0, 3).tolist() for block in blocks] == [
+        [0, 4, 7, 2, 5, 9, 3, 6, 8, 1],
+        [1, 3, 0, 2],
+    ]
+    whole = replace(shuffle, batch_rows=1)
+    assert whole.row_order(blocks[0], 0, 1).tolist() == [4, 0, 2, 7, 3, 5, 6, 9, 1, 8]
 
 
 def test_blocks_mix_items_and_stay_in_their_window() -> None:
-    shuffle = Shuffle(seed=5, chunk_rows=4, window_items=8, buffer_rows=64)
+    shuffle = Shuffle(seed=5, chunk_rows=4, window_items=8, buffer_rows=64, batch_rows=16)
     items, rows = np.arange(8, 16), np.full(8, 64)
     blocks = list(shuffle.blocks(0, 1, 512, items, rows))
     assert [block.n_rows for block in blocks] == [64] * 8

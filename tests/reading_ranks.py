@@ -1,0 +1,86 @@
+"""Real gloo ranks that read one store together, without training."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from activation_store import open_store
+from activation_store.errors import StoreError
+from activation_store.files import Bytes
+from activation_store.shard import OpenShard, Wanted
+from cluster.row_share import RowShare
+from cluster.source import StoreSource
+from sae_core.mesh import Mesh
+
+BATCH = 48
+ARRAY = "a"
+
+
+def read_on_mesh(folder: Path, store: Path, latent: int, data: int) -> list[dict[str, Any]]:
+    """Reads one epoch, and a batch after a seek, on every rank; what each rank tells."""
+    folder.mkdir()
+    ranks = latent * data
+    mp.spawn(_read, (str(folder), str(store), latent, data), nprocs=ranks)
+    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(ranks)]
+
+
+def batches_of(folder: Path, rank: int) -> np.ndarray:
+    """[batches, rows, width]: what a rank was given; the last one after the seek."""
+    return np.load(folder / f"{rank}.npy")
+
+
+def _read(rank: int, folder: str, store: str, latent: int, data: int) -> None:
+    torch.set_num_threads(1)
+    ranks = latent * data
+    dist.init_process_group("gloo", f"file://{folder}/meet", rank=rank, world_size=ranks)
+    mesh = Mesh.create("cpu", latent, data)
+    share = RowShare.of(mesh, 60)
+    opened = open_store(store)
+    order = (7, BATCH, mesh.data_rank, data, 4, 192)
+    source = StoreSource(opened, ARRAY, *order, share=share)
+    source._stream._rows._prefetch = False  # or the next epoch's first block is counted, too
+    told: dict[str, Any] = {"exchanged": _exchange(share)}
+    counted = _count_reads()
+    try:
+        epoch = source._stream.batches_per_epoch
+        batches = [source.next() for _ in range(epoch)]
+        told["reads"] = list(counted.items())
+        source.seek(3)
+        batches.append(source.next())
+        told["first_rows"] = [batch.first_row for batch in batches]
+        told["sample"] = source.sample(100).float().sum(1).tolist()
+        np.save(f"{folder}/{rank}.npy", torch.stack([batch.x for batch in batches]).numpy())
+    except (StoreError, RuntimeError) as error:
+        told |= {"error": type(error).__name__, "text": str(error)}
+        told["notes"] = getattr(error, "__notes__", [])
+    Path(folder, f"{rank}.json").write_text(json.dumps(told))
+    dist.destroy_process_group()
+
+
+def _exchange(share: RowShare) -> list[bool]:
+    """Whether parts of seven rows, of every type that a store holds, come together again."""
+    lo, hi = share.part(0, 7)
+    rows = torch.arange(21).reshape(7, 3)
+    wholes = [rows.to(dtype) for dtype in (torch.bfloat16, torch.int8, torch.float32)]
+    wholes.append(rows[:, 0].float())
+    return [torch.equal(share.gather(whole[lo:hi], 7), whole) for whole in wholes]
+
+
+def _count_reads() -> Counter[str]:
+    counted: Counter[str] = Counter()
+    read_run = OpenShard.read_run
+
+    def counting(shard: OpenShard, run: list[Wanted], targets: list[Bytes]) -> None:
+        counted.update(f"{Path(shard.path).name}/{part.chunk}" for part in run)
+        read_run(shard, run, targets)
+
+    OpenShard.read_run = counting  # type: ignore[method-assign]
+    return counted
