@@ -16,6 +16,7 @@ MAY_CHANGE = (
     "parallel",
     "checkpoint",
     "eval",
+    "reshard",
     "logging",
     "cluster",
     "train.tokens",

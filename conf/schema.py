@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from activation_store.config import StoreConfig
-from analysis.config import EvalConfig
+from analysis.config import EvalConfig, ReshardConfig
 from cluster.config import ClusterConfig, DataConfig, LoggingConfig, ModelConfig
 from sae_core.config import (
     CheckpointConfig,
@@ -37,6 +37,7 @@ class RunConfig:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
+    reshard: ReshardConfig = field(default_factory=ReshardConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
 

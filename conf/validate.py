@@ -32,6 +32,7 @@ def validate(config: RunConfig, stages: tuple[str, ...]) -> None:
     config.trainer.validate()
     config.store.validate()
     config.eval.validate()
+    config.reshard.validate()
     config.logging.validate()
     config.cluster.validate()
     if config.stage in _NEEDS_TEXT:
