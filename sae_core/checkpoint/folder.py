@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from sae_core.atomic import read_json
+from sae_core.config import SAEConfig
 from sae_core.errors import DamagedCheckpointError
 from sae_core.typed import from_json
 
@@ -164,6 +165,8 @@ def read_state(folder: Path) -> CheckpointState:
         )
     try:
         state = from_json(CheckpointState, raw)
+        for sae in state.saes.values():
+            from_json(SAEConfig, sae)
     except ValueError as error:
         raise DamagedCheckpointError(f"{folder / STATE}: {error}") from error
     counts = (state.step, state.tokens, state.source_position, state.batch_tokens, state.d_model)

@@ -48,8 +48,9 @@ def reshard_checkpoint(source: Path, root: Path, n_shards: int) -> Path:
         raise CheckpointError(f"{final} exists; expected a folder without it: set reshard.to")
     layouts = {part: read_layout(source / part) for part in (WEIGHTS, OPTIMIZER)}
     n_latents = {name: int(sae["n_latents"]) for name, sae in state.saes.items()}
-    if n_shards > min(n_latents.values()):
-        raise ConfigError("reshard.shards", n_shards, f"at most {min(n_latents.values())} latents")
+    fewest = min(n_latents.values(), default=0)
+    if n_shards > fewest:
+        raise ConfigError("reshard.shards", n_shards, f"at most {fewest}, the latents of the SAE")
     temporary = root / f"{final.name}.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
     for part, tensors in layouts.items():
