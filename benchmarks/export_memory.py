@@ -4,7 +4,7 @@
 
 Makes a synthetic checkpoint (weights and moments of one SAE), exports and reshards it in a process
 each, removes everything again. A process's peak is its own high-water mark of resident memory
-(`VmHWM`), and its baseline the same with torch loaded and nothing done.
+(`VmHWM`); "baseline" does the same as "export" on a checkpoint of a few KiB.
 """
 
 from __future__ import annotations
@@ -31,7 +31,6 @@ _PEAK = (
     "if line.startswith('VmHWM')][0])"
 )
 _ACTIONS = {
-    "baseline": "import analysis.export.dictionary_learning, sae_core.stored",
     "export": "from analysis import export; export.run(RunConfig(name='big'), Path(sys.argv[1]))",
     "reshard": "from sae_core.checkpoint.folder import newest_valid;"
     "from sae_core.checkpoint.reshard import reshard_checkpoint;"
@@ -40,9 +39,9 @@ _ACTIONS = {
 }
 
 
-def measure(run_dir: Path, action: str) -> tuple[int, float]:
-    """(peak resident bytes, seconds) of a process that does one of `_ACTIONS`."""
-    code = f"{_PREPARED}\n{_ACTIONS[action]}\n{_PEAK}"
+def measure(run_dir: Path, *actions: str) -> tuple[int, float]:
+    """(peak resident bytes, seconds) of a process that does some of `_ACTIONS`."""
+    code = "\n".join([_PREPARED, *(_ACTIONS[action] for action in actions), _PEAK])
     began = time.monotonic()
     done = subprocess.run(
         [sys.executable, "-c", code, str(run_dir)],
@@ -61,11 +60,14 @@ def table(run_dir: Path) -> list[dict[str, Any]]:
     """A row for each action on the run's checkpoint."""
     files = (run_dir / "checkpoints").rglob("*.safetensors")
     size = sum(file.stat().st_size for file in files)
+    make_checkpoint(run_dir / "tiny" / "checkpoints", 16, 16)
     rows = []
-    for action in _ACTIONS:
-        peak, seconds = measure(run_dir, action)
+    for action in ("baseline", *_ACTIONS):
+        tiny = action == "baseline"
+        peak, seconds = measure(run_dir / "tiny" if tiny else run_dir, "export" if tiny else action)
+        n_bytes = 0 if tiny else size
         rows.append(
-            {"op": action, "checkpoint_bytes": size, "peak_bytes": peak, "seconds": seconds}
+            {"op": action, "checkpoint_bytes": n_bytes, "peak_bytes": peak, "seconds": seconds}
         )
     return rows
 

@@ -18,8 +18,10 @@ NAME = "model.layers.9"
 Shapes = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
 
 
-def make_checkpoint(root: Path, n_latents: int, d_model: int, step: int = 7) -> Path:
-    """`root/step-N` of one SAE in raw units times 2; written in pieces, whatever its size."""
+def make_checkpoint(
+    root: Path, n_latents: int, d_model: int, step: int = 7, empty: bool = False
+) -> Path:
+    """`root/step-N` of one SAE, written in pieces; `empty`: of zeros, which is quicker."""
     folder = root / f"step-{step:08d}"
     matrix, column = (n_latents, d_model), (n_latents,)
     weights: Shapes = {
@@ -39,7 +41,7 @@ def make_checkpoint(root: Path, n_latents: int, d_model: int, step: int = 7) -> 
     for part, tensors in (("weights", weights), ("optimizer", moments)):
         (folder / part).mkdir(parents=True)
         for rank in range(2):
-            _write_rank(folder / part, tensors, n_latents, rank)
+            _write_rank(folder / part, tensors, n_latents, rank, empty)
     state = CheckpointState(
         step=step,
         tokens=step * 8,
@@ -65,7 +67,7 @@ def write_manifest(folder: Path) -> None:
     (folder / "manifest.json").write_text(json.dumps({"schema": 1, "files": files}))
 
 
-def _write_rank(folder: Path, tensors: Shapes, n_latents: int, rank: int) -> None:
+def _write_rank(folder: Path, tensors: Shapes, n_latents: int, rank: int, empty: bool) -> None:
     half = -(-n_latents // 2)
     shapes: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
     offsets: dict[str, dict[str, list[int]]] = {}
@@ -83,7 +85,7 @@ def _write_rank(folder: Path, tensors: Shapes, n_latents: int, rank: int) -> Non
             if name.endswith("input_scale"):
                 file.write_rows(name, 0, torch.tensor(0.5))
                 continue
-            rows = entry.shape[0]
+            rows = 0 if empty else entry.shape[0]
             step = rows_per_block(entry.row_bytes)
             for first in range(0, rows, step):
                 shape = (min(step, rows - first), *entry.shape[1:])

@@ -39,7 +39,7 @@ _MAX_HEADER_BYTES = 16 << 20
 _MAX_DIMENSIONS = 8
 _LENGTH_BYTES = 8
 _ALIGNMENT = 8
-BLOCK_BYTES = 32 << 20
+BLOCK_BYTES = 16 << 20
 """Of a tensor that is copied in pieces."""
 
 
