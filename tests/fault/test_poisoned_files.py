@@ -148,6 +148,7 @@ HEADERS: dict[str, Any] = {
     "ends outside the file": {"a": entry(shape=[400], offsets=[0, 1600])},
     "begins outside the file": {"a": entry(offsets=[1 << 40, (1 << 40) + 16])},
     "has negative offsets": {"a": entry(offsets=[-16, 0])},
+    "says two sizes": {"a": entry(offsets=[0, 8])},
     "overlaps": {"a": entry(), "b": entry()},
     "leaves a gap": {"a": entry(shape=[2], offsets=[8, 16])},
     "leaves bytes over": {"a": entry(shape=[2], offsets=[0, 8])},
