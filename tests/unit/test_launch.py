@@ -44,6 +44,8 @@ def launch(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
         ("data.tokens=100", "at least a batch"),
         ("stage=report name=nosuchrun", "no such run"),
         ("stage=verify name=nosuchrun", "no such run"),
+        ("reshard.shards=0", "at least 1"),
+        ("stage=reshard name=nosuchrun", "no such run"),
         ("logging.wandb=maybe", "auto, online, offline or disabled"),
     ],
 )
