@@ -25,15 +25,16 @@ STAGES = {
     "report": "analysis.report",
     "verify": "analysis.verify",
     "repair": "analysis.repair",
+    "reshard": "analysis.reshard",
     "status": "analysis.status",
     "fit": "analysis.fit",
 }
 HARVEST_AND_TRAIN = "harvest and train"
 """Both at once: no stage of its own, for it is what the pipeline does."""
 CONCURRENT = ("plan", HARVEST_AND_TRAIN, "evaluate", "export", "report")
-READ_ONLY = ("plan", "verify", "status", "fit")
-"""Of the run's folder; fit reads and writes the sweep's."""
-NEED_A_RUN = ("evaluate", "export", "report", "verify", "repair", "status")
+READ_ONLY = ("plan", "verify", "reshard", "status", "fit")
+"""They change nothing in the run, which may go on meanwhile; fit writes to the sweep's folder."""
+NEED_A_RUN = ("evaluate", "export", "report", "verify", "repair", "reshard", "status")
 MODULES = {**STAGES, HARVEST_AND_TRAIN: "cluster.concurrent"}
 EXIT_FAILED, EXIT_BAD_INPUT = 1, 2
 

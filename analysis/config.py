@@ -1,4 +1,4 @@
-"""What a user may set about evaluation and scaling laws. No torch import here."""
+"""What a user may set about evaluation, resharding and scaling laws. No torch import here."""
 
 from __future__ import annotations
 
@@ -44,3 +44,18 @@ class FitConfig:
             raise ConfigError("fit.hold_out", self.hold_out, "largest or none")
         if self.bootstrap < 100:
             raise ConfigError("fit.bootstrap", self.bootstrap, "at least 100 for 95% intervals")
+
+
+@dataclass
+class ReshardConfig:
+    """Rewriting the newest checkpoint with another number of files."""
+
+    shards: int = 1
+    """Files for weights, and as many for the optimiser's moments."""
+    to: str | None = None
+    """Folder that gets `step-N/`; null: `resharded/` in the run's folder."""
+
+    def validate(self) -> None:
+        """Raises: ConfigError: naming the setting that cannot be."""
+        if self.shards < 1:
+            raise ConfigError("reshard.shards", self.shards, "at least 1")

@@ -13,6 +13,7 @@ from activation_store.errors import StoreError
 from analysis.errors import RunFileError
 from cluster.config import DataConfig, ModelConfig
 from conf.schema import RunConfig
+from sae_core.atomic import read_json
 from sae_core.checkpoint.folder import MANIFEST, list_checkpoints
 
 METRIC_NAMES = (
@@ -57,11 +58,9 @@ def read_optional_json(path: Path) -> dict[str, Any] | None:
         RunFileError: it is there, but is no JSON object.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        value = read_json(path)
     except FileNotFoundError:
         return None
-    try:
-        value = json.loads(text)
     except ValueError as error:
         raise RunFileError(f"{path}: expected JSON: {error}; run its stage again") from error
     if not isinstance(value, dict):
@@ -104,7 +103,7 @@ def read_training_log(path: Path) -> TrainingLog:
 def _row(line: str) -> dict[str, Any] | None:
     try:
         row = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     whole = isinstance(row, dict) and isinstance(row.get("step"), int)
     return row if whole else None

@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import time
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
+from analysis.runs import read_optional_json
 from cluster.metric_sinks import METRICS
 from cluster.run_dir import saved_config
 from cluster.training_line import render
@@ -61,9 +61,8 @@ def _training(config: RunConfig, run_dir: Path) -> str:
 
 
 def _evaluation(run_dir: Path) -> str:
-    path = run_dir / "eval" / "metrics.json"
-    if not path.exists():
+    metrics = read_optional_json(run_dir / "eval" / "metrics.json")
+    if metrics is None:
         return "none"
-    metrics: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     keys = ("fvu", "l0", "dead_fraction", "ce_recovered")
     return ", ".join(f"{key} {metrics[key]:.4f}" for key in keys if metrics.get(key) is not None)

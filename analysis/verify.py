@@ -11,8 +11,8 @@ from activation_store.creation import shorten
 from activation_store.errors import DamagedDataError, StoreError
 from cluster.run_dir import saved_config
 from conf.schema import RunConfig
-from sae_core.checkpoint.folder import check_manifest, list_checkpoints
-from sae_core.errors import DamagedCheckpointError
+from sae_core.checkpoint.folder import list_checkpoints
+from sae_core.checkpoint.verify import checkpoint_problems
 
 
 def run(config: RunConfig, run_dir: Path) -> None:
@@ -27,10 +27,13 @@ def run(config: RunConfig, run_dir: Path) -> None:
     problems += non_finite(config.store.path)
     checkpoints = list_checkpoints(run_dir / "checkpoints")
     for folder in checkpoints:
-        try:
-            check_manifest(folder)
-        except DamagedCheckpointError as error:
-            problems.append(str(error))
+        problems += checkpoint_problems(folder)
+    for killed in sorted((run_dir / "checkpoints").glob("step-*.tmp")):
+        console.print(
+            f"verify: {killed} is no checkpoint but a save that runs, or was killed; the next one "
+            "clears it",
+            soft_wrap=True,
+        )
     if problems:
         raise DamagedDataError("\n  ".join([f"{len(problems)} damaged:", *problems]))
     console.print(f"verify: {config.store.path} and {len(checkpoints)} checkpoints are whole")

@@ -29,7 +29,7 @@ from cluster.trainable import check_store, require_finite
 from conf.run_config import load_config
 from conf.schema import RunConfig
 from sae_core.atomic import write_json
-from sae_core.checkpoint import newest_valid
+from sae_core.checkpoint import agreed_checkpoint
 from sae_core.errors import ConfigError, NonFiniteLossError, SAEError
 from sae_core.memory import keep_freed_memory
 from sae_core.mesh import Mesh
@@ -110,7 +110,7 @@ def _train(
             report=sinks.write if sinks is not None else lambda row: None,
             report_every=config.logging.every_steps,
         )
-        newest = _agreed_checkpoint(run_dir / "checkpoints", config.checkpoint.verify_hashes)
+        newest = agreed_checkpoint(run_dir / "checkpoints", config.checkpoint.verify_hashes)
         if newest is None:
             trainer.calibrate()
         else:
@@ -139,17 +139,6 @@ def _cursor(config: RunConfig, run_dir: Path, source: StoreSource) -> RunCursor 
     )
     source.before_next = cursor.publish
     return cursor
-
-
-def _agreed_checkpoint(root: Path, hashes: bool) -> Path | None:
-    """Rank 0's choice, for all: ranks that look at different moments could choose differently."""
-    chosen: list[str | None] = [None]
-    if dist.get_rank() == 0:
-        root.mkdir(exist_ok=True)
-        newest = newest_valid(root, hashes)
-        chosen = [newest.name if newest else None]
-    dist.broadcast_object_list(chosen)
-    return root / chosen[0] if chosen[0] else None
 
 
 def _device(name: str, local_rank: int) -> torch.device:

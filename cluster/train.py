@@ -102,10 +102,12 @@ def _warn_of_a_poor_shuffle(config: RunConfig, console: Console) -> None:
 
 def finished(config: RunConfig, run_dir: Path) -> Path | None:
     """The valid checkpoint with which the run has ended; None before."""
-    newest = newest_valid(run_dir / "checkpoints", config.checkpoint.verify_hashes)
-    if newest is not None and read_state(newest).step >= config.train.n_steps:
-        return newest
-    return None
+    for hashes in (False, config.checkpoint.verify_hashes):
+        # Hashed only if it may be the last: the ranks hash what they resume from, all together.
+        newest = newest_valid(run_dir / "checkpoints", hashes)
+        if newest is None or read_state(newest).step < config.train.n_steps:
+            return None
+    return newest
 
 
 def _attempt(

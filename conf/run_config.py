@@ -5,9 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, cast
 
+import yaml
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from conf.schema import RunConfig
+from sae_core.errors import ConfigError
+
+_MAX_CONFIG_BYTES = 1 << 20
+_MAX_DEPTH = 16
 
 MAY_CHANGE = (
     "stage",
@@ -17,6 +23,7 @@ MAY_CHANGE = (
     "checkpoint",
     "eval",
     "fit",
+    "reshard",
     "logging",
     "cluster",
     "train.tokens",
@@ -36,9 +43,43 @@ def save_config(config: RunConfig, path: Path) -> None:
 
 
 def load_config(path: Path) -> RunConfig:
-    """Reads what `save_config` wrote; every key typed, none unknown."""
-    merged = OmegaConf.merge(OmegaConf.structured(RunConfig), OmegaConf.load(path))
-    return cast(RunConfig, OmegaConf.to_object(merged))
+    """Reads what `save_config` wrote; every key typed, none unknown.
+
+    A run folder may come from somebody else: nothing in the file is resolved or constructed.
+
+    Raises:
+        ConfigError: it holds more than plain values: an interpolation, which could bring a variable
+            of this machine's environment into a log; an alias; a tag; or keys that are not ours.
+    """
+    text = path.read_bytes()[: _MAX_CONFIG_BYTES + 1].decode("utf-8", errors="replace")
+    try:
+        _check_plain(path, text)
+        merged = OmegaConf.merge(OmegaConf.structured(RunConfig), OmegaConf.create(text))
+        return cast(RunConfig, OmegaConf.to_object(merged))
+    except (yaml.YAMLError, OmegaConfBaseException) as error:
+        what = "; ".join(line.strip() for line in str(error).splitlines() if line.strip())
+        raise _not_plain(path, what[:300]) from error
+
+
+def _check_plain(path: Path, text: str) -> None:
+    if len(text) > _MAX_CONFIG_BYTES:
+        raise _not_plain(path, f"more than {_MAX_CONFIG_BYTES} bytes")
+    depth = 0
+    for event in yaml.parse(text, Loader=yaml.SafeLoader):
+        where = f"line {event.start_mark.line + 1}" if event.start_mark else "it"
+        if isinstance(event, yaml.AliasEvent) or getattr(event, "tag", None) is not None:
+            raise _not_plain(path, f"an alias or a tag in {where}")
+        if isinstance(event, yaml.ScalarEvent) and "${" in event.value:
+            raise _not_plain(path, f"an interpolation in {where}")
+        if isinstance(event, yaml.CollectionStartEvent | yaml.CollectionEndEvent):
+            depth += 1 if isinstance(event, yaml.CollectionStartEvent) else -1
+            if depth > _MAX_DEPTH:
+                raise _not_plain(path, f"nested beyond {_MAX_DEPTH} levels in {where}")
+
+
+def _not_plain(path: Path, found: str) -> ConfigError:
+    expected = "plain values under known keys, as the run wrote them"
+    return ConfigError(str(path), found, expected, "restore the file, or start under another name")
 
 
 def forbidden_changes(old: RunConfig, new: RunConfig) -> dict[str, tuple[Any, Any]]:

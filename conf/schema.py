@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from activation_store.config import StoreConfig
-from analysis.config import EvalConfig, FitConfig
+from analysis.config import EvalConfig, FitConfig, ReshardConfig
 from cluster.config import ClusterConfig, DataConfig, LoggingConfig, ModelConfig
 from sae_core.config import (
     CheckpointConfig,
@@ -38,6 +38,7 @@ class RunConfig:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     fit: FitConfig = field(default_factory=FitConfig)
+    reshard: ReshardConfig = field(default_factory=ReshardConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
 

@@ -9,6 +9,7 @@ from conf.schema import RunConfig
 from sae_core.errors import ConfigError
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+_CREDENTIALS = re.compile(r"://[^/@\s]*@")
 _NEEDS_TEXT = {"pipeline", "plan", "harvest"}
 
 
@@ -29,12 +30,14 @@ def validate(config: RunConfig, stages: tuple[str, ...]) -> None:
     if config.seed < 0:
         raise ConfigError("seed", config.seed, "0 or more")
     _check_finite(config)
+    _check_no_credentials(config)
     config.trainer.validate()
     config.store.validate()
     config.eval.validate()
     config.fit.validate()
     if config.stage == "fit" and config.fit.runs is None:
         raise ConfigError("fit.runs", None, "a folder of runs, such as fit.runs=runs/sweep")
+    config.reshard.validate()
     config.logging.validate()
     config.cluster.validate()
     if config.stage in _NEEDS_TEXT:
@@ -49,6 +52,19 @@ def _check_finite(config: RunConfig) -> None:
         for key, value in getattr(part, "__dict__", {}).items():
             if isinstance(value, float) and not math.isfinite(value):
                 raise ConfigError(f"{group}.{key}", value, "a finite number")
+
+
+def _check_no_credentials(config: RunConfig) -> None:
+    """The config is saved, printed and logged; a password in it would be too."""
+    for group, part in vars(config).items():
+        for key, value in getattr(part, "__dict__", {group: part}).items():
+            if isinstance(value, str) and _CREDENTIALS.search(value):
+                raise ConfigError(
+                    group if key == group else f"{group}.{key}",
+                    _CREDENTIALS.sub("://***@", value),
+                    "an address without user name and password",
+                    "object stores take them from AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY",
+                )
 
 
 def _check_harvest_fits_store(config: RunConfig) -> None:

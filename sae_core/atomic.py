@@ -32,10 +32,27 @@ def read_json(path: Path, max_bytes: int = 64 << 20) -> Any:
     """JSON of `path`.
 
     Raises:
-        ValueError: it is longer than `max_bytes`, or no JSON.
+        ValueError: it is longer than `max_bytes`, or what `parse_json` refuses.
         OSError: it cannot be read.
     """
-    size = path.stat().st_size
-    if size > max_bytes:
-        raise ValueError(f"{path}: {size} bytes, at most {max_bytes} expected")
-    return json.loads(path.read_text(encoding="utf-8"))
+    with open(path, "rb") as file:
+        data = file.read(max_bytes + 1)
+    if len(data) > max_bytes:
+        raise ValueError(f"{path}: {path.stat().st_size} bytes, at most {max_bytes} expected")
+    return parse_json(data)
+
+
+def parse_json(data: bytes | str) -> Any:
+    """The value of a JSON text.
+
+    Raises:
+        ValueError: it is no JSON, nested beyond reason, or holds NaN or an infinity.
+    """
+    try:
+        return json.loads(data, parse_constant=_refuse)
+    except RecursionError as error:
+        raise ValueError("JSON nested beyond reason") from error
+
+
+def _refuse(constant: str) -> Any:
+    raise ValueError(f"{constant} is no JSON")

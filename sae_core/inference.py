@@ -2,33 +2,18 @@
 
 from __future__ import annotations
 
-import warnings
-from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import nn
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from sae_core.atomic import read_json, write_json
-from sae_core.checkpoint.folder import (
-    MANIFEST,
-    WEIGHTS,
-    CheckpointState,
-    check_manifest,
-    newest_valid,
-    read_state,
-)
+from sae_core import peer_files
 from sae_core.config import SAEConfig
-from sae_core.errors import CheckpointError, ShapeError
+from sae_core.errors import ShapeError
 from sae_core.kernels import compact, get_kernels
-
-_WEIGHTS_FILE, _CONFIG_FILE = "sae.safetensors", "sae.json"
-_TENSORS = ("W_enc", "W_dec", "b_enc", "b_dec")
+from sae_core.stored import ROWS, StoredSAE, open_sae
 
 
 class SAE(nn.Module):
@@ -117,13 +102,15 @@ class SAE(nn.Module):
         """[..., D] float32 reconstruction of raw activations [..., D]."""
         return self.decode_topk(*self.encode_topk(x))
 
+    def stored(self) -> StoredSAE:
+        """The same, as what is read by rows: for writing it in some format."""
+        rows = {name: partial(_slice, getattr(self, name).detach()) for name in ROWS}
+        b_dec = self.b_dec.detach()
+        return StoredSAE(self.config, self.d_model, b_dec, rows, self.step, self.metadata)
+
     def save(self, folder: Path) -> None:
         """Writes `sae.safetensors` and `sae.json`, which `load_sae` reads back."""
-        folder.mkdir(parents=True, exist_ok=True)
-        tensors = {name: getattr(self, name).detach().contiguous() for name in _TENSORS}
-        save_file(tensors, folder / _WEIGHTS_FILE)
-        config = {"config": asdict(self.config), "step": self.step, "metadata": self.metadata}
-        write_json(folder / _CONFIG_FILE, config)
+        self.stored().save(folder)
 
     def _rows(self, x: torch.Tensor) -> torch.Tensor:
         if x.shape[-1] != self.d_model:
@@ -131,85 +118,30 @@ class SAE(nn.Module):
         return x.reshape(-1, self.d_model).float()
 
 
-def load_sae(path: str | Path, name: str | None = None) -> SAE:
-    """An SAE from a run folder, a checkpoint folder or a folder that `SAE.save` wrote.
+def load_sae(
+    path: str | Path, name: str | None = None, *, verify_hashes: bool = True, allow_pt: bool = False
+) -> SAE:
+    """An SAE from a run, a checkpoint, a folder that `SAE.save` wrote, or a peer's files.
 
     Args:
-        path: the folder. A run gives its newest valid checkpoint.
+        path: the folder, or a peer's `.pt` file. A run gives its newest valid checkpoint. Of peers,
+            SAELens, sparsify and dictionary_learning are known, with plain TopK.
         name: which SAE of a checkpoint with several; None takes the only one.
+        verify_hashes: hold every file of a checkpoint against its SHA-256 first.
+        allow_pt: read a `.pt` file. It is a pickle, of which torch's restricted loader
+            (`weights_only=True`) takes tensors and plain values; trust it as far as that loader.
 
     Raises:
         CheckpointError: there is none, it is damaged, or the name is not in it.
     """
     path = Path(path)
-    if (path / _CONFIG_FILE).is_file():
-        return _load_saved(path)
-    if (path / MANIFEST).is_file():
-        check_manifest(path)
-        return _load_checkpoint(path, name)
-    newest = newest_valid(path / "checkpoints")
-    if newest is None:
-        raise CheckpointError(
-            f"{path}: expected a run with a valid checkpoint, a checkpoint, or a saved SAE; "
-            "train first with stage=train"
-        )
-    return _load_checkpoint(newest, name)
-
-
-def _load_saved(folder: Path) -> SAE:
-    try:
-        raw = read_json(folder / _CONFIG_FILE)
-        tensors = load_file(folder / _WEIGHTS_FILE)
-        weights = {name: tensors[name] for name in _TENSORS}
-        return SAE(
-            SAEConfig(**raw["config"]), **weights, step=raw["step"], metadata=raw["metadata"]
-        )
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-        raise CheckpointError(f"{folder}: not a saved SAE: {error}") from error
-
-
-def _load_checkpoint(folder: Path, name: str | None) -> SAE:
-    state = read_state(folder)
-    name = _pick(folder, state, name)
-    tensors = _read_weights(folder / WEIGHTS, f"{name}.")
-    scale, mean = tensors["input_scale"], tensors["input_mean"]
-    # x_norm = (x - mean) * scale. Latents in raw units are those of training divided by scale, so
-    # decoder rows keep unit norm and the encoder matrix stays as it is.
+    foreign = peer_files.find(path)
+    stored = open_sae(path, name, verify_hashes) if foreign is None else foreign(path, allow_pt)
+    tensors = {name: stored.whole(name) for name in ROWS}
     return SAE(
-        SAEConfig(**state.saes[name]),
-        W_enc=tensors["W_enc"],
-        W_dec=tensors["W_dec"],
-        b_enc=tensors["b_enc"] / scale,
-        b_dec=mean + tensors["b_dec"] / scale,
-        step=state.step,
-        metadata={
-            "checkpoint": folder.name,
-            "name": name,
-            "tokens": state.tokens,
-            "seed": state.seed,
-            "input_scale": float(scale),
-        },
+        stored.config, **tensors, b_dec=stored.b_dec, step=stored.step, metadata=stored.metadata
     )
 
 
-def _pick(folder: Path, state: CheckpointState, name: str | None) -> str:
-    if name is None and len(state.saes) == 1:
-        return next(iter(state.saes))
-    if name not in state.saes:
-        raise CheckpointError(f"{folder}: holds SAEs {sorted(state.saes)}, {name!r} was asked for")
-    return str(name)
-
-
-def _read_weights(folder: Path, prefix: str) -> dict[str, torch.Tensor]:
-    """Whole tensors under `prefix`, put together from the row ranges on disk."""
-    reader = dcp.HuggingFaceStorageReader(str(folder))
-    wanted = {
-        key: torch.empty(entry.size, dtype=entry.properties.dtype)
-        for key, entry in reader.read_metadata().state_dict_metadata.items()
-        if key.startswith(prefix) and isinstance(entry, TensorStorageMetadata)
-    }
-    with warnings.catch_warnings():
-        # It says that there is one process only, which is what is meant here.
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        dcp.load(wanted, storage_reader=reader, no_dist=True)
-    return {key.removeprefix(prefix): tensor for key, tensor in wanted.items()}
+def _slice(tensor: torch.Tensor, start: int, stop: int) -> torch.Tensor:
+    return tensor[start:stop]

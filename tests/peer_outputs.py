@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import torch
+from dictionary_learning.trainers.top_k import AutoEncoderTopK
 from sae_lens import SAE
 from safetensors.torch import load_file, save_file
 from sparsify import SparseCoder
@@ -34,11 +35,26 @@ def sparsify_outputs(folder, x):
     return outputs, {"k": coder.cfg.k, "num_latents": coder.num_latents}
 
 
+@torch.no_grad()
+def dictionary_learning_outputs(folder, x):
+    coder = AutoEncoderTopK.from_pretrained(folder / "ae.pt")
+    latents = coder.encode(x)
+    outputs = {"latents": latents, "decoded": coder.decode(latents), "recon": coder(x)}
+    return outputs, {"k": int(coder.k), "dict_size": coder.dict_size}
+
+
+PEERS = {
+    "saelens": saelens_outputs,
+    "sparsify": sparsify_outputs,
+    "dictionary_learning": dictionary_learning_outputs,
+}
+
+
 def main():
     for case in map(Path, sys.argv[1:]):
         x = load_file(case / "x.safetensors")["x"]
         tensors, facts = {}, {}
-        for peer, outputs in (("saelens", saelens_outputs), ("sparsify", sparsify_outputs)):
+        for peer, outputs in PEERS.items():
             computed, facts[peer] = outputs(case / "export" / peer, x)
             tensors |= {f"{peer}.{name}": value.contiguous() for name, value in computed.items()}
         save_file(tensors, case / "peers.safetensors")

@@ -68,6 +68,7 @@ class Job:
     zero_stage: int = 0
     update: str = "auto"
     resume: str | None = None
+    """A checkpoint, or "newest": the one that the ranks agree on."""
     steps: int = STEPS
     save_every: int = 25
     breakage: str | None = None
@@ -154,6 +155,7 @@ class RanksFailed(Exception):
 def _rank_main(job: Job) -> None:
     import torch.distributed as dist
 
+    from sae_core.checkpoint import agreed_checkpoint
     from sae_core.mesh import Mesh
     from sae_core.trainer import Trainer
 
@@ -172,7 +174,9 @@ def _rank_main(job: Job) -> None:
     if job.resume is None:
         trainer.calibrate()
     else:
-        trainer.resume(Path(job.resume))
+        chosen = agreed_checkpoint(checkpoints) if job.resume == "newest" else Path(job.resume)
+        assert chosen is not None
+        trainer.resume(chosen)
         if job.steps == trainer.step:  # only re-save what was loaded
             trainer.save()
     trainer.train()

@@ -3,9 +3,12 @@
     export/sae.safetensors, sae.json     ours: `sae_core.load_sae(export)`
     export/saelens/                      SAELens 6
     export/sparsify/<hookpoint>/         sparsify
+    export/dictionary_learning/          dictionary_learning
     export/README.md                     model card
 
-Only this package knows the peers' names for things.
+Everything is copied from the checkpoint's files by ranges of latents, so that an SAE of any size
+takes a few hundred MiB of memory. Only this package and `sae_core/peer_files.py` know the peers'
+names for things.
 """
 
 from __future__ import annotations
@@ -25,14 +28,15 @@ def run(config: RunConfig, run_dir: Path) -> None:
         ExportError: a hookpoint that cannot be a folder's name.
     """
     from analysis.export.card import model_card
+    from analysis.export.dictionary_learning import write_dictionary_learning
     from analysis.export.folder import replaced_folder
     from analysis.export.saelens import write_saelens
     from analysis.export.source import source_of
     from analysis.export.sparsify import write_sparsify
     from analysis.runs import as_trained, read_optional_json
-    from sae_core.inference import load_sae
+    from sae_core.stored import open_sae
 
-    sae = load_sae(run_dir)
+    sae = open_sae(run_dir, verify_hashes=config.checkpoint.verify_hashes)
     config = as_trained(config)
     source = source_of(config, sae)
     metrics = read_optional_json(run_dir / "eval" / "metrics.json")
@@ -40,7 +44,9 @@ def run(config: RunConfig, run_dir: Path) -> None:
         sae.save(folder)
         write_saelens(sae, source, folder / "saelens")
         write_sparsify(sae, source, folder / "sparsify")
+        write_dictionary_learning(sae, source, folder / "dictionary_learning")
         (folder / "README.md").write_text(
             model_card(sae, source, config, metrics), encoding="utf-8"
         )
-    print(f"export: {run_dir / 'export'} (sae_core, saelens, sparsify), step {sae.step}")
+    formats = "sae_core, saelens, sparsify, dictionary_learning"
+    print(f"export: {run_dir / 'export'} ({formats}), step {sae.step}")

@@ -12,7 +12,7 @@ from analysis.text import value_text
 if TYPE_CHECKING:
     from analysis.export.source import Source
     from conf.schema import RunConfig
-    from sae_core.inference import SAE
+    from sae_core.stored import StoredSAE
 
 # Licences of the model and the text that the shipped configs use.
 KNOWN_LICENCES = {
@@ -28,7 +28,9 @@ LIMITS = """\
 - Latents that fire on personal or offensive text exist when the training text holds such text."""
 
 
-def model_card(sae: SAE, source: Source, config: RunConfig, metrics: dict[str, Any] | None) -> str:
+def model_card(
+    sae: StoredSAE, source: Source, config: RunConfig, metrics: dict[str, Any] | None
+) -> str:
     """`README.md` in Markdown with the front matter that model hubs read.
 
     Args:
@@ -58,7 +60,7 @@ def _front_matter(source: Source) -> str:
     )
 
 
-def _facts(sae: SAE, source: Source, config: RunConfig) -> str:
+def _facts(sae: StoredSAE, source: Source, config: RunConfig) -> str:
     rows = {
         "model": source.model + (f" @ {source.revision}" if source.revision else ""),
         "hookpoint": f"output of `{source.hookpoint}`, width {sae.d_model}",
@@ -71,7 +73,7 @@ def _facts(sae: SAE, source: Source, config: RunConfig) -> str:
     return _table(("", ""), list(rows.items()))
 
 
-def _metrics(metrics: dict[str, Any] | None, sae: SAE) -> str:
+def _metrics(metrics: dict[str, Any] | None, sae: StoredSAE) -> str:
     if metrics is None:
         return "Not evaluated yet: run with `stage=evaluate`, then `stage=export` again.\n"
     definitions = metrics.get("definitions", {})
@@ -100,6 +102,9 @@ sae = SAE.load_from_disk("export/saelens")                          # SAELens 6
 
 from sparsify import SparseCoder
 sae = SparseCoder.load_from_disk("export/sparsify/{source.hookpoint}")  # sparsify
+
+from dictionary_learning.trainers.top_k import AutoEncoderTopK
+sae = AutoEncoderTopK.from_pretrained("export/dictionary_learning/ae.pt")  # dictionary_learning
 ```
 
 Weights take raw activations; the normalisation of the training inputs is folded in:

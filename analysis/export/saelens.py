@@ -6,13 +6,12 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from safetensors.torch import save_file
-
 from sae_core.atomic import write_json
+from sae_core.stored import write_rows
 
 if TYPE_CHECKING:
     from analysis.export.source import Source
-    from sae_core.inference import SAE
+    from sae_core.stored import StoredSAE
 
 FORMAT_VERSION = "6.54.12"
 """The release this layout was checked against. Below 6 the loader drops the metadata silently."""
@@ -22,23 +21,18 @@ _RESIDUAL = re.compile(
 )
 
 
-def write_saelens(sae: SAE, source: Source, folder: Path) -> None:
+def write_saelens(sae: StoredSAE, source: Source, folder: Path) -> None:
     """Writes the folder. W_enc becomes [d_in, d_sae]; all is float32, in raw activation units.
 
     Its maths is ours: h = (x - b_dec) @ W_enc + b_enc; relu(topk(h)) @ W_dec + b_dec.
     """
     folder.mkdir(parents=True)
-    tensors = {
-        "W_enc": sae.W_enc.detach().T.contiguous(),
-        "W_dec": sae.W_dec.detach().contiguous(),
-        "b_enc": sae.b_enc.detach().contiguous(),
-        "b_dec": sae.b_dec.detach().contiguous(),
-    }
-    save_file(tensors, folder / "sae_weights.safetensors")
+    names = {name: name for name in ("W_enc", "W_dec", "b_enc", "b_dec")}
+    write_rows(sae, folder / "sae_weights.safetensors", names, transposed="W_enc")
     write_json(folder / "cfg.json", saelens_config(sae, source))
 
 
-def saelens_config(sae: SAE, source: Source) -> dict[str, Any]:
+def saelens_config(sae: StoredSAE, source: Source) -> dict[str, Any]:
     """The content of `cfg.json`."""
     return {
         "architecture": "topk",

@@ -12,7 +12,7 @@ from analysis.errors import ExportError
 if TYPE_CHECKING:
     from cluster.config import DataConfig, ModelConfig
     from conf.schema import RunConfig
-    from sae_core.inference import SAE
+    from sae_core.stored import StoredSAE
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Source:
     context_tokens: int
 
 
-def source_of(config: RunConfig, sae: SAE) -> Source:
+def source_of(config: RunConfig, sae: StoredSAE) -> Source:
     """Names of what the SAE was trained on, from the run's config.
 
     Raises:

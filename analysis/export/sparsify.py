@@ -5,33 +5,32 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from safetensors.torch import save_file
-
 from sae_core.atomic import write_json
+from sae_core.stored import write_rows
 
 if TYPE_CHECKING:
     from analysis.export.source import Source
-    from sae_core.inference import SAE
+    from sae_core.stored import StoredSAE
 
 
-def write_sparsify(sae: SAE, source: Source, folder: Path) -> None:
+def write_sparsify(sae: StoredSAE, source: Source, folder: Path) -> None:
     """Writes `folder/<hookpoint>/`, so that `SparseCoder.load_many(folder, local=True)` finds it.
 
     All tensors are float32: the loader takes the dtype of the first one for all of them.
     """
     inside = folder / source.hookpoint
     inside.mkdir(parents=True)
-    tensors = {
-        "encoder.weight": sae.W_enc.detach().contiguous(),
-        "encoder.bias": sae.b_enc.detach().contiguous(),
-        "W_dec": sae.W_dec.detach().contiguous(),
-        "b_dec": sae.b_dec.detach().contiguous(),
+    names = {
+        "W_enc": "encoder.weight",
+        "b_enc": "encoder.bias",
+        "W_dec": "W_dec",
+        "b_dec": "b_dec",
     }
-    save_file(tensors, inside / "sae.safetensors")
+    write_rows(sae, inside / "sae.safetensors", names)
     write_json(inside / "cfg.json", sparsify_config(sae))
 
 
-def sparsify_config(sae: SAE) -> dict[str, Any]:
+def sparsify_config(sae: StoredSAE) -> dict[str, Any]:
     """The content of `cfg.json`; `num_latents` takes precedence over the whole-number factor."""
     return {
         "activation": "topk",

@@ -7,11 +7,12 @@ from sae_core.checkpoint.folder import (
     newest_valid,
     read_state,
 )
-from sae_core.checkpoint.load import load_checkpoint
+from sae_core.checkpoint.load import agreed_checkpoint, load_checkpoint
 from sae_core.checkpoint.save import save_checkpoint
 
 __all__ = [
     "CheckpointState",
+    "agreed_checkpoint",
     "check_manifest",
     "list_checkpoints",
     "load_checkpoint",

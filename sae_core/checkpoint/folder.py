@@ -12,21 +12,29 @@ A folder is a checkpoint only under its final name and with a manifest; `step-*.
 from __future__ import annotations
 
 import hashlib
+import os
 import re
+import stat
 import warnings
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from sae_core.atomic import read_json
+from sae_core.config import SAEConfig
 from sae_core.errors import DamagedCheckpointError
+from sae_core.typed import from_json
 
 SCHEMA = 1
 MANIFEST, STATE, LATEST = "manifest.json", "state.json", "latest"
 WEIGHTS, OPTIMIZER = "weights", "optimizer"
 _NAME = re.compile(r"step-(\d{8,12})")
+_PAYLOAD = re.compile(r"(?:\w[\w\-]*/)?\w[\w.\-]*\.(?:safetensors|json)")
+"""Nothing else belongs into a checkpoint: no pickle, no path that leads out of it."""
 _HASH_CHUNK_BYTES = 8 << 20
+_HASH_THREADS = min(os.cpu_count() or 1, 8)
 
 
 @dataclass(frozen=True)
@@ -78,53 +86,93 @@ def hash_file(path: Path) -> str:
 
 
 def payload_files(folder: Path) -> list[str]:
-    """What the manifest covers, relative and sorted."""
-    files = (path for path in folder.rglob("*") if path.is_file() and path != folder / MANIFEST)
+    """What the manifest covers, relative and sorted; links count, and are refused when checked."""
+    files = (
+        path
+        for path in folder.rglob("*")
+        if (path.is_symlink() or not path.is_dir()) and path != folder / MANIFEST
+    )
     return sorted(path.relative_to(folder).as_posix() for path in files)
 
 
-def check_manifest(folder: Path, hashes: bool = True) -> None:
-    """Compares a checkpoint with its manifest.
+def damages(folder: Path, hashes: bool = True, share: tuple[int, int] = (0, 1)) -> list[str]:
+    """Everything in which a checkpoint differs from its manifest; empty when nothing does.
 
     Args:
         folder: the checkpoint.
-        hashes: also compare SHA-256, not only names and sizes.
+        hashes: also compare SHA-256, not only names and sizes; several files at once.
+        share: (i, n) compares the hashes of every n-th file from the i-th on, for ranks that
+            divide the work among them; names and sizes are always compared.
+    """
+    try:
+        expected = _read(folder, MANIFEST).get("files")
+        found = set(payload_files(folder))
+    except (DamagedCheckpointError, OSError) as error:
+        return [str(error)]
+    if not isinstance(expected, dict) or not all(isinstance(e, dict) for e in expected.values()):
+        return [f"{folder / MANIFEST}: expected a table of files"]
+    problems = [f"{folder / name}: missing" for name in sorted(set(expected) - found)]
+    problems += [f"{folder / name}: not in the manifest" for name in sorted(found - set(expected))]
+    both = sorted(found & set(expected))
+    first, step = share
+    hashed = set(both[first::step] if hashes else [])
+
+    def check(name: str) -> str | None:
+        return _file_damage(folder / name, name, expected[name], name in hashed)
+
+    with ThreadPoolExecutor(_HASH_THREADS) as pool:  # hashlib and read() let go of the GIL
+        problems += [problem for problem in pool.map(check, both) if problem]
+    return problems
+
+
+def check_manifest(folder: Path, hashes: bool = True, share: tuple[int, int] = (0, 1)) -> None:
+    """Compares a checkpoint with its manifest; arguments as of `damages`.
 
     Raises:
-        DamagedCheckpointError: naming the file and what differs.
+        DamagedCheckpointError: naming each file and what differs.
     """
-    expected = _read(folder, MANIFEST).get("files")
-    if not isinstance(expected, dict) or not all(isinstance(e, dict) for e in expected.values()):
-        raise DamagedCheckpointError(f"{folder / MANIFEST}: expected a table of files")
-    found = set(payload_files(folder))
-    if found != set(expected):
-        odd = ", ".join(sorted(found ^ set(expected)))
-        raise DamagedCheckpointError(f"{folder}: missing or unlisted files: {odd}")
-    for name, entry in expected.items():
-        size = (folder / name).stat().st_size
+    problems = damages(folder, hashes, share)
+    if problems:
+        raise DamagedCheckpointError("; ".join(problems))
+
+
+def _file_damage(path: Path, name: str, entry: dict[str, Any], hashed: bool) -> str | None:
+    if not _PAYLOAD.fullmatch(name):
+        return f"{path}: no file of a checkpoint; move it away"
+    try:
+        if not stat.S_ISREG(path.lstat().st_mode):
+            return f"{path}: a link or no plain file; a checkpoint holds its own bytes"
+        size = path.stat().st_size
         if size != entry.get("bytes"):
-            raise DamagedCheckpointError(
-                f"{folder / name}: {size} bytes, the manifest says {entry.get('bytes')}"
-            )
-        if hashes and hash_file(folder / name) != entry.get("sha256"):
-            raise DamagedCheckpointError(f"{folder / name}: SHA-256 differs from the manifest")
+            return f"{path}: {size} bytes, the manifest says {entry.get('bytes')!r:.40}"
+        if hashed and hash_file(path) != entry.get("sha256"):
+            return f"{path}: SHA-256 differs from the manifest"
+    except OSError as error:
+        return f"{path}: {error.strerror}"
+    return None
 
 
 def read_state(folder: Path) -> CheckpointState:
     """The checkpoint's scalars.
 
     Raises:
-        DamagedCheckpointError: unreadable, or not of this schema.
+        DamagedCheckpointError: unreadable, not of this schema, or values that cannot be.
     """
     raw = _read(folder, STATE)
     if raw.get("schema") != SCHEMA:
         raise DamagedCheckpointError(
-            f"{folder / STATE}: schema {raw.get('schema')!r}, this version reads {SCHEMA}"
+            f"{folder / STATE}: schema {raw.get('schema')!r:.40}, this version reads {SCHEMA}"
         )
     try:
-        return CheckpointState(**raw)
-    except TypeError as error:
+        state = from_json(CheckpointState, raw)
+        for sae in state.saes.values():
+            from_json(SAEConfig, sae)
+    except ValueError as error:
         raise DamagedCheckpointError(f"{folder / STATE}: {error}") from error
+    counts = (state.step, state.tokens, state.source_position, state.batch_tokens, state.d_model)
+    if min(counts) < 0:
+        raise DamagedCheckpointError(f"{folder / STATE}: a count below 0")
+    return state
 
 
 def newest_valid(root: Path, hashes: bool = True) -> Path | None:
@@ -134,10 +182,15 @@ def newest_valid(root: Path, hashes: bool = True) -> Path | None:
             check_manifest(folder, hashes)
             read_state(folder)
         except DamagedCheckpointError as error:
-            warnings.warn(f"skipping a damaged checkpoint: {error}", stacklevel=2)
+            warn_of_damaged(error)
             continue
         return folder
     return None
+
+
+def warn_of_damaged(error: object) -> None:
+    """Says that a checkpoint is passed over, and why."""
+    warnings.warn(f"skipping a damaged checkpoint: {error}", stacklevel=3)
 
 
 def prunable(root: Path, keep: int) -> Iterable[Path]:

@@ -6,14 +6,56 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 
-from sae_core.checkpoint.folder import OPTIMIZER, WEIGHTS, CheckpointState, read_state
+from sae_core.checkpoint.folder import (
+    OPTIMIZER,
+    WEIGHTS,
+    CheckpointState,
+    check_manifest,
+    list_checkpoints,
+    read_state,
+    warn_of_damaged,
+)
+from sae_core.checkpoint.layout import read_layout
 from sae_core.checkpoint.tensors import local_part, moment_tensors, weight_tensors
 from sae_core.engine import SAEEngine
 from sae_core.errors import CheckpointError
 
 _SIZES = ("architecture", "n_latents", "hookpoint")
+
+
+def agreed_checkpoint(root: Path, hashes: bool = True) -> Path | None:
+    """The newest valid checkpoint, the same for all; each rank hashes its share. Collective.
+
+    Rank 0 lists: ranks that look at different moments could see different ones.
+
+    Args:
+        root: the run's `checkpoints` folder, on a file system that all ranks share.
+        hashes: compare SHA-256 too, not only names and sizes.
+    """
+    names = [[folder.name for folder in list_checkpoints(root)] if dist.get_rank() == 0 else []]
+    dist.broadcast_object_list(names)
+    for name in names[0]:
+        problems: list[str | None] = [None] * dist.get_world_size()
+        dist.all_gather_object(problems, _problem(root / name, hashes))
+        found = next((problem for problem in problems if problem), None)
+        if found is None:
+            return root / name
+        if dist.get_rank() == 0:
+            warn_of_damaged(found)
+    return None
+
+
+def _problem(folder: Path, hashes: bool) -> str | None:
+    """What this rank finds wrong in its share; an error raised here alone would hang the others."""
+    try:
+        check_manifest(folder, hashes, (dist.get_rank(), dist.get_world_size()))
+        read_state(folder)
+    except (CheckpointError, OSError) as error:
+        return str(error)
+    return None
 
 
 def load_checkpoint(folder: Path, engines: list[SAEEngine]) -> CheckpointState:
@@ -53,7 +95,21 @@ def load_checkpoint(folder: Path, engines: list[SAEEngine]) -> CheckpointState:
 
 
 def _load_tensors(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
+    _check_shapes(folder, tensors)
     dcp.load(tensors, storage_reader=dcp.HuggingFaceStorageReader(str(folder)))
+
+
+def _check_shapes(folder: Path, wanted: dict[str, torch.Tensor]) -> None:
+    """That the files hold whole tensors of these shapes; every rank comes to the same answer."""
+    layout = read_layout(folder)
+    for name, tensor in wanted.items():
+        if name not in layout:
+            raise CheckpointError(f"{folder}: lacks {name}")
+        if layout[name].shape != tuple(tensor.shape):
+            raise CheckpointError(
+                f"{folder}: {name} of shape {list(layout[name].shape)}, expected "
+                f"{list(tensor.shape)}; use another run name"
+            )
 
 
 def _check_same_saes(folder: Path, state: CheckpointState, engines: list[SAEEngine]) -> None:

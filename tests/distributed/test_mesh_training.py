@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from sae_core.checkpoint.folder import list_checkpoints
-from sae_core.inference import _read_weights
+from sae_core.checkpoint.layout import read_tensors
 from tests.trainer_ranks import Job, RanksFailed, run_job
 
 pytestmark = pytest.mark.distributed
@@ -29,7 +29,7 @@ def deviation(rows: list[dict], others: list[dict], key: str = "loss") -> float:
 
 def same_tensors(one: Path, other: Path) -> None:
     for part in ("weights", "optimizer"):
-        a, b = _read_weights(one / part, ""), _read_weights(other / part, "")
+        a, b = read_tensors(one / part), read_tensors(other / part)
         assert a.keys() == b.keys()
         for name, tensor in a.items():
             assert torch.equal(tensor, b[name]), name
@@ -64,8 +64,8 @@ def test_the_fused_update_is_the_dense_one(alone, tmp_path):
     dense = run_job(Job(str(tmp_path), update="dense"))
     assert deviation(rows, dense) < 1e-6
     for part in ("weights", "optimizer"):
-        a = _read_weights(folder / "checkpoints" / "step-00000050" / part, "")
-        b = _read_weights(tmp_path / "checkpoints" / "step-00000050" / part, "")
+        a = read_tensors(folder / "checkpoints" / "step-00000050" / part)
+        b = read_tensors(tmp_path / "checkpoints" / "step-00000050" / part)
         for name, tensor in a.items():
             torch.testing.assert_close(tensor, b[name], atol=1e-6, rtol=1e-4, msg=name)
 
@@ -84,7 +84,7 @@ def test_aux_rows_are_the_same_rows_on_a_mesh(alone, tmp_path, latent, data):
 def test_bfloat16_moments_resume_exactly_and_on_other_meshes(tmp_path, latent, data):
     rows = run_job(Job(str(tmp_path / "alone"), moments="bfloat16"))
     checkpoint = tmp_path / "alone" / "checkpoints" / "step-00000025"
-    stored = _read_weights(checkpoint / "optimizer", "")
+    stored = read_tensors(checkpoint / "optimizer")
     assert stored["sae.W_enc.exp_avg_sq"].dtype == torch.bfloat16
     job = Job(str(tmp_path / "on"), latent, data, moments="bfloat16", resume=str(checkpoint))
     resumed = run_job(job)

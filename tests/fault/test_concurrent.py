@@ -18,7 +18,7 @@ import torch
 
 from activation_store import consumers, open_store
 from sae_core.checkpoint.folder import list_checkpoints
-from sae_core.inference import _read_weights
+from sae_core.checkpoint.layout import read_tensors
 from tests.object_server import make_bucket, s3_server
 from tests.tiny_models import save_gpt2, write_text
 
@@ -85,7 +85,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def final(work: Path, runs: str) -> dict[str, torch.Tensor]:
     newest = list_checkpoints(work / runs / "run" / "checkpoints")[0]
     assert newest.name == "step-00000140"
-    return _read_weights(newest / "weights", "") | _read_weights(newest / "optimizer", "")
+    return read_tensors(newest / "weights") | read_tensors(newest / "optimizer")
 
 
 def assert_same_end(work: Path, runs: str) -> None:

@@ -17,7 +17,7 @@ import torch
 
 from activation_store import StoreWriter
 from sae_core.checkpoint.folder import list_checkpoints, read_state
-from sae_core.inference import _read_weights
+from sae_core.checkpoint.layout import read_tensors
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.distributed]
 
@@ -77,7 +77,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def final(folder: Path) -> tuple[Path, dict[str, torch.Tensor]]:
     newest = list_checkpoints(folder / "run" / "checkpoints")[0]
     assert read_state(newest).step == STEPS
-    return newest, _read_weights(newest / "weights", "") | _read_weights(newest / "optimizer", "")
+    return newest, read_tensors(newest / "weights") | read_tensors(newest / "optimizer")
 
 
 def same_end(one: Path, other: Path) -> None:

@@ -16,13 +16,15 @@ from analysis import export
 from benchmarks.peers import HOW_TO_MAKE, PEERS_PYTHON, peer_environment, peers_available
 from conf.schema import RunConfig
 from sae_core.config import SAEConfig
-from sae_core.inference import SAE
+from sae_core.errors import CheckpointError
+from sae_core.inference import SAE, load_sae
 
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(not peers_available(), reason=f".venv-peers is not there; {HOW_TO_MAKE}"),
 ]
 SCRIPT = Path(__file__).parent.parent / "peer_outputs.py"
+PEERS = ["saelens", "sparsify", "dictionary_learning"]
 TOLERANCE = 1e-5
 ROWS = 48
 
@@ -99,7 +101,7 @@ def relative_error(theirs: torch.Tensor, ours: torch.Tensor) -> float:
     return float((theirs - ours).abs().max() / ours.abs().max())
 
 
-@pytest.mark.parametrize("peer", ["saelens", "sparsify"])
+@pytest.mark.parametrize("peer", PEERS)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_peer_computes_what_we_do(cases: Path, case: Case, peer: str) -> None:
     folder = cases / case.name
@@ -118,6 +120,7 @@ def test_peer_computes_what_we_do(cases: Path, case: Case, peer: str) -> None:
 def test_peer_reads_the_settings(cases: Path, case: Case) -> None:
     facts: dict[str, Any] = json.loads((cases / case.name / "peers.json").read_text())
     assert facts["sparsify"] == {"k": case.k, "num_latents": case.L}
+    assert facts["dictionary_learning"] == {"k": case.k, "dict_size": case.L}
     wanted = {
         "class": "TopKSAE",
         "k": case.k,
@@ -127,3 +130,18 @@ def test_peer_reads_the_settings(cases: Path, case: Case) -> None:
         "context_size": RunConfig().data.context_tokens,
     }
     assert {key: facts["saelens"].get(key) for key in wanted} == wanted
+
+
+@pytest.mark.parametrize("peer", PEERS)
+@pytest.mark.parametrize("case", CASES[::3], ids=lambda case: case.name)
+def test_what_peers_read_is_read_back_the_same(cases: Path, case: Case, peer: str) -> None:
+    folder = cases / case.name / "export" / peer
+    if peer == "sparsify":
+        folder = folder / "model.layers.9"
+    if peer == "dictionary_learning":
+        with pytest.raises(CheckpointError, match="is a pickle.*allow_pt=True"):
+            load_sae(folder)
+    again, sae = load_sae(folder, allow_pt=True), make_sae(case)
+    assert (again.config.k, again.config.n_latents) == (case.k, case.L)
+    for name, parameter in sae.named_parameters():
+        assert torch.equal(dict(again.named_parameters())[name], parameter), name

@@ -10,6 +10,7 @@ import pytest
 
 from sae_core.checkpoint.folder import (
     check_manifest,
+    damages,
     hash_file,
     list_checkpoints,
     newest_valid,
@@ -36,6 +37,7 @@ def make(root: Path, step: int) -> Path:
     folder = root / f"step-{step:08d}"
     (folder / "weights").mkdir(parents=True)
     (folder / "weights" / "a.safetensors").write_bytes(bytes([step]) * 1000)
+    (folder / "weights" / "c.safetensors").write_bytes(bytes([step + 100]) * 1000)
     (folder / "state.json").write_text(json.dumps(STATE | {"step": step}))
     entries = {
         name: {"bytes": (folder / name).stat().st_size, "sha256": hash_file(folder / name)}
@@ -52,9 +54,17 @@ def flip(folder: Path) -> None:
     path.write_bytes(bytes(data))
 
 
+def swap(folder: Path) -> None:
+    a, c = (folder / "weights" / f"{name}.safetensors" for name in "ac")
+    a.rename(folder / "b")
+    c.rename(a)
+    (folder / "b").rename(c)
+
+
 DAMAGES = {
     "flipped": flip,
     "truncated": lambda f: (f / "weights" / "a.safetensors").write_bytes(b"x"),
+    "swapped": swap,
     "deleted": lambda f: (f / "weights" / "a.safetensors").unlink(),
     "extra": lambda f: (f / "weights" / "b.safetensors").write_bytes(b"x"),
     "no manifest": lambda f: (f / "manifest.json").unlink(),
@@ -76,6 +86,23 @@ def test_damage_is_named_and_the_older_one_used(tmp_path, damage):
         check_manifest(newest)
     with pytest.warns(UserWarning, match="skipping a damaged checkpoint.*step-00000002"):
         assert newest_valid(tmp_path) == older
+
+
+def test_every_damaged_file_is_named_and_ranks_find_it_together(tmp_path):
+    folder = make(tmp_path, 1)
+    swap(folder)
+    (folder / "state.json").unlink()
+    (folder / "weights" / "evil.pkl").write_bytes(b"x")
+    problems = [f"{folder / name}: {what}" for name, what in (
+        ("state.json", "missing"),
+        ("weights/evil.pkl", "not in the manifest"),
+        ("weights/a.safetensors", "SHA-256 differs from the manifest"),
+        ("weights/c.safetensors", "SHA-256 differs from the manifest"),
+    )]  # fmt: skip
+    assert damages(folder) == problems
+    shares = [damages(folder, share=(rank, 3)) for rank in range(3)]
+    assert shares == [problems[:3], [*problems[:2], problems[3]], problems[:2]]
+    assert damages(folder, hashes=False) == problems[:2]
 
 
 def test_another_schema_is_refused(tmp_path):

@@ -47,6 +47,8 @@ def launch(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
         ("stage=fit", "fit.runs=None: expected a folder of runs"),
         ("stage=fit fit.runs=nosuch/*", "holds a config.yaml"),
         ("fit.metric=mse", "fvu, loss, heldout_fvu"),
+        ("reshard.shards=0", "at least 1"),
+        ("stage=reshard name=nosuchrun", "no such run"),
         ("logging.wandb=maybe", "auto, online, offline or disabled"),
     ],
 )

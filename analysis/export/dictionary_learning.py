@@ -1,0 +1,85 @@
+"""dictionary_learning: `ae.pt`, `config.json`, for `AutoEncoderTopK.from_pretrained(ae.pt)`.
+
+`ae.pt` is a pickle of tensors, as that library wants it; nobody needs to trust one to make it.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from sae_core.atomic import write_json
+from sae_core.tensor_file import Entry, write_at, write_columns_at
+
+if TYPE_CHECKING:
+    from analysis.export.source import Source
+    from sae_core.stored import StoredSAE
+
+
+def write_dictionary_learning(sae: StoredSAE, source: Source, folder: Path) -> None:
+    """Writes the folder: torch lays the file out with tensors that have no memory, then it is
+    filled in pieces. Its decoder is [D, L], a transpose of ours.
+    """
+    folder.mkdir(parents=True)
+    path = folder / "ae.pt"
+    entries = _laid_out(path, sae)
+    fd = os.open(path, os.O_WRONLY)
+    try:
+        for name, value in (
+            ("b_dec", sae.b_dec),
+            ("k", torch.tensor(sae.config.k, dtype=torch.int32)),
+            ("threshold", torch.tensor(-1.0)),  # unset: the k largest count, whatever their value
+        ):
+            write_at(fd, value, entries[name].offset_bytes)
+        for ours, theirs in (("W_enc", "encoder.weight"), ("b_enc", "encoder.bias")):
+            entry = entries[theirs]
+            for first, rows in sae.blocks(ours):
+                write_at(fd, rows, entry.offset_bytes + first * entry.row_bytes)
+        for first, rows in sae.blocks("W_dec"):
+            write_columns_at(fd, entries["decoder.weight"], first, rows)
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+    write_json(folder / "config.json", dictionary_learning_config(sae, source))
+
+
+def _laid_out(path: Path, sae: StoredSAE) -> dict[str, Entry]:
+    """Makes the file with room for the data, and says where each tensor's goes."""
+    n_latents, width = sae.config.n_latents, sae.d_model
+    with FakeTensorMode():
+        empty = {
+            "b_dec": torch.empty(width),
+            "k": torch.empty((), dtype=torch.int32),
+            "threshold": torch.empty(()),
+            "decoder.weight": torch.empty(width, n_latents),
+            "encoder.weight": torch.empty(n_latents, width),
+            "encoder.bias": torch.empty(n_latents),
+        }
+    with torch.serialization.skip_data(materialize_fake_tensors=True):
+        torch.save(empty, path)
+    with FakeTensorMode():
+        laid: dict[str, Any] = torch.load(path, weights_only=True)
+    return {
+        name: Entry(tensor.dtype, tuple(tensor.shape), tensor.untyped_storage()._checkpoint_offset)
+        for name, tensor in laid.items()
+    }
+
+
+def dictionary_learning_config(sae: StoredSAE, source: Source) -> dict[str, Any]:
+    """The content of `config.json`, as far as its loader and people look at it."""
+    return {
+        "trainer": {
+            "dict_class": "AutoEncoderTopK",
+            "activation_dim": sae.d_model,
+            "dict_size": sae.config.n_latents,
+            "k": sae.config.k,
+            "lm_name": source.model,
+            "submodule_name": source.hookpoint,
+            "steps": sae.step,
+        },
+        "buffer": {"d_submodule": sae.d_model, "ctx_len": source.context_tokens},
+    }

@@ -1,0 +1,120 @@
+"""The tensors of a checkpoint's part, each put together from the row ranges of several files."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sae_core.atomic import parse_json
+from sae_core.errors import DamagedCheckpointError
+from sae_core.tensor_file import Entry, Header, read_header, read_rows
+
+SHARDING = "DCP_SHARDING_INFO"
+"""Key of a file's metadata: `{tensor: {"saved_offsets": [first row, 0, ...]}}`, as torch's
+distributed checkpoint writes it."""
+SAVED_OFFSETS = "saved_offsets"
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Consecutive rows of a tensor, in one file."""
+
+    path: Path
+    entry: Entry
+    first_row: int
+
+    @property
+    def stop_row(self) -> int:
+        """One past its last row; a scalar counts as one row."""
+        return self.first_row + (self.entry.shape[0] if self.entry.shape else 1)
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor on disk; nothing of it is read before it is asked for."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    pieces: tuple[Piece, ...]
+    """In order of rows, without gap or overlap."""
+
+    def rows(self, start: int, stop: int) -> torch.Tensor:
+        """[stop - start, ...] rows.
+
+        Raises:
+            DamagedCheckpointError: a file cannot be read.
+        """
+        out = torch.empty((stop - start, *self.shape[1:]), dtype=self.dtype)
+        for piece in self.pieces:
+            first, last = max(start, piece.first_row), min(stop, piece.stop_row)
+            if first < last:
+                part = out[first - start : last - start]
+                read_rows(piece.path, piece.entry, first - piece.first_row, part)
+        return out
+
+    def whole(self) -> torch.Tensor:
+        """All of it."""
+        return self.rows(0, self.pieces[-1].stop_row).view(self.shape)
+
+
+def read_layout(folder: Path) -> dict[str, StoredTensor]:
+    """Every tensor of `weights/` or `optimizer/`; reads headers only.
+
+    Raises:
+        DamagedCheckpointError: a header cannot be, or the row ranges of a tensor do not make a
+            whole; names the file or the tensor.
+    """
+    pieces: dict[str, list[Piece]] = defaultdict(list)
+    for path in sorted(folder.glob("*.safetensors")):
+        header = read_header(path)
+        first_rows = _first_rows(path, header)
+        for name, entry in header.entries.items():
+            pieces[name].append(Piece(path, entry, first_rows[name]))
+    return {name: _joined(folder, name, parts) for name, parts in pieces.items()}
+
+
+def _first_rows(path: Path, header: Header) -> dict[str, int]:
+    """Row of its tensor at which each entry of a file begins; 0 where the file does not say."""
+    text = header.metadata.get(SHARDING)
+    if text is None:
+        return dict.fromkeys(header.entries, 0)
+    try:
+        table = parse_json(text)
+        return {
+            name: _first_row(table[name][SAVED_OFFSETS], e) for name, e in header.entries.items()
+        }
+    except (ValueError, KeyError, TypeError) as error:
+        raise DamagedCheckpointError(f"{path}: {SHARDING} cannot be: {error!r}") from error
+
+
+def _first_row(offsets: Any, entry: Entry) -> int:
+    whole = isinstance(offsets, list) and all(type(n) is int and 0 <= n < 1 << 62 for n in offsets)
+    if not whole or len(offsets) != len(entry.shape) or any(offsets[1:]):
+        raise ValueError(f"offsets {offsets!r:.80} of shape {list(entry.shape)}")
+    return offsets[0] if offsets else 0
+
+
+def _joined(folder: Path, name: str, pieces: list[Piece]) -> StoredTensor:
+    pieces.sort(key=lambda piece: piece.first_row)
+    first, row = pieces[0].entry, 0
+    for piece in pieces:
+        entry = piece.entry
+        if (entry.dtype, entry.shape[1:]) != (first.dtype, first.shape[1:]):
+            raise DamagedCheckpointError(f"{piece.path}: {name} is of another kind elsewhere")
+        if piece.first_row != row:
+            raise DamagedCheckpointError(
+                f"{folder}: {name} has its rows from {row} on twice or not at all: {piece.path} "
+                f"begins at {piece.first_row}"
+            )
+        row = piece.stop_row
+    shape = (row, *first.shape[1:]) if first.shape else ()
+    return StoredTensor(first.dtype, shape, tuple(pieces))
+
+
+def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of `weights/` or `optimizer/`, whole. Raises as `read_layout`."""
+    return {name: tensor.whole() for name, tensor in read_layout(folder).items()}

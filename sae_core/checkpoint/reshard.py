@@ -1,0 +1,123 @@
+"""Writes a checkpoint anew with another number of files, bit for bit, a few MiB at a time."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from sae_core.atomic import fsync_path, write_json
+from sae_core.checkpoint.folder import (
+    MANIFEST,
+    OPTIMIZER,
+    SCHEMA,
+    WEIGHTS,
+    checkpoint_name,
+    hash_file,
+    payload_files,
+    read_state,
+)
+from sae_core.checkpoint.layout import SAVED_OFFSETS, SHARDING, StoredTensor, read_layout
+from sae_core.errors import CheckpointError, ConfigError
+from sae_core.tensor_file import TensorFileWriter, rows_per_block
+
+
+def reshard_checkpoint(source: Path, root: Path, n_shards: int) -> Path:
+    """Copies a checkpoint to `root/step-N`, its tensors in `n_shards` files for each part.
+
+    The source stays as it is, and any mesh resumes from either. A death on the way leaves
+    `step-N.tmp`, which is no checkpoint and is cleared by the next attempt.
+
+    Args:
+        source: a checkpoint whose manifest has been checked.
+        root: folder that gets it; another run's `checkpoints`, or any other.
+        n_shards: files among which the rows of every tensor are divided.
+
+    Raises:
+        CheckpointError: there is one of that step already.
+        ConfigError: more shards than latents.
+        DamagedCheckpointError: the source cannot be read.
+    """
+    state = read_state(source)
+    final = root / checkpoint_name(state.step)
+    if final.exists():
+        raise CheckpointError(f"{final} exists; expected a folder without it: set reshard.to")
+    layouts = {part: read_layout(source / part) for part in (WEIGHTS, OPTIMIZER)}
+    n_latents = {name: int(sae["n_latents"]) for name, sae in state.saes.items()}
+    fewest = min(n_latents.values(), default=0)
+    if n_shards > fewest:
+        raise ConfigError("reshard.shards", n_shards, f"at most {fewest}, the latents of the SAE")
+    temporary = root / f"{final.name}.tmp"
+    shutil.rmtree(temporary, ignore_errors=True)
+    for part, tensors in layouts.items():
+        (temporary / part).mkdir(parents=True)
+        sharded = _sharded_names(tensors, n_latents)
+        for shard in range(n_shards):
+            file = temporary / part / f"shard-{shard + 1:05d}-model-00001-of-00001.safetensors"
+            _write_shard(file, tensors, _row_ranges(tensors, sharded, shard, n_shards))
+    for name in payload_files(source):
+        if name.endswith(".json"):
+            shutil.copyfile(source / name, temporary / name)
+    _finish(temporary, final, state.step)
+    return final
+
+
+def _sharded_names(
+    tensors: Mapping[str, StoredTensor], n_latents: Mapping[str, int]
+) -> frozenset[str]:
+    """Tensors with a row for each latent of their SAE."""
+    return frozenset(
+        name
+        for name, tensor in tensors.items()
+        for sae, rows in n_latents.items()
+        if name.startswith(f"{sae}.") and tensor.shape[:1] == (rows,)
+    )
+
+
+def _row_ranges(
+    tensors: Mapping[str, StoredTensor], sharded: frozenset[str], shard: int, n_shards: int
+) -> dict[str, tuple[int, int]]:
+    """Rows of each tensor that one file holds; short tensors are wholly in the first."""
+    ranges = {}
+    for name, tensor in tensors.items():
+        rows = tensor.pieces[-1].stop_row
+        if name in sharded:
+            ranges[name] = (shard * rows // n_shards, (shard + 1) * rows // n_shards)
+        elif shard == 0:
+            ranges[name] = (0, rows)
+    return ranges
+
+
+def _write_shard(
+    path: Path, tensors: Mapping[str, StoredTensor], ranges: Mapping[str, tuple[int, int]]
+) -> None:
+    shapes: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
+    offsets: dict[str, dict[str, list[int]]] = {}
+    for name, (start, stop) in ranges.items():
+        shape = tensors[name].shape
+        shapes[name] = (tensors[name].dtype, (stop - start, *shape[1:]) if shape else ())
+        offsets[name] = {SAVED_OFFSETS: [start, *[0] * (len(shape) - 1)] if shape else []}
+    metadata = {SHARDING: json.dumps(offsets), "DCP_VERSION": "1.0"}
+    with TensorFileWriter(path, shapes, metadata) as file:
+        for name, (start, stop) in ranges.items():
+            step = rows_per_block(file.entries[name].row_bytes)
+            for first in range(start, stop, step):
+                rows = tensors[name].rows(first, min(first + step, stop))
+                file.write_rows(name, first - start, rows)
+
+
+def _finish(temporary: Path, final: Path, step: int) -> None:
+    """Manifest, flush, rename."""
+    files = {
+        name: {"bytes": (temporary / name).stat().st_size, "sha256": hash_file(temporary / name)}
+        for name in payload_files(temporary)
+    }
+    write_json(temporary / MANIFEST, {"schema": SCHEMA, "step": step, "files": files})
+    for path in [*temporary.rglob("*"), temporary]:
+        fsync_path(path)
+    os.rename(temporary, final)
+    fsync_path(final.parent)

@@ -1,0 +1,28 @@
+"""Everything that is wrong with a checkpoint: its bytes first, then whether they make sense."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from sae_core.checkpoint.folder import OPTIMIZER, WEIGHTS, damages, read_state
+from sae_core.checkpoint.layout import read_layout
+from sae_core.errors import CheckpointError
+from sae_core.stored import open_checkpoint
+
+
+def checkpoint_problems(folder: Path) -> list[str]:
+    """A line for each damaged file; of one whose files are whole, what contradicts itself."""
+    problems = damages(folder)
+    if problems:
+        return problems
+    try:
+        for name in read_state(folder).saes:
+            open_checkpoint(folder, name)
+        weights, moments = read_layout(folder / WEIGHTS), read_layout(folder / OPTIMIZER)
+    except CheckpointError as error:
+        return [str(error)]
+    for name, moment in moments.items():
+        parameter = weights.get(name.rpartition(".")[0])
+        if parameter is None or parameter.shape != moment.shape:
+            problems.append(f"{folder / OPTIMIZER}: {name} is not of the shape of its parameter")
+    return problems

@@ -1,0 +1,245 @@
+"""A trained SAE on disk, in raw activation units, read by ranges of latents.
+
+What a checkpoint, an export of ours or a peer's file holds comes out the same: rows of `W_enc`,
+`W_dec` [L, D] and `b_enc` [L], and `b_dec` [D], all float32. Nothing but `b_dec` is in memory
+before it is asked for, so an SAE of any size can be copied into another format.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sae_core.atomic import read_json, write_json
+from sae_core.checkpoint.folder import (
+    MANIFEST,
+    STATE,
+    WEIGHTS,
+    CheckpointState,
+    check_manifest,
+    newest_valid,
+    read_state,
+)
+from sae_core.checkpoint.layout import Piece, StoredTensor, read_layout
+from sae_core.config import SAEConfig
+from sae_core.errors import CheckpointError, ConfigError, DamagedCheckpointError
+from sae_core.tensor_file import TensorFileWriter, read_header, rows_per_block
+from sae_core.typed import from_json
+
+Rows = Callable[[int, int], torch.Tensor]
+"""Float32 rows [start, stop) of a tensor."""
+WEIGHTS_FILE, CONFIG_FILE = "sae.safetensors", "sae.json"
+ROWS = ("W_enc", "W_dec", "b_enc")
+_MAX_CONFIG_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class StoredSAE:
+    """A TopK SAE that is read as it is needed; `load_sae` gives one that computes."""
+
+    config: SAEConfig
+    d_model: int
+    b_dec: torch.Tensor
+    """[D] float32."""
+    rows: Mapping[str, Rows]
+    """`{W_enc, W_dec: [n, D], b_enc: [n]}`."""
+    step: int = 0
+    """Optimiser steps it was trained for."""
+    metadata: dict[str, Any] = field(default_factory=dict)
+    """Where it came from."""
+
+    def blocks(self, name: str) -> Iterator[tuple[int, torch.Tensor]]:
+        """(first row, rows) of a tensor, a few MiB at a time."""
+        n_latents = self.config.n_latents
+        step = rows_per_block(4 * (1 if name == "b_enc" else self.d_model))
+        for start in range(0, n_latents, step):
+            yield start, self.rows[name](start, min(start + step, n_latents))
+
+    def whole(self, name: str) -> torch.Tensor:
+        """[L, D] or [L] float32."""
+        shape = (self.config.n_latents, self.d_model)
+        out = torch.empty(shape[:1] if name == "b_enc" else shape)
+        for start, rows in self.blocks(name):
+            out[start : start + len(rows)] = rows
+        return out
+
+    def save(self, folder: Path) -> None:
+        """Writes `sae.safetensors` and `sae.json`, which `load_sae` reads back; in pieces.
+
+        Raises:
+            FileExistsError: the folder holds one already.
+        """
+        folder.mkdir(parents=True, exist_ok=True)
+        names = {"W_enc": "W_enc", "W_dec": "W_dec", "b_enc": "b_enc", "b_dec": "b_dec"}
+        write_rows(self, folder / WEIGHTS_FILE, names)
+        config = {"config": asdict(self.config), "step": self.step, "metadata": self.metadata}
+        write_json(folder / CONFIG_FILE, config)
+
+
+def write_rows(sae: StoredSAE, path: Path, names: Mapping[str, str], transposed: str = "") -> None:
+    """Writes an SAE as a safetensors file, float32, in pieces.
+
+    Args:
+        sae: to be written.
+        path: made anew.
+        names: `{our name: name in the file}`, in the order of the file.
+        transposed: our name of the matrix that lies there as [D, L].
+    """
+    n_latents, width = sae.config.n_latents, sae.d_model
+    shapes: dict[str, tuple[int, ...]] = {
+        "W_enc": (n_latents, width),
+        "W_dec": (n_latents, width),
+        "b_enc": (n_latents,),
+        "b_dec": (width,),
+    }
+    if transposed:
+        shapes[transposed] = (width, n_latents)
+    laid = {theirs: (torch.float32, shapes[ours]) for ours, theirs in names.items()}
+    with TensorFileWriter(path, laid) as file:
+        file.write_rows(names["b_dec"], 0, sae.b_dec)
+        for ours in ROWS:
+            write = file.write_columns if ours == transposed else file.write_rows
+            for start, rows in sae.blocks(ours):
+                write(names[ours], start, rows)
+
+
+def open_sae(path: str | Path, name: str | None = None, verify_hashes: bool = True) -> StoredSAE:
+    """An SAE on disk: of a run folder, a checkpoint or a folder that `save` wrote.
+
+    Args:
+        path: the folder. A run gives its newest valid checkpoint.
+        name: which SAE of a checkpoint with several; None takes the only one.
+        verify_hashes: hold every file of a checkpoint against its SHA-256 first.
+
+    Raises:
+        CheckpointError: there is none, it is damaged, or the name is not in it.
+    """
+    path = Path(path)
+    if (path / CONFIG_FILE).is_file():
+        return _open_saved(path)
+    if (path / MANIFEST).is_file():
+        check_manifest(path, verify_hashes)
+        return open_checkpoint(path, name)
+    newest = newest_valid(path / "checkpoints", verify_hashes)
+    if newest is None:
+        raise CheckpointError(
+            f"{path}: expected a run with a valid checkpoint, a checkpoint, or a saved SAE; "
+            "train first with stage=train"
+        )
+    return open_checkpoint(newest, name)
+
+
+def _open_saved(folder: Path) -> StoredSAE:
+    try:
+        raw = read_json(folder / CONFIG_FILE, _MAX_CONFIG_BYTES)
+        config = from_json(SAEConfig, raw["config"])
+        step, metadata = raw["step"], raw["metadata"]
+        if type(step) is not int or not isinstance(metadata, dict):
+            raise ValueError("step or metadata of another type")
+        tensors = whole_file(folder / WEIGHTS_FILE)
+        return of_tensors(config, tensors, step, metadata)
+    except (OSError, ValueError, KeyError, TypeError, CheckpointError) as error:
+        raise CheckpointError(f"{folder}: not a saved SAE: {error}") from error
+
+
+def whole_file(path: Path) -> dict[str, StoredTensor]:
+    """The tensors of a safetensors file that holds all of their rows."""
+    return {
+        name: StoredTensor(entry.dtype, entry.shape, (Piece(path, entry, 0),))
+        for name, entry in read_header(path).entries.items()
+    }
+
+
+def of_tensors(
+    config: SAEConfig,
+    tensors: Mapping[str, StoredTensor],
+    step: int = 0,
+    metadata: dict[str, Any] | None = None,
+) -> StoredSAE:
+    """Of tensors on disk under our names, in raw units.
+
+    Raises:
+        ValueError: one is missing or has another shape than `config` says, or `config` cannot be.
+    """
+    width = check_shapes(config, {name: part.shape for name, part in tensors.items()})
+    rows = {name: _float_rows(tensors[name]) for name in ROWS}
+    return StoredSAE(config, width, tensors["b_dec"].whole().float(), rows, step, metadata or {})
+
+
+def check_shapes(config: SAEConfig, shapes: Mapping[str, tuple[int, ...]]) -> int:
+    """The width D, once the shapes of the four tensors are known to agree. Raises: ValueError."""
+    config.validate()
+    b_dec = shapes.get("b_dec", ())
+    width, n_latents = b_dec[0] if len(b_dec) == 1 else 0, config.n_latents
+    wanted = {"W_enc": (n_latents, width), "W_dec": (n_latents, width), "b_enc": (n_latents,)}
+    for name, shape in wanted.items():
+        if shapes.get(name) != shape:
+            raise ValueError(f"{name} of shape {shapes.get(name)}, expected {shape}")
+    return width
+
+
+def _float_rows(tensor: StoredTensor) -> Rows:
+    return lambda start, stop: tensor.rows(start, stop).float()
+
+
+def open_checkpoint(folder: Path, name: str | None = None) -> StoredSAE:
+    """An SAE of a checkpoint whose manifest has been checked.
+
+    Raises:
+        DamagedCheckpointError: its state or its tensors cannot be.
+        CheckpointError: it holds several SAEs, or none of that name.
+    """
+    state = read_state(folder)
+    name = _pick(folder, state, name)
+    try:
+        config = from_json(SAEConfig, state.saes[name])
+        stored = _under(read_layout(folder / WEIGHTS), f"{name}.")
+        width = check_shapes(config, {key: tensor.shape for key, tensor in stored.items()})
+        if (stored["input_scale"].shape, stored["input_mean"].shape) != ((), (width,)):
+            raise ValueError("input_scale or input_mean of another shape")
+    except (ValueError, KeyError, ConfigError) as error:
+        raise DamagedCheckpointError(f"{folder / STATE} and {WEIGHTS}: {error}") from error
+    return _in_raw_units(folder, state, name, config, stored)
+
+
+def _in_raw_units(
+    folder: Path,
+    state: CheckpointState,
+    name: str,
+    config: SAEConfig,
+    stored: Mapping[str, StoredTensor],
+) -> StoredSAE:
+    # x_norm = (x - mean) * scale. Latents in raw units are those of training divided by scale, so
+    # decoder rows keep unit norm and the encoder matrix stays as it is.
+    scale, mean = stored["input_scale"].whole(), stored["input_mean"].whole()
+    rows = {name: _float_rows(stored[name]) for name in ROWS}
+    rows["b_enc"] = lambda start, stop: stored["b_enc"].rows(start, stop) / scale
+    b_dec = mean + stored["b_dec"].whole() / scale
+    metadata = {
+        "checkpoint": folder.name,
+        "name": name,
+        "tokens": state.tokens,
+        "seed": state.seed,
+        "input_scale": float(scale),
+    }
+    return StoredSAE(config, len(b_dec), b_dec, rows, state.step, metadata)
+
+
+def _under(tensors: Mapping[str, StoredTensor], prefix: str) -> dict[str, StoredTensor]:
+    return {
+        name.removeprefix(prefix): tensor
+        for name, tensor in tensors.items()
+        if name.startswith(prefix)
+    }
+
+
+def _pick(folder: Path, state: CheckpointState, name: str | None) -> str:
+    if name is None and len(state.saes) == 1:
+        return next(iter(state.saes))
+    if name not in state.saes:
+        raise CheckpointError(f"{folder}: holds SAEs {sorted(state.saes)}, {name!r} was asked for")
+    return str(name)
