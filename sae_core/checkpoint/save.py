@@ -128,20 +128,32 @@ def _prepare(root: Path, temporary: Path) -> None:
 def _write(
     temporary: Path, tensors: HostTensors, state: CheckpointState, group: dist.ProcessGroup
 ) -> None:
-    _save_tensors(temporary / WEIGHTS, tensors.weights, group)
-    _save_tensors(temporary / OPTIMIZER, tensors.optimizer, group)
-    if dist.get_rank() == 0:
+    rank = dist.get_rank()
+    for part, content in ((WEIGHTS, tensors.weights), (OPTIMIZER, tensors.optimizer)):
+        failures = _save_tensors(temporary / part, content, group)
+        if rank in failures:
+            raise failures[rank]
+        if failures:
+            return  # the vote names the ranks, and none of them writes the next part
+    if rank == 0:
         write_json(temporary / STATE, state.to_json())
 
 
-def _save_tensors(folder: Path, tensors: dict[str, torch.Tensor], group: dist.ProcessGroup) -> None:
+def _save_tensors(
+    folder: Path, tensors: dict[str, torch.Tensor], group: dist.ProcessGroup
+) -> dict[int, BaseException]:
+    """What ranks failed with; the same on all ranks."""
     # The writer builds each file in memory first: a matrix to a file bounds what that takes.
     matrices = sorted(name for name, tensor in tensors.items() if tensor.dim() == 2)
     files = {name: 1 for name in tensors} | {name: 2 + i for i, name in enumerate(matrices)}
     writer = dcp.HuggingFaceStorageWriter(
         str(folder), fqn_to_index_mapping=files, save_distributed=True
     )
-    dcp.save(tensors, storage_writer=writer, process_group=group)
+    try:
+        dcp.save(tensors, storage_writer=writer, process_group=group)
+    except dcp.CheckpointException as error:  # no Exception: it would pass the vote by
+        return {rank: failure for rank, (failure, _) in error.failures.items()}
+    return {}
 
 
 def _hash_share(temporary: Path) -> dict[str, dict[str, object]]:
