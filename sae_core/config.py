@@ -260,11 +260,9 @@ class CheckpointConfig:
                 self.keep,
                 "at least 2, so that a damaged newest checkpoint has a predecessor",
             )
-        if self.keep_every_tokens is not None and self.keep_every_tokens < self.every_tokens:
+        if self.keep_every_tokens is not None and self.keep_every_tokens < 1:
             raise ConfigError(
-                "checkpoint.keep_every_tokens",
-                self.keep_every_tokens,
-                f"at least checkpoint.every_tokens={self.every_tokens}, or null",
+                "checkpoint.keep_every_tokens", self.keep_every_tokens, "at least 1, or null"
             )
         if self.grace_s <= 0:
             raise ConfigError("checkpoint.grace_s", self.grace_s, "more than 0")

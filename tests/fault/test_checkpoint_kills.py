@@ -73,9 +73,8 @@ def test_a_kill_while_an_old_one_is_deleted_leaves_no_damaged_one(clean, tmp_pat
     assert not list(root.glob("*.tmp"))
 
 
-@pytest.mark.parametrize("n_ranks", [2, 4])
-def test_a_rank_killed_while_it_saves_takes_nobody_into_a_hang(tmp_path, n_ranks):
-    codes, logs = run(tmp_path, n_ranks, hurt=Hurt("write", rank=1))
+def test_a_rank_killed_while_it_saves_takes_nobody_into_a_hang(tmp_path):
+    codes, logs = run(tmp_path, 4, hurt=Hurt("write", rank=1))
     assert codes[1] == KILLED
     assert all(code not in (0, KILLED) for code in codes[:1] + codes[2:]), logs
     assert [step_of(folder) for folder in list_checkpoints(tmp_path / "checkpoints")] == [10]
@@ -95,12 +94,12 @@ def test_a_file_where_the_folder_should_be(tmp_path):
     root.mkdir()
     (root / f"step-{EVERY:08d}.tmp").write_text("not a folder")
     codes, logs = run(tmp_path)
-    assert codes == [CHECKPOINT_FAILED] * 2
+    assert codes == [CHECKPOINT_FAILED] * 2, logs
     assert all("cannot prepare" in log and "rank 0: NotADirectoryError" in log for log in logs)
     assert list_checkpoints(root) == []
 
 
-@pytest.mark.parametrize(("latent", "zero"), [(1, 1), (2, 1), (1, 0)])
+@pytest.mark.parametrize(("latent", "zero"), [(1, 1), (1, 0)])
 def test_a_copy_on_each_mesh_is_what_a_waiting_save_writes(tmp_path, latent, zero):
     more = {"latent": latent, "zero": zero}
     assert run(tmp_path / "now", checkpoint={"asynchronous": False}, **more)[0] == [0, 0]
@@ -111,10 +110,10 @@ def test_a_copy_on_each_mesh_is_what_a_waiting_save_writes(tmp_path, latent, zer
 def test_every_so_many_tokens_one_stays_and_the_clock_saves_too(tmp_path):
     settings = {
         "every_tokens": 10**9,
-        "every_minutes": 1e-9,  # due whenever the ranks talk: every step, these are slow
+        "every_minutes": 1e-9,  # due whenever the ranks talk: every few steps, these are slow
         "keep_every_tokens": TOKENS_PER_SAVE,
     }
-    codes, logs = run(tmp_path, step_s=0.4, checkpoint=settings)
+    codes, logs = run(tmp_path, step_s=0.15, checkpoint=settings)
     assert codes == [0, 0], logs
     steps = sorted(step_of(folder) for folder in list_checkpoints(tmp_path / "checkpoints"))
     found = re.search(r"'checkpoints': (\d+), 'checkpoint_pause_s': ([\d.]+)", logs[0])
