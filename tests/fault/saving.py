@@ -25,7 +25,7 @@ class Hurt:
 
     point: str
     how: str = "kill"
-    """kill or raise."""
+    """kill, raise or wait."""
     rank: int = 0
 
 
@@ -87,6 +87,9 @@ def _arm(hurt: Hurt) -> None:
     def spring() -> None:
         if hurt.how == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
+        if hurt.how == "wait":
+            time.sleep(1)
+            return
         raise OSError(28, "No space left on device (a test's)")
 
     def is_it(*arguments: Any) -> bool:
@@ -109,6 +112,8 @@ def _arm(hurt: Hurt) -> None:
         )
     elif hurt.point == "write":
         before(save, "_save_tensors", lambda folder, *_: is_it(folder) and _torn(folder))
+    elif hurt.point == "begin":
+        before(save, "_write")
     elif hurt.point == "disk":
         writer = save.dcp.HuggingFaceStorageWriter
         before(writer, "write_data", lambda self, *_: is_it(self.path))

@@ -27,17 +27,16 @@ def _train(folder: str, more: dict) -> int:
     return train(folder, **more)
 
 
-def final(folder: Path) -> dict[str, torch.Tensor]:
-    newest = list_checkpoints(folder / "checkpoints")[0]
-    assert step_of(newest) == STEPS
-    return _read_weights(newest / "weights", "") | _read_weights(newest / "optimizer", "")
+def saved(folder: Path, step: int) -> dict[str, torch.Tensor]:
+    found = folder / "checkpoints" / f"step-{step:08d}"
+    return _read_weights(found / "weights", "") | _read_weights(found / "optimizer", "")
 
 
-def same_end(one: Path, other: Path) -> None:
-    a, b = final(one), final(other)
+def same(one: Path, other: Path, step: int = STEPS) -> None:
+    a, b = saved(one, step), saved(other, step)
     assert a.keys() == b.keys()
     for name, tensor in a.items():
-        assert torch.equal(tensor, b[name]), name
+        assert torch.equal(tensor, b[name]), (step, name)
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +59,7 @@ def test_a_kill_at_every_stage_of_a_save(clean, tmp_path, point, left):
     codes, logs = run(tmp_path)
     assert codes == [0, 0], logs
     assert f"resumed from step-{left:08d}" in logs[0]
-    same_end(clean, tmp_path)
+    same(clean, tmp_path)
 
 
 def test_a_kill_while_an_old_one_is_deleted_leaves_no_damaged_one(clean, tmp_path):
@@ -99,12 +98,15 @@ def test_a_file_where_the_folder_should_be(tmp_path):
     assert list_checkpoints(root) == []
 
 
-@pytest.mark.parametrize(("latent", "zero"), [(1, 1), (1, 0)])
-def test_a_copy_on_each_mesh_is_what_a_waiting_save_writes(tmp_path, latent, zero):
-    more = {"latent": latent, "zero": zero}
-    assert run(tmp_path / "now", checkpoint={"asynchronous": False}, **more)[0] == [0, 0]
-    assert run(tmp_path / "later", **more)[0] == [0, 0]
-    same_end(tmp_path / "now", tmp_path / "later")
+@pytest.mark.parametrize(("latent", "zero"), [(1, 1), (2, 0)])
+def test_a_save_that_training_overtakes_holds_its_own_step(tmp_path, latent, zero):
+    more = {"latent": latent, "zero": zero, "hurt": Hurt("begin", "wait")}
+    for name, asynchronous in (("now", False), ("later", True)):
+        settings = {"asynchronous": asynchronous, "keep": 9}
+        codes, logs = run(tmp_path / name, checkpoint=settings, **more)
+        assert codes == [0, 0], logs
+    for step in range(EVERY, STEPS + 1, EVERY):
+        same(tmp_path / "now", tmp_path / "later", step)
 
 
 def test_every_so_many_tokens_one_stays_and_the_clock_saves_too(tmp_path):
