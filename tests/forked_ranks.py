@@ -52,7 +52,7 @@ class Ranks:
             process.start()
             self.processes.append(process)
 
-    def codes(self, timeout_s: float = 60) -> list[int]:
+    def codes(self, timeout_s: float = 120) -> list[int]:
         """Exit codes, -N for signal N; one that still runs after `timeout_s` fails the test."""
         try:
             for process in self.processes:

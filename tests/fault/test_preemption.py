@@ -131,14 +131,14 @@ def test_no_time_left_leaves_at_once(folder, trap, grace_s, said):
     run_dir = make_run(folder / trap.replace(" ", "-"), grace_s)
     began = time.monotonic()
     codes, logs = ranks(run_dir, trap)
-    assert time.monotonic() - began < 50
+    assert time.monotonic() - began < 100
     assert codes[1] == EXIT_PREEMPTED and codes[0] != 0, logs
     assert said in logs[1]
     assert list_checkpoints(run_dir / "checkpoints") == []
 
 
 def wait_until(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:
-    deadline = time.monotonic() + 90
+    deadline = time.monotonic() + 150
     while not condition():
         assert process.poll() is None, f"ended too early: {process.communicate()[0]}"
         assert time.monotonic() < deadline
