@@ -8,9 +8,10 @@ from sae_core.checkpoint.folder import (
     read_state,
 )
 from sae_core.checkpoint.load import agreed_checkpoint, load_checkpoint
-from sae_core.checkpoint.save import save_checkpoint
+from sae_core.checkpoint.saver import CheckpointSaver
 
 __all__ = [
+    "CheckpointSaver",
     "CheckpointState",
     "agreed_checkpoint",
     "check_manifest",
@@ -18,5 +19,4 @@ __all__ = [
     "load_checkpoint",
     "newest_valid",
     "read_state",
-    "save_checkpoint",
 ]

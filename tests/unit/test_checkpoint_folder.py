@@ -120,3 +120,12 @@ def test_pruning_keeps_the_newest_valid_ones(tmp_path):
     DAMAGES["truncated"](folders[3])
     assert [f.name for f in list_checkpoints(tmp_path)][0] == "step-00000004"
     assert list(prunable(tmp_path, 2)) == [folders[0]]
+
+
+def test_pruning_leaves_milestones_and_what_is_not_published(tmp_path):
+    folders = {step: make(tmp_path, step) for step in (3, 9, 12, 17, 21, 26, 28)}
+    DAMAGES["truncated"](folders[12])  # so the stretch of 10 to 19 keeps its second one
+    unpublished = tmp_path / "step-00000029.tmp"
+    unpublished.mkdir()
+    assert set(prunable(tmp_path, 2, 10)) == {folders[step] for step in (3, 9, 12)}
+    assert set(prunable(tmp_path, 2)) == {folders[step] for step in (3, 9, 12, 17, 21)}

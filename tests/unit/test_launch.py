@@ -34,6 +34,7 @@ def launch(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
         ("store.dtype=float64", "bfloat16 or float32"),
         ("store.shard_tokens=100", "room for one context"),
         ("checkpoint.keep=1", "at least 2"),
+        ("checkpoint.every_minutes=0", "more than 0, or null"),
         ("optim.warmup_tokens=99999999", "at most train.tokens"),
         ("model.hookpoints=[]", "at least one module name"),
         ("sae.hookpoint=model.layers.3", "one of model.hookpoints"),
