@@ -21,9 +21,11 @@ from cluster.cursor import RunCursor, consumer_name
 from cluster.environment import environment
 from cluster.errors import ClusterError
 from cluster.metric_sinks import MetricSinks
+from cluster.pulses import pulse_file
 from cluster.run_dir import CONFIG, ENVIRONMENT, rank_lock
 from cluster.source import WAIT_TIMEOUT_S, StoreSource
 from cluster.trainable import check_store
+from cluster.watchdog import Watchdog
 from conf.run_config import load_config
 from conf.schema import RunConfig
 from sae_core.atomic import write_json
@@ -65,9 +67,11 @@ def run_rank(run_dir: Path, console: bool = False) -> None:
         if rank == 0:
             write_json(run_dir / ENVIRONMENT, environment())
         sinks = MetricSinks(config, run_dir, console) if rank == 0 else None
+        limits = config.train.hang_timeout_s, config.train.timeout_s
         try:
-            _train(config, run_dir, device, sinks)
-            dist.barrier()
+            with Watchdog(pulse_file(run_dir, rank), *limits) as watchdog:
+                _train(config, run_dir, device, sinks, watchdog)
+                dist.barrier()
             dist.destroy_process_group()
         finally:
             # After the barrier: a wandb that takes its time must not keep the others waiting.
@@ -76,7 +80,11 @@ def run_rank(run_dir: Path, console: bool = False) -> None:
 
 
 def _train(
-    config: RunConfig, run_dir: Path, device: torch.device, sinks: MetricSinks | None
+    config: RunConfig,
+    run_dir: Path,
+    device: torch.device,
+    sinks: MetricSinks | None,
+    watchdog: Watchdog,
 ) -> None:
     mesh = Mesh.create(device.type, config.parallel.latent, config.parallel.data)
     store = open_store(config.store.path)
@@ -94,6 +102,7 @@ def _train(
         # The driver sees when a harvest beside the trainer fails, and ends the ranks.
         wait_timeout_s=math.inf if config.cluster.mode == "concurrent" else WAIT_TIMEOUT_S,
     )
+    watchdog.waits = lambda: source.waits
     trainer_config = replace(config.trainer, sae=replace(config.sae, hookpoint=array))
     # Before the sample: what it reads must not be deleted by others meanwhile.
     cursor = _cursor(config, run_dir, source) if sinks is not None else None
@@ -112,6 +121,7 @@ def _train(
             trainer.calibrate()
         else:
             trainer.resume(newest)
+        watchdog.training_begins(lambda: trainer.step)
         trainer.train()
         if cursor is not None:
             cursor.close()

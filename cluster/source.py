@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -69,6 +70,7 @@ class StoreSource:
         }
         self.before_next: Callable[[], None] = lambda: None
         """Called before every batch is waited for."""
+        self._waiting = False
         self._device_rows: DeviceRows | None = None
         self._stream: ShuffledStream | StagedStream
         if device is not None and device.type == "cuda":
@@ -89,6 +91,26 @@ class StoreSource:
     def next(self) -> Batch:
         """This replica's rows of the batch at `position`, [batch_tokens / n_replicas, d_in]."""
         self.before_next()
+        with self._wait():
+            return self._next()
+
+    @property
+    def waits(self) -> int:
+        """A number that moves on while the trainer waits for rows of a growing store.
+
+        Not while only the background reader waits: the trainer may hang meanwhile.
+        """
+        return self._store.refreshes if self._waiting else 0
+
+    @contextmanager
+    def _wait(self) -> Iterator[None]:
+        self._waiting = True
+        try:
+            yield
+        finally:
+            self._waiting = False
+
+    def _next(self) -> Batch:
         if isinstance(self._stream, StagedStream):
             assert self._device_rows is not None
             staged = self._stream.next()
@@ -101,6 +123,10 @@ class StoreSource:
 
         In equal batches of at most `SAMPLE_BATCH`: fewer rows than batches are left out at the end.
         """
+        with self._wait():
+            return self._sample(n)
+
+    def _sample(self, n: int) -> torch.Tensor:
         self._wait_for_rows(n)
         wanted = min(n, self._store.n_tokens)
         n_batches = -(-wanted // SAMPLE_BATCH)
