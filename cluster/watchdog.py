@@ -19,7 +19,7 @@ from pathlib import Path
 
 HUNG = "hung"
 """In the pulse of a rank that ends itself."""
-LAST_WORDS_S = 5.0
+LAST_WORDS_S = 3.0
 """Between the stacks and the end: the death of one rank ends the others, who write theirs first."""
 _TICK_S = 1.0
 _STDERR = 2

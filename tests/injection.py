@@ -10,6 +10,7 @@ import os
 import random
 import re
 import signal
+import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -145,6 +146,17 @@ def last_step(run_dir: Path) -> int:
     path = run_dir / "metrics.jsonl"
     steps = re.findall(r'"step": (\d+),', path.read_text()) if path.exists() else []
     return int(steps[-1]) if steps else 0
+
+
+def reach(
+    run_dir: Path, step: int, driver: subprocess.Popen[bytes], timeout_s: float = 180
+) -> None:
+    """Returns once the run has reported `step`."""
+    deadline = time.monotonic() + timeout_s
+    while last_step(run_dir) < step:
+        assert driver.poll() is None, f"ended with {driver.returncode} before step {step}"
+        assert time.monotonic() < deadline, f"no step {step} within {timeout_s:.0f} s"
+        time.sleep(0.05)
 
 
 def alive(pid: int) -> bool:
