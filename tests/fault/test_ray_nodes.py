@@ -31,7 +31,8 @@ def test_faults_on_several_nodes_change_nothing(tmp_path):
         run(tmp_path, "calm", *SMALL, f"stage={stage}")
     folder = tmp_path / "struck" / "run"
     with ray_nodes(3, cpus=1) as nodes, open(tmp_path / "log", "w+") as log:
-        cluster = ("cluster=join", f"cluster.address={nodes.address}", "cluster.max_failures=8")
+        address = f"cluster.address={nodes.address}"
+        cluster = ("cluster=join", address, "cluster.harvest_workers=2", "cluster.max_failures=8")
         argv = command(tmp_path, "struck", *SMALL, *CONCURRENT, *cluster)
 
         def start() -> subprocess.Popen[bytes]:
