@@ -59,7 +59,8 @@ def run_rank(run_dir: Path, console: bool = False) -> None:
     device = _device(config.train.device, local_rank)
     torch.set_num_threads(_threads(config))
     keep_freed_memory()
-    with rank_lock(run_dir, rank):
+    limits = config.train.hang_timeout_s, config.train.timeout_s
+    with rank_lock(run_dir, rank), Watchdog(pulse_file(run_dir, rank), *limits) as watchdog:
         dist.init_process_group(
             "nccl" if device.type == "cuda" else "gloo",
             timeout=timedelta(seconds=config.train.timeout_s),
@@ -67,11 +68,10 @@ def run_rank(run_dir: Path, console: bool = False) -> None:
         if rank == 0:
             write_json(run_dir / ENVIRONMENT, environment())
         sinks = MetricSinks(config, run_dir, console) if rank == 0 else None
-        limits = config.train.hang_timeout_s, config.train.timeout_s
         try:
-            with Watchdog(pulse_file(run_dir, rank), *limits) as watchdog:
-                _train(config, run_dir, device, sinks, watchdog)
-                dist.barrier()
+            _train(config, run_dir, device, sinks, watchdog)
+            dist.barrier()
+            watchdog.stop()
             dist.destroy_process_group()
         finally:
             # After the barrier: a wandb that takes its time must not keep the others waiting.

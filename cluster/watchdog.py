@@ -61,6 +61,10 @@ class Watchdog:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def stop(self) -> None:
+        """Training is over: what comes now may take its time."""
         self._stop.set()
         self._thread.join()
         faulthandler.cancel_dump_traceback_later()
