@@ -10,12 +10,13 @@ from cluster.run_dir import rank_lock, wait_for_old_ranks
 
 
 def test_a_second_group_of_ranks_is_refused(tmp_path):
-    with rank_lock(tmp_path, 0), rank_lock(tmp_path, 1):
-        with (
-            pytest.raises(RunDirError, match="being trained by another group"),
-            rank_lock(tmp_path, 0),
-        ):
-            pass
+    with (
+        rank_lock(tmp_path, 0),
+        rank_lock(tmp_path, 1),
+        pytest.raises(RunDirError, match="being trained by another group"),
+        rank_lock(tmp_path, 0),
+    ):
+        pass
     with rank_lock(tmp_path, 0):
         pass  # free again
 
