@@ -73,10 +73,10 @@ def run(
     with ray_session(config.cluster, min_cpus=1):
         failed_at: float | None = None
         for failures in range(config.cluster.max_failures + 1):
-            problem = _attempt(config, run_dir, console, watch, failed_at)
-            if problem is None:
+            failure = _attempt(config, run_dir, console, watch, failed_at)
+            if failure is None:
                 break
-            failed_at = time.monotonic()
+            problem, failed_at = failure
             print(f"train: {problem}; attempt {failures + 1}", file=sys.stderr, flush=True)
             wait_for_old_ranks(run_dir)
         else:
@@ -118,8 +118,8 @@ def _attempt(
     console: Console,
     watch: Callable[[], None],
     failed_at: float | None,
-) -> str | None:
-    """One group of ranks, to its end. Returns what killed it, None when it finished."""
+) -> tuple[str, float] | None:
+    """One group of ranks, to its end. Returns what killed it and when, None when it finished."""
     import ray
 
     pulses = Pulses(run_dir, config.parallel.n_ranks, config.train.hang_timeout_s)
@@ -130,14 +130,16 @@ def _attempt(
             tasks = [rank.run.remote(host, port) for rank in ranks]
             line = TrainingLine(config.train.n_steps, console)
             frozen = _follow(tasks, run_dir, line, watch, pulses, failed_at)
-            return frozen or _first_problem(tasks, pulses)
+            ended_at = time.monotonic()
+            problem = frozen or _first_problem(tasks, pulses)
+            return (problem, ended_at) if problem else None
     except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError):
-        return "a trainer rank died before it began"
+        return "a trainer rank died before it began", failed_at or time.monotonic()
     except PlacementError as error:
         # A node that is lost takes a while to be missed; what fitted once may soon fit again.
         if failed_at is None:
             raise
-        return str(error)
+        return str(error), failed_at
 
 
 def _follow(
