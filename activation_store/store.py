@@ -75,6 +75,8 @@ class Store:
         self.path = storage.path
         self.poll_s = storage.poll_s
         """Seconds between two looks at whether it has grown."""
+        self.refreshes = 0
+        """How often it has been looked at again."""
         self._storage = storage
         header = read_header(storage)
         self._columns, self._stored = header.columns, header.stored
@@ -129,6 +131,7 @@ class Store:
             StoreFormatError, MissingDataError, DamagedDataError: naming the file.
         """
         with self._lock:
+            self.refreshes += 1
             self.read_watermark()
             if not self.finalised:
                 # Before the log: a finalised store's is complete.

@@ -36,6 +36,7 @@ class WorkerPool:
 
         self._spec = spec
         self._in_flight = config.items_in_flight
+        self._placement_timeout_s = config.placement_timeout_s
         shutil.rmtree(spec.starts_dir, ignore_errors=True)
         spec.starts_dir.mkdir(parents=True)
         slots = {"num_gpus": 1} if spec.device == "cuda" else {"num_cpus": 1}
@@ -93,13 +94,20 @@ class WorkerPool:
         queue = iter(work)
         upcoming = next(queue, None)
         free = deque(self.workers * self._in_flight)
-        pending: dict[Any, Any] = {}  # task -> the worker that has it
+        pending: dict[Any, tuple[Any, Work]] = {}  # task -> the worker that has it, and the item
+        patience = _Patience(self._placement_timeout_s)
+        finished: set[int] = set()
         starts = self._starts()
-        while upcoming is not None or pending:
+        while True:
+            open_items = [given for _, given in pending.values() if given[0] not in finished]
+            if upcoming is None and not open_items:
+                return
+            if not open_items:
+                patience.reset()  # nobody has anything to do
             may_start(None)
             while upcoming is not None and free and may_start(upcoming[0]):
                 worker = free.popleft()
-                pending[worker.run_item.remote(*upcoming)] = worker
+                pending[worker.run_item.remote(*upcoming)] = worker, upcoming
                 upcoming = next(queue, None)
             if not pending:
                 time.sleep(POLL_S)
@@ -108,11 +116,22 @@ class WorkerPool:
             done, _ = ray.wait(list(pending), timeout=POLL_S)
             for task in done:
                 rows = self._result(task)
-                free.append(pending.pop(task))
+                worker, (item, _) = pending.pop(task)
+                free.append(worker)
                 starts = self._starts()
-                yield rows
+                patience.reset()
+                if item not in finished:
+                    finished.add(item)
+                    yield rows
             if not done:
                 self._refuse_endless_restarts(starts)
+                if patience.lost():
+                    # A worker whose node is lost waits for a place, perhaps for ever, and a frozen
+                    # one never answers. Two workers on one item do no harm: their bytes are equal.
+                    idle = [w for w in free if free.count(w) == self._in_flight]
+                    for worker, again in zip(idle, open_items, strict=False):
+                        free.remove(worker)
+                        pending[worker.run_item.remote(*again)] = worker, again
                 yield None
 
     def _result(self, task: Any) -> Any:
@@ -139,3 +158,26 @@ class WorkerPool:
                 "from outside or crash, most often for lack of memory; lower "
                 "cluster.harvest_workers"
             )
+
+
+class _Patience:
+    """Runs out when no item has been finished for far longer than any took before."""
+
+    def __init__(self, least_s: float) -> None:
+        self._least_s, self._longest_s = least_s, 0.0
+        self._since, self._ran_out = time.monotonic(), False
+
+    def reset(self) -> None:
+        """An item was finished, or none is under way."""
+        now = time.monotonic()
+        if not self._ran_out:
+            self._longest_s = max(self._longest_s, now - self._since)
+        self._since, self._ran_out = now, False
+
+    def lost(self) -> bool:
+        """Whether it has run out; it then begins anew."""
+        now = time.monotonic()
+        if now - self._since <= max(self._least_s, 3 * self._longest_s):
+            return False
+        self._since, self._ran_out = now, True
+        return True

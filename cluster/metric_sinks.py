@@ -18,6 +18,8 @@ from conf.schema import RunConfig
 
 METRICS = "metrics.jsonl"
 _WANDB_ID = "wandb_id"
+_WANDB_TIMEOUT_S = 30.0
+"""For its start and for its end; what is not sent by then lies in the run's folder."""
 
 
 class MetricSinks:
@@ -96,7 +98,13 @@ def _start_wandb(config: RunConfig, run_dir: Path) -> Any:
             resume="allow",
             dir=run_dir,
             mode=mode,
-            settings=wandb.Settings(init_timeout=30, console="off", disable_git=True),
+            settings=wandb.Settings(
+                init_timeout=_WANDB_TIMEOUT_S,
+                # By default `finish` waits for a network that is gone for as long as it is gone.
+                finish_timeout=_WANDB_TIMEOUT_S,
+                console="off",
+                disable_git=True,
+            ),
         )
     except Exception as error:  # a dead network or a broken wandb never stops training
         print(f"wandb is off: {type(error).__name__}: {error}", file=sys.stderr)

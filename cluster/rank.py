@@ -26,11 +26,13 @@ from cluster.errors import ClusterError, PreemptedError
 from cluster.metric_sinks import MetricSinks
 from cluster.preemption import EXIT_PREEMPTED, StopRequest, on_preemption
 from cluster.provenance import consumer_name
+from cluster.pulses import pulse_file
 from cluster.row_share import RowShare
 from cluster.run_dir import CONFIG, ENVIRONMENT, rank_lock
 from cluster.source import WAIT_TIMEOUT_S, StoreSource
 from cluster.trainable import check_store, require_finite
 from cluster.training_line import COSTS, training_costs
+from cluster.watchdog import Watchdog
 from conf.run_config import load_config
 from conf.schema import RunConfig
 from sae_core.atomic import write_json
@@ -72,9 +74,11 @@ def run_rank(run_dir: Path, console: bool = False) -> None:
     def stop_requested() -> bool:
         return signalled.is_set() or (request is not None and bool(request.made))
 
+    limits = config.train.hang_timeout_s, config.train.timeout_s
     with (
         on_preemption(lambda _: signalled.set(), config.checkpoint.grace_s),
         rank_lock(run_dir, rank),
+        Watchdog(pulse_file(run_dir, rank), *limits) as watchdog,
     ):
         dist.init_process_group(
             "nccl" if device.type == "cuda" else "gloo",
@@ -84,8 +88,9 @@ def run_rank(run_dir: Path, console: bool = False) -> None:
             write_json(run_dir / ENVIRONMENT, environment())
         sinks = MetricSinks(config, run_dir, console) if rank == 0 else None
         try:
-            finished = _train(config, run_dir, device, sinks, stop_requested)
+            finished = _train(config, run_dir, device, sinks, stop_requested, watchdog)
             dist.barrier()
+            watchdog.stop()
             dist.destroy_process_group()
         finally:
             # After the barrier: a wandb that takes its time must not keep the others waiting.
@@ -103,6 +108,7 @@ def _train(
     device: torch.device,
     sinks: MetricSinks | None,
     stop_requested: Callable[[], bool],
+    watchdog: Watchdog,
 ) -> bool:
     """Whether the run has come to its end."""
     mesh = Mesh.create(device.type, config.parallel.latent, config.parallel.data)
@@ -122,6 +128,7 @@ def _train(
         wait_timeout_s=math.inf if config.cluster.mode == "concurrent" else WAIT_TIMEOUT_S,
         share=RowShare.of(mesh, config.train.timeout_s),
     )
+    watchdog.waits = lambda: source.waits
     trainer_config = replace(config.trainer, sae=replace(config.sae, hookpoint=array))
     # Before the sample: what it reads must not be deleted by others meanwhile.
     cursor = _cursor(config, run_dir, source) if sinks is not None else None
@@ -141,6 +148,7 @@ def _train(
             trainer.calibrate()
         else:
             trainer.resume(newest)
+        watchdog.training_begins(lambda: trainer.step)
         finished = trainer.train()
         if sinks is not None:
             write_json(run_dir / COSTS, trainer.costs)

@@ -20,7 +20,8 @@ def rank_group(config: RunConfig, run_dir: Path) -> Iterator[list[Any]]:
     On the CPU ranks ask Ray for no resource: how many share the cores is the user's choice.
 
     Raises:
-        PlacementError: not all of them came up in time.
+        PlacementError: not all of them came up in time, or one cannot start.
+        RayActorError: one died while it started, or its node did.
     """
     import ray
     from ray.util.placement_group import remove_placement_group
@@ -63,11 +64,21 @@ def _wait_until_ready(ranks: list[Any], timeout_s: float) -> None:
         )
     try:
         ray.get(placed)
-    except ray.exceptions.RayError as error:
+    except ray.exceptions.RayActorError as error:
+        if not _failed_to_start(error):
+            raise
         raise PlacementError(
             f"a rank cannot start: {error}; the run folder must lie on a file system that all "
             "nodes share"
         ) from error
+
+
+def _failed_to_start(error: Any) -> bool:
+    """Whether the actor's own constructor raised; else its process or its node was killed.
+
+    Ray has no other sign of it than the text.
+    """
+    return "error raised in its creation task" in str(error)
 
 
 def _gpu_group(config: RunConfig, n_ranks: int) -> Any:

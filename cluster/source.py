@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
 
 import torch
 
@@ -17,6 +18,8 @@ from cluster.device_rows import DeviceRows, pinned
 from cluster.row_share import RowShare
 from cluster.tensors import to_torch
 from sae_core.source import Batch
+
+T = TypeVar("T")
 
 SAMPLE_BATCH = 4096
 WAIT_TIMEOUT_S = 600.0
@@ -77,6 +80,7 @@ class StoreSource:
         self.before_next: Callable[[], None] = lambda: None
         """Called on this rank before every batch is waited for; what it raises, all ranks raise."""
         self._device = device or torch.device("cpu")
+        self._waiting = False
         self._device_rows: DeviceRows | None = None
         self._stream: ShuffledStream | StagedStream
         if self._device.type == "cuda":
@@ -98,9 +102,9 @@ class StoreSource:
         """This replica's rows of the batch at `position`, [batch_tokens / n_replicas, d_in]."""
         first_row = self.position * self._batch_tokens + self._first
         if self._device_rows is None:
-            x = self._gather(self._share.read(self._read))
+            x = self._gather(self._read_shared(self._read))
         else:
-            staged = self._device_rows.pick(self._share.read(self._read_staged))
+            staged = self._device_rows.pick(self._read_shared(self._read_staged))
             shared = {name: self._gather(rows) for name, rows in staged.items()}
             x = self._device_rows.decode(shared)
         return Batch(x, None, first_row)
@@ -115,14 +119,38 @@ class StoreSource:
         assert isinstance(self._stream, StagedStream)
         return self._stream.next()
 
+    def _read_shared(self, read: Callable[[], T]) -> T:
+        with self._wait():
+            return self._share.read(read)
+
     def _gather(self, rows: torch.Tensor) -> torch.Tensor:
         return self._share.gather(rows, self._n_rows)
+
+    @property
+    def waits(self) -> int:
+        """A number that moves on while the trainer waits for rows of a growing store.
+
+        Not while only the background reader waits: the trainer may hang meanwhile.
+        """
+        return self._store.refreshes if self._waiting else 0
+
+    @contextmanager
+    def _wait(self) -> Iterator[None]:
+        self._waiting = True
+        try:
+            yield
+        finally:
+            self._waiting = False
 
     def sample(self, n: int) -> torch.Tensor:
         """`n` rows of the order's beginning, or all of a smaller store; the same on all ranks.
 
         In equal batches of at most `SAMPLE_BATCH`: fewer rows than batches are left out at the end.
         """
+        with self._wait():
+            return self._sample(n)
+
+    def _sample(self, n: int) -> torch.Tensor:
         self._share.read(lambda: self._wait_for_rows(n))
         wanted = min(n, self._store.n_tokens)
         n_batches = -(-wanted // SAMPLE_BATCH)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,10 @@ from rich.console import Console
 
 from activation_store import open_store, shuffle_quality, store_exists
 from activation_store.errors import StoreConfigError, StoreError
-from cluster.errors import ClusterError, PreemptedError, RankFailedError
+from cluster.errors import ClusterError, PlacementError, PreemptedError, RankFailedError
 from cluster.metric_sinks import METRICS
 from cluster.preemption import StopRequest, on_preemption
+from cluster.pulses import Pulses
 from cluster.rank_group import rank_group
 from cluster.ray_session import ray_session
 from cluster.run_dir import wait_for_old_ranks
@@ -76,14 +78,17 @@ def run(
         ray_session(config.cluster, min_cpus=1),
         on_preemption(request.make, config.checkpoint.grace_s),
     ):
+        failed_at: float | None = None
         for failures in range(config.cluster.max_failures + 1):
-            problem = _attempt(config, run_dir, console, watch)
-            if problem is None:
+            failure = _attempt(config, run_dir, console, watch, failed_at)
+            if failure is None:
                 break
-            wait_for_old_ranks(run_dir)
+            problem, failed_at = failure
             if request.made:
+                wait_for_old_ranks(run_dir)
                 raise PreemptedError(f"{problem} while it was to stop for {request.made}")
             print(f"train: {problem}; attempt {failures + 1}", file=sys.stderr, flush=True)
+            wait_for_old_ranks(run_dir)
         else:
             raise RankFailedError(
                 f"trainer ranks died {config.cluster.max_failures + 1} times, last: {problem}; "
@@ -121,24 +126,47 @@ def finished(config: RunConfig, run_dir: Path) -> Path | None:
 
 
 def _attempt(
-    config: RunConfig, run_dir: Path, console: Console, watch: Callable[[], None]
-) -> str | None:
-    """One group of ranks, to its end. Returns what killed it, None when it finished."""
+    config: RunConfig,
+    run_dir: Path,
+    console: Console,
+    watch: Callable[[], None],
+    failed_at: float | None,
+) -> tuple[str, float] | None:
+    """One group of ranks, to its end. Returns what killed it and when, None when it finished."""
     import ray
 
-    with rank_group(config, run_dir) as ranks:
-        try:
+    pulses = Pulses(run_dir, config.parallel.n_ranks, config.train.hang_timeout_s)
+    try:
+        with rank_group(config, run_dir) as ranks:
             timeout_s = config.cluster.placement_timeout_s
             host, port = ray.get(ranks[0].address.remote(), timeout=timeout_s)
-        except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError):
-            return "a trainer rank died before it began"
-        tasks = [rank.run.remote(host, port) for rank in ranks]
-        _follow(tasks, run_dir, TrainingLine(config.train.n_steps, console), watch)
-        return _first_problem(tasks)
+            tasks = [rank.run.remote(host, port) for rank in ranks]
+            line = TrainingLine(config.train.n_steps, console)
+            frozen = _follow(tasks, run_dir, line, watch, pulses, failed_at)
+            ended_at = time.monotonic()
+            problem = frozen or _first_problem(tasks, pulses)
+            return (problem, ended_at) if problem else None
+    except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError):
+        return "a trainer rank died before it began", failed_at or time.monotonic()
+    except PlacementError as error:
+        # A node that is lost takes a while to be missed; what fitted once may soon fit again.
+        if failed_at is None:
+            raise
+        return str(error), failed_at
 
 
-def _follow(tasks: list[Any], run_dir: Path, line: TrainingLine, watch: Callable[[], None]) -> None:
-    """Shows rank 0's metrics until all ranks have finished or the first one has failed."""
+def _follow(
+    tasks: list[Any],
+    run_dir: Path,
+    line: TrainingLine,
+    watch: Callable[[], None],
+    pulses: Pulses,
+    failed_at: float | None,
+) -> str | None:
+    """Shows rank 0's metrics until all ranks have finished or the first one has failed.
+
+    Returns what is wrong where no task tells it: ranks that are frozen.
+    """
     import ray
 
     path = run_dir / METRICS
@@ -148,10 +176,17 @@ def _follow(tasks: list[Any], run_dir: Path, line: TrainingLine, watch: Callable
         while waiting:
             done, waiting = ray.wait(waiting, timeout=_POLL_S)
             watch()
+            if failed_at is not None and pulses.steps_taken():
+                gap_s = time.monotonic() - failed_at
+                print(f"train: resumed after {gap_s:.1f} s", file=sys.stderr, flush=True)
+                failed_at = None
             if path.exists():
                 offset = _show_new_rows(path, offset, line)
             if any(_error_of(task) is not None for task in done):
-                return
+                return None
+            if frozen := pulses.frozen():
+                return f"trainer ranks {frozen} hung: frozen, without a sign of life"
+        return None
     finally:
         line.close()
 
@@ -168,7 +203,7 @@ def _show_new_rows(path: Path, offset: int, line: TrainingLine) -> int:
     return offset
 
 
-def _first_problem(tasks: list[Any]) -> str | None:
+def _first_problem(tasks: list[Any], pulses: Pulses) -> str | None:
     """What went wrong, or None; raises what no second attempt would mend."""
     import ray
 
@@ -178,6 +213,8 @@ def _first_problem(tasks: list[Any]) -> str | None:
     ray.wait(tasks, num_returns=len(tasks), timeout=_SETTLE_S)
     errors = [error for error in map(_error_of, filter(_is_done, tasks)) if error is not None]
     deaths = [error for error in errors if isinstance(error, ray.exceptions.RayActorError)]
+    if hung := pulses.hung():
+        return f"no progress, a trainer rank hung; stacks are in the logs of ranks {hung}"
     if deaths:
         return "a trainer rank died"
     for error in errors:

@@ -33,6 +33,7 @@ MAY_CHANGE = (
     "train.prefilter",
     "train.threads_per_rank",
     "train.timeout_s",
+    "train.hang_timeout_s",
 )
 """Keys and groups that a run may be resumed with another value of; all else makes another run."""
 

@@ -146,6 +146,9 @@ class TrainConfig:
     """CPU threads of each rank; null: cores / ranks on this machine, at least 1."""
     timeout_s: float = 600.0
     """A collective that takes longer than this fails the run."""
+    hang_timeout_s: float = 600.0
+    """A rank that makes no step for so long, without waiting for rows of a growing store, writes
+    its stacks to its log and ends; the group is started anew. `timeout_s` before the first step."""
 
     def validate(self) -> None:
         """Raises: ConfigError: for impossible sizes or unknown names."""
@@ -173,8 +176,9 @@ class TrainConfig:
             raise ConfigError(
                 "train.threads_per_rank", self.threads_per_rank, "at least 1, or null"
             )
-        if self.timeout_s <= 0:
-            raise ConfigError("train.timeout_s", self.timeout_s, "more than 0")
+        for name in ("timeout_s", "hang_timeout_s"):
+            if getattr(self, name) <= 0:
+                raise ConfigError(f"train.{name}", getattr(self, name), "more than 0")
 
     @property
     def n_steps(self) -> int:

@@ -82,9 +82,9 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return work
 
 
-def final(work: Path, runs: str) -> dict[str, torch.Tensor]:
+def final(work: Path, runs: str, step: int = 140) -> dict[str, torch.Tensor]:
     newest = list_checkpoints(work / runs / "run" / "checkpoints")[0]
-    assert newest.name == "step-00000140"
+    assert newest.name == f"step-{step:08d}"
     return read_tensors(newest / "weights") | read_tensors(newest / "optimizer")
 
 

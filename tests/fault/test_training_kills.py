@@ -1,9 +1,10 @@
-"""A killed driver, a killed rank: the command again ends with the weights of an unkilled run."""
+"""A driver or rank that is killed or hangs: the run ends with the weights of an undisturbed one."""
 
 from __future__ import annotations
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -132,6 +133,33 @@ def test_a_killed_rank(folder, victim):
     output, _ = process.communicate(timeout=150)
     assert process.returncode == 0, output
     assert "a trainer rank died" in output or "a trainer rank failed" in output
+    gap_s = float(re.findall(r"train: resumed after ([\d.]+) s", output)[0])
+    print(f"from the failure to the first new step: {gap_s} s")
+    assert gap_s < 75, "15 s on a quiet machine"
+    same_end(folder / "clean", mine)
+
+
+def test_ranks_that_hang(folder):
+    mine = folder / "hangs"
+    process = start(mine, "parallel.latent=2", "train.hang_timeout_s=8")
+    wait_until(lambda: trained_beyond(mine, 100), process)
+    first = rank_pids(mine)
+    os.kill(first[1], signal.SIGSTOP)
+    # Rank 0 waits for it in a collective: it tells, ends, and the frozen one is killed.
+    wait_until(lambda: not set(first) & set(rank_pids(mine)), process)
+    log = (mine / "run" / "logs" / "rank-0.log").read_text()
+    assert "no progress for 8 s" in log and "most recent call first" in log
+    assert "in train_step" in log, "the stack of the thread that trains"
+    began = log.count("process ")
+    again = rank_pids(mine)
+    wait_until((mine / "run" / "logs" / "rank-0.pulse").exists, process)
+    for pid in again:  # nobody is left who could tell: the driver sees it
+        os.kill(pid, signal.SIGSTOP)
+    output, _ = process.communicate(timeout=150)
+    assert process.returncode == 0, output
+    assert "a trainer rank hung; stacks are in the logs of ranks [0]" in output
+    assert re.search(r"trainer ranks \[0(, 1)?\] hung: frozen", output), output
+    assert (mine / "run" / "logs" / "rank-0.log").read_text().count("process ") == began + 1
     same_end(folder / "clean", mine)
 
 
@@ -159,21 +187,40 @@ def test_ranks_that_die_again_and_again_are_given_up(folder):
     assert "trainer ranks died 2 times" in output and "resume" in output
 
 
-def test_torchrun_gives_the_same_weights(folder):
-    mine = folder / "torchrun"
-    run_dir = mine / "run"
-    run_dir.mkdir(parents=True)
-    clean = (folder / "clean" / "run" / "config.yaml").read_text()
-    (run_dir / "config.yaml").write_text(clean)
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-    done = subprocess.run(
-        [*torchrun, "--standalone", "-m", "cluster.rank", str(run_dir)],
+def torchrun(run_dir: Path, config: str) -> subprocess.CompletedProcess[str]:
+    (run_dir / "logs").mkdir(parents=True)
+    (run_dir / "config.yaml").write_text(config)
+    two_ranks = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    return subprocess.run(
+        [*two_ranks, "--standalone", "-m", "cluster.rank", str(run_dir)],
         cwd=ROOT,
         capture_output=True,
         text=True,
         timeout=150,
         check=False,
     )
+
+
+def test_torchrun_gives_the_same_weights(folder):
+    mine = folder / "torchrun"
+    clean = (folder / "clean" / "run" / "config.yaml").read_text()
+    done = torchrun(mine / "run", clean)
     assert done.returncode == 0, done.stderr
     assert f"train {STEPS}/{STEPS} 100%" in done.stdout
     same_end(folder / "clean", mine)
+
+
+def test_a_read_that_hangs_ends_ranks_that_nobody_watches(folder):
+    mine = folder / "stuck"
+    shutil.copytree(folder / "store", mine / "store")
+    shard = mine / "store" / "acts" / "c.12.0"  # not read before a few dozen steps are done
+    shard.unlink()
+    os.mkfifo(shard)  # a file whose opening never returns
+    config = (folder / "clean" / "run" / "config.yaml").read_text()
+    config = config.replace(str(folder / "store"), str(mine / "store"))
+    config = config.replace("hang_timeout_s: 600.0", "hang_timeout_s: 5.0")
+    config = config.replace("sample_tokens: 32768", "sample_tokens: 1000")
+    done = torchrun(mine / "run", config)
+    assert done.returncode == 1
+    assert done.stderr.count("no progress for 5 s") == 2, done.stderr
+    assert done.stderr.count("in open_to_read") == 2, "the stack of the thread that reads"

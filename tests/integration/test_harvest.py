@@ -167,6 +167,32 @@ def test_a_killed_worker_loses_and_doubles_nothing(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_a_frozen_worker_does_not_hold_the_harvest_up(tmp_path: Path) -> None:
+    config = make_config(tmp_path, tokens=1200)
+    harvest.run(config, tmp_path / "calm")
+    config.cluster.harvest_workers, config.cluster.placement_timeout_s = 2, 20.0
+    frozen: list[int] = []
+
+    def freeze_a_worker() -> None:
+        run = tmp_path / "run"
+        while len(list((run / "store" / "_log").glob("*/*.json"))) < 2:
+            time.sleep(0.002)
+        file = min((run / "logs" / "harvest-starts").iterdir())
+        frozen.append(int(file.name.split("-")[-2]))
+        os.kill(frozen[0], signal.SIGSTOP)
+
+    freezer = threading.Thread(target=freeze_a_worker, daemon=True)
+    freezer.start()
+    harvest.run(config, tmp_path / "run")
+    freezer.join(timeout=1)
+    assert frozen
+    assert shard_hashes(tmp_path / "run" / "store") == shard_hashes(tmp_path / "calm" / "store")
+    assert verify_store(tmp_path / "run" / "store") == []
+    summary = json.loads((tmp_path / "run" / "harvest.json").read_text())
+    assert summary["tokens"] == open_store(tmp_path / "calm" / "store").n_tokens
+
+
+@pytest.mark.slow
 def test_a_restart_does_only_the_missing_items(tmp_path: Path) -> None:
     config = make_config(tmp_path)
     harvest.run(config, tmp_path / "whole")

@@ -46,6 +46,7 @@ def test_wandb_continues_under_its_id(tmp_path):
         sinks = MetricSinks(config("offline"), tmp_path, console=False)
         sinks.write(ROW)
         ids.append(sinks._wandb.id)
+        assert 0 < sinks._wandb.settings.finish_timeout <= 60, "0 waits for a dead network for ever"
         sinks.close()
     assert ids[0] == ids[1] == (tmp_path / "wandb_id").read_text()
 

@@ -1,0 +1,177 @@
+"""Faults by seed, injected into a run that is under way: who is hit, by pid, and what was done.
+
+The victims are found from outside, by what the run leaves in its folder, as an operator would find
+them. A node is a raylet with all its children, on a Ray cluster of several nodes on this machine.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import re
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+KINDS = ("worker", "rank", "node", "driver")
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One fault that was injected."""
+
+    kind: str
+    pid: int
+    """Of the victim: worker, rank, driver, or the node's raylet."""
+    at_step: int
+    """Training step that the run had reported by then."""
+
+
+class Injector:
+    """Picks victims of one run by a seed, and keeps a record of what it did.
+
+    Args:
+        run_dir: the run's folder.
+        seed: fixes every choice, given the same processes.
+        nodes: where `node` faults strike; None for a run on a private cluster.
+    """
+
+    def __init__(self, run_dir: Path, seed: int, nodes: Nodes | None = None) -> None:
+        self.run_dir, self.nodes = run_dir, nodes
+        self.random = random.Random(seed)
+        self.record: list[Fault] = []
+
+    def strike(self, kind: str, timeout_s: float = 60.0) -> Fault:
+        """Kills one victim of `kind` as soon as there is one."""
+        deadline = time.monotonic() + timeout_s
+        while not (pids := self.victims(kind)):
+            assert time.monotonic() < deadline, f"no {kind} to kill within {timeout_s:.0f} s"
+            time.sleep(0.05)
+        pid = self.random.choice(pids)
+        fault = Fault(kind, pid, last_step(self.run_dir))
+        self.record.append(fault)
+        if kind == "node":
+            assert self.nodes is not None
+            self.nodes.lose(pid)
+        else:
+            os.kill(pid, signal.SIGKILL)
+        return fault
+
+    def victims(self, kind: str) -> list[int]:
+        """Living processes of a kind, in a fixed order; nodes: those that hold a rank or worker."""
+        if kind == "node":
+            assert self.nodes is not None
+            homes = {parent_of(pid) for pid in self.victims("rank") + self.victims("worker")}
+            return [pid for pid in self.nodes.raylets() if pid in homes]
+        found = {"worker": worker_pids, "rank": rank_pids, "driver": driver_pids}[kind]
+        return [pid for pid in found(self.run_dir) if alive(pid)]
+
+
+class Nodes:
+    """The nodes of a Ray cluster beside its head, on this machine."""
+
+    def __init__(self, cluster: Any, cpus: int) -> None:
+        self._cluster, self._cpus = cluster, cpus
+        self.address: str = cluster.address
+
+    def add(self) -> None:
+        """One more node."""
+        self._cluster.add_node(num_cpus=self._cpus, wait=False)
+
+    def raylets(self) -> list[int]:
+        """Process ids, in the order in which the nodes came."""
+        return sorted(_raylet(node) for node in self._cluster.worker_nodes)
+
+    def lose(self, raylet: int) -> None:
+        """The node is gone from one moment to the next, with everything that ran on it."""
+        tree = [psutil.Process(raylet), *psutil.Process(raylet).children(recursive=True)]
+        for process in tree:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+        node = next(node for node in self._cluster.worker_nodes if _raylet(node) == raylet)
+        self._cluster.remove_node(node, allow_graceful=False)
+
+
+@contextmanager
+def ray_nodes(count: int, cpus: int) -> Iterator[Nodes]:
+    """A head without room for anything, and `count` nodes of `cpus` slots each."""
+    from ray.cluster_utils import Cluster
+
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    head = {"num_cpus": 0, "include_dashboard": False}
+    cluster = Cluster(initialize_head=True, head_node_args=head)
+    nodes = Nodes(cluster, cpus)
+    try:
+        for _ in range(count):
+            cluster.add_node(num_cpus=cpus)
+        yield nodes
+    finally:
+        cluster.shutdown()
+
+
+def rank_pids(run_dir: Path) -> list[int]:
+    """The newest process of every trainer rank."""
+    starts = [
+        re.findall(r"process (\d+)\n", log.read_text(errors="replace"))
+        for log in sorted((run_dir / "logs").glob("rank-*.log"))
+    ]
+    return [int(found[-1]) for found in starts if found]
+
+
+def worker_pids(run_dir: Path) -> list[int]:
+    """Every process that was a harvest worker of the harvest under way."""
+    folder = run_dir / "logs" / "harvest-starts"
+    try:
+        names = sorted(path.name for path in folder.iterdir())
+    except FileNotFoundError:
+        return []
+    return [int(name.split("-")[-2]) for name in names]
+
+
+def driver_pids(run_dir: Path) -> list[int]:
+    """The process that holds the run."""
+    lock = run_dir / "driver.lock"
+    return [int(pid) for pid in re.findall(r"process (\d+)", lock.read_text())] * lock.exists()
+
+
+def last_step(run_dir: Path) -> int:
+    """Newest step in the metrics; 0 before the first."""
+    path = run_dir / "metrics.jsonl"
+    steps = re.findall(r'"step": (\d+),', path.read_text()) if path.exists() else []
+    return int(steps[-1]) if steps else 0
+
+
+def reach(
+    run_dir: Path, step: int, driver: subprocess.Popen[bytes], timeout_s: float = 180
+) -> None:
+    """Returns once the run has reported `step`."""
+    deadline = time.monotonic() + timeout_s
+    while last_step(run_dir) < step:
+        assert driver.poll() is None, f"ended with {driver.returncode} before step {step}"
+        assert time.monotonic() < deadline, f"no step {step} within {timeout_s:.0f} s"
+        time.sleep(0.05)
+
+
+def alive(pid: int) -> bool:
+    """Whether the process runs: a zombie does not."""
+    with suppress(psutil.NoSuchProcess):
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    return False
+
+
+def parent_of(pid: int) -> int:
+    """Parent's process id; 0 when the process is gone."""
+    with suppress(psutil.NoSuchProcess):
+        return int(psutil.Process(pid).ppid())
+    return 0
+
+
+def _raylet(node: Any) -> int:
+    return int(node.all_processes["raylet"][0].process.pid)
