@@ -136,9 +136,16 @@ class Kernels(Protocol):
         ...
 
     def decoder_dot(
-        self, grad: torch.Tensor, active: SparseLatents, W_dec: torch.Tensor
+        self, vectors: torch.Tensor, active: SparseLatents, matrix: torch.Tensor
     ) -> torch.Tensor:
-        """[N]: `grad[row] . W_dec[latent]` of every active pair, the gradient of its value."""
+        """[N]: `vectors[row] . matrix[latent]` of every pair: of an output's gradient and the
+        decoder, the gradient of the pair's value.
+
+        Args:
+            vectors: [B, D].
+            active: pairs of the B rows.
+            matrix: [L, D].
+        """
         ...
 
     def decode_error(

@@ -64,10 +64,10 @@ class StockKernels:
         )
 
     def decoder_dot(
-        self, grad: torch.Tensor, active: SparseLatents, W_dec: torch.Tensor
+        self, vectors: torch.Tensor, active: SparseLatents, matrix: torch.Tensor
     ) -> torch.Tensor:
         dot: torch.Tensor = torch.ops.aten._embedding_bag_per_sample_weights_backward(
-            grad, W_dec, active.latents, active.offsets, active.rows, 0
+            vectors, matrix, active.latents, active.offsets, active.rows, 0
         )
         return dot
 
