@@ -86,6 +86,7 @@ def configurations() -> Iterator[Configuration]:
             yield _update("fp32", moments, "bf16", d_model)
     for d_model in (768, 4096):
         yield _update("fp32", "fp32", "", d_model)
+        yield _update("bf16", "fp32", "bf16", d_model)
         yield _update("bf16", "bf16", "bf16", d_model)
 
 

@@ -54,6 +54,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "stock, fused, prefilter": {"prefilter": "auto"},
     "bfloat16 product": {"compute_dtype": "bfloat16"},
     "bfloat16 moments": {"moments": "bfloat16"},
+    "gathered in bfloat16": {"gather_dtype": torch.bfloat16},
     "auxk on 1/4 of the rows": {"auxk_rows": 1 / 4},
     "auxk on 1/8 of the rows": {"auxk_rows": 1 / 8},
     "auxk on 1/16 of the rows": {"auxk_rows": 1 / 16},
@@ -119,6 +120,9 @@ def train(store: Store, base: TrainerConfig, name: str) -> tuple[Trainer, dict[s
     with tempfile.TemporaryDirectory() as folder:
         mesh = Mesh.create("cpu", 1, 1)
         trainer = Trainer(config, mesh, source, Path(folder), SEED, keep, report_every=10)
+        # No setting: the Triton body's, tried on this one.
+        kernels = trainer.engines[0].sae.plan.kernels
+        kernels.gather_dtype = VARIANTS[name].get("gather_dtype")
         trainer.calibrate()
         trainer.train()
     tail = curve[-max(1, len(curve) // 10) :]

@@ -19,6 +19,7 @@ class ReferenceKernels:
 
     name = "reference"
     copy_dtype: torch.dtype | None = None
+    gather_dtype: torch.dtype | None = None
 
     def encode_topk(
         self, x: torch.Tensor, W_enc: torch.Tensor, b_enc: torch.Tensor, k: int

@@ -61,6 +61,8 @@ class TritonKernels:
 
         self.compute_dtype = compute_dtype
         self.copy_dtype = compute_dtype if compute_dtype != torch.float32 else None
+        # float16 has no room for small errors.
+        self.gather_dtype = compute_dtype if compute_dtype == torch.bfloat16 else None
         self.interpreted = interpreted
         self.prefilter = (
             Float8Prefilter(self.bounded_topk, split_rows) if float8_prefilter else None

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sae_core.config import TrainConfig
 from sae_core.errors import ConfigError
 from sae_core.kernels import get_kernels
 from sae_core.kernels.prefilter import Candidates, prefiltered_topk, uncertified
@@ -247,3 +248,29 @@ def test_settings_that_cannot_be_are_refused():
         get_kernels("stock", torch.bfloat16, prefilter="bfloat16")
     with pytest.raises(ConfigError, match="float32 for kernels=stock"):
         get_kernels("stock", torch.float32, tf32=True)
+
+
+@pytest.mark.parametrize(
+    ("kernels", "device", "dtype", "prefilter", "fits"),
+    [
+        ("stock", "auto", "auto", "float8", False),
+        ("auto", "cpu", "auto", "float8", False),
+        ("auto", "cuda", "auto", "bfloat16x3", False),
+        ("reference", "auto", "auto", "bfloat16", False),
+        ("triton", "cuda", "tf32", "float8", False),
+        ("stock", "cpu", "bfloat16", "bfloat16", False),
+        ("auto", "auto", "auto", "float8", True),
+        ("triton", "auto", "bfloat16", "float8", True),
+        ("stock", "cpu", "float32", "bfloat16x3", True),
+        ("reference", "cpu", "auto", "auto", True),
+    ],
+)
+def test_a_prefilter_that_the_kernels_lack_is_refused_before_ranks_start(
+    kernels, device, dtype, prefilter, fits
+):
+    config = TrainConfig(device=device, compute_dtype=dtype, kernels=kernels, prefilter=prefilter)
+    if fits:
+        config.validate()
+        return
+    with pytest.raises(ConfigError, match="train.prefilter"):
+        config.validate()
