@@ -10,8 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
-from omegaconf.errors import OmegaConfBaseException
 
 from analysis.errors import FitError, RunFileError
 from analysis.fit_curves import Curve
@@ -19,7 +17,7 @@ from analysis.runs import read_optional_json, read_training_log
 from conf.run_config import load_config
 from conf.schema import RunConfig
 from sae_core.checkpoint.folder import list_checkpoints, read_state
-from sae_core.errors import CheckpointError
+from sae_core.errors import CheckpointError, ConfigError
 from sae_core.optimizer import peak_lr
 
 CONFIG = "config.yaml"
@@ -175,7 +173,7 @@ def _read_cell(run_dir: Path, name: str, metric: str) -> Cell:
     try:
         config = load_config(run_dir / CONFIG)
         evaluation = read_optional_json(run_dir / "eval" / "metrics.json") or {}
-    except (OmegaConfBaseException, yaml.YAMLError, RunFileError, OSError) as error:
+    except (ConfigError, RunFileError, OSError) as error:
         raise _Unusable(f"cannot be read: {str(error).splitlines()[0]}") from error
     curves = _curves(run_dir, config)
     heldout = evaluation.get("fvu") if evaluation.get("heldout") else None

@@ -60,7 +60,7 @@ class Configuration:
     sizes: dict[str, Any]
     """Compile-time arguments and the compiler's options."""
     matrix: str = ""
-    """The tensor cores' asynchronous instruction that it is meant to use."""
+    """The tensor cores' asynchronous instructions that it is meant to use."""
     unaligned: set[str] = field(default_factory=set)
     """Run-time arguments that are not multiples of 16."""
 
@@ -86,21 +86,24 @@ def configurations() -> Iterator[Configuration]:
             yield _update("fp32", moments, "bf16", d_model)
     for d_model in (768, 4096):
         yield _update("fp32", "fp32", "", d_model)
+        yield _update("bf16", "fp32", "bf16", d_model)
         yield _update("bf16", "bf16", "bf16", d_model)
 
 
 def _encoders(dtype: torch.dtype, precision: str) -> Iterator[Configuration]:
     tiles = triton_encode.tiles(dtype, precision)
     name = f"{_TYPES[dtype]} {precision}" if dtype == torch.float32 else _TYPES[dtype]
-    matrix = "QGMMA" if dtype == _FP8 else "HGMMA"
+    # The prefilter multiplies columns of both kinds.
+    matrix = "HGMMA QGMMA" if dtype == _FP8 else "HGMMA"
     if dtype == torch.float32 and precision == "ieee":
         matrix = ""
     types = {"x": f"*{_TYPES[dtype]}", "W": f"*{_TYPES[dtype]}", "b": "*fp32"}
     types |= {"x_scales": "*fp32", "W_scales": "*fp32", "out": "*i64"}
+    types |= {"x_side": "*bf16", "W_side": "*bf16", "side_columns": "i32"}
     types |= {"threshold": "*fp32", "pool": "*i64", "counts": "*i32"}
     types |= dict.fromkeys(("n_rows", "n_latents", "first_latent"), "i32")
     types |= dict.fromkeys(("D", "x_stride", "W_stride", "out_stride"), "i32")
-    flags = {"PRECISION": precision, "SCALED": dtype == _FP8, "WIDEN": False}
+    flags = {"PRECISION": precision, "SPLIT": dtype == _FP8, "WIDEN": False}
     ragged = {"n_rows", "n_latents"}
     sizes = {**tiles.many.options(), **flags}
     kernel = triton_filter.keys_kernel
@@ -124,10 +127,12 @@ def _sparse(weights: str, d_model: int) -> Iterator[Configuration]:
     kernel = triton_sparse.decoder_dot_kernel
     yield _configuration(f"decoder_dot {label}", kernel, types, sizes(256), "", ragged)
     yield _decode_error(weights, d_model)
-    types = {"matrix": f"*{weights}", "out": "*fp8e4nv", "scales": "*fp32"}
-    types |= dict.fromkeys(("n_rows", "D", "stride"), "i32")
-    kernel, shape = triton_quantise.quantise_kernel, triton_quantise.quantise_shape(d_model)
-    yield _configuration(f"quantise {label}", kernel, types, shape, "", {"n_rows"})
+    types = {"matrix": f"*{weights}", "channels": "*i32", "low": "*fp8e4nv", "side": "*bf16"}
+    types |= dict.fromkeys(("moved", "squares", "scales"), "*fp32")
+    types |= dict.fromkeys(("deviations", "sums"), "fp32")
+    types |= dict.fromkeys(("n_rows", "D", "n_side", "width", "side_columns", "stride"), "i32")
+    kernel, shape = triton_quantise.split_kernel, triton_quantise.split_shape(d_model)
+    yield _configuration(f"split {label}", kernel, types, shape, "", {"n_rows", "n_side"})
 
 
 def _pair_types(weights: str) -> dict[str, str]:

@@ -1,7 +1,7 @@
 """Does a faster step train a worse SAE? The same activations, seed and schedule, other kernels.
 
     python -m benchmarks.quality --store runs/demo/store [--n-latents N] [--tokens N]
-        [--dead-after N] [--variants NAME ...] [--json FILE]
+        [--k N] [--lr RATE] [--dead-after N] [--variants NAME ...] [--json FILE]
 
 Every variant trains in this process from the same first dictionary on the same batches. A row tells
 the mean FVU of the last tenth of training, the share of dead latents at the end, and the curve;
@@ -34,7 +34,7 @@ from sae_core.config import (
 )
 from sae_core.kernels.prefilter import Prefilter, uncertified
 from sae_core.kernels.prefilter_bfloat16 import Bfloat16Prefilter
-from sae_core.kernels.prefilter_float8 import Float8Prefilter, quantise_rows
+from sae_core.kernels.prefilter_float8 import Float8Prefilter, SplitRows, joined, split_rows
 from sae_core.kernels.stock import StockKernels
 from sae_core.memory import keep_freed_memory
 from sae_core.mesh import Mesh
@@ -53,6 +53,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "stock, fused, prefilter": {"prefilter": "auto"},
     "bfloat16 product": {"compute_dtype": "bfloat16"},
     "bfloat16 moments": {"moments": "bfloat16"},
+    "gathered in bfloat16": {"gather_dtype": torch.bfloat16},
     "auxk on 1/4 of the rows": {"auxk_rows": 1 / 4},
     "auxk on 1/8 of the rows": {"auxk_rows": 1 / 8},
     "auxk on 1/16 of the rows": {"auxk_rows": 1 / 16},
@@ -65,6 +66,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--store", required=True)
     parser.add_argument("--n-latents", type=int, default=4096)
+    parser.add_argument("--k", type=int, default=32)
+    parser.add_argument("--lr", type=float, help="default: 2e-3 at 4096 latents, as 1/sqrt(n)")
     parser.add_argument("--tokens", type=int, default=1_000_000)
     parser.add_argument("--dead-after", type=int, default=200_000)
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS))
@@ -73,7 +76,7 @@ def main() -> None:
     keep_freed_memory()
     start_one_rank()
     store = open_store(options.store)
-    base = base_config(options.n_latents, options.tokens, options.dead_after)
+    base = base_config(options.n_latents, options.tokens, options.dead_after, options.k, options.lr)
     rows: list[dict[str, Any]] = []
     for name in options.variants:
         trainer, row = train(store, base, name)
@@ -87,12 +90,14 @@ def main() -> None:
     dist.destroy_process_group()
 
 
-def base_config(n_latents: int, tokens: int, dead_after_tokens: int) -> TrainerConfig:
-    """What every variant starts from."""
+def base_config(
+    n_latents: int, tokens: int, dead_after_tokens: int, k: int = 32, lr: float | None = None
+) -> TrainerConfig:
+    """What every variant starts from; the rate falls with the root of the size unless it is set."""
     return TrainerConfig(
-        SAEConfig(n_latents=n_latents, auxk=256, dead_after_tokens=dead_after_tokens),
+        SAEConfig(n_latents=n_latents, k=k, auxk=256, dead_after_tokens=dead_after_tokens),
         OptimConfig(
-            lr=2e-3 * (4096 / n_latents) ** 0.5,
+            lr=lr or 2e-3 * (4096 / n_latents) ** 0.5,
             warmup_tokens=tokens // 20,
             decay_tokens=tokens // 5,
         ),
@@ -116,6 +121,9 @@ def train(store: Store, base: TrainerConfig, name: str) -> tuple[Trainer, dict[s
     with tempfile.TemporaryDirectory() as folder:
         mesh = Mesh.create("cpu", 1, 1)
         trainer = Trainer(config, mesh, source, Path(folder), SEED, keep, report_every=10)
+        # No setting: the Triton body's, tried on this one.
+        kernels = trainer.engines[0].sae.plan.kernels
+        kernels.gather_dtype = VARIANTS[name].get("gather_dtype")
         trainer.calibrate()
         trainer.train()
     tail = curve[-max(1, len(curve) // 10) :]
@@ -155,14 +163,13 @@ def prefilter_rows(trainer: Trainer) -> list[dict[str, Any]]:
     W, b, k = sae.W_enc.detach(), sae.b_enc.detach(), sae.config.k
     wanted_values, wanted = exact.exact_topk(x, W, b, k)
 
-    def float8_topk(x: torch.Tensor, W: torch.Tensor, b: torch.Tensor, count: int) -> Any:
-        low_x, low_W = (q.float() * scale[:, None] for q, scale in map(quantise_rows, (x, W)))
-        return exact.exact_topk(low_x, low_W, b, count)
+    def float8_topk(x: SplitRows, W: SplitRows, b: torch.Tensor, count: int) -> Any:
+        return exact.exact_topk(joined(x), joined(W), b, count)
 
     prefilters: list[Prefilter] = [
         Bfloat16Prefilter(split=True),
         Bfloat16Prefilter(split=False),
-        Float8Prefilter(float8_topk),
+        Float8Prefilter(float8_topk, split_rows),
     ]
     rows = []
     for prefilter in prefilters:

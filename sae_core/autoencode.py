@@ -183,7 +183,7 @@ class _SparseAutoencode(torch.autograd.Function):
         plan, paths = ctx.plan, ctx.paths
         # d/dy |t - y|^2 = -2 (t - y): the errors serve as gradients, once weighted.
         weights = [-2.0 * weight for weight in (grad, aux_grad) if weight is not None]
-        gradient = _weigh(paths, weights)
+        gradient = _weigh(paths, weights, plan.kernels.gather_dtype)
         main = paths[0]
         dvalues = gradient.dvalues[: len(main.active.rows)]
         db_dec = _encoder_bias_gradient(main.active, dvalues, W_enc, plan)
@@ -219,7 +219,9 @@ def _decode_error(
     return Decoded(error, plan.kernels.decoder_dot(error, active, W_dec))
 
 
-def _weigh(paths: list[_Path], weights: list[torch.Tensor]) -> SparseGradient:
+def _weigh(
+    paths: list[_Path], weights: list[torch.Tensor], dtype: torch.dtype | None
+) -> SparseGradient:
     """All paths' pairs as one list, whose rows index into the stacked inputs and errors."""
     rows, offsets, first_row, first_pair = [], [], 0, 0
     for path in paths:
@@ -231,8 +233,8 @@ def _weigh(paths: list[_Path], weights: list[torch.Tensor]) -> SparseGradient:
     return SparseGradient(
         SparseLatents(torch.cat(rows), latents, torch.cat(values), torch.cat(offsets)),
         torch.cat([w * path.decoded.dots for path, w in zip(paths, weights, strict=True)]),
-        torch.cat([path.x for path in paths]),
-        torch.cat([path.decoded.error for path in paths]),
+        torch.cat([path.x.to(dtype or path.x.dtype) for path in paths]),
+        torch.cat([path.decoded.error.to(dtype or path.decoded.error.dtype) for path in paths]),
     )
 
 

@@ -172,6 +172,7 @@ class TrainConfig:
             raise ConfigError("train.prefilter", self.prefilter, f"one of {', '.join(prefilters)}")
         if self.kernels not in ("auto", "stock", "triton", "reference"):
             raise ConfigError("train.kernels", self.kernels, "auto, stock, triton or reference")
+        self._validate_prefilter()
         if self.threads_per_rank is not None and self.threads_per_rank < 1:
             raise ConfigError(
                 "train.threads_per_rank", self.threads_per_rank, "at least 1, or null"
@@ -179,6 +180,27 @@ class TrainConfig:
         for name in ("timeout_s", "hang_timeout_s"):
             if getattr(self, name) <= 0:
                 raise ConfigError(f"train.{name}", getattr(self, name), "more than 0")
+
+    def _validate_prefilter(self) -> None:
+        """What is known before a rank looks at its device."""
+        by_device = {"cpu": "stock", "cuda": "triton"}
+        kernels = by_device.get(self.device) if self.kernels == "auto" else self.kernels
+        if kernels is None or self.prefilter in ("auto", "none"):
+            return
+        possible = {"stock": ("bfloat16x3", "bfloat16"), "triton": ("float8",)}.get(kernels, ())
+        if self.prefilter not in possible:
+            names = ", ".join(("auto", "none", *possible))
+            raise ConfigError(
+                "train.prefilter", self.prefilter, f"one of {names} with train.kernels={kernels}"
+            )
+        if self.compute_dtype == "tf32" or (
+            kernels == "stock" and self.compute_dtype == "bfloat16"
+        ):
+            raise ConfigError(
+                "train.prefilter",
+                self.prefilter,
+                f"none with train.compute_dtype={self.compute_dtype}",
+            )
 
     @property
     def n_steps(self) -> int:

@@ -96,8 +96,9 @@ class TopKSAE(nn.Module):
     @torch.no_grad()
     def refresh_copies(self) -> None:
         """Brings the copies up to date with the masters, after somebody set those."""
-        for copy, master in zip(self.copies or (), (self.W_enc, self.W_dec), strict=False):
-            copy.copy_(master)
+        if self.copies is not None:
+            for copy, master in zip(self.copies, (self.W_enc, self.W_dec), strict=True):
+                copy.copy_(master)
 
     def normalise(self, raw: torch.Tensor) -> torch.Tensor:
         """[B, D] raw activations of any float dtype to float32 with unit mean square."""

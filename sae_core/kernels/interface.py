@@ -42,9 +42,9 @@ class SparseGradient(NamedTuple):
     dvalues: torch.Tensor
     """[N] gradient of each pair's pre-activation."""
     x: torch.Tensor
-    """[R, D] centred inputs, once per path."""
+    """[R, D] centred inputs, once per path, in `Kernels.gather_dtype`."""
     error: torch.Tensor
-    """[R, D] what each path left unexplained."""
+    """[R, D] what each path left unexplained, likewise."""
 
 
 class RowGradients(NamedTuple):
@@ -112,6 +112,11 @@ class Kernels(Protocol):
     name: str
     copy_dtype: torch.dtype | None
     """Dtype in which it wants the dictionary beside the float32 masters; None: no copies."""
+    gather_dtype: torch.dtype | None
+    """Dtype in which the rows' gradient gathers inputs and errors; None: as they are. A body that
+    multiplies bfloat16 has the encoder see rounded inputs anyway. Rounding moves an element by at
+    most 2**-8 of itself, hence a gradient by at most 2**-8 of its terms' magnitudes; sums, values,
+    the loss and the bias' gradient stay float32."""
 
     def encode_topk(
         self, x: torch.Tensor, W_enc: torch.Tensor, b_enc: torch.Tensor, k: int
@@ -136,9 +141,16 @@ class Kernels(Protocol):
         ...
 
     def decoder_dot(
-        self, grad: torch.Tensor, active: SparseLatents, W_dec: torch.Tensor
+        self, vectors: torch.Tensor, active: SparseLatents, matrix: torch.Tensor
     ) -> torch.Tensor:
-        """[N]: `grad[row] . W_dec[latent]` of every active pair, the gradient of its value."""
+        """[N]: `vectors[row] . matrix[latent]` of every pair: of an output's gradient and the
+        decoder, the gradient of the pair's value.
+
+        Args:
+            vectors: [B, D].
+            active: pairs of the B rows.
+            matrix: [L, D].
+        """
         ...
 
     def decode_error(

@@ -1,9 +1,10 @@
 """Exact TopK behind a cheap product: candidates from low precision, rescored in high precision.
 
-A low-precision product gives the C largest approximate pre-activations of each row, C > k. What is
-not among them is, in truth, at most the C-th approximate value plus the product's error. So if the
-k-th exact value among the candidates reaches that sum, the candidates hold the row's k largest:
-that is the row's certificate. Rows without one are encoded again without the prefilter.
+A low-precision product gives the C largest approximate pre-activations of each row, C > k, or the C
+largest upper bounds. What is not among them is, in truth, at most the C-th such value plus what is
+left of the product's error. So if the k-th exact value among the candidates reaches that sum, the
+candidates hold the row's k largest: that is the row's certificate. Rows without one are encoded
+again without the prefilter.
 """
 
 from __future__ import annotations
@@ -25,11 +26,11 @@ class Candidates(NamedTuple):
     """What a prefilter offers."""
 
     values: torch.Tensor
-    """[B, C] float32 approximate pre-activations, descending."""
+    """[B, C] float32 approximate pre-activations, or upper bounds on them, descending."""
     latents: torch.Tensor
     """[B, C] int64."""
     margin: torch.Tensor
-    """[B] float32: how far an approximate value may lie below the exact one."""
+    """[B] float32: how far such a value may lie below the exact one."""
 
 
 class Prefilter(Protocol):
@@ -61,7 +62,7 @@ class Exact(Protocol):
         ...
 
     def decoder_dot(
-        self, grad: torch.Tensor, active: SparseLatents, W_dec: torch.Tensor
+        self, vectors: torch.Tensor, active: SparseLatents, matrix: torch.Tensor
     ) -> torch.Tensor:
         """See `Kernels`."""
         ...
@@ -130,32 +131,3 @@ def _rescored(
     values = exact.decoder_dot(x, pairs, W_enc) + b_enc[flat]
     keys = pack_keys(values.float().view(B, C), latents)
     return unpack_keys(keys.topk(k, dim=1).values)
-
-
-def error_deviation(
-    x: torch.Tensor, moved: torch.Tensor, W_enc: torch.Tensor, rounding: float
-) -> torch.Tensor:
-    """[B] bound over all latents on the standard deviation of a low-precision product's error.
-
-    Rounding errors of different channels are taken as independent with zero mean, so the error of
-    `x . w` has the variance `sum_j v_j w_j^2` with `v_j = dx_j^2 + rounding^2 x_j^2`. A latent may
-    lean on the very channels that are rounded most, so the sum is bounded by the smallest of
-    `max_j v_j * max |w|^2`, `sum_j v_j max_l w_lj^2` and, by Cauchy and Schwarz, `|v| max |w^2|`.
-    Not finite when an argument is not.
-
-    Args:
-        x: [B, D].
-        moved: [B, D] by how much rounding moved x; its outlier channels count as they are.
-        W_enc: [L, D].
-        rounding: root mean square of an element's relative error.
-    """
-    variances = moved.square() + rounding**2 * x.square()
-    longest = torch.linalg.vector_norm(W_enc, dim=1, dtype=torch.float32).max().square()
-    largest = torch.maximum(W_enc.amax(0), -W_enc.amin(0)).float().square()
-    fourth = torch.linalg.vector_norm(W_enc, ord=4, dim=1, dtype=torch.float32).max().square()
-    bounds = (
-        variances.amax(1) * longest,
-        variances @ largest,
-        torch.linalg.vector_norm(variances, dim=1) * fourth,
-    )
-    return torch.stack(bounds).amin(0).sqrt()

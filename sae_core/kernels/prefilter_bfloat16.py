@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import torch
 
-from sae_core.kernels.prefilter import Candidates, error_deviation
+from sae_core.kernels.prefilter import Candidates
 from sae_core.kernels.stock_encode import streamed_topk
 
 DEVIATIONS = 8.0
@@ -89,3 +89,32 @@ def _parts(W: torch.Tensor) -> torch.Tensor:
         torch.sub(rows, part[:, 0], out=rest[: len(rows)])
         part[:, 2].copy_(rest[: len(rows)])
     return out.view(n, 3 * D)
+
+
+def error_deviation(
+    x: torch.Tensor, moved: torch.Tensor, W_enc: torch.Tensor, rounding: float
+) -> torch.Tensor:
+    """[B] bound over all latents on the standard deviation of a low-precision product's error.
+
+    Rounding errors of different channels are taken as independent with zero mean, so the error of
+    `x . w` has the variance `sum_j v_j w_j^2` with `v_j = dx_j^2 + rounding^2 x_j^2`. A latent may
+    lean on the very channels that are rounded most, so the sum is bounded by the smallest of
+    `max_j v_j * max |w|^2`, `sum_j v_j max_l w_lj^2` and, by Cauchy and Schwarz, `|v| max |w^2|`.
+    Not finite when an argument is not.
+
+    Args:
+        x: [B, D].
+        moved: [B, D] by how much rounding moved x; its outlier channels count as they are.
+        W_enc: [L, D].
+        rounding: root mean square of an element's relative error.
+    """
+    variances = moved.square() + rounding**2 * x.square()
+    longest = torch.linalg.vector_norm(W_enc, dim=1, dtype=torch.float32).max().square()
+    largest = torch.maximum(W_enc.amax(0), -W_enc.amin(0)).float().square()
+    fourth = torch.linalg.vector_norm(W_enc, ord=4, dim=1, dtype=torch.float32).max().square()
+    bounds = (
+        variances.amax(1) * longest,
+        variances @ largest,
+        torch.linalg.vector_norm(variances, dim=1) * fourth,
+    )
+    return torch.stack(bounds).amin(0).sqrt()

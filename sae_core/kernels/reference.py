@@ -19,6 +19,7 @@ class ReferenceKernels:
 
     name = "reference"
     copy_dtype: torch.dtype | None = None
+    gather_dtype: torch.dtype | None = None
 
     def encode_topk(
         self, x: torch.Tensor, W_enc: torch.Tensor, b_enc: torch.Tensor, k: int
@@ -32,9 +33,9 @@ class ReferenceKernels:
         return _dense(active, W_dec.shape[0]) @ W_dec
 
     def decoder_dot(
-        self, grad: torch.Tensor, active: SparseLatents, W_dec: torch.Tensor
+        self, vectors: torch.Tensor, active: SparseLatents, matrix: torch.Tensor
     ) -> torch.Tensor:
-        return (grad @ W_dec.T)[active.rows, active.latents]
+        return (vectors @ matrix.T)[active.rows, active.latents]
 
     def decode_error(
         self, target: torch.Tensor, active: SparseLatents, W_dec: torch.Tensor

@@ -33,6 +33,7 @@ class StockKernels:
 
     name = "stock"
     copy_dtype: torch.dtype | None = None
+    gather_dtype: torch.dtype | None = None
 
     def __init__(
         self, compute_dtype: torch.dtype = torch.float32, prefilter: Prefilter | None = None
@@ -64,10 +65,10 @@ class StockKernels:
         )
 
     def decoder_dot(
-        self, grad: torch.Tensor, active: SparseLatents, W_dec: torch.Tensor
+        self, vectors: torch.Tensor, active: SparseLatents, matrix: torch.Tensor
     ) -> torch.Tensor:
         dot: torch.Tensor = torch.ops.aten._embedding_bag_per_sample_weights_backward(
-            grad, W_dec, active.latents, active.offsets, active.rows, 0
+            vectors, matrix, active.latents, active.offsets, active.rows, 0
         )
         return dot
 
@@ -87,6 +88,7 @@ class StockKernels:
         rows, dvalues = active.rows[order], dvalues[order]
 
         def segment_sum(weights: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
+            matrix = matrix.to(weights.dtype)
             return F.embedding_bag(rows, matrix, offsets, mode="sum", per_sample_weights=weights)
 
         db_enc = torch.segment_reduce(dvalues, "sum", lengths=counts) if len(counts) else dvalues

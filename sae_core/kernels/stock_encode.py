@@ -94,17 +94,26 @@ def _bounds(
     bfloat16 is looked at as the integers that its bits are, whose maxima take a fifth of the time.
     Negative ones order the other way round, so where a bound is negative they are turned.
     """
-    kinds = [lambda values: values]
-    if pre_acts.dtype == torch.bfloat16:
-        kinds = [lambda values: values.view(torch.int16), _ordered]
-    for kind in kinds:
-        scores = kind(pre_acts)
-        maxima = scores.unflatten(1, (-1, group)).amax(-1)
-        # `count` groups reach the count-th largest maximum, so as many values do.
-        bound = torch.maximum(maxima.topk(count, dim=1).values[:, -1:], kind(known))
-        if kind is kinds[-1] or bool((bound > 0).all()):
-            break
-    return scores, maxima, bound
+    if pre_acts.dtype != torch.bfloat16:
+        return _bounds_of(pre_acts, known, group, count)
+    found = _bounds_of(_bits(pre_acts), _bits(known), group, count)
+    if bool((found[2] > 0).all()):
+        return found
+    return _bounds_of(_ordered(pre_acts), _ordered(known), group, count)
+
+
+def _bounds_of(
+    scores: torch.Tensor, known: torch.Tensor, group: int, count: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    maxima = scores.unflatten(1, (-1, group)).amax(-1)
+    # `count` groups reach the count-th largest maximum, so as many values do.
+    return scores, maxima, torch.maximum(maxima.topk(count, dim=1).values[:, -1:], known)
+
+
+def _bits(values: torch.Tensor) -> torch.Tensor:
+    """As integers, positive values order alike. A NaN with its sign set is below them and may be
+    dropped: only prefilters select in bfloat16, and inputs that give NaN have no margin there."""
+    return values.view(torch.int16)
 
 
 def _ordered(values: torch.Tensor) -> torch.Tensor:

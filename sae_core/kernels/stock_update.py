@@ -90,8 +90,9 @@ class _Scratch:
                 first_row = state.first_latent + span.start
                 round_stochastically_(kept, moment, first_row, salt_of(adam.step, i))
         renormalise_(parameters[1], adam.skip)
-        for copy, array in zip(state.copies or (), parameters[:2], strict=False):
-            copy[span].copy_(array)
+        if state.copies is not None:
+            for copy, array in zip(state.copies, parameters[:2], strict=True):
+                copy[span].copy_(array)
 
 
 @torch.no_grad()

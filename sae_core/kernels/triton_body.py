@@ -17,7 +17,7 @@ from sae_core.kernels.interface import (
     SparseLatents,
 )
 from sae_core.kernels.prefilter import prefiltered_topk
-from sae_core.kernels.prefilter_float8 import Float8Prefilter
+from sae_core.kernels.prefilter_float8 import Float8Prefilter, SplitRows
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -57,11 +57,16 @@ class TritonKernels:
         interpreted = _check_triton()
         _check_dtype(compute_dtype, precision, interpreted)
         from sae_core.kernels import triton_segments, triton_sparse, triton_update
+        from sae_core.kernels.triton_quantise import split_rows
 
         self.compute_dtype = compute_dtype
         self.copy_dtype = compute_dtype if compute_dtype != torch.float32 else None
+        # float16 has no room for small errors.
+        self.gather_dtype = compute_dtype if compute_dtype == torch.bfloat16 else None
         self.interpreted = interpreted
-        self.prefilter = Float8Prefilter(self.approx_topk) if float8_prefilter else None
+        self.prefilter = (
+            Float8Prefilter(self.bounded_topk, split_rows) if float8_prefilter else None
+        )
         self._encoder = _encoder(compute_dtype, precision, interpreted)
         self._sparse: ModuleType = triton_sparse
         self._segments: ModuleType = triton_segments
@@ -82,20 +87,23 @@ class TritonKernels:
         self, x: torch.Tensor, W_enc: torch.Tensor, b_enc: torch.Tensor, k: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """`encode_topk` without a prefilter."""
-        return self._topk(self._encoder, x, W_enc, b_enc, k)
+        self._check(x, W_enc, b_enc)
+        if _nothing(x.shape[0], W_enc.shape[0], k):
+            shape = (x.shape[0], k)
+            return x.new_empty(shape, dtype=torch.float32), x.new_empty(shape, dtype=torch.int64)
+        return self._encoder.topk(x, W_enc, b_enc, k)
 
-    def approx_topk(
-        self, x: torch.Tensor, W: torch.Tensor, b: torch.Tensor, count: int
+    def bounded_topk(
+        self, x: SplitRows, W: SplitRows, b: torch.Tensor, count: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The `count` largest pre-activations of every row, as a product in float8 sees them.
+        """The `count` largest of every row of the product of split rows, bounds included.
 
-        Rows of both matrices are rounded to float8_e4m3fn times a scale of their own. The device
-        adds these products with fewer bits than float32 has (about 14 on sm_90), so a bound on the
-        error has to allow for that as well. NaN in a row of x, or of W, is selected on a GPU.
+        The device adds float8 products with fewer bits than float32 has (about 14 on sm_90), which
+        the bounds allow for. NaN in a row of x, or of W, is selected on a GPU.
 
         Args:
-            x: [B, D], already centred.
-            W: [L, D].
+            x: B rows.
+            W: L rows.
             b: [L].
             count: at most L.
 
@@ -106,13 +114,17 @@ class TritonKernels:
             ConfigError: the device has no float8.
             ShapeError: `count` or a tensor cannot be taken.
         """
-        self._check(x, W, b)
-        if not self.interpreted and torch.cuda.get_device_capability(x.device) < (8, 9):
-            name = torch.cuda.get_device_name(x.device)
+        self._check(x.scales, W.scales, b)
+        device = x.scales.device
+        if not self.interpreted and torch.cuda.get_device_capability(device) < (8, 9):
+            name = torch.cuda.get_device_name(device)
             raise ConfigError("device", name, "compute capability 8.9", "leave the prefilter off")
         from sae_core.kernels.triton_quantise import FP8
 
-        return self._topk(_encoder(FP8, "ieee", self.interpreted), x, W, b, count)
+        B, L = len(x.scales), len(W.scales)
+        if _nothing(B, L, count):
+            return x.scales.new_empty(B, count), b.new_empty(B, count, dtype=torch.int64)
+        return _encoder(FP8, "ieee", self.interpreted).topk_of(x, W, b, count)
 
     def decode(self, active: SparseLatents, W_dec: torch.Tensor) -> torch.Tensor:
         self._check(W_dec)
@@ -120,10 +132,10 @@ class TritonKernels:
         return recon
 
     def decoder_dot(
-        self, grad: torch.Tensor, active: SparseLatents, W_dec: torch.Tensor
+        self, vectors: torch.Tensor, active: SparseLatents, matrix: torch.Tensor
     ) -> torch.Tensor:
-        self._check(grad, W_dec)
-        dot: torch.Tensor = self._sparse.decoder_dot(grad, active, W_dec)
+        self._check(vectors, matrix)
+        dot: torch.Tensor = self._sparse.decoder_dot(vectors, active, matrix)
         return dot
 
     def decode_error(
@@ -145,23 +157,6 @@ class TritonKernels:
         update: RowUpdate = self._update.TritonRowUpdate(gradient, W_dec)
         return update
 
-    def _topk(
-        self,
-        encoder: Encoder,
-        x: torch.Tensor,
-        W_enc: torch.Tensor,
-        b_enc: torch.Tensor,
-        k: int,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        self._check(x, W_enc, b_enc)
-        L = W_enc.shape[0]
-        if not 0 <= k <= L < _LARGEST_LATENT:
-            raise ShapeError(f"k={k}, L={L}: expected 0 <= k <= L < 2**31")
-        if not x.shape[0] or not k:
-            shape = (x.shape[0], k)
-            return x.new_empty(shape, dtype=torch.float32), x.new_empty(shape, dtype=torch.int64)
-        return encoder.topk(x, W_enc, b_enc, k)
-
     def _check(self, *tensors: torch.Tensor) -> None:
         for tensor in tensors:
             if tensor.device.type != "cuda" and not self.interpreted:
@@ -174,6 +169,13 @@ class TritonKernels:
                     f"a tensor of {tensor.dtype}: the triton kernels take bfloat16, float16 and "
                     "float32; use kernels=reference for float64"
                 )
+
+
+def _nothing(B: int, L: int, k: int) -> bool:
+    """Whether there is nothing to select."""
+    if not 0 <= k <= L < _LARGEST_LATENT:
+        raise ShapeError(f"k={k}, L={L}: expected 0 <= k <= L < 2**31")
+    return not B or not k
 
 
 def _encoder(dtype: torch.dtype, precision: str, interpreted: bool) -> Encoder:

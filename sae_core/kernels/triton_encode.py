@@ -6,8 +6,8 @@ as all before it, appends what is above. Since segments ascend, a later latent t
 threshold loses the tie, so "above" is exact. A row that was offered more keys than its pool holds
 is run again with every key kept.
 
-In float8 the rows of both matrices come with a scale each, and the selection is that of the rounded
-product: candidates, for somebody to compute exactly.
+The prefilter's rows come split: columns in float8, some in bfloat16, and a scale. The selection is
+that of their product: candidates, for somebody to compute exactly.
 """
 
 # Triton has no types.
@@ -16,15 +16,15 @@ product: candidates, for somebody to compute exactly.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 import triton
 
 from sae_core.kernels.keys import EMPTY_KEY, unpack_keys
+from sae_core.kernels.prefilter_float8 import SplitRows
 from sae_core.kernels.triton_filter import filter_kernel, keys_kernel
 from sae_core.kernels.triton_launch import FP_FUSION, plain_rows
-from sae_core.kernels.triton_quantise import FP8, quantise_rows
+from sae_core.kernels.triton_quantise import FP8
 from sae_core.kernels.triton_select import pool_width, select
 
 _GROWTH = 4
@@ -89,7 +89,7 @@ class Encoder:
     """Encodes in one dtype.
 
     Args:
-        dtype: of the product's inputs; sums are float32. `FP8` rounds rows to a scale of their own.
+        dtype: of the product's inputs; sums are float32. `FP8` takes split rows only.
         precision: "ieee" or "tf32", for float32 inputs.
         tiles: how programs are cut.
         interpreted: whether Triton's interpreter runs it, which cannot multiply float8.
@@ -104,74 +104,74 @@ class Encoder:
         self, x: torch.Tensor, W_enc: torch.Tensor, b_enc: torch.Tensor, k: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """See `Kernels.encode_topk`; within a row descending, ties by ascending latent."""
-        B, L, width = x.shape[0], W_enc.shape[0], pool_width(k)
-        inputs, b_enc = self._operand(x), b_enc.float().contiguous()
-        pool = torch.empty(B, width, dtype=torch.int64, device=x.device)
+        return self.topk_of(self._plain(x), self._plain(W_enc), b_enc, k)
+
+    def topk_of(
+        self, x: SplitRows, W_enc: SplitRows, b_enc: torch.Tensor, k: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """`topk` of rows as the product takes them: float8 ones, or those of `_plain`."""
+        (B, D), L, width = x.low.shape, len(W_enc.low), pool_width(k)
+        device, b_enc = x.low.device, b_enc.float().contiguous()
+        pool = torch.empty(B, width, dtype=torch.int64, device=device)
         stop = min(width, L)
-        counts = torch.full((B,), stop, dtype=torch.int32, device=x.device)
-        threshold = torch.empty(B, dtype=torch.float32, device=x.device)
-        overflow = torch.zeros(B, dtype=torch.int32, device=x.device)
-        self._write_keys(inputs, W_enc[:stop], b_enc[:stop], 0, pool)
+        counts = torch.full((B,), stop, dtype=torch.int32, device=device)
+        threshold = torch.empty(B, dtype=torch.float32, device=device)
+        overflow = torch.zeros(B, dtype=torch.int32, device=device)
+        self._write_keys(x, _taken(W_enc, slice(stop)), b_enc[:stop], 0, pool)
         select(pool, counts, threshold, overflow, k)
         while stop < L:
             start, stop = stop, min(_GROWTH * stop, L)
-            W, b = self._operand(W_enc[start:stop]), b_enc[start:stop]
+            W, b = _taken(W_enc, slice(start, stop)), b_enc[start:stop]
             # The expected number of a row's keys in a tile: k of `start` were above so far.
             many = k * self.tiles.few.BN > start
             tile = self.tiles.many if many else self.tiles.few
             filter_kernel[tile.grid(B, stop - start)](
-                inputs.rows, W.rows, b, inputs.scales, W.scales, threshold, pool, counts, B,
-                stop - start, start, x.shape[1], inputs.rows.stride(0), W.rows.stride(0),
+                x.low, W.low, b, x.side, W.side, x.scales, W.scales, threshold, pool, counts, B,
+                stop - start, start, D, x.side.shape[1], x.low.stride(0), W.low.stride(0),
                 WIDTH=width, MANY=many, **self._options(tile),
             )  # fmt: skip
             select(pool, counts, threshold, overflow, k)
         best = pool[:, :k]
         lost = overflow.nonzero().squeeze(1)
         if len(lost):
-            again = _Operand(inputs.rows[lost], inputs.scales[lost])
-            best[lost] = self._run_again(again, W_enc, b_enc, k)
+            best[lost] = self._run_again(_taken(x, lost), W_enc, b_enc, k)
         return unpack_keys(best)
 
     def _run_again(
-        self, x: _Operand, W_enc: torch.Tensor, b_enc: torch.Tensor, k: int
+        self, x: SplitRows, W_enc: SplitRows, b_enc: torch.Tensor, k: int
     ) -> torch.Tensor:
         """[R, k] keys of rows whose pool was too small: all keys, a piece of latents at a time."""
-        R, device = len(x.rows), x.rows.device
+        R, device = len(x.low), x.low.device
         best = torch.full((R, k), EMPTY_KEY, dtype=torch.int64, device=device)
         size = max(k, _RERUN_KEYS // R)
-        for start in range(0, W_enc.shape[0], size):
-            W, b = W_enc[start : start + size], b_enc[start : start + size]
-            keys = torch.empty(R, len(W), dtype=torch.int64, device=device)
-            self._write_keys(x, W, b, start, keys)
+        for start in range(0, len(W_enc.low), size):
+            piece = slice(start, start + size)
+            b = b_enc[piece]
+            keys = torch.empty(R, len(b), dtype=torch.int64, device=device)
+            self._write_keys(x, _taken(W_enc, piece), b, start, keys)
             best = torch.cat((best, keys), 1).topk(k, dim=1).values
         return best
 
     def _write_keys(
-        self, x: _Operand, W_enc: torch.Tensor, b: torch.Tensor, first: int, out: torch.Tensor
+        self, x: SplitRows, W: SplitRows, b: torch.Tensor, first: int, out: torch.Tensor
     ) -> None:
-        W, tile = self._operand(W_enc), self.tiles.many
-        n_rows, D = x.rows.shape
+        tile, (n_rows, D) = self.tiles.many, x.low.shape
         keys_kernel[tile.grid(n_rows, len(b))](
-            x.rows, W.rows, b, x.scales, W.scales, out, n_rows, len(b), first, D,
-            x.rows.stride(0), W.rows.stride(0), out.stride(0), **self._options(tile),
+            x.low, W.low, b, x.side, W.side, x.scales, W.scales, out, n_rows, len(b), first, D,
+            x.side.shape[1], x.low.stride(0), W.low.stride(0), out.stride(0),
+            **self._options(tile),
         )  # fmt: skip
 
     def _options(self, tile: TileConfig) -> dict[str, int | str]:
-        scaled = self.dtype == FP8
-        flags = {"SCALED": scaled, "WIDEN": scaled and self.interpreted}
+        split = self.dtype == FP8
+        flags = {"SPLIT": split, "WIDEN": split and self.interpreted}
         return {"PRECISION": self.precision, **flags, **tile.options()}
 
-    def _operand(self, matrix: torch.Tensor) -> _Operand:
-        if self.dtype == FP8:
-            return _Operand(*quantise_rows(matrix))
+    def _plain(self, matrix: torch.Tensor) -> SplitRows:
+        """All in one part; no kernel reads the others."""
         none = torch.empty(len(matrix), 0, device=matrix.device)
-        return _Operand(plain_rows(matrix.to(self.dtype)), none)
+        return SplitRows(plain_rows(matrix.to(self.dtype)), none, none)
 
 
-class _Operand(NamedTuple):
-    """A matrix as the product takes it."""
-
-    rows: torch.Tensor
-    """[n, D], a row's columns side by side."""
-    scales: torch.Tensor
-    """[n] float32 in float8; otherwise [n, 0], which no kernel reads."""
+def _taken(rows: SplitRows, which: slice | torch.Tensor) -> SplitRows:
+    return SplitRows(*(part[which] for part in rows))

@@ -11,9 +11,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from sae_core.kernels.prefilter_float8 import SIDE_STEP
 from sae_core.kernels.triton_select import pack_key
 
 _NONE = tl.constexpr(0x7FFFFFFF)
+_SIDE = tl.constexpr(SIDE_STEP)
 
 
 @triton.jit
@@ -29,18 +31,21 @@ def _block_of(pid, n_rows, n_latents, BM: tl.constexpr, BN: tl.constexpr, GROUP:
 
 @triton.jit
 def _tile_pre_acts(
-    x, W, b, x_scales, W_scales, rows, columns, n_rows, n_latents, D, x_stride, W_stride,
+    x, W, b, x_side, W_side, x_scales, W_scales, rows, columns, n_rows, n_latents, D,
+    side_columns, x_stride, W_stride,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
-    SCALED: tl.constexpr, WIDEN: tl.constexpr,
+    SPLIT: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
     """[BM, BN] fp32 pre-activations; what lies outside is to be masked by the caller.
 
-    SCALED: row r of x stands for x_scales[r] times itself, likewise of W. WIDEN: float8 to float16
-    before the product, exactly, for the interpreter.
+    SPLIT: row r of x stands for x_scales[r] times itself and has more columns in x_side, whose
+    number `_SIDE` divides; likewise of W. WIDEN: both to float16 and float32 before the products,
+    exactly, for the interpreter.
     """
     # int64: a row times its stride passes 2**31 in a dictionary of a million latents.
-    x_rows = x + tl.where(rows < n_rows, rows, 0).to(tl.int64)[:, None] * x_stride
-    W_rows = W + tl.where(columns < n_latents, columns, 0).to(tl.int64)[None, :] * W_stride
+    row = tl.where(rows < n_rows, rows, 0).to(tl.int64)[:, None]
+    latent = tl.where(columns < n_latents, columns, 0).to(tl.int64)[None, :]
+    x_rows, W_rows = x + row * x_stride, W + latent * W_stride
     depth = tl.arange(0, BK)
     acc = tl.zeros((BM, BN), dtype=tl.float32)
     for start in range(0, D, BK):
@@ -51,7 +56,16 @@ def _tile_pre_acts(
             x_tile, W_tile = x_tile.to(tl.float16), W_tile.to(tl.float16)
         acc = tl.dot(x_tile, W_tile, acc, input_precision=PRECISION)
     bias = tl.load(b + columns, mask=columns < n_latents, other=0.0)[None, :]
-    if SCALED:
+    if SPLIT:
+        # Last: the float8 units cut sums off at 14 bits of the largest, these at nearly 24.
+        x_rows, W_rows = x_side + row * side_columns, W_side + latent * side_columns
+        depth = tl.arange(0, _SIDE)
+        for start in range(0, side_columns, _SIDE):
+            x_tile = tl.load(x_rows + (start + depth)[None, :])
+            W_tile = tl.load(W_rows + (start + depth)[:, None])
+            if WIDEN:
+                x_tile, W_tile = x_tile.to(tl.float32), W_tile.to(tl.float32)
+            acc = tl.dot(x_tile, W_tile, acc, input_precision=PRECISION)
         acc *= tl.load(x_scales + rows, mask=rows < n_rows, other=0.0)[:, None]
         scale = tl.load(W_scales + columns, mask=columns < n_latents, other=0.0)[None, :]
         # Spelled out: left to the compiler, one kernel might fuse what another does not.
@@ -61,18 +75,18 @@ def _tile_pre_acts(
 
 @triton.jit
 def keys_kernel(
-    x, W, b, x_scales, W_scales, out, n_rows, n_latents, first_latent, D, x_stride, W_stride,
-    out_stride,
+    x, W, b, x_side, W_side, x_scales, W_scales, out, n_rows, n_latents, first_latent, D,
+    side_columns, x_stride, W_stride, out_stride,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
-    PRECISION: tl.constexpr, SCALED: tl.constexpr, WIDEN: tl.constexpr,
+    PRECISION: tl.constexpr, SPLIT: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
     """Every key of a narrow segment: out [n_rows, n_latents] int64."""
     row_block, block = _block_of(tl.program_id(0), n_rows, n_latents, BM, BN, GROUP)
     rows = row_block * BM + tl.arange(0, BM)
     columns = block * BN + tl.arange(0, BN)
     acc = _tile_pre_acts(
-        x, W, b, x_scales, W_scales, rows, columns, n_rows, n_latents, D, x_stride, W_stride,
-        BM, BN, BK, PRECISION, SCALED, WIDEN,
+        x, W, b, x_side, W_side, x_scales, W_scales, rows, columns, n_rows, n_latents, D,
+        side_columns, x_stride, W_stride, BM, BN, BK, PRECISION, SPLIT, WIDEN,
     )  # fmt: skip
     keys = pack_key(acc, (first_latent + columns)[None, :])
     inside = (rows < n_rows)[:, None] & (columns < n_latents)[None, :]
@@ -136,10 +150,10 @@ def _first_above(tile, column, limit, inside):
 
 @triton.jit
 def filter_kernel(
-    x, W, b, x_scales, W_scales, threshold, pool, counts, n_rows, n_latents, first_latent, D,
-    x_stride, W_stride,
+    x, W, b, x_side, W_side, x_scales, W_scales, threshold, pool, counts, n_rows, n_latents,
+    first_latent, D, side_columns, x_stride, W_stride,
     WIDTH: tl.constexpr, MANY: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    BK: tl.constexpr, GROUP: tl.constexpr, PRECISION: tl.constexpr, SCALED: tl.constexpr,
+    BK: tl.constexpr, GROUP: tl.constexpr, PRECISION: tl.constexpr, SPLIT: tl.constexpr,
     WIDEN: tl.constexpr,
 ):  # fmt: skip
     """Appends to pool [n_rows, WIDTH] what is above threshold [n_rows]; counts [n_rows] goes on
@@ -152,8 +166,8 @@ def filter_kernel(
     rows = row_block * BM + tl.arange(0, BM)
     columns = block * BN + tl.arange(0, BN)
     acc = _tile_pre_acts(
-        x, W, b, x_scales, W_scales, rows, columns, n_rows, n_latents, D, x_stride, W_stride,
-        BM, BN, BK, PRECISION, SCALED, WIDEN,
+        x, W, b, x_side, W_side, x_scales, W_scales, rows, columns, n_rows, n_latents, D,
+        side_columns, x_stride, W_stride, BM, BN, BK, PRECISION, SPLIT, WIDEN,
     )  # fmt: skip
     limit = tl.load(threshold + rows, mask=rows < n_rows, other=float("inf"))
     if MANY:

@@ -1,4 +1,4 @@
-"""Rows in float8 with a scale each, the input of the prefilter's product."""
+"""Rows for the prefilter's product: float8 and bfloat16 parts, a scale and the bounds of each."""
 
 # Triton has no types, and a kernel's arguments none that mypy knows.
 # mypy: disable-error-code="no-untyped-def, import-untyped, import-not-found"
@@ -9,12 +9,20 @@ import torch
 import triton
 import triton.language as tl
 
+from sae_core.kernels import prefilter_float8
+from sae_core.kernels.prefilter_float8 import RowWeights, SplitRows, side_width
 from sae_core.kernels.triton_launch import plain_rows, row_shape
 
 FP8 = torch.float8_e4m3fn
-_MAX = tl.constexpr(448.0)
-_TINY = tl.constexpr(1e-30)
+_MAX, _TINY = tl.constexpr(prefilter_float8.LARGEST), tl.constexpr(prefilter_float8.TINY)
+_UP, _SMALLEST = tl.constexpr(prefilter_float8.UP), tl.constexpr(prefilter_float8.SMALLEST)
 _STEP_MAGIC = tl.constexpr(1.5 * 2**20)
+
+
+@triton.jit
+def _power_of(value):
+    """The power of two at or below a positive fp32."""
+    return (value.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -23,54 +31,95 @@ def _round_to_float8(value):
 
     The cast is exact after it: that of Triton's interpreter forgets to carry into the exponent.
     """
-    power = (value.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
     # A sum of this size has no room for less than power / 8; below 2**-6 float8 is subnormal.
-    large = tl.maximum(power, 2.0**-6) * _STEP_MAGIC
+    large = tl.maximum(_power_of(value), 2.0**-6) * _STEP_MAGIC
     return (value + large) - large
 
 
 @triton.jit
-def quantise_kernel(
-    matrix, out, scales, n_rows, D, stride, PAIRS: tl.constexpr, BD: tl.constexpr
+def _round_to_bfloat16(value):
+    """fp32 to the nearest that bfloat16 holds, ties to even; the interpreter's cast cuts off.
+
+    An infinity may become NaN; either spoils the row's bounds.
+    """
+    bits = value.to(tl.int32, bitcast=True)
+    bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000
+    return bits.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def split_kernel(
+    matrix, channels, moved, squares, low, side, scales, deviations, sums, n_rows, D, n_side,
+    width, side_columns, stride, PAIRS: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    """PAIRS rows per program, read once."""
+    """PAIRS rows per program, read once. See `prefilter_float8.split_rows`.
+
+    low: [n_rows, width]; side: [n_rows, side_columns], zeros before.
+    """
     rows = tl.program_id(0).to(tl.int64) * PAIRS + tl.arange(0, PAIRS)
     columns = tl.arange(0, BD)
-    inside = (rows < n_rows)[:, None] & (columns < D)[None, :]
-    where = matrix + rows[:, None] * stride + columns[None, :]
+    live, is_low = rows < n_rows, columns < D - n_side
+    channel = tl.load(channels + columns, mask=columns < D, other=0)
+    inside = live[:, None] & (columns < D)[None, :]
+    where = matrix + rows[:, None] * stride + channel[None, :]
     tile = tl.load(where, mask=inside, other=0.0).to(tl.float32)
-    # A row of zeros divides by a number all the same; NaN is no maximum and stays NaN.
-    scale = tl.div_rn(tl.maximum(tl.max(tl.abs(tile), 1), _TINY), _MAX)
-    tile = tl.div_rn(tile, tl.broadcast_to(scale[:, None], (PAIRS, BD)))
-    where = out + rows[:, None] * D + columns[None, :]
-    tl.store(where, _round_to_float8(tile).to(out.dtype.element_ty), mask=inside)
-    tl.store(scales + rows, scale, mask=rows < n_rows)
+    part = tl.where(is_low[None, :], tile, 0.0)
+    largest = tl.maximum(tl.div_rn(tl.max(tl.abs(part), 1), _MAX), _TINY)
+    scale = 2 * _power_of(tl.maximum(largest, tl.max(tl.abs(tile), 1) * _SMALLEST))
+    inverse = tl.div_rn(1.0, scale)
+    scaled = tile * inverse[:, None]
+    rounded = tl.where(is_low[None, :], _round_to_float8(scaled), _round_to_bfloat16(scaled))
+    away = tile - rounded * scale[:, None]
+    terms = tl.load(moved + columns, mask=columns < D, other=0.0)[None, :] * away * away
+    terms += tl.load(squares + columns, mask=columns < D, other=0.0)[None, :] * tile * tile
+    bound = deviations * tl.sqrt_rn(tl.sqrt_rn(tl.sum(terms * terms, 1))) * inverse * _UP
+    lost = sums * tl.sqrt_rn(tl.sum(part * part, 1)) * inverse * _UP
+    where = low + rows[:, None] * width + columns[None, :]
+    # Past the float8 channels: zeros, up to the width.
+    tl.store(
+        where,
+        tl.where(is_low[None, :], rounded, 0.0).to(low.dtype.element_ty),
+        mask=live[:, None] & (columns < width)[None, :],
+    )
+    base = side + rows * side_columns
+    where = base[:, None] + (columns - (D - n_side))[None, :]
+    outlier = inside & (columns >= D - n_side)[None, :]
+    tl.store(where, rounded.to(side.dtype.element_ty), mask=outlier)
+    tl.store(
+        base + side_columns - 2, _round_to_bfloat16(bound).to(side.dtype.element_ty), mask=live
+    )
+    tl.store(base + side_columns - 1, _round_to_bfloat16(lost).to(side.dtype.element_ty), mask=live)
+    tl.store(scales + rows, scale, mask=live)
 
 
-def quantise_shape(D: int) -> dict[str, int]:
+def split_shape(D: int) -> dict[str, int]:
     """Of a program that rounds rows, each read once."""
-    return row_shape(D, per_thread=8, in_flight=64)
+    return row_shape(D, per_thread=8, in_flight=32)
 
 
-def quantise_rows(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(float8_e4m3fn [n, D], scales [n] float32): a row times its scale is the row, rounded.
-
-    The scale is the row's largest magnitude over 448. Relative to that magnitude the rounding is at
-    most 2**-5; zero rows stay zero. A row with a NaN or an infinity gives NaN where it stood.
+def split_rows(matrix: torch.Tensor, weights: RowWeights) -> SplitRows:
+    """`prefilter_float8.split_rows` on the device, its bounds up to the order of float32 sums.
 
     Args:
         matrix: [n, D] bfloat16, float16 or float32.
+        weights: how to split.
 
     Raises:
         ShapeError: D does not fit a program's registers.
     """
-    n, D = matrix.shape
-    out = torch.empty(n, D, dtype=FP8, device=matrix.device)
-    scales = torch.empty(n, device=matrix.device)
-    shape = quantise_shape(D)
+    (n, D), n_side = matrix.shape, weights.n_side
+    width, side_columns = -(-(D - n_side) // 16) * 16, side_width(D)
+    out = SplitRows(
+        torch.empty(n, width, dtype=FP8, device=matrix.device),
+        torch.zeros(n, side_columns, dtype=torch.bfloat16, device=matrix.device),
+        torch.empty(n, device=matrix.device),
+    )
+    shape = split_shape(D)
     if n:
         rows = plain_rows(matrix)
-        quantise_kernel[(triton.cdiv(n, shape["PAIRS"]),)](
-            rows, out, scales, n, D, rows.stride(0), **shape
-        )
-    return out, scales
+        split_kernel[(triton.cdiv(n, shape["PAIRS"]),)](
+            rows, weights.channels.int(), weights.moved, weights.squares, *out,
+            weights.deviations, weights.sums, n, D, n_side, width, side_columns, rows.stride(0),
+            **shape,
+        )  # fmt: skip
+    return out

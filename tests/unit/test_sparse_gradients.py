@@ -70,3 +70,25 @@ def test_the_decoder_gradient_is_orthogonal_to_its_rows():
     sparse_autoencode(x, weights, plan, None).squared_error.backward()
     assert W_dec.grad.norm() > 1
     assert (W_dec.grad * W_dec).sum(1).abs().max() < 1e-4
+
+
+def test_gathering_in_bfloat16_rounds_inputs_and_errors_alone():
+    generator = torch.Generator().manual_seed(0)
+    x, W_enc = torch.randn(B, D, generator=generator), torch.randn(L, D, generator=generator)
+    weights = (W_enc, torch.zeros(L), random_unit_rows(0, L, D, 1), torch.zeros(D))
+    gathered, losses = [], []
+    for dtype in (None, torch.bfloat16):
+        kernels = get_kernels("stock", torch.float32)
+        kernels.gather_dtype = dtype
+        own = [w.clone().requires_grad_() for w in weights]
+        plan = SparsePlan(kernels, L, K, AUXK, 0, None)
+        out = sparse_autoencode(x, Dictionary(*own), plan, None)
+        out.squared_error.backward()
+        losses.append(out.squared_error)
+        gathered.append([w.grad for w in own])
+    assert torch.equal(losses[0], losses[1])
+    for name, exact, rounded in zip(("W_enc", "b_enc", "W_dec", "b_dec"), *gathered, strict=True):
+        if name.startswith("b_"):
+            assert torch.equal(exact, rounded), name
+        else:
+            assert 1e-4 < (rounded - exact).norm() / exact.norm() < 2.0**-8, name
