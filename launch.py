@@ -33,7 +33,6 @@ CONCURRENT = ("plan", HARVEST_AND_TRAIN, "evaluate", "export", "report")
 READ_ONLY = ("plan", "verify", "status")
 NEED_A_RUN = ("evaluate", "export", "report", "verify", "repair", "status")
 MODULES = {**STAGES, HARVEST_AND_TRAIN: "cluster.concurrent"}
-EXIT_FAILED, EXIT_BAD_INPUT = 1, 2
 
 ConfigStore.instance().store(name="run_schema", node=RunConfig)
 
@@ -42,6 +41,7 @@ ConfigStore.instance().store(name="run_schema", node=RunConfig)
 def compose_and_run(composed: DictConfig) -> None:
     """Validates, then runs one stage, or the pipeline's stages in order."""
     with _explained():
+        from cluster.preemption import on_preemption, raise_interrupted
         from cluster.run_dir import open_run
         from conf.validate import validate
 
@@ -51,7 +51,10 @@ def compose_and_run(composed: DictConfig) -> None:
         stages: tuple[str, ...] = (config.stage,)
         if config.stage == "pipeline":
             stages = CONCURRENT if config.cluster.mode == "concurrent" else PIPELINE
-        with open_run(config, config.stage in READ_ONLY, config.stage in NEED_A_RUN) as run_dir:
+        with (
+            on_preemption(raise_interrupted, config.checkpoint.grace_s),
+            open_run(config, config.stage in READ_ONLY, config.stage in NEED_A_RUN) as run_dir,
+        ):
             if config.stage == "pipeline":
                 _print_config(config)
             for stage in stages:
@@ -84,14 +87,12 @@ def _explained() -> Iterator[None]:
 
     try:
         yield
-    except KeyboardInterrupt:
-        sys.exit("interrupted; the same command resumes")
-    except Exception as error:
-        message, is_input = explain(error)
+    except (Exception, KeyboardInterrupt) as error:
+        message, code = explain(error)
         if message is None:
             raise
-        print(f"error: {message}", file=sys.stderr)
-        sys.exit(EXIT_BAD_INPUT if is_input else EXIT_FAILED)
+        print(message, file=sys.stderr)
+        sys.exit(code)
 
 
 def main() -> None:

@@ -25,3 +25,7 @@ class PlacementError(ClusterError):
 
 class RankFailedError(ClusterError):
     """Trainer ranks died more often than the config allows."""
+
+
+class PreemptedError(ClusterError):
+    """Somebody asked the trainer ranks to stop; they have saved, and the same command resumes."""

@@ -30,9 +30,10 @@ def run(config: RunConfig, run_dir: Path) -> None:
     d_model = hidden_size(config.model, Path(config.cache_dir).expanduser())
     rank_bytes = memory_bytes_per_rank(config, d_model)
     store_bytes = store_bytes_total(config, d_model)
-    Console().print(_table(config, d_model, rank_bytes, store_bytes))
+    copy_bytes = checkpoint_bytes_per_rank(config, d_model)
+    Console().print(_table(config, d_model, rank_bytes, copy_bytes, store_bytes))
     if config.train.device != "cuda":
-        _check_memory(config, rank_bytes)
+        _check_memory(config, rank_bytes + copy_bytes)
     _check_disk(config, store_bytes)
 
 
@@ -56,6 +57,20 @@ def memory_bytes_per_rank(config: RunConfig, d_model: int) -> int:
     return state + buffers + batch
 
 
+def checkpoint_bytes_per_rank(config: RunConfig, d_model: int) -> int:
+    """Host memory that a rank's share of a checkpoint takes, beside what it trains with.
+
+    The copy, which a synchronous save on the CPU does without, and twice one matrix: the writer
+    puts a file together in memory.
+    """
+    start, stop = row_range(config.sae.n_latents, 0, config.parallel.latent)
+    rows = -(-(stop - start) // config.parallel.data)
+    copies = 2 * rows * d_model * (4 + 2 * _ITEM_BYTES[config.optim.moments])
+    if not config.checkpoint.asynchronous and config.train.device != "cuda":
+        copies = 0
+    return copies + 2 * rows * d_model * 4
+
+
 def store_bytes_total(config: RunConfig, d_model: int) -> int:
     """Bytes of all arrays and sidecars; of codec blosc as many as without, which is the most."""
     row = d_model * _ITEM_BYTES[config.store.dtype]
@@ -65,7 +80,9 @@ def store_bytes_total(config: RunConfig, d_model: int) -> int:
     return config.data.tokens * (width + _SIDECAR_BYTES_PER_TOKEN)
 
 
-def _table(config: RunConfig, d_model: int, rank_bytes: int, store_bytes: int) -> Table:
+def _table(
+    config: RunConfig, d_model: int, rank_bytes: int, copy_bytes: int, store_bytes: int
+) -> Table:
     from sae_core.topk import sent_bytes
 
     table = Table(title=f"plan: {config.name}", show_header=False, title_justify="left")
@@ -76,7 +93,8 @@ def _table(config: RunConfig, d_model: int, rank_bytes: int, store_bytes: int) -
         "dictionary": f"{config.sae.n_latents:,} latents, k {config.sae.k}, "
         f"{2 * config.sae.n_latents * d_model:,} weights",
         "mesh": f"{mesh.latent} latent x {mesh.data} data, ZeRO {mesh.zero_stage}",
-        "memory per rank": f"{rank_bytes / 2**30:.2f} GiB: weights, moments, gradients, buffers",
+        "memory per rank": f"{rank_bytes / 2**30:.2f} GiB: weights, moments, gradients, buffers; "
+        f"{copy_bytes / 2**30:.2f} GiB more on the host while a checkpoint is written",
         "store": f"{config.data.tokens:,} tokens, {store_bytes / 2**30:.2f} GiB",
         "training": f"{config.train.n_steps:,} steps of {config.train.batch_tokens:,} tokens, "
         f"{epochs:.1f} epochs",

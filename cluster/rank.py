@@ -8,6 +8,9 @@ from __future__ import annotations
 import math
 import os
 import sys
+import threading
+import traceback
+from collections.abc import Callable
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -19,11 +22,13 @@ from activation_store import open_store
 from activation_store.errors import StoreError
 from cluster.cursor import RunCursor, consumer_name
 from cluster.environment import environment
-from cluster.errors import ClusterError
+from cluster.errors import ClusterError, PreemptedError
 from cluster.metric_sinks import MetricSinks
+from cluster.preemption import EXIT_PREEMPTED, StopRequest, on_preemption
 from cluster.run_dir import CONFIG, ENVIRONMENT, rank_lock
 from cluster.source import WAIT_TIMEOUT_S, StoreSource
 from cluster.trainable import check_store
+from cluster.training_line import COSTS, training_costs
 from conf.run_config import load_config
 from conf.schema import RunConfig
 from sae_core.atomic import write_json
@@ -43,10 +48,12 @@ def run_rank(run_dir: Path, console: bool = False) -> None:
 
     Args:
         run_dir: the run's folder with its `config.yaml`, on a file system that all ranks share.
-        console: rank 0 prints the progress line itself.
+        console: there is no driver: rank 0 prints the progress line itself, and nobody's request
+            to stop counts but the signals that ranks get.
 
     Raises:
         ClusterError: the environment does not say where this rank stands.
+        PreemptedError: this rank or another was asked to stop; there is a checkpoint.
         SAEError, StoreError: config, store, loss or checkpoints are at fault.
     """
     missing = [name for name in _ENVIRONMENT if name not in os.environ]
@@ -57,7 +64,16 @@ def run_rank(run_dir: Path, console: bool = False) -> None:
     device = _device(config.train.device, local_rank)
     torch.set_num_threads(_threads(config))
     keep_freed_memory()
-    with rank_lock(run_dir, rank):
+    signalled = threading.Event()
+    request = StopRequest(run_dir) if rank == 0 and not console else None
+
+    def stop_requested() -> bool:
+        return signalled.is_set() or (request is not None and bool(request.made))
+
+    with (
+        on_preemption(lambda _: signalled.set(), config.checkpoint.grace_s),
+        rank_lock(run_dir, rank),
+    ):
         dist.init_process_group(
             "nccl" if device.type == "cuda" else "gloo",
             timeout=timedelta(seconds=config.train.timeout_s),
@@ -66,18 +82,27 @@ def run_rank(run_dir: Path, console: bool = False) -> None:
             write_json(run_dir / ENVIRONMENT, environment())
         sinks = MetricSinks(config, run_dir, console) if rank == 0 else None
         try:
-            _train(config, run_dir, device, sinks)
+            finished = _train(config, run_dir, device, sinks, stop_requested)
             dist.barrier()
             dist.destroy_process_group()
         finally:
             # After the barrier: a wandb that takes its time must not keep the others waiting.
             if sinks is not None:
                 sinks.close()
+        if console and rank == 0:
+            print(f"train: {training_costs(run_dir)}", flush=True)
+    if not finished:
+        raise PreemptedError(f"{run_dir}: training was asked to stop and has saved a checkpoint")
 
 
 def _train(
-    config: RunConfig, run_dir: Path, device: torch.device, sinks: MetricSinks | None
-) -> None:
+    config: RunConfig,
+    run_dir: Path,
+    device: torch.device,
+    sinks: MetricSinks | None,
+    stop_requested: Callable[[], bool],
+) -> bool:
+    """Whether the run has come to its end."""
     mesh = Mesh.create(device.type, config.parallel.latent, config.parallel.data)
     store = open_store(config.store.path)
     array = check_store(config)
@@ -106,15 +131,19 @@ def _train(
             config.seed,
             report=sinks.write if sinks is not None else lambda row: None,
             report_every=config.logging.every_steps,
+            stop_requested=stop_requested,
         )
         newest = _agreed_checkpoint(run_dir / "checkpoints", config.checkpoint.verify_hashes)
         if newest is None:
             trainer.calibrate()
         else:
             trainer.resume(newest)
-        trainer.train()
-        if cursor is not None:
+        finished = trainer.train()
+        if sinks is not None:
+            write_json(run_dir / COSTS, trainer.costs)
+        if cursor is not None and finished:
             cursor.close()
+        return finished
     finally:
         source.close()
 
@@ -176,8 +205,25 @@ def main() -> None:
         sys.exit(f"usage: python -m cluster.rank RUN_DIR, a folder that holds a {CONFIG}")
     try:
         run_rank(Path(sys.argv[1]).resolve(), console=True)
+    except PreemptedError as error:
+        sys.exit(_say(f"{error}; the same command resumes", EXIT_PREEMPTED))
     except (SAEError, StoreError, ClusterError) as error:
-        sys.exit(f"error: {error}")
+        _leave(_say(f"error: {error}", 1))
+    except Exception:
+        traceback.print_exc()
+        _leave(1)
+
+
+def _say(message: str, code: int) -> int:
+    print(message, file=sys.stderr, flush=True)
+    return code
+
+
+def _leave(code: int) -> None:
+    """Without the interpreter's tidying up: it may wait for a save whose other ranks are gone."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 
 from cluster.config import ClusterConfig
 from cluster.errors import PlacementError
+from cluster.preemption import signals_kept
 
 OBJECT_STORE_BYTES = 128 << 20
 """Only commit records and metrics pass through Ray; activations go straight to the store."""
@@ -39,21 +40,28 @@ def ray_session(config: ClusterConfig, min_cpus: int = 1) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
-    if config.address is None:
-        ray.init(
-            address="local",
-            num_cpus=max(os.cpu_count() or 1, min_cpus),
-            include_dashboard=False,
-            logging_level="ERROR",
-            log_to_driver=False,
-            object_store_memory=OBJECT_STORE_BYTES,
-        )
-    else:
-        _join(config.address)
+    with signals_kept():
+        if config.address is None:
+            _start(max(os.cpu_count() or 1, min_cpus))
+        else:
+            _join(config.address)
     try:
         yield
     finally:
         ray.shutdown()
+
+
+def _start(num_cpus: int) -> None:
+    import ray
+
+    ray.init(
+        address="local",
+        num_cpus=num_cpus,
+        include_dashboard=False,
+        logging_level="ERROR",
+        log_to_driver=False,
+        object_store_memory=OBJECT_STORE_BYTES,
+    )
 
 
 def _join(address: str) -> None:

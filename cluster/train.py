@@ -16,13 +16,14 @@ from rich.console import Console
 
 from activation_store import open_store, shuffle_quality, store_exists
 from activation_store.errors import StoreConfigError, StoreError
-from cluster.errors import ClusterError, RankFailedError
+from cluster.errors import ClusterError, PreemptedError, RankFailedError
 from cluster.metric_sinks import METRICS
+from cluster.preemption import StopRequest, on_preemption
 from cluster.rank_group import rank_group
 from cluster.ray_session import ray_session
 from cluster.run_dir import wait_for_old_ranks
 from cluster.trainable import check_store
-from cluster.training_line import TrainingLine
+from cluster.training_line import TrainingLine, training_costs
 from conf.schema import RunConfig
 from sae_core.checkpoint.folder import newest_valid, read_state
 from sae_core.errors import SAEError
@@ -52,6 +53,7 @@ def run(
         ConfigError, StoreConfigError: there is no store, or it does not fit the config.
         PlacementError: the cluster cannot hold the ranks.
         RankFailedError: ranks died more often than `cluster.max_failures`.
+        PreemptedError: a signal asked for the end; ranks that could have saved.
     """
     console = console or Console()
     if not store_exists(config.store.path):
@@ -68,12 +70,19 @@ def run(
         console.print(f"train: already done, {done.name}")
         return
     _warn_of_a_poor_shuffle(config, console)
-    with ray_session(config.cluster, min_cpus=1):
+    request = StopRequest(run_dir)
+    request.withdraw()
+    with (
+        ray_session(config.cluster, min_cpus=1),
+        on_preemption(request.make, config.checkpoint.grace_s),
+    ):
         for failures in range(config.cluster.max_failures + 1):
             problem = _attempt(config, run_dir, console, watch)
             if problem is None:
                 break
             wait_for_old_ranks(run_dir)
+            if request.made:
+                raise PreemptedError(f"{problem} while it was to stop for {request.made}")
             print(f"train: {problem}; attempt {failures + 1}", file=sys.stderr, flush=True)
         else:
             raise RankFailedError(
@@ -81,6 +90,7 @@ def run(
                 f"see {run_dir / 'logs'}, then run the same command again to resume"
             )
     newest = newest_valid(run_dir / "checkpoints", hashes=False)
+    console.print(f"train: {training_costs(run_dir)}", soft_wrap=True)
     console.print(f"train: done, {newest}")
 
 

@@ -1,4 +1,4 @@
-"""Which exceptions are a message for the user, and whether the input was at fault."""
+"""Which exceptions are a message for the user, and with which code the process then ends."""
 
 from __future__ import annotations
 
@@ -18,9 +18,12 @@ from activation_store.errors import (
     StoreError,
 )
 from analysis.errors import AnalysisError, RunFileError
-from cluster.errors import ClusterError, RankFailedError
+from cluster.errors import ClusterError, PreemptedError, RankFailedError
+from cluster.preemption import EXIT_PREEMPTED, Interrupted
 from conf.schema import RunConfig
 from sae_core.errors import CheckpointError, NonFiniteLossError, SAEError
+
+EXIT_FAILED, EXIT_BAD_INPUT = 1, 2
 
 _RUNTIME = (
     CheckpointError,
@@ -40,15 +43,20 @@ _RUNTIME = (
 _NOISE = ("object_type=", "reference_type=", "To append to", "Config search path", "provider=")
 
 
-def explain(error: BaseException) -> tuple[str | None, bool]:
-    """(message, whether the input is at fault); no message for what nobody raised on purpose."""
+def explain(error: BaseException) -> tuple[str | None, int]:
+    """(message, exit code); no message for what nobody raised on purpose."""
+    if isinstance(error, Interrupted | PreemptedError):
+        return f"preempted: {error}; the same command resumes", EXIT_PREEMPTED
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted; the same command resumes", EXIT_FAILED
     if isinstance(error, HydraException | OmegaConfBaseException):
-        return _config_message(error), True
+        return f"error: {_config_message(error)}", EXIT_BAD_INPUT
     if isinstance(error, SAEError | StoreError | ClusterError | AnalysisError):
-        return str(error), not isinstance(error, _RUNTIME)
+        code = EXIT_FAILED if isinstance(error, _RUNTIME) else EXIT_BAD_INPUT
+        return f"error: {error}", code
     if isinstance(error, OSError) and error.filename is not None:
-        return f"{error.filename}: {error.strerror}", False
-    return None, False
+        return f"error: {error.filename}: {error.strerror}", EXIT_FAILED
+    return None, EXIT_FAILED
 
 
 def _config_message(error: BaseException) -> str:

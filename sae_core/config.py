@@ -227,11 +227,22 @@ class ParallelConfig:
 
 @dataclass
 class CheckpointConfig:
-    """When checkpoints are written and how many stay."""
+    """When checkpoints are written, how, and which ones stay."""
 
     every_tokens: int = 100_000_000
+    every_minutes: float | None = 30.0
+    """Also when the last one began so long ago, by rank 0's clock; null: by tokens alone."""
     keep: int = 2
     """Newest valid checkpoints that stay; at least 2, so that a damaged one has a predecessor."""
+    keep_every_tokens: int | None = None
+    """The first checkpoint in every stretch of so many tokens stays for good; activations that a
+    resume from the oldest of them would need then stay, too. null: none stays."""
+    asynchronous: bool = True
+    """Training waits only for a copy of weights and moments in host memory, which is written in
+    the background; false: it waits for the files, and needs no such memory on the CPU."""
+    grace_s: float = 120.0
+    """From SIGTERM or SIGUSR1 to the end of the process: time for a last checkpoint. When it is
+    over, the process leaves with the checkpoints that are there."""
     verify_hashes: bool = True
     """Check SHA-256 of every file before loading."""
 
@@ -239,12 +250,22 @@ class CheckpointConfig:
         """Raises: ConfigError: for a cadence or a count that would lose work."""
         if self.every_tokens < 1:
             raise ConfigError("checkpoint.every_tokens", self.every_tokens, "at least 1")
+        if self.every_minutes is not None and self.every_minutes <= 0:
+            raise ConfigError(
+                "checkpoint.every_minutes", self.every_minutes, "more than 0, or null"
+            )
         if self.keep < 2:
             raise ConfigError(
                 "checkpoint.keep",
                 self.keep,
                 "at least 2, so that a damaged newest checkpoint has a predecessor",
             )
+        if self.keep_every_tokens is not None and self.keep_every_tokens < 1:
+            raise ConfigError(
+                "checkpoint.keep_every_tokens", self.keep_every_tokens, "at least 1, or null"
+            )
+        if self.grace_s <= 0:
+            raise ConfigError("checkpoint.grace_s", self.grace_s, "more than 0")
 
 
 @dataclass

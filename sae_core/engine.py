@@ -119,11 +119,18 @@ class SAEEngine:
         Returns:
             `{parameter: {moment: tensor}}`, shapes as the parameters.
         """
+        return {name: self.moments_of(name) for name in self.parameter_names}
+
+    @property
+    def parameter_names(self) -> list[str]:
+        """Names of the parameters, the same order on all ranks."""
+        return [name for name, _ in self.sae.named_parameters()]
+
+    def moments_of(self, name: str) -> dict[str, torch.Tensor]:
+        """Adam's moments of one parameter, whole local rows; collective under ZeRO 1."""
         self._allocate_state()
-        return {
-            name: {moment: self._get_moment(parameter, moment) for moment in MOMENTS}
-            for name, parameter in self.sae.named_parameters()
-        }
+        parameter = self.sae.get_parameter(name)
+        return {moment: self._get_moment(parameter, moment) for moment in MOMENTS}
 
     @torch.no_grad()
     def load(

@@ -62,6 +62,11 @@ class Mesh:
             n_data=data,
         )
 
+    @property
+    def is_first(self) -> bool:
+        """Whether this is rank 0."""
+        return self.latent_rank == 0 and self.data_rank == 0
+
     def rows(self, n_latents: int) -> tuple[int, int]:
         """Dictionary rows [start, stop) that this rank holds."""
         return row_range(n_latents, self.latent_rank, self.n_latent)

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
+from sae_core.agreement import NOTHING, Agreed, Agreement
 from sae_core.architectures import build_sae
-from sae_core.checkpoint import load_checkpoint, save_checkpoint
+from sae_core.checkpoint import CheckpointSaver, CheckpointState, load_checkpoint
 from sae_core.config import TrainerConfig
 from sae_core.engine import SAEEngine
 from sae_core.errors import ConfigError, NonFiniteLossError
@@ -38,9 +40,11 @@ class Trainer:
         checkpoints: folder of the run's checkpoints.
         seed: fixes the initial dictionary.
         report: gets a row of metrics every `report_every` steps: step, tokens, sae, loss, fvu,
-            auxk_loss, l0, dead_fraction, grad_norm, lr, tokens_per_s, loader_wait_fraction, mfu,
-            peak_memory_bytes.
+            auxk_loss, l0, dead_fraction, grad_norm, lr, tokens_per_s, loader_wait_fraction,
+            checkpoint_pause_s (since the row before), mfu, peak_memory_bytes.
         report_every: steps.
+        stop_requested: asked about once a second on every rank; True on any ends training with a
+            checkpoint.
 
     Raises:
         ConfigError: the config cannot be, or the device has no such dtype.
@@ -55,10 +59,11 @@ class Trainer:
         seed: int,
         report: Report,
         report_every: int,
+        stop_requested: Callable[[], bool] = lambda: False,
     ) -> None:
         config.validate()
         self.config, self.mesh, self.source = config, mesh, source
-        self.checkpoints, self.seed = checkpoints, seed
+        self.seed, self.stop_requested = seed, stop_requested
         self.report, self.report_every = report, report_every
         self.device = torch.device(mesh.devices.device_type)
         kernels = get_kernels(
@@ -70,7 +75,12 @@ class Trainer:
         sae = build_sae(config.sae, source.d_in, mesh, kernels, seed).to(self.device)
         self.engines = [SAEEngine(config.sae.hookpoint or "sae", sae, config, self.device)]
         self.step = 0
+        self.saver = CheckpointSaver(
+            checkpoints, config.checkpoint, mesh, self.device, config.train.batch_tokens
+        )
+        self._agreement = Agreement(config.train.timeout_s)
         self._clock = _Clock()
+        self._seconds = 0.0
 
     def calibrate(self) -> None:
         """Fits input scale, bias and encoder scale to a sample; a fresh run's first act."""
@@ -98,8 +108,11 @@ class Trainer:
         self.step = state.step
         self.source.seek(state.source_position)
 
-    def train(self) -> None:
+    def train(self) -> bool:
         """Runs to the last step, saving on the way and at the end; collective.
+
+        Returns:
+            False where a request ended it before the last step; the checkpoint is written.
 
         Raises:
             NonFiniteLossError: naming the step; no update was made from it on any rank.
@@ -107,26 +120,62 @@ class Trainer:
         """
         metrics = [StepMetrics(engine) for engine in self.engines]
         save_every = max(1, self.config.checkpoint.every_tokens // self.config.train.batch_tokens)
+        began, stop = time.perf_counter(), False
         self._clock.start()
-        while self.step < self.config.train.n_steps:
+        while self.step < self.config.train.n_steps and not stop:
             self._train_step(metrics)
             last = self.step == self.config.train.n_steps
             if self.step % self.report_every == 0 or last:
                 self._report(metrics)
-            if self.step % save_every == 0 or last:
+            stop, save, _ = self._agree()
+            if self.step % save_every == 0 or last or save or stop:
                 self.save()
+        self.saver.wait()
+        self._seconds = time.perf_counter() - began
+        return self.step == self.config.train.n_steps
 
-    def save(self) -> Path:
-        """Checkpoints all SAEs; collective."""
+    @property
+    def costs(self) -> dict[str, float]:
+        """Of `train`, on this rank: seconds in all, checkpoints, seconds that it waited for them
+        (copies, back-pressure, the last one), seconds that writing them took.
+        """
+        return {
+            "seconds": self._seconds,
+            "checkpoints": self.saver.saves,
+            "checkpoint_pause_s": self.saver.pause_s,
+            "checkpoint_writing_s": self.saver.writing_s,
+        }
+
+    def save(self) -> None:
+        """Begins a checkpoint of all SAEs; collective. `saver.wait()` returns when it is there."""
         self._raise_if_bad()
-        return save_checkpoint(
-            self.checkpoints,
-            self.engines,
-            self.step,
-            self.source,
-            self.seed,
-            self.config.checkpoint.keep,
+        first, batch_tokens = self.engines[0], self.config.train.batch_tokens
+        paused = self.saver.pause_s
+        state = CheckpointState(
+            step=self.step,
+            tokens=self.step * batch_tokens,
+            source_position=self.source.position,
+            source_identity=self.source.identity,
+            seed=self.seed,
+            batch_tokens=batch_tokens,
+            d_model=first.sae.b_dec.shape[0],
+            saes={engine.name: asdict(engine.sae.config) for engine in self.engines},
+            mesh=asdict(self.config.parallel),
         )
+        self.saver.save(self.engines, state)
+        self._clock.pause(self.saver.pause_s - paused)
+
+    def _agree(self) -> Agreed:
+        """What all ranks do after this step; nothing, but about once a second."""
+        if not self._agreement.after_step():
+            return NOTHING
+        minutes = self.config.checkpoint.every_minutes
+        since_save_s = time.monotonic() - self.saver.last_began
+        overdue = minutes is not None and self.mesh.is_first and since_save_s > 60 * minutes
+        agreed = self._agreement.exchange(self.stop_requested(), overdue, self.saver.failed)
+        if agreed.failed:
+            self.saver.wait()  # raises: all ranks voted on the same outcome
+        return agreed
 
     def _train_step(self, metrics: list[StepMetrics]) -> None:
         with self._clock.waiting():
@@ -138,7 +187,7 @@ class Trainer:
 
     def _report(self, metrics: list[StepMetrics]) -> None:
         self._raise_if_bad()
-        seconds, waited, steps = self._clock.lap()
+        seconds, waited, paused, steps = self._clock.lap()
         tokens_per_s = steps * self.config.train.batch_tokens / seconds
         for engine, metric in zip(self.engines, metrics, strict=True):
             self.report(
@@ -150,6 +199,7 @@ class Trainer:
                     **metric.reduce(),
                     "tokens_per_s": tokens_per_s,
                     "loader_wait_fraction": waited / seconds,
+                    "checkpoint_pause_s": paused,
                     "mfu": mfu(
                         tokens_per_s,
                         self.source.d_in,
@@ -164,6 +214,7 @@ class Trainer:
         for engine in self.engines:
             step = int(engine.first_bad_step)
             if step >= 0:
+                self.saver.wait()  # what it writes was good
                 raise NonFiniteLossError(
                     f"{engine.name}: loss or gradient of step {step} is not finite; no update was "
                     "made from it. Check the store with stage=verify, or lower optim.lr; the same "
@@ -172,13 +223,17 @@ class Trainer:
 
 
 class _Clock:
-    """Wall time, time spent waiting for data and steps taken, since the last lap."""
+    """Wall time, time spent waiting for data and for checkpoints, steps; since the last lap."""
 
     def __init__(self) -> None:
         self.start()
 
     def start(self) -> None:
-        self._began, self._waited, self._steps = time.perf_counter(), 0.0, 0
+        self._began, self._waited, self._paused, self._steps = time.perf_counter(), 0.0, 0.0, 0
+
+    def pause(self, seconds: float) -> None:
+        """Counts time that a checkpoint took."""
+        self._paused += seconds
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
@@ -188,9 +243,10 @@ class _Clock:
         self._waited += time.perf_counter() - began
         self._steps += 1
 
-    def lap(self) -> tuple[float, float, int]:
-        """(seconds, seconds waited, steps) since the last lap."""
-        lap = (max(time.perf_counter() - self._began, 1e-9), self._waited, self._steps)
+    def lap(self) -> tuple[float, float, float, int]:
+        """(seconds, waited for data, paused for checkpoints, steps) since the last lap."""
+        seconds = max(time.perf_counter() - self._began, 1e-9)
+        lap = (seconds, self._waited, self._paused, self._steps)
         self.start()
         return lap
 

@@ -8,14 +8,14 @@ from sae_core.checkpoint.folder import (
     read_state,
 )
 from sae_core.checkpoint.load import load_checkpoint
-from sae_core.checkpoint.save import save_checkpoint
+from sae_core.checkpoint.saver import CheckpointSaver
 
 __all__ = [
+    "CheckpointSaver",
     "CheckpointState",
     "check_manifest",
     "list_checkpoints",
     "load_checkpoint",
     "newest_valid",
     "read_state",
-    "save_checkpoint",
 ]

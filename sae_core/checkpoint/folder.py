@@ -65,7 +65,12 @@ def list_checkpoints(root: Path) -> list[Path]:
     if not root.is_dir():
         return []
     found = [path for path in root.iterdir() if _NAME.fullmatch(path.name) and path.is_dir()]
-    return sorted(found, key=lambda path: int(path.name.split("-")[1]), reverse=True)
+    return sorted(found, key=step_of, reverse=True)
+
+
+def step_of(folder: Path) -> int:
+    """Step in the name of a checkpoint folder."""
+    return int(folder.name.split("-")[1])
 
 
 def hash_file(path: Path) -> str:
@@ -140,18 +145,45 @@ def newest_valid(root: Path, hashes: bool = True) -> Path | None:
     return None
 
 
-def prunable(root: Path, keep: int) -> Iterable[Path]:
-    """Checkpoints beyond the `keep` newest that pass a size check; never the last valid ones."""
+def prunable(root: Path, keep: int, keep_every_steps: int | None = None) -> Iterable[Path]:
+    """Checkpoints beyond the `keep` newest that pass a size check, but for milestones.
+
+    Args:
+        root: the run's `checkpoints` folder; what is not published there is neither counted nor
+            given.
+        keep: how many of the newest stay.
+        keep_every_steps: the first checkpoint of every stretch of so many steps stays, too, from
+            the second stretch on.
+    """
+    finished = list_checkpoints(root)
+    milestones = _milestones(finished, keep_every_steps)
     kept = 0
-    for folder in list_checkpoints(root):
+    for folder in finished:
         if kept >= keep:
-            yield folder
+            if folder not in milestones:
+                yield folder
             continue
-        try:
-            check_manifest(folder, hashes=False)
-        except DamagedCheckpointError:
-            continue  # left for a person to look at, and not counted as one that is kept
-        kept += 1
+        if _looks_whole(folder):
+            kept += 1  # one that does not is left for a person to look at, and not counted
+
+
+def _milestones(finished: list[Path], every_steps: int | None) -> set[Path]:
+    if every_steps is None:
+        return set()
+    first: dict[int, Path] = {}
+    for folder in reversed(finished):
+        stretch = step_of(folder) // every_steps
+        if stretch and stretch not in first and _looks_whole(folder):
+            first[stretch] = folder
+    return set(first.values())
+
+
+def _looks_whole(folder: Path) -> bool:
+    try:
+        check_manifest(folder, hashes=False)
+    except DamagedCheckpointError:
+        return False
+    return True
 
 
 def _read(folder: Path, name: str) -> dict[str, Any]:

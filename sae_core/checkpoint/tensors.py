@@ -12,7 +12,8 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from sae_core.engine import MOMENTS, SAEEngine
 from sae_core.mesh import Mesh
 
-_SHARDED = {"W_enc", "W_dec", "b_enc", "tokens_since_fired"}
+SHARDED = {"W_enc", "W_dec", "b_enc", "tokens_since_fired"}
+"""Names of what is split over rows."""
 
 
 def weight_tensors(engines: list[SAEEngine]) -> dict[str, torch.Tensor]:
@@ -42,7 +43,7 @@ def local_part(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _global(name: str, local: torch.Tensor, engine: SAEEngine) -> torch.Tensor:
-    if name not in _SHARDED:
+    if name not in SHARDED:
         return local
     return _shard_over_rows(local, engine.sae.config.n_latents, engine.sae.mesh)
 

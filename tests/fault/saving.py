@@ -1,0 +1,153 @@
+"""A rank that trains the tests' small SAE and is hurt at a chosen point of a chosen save."""
+
+from __future__ import annotations
+
+import os
+import resource
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sae_core.checkpoint import newest_valid
+from tests.trainer_ranks import BATCH, Job, SyntheticSource, config_of
+
+STEPS, EVERY, HURT_STEP = 40, 10, 20
+
+
+@dataclass(frozen=True)
+class Hurt:
+    """What happens to rank `rank` in the save of step `HURT_STEP`."""
+
+    point: str
+    how: str = "kill"
+    """kill or raise."""
+    rank: int = 0
+
+
+def train(
+    folder: str,
+    latent: int = 2,
+    zero: int = 0,
+    hurt: Hurt | None = None,
+    checkpoint: dict[str, Any] | None = None,
+    step_s: float = 0.0,
+) -> int:
+    """A rank's body: resumes, trains, exits 0; `step_s` makes every batch take so long."""
+    import torch.distributed as dist
+
+    from sae_core.mesh import Mesh
+    from sae_core.trainer import Trainer
+
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    mesh = Mesh.create("cpu", latent, dist.get_world_size() // latent)
+    root = Path(folder) / "checkpoints"
+    root.mkdir(exist_ok=True)
+    job = Job(folder, latent, mesh.n_data, zero, steps=STEPS, save_every=EVERY)
+    config = config_of(job)
+    config.checkpoint = replace(config.checkpoint, **(checkpoint or {}))
+    if hurt is not None and hurt.rank == dist.get_rank():
+        _arm(hurt)
+    source = _Slow(mesh.data_rank, mesh.n_data, step_s)
+    rows: list[dict[str, Any]] = []
+    trainer = Trainer(config, mesh, source, root, 3, rows.append, 5)
+    newest = newest_valid(root)
+    dist.barrier()
+    if newest is None:
+        trainer.calibrate()
+    else:
+        trainer.resume(newest)
+        print(f"resumed from {newest.name}", flush=True)
+    trainer.train()
+    print(f"costs {trainer.costs}, pauses {[row['checkpoint_pause_s'] for row in rows]}")
+    dist.barrier()
+    dist.destroy_process_group()
+    return 0
+
+
+class _Slow(SyntheticSource):
+    def __init__(self, replica: int, n_replicas: int, step_s: float) -> None:
+        super().__init__(replica, n_replicas)
+        self._step_s = step_s
+
+    def next(self) -> Any:
+        time.sleep(self._step_s)
+        return super().next()
+
+
+def _arm(hurt: Hurt) -> None:
+    """Puts the trap where `hurt.point` says; every point lies in the save of `HURT_STEP`."""
+    from sae_core.checkpoint import save, saver
+
+    def spring() -> None:
+        if hurt.how == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        raise OSError(28, "No space left on device (a test's)")
+
+    def is_it(*arguments: Any) -> bool:
+        return any(f"step-{HURT_STEP:08d}" in str(a) for a in arguments)
+
+    def before(owner: Any, name: str, only: Callable[..., bool] = is_it) -> None:
+        real = getattr(owner, name)
+
+        def trapped(*arguments: Any, **more: Any) -> Any:
+            if only(*arguments):
+                spring()
+            return real(*arguments, **more)
+
+        setattr(owner, name, trapped)
+
+    if hurt.point == "copy":
+        trainer_save = saver.CheckpointSaver.save
+        saver.CheckpointSaver.save = lambda self, engines, state: (
+            spring() if state.step == HURT_STEP else trainer_save(self, engines, state)
+        )
+    elif hurt.point == "write":
+        before(save, "_save_tensors", lambda folder, *_: is_it(folder) and _torn(folder))
+    elif hurt.point == "disk":
+        writer = save.dcp.HuggingFaceStorageWriter
+        before(writer, "write_data", lambda self, *_: is_it(self.path))
+    elif hurt.point == "no room":
+        _without_room(save, is_it)
+    elif hurt.point == "manifest":
+        before(save, "_publish")
+    elif hurt.point == "rename":
+        before(save.os, "rename")
+    elif hurt.point == "latest":
+        before(save, "write_json", lambda path, value: path.name == "latest" and is_it(value))
+    elif hurt.point == "prune":
+        before(save.shutil, "rmtree", lambda path, *_: ".old" in Path(path).name)
+    else:
+        raise ValueError(hurt.point)
+
+
+def _torn(folder: Path) -> bool:
+    """Of the second part, begins a file; the first one is written in peace."""
+    if folder.name != "optimizer":
+        return False
+    (folder / "shard-00001-model-00001-of-00001.safetensors").write_bytes(b"x" * 1000)
+    return True
+
+
+def _without_room(save: Any, is_it: Callable[..., bool]) -> None:
+    """The system lets this process write no file beyond 4 KiB while it saves."""
+    real = save._save_tensors
+
+    def limited(folder: Path, *more: Any) -> Any:
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        try:
+            if is_it(folder):
+                resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
+            return real(folder, *more)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+    save._save_tensors = limited
+
+
+TOKENS_PER_SAVE = EVERY * BATCH

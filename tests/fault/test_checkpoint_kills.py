@@ -1,0 +1,123 @@
+"""Saves that are killed, refused by the disk or overtaken: the one before stays, and is enough."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from sae_core.checkpoint.folder import list_checkpoints, newest_valid, step_of
+from sae_core.inference import _read_weights
+from tests.fault.saving import EVERY, HURT_STEP, STEPS, TOKENS_PER_SAVE, Hurt, train
+from tests.forked_ranks import CHECKPOINT_FAILED, Ranks
+
+pytestmark = [pytest.mark.slow, pytest.mark.distributed]
+
+KILLED = -9
+
+
+def run(folder: Path, n_ranks: int = 2, **more: object) -> tuple[list[int], list[str]]:
+    ranks = Ranks(folder, n_ranks, _train, str(folder), more)
+    return ranks.codes(), ranks.logs()
+
+
+def _train(folder: str, more: dict) -> int:
+    return train(folder, **more)
+
+
+def final(folder: Path) -> dict[str, torch.Tensor]:
+    newest = list_checkpoints(folder / "checkpoints")[0]
+    assert step_of(newest) == STEPS
+    return _read_weights(newest / "weights", "") | _read_weights(newest / "optimizer", "")
+
+
+def same_end(one: Path, other: Path) -> None:
+    a, b = final(one), final(other)
+    assert a.keys() == b.keys()
+    for name, tensor in a.items():
+        assert torch.equal(tensor, b[name]), name
+
+
+@pytest.fixture(scope="module")
+def clean(tmp_path_factory) -> Path:
+    """A run whose saves nobody disturbs, and which waits for each."""
+    folder = tmp_path_factory.mktemp("clean")
+    assert run(folder, checkpoint={"asynchronous": False})[0] == [0, 0]
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("point", "left"),
+    [("copy", 10), ("write", 10), ("manifest", 10), ("rename", 10), ("latest", 20)],
+)
+def test_a_kill_at_every_stage_of_a_save(clean, tmp_path, point, left):
+    codes, logs = run(tmp_path, hurt=Hurt(point))
+    assert codes[0] == KILLED and codes[1] not in (0, KILLED), logs
+    newest = newest_valid(tmp_path / "checkpoints")
+    assert newest is not None and step_of(newest) == left
+    codes, logs = run(tmp_path)
+    assert codes == [0, 0], logs
+    assert f"resumed from step-{left:08d}" in logs[0]
+    same_end(clean, tmp_path)
+
+
+def test_a_kill_while_an_old_one_is_deleted_leaves_no_damaged_one(clean, tmp_path):
+    codes, _ = run(tmp_path, 1, latent=1, hurt=Hurt("prune"))
+    assert codes == [KILLED]
+    root = tmp_path / "checkpoints"
+    assert [path.name for path in root.glob("*.old.tmp")] == ["step-00000010.old.tmp"]
+    assert all((folder / "manifest.json").exists() for folder in list_checkpoints(root))
+    assert run(tmp_path, 1, latent=1)[0] == [0]
+    assert not list(root.glob("*.tmp"))
+
+
+def test_a_rank_killed_while_it_saves_takes_nobody_into_a_hang(tmp_path):
+    codes, logs = run(tmp_path, 4, hurt=Hurt("write", rank=1))
+    assert codes[1] == KILLED
+    assert all(code not in (0, KILLED) for code in codes[:1] + codes[2:]), logs
+    assert [step_of(folder) for folder in list_checkpoints(tmp_path / "checkpoints")] == [10]
+
+
+@pytest.mark.parametrize("hurt", [Hurt("disk", "raise", rank=1), Hurt("no room", rank=1)])
+def test_a_rank_that_cannot_write_fails_all_of_them(tmp_path, hurt):
+    codes, logs = run(tmp_path, hurt=hurt, step_s=0.02)
+    assert codes == [CHECKPOINT_FAILED] * 2, logs
+    for log in logs:
+        assert f"cannot write {tmp_path}/checkpoints/step-{HURT_STEP:08d}.tmp: rank 1" in log
+    assert [step_of(folder) for folder in list_checkpoints(tmp_path / "checkpoints")] == [10]
+
+
+def test_a_file_where_the_folder_should_be(tmp_path):
+    root = tmp_path / "checkpoints"
+    root.mkdir()
+    (root / f"step-{EVERY:08d}.tmp").write_text("not a folder")
+    codes, logs = run(tmp_path)
+    assert codes == [CHECKPOINT_FAILED] * 2, logs
+    assert all("cannot prepare" in log and "rank 0: NotADirectoryError" in log for log in logs)
+    assert list_checkpoints(root) == []
+
+
+@pytest.mark.parametrize(("latent", "zero"), [(1, 1), (1, 0)])
+def test_a_copy_on_each_mesh_is_what_a_waiting_save_writes(tmp_path, latent, zero):
+    more = {"latent": latent, "zero": zero}
+    assert run(tmp_path / "now", checkpoint={"asynchronous": False}, **more)[0] == [0, 0]
+    assert run(tmp_path / "later", **more)[0] == [0, 0]
+    same_end(tmp_path / "now", tmp_path / "later")
+
+
+def test_every_so_many_tokens_one_stays_and_the_clock_saves_too(tmp_path):
+    settings = {
+        "every_tokens": 10**9,
+        "every_minutes": 1e-9,  # due whenever the ranks talk: every few steps, these are slow
+        "keep_every_tokens": TOKENS_PER_SAVE,
+    }
+    codes, logs = run(tmp_path, step_s=0.15, checkpoint=settings)
+    assert codes == [0, 0], logs
+    steps = sorted(step_of(folder) for folder in list_checkpoints(tmp_path / "checkpoints"))
+    found = re.search(r"'checkpoints': (\d+), 'checkpoint_pause_s': ([\d.]+)", logs[0])
+    assert found is not None
+    assert int(found[1]) > len(steps) > 3 and float(found[2]) > 0
+    milestones = {step // EVERY for step in steps}
+    assert milestones >= {1, 2, 3, 4}

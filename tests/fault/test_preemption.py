@@ -1,0 +1,234 @@
+"""SIGTERM and SIGUSR1: a last checkpoint in time, exit code 75, and the same command resumes."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from activation_store import StoreWriter, open_store, store_exists
+from cluster.preemption import EXIT_PREEMPTED
+from conf.run_config import save_config
+from conf.schema import RunConfig
+from sae_core.checkpoint.folder import list_checkpoints, newest_valid, step_of
+from sae_core.config import CheckpointConfig, OptimConfig, ParallelConfig, SAEConfig, TrainConfig
+from sae_core.inference import _read_weights
+from tests.forked_ranks import Ranks
+from tests.tiny_models import save_gpt2, write_text
+
+pytestmark = [pytest.mark.slow, pytest.mark.distributed]
+
+ROOT = Path(__file__).resolve().parents[2]
+STEPS, BATCH = 300, 256
+
+
+def make_run(folder: Path, grace_s: float = 60.0) -> Path:
+    """A run folder with its config; the store lies beside it."""
+    run_dir = folder / "run"
+    (run_dir / "logs").mkdir(parents=True)
+    config = RunConfig(
+        name="run",
+        stage="train",
+        runs_dir=str(folder),
+        sae=SAEConfig(n_latents=300, k=6, auxk=8, dead_after_tokens=20000),
+        optim=OptimConfig(lr=2e-3),
+        train=TrainConfig(STEPS * BATCH, BATCH, sample_tokens=2000, threads_per_rank=1),
+        parallel=ParallelConfig(latent=2),
+        checkpoint=CheckpointConfig(every_tokens=100 * BATCH, grace_s=grace_s),
+    )
+    config.store.path = str(folder.parent / "store")
+    config.store.window_items, config.store.buffer_tokens = 3, 2048
+    config.logging.wandb, config.logging.every_steps = "disabled", 5
+    save_config(config, run_dir / "config.yaml")
+    return run_dir
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store of synthetic activations, and the run that nobody asked to stop."""
+    folder = tmp_path_factory.mktemp("preemption")
+    rng = np.random.default_rng(0)
+    directions = rng.normal(size=(128, 32)).astype(np.float32)
+    writer = StoreWriter(folder / "store", {"acts": 32}, dtype="float32", shard_tokens=1024)
+    for item in range(14):
+        weights = rng.random((1024, 128)) * (rng.random((1024, 128)) < 0.05)
+        writer.write_item(item, (weights @ directions).astype(np.float32))
+    writer.finalise()
+    codes, logs = ranks(make_run(folder / "clean"))
+    assert codes == [0, 0], logs
+    assert "3 checkpoints paused 0." in logs[0], "the share of the pause is not printed"
+    return folder
+
+
+def ranks(run_dir: Path, trap: str = "") -> tuple[list[int], list[str]]:
+    group = Ranks(run_dir / "ranks", 2, _rank, str(run_dir), trap)
+    return group.codes(), group.logs()
+
+
+def _rank(run_dir: str, trap: str) -> int:
+    """The body of `python -m cluster.rank`; rank 1 is signalled where `trap` says."""
+    from cluster import rank
+    from sae_core.checkpoint import save
+
+    real = save._hash_share
+
+    def in_a_save(temporary: Path) -> object:
+        if trap and os.environ["RANK"] == "1" and "step-00000100" in temporary.name:
+            os.kill(os.getpid(), getattr(signal, trap.split(maxsplit=1)[0]))
+            if "again" in trap:
+                time.sleep(1)
+                os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(1000 if "hang" in trap else 1)
+        return real(temporary)
+
+    save._hash_share = in_a_save  # type: ignore[assignment]
+    sys.argv = ["rank", run_dir]
+    rank.main()
+    return 0
+
+
+def same_end(one: Path, other: Path) -> None:
+    tensors = []
+    for run_dir in (one, other):
+        newest = list_checkpoints(run_dir / "checkpoints")[0]
+        assert step_of(newest) == STEPS
+        parts = [_read_weights(newest / part, "") for part in ("weights", "optimizer")]
+        tensors.append(parts[0] | parts[1])
+    assert tensors[0].keys() == tensors[1].keys()
+    for name, tensor in tensors[0].items():
+        assert torch.equal(tensor, tensors[1][name]), name
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
+def test_a_signal_to_one_rank_in_the_middle_of_a_save(folder, name):
+    run_dir = make_run(folder / name)
+    codes, logs = ranks(run_dir, name)
+    assert codes == [EXIT_PREEMPTED] * 2, logs
+    assert "the same command resumes" in logs[0]
+    newest = newest_valid(run_dir / "checkpoints")
+    assert newest is not None and 100 < step_of(newest) < STEPS
+    codes, logs = ranks(run_dir)
+    assert codes == [0, 0], logs
+    same_end(folder / "clean" / "run", run_dir)
+
+
+@pytest.mark.parametrize(
+    ("trap", "grace_s", "said"),
+    [
+        ("SIGTERM hang", 2.0, "checkpoint.grace_s=2"),
+        ("SIGUSR1 again hang", 600.0, "a second signal"),
+    ],
+)
+def test_no_time_left_leaves_at_once(folder, trap, grace_s, said):
+    run_dir = make_run(folder / trap.replace(" ", "-"), grace_s)
+    began = time.monotonic()
+    codes, logs = ranks(run_dir, trap)
+    assert time.monotonic() - began < 50
+    assert codes[1] == EXIT_PREEMPTED and codes[0] != 0, logs
+    assert said in logs[1]
+    assert list_checkpoints(run_dir / "checkpoints") == []
+
+
+def wait_until(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 90
+    while not condition():
+        assert process.poll() is None, f"ended too early: {process.communicate()[0]}"
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def start(*arguments: str) -> subprocess.Popen[str]:
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    command = [sys.executable, str(ROOT / "launch.py"), *arguments]
+    return subprocess.Popen(command, text=True, start_new_session=True, **pipes)
+
+
+@pytest.mark.ray
+def test_signals_to_a_driver_and_to_all_that_it_started(folder):
+    run_dir = make_run(folder / "driver")
+    arguments = [
+        "stage=train",
+        "experiment=none",
+        "name=run",
+        f"runs_dir={folder / 'driver'}",
+        f"store.path={folder / 'store'}",
+        "sae.n_latents=300",
+        "sae.k=6",
+        "sae.auxk=8",
+        "sae.dead_after_tokens=20000",
+        "optim.lr=2e-3",
+        f"train.batch_tokens={BATCH}",
+        f"train.tokens={STEPS * BATCH}",
+        "train.sample_tokens=2000",
+        "train.threads_per_rank=1",
+        "parallel.latent=2",
+        f"checkpoint.every_tokens={10**9}",
+        "store.window_items=3",
+        "store.buffer_tokens=2048",
+        "logging.wandb=disabled",
+        "logging.every_steps=5",
+    ]
+    metrics = run_dir / "metrics.jsonl"
+    steps = []
+    for kill, mark in ((os.kill, 10), (os.killpg, 60)):
+        process = start(*arguments)
+        wait_until(
+            lambda mark=mark: metrics.exists() and f'"step": {mark},' in metrics.read_text(),
+            process,
+        )
+        kill(process.pid, signal.SIGTERM if kill is os.kill else signal.SIGUSR1)
+        output, _ = process.communicate(timeout=100)
+        assert process.returncode == EXIT_PREEMPTED, output
+        assert "preempted: " in output and "the same command resumes" in output
+        newest = newest_valid(run_dir / "checkpoints")
+        assert newest is not None
+        steps.append(step_of(newest))
+    assert 10 <= steps[0] < steps[1] < STEPS
+    process = start(*arguments)
+    output, _ = process.communicate(timeout=100)
+    assert process.returncode == 0, output
+    assert "checkpoints paused" in output
+    same_end(folder / "clean" / "run", run_dir)
+
+
+@pytest.mark.ray
+def test_a_signal_while_it_harvests(tmp_path):
+    save_gpt2(tmp_path / "model")
+    write_text(tmp_path / "text.txt", documents=700)
+    arguments = [
+        "stage=harvest",
+        "experiment=none",
+        "name=run",
+        f"runs_dir={tmp_path}",
+        f"cache_dir={tmp_path / 'cache'}",
+        "model=hf",
+        f"model.path={tmp_path / 'model'}",
+        "model.hookpoints=[transformer.h.1]",
+        "model.dtype=float32",
+        "data=files",
+        f"data.path={tmp_path / 'text.txt'}",
+        "data.context_tokens=16",
+        "data.tokens=9000",
+        "store.shard_tokens=64",
+        "store.dtype=float32",
+        "train.tokens=2048",
+    ]
+    store = tmp_path / "run" / "store"
+    process = start(*arguments)
+    wait_until(lambda: store_exists(store) and open_store(store).n_items > 3, process)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == EXIT_PREEMPTED, output
+    assert not open_store(store).finalised
+    process = start(*arguments)
+    output, _ = process.communicate(timeout=100)
+    assert process.returncode == 0 and "items are there already" in output, output
+    assert open_store(store).finalised
