@@ -18,6 +18,7 @@ MAY_CHANGE = (
     "eval",
     "logging",
     "cluster",
+    "submit",
     "train.tokens",
     "train.device",
     "train.compute_dtype",

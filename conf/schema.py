@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from activation_store.config import StoreConfig
 from analysis.config import EvalConfig
 from cluster.config import ClusterConfig, DataConfig, LoggingConfig, ModelConfig
+from cluster.submit_config import SubmitConfig
 from sae_core.config import (
     CheckpointConfig,
     OptimConfig,
@@ -39,6 +40,7 @@ class RunConfig:
     eval: EvalConfig = field(default_factory=EvalConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    submit: SubmitConfig = field(default_factory=SubmitConfig)
 
     @property
     def trainer(self) -> TrainerConfig:
