@@ -43,10 +43,15 @@ def call(*command: str) -> str:
 def requeue(job: str) -> None:
     """Queues a running job again under its id; Slurm then ends this attempt of it.
 
+    Does nothing to a job that Slurm is ending already: one that it has queued again itself, or
+    that somebody cancelled, which would come to life again.
+
     Raises:
         SchedulerError: Slurm refuses.
     """
-    call("scontrol", "requeue", job)
+    fields = job_fields(job)
+    if fields is not None and fields["JobState"] == "RUNNING":
+        call("scontrol", "requeue", job)
 
 
 def requeue_sweep_cell() -> None:

@@ -128,12 +128,12 @@ def main() -> None:
     attempt = Attempt(Path(run_dir), command)
     code = attempt.run()
     again = code == EXIT_PREEMPTED and attempt.restarts < int(max_requeues)
-    attempt.note("end", exit_code=code, requeue=again)
+    attempt.note("end", exit_code=code)
     if again:
         try:
             slurm.requeue(attempt.job)
-        except SchedulerError as error:  # where Slurm itself has already done it
-            print(f"job: not queued again by itself: {error}", flush=True)
+        except SchedulerError as error:
+            print(f"job: cannot be queued again: {error}; submit it again to resume", flush=True)
     sys.exit(code)
 
 

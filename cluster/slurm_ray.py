@@ -106,7 +106,8 @@ def stand_by(address: str | None) -> None:
         while not over.is_set():
             if signal.sigtimedwait(_SIGNALS, _POLL_S) is not None and first:
                 job = os.environ["SLURM_JOB_ID"]
-                subprocess.run(["scancel", "--batch", "--signal=USR1", job], check=False)
+                tell = ["scancel", "--batch", "--signal=USR1", job]
+                subprocess.run(tell, check=False, capture_output=True)  # refused once it is ending
             if node is not None and node.poll() is not None:
                 sys.exit(f"job: Ray on {socket.gethostname()} ended with {node.returncode}")
 

@@ -116,6 +116,9 @@ class Job:
         rows = (self.run_dir / "submit" / "attempts.jsonl").read_text().splitlines()
         return [row.get("exit_code", row["event"]) for row in map(json.loads, rows)]
 
+    def wait_until_gone(self) -> None:
+        wait_until(lambda: not self.processes(), f"left of job {self.id}: {self.processes()}")
+
     def processes(self) -> list[str]:
         """Command lines of what runs in this job."""
         mine, found = f"SLURM_JOB_ID={self.id}".encode(), []
@@ -157,7 +160,7 @@ def test_preempted_jobs_save_are_queued_again_and_end_with_the_same_weights(fold
         job.wait_for("COMPLETED")
         assert job.attempts() == ["start", 75, "start", 0], job.log.read_text()
         same_end(folder / "runs" / "clean", job.run_dir)
-        assert job.processes() == []
+        job.wait_until_gone()
     status = launch(folder, "requeued", "stage=status")
     assert f"{jobs['requeued'].id} COMPLETED, queued again 1 times" in status
 
@@ -175,23 +178,32 @@ def test_two_nodes_preempted_by_an_urgent_job(folder, slurm):
     job.wait_for("COMPLETED")
     assert job.attempts() == ["start", 75, "start", 0], job.log.read_text()
     same_end(folder / "runs" / "clean", job.run_dir)
-    assert job.processes() == []
+    job.wait_until_gone()
     assert set(Path("/tmp").glob("ray-*")) <= before
 
 
-def test_a_killed_job_is_seen_to_be_dead_and_the_next_one_resumes(folder, slurm):
-    launch(folder, "killed", "stage=submit", "checkpoint.every_tokens=10000", steps=200)
+def test_killed_and_cancelled_jobs_are_not_queued_again_and_the_next_one_resumes(folder, slurm):
+    options = ("stage=submit", f"checkpoint.every_tokens={20 * BATCH}")
+    launch(folder, "killed", *options)
     first = Job(folder, "killed", slurm)
     first.wait_for_step(50)
     subprocess.run(["scancel", "--signal=KILL", "--full", first.id], check=True)
     first.wait_for("FAILED")
     status = launch(folder, "killed", "stage=status")
-    assert f"{first.id} FAILED" in status and "stage=submit again resumes" in status
-    launch(folder, "killed", "stage=submit", "checkpoint.every_tokens=10000", steps=200)
+    assert f"{first.id} FAILED, signal 9; stage=submit again resumes" in status
+
+    launch(folder, "killed", *options)
     second = Job(folder, "killed", slurm)
     assert second.id != first.id
-    second.wait_for("COMPLETED")
-    assert step_of(list_checkpoints(second.run_dir / "checkpoints")[0]) == 200
+    second.wait_for_step(200)
+    subprocess.run(["scancel", second.id], check=True)
+    second.wait_for("CANCELLED")
+    wait_until(lambda: second.attempts() == ["start", "start", 75], "no end noted", slurm)
+    second.wait_until_gone()
+    assert second.fields["JobState"] == "CANCELLED" and second.fields["Restarts"] == "0"
+    rows = (second.run_dir / "metrics.jsonl").read_text().splitlines()
+    steps = [json.loads(row)["step"] for row in rows]
+    assert steps.count(5) == 1, "began anew"
 
 
 def test_a_sweep_as_an_array_of_jobs(folder, slurm):
