@@ -127,9 +127,9 @@ def main() -> None:
     # What submitit, Hydra's launcher for Slurm, has its jobs warned with: a signal we listen to.
     os.environ.setdefault("SUBMITIT_PREEMPT_SIGNAL", "USR1")
     with _explained():
-        from conf.sweep import constants
+        from conf.sweep import with_constants
 
-        sys.argv += constants(sys.argv[1:])
+        sys.argv[1:] = with_constants(sys.argv[1:])
         compose_and_run()
 
 

@@ -22,6 +22,8 @@ def run(config: RunConfig, run_dir: Path) -> None:
     """Prints store, training, checkpoints and results."""
     config = saved_config(run_dir) or config
     table = Table(title=f"status: {config.name}", show_header=False, title_justify="left")
+    table.add_column()
+    table.add_column(overflow="fold")
     table.add_row("store", _store(config))
     table.add_row("training", _training(config, run_dir))
     names = [folder.name for folder in list_checkpoints(run_dir / "checkpoints")]

@@ -75,7 +75,12 @@ def ray_node(address: str, head: bool = False) -> Iterator[subprocess.Popen[byte
         *("--include-log-monitor=false", "--log-style=record", "--log-color=false"),
     ]
     with blocked(*_SIGNALS):
-        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True)
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,  # advice on other nodes; errors go to stderr
+            start_new_session=True,
+        )
     try:
         yield process
     finally:

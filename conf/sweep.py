@@ -9,22 +9,26 @@ from hydra.conf import HydraConf
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 
+_CONSTANT = "hydra.job.config.override_dirname.exclude_keys"
 
-def constants(arguments: list[str]) -> list[str]:
-    """An argument more, in a sweep, that tells its cells which overrides do not vary.
+
+def with_constants(arguments: list[str]) -> list[str]:
+    """The command line; in a sweep with one override more, which names those that do not vary.
 
     Args:
         arguments: of the command line.
     """
-    if not {"-m", "--multirun"} & set(arguments):
-        return []
     given = [word for word in arguments if "=" in word and not word.startswith("-")]
+    if not given or not {"-m", "--multirun"} & set(arguments):
+        return arguments
     try:
         overrides = OverridesParser.create().parse_overrides(given)
     except HydraException:
-        return []  # Hydra says so itself
+        return arguments  # Hydra says itself what is wrong
     keys = [override.key_or_group for override in overrides if not override.is_sweep_override()]
-    return [f"hydra.job.config.override_dirname.exclude_keys=[{','.join(keys)}]"]
+    before = arguments.index(given[0])  # flags may stand only before or after all overrides
+    added = f"{_CONSTANT}=[{','.join(keys)}]"
+    return [*arguments[:before], added, *arguments[before:]]
 
 
 def cell_name(name: str, hydra: HydraConf) -> str:

@@ -11,7 +11,7 @@ from hydra.conf import HydraConf
 
 from cluster.submit import script
 from cluster.submit_config import SubmitConfig
-from conf.sweep import cell_name, constants
+from conf.sweep import cell_name, with_constants
 from sae_core.errors import ConfigError
 
 
@@ -68,9 +68,8 @@ def test_what_cannot_be_submitted(change, expected):
 def name_of(arguments: list[str], cell: list[str]) -> str:
     """As Hydra has it in a cell of the sweep that `arguments` ask for."""
     hydra = HydraConf()
-    for added in constants(arguments):
-        keys = added.partition("=")[2].strip("[]")
-        hydra.job.config.override_dirname.exclude_keys = keys.split(",") if keys else []
+    (added,) = set(with_constants(arguments)) - set(arguments)
+    hydra.job.config.override_dirname.exclude_keys = added.partition("=")[2].strip("[]").split(",")
     hydra.overrides.task = cell
     return cell_name("demo", hydra)
 
@@ -91,4 +90,9 @@ def test_names_of_words_of_paths_and_of_keys_that_end_alike():
 
 def test_a_sweep_over_names_adds_nothing_and_one_run_is_no_sweep():
     assert name_of(["-m", "name=demo,other"], ["name=demo"]) == "demo"
-    assert constants(["sae.k=16"]) == []
+    assert with_constants(["sae.k=16"]) == ["sae.k=16"]
+
+
+def test_flags_stay_before_or_after_all_overrides():
+    assert with_constants(["-m", "a=1,2", "b=3"])[:1] == ["-m"]
+    assert with_constants(["a=1,2", "b=3", "-m"])[-1] == "-m"
