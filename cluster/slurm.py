@@ -49,9 +49,18 @@ def requeue(job: str) -> None:
     Raises:
         SchedulerError: Slurm refuses.
     """
-    fields = job_fields(job)
-    if fields is not None and fields["JobState"] == "RUNNING":
+    if is_running(job):
         call("scontrol", "requeue", job)
+
+
+def is_running(job: str) -> bool:
+    """Whether the job runs and Slurm is not ending it.
+
+    Raises:
+        SchedulerError: Slurm does not answer.
+    """
+    fields = job_fields(job)
+    return fields is not None and fields["JobState"] == "RUNNING"
 
 
 def requeue_sweep_cell() -> None:

@@ -6,9 +6,6 @@ sends SIGTERM to every process of the job and kills them `KillWait` seconds late
 preemption without grace). In each the driver is to hear of it once, as SIGUSR1, and Ray not at all:
 so a job step that does nothing else stands by for the second, and the driver is started with
 SIGTERM blocked, which its children inherit.
-
-Only a step on other nodes does not live through the third: srun ends it. Then what follows the last
-checkpoint is done again.
 """
 
 from __future__ import annotations
@@ -56,7 +53,7 @@ class Attempt:
 
     def run(self) -> int:
         """The driver's exit code; 75 also where it never came to take the signal."""
-        self.note("start", nodes=os.environ.get("SLURM_JOB_NODELIST"))
+        self._note("start", nodes=os.environ.get("SLURM_JOB_NODELIST"))
         with ExitStack() as stack:
             command = self._command
             address = None
@@ -66,11 +63,16 @@ class Attempt:
                 stack.enter_context(ray_node(address, head=True))
                 command = [*command, f"cluster.address={address}"]
             stack.enter_context(_steps(address, self.n_nodes))
-            if address is not None and not self._nodes_came(address):
-                return EXIT_PREEMPTED if self.asked else 1
-            return EXIT_PREEMPTED if self.asked else self._drive(command)
+            code = 1
+            if address is None or self._nodes_came(address):
+                code = EXIT_PREEMPTED if self.asked else self._drive(command)
+            elif self.asked:
+                code = EXIT_PREEMPTED
+            # Before Ray's end: Slurm may kill what is left of the job while that takes its time.
+            self._note("end", exit_code=code)
+        return code
 
-    def note(self, event: str, **more: Any) -> None:
+    def _note(self, event: str, **more: Any) -> None:
         """A row for `stage=status`, for when Slurm has forgotten the job."""
         row = {"time": time.time(), "job": self.job, "restart": self.restarts, "event": event}
         with open(self._run_dir / slurm.FOLDER / slurm.ATTEMPTS, "a", encoding="utf-8") as file:
@@ -128,7 +130,6 @@ def main() -> None:
     attempt = Attempt(Path(run_dir), command)
     code = attempt.run()
     again = code == EXIT_PREEMPTED and attempt.restarts < int(max_requeues)
-    attempt.note("end", exit_code=code)
     if again:
         try:
             slurm.requeue(attempt.job)

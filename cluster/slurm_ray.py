@@ -19,6 +19,8 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 
+from cluster.slurm import is_running
+
 _POLL_S = 0.5
 _SIGNALS = {signal.SIGTERM, signal.SIGUSR1}
 
@@ -103,16 +105,17 @@ def stand_by(address: str | None) -> None:
     signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
     over = threading.Event()
     threading.Thread(target=_at_end_of_input, args=[over.set], daemon=True).start()
-    first = os.environ["SLURM_NODEID"] == "0"
+    job, first = os.environ["SLURM_JOB_ID"], os.environ["SLURM_NODEID"] == "0"
     with ExitStack() as stack:
         node = None
         if address is not None and not first:
             node = stack.enter_context(ray_node(address))
         while not over.is_set():
             if signal.sigtimedwait(_SIGNALS, _POLL_S) is not None and first:
-                job = os.environ["SLURM_JOB_ID"]
+                if not is_running(job):
+                    return  # Slurm is ending all of it, and has told the batch process too
                 tell = ["scancel", "--batch", "--signal=USR1", job]
-                subprocess.run(tell, check=False, capture_output=True)  # refused once it is ending
+                subprocess.run(tell, check=False)
             if node is not None and node.poll() is not None:
                 sys.exit(f"job: Ray on {socket.gethostname()} ended with {node.returncode}")
 
