@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
@@ -126,6 +127,8 @@ def main() -> None:
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
     # What submitit, Hydra's launcher for Slurm, has its jobs warned with: a signal we listen to.
     os.environ.setdefault("SUBMITIT_PREEMPT_SIGNAL", "USR1")
+    # conf/hydra/launcher takes the place of the plugin's defaults, which Hydra finds odd.
+    warnings.filterwarnings("ignore", "(?s).*is validated against ConfigStore schema")
     with _explained():
         from conf.sweep import with_constants
 

@@ -125,6 +125,11 @@ class Job:
         rows = (self.run_dir / "submit" / "attempts.jsonl").read_text().splitlines()
         return [row.get("exit_code", row["event"]) for row in map(json.loads, rows)]
 
+    def steps(self) -> list[int]:
+        """Of all metrics rows of the run, those that were written twice included."""
+        rows = (self.run_dir / "metrics.jsonl").read_text().splitlines()
+        return [json.loads(row)["step"] for row in rows if row]
+
     def wait_until_gone(self) -> None:
         wait_until(lambda: not self.processes(), f"left of job {self.id}: {self.processes()}")
 
@@ -169,6 +174,7 @@ def test_preempted_jobs_save_are_queued_again_and_end_with_the_same_weights(fold
     for job in jobs.values():
         job.wait_for("COMPLETED")
         assert job.attempts() == ["start", 75, "start", 0], job.log.read_text()
+        assert job.steps().count(5) == 1, "began anew, without a checkpoint"
         same_end(folder / "runs" / "clean", job.run_dir)
         job.wait_until_gone()
     status = launch(folder, "requeued", "stage=status")
@@ -187,6 +193,7 @@ def test_two_nodes_preempted_by_an_urgent_job(folder, slurm):
     subprocess.run([*urgent, "--wrap=sleep 1"], check=True, capture_output=True)
     job.wait_for("COMPLETED")
     assert job.attempts() == ["start", 75, "start", 0], job.log.read_text()
+    assert job.steps().count(5) == 1, "began anew, without a checkpoint"
     same_end(folder / "runs" / "clean", job.run_dir)
     job.wait_until_gone()
     assert set(Path("/tmp").glob("ray-*")) <= before
@@ -213,9 +220,7 @@ def test_killed_and_cancelled_jobs_are_not_queued_again_and_the_next_one_resumes
     wait_until(lambda: second.attempts() == ["start", "start", 75], "no end noted", slurm)
     second.wait_until_gone()
     assert second.fields["JobState"] == "CANCELLED" and second.fields["Restarts"] == "0"
-    rows = (second.run_dir / "metrics.jsonl").read_text().splitlines()
-    steps = [json.loads(row)["step"] for row in rows]
-    assert steps.count(5) == 1, "began anew"
+    assert second.steps().count(5) == 1, "began anew"
 
 
 def test_a_sweep_as_an_array_of_jobs(folder, slurm):
