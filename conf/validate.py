@@ -70,13 +70,14 @@ def _check_no_credentials(config: RunConfig) -> None:
     """The config is saved, printed and logged; a password in it would be too."""
     for group, part in vars(config).items():
         for key, value in getattr(part, "__dict__", {group: part}).items():
-            if isinstance(value, str) and _CREDENTIALS.search(value):
-                raise ConfigError(
-                    group if key == group else f"{group}.{key}",
-                    _CREDENTIALS.sub("://***@", value),
-                    "an address without user name and password",
-                    "object stores take them from AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY",
-                )
+            for text in value if isinstance(value, list) else [value]:
+                if isinstance(text, str) and _CREDENTIALS.search(text):
+                    raise ConfigError(
+                        group if key == group else f"{group}.{key}",
+                        _CREDENTIALS.sub("://***@", text),
+                        "an address without user name and password",
+                        "object stores take them from AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY",
+                    )
 
 
 def _check_harvest_fits_store(config: RunConfig) -> None:

@@ -308,6 +308,14 @@ def test_a_saved_config_is_plain_values(tmp_path: Path, marker: Path, monkeypatc
     assert not marker.exists()
 
 
+def test_a_config_larger_than_memory_is_refused(tmp_path: Path):
+    path = tmp_path / "config.yaml"
+    path.write_text("name: x")
+    os.truncate(path, 1 << 42)  # takes no room on the disk
+    with pytest.raises(ConfigError, match="more than 1048576 bytes"):
+        load_config(path)
+
+
 def test_a_config_of_ours_is_read_back(tmp_path: Path):
     config = RunConfig(name="x", seed=3)
     config.data.path, config.model.hookpoints = "a: *b & !c # {d}", ["layers.1", "'quoted'"]
@@ -326,6 +334,15 @@ def test_an_address_with_a_password_is_refused_without_repeating_it(key: str):
     with pytest.raises(ConfigError, match=rf"{key}='s3://\*\*\*@bucket/prefix'") as refused:
         validate(OmegaConf.to_object(config), ("pipeline",))
     assert "swordfish" not in str(refused.value) and "key-id" not in str(refused.value)
+
+
+@pytest.mark.parametrize("key", ["submit.setup", "submit.sbatch", "model.hookpoints"])
+def test_an_address_with_a_password_is_refused_in_a_list(key: str):
+    config = OmegaConf.structured(RunConfig)
+    OmegaConf.update(config, key, ["plain", "get https://key-id:swordfish@host/x"])
+    with pytest.raises(ConfigError, match=rf"{key}='get https://\*\*\*@host/x'") as refused:
+        validate(OmegaConf.to_object(config), ("pipeline",))
+    assert "swordfish" not in str(refused.value)
 
 
 def test_no_secret_of_the_environment_is_saved(tmp_path: Path, monkeypatch, capfd):
