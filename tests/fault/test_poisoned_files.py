@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import pickle
 import struct
@@ -99,6 +100,16 @@ def test_a_pt_file_is_read_on_request_and_never_runs(tmp_path: Path, marker: Pat
     [
         ({"k": torch.tensor(0)}, "sae.k=0"),
         ({"k": "many"}, "ValueError"),
+        ({"k": torch.tensor(math.inf)}, "OverflowError"),
+        ({"b_dec": torch.zeros(D, device="meta")}, "b_dec: expected a plain tensor"),
+        (
+            {
+                "encoder.weight": torch.zeros(1, 1).expand(1 << 44, D),
+                "encoder.bias": torch.zeros(1).expand(1 << 44),
+                "decoder.weight": torch.zeros(1, 1).expand(D, 1 << 44),
+            },
+            "encoder.weight: expected a plain tensor",  # of a few bytes, which says 1 PiB
+        ),
         ({"b_dec": torch.zeros(3)}, "W_enc of shape"),
         ({"encoder.bias": [1, 2]}, "TypeError|AttributeError"),
         ({"pre_bias": torch.zeros(4)}, "openai"),
