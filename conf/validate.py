@@ -37,7 +37,9 @@ def validate(config: RunConfig, stages: tuple[str, ...]) -> None:
     config.eval.validate()
     config.fit.validate()
     if config.stage == "fit" and config.fit.runs is None:
-        raise ConfigError("fit.runs", None, "a folder of runs, such as fit.runs=runs/sweep")
+        raise ConfigError(
+            "fit.runs", None, "a folder of runs or a pattern, as 'fit.runs=runs/sweep-*'"
+        )
     config.reshard.validate()
     config.logging.validate()
     config.cluster.validate()
