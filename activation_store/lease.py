@@ -69,9 +69,14 @@ class Lease(Held):
             if newest:
                 self._wait_until_free(newest)
             number = newest + 1
-            if self._storage.put_if_absent(_name(number), [self._bytes()]):
+            if not self._storage.put_if_absent(_name(number), [self._bytes()]):
+                continue
+            numbers = _numbers(self._storage)
+            if max(numbers, default=0) == number:
                 break
-        for old in _numbers(self._storage):
+            # Others came and went since `newest` was looked up, and left this number free again.
+            self._storage.delete(_name(number))
+        for old in numbers:
             if old < number:
                 self._storage.delete(_name(old))
         return number

@@ -77,7 +77,7 @@ def frontier(curves: Sequence[Curve]) -> tuple[Curve, NDArray[np.int64]]:
     may be worse than a smaller one that ended earlier.
 
     Args:
-        curves: smoothed loss over FLOPs, one for each cell.
+        curves: smoothed loss over FLOPs, one for each cell; not all of them empty.
 
     Returns:
         The envelope, and the number of the curve that each of its points lies on.

@@ -178,6 +178,8 @@ class _Fitter:
             raise _TooFew(f"no checkpoint tells d_model, and so the compute, of {unknown[0]}")
         _require(COMPUTE_LAW, cells)
         curves = [cell.over_compute(self.metric) for cell in cells]
+        if not any(len(curve.x) for curve in curves):
+            raise _TooFew("no cell went on after its warm-up")
         envelope, owner = frontier(curves)
         on_it = len(np.unique(owner))
         if on_it < LEAST_SIZES:

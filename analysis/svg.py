@@ -25,9 +25,9 @@ class Layer:
     name: str
     colour: int
     dots: Sequence[Point] = ()
-    """Measured and fitted."""
+    """Measured."""
     rings: Sequence[Point] = ()
-    """Measured, but not fitted."""
+    """Measured, and also forecast by a fit without them."""
     line: Sequence[Point] = ()
     band: Sequence[tuple[float, float, float]] = ()
     """(x, low, high); what lies outside the axis, which the others span, is cut off."""

@@ -53,7 +53,8 @@ def load_config(path: Path) -> RunConfig:
         ConfigError: it holds more than plain values: an interpolation, which could bring a variable
             of this machine's environment into a log; an alias; a tag; or keys that are not ours.
     """
-    text = path.read_bytes()[: _MAX_CONFIG_BYTES + 1].decode("utf-8", errors="replace")
+    with open(path, "rb") as file:
+        text = file.read(_MAX_CONFIG_BYTES + 1).decode("utf-8", errors="replace")
     try:
         _check_plain(path, text)
         merged = OmegaConf.merge(OmegaConf.structured(RunConfig), OmegaConf.create(text))

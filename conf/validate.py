@@ -37,7 +37,9 @@ def validate(config: RunConfig, stages: tuple[str, ...]) -> None:
     config.eval.validate()
     config.fit.validate()
     if config.stage == "fit" and config.fit.runs is None:
-        raise ConfigError("fit.runs", None, "a folder of runs, such as fit.runs=runs/sweep")
+        raise ConfigError(
+            "fit.runs", None, "a folder of runs or a pattern, as 'fit.runs=runs/sweep-*'"
+        )
     config.reshard.validate()
     config.logging.validate()
     config.cluster.validate()
@@ -70,13 +72,14 @@ def _check_no_credentials(config: RunConfig) -> None:
     """The config is saved, printed and logged; a password in it would be too."""
     for group, part in vars(config).items():
         for key, value in getattr(part, "__dict__", {group: part}).items():
-            if isinstance(value, str) and _CREDENTIALS.search(value):
-                raise ConfigError(
-                    group if key == group else f"{group}.{key}",
-                    _CREDENTIALS.sub("://***@", value),
-                    "an address without user name and password",
-                    "object stores take them from AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY",
-                )
+            for text in value if isinstance(value, list) else [value]:
+                if isinstance(text, str) and _CREDENTIALS.search(text):
+                    raise ConfigError(
+                        group if key == group else f"{group}.{key}",
+                        _CREDENTIALS.sub("://***@", text),
+                        "an address without user name and password",
+                        "object stores take them from AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY",
+                    )
 
 
 def _check_harvest_fits_store(config: RunConfig) -> None:

@@ -50,7 +50,7 @@ def find(path: Path) -> Open | None:
 def _explained(read: Callable[[Path], StoredSAE], path: Path, allow_pt: bool) -> StoredSAE:
     try:
         return read(path)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise CheckpointError(f"{path}: not a TopK SAE that can be read here: {error!r}") from error
 
 
@@ -106,6 +106,8 @@ def _open_pt(path: Path, allow_pt: bool) -> StoredSAE:
 
 
 def _of_dictionary_learning(state: Any, file: Path) -> StoredSAE:
+    for name in ("encoder.weight", "decoder.weight", "encoder.bias", "b_dec"):
+        _expect_plain(name, state[name])
     tensors = {
         "W_enc": state["encoder.weight"],
         "W_dec": state["decoder.weight"].T,
@@ -116,6 +118,15 @@ def _of_dictionary_learning(state: Any, file: Path) -> StoredSAE:
     width = check_shapes(config, {name: tuple(tensor.shape) for name, tensor in tensors.items()})
     rows = {name: partial(_slice, tensors[name]) for name in ROWS}
     return StoredSAE(config, width, tensors["b_dec"].float(), rows, 0, {"file": file.name})
+
+
+def _expect_plain(name: str, tensor: torch.Tensor) -> None:
+    """That the file holds all numbers of a tensor: a shape alone can ask for any memory."""
+    plain = tensor.layout == torch.strided and tensor.device.type == "cpu"
+    if not (plain and tensor.is_floating_point()) or (
+        tensor.untyped_storage().nbytes() < tensor.numel() * tensor.itemsize
+    ):
+        raise ValueError(f"{name}: expected a plain tensor of floating-point numbers")
 
 
 def _config(k: Any, n_latents: Any, hookpoint: Any) -> SAEConfig:

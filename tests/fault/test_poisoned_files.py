@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import pickle
 import struct
@@ -99,6 +100,16 @@ def test_a_pt_file_is_read_on_request_and_never_runs(tmp_path: Path, marker: Pat
     [
         ({"k": torch.tensor(0)}, "sae.k=0"),
         ({"k": "many"}, "ValueError"),
+        ({"k": torch.tensor(math.inf)}, "OverflowError"),
+        ({"b_dec": torch.zeros(D, device="meta")}, "b_dec: expected a plain tensor"),
+        (
+            {
+                "encoder.weight": torch.zeros(1, 1).expand(1 << 44, D),
+                "encoder.bias": torch.zeros(1).expand(1 << 44),
+                "decoder.weight": torch.zeros(1, 1).expand(D, 1 << 44),
+            },
+            "encoder.weight: expected a plain tensor",  # of a few bytes, which says 1 PiB
+        ),
         ({"b_dec": torch.zeros(3)}, "W_enc of shape"),
         ({"encoder.bias": [1, 2]}, "TypeError|AttributeError"),
         ({"pre_bias": torch.zeros(4)}, "openai"),
@@ -308,6 +319,14 @@ def test_a_saved_config_is_plain_values(tmp_path: Path, marker: Path, monkeypatc
     assert not marker.exists()
 
 
+def test_a_config_larger_than_memory_is_refused(tmp_path: Path):
+    path = tmp_path / "config.yaml"
+    path.write_text("name: x")
+    os.truncate(path, 1 << 42)  # takes no room on the disk
+    with pytest.raises(ConfigError, match="more than 1048576 bytes"):
+        load_config(path)
+
+
 def test_a_config_of_ours_is_read_back(tmp_path: Path):
     config = RunConfig(name="x", seed=3)
     config.data.path, config.model.hookpoints = "a: *b & !c # {d}", ["layers.1", "'quoted'"]
@@ -326,6 +345,15 @@ def test_an_address_with_a_password_is_refused_without_repeating_it(key: str):
     with pytest.raises(ConfigError, match=rf"{key}='s3://\*\*\*@bucket/prefix'") as refused:
         validate(OmegaConf.to_object(config), ("pipeline",))
     assert "swordfish" not in str(refused.value) and "key-id" not in str(refused.value)
+
+
+@pytest.mark.parametrize("key", ["submit.setup", "submit.sbatch", "model.hookpoints"])
+def test_an_address_with_a_password_is_refused_in_a_list(key: str):
+    config = OmegaConf.structured(RunConfig)
+    OmegaConf.update(config, key, ["plain", "get https://key-id:swordfish@host/x"])
+    with pytest.raises(ConfigError, match=rf"{key}='get https://\*\*\*@host/x'") as refused:
+        validate(OmegaConf.to_object(config), ("pipeline",))
+    assert "swordfish" not in str(refused.value)
 
 
 def test_no_secret_of_the_environment_is_saved(tmp_path: Path, monkeypatch, capfd):

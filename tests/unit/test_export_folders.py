@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +93,18 @@ def test_sparsify_folder(config: RunConfig, run_dir: Path) -> None:
         "W_dec": ((L, D), torch.float32),
         "b_dec": ((D,), torch.float32),
     }
+
+
+def test_dictionary_learning_folder(config: RunConfig, run_dir: Path) -> None:
+    export.run(config, run_dir)
+    folder = run_dir / "export" / "dictionary_learning"
+    with zipfile.ZipFile(folder / "ae.pt") as archive:
+        assert archive.testzip() is None, "other readers than torch's look at the checksums"
+    state = torch.load(folder / "ae.pt", weights_only=True)
+    sae = make_sae()
+    assert torch.equal(state["encoder.weight"], sae.W_enc)
+    assert torch.equal(state["decoder.weight"], sae.W_dec.T)
+    assert (state["k"], state["threshold"]) == (K, -1)
 
 
 def test_our_own_loader_reads_the_export(config: RunConfig, run_dir: Path) -> None:

@@ -21,6 +21,7 @@ from analysis.fit_cells import best_of_each, read_sweep
 from analysis.fit_laws import JOINT_LAW
 from analysis.fit_study import study_sweep
 from analysis.png import to_png
+from conf.run_config import load_config, save_config
 from conf.schema import RunConfig
 from tests.sweep_runs import D_MODEL, GPT4, STEPS, write_rows, write_run
 
@@ -207,6 +208,17 @@ def test_too_few_cells(tmp_path: Path) -> None:
     shutil.rmtree(tmp_path / "n256" / "checkpoints")
     with pytest.raises(FitError, match="no checkpoint tells d_model, and so the compute, of n256"):
         fitted(tmp_path)
+
+
+def test_cells_that_ended_in_their_warm_up_have_no_frontier(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    for n in (64, 128, 256, 512):
+        run = write_run(tmp_path / f"n{n}", n, 8, level(n, 8), rng)
+        config = load_config(run / "config.yaml")
+        config.optim.warmup_tokens = config.train.n_steps * config.train.batch_tokens + 1
+        save_config(config, run / "config.yaml")
+    reason = fitted(tmp_path)["not_fitted"]["L(C) at k = 8"]
+    assert "no cell went on after its warm-up" in reason
 
 
 def test_cells_of_different_activations_are_refused(tmp_path: Path) -> None:
