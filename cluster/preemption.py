@@ -20,6 +20,8 @@ from types import FrameType
 EXIT_PREEMPTED = 75
 """EX_TEMPFAIL: run the same command again."""
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+_BLOCKED = (signal.SIGUSR1,)
+"""While Ray starts. Not SIGTERM: Ray ends its processes with it."""
 _REQUEST = "stop.request"
 
 
@@ -55,9 +57,11 @@ def on_preemption(action: Callable[[str], None], grace_s: float) -> Iterator[Non
     threading.Thread(target=_watch, args=(reader, grace_s), daemon=True).start()
     outer_fd = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
     outer = {number: signal.signal(number, handle) for number in _SIGNALS}
+    mask = signal.pthread_sigmask(signal.SIG_UNBLOCK, _BLOCKED)  # a rank, see `signals_kept`
     try:
         yield
     finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         for number, handler in outer.items():
             signal.signal(number, handler)
         signal.set_wakeup_fd(outer_fd)
@@ -73,19 +77,21 @@ def raise_interrupted(name: str) -> None:
 def signals_kept() -> Iterator[None]:
     """Keeps this process's handlers while the block starts Ray, which installs its own.
 
-    The processes that Ray starts meanwhile ignore SIGUSR1: Slurm sends it to all processes of a
-    job step, and the ones that do not expect it would die of it, the trainer ranks with them.
+    The processes that Ray starts meanwhile have SIGUSR1 blocked until `on_preemption`: Slurm sends
+    it to all processes of a job step, and the ones that do not expect it would die of it, the
+    trainer ranks with them. Blocked, not ignored: one that comes in these seconds is heard after.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
     kept = {number: signal.getsignal(number) for number in _SIGNALS}
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, _BLOCKED)
     try:
         yield
     finally:
         for number, handler in kept.items():
             signal.signal(number, handler)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
 class StopRequest:

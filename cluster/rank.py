@@ -143,6 +143,7 @@ def _train(
             report_every=config.logging.every_steps,
             stop_requested=stop_requested,
         )
+        watchdog.waits = lambda: source.waits + trainer.saver.waits
         newest = agreed_checkpoint(run_dir / "checkpoints", config.checkpoint.verify_hashes)
         if newest is None:
             trainer.calibrate()

@@ -15,7 +15,10 @@ from sae_core.atomic import read_json
 FOLDER = "submit"
 """In the run's folder: the batch script, the jobs that were submitted, their attempts and logs."""
 JOBS, ATTEMPTS = "jobs.json", "attempts.jsonl"
-_OVER = ("COMPLETED", "CANCELLED", "FAILED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "DEADLINE")
+_OVER = (
+    *("COMPLETED", "CANCELLED", "FAILED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "DEADLINE"),
+    *("PREEMPTED", "BOOT_FAIL"),  # PreemptMode=CANCEL ends a job in the first
+)
 _TIMEOUT_S = 60.0
 
 

@@ -44,7 +44,8 @@ class Watchdog:
 
     def __init__(self, pulse: Path, timeout_s: float, startup_timeout_s: float) -> None:
         self.waits: Callable[[], int] = lambda: 0
-        """A number that changes while the rank rightly waits: for rows of a growing store."""
+        """A number that changes while the rank rightly waits: for rows of a growing store, or for
+        a checkpoint."""
         self._step: Callable[[], int] | None = None
         self._first_step = 0
         self._pulse, self._timeout_s = pulse, timeout_s

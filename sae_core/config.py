@@ -147,8 +147,9 @@ class TrainConfig:
     timeout_s: float = 600.0
     """A collective that takes longer than this fails the run."""
     hang_timeout_s: float = 600.0
-    """A rank that makes no step for so long, without waiting for rows of a growing store, writes
-    its stacks to its log and ends; the group is started anew. `timeout_s` before the first step."""
+    """A rank that makes no step for so long, without waiting for rows of a growing store or for a
+    checkpoint (`checkpoint.timeout_s`), writes its stacks to its log and ends; the group is started
+    anew. `timeout_s` before the first step."""
 
     def validate(self) -> None:
         """Raises: ConfigError: for impossible sizes or unknown names."""
@@ -269,6 +270,9 @@ class CheckpointConfig:
     grace_s: float = 120.0
     """From SIGTERM or SIGUSR1 to the end of the process: time for a last checkpoint. When it is
     over, the process leaves with the checkpoints that are there."""
+    timeout_s: float = 1800.0
+    """A save may take so long: training that waits for it is then no hang, and no rank waits longer
+    for another one's part."""
     verify_hashes: bool = True
     """Check SHA-256 of every file before loading."""
 
@@ -290,8 +294,9 @@ class CheckpointConfig:
             raise ConfigError(
                 "checkpoint.keep_every_tokens", self.keep_every_tokens, "at least 1, or null"
             )
-        if self.grace_s <= 0:
-            raise ConfigError("checkpoint.grace_s", self.grace_s, "more than 0")
+        for name in ("grace_s", "timeout_s"):
+            if getattr(self, name) <= 0:
+                raise ConfigError(f"checkpoint.{name}", getattr(self, name), "more than 0")
 
 
 @dataclass

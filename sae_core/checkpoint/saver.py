@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -47,9 +48,11 @@ class CheckpointSaver:
             config.keep, None if every is None else max(1, every // batch_tokens)
         )
         self._root, self._asynchronous = root, config.asynchronous
-        self._group = dist.new_group(backend="gloo")
+        self._timeout_s = config.timeout_s
+        self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=config.timeout_s))
         self._copy = HostCopy(mesh, device, keep=config.asynchronous)
         self._writing: _Background | None = None
+        self._waiting = False
         self.last_began = time.monotonic()
         """When the newest save began, or training; `time.monotonic`."""
         self.saves = 0
@@ -85,11 +88,22 @@ class CheckpointSaver:
         if self._writing is None:
             return
         with self._pausing():
+            self._waiting = True
             self._writing.join()
+            self._waiting = False
         writing, self._writing = self._writing, None
         self.writing_s += writing.seconds
         if writing.error is not None:
             raise writing.error
+
+    @property
+    def waits(self) -> int:
+        """A number that moves on while training waits for a save within `checkpoint.timeout_s`.
+
+        Bytes in the folder would not do: the longest part may be the flush, or another rank's.
+        """
+        taken_s = time.monotonic() - self.last_began
+        return int(10 * taken_s) + 1 if self._waiting and taken_s < self._timeout_s else 0
 
     @property
     def failed(self) -> bool:

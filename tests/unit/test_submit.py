@@ -9,9 +9,11 @@ from pathlib import Path
 import pytest
 from hydra.conf import HydraConf
 
+from cluster import slurm
 from cluster.submit import script
 from cluster.submit_config import SubmitConfig
 from conf.sweep import cell_name, with_constants
+from sae_core.atomic import write_json
 from sae_core.errors import ConfigError
 
 
@@ -96,3 +98,15 @@ def test_a_sweep_over_names_adds_nothing_and_one_run_is_no_sweep():
 def test_flags_stay_before_or_after_all_overrides():
     assert with_constants(["-m", "a=1,2", "b=3"])[:1] == ["-m"]
     assert with_constants(["a=1,2", "b=3", "-m"])[-1] == "-m"
+
+
+@pytest.mark.parametrize("state", ["PREEMPTED", "BOOT_FAIL", "CANCELLED by 1000"])
+def test_a_job_that_is_over_holds_no_new_one_back(tmp_path, monkeypatch, state):
+    (tmp_path / slurm.FOLDER).mkdir()
+    write_json(tmp_path / slurm.FOLDER / slurm.JOBS, [{"job": "7", "log": "log"}])
+    scontrol = tmp_path / "scontrol"
+    scontrol.write_text(f"#!/bin/sh\necho 'JobId=7 JobState={state} Reason=None ExitCode=0:0'\n")
+    scontrol.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    assert slurm.unfinished_job(tmp_path) is None
+    assert "stage=submit again resumes" in slurm.describe_job(tmp_path)

@@ -1,0 +1,56 @@
+"""A signal that comes while Ray starts is heard, and kills nobody that Ray starts meanwhile."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from cluster.preemption import signals_kept
+
+ROOT = Path(__file__).resolve().parents[2]
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT)}
+DRIVER = """
+import os, signal, time
+from cluster.preemption import Interrupted, on_preemption, raise_interrupted, signals_kept
+try:
+    with on_preemption(raise_interrupted, 60):
+        with signals_kept():
+            os.kill(os.getpid(), signal.SIGUSR1)
+        time.sleep(5)
+except Interrupted as name:
+    print(name)
+"""
+RANK = """
+import sys, threading, time
+from cluster.preemption import on_preemption
+print("up", flush=True)
+sys.stdin.readline()
+heard = threading.Event()
+with on_preemption(lambda _: heard.set(), 60):
+    deadline = time.monotonic() + 20
+    while not heard.is_set() and time.monotonic() < deadline:
+        time.sleep(0.02)
+print("heard" if heard.is_set() else "lost", flush=True)
+"""
+
+
+def test_sigusr1_while_ray_starts_is_not_lost():
+    done = subprocess.run(
+        [sys.executable, "-c", DRIVER], env=ENVIRONMENT, capture_output=True, text=True, check=False
+    )
+    assert done.stdout == "SIGUSR1\n", done.stderr
+
+
+def test_what_ray_starts_outlives_sigusr1_and_a_rank_hears_it():
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with signals_kept():
+        rank = subprocess.Popen([sys.executable, "-c", RANK], env=ENVIRONMENT, **pipes)
+    assert rank.stdout is not None and rank.stdout.readline() == "up\n"
+    rank.send_signal(signal.SIGUSR1)  # before it listens
+    time.sleep(0.2)
+    assert rank.poll() is None
+    assert rank.communicate("on\n", timeout=40)[0] == "heard\n"
