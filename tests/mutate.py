@@ -71,14 +71,14 @@ def main() -> int:
             verdict = judge(mutation, Path(folder) / "mutant")
             rows.append((mutation, verdict))
             print(_line(mutation, verdict), flush=True)
+            if arguments.json:
+                _write(arguments.json, rows, not arguments.skip_clean)
     noticed = [mutation for mutation, verdict in rows if verdict.outcome == "noticed"]
     whole = [
         fault for fault in _faults(chosen) if _faults(chosen, fault) == _faults(noticed, fault)
     ]
     print(f"{len(noticed)} of {len(rows)} mutations noticed", end="")
     print(f"; {len(whole)} of {len(_faults(chosen))} faults" if not arguments.extra else "")
-    if arguments.json:
-        _write(arguments.json, rows, not arguments.skip_clean)
     return int(len(noticed) < len(rows))
 
 
