@@ -63,7 +63,10 @@ def train(
     else:
         trainer.resume(newest)
         print(f"resumed from {newest.name}", flush=True)
-    trainer.train()
+    try:
+        trainer.train()
+    finally:
+        print(f"ended at step {trainer.step}", flush=True)
     print(f"costs {trainer.costs}, pauses {[row['checkpoint_pause_s'] for row in rows]}")
     dist.barrier()
     dist.destroy_process_group()
