@@ -16,6 +16,7 @@ import contextlib
 import ctypes
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -31,6 +32,7 @@ from xml.etree import ElementTree
 import psutil
 
 from cluster.environment import environment
+from sae_core.atomic import read_json
 from tests.mutations import EXTRA, FAULTS, MUTATIONS, Edit, Mutation
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -72,7 +74,7 @@ def main() -> int:
             rows.append((mutation, verdict))
             print(_line(mutation, verdict), flush=True)
             if arguments.json:
-                _write(arguments.json, rows, not arguments.skip_clean)
+                _write(arguments.json, rows, arguments)
     noticed = [mutation for mutation, verdict in rows if verdict.outcome == "noticed"]
     whole = [
         fault for fault in _faults(chosen) if _faults(chosen, fault) == _faults(noticed, fault)
@@ -208,30 +210,37 @@ def _line(mutation: Mutation, verdict: Verdict) -> str:
     return "\n".join(lines)
 
 
-def _write(path: Path, rows: list[tuple[Mutation, Verdict]], clean: bool) -> None:
+def _write(path: Path, rows: list[tuple[Mutation, Verdict]], arguments: argparse.Namespace) -> None:
+    """The table as JSON; with `--only`, what the file says of other faults stays."""
+    made = environment()
     table = [
-        asdict(mutation) | {"fault_text": FAULTS.get(mutation.fault, "")} | asdict(verdict)
+        {"fault": mutation.fault, "fault_text": FAULTS.get(mutation.fault, "")}
+        | asdict(mutation)
+        | asdict(verdict)
+        | {"passed_unmutated": not arguments.skip_clean, "commit": made["commit"]}
         for mutation, verdict in rows
     ]
-    faults = {row["fault"]: True for row in table} | {
-        row["fault"]: False for row in table if row["outcome"] != "noticed"
-    }
-    value = environment() | {
-        "command": f"python -m tests.mutate {' '.join(sys.argv[1:])}",
-        "passed_unmutated": clean,
+    if arguments.only and path.exists():
+        chosen = {int(number) for number in arguments.only.split(",")}
+        table += [row for row in read_json(path)["rows"] if row["fault"] not in chosen]
+        table.sort(key=lambda row: row["fault"])
+    faults = {row["fault"] for row in table}
+    unnoticed = {row["fault"] for row in table if row["outcome"] != "noticed"}
+    counts = {
         "faults": len(faults),
-        "faults_noticed": sum(faults.values()),
+        "faults_noticed": len(faults - unnoticed),
         "mutations": len(table),
         "mutations_noticed": sum(row["outcome"] == "noticed" for row in table),
-        "rows": table,
     }
+    command = shlex.join(["python", "-m", "tests.mutate", *sys.argv[1:]])
+    value = made | {"command": command} | counts | {"rows": table}
     path.write_text(json.dumps(value, indent=1) + "\n")
 
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", type=Path, help="write the rows to this file")
-    parser.add_argument("--only", help="numbers of faults, such as 5,7")
+    parser.add_argument("--only", help="numbers of faults, such as 5,7; other rows of FILE stay")
     parser.add_argument("--extra", action="store_true", help="the protections beside the 22 faults")
     parser.add_argument(
         "--skip-clean", action="store_true", help="take for granted that the tests pass as it is"
