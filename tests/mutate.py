@@ -27,6 +27,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree
 
 import psutil
@@ -38,6 +39,7 @@ from tests.mutations import EXTRA, FAULTS, MUTATIONS, Edit, Mutation
 ROOT = Path(__file__).resolve().parents[1]
 _FAILED = 1
 """pytest's exit code when tests ran and some failed; others are errors of the call itself."""
+_CLEAN_TIMEOUT_S = 600.0
 _SPARE_S = 60.0
 """Beyond a test's own limit: imports and collection."""
 _ADOPT_ORPHANS = 36
@@ -62,19 +64,21 @@ def main() -> int:
     _adopt_orphans()
     rows: list[tuple[Mutation, Verdict]] = []
     with tempfile.TemporaryDirectory(prefix="mutate-") as folder:
+        pristine = copy_checkout(Path(folder) / "pristine")
+        made = environment()
         if not arguments.skip_clean:
-            clean = run_tests(copy_tree(Path(folder) / "clean"), unique_tests(chosen), 600.0)
+            clean = run_tests(copied(pristine, "clean"), unique_tests(chosen), _CLEAN_TIMEOUT_S)
             if clean.outcome != "survived":
                 print(f"the tests do not pass on the code as it is: {clean.how}")
                 return 1
             print(f"{len(unique_tests(chosen))} tests pass on the code as it is", flush=True)
         print(f"{'fault':>5} {'s':>5}  {'outcome':<9} protection taken out")
         for mutation in chosen:
-            verdict = judge(mutation, Path(folder) / "mutant")
+            verdict = judge(mutation, pristine)
             rows.append((mutation, verdict))
             print(_line(mutation, verdict), flush=True)
             if arguments.json:
-                _write(arguments.json, rows, arguments)
+                _write(arguments, rows, made)
     noticed = [mutation for mutation, verdict in rows if verdict.outcome == "noticed"]
     whole = [
         fault for fault in _faults(chosen) if _faults(chosen, fault) == _faults(noticed, fault)
@@ -95,9 +99,9 @@ def unique_tests(mutations: Sequence[Mutation]) -> list[str]:
     return list(dict.fromkeys(test for mutation in mutations for test in mutation.tests))
 
 
-def judge(mutation: Mutation, folder: Path) -> Verdict:
+def judge(mutation: Mutation, pristine: Path) -> Verdict:
     """Takes the protection out of a fresh copy and runs its tests there."""
-    tree = copy_tree(folder)
+    tree = copied(pristine, "mutant")
     try:
         for edit in mutation.edits:
             path = tree / edit.file
@@ -114,8 +118,8 @@ def mutated(text: str, edit: Edit) -> str:
     return text.replace(edit.old, edit.new)
 
 
-def copy_tree(folder: Path) -> Path:
-    """A copy of what git has or would have: tracked files, and new ones that it does not ignore."""
+def copy_checkout(folder: Path) -> Path:
+    """What git has or would have: tracked files, and new ones that it does not ignore."""
     listed = subprocess.run(
         ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
         cwd=ROOT,
@@ -128,6 +132,11 @@ def copy_tree(folder: Path) -> Path:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, folder / name)
     return folder
+
+
+def copied(pristine: Path, name: str) -> Path:
+    """A copy for one run of tests; edits of the checkout meanwhile do not get into it."""
+    return Path(shutil.copytree(pristine, pristine.with_name(name)))
 
 
 def run_tests(tree: Path, tests: Sequence[str], timeout_s: float) -> Verdict:
@@ -162,9 +171,10 @@ def _outcome(code: int, report: Path, said: str) -> tuple[str, str]:
     if code not in (0, _FAILED) or not report.exists():
         return "error", f"pytest ended with {code}: {said[-2000:]}"
     cases = list(ElementTree.parse(report).iter("testcase"))
-    failures = [failure for case in cases for failure in case.iter("failure")]
+    failures = [(case, failure) for case in cases for failure in case.iter("failure")]
     if code == _FAILED and failures:
-        return "noticed", " ".join((failures[0].get("message") or "").split())[:200]
+        case, failure = failures[0]
+        return "noticed", f"{case.get('name')}: {failure.get('message')}"[:300]
     skipped = [case for case in cases if case.find("skipped") is not None]
     if code == 0 and cases and not skipped:
         return "survived", ""
@@ -210,9 +220,11 @@ def _line(mutation: Mutation, verdict: Verdict) -> str:
     return "\n".join(lines)
 
 
-def _write(path: Path, rows: list[tuple[Mutation, Verdict]], arguments: argparse.Namespace) -> None:
+def _write(
+    arguments: argparse.Namespace, rows: list[tuple[Mutation, Verdict]], made: dict[str, Any]
+) -> None:
     """The table as JSON; with `--only`, what the file says of other faults stays."""
-    made = environment()
+    path: Path = arguments.json
     table = [
         {"fault": mutation.fault, "fault_text": FAULTS.get(mutation.fault, "")}
         | asdict(mutation)

@@ -110,9 +110,14 @@ def _arm(hurt: Hurt) -> None:
 
     if hurt.point == "copy":
         trainer_save = saver.CheckpointSaver.save
-        saver.CheckpointSaver.save = lambda self, engines, state: (
-            spring() if state.step == HURT_STEP else trainer_save(self, engines, state)
-        )
+
+        def trapped_save(self: Any, engines: Any, state: Any) -> None:
+            if state.step == HURT_STEP:
+                self.wait()  # else the save before may die of it as well
+                spring()
+            trainer_save(self, engines, state)
+
+        saver.CheckpointSaver.save = trapped_save
     elif hurt.point == "write":
         before(save, "_save_tensors", lambda folder, *_: is_it(folder) and _torn(folder))
     elif hurt.point == "begin":
