@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
@@ -11,6 +12,8 @@ from pathlib import Path
 
 import hydra
 from hydra.core.config_store import ConfigStore
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from conf.schema import RunConfig
@@ -28,11 +31,12 @@ STAGES = {
     "reshard": "analysis.reshard",
     "status": "analysis.status",
     "fit": "analysis.fit",
+    "submit": "cluster.submit",
 }
 HARVEST_AND_TRAIN = "harvest and train"
 """Both at once: no stage of its own, for it is what the pipeline does."""
 CONCURRENT = ("plan", HARVEST_AND_TRAIN, "evaluate", "export", "report")
-READ_ONLY = ("plan", "verify", "reshard", "status", "fit")
+READ_ONLY = ("plan", "verify", "reshard", "status", "fit", "submit")
 """They change nothing in the run, which may go on meanwhile; fit writes to the sweep's folder."""
 NEED_A_RUN = ("evaluate", "export", "report", "verify", "repair", "reshard", "status")
 MODULES = {**STAGES, HARVEST_AND_TRAIN: "cluster.concurrent"}
@@ -46,8 +50,11 @@ def compose_and_run(composed: DictConfig) -> None:
     with _explained():
         from cluster.preemption import on_preemption, raise_interrupted
         from cluster.run_dir import open_run
+        from conf.sweep import cell_name
         from conf.validate import validate
 
+        if HydraConfig.get().mode == RunMode.MULTIRUN:
+            composed.name = cell_name(composed.name, HydraConfig.get())
         config: RunConfig = OmegaConf.to_object(composed)  # type: ignore[assignment]
         validate(config, ("pipeline", *STAGES))
         _make_paths_absolute(config)
@@ -61,7 +68,19 @@ def compose_and_run(composed: DictConfig) -> None:
             if config.stage == "pipeline":
                 _print_config(config)
             for stage in stages:
-                import_module(MODULES[stage]).run(config, run_dir)
+                more = [_arguments()] if stage == "submit" else []
+                import_module(MODULES[stage]).run(config, run_dir, *more)
+
+
+def _arguments() -> list[str]:
+    """Of this run's command line, or of this cell of a sweep."""
+    hydra_config = HydraConfig.get()
+    folders = [
+        f"--config-dir={source.path}"
+        for source in hydra_config.runtime.config_sources
+        if source.provider == "command-line"
+    ]
+    return [*folders, *hydra_config.overrides.task]
 
 
 def _make_paths_absolute(config: RunConfig) -> None:
@@ -86,6 +105,8 @@ def _print_config(config: RunConfig) -> None:
 @contextmanager
 def _explained() -> Iterator[None]:
     """Turns what went wrong on purpose into one message and an exit code."""
+    from cluster.preemption import EXIT_PREEMPTED
+    from cluster.slurm import requeue_sweep_cell
     from conf.failure import explain
 
     try:
@@ -95,6 +116,8 @@ def _explained() -> Iterator[None]:
         if message is None:
             raise
         print(message, file=sys.stderr)
+        if code == EXIT_PREEMPTED:
+            requeue_sweep_cell()
         sys.exit(code)
 
 
@@ -105,7 +128,14 @@ def main() -> None:
     # The packages of this checkout must be importable from any working directory, and in workers.
     root = str(Path(__file__).resolve().parent)
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
+    # What submitit, Hydra's launcher for Slurm, has its jobs warned with: a signal we listen to.
+    os.environ.setdefault("SUBMITIT_PREEMPT_SIGNAL", "USR1")
+    # conf/hydra/launcher takes the place of the plugin's defaults, which Hydra finds odd.
+    warnings.filterwarnings("ignore", "(?s).*is validated against ConfigStore schema")
     with _explained():
+        from conf.sweep import with_constants
+
+        sys.argv[1:] = with_constants(sys.argv[1:])
         compose_and_run()
 
 

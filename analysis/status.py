@@ -12,6 +12,7 @@ from rich.table import Table
 from analysis.runs import read_optional_json
 from cluster.metric_sinks import METRICS
 from cluster.run_dir import saved_config
+from cluster.slurm import describe_job
 from cluster.training_line import render
 from conf.schema import RunConfig
 from sae_core.checkpoint.folder import list_checkpoints
@@ -21,11 +22,16 @@ def run(config: RunConfig, run_dir: Path) -> None:
     """Prints store, training, checkpoints and results."""
     config = saved_config(run_dir) or config
     table = Table(title=f"status: {config.name}", show_header=False, title_justify="left")
+    table.add_column()
+    table.add_column(overflow="fold")
     table.add_row("store", _store(config))
     table.add_row("training", _training(config, run_dir))
     names = [folder.name for folder in list_checkpoints(run_dir / "checkpoints")]
     table.add_row("checkpoints", ", ".join(names) or "none")
     table.add_row("evaluation", _evaluation(run_dir))
+    job = describe_job(run_dir)
+    if job is not None:
+        table.add_row("job", job)
     Console().print(table)
 
 

@@ -1,12 +1,14 @@
 """Does a faster step train a worse SAE? The same activations, seed and schedule, other kernels.
 
     python -m benchmarks.quality --store runs/demo/store [--n-latents N] [--tokens N]
-        [--k N] [--lr RATE] [--dead-after N] [--variants NAME ...] [--json FILE]
+        [--k N] [--lr RATE] [--dead-after N] [--weakened SHARE] [--variants NAME ...] [--json FILE]
 
 Every variant trains in this process from the same first dictionary on the same batches. A row tells
 the mean FVU of the last tenth of training, the share of dead latents at the end, and the curve;
 `fvu_ratio` is to the first variant. The prefilters are then asked for the TopK of real rows under
 the trained dictionary, float8 multiplied in float32: the same selection, not the same speed.
+With `--weakened` that share of the encoder's rows begins a quarter as long as the others: so these
+latents never fire, and what brings them back is the auxiliary loss.
 """
 
 from __future__ import annotations
@@ -70,6 +72,7 @@ def main() -> None:
     parser.add_argument("--lr", type=float, help="default: 2e-3 at 4096 latents, as 1/sqrt(n)")
     parser.add_argument("--tokens", type=int, default=1_000_000)
     parser.add_argument("--dead-after", type=int, default=200_000)
+    parser.add_argument("--weakened", type=float, default=0.0)
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS))
     parser.add_argument("--json", metavar="FILE")
     options = parser.parse_args()
@@ -79,7 +82,7 @@ def main() -> None:
     base = base_config(options.n_latents, options.tokens, options.dead_after, options.k, options.lr)
     rows: list[dict[str, Any]] = []
     for name in options.variants:
-        trainer, row = train(store, base, name)
+        trainer, row = train(store, base, name, options.weakened)
         row["fvu_ratio"] = row["fvu"] / (rows[0] if rows else row)["fvu"]
         rows.append(row)
         print(format_table(rows, COLUMNS), flush=True)
@@ -106,7 +109,9 @@ def base_config(
     )
 
 
-def train(store: Store, base: TrainerConfig, name: str) -> tuple[Trainer, dict[str, Any]]:
+def train(
+    store: Store, base: TrainerConfig, name: str, weakened: float = 0.0
+) -> tuple[Trainer, dict[str, Any]]:
     """Trains one variant; returns its trainer and its row."""
     config = _changed(base, VARIANTS[name])
     array = next(iter(store.arrays))
@@ -125,6 +130,7 @@ def train(store: Store, base: TrainerConfig, name: str) -> tuple[Trainer, dict[s
         kernels = trainer.engines[0].sae.plan.kernels
         kernels.gather_dtype = VARIANTS[name].get("gather_dtype")
         trainer.calibrate()
+        _weaken(trainer, weakened)
         trainer.train()
     tail = curve[-max(1, len(curve) // 10) :]
     return trainer, {
@@ -135,6 +141,7 @@ def train(store: Store, base: TrainerConfig, name: str) -> tuple[Trainer, dict[s
             "k": config.sae.k,
             "tokens": config.train.tokens,
             "dead_after_tokens": config.sae.dead_after_tokens,
+            "weakened": weakened,
         },
         "system": "ours",
         "op": name,
@@ -146,6 +153,13 @@ def train(store: Store, base: TrainerConfig, name: str) -> tuple[Trainer, dict[s
             {key: row[key] for key in ("step", "loss", "fvu", "dead_fraction")} for row in curve
         ],
     }
+
+
+def _weaken(trainer: Trainer, share: float) -> None:
+    for engine in trainer.engines:
+        with torch.no_grad():
+            engine.sae.W_enc[: int(share * len(engine.sae.W_enc))] /= 4
+        engine.parameters_edited()
 
 
 def _changed(base: TrainerConfig, values: dict[str, Any]) -> TrainerConfig:

@@ -33,3 +33,7 @@ class RankFailedError(ClusterError):
 
 class PreemptedError(ClusterError):
     """Somebody asked the trainer ranks to stop; they have saved, and the same command resumes."""
+
+
+class SchedulerError(ClusterError):
+    """Slurm is not there, does not answer, or refuses what it was asked."""

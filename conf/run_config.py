@@ -26,6 +26,7 @@ MAY_CHANGE = (
     "reshard",
     "logging",
     "cluster",
+    "submit",
     "train.tokens",
     "train.device",
     "train.compute_dtype",

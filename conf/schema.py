@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from activation_store.config import StoreConfig
 from analysis.config import EvalConfig, FitConfig, ReshardConfig
 from cluster.config import ClusterConfig, DataConfig, LoggingConfig, ModelConfig
+from cluster.submit_config import SubmitConfig
 from sae_core.config import (
     CheckpointConfig,
     OptimConfig,
@@ -41,6 +42,7 @@ class RunConfig:
     reshard: ReshardConfig = field(default_factory=ReshardConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    submit: SubmitConfig = field(default_factory=SubmitConfig)
 
     @property
     def trainer(self) -> TrainerConfig:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from dataclasses import replace
 
 from conf.schema import RunConfig
 from sae_core.errors import ConfigError
@@ -40,10 +41,21 @@ def validate(config: RunConfig, stages: tuple[str, ...]) -> None:
     config.reshard.validate()
     config.logging.validate()
     config.cluster.validate()
+    if config.stage == "submit":
+        _check_submit(config, stages)
     if config.stage in _NEEDS_TEXT:
         config.model.validate()
         config.data.validate()
         _check_harvest_fits_store(config)
+
+
+def _check_submit(config: RunConfig, stages: tuple[str, ...]) -> None:
+    config.submit.validate(config.checkpoint.grace_s)
+    allowed = [stage for stage in stages if stage != "submit"]
+    if config.submit.stage not in allowed:
+        raise ConfigError("submit.stage", config.submit.stage, f"one of: {', '.join(allowed)}")
+    # What the job would say in hours, this says now.
+    validate(replace(config, stage=config.submit.stage), stages)
 
 
 def _check_finite(config: RunConfig) -> None:

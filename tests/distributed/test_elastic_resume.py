@@ -53,7 +53,7 @@ def test_the_state_is_the_same_bit_for_bit_on_every_mesh(moved: list[Path]):
             assert a.keys() == b.keys()
             differing = [name for name in a if not torch.equal(a[name], b[name])]
             assert not differing, (hop, differing)
-        assert len(read_layout(folder / "weights")["sae.W_enc"].pieces) == hop[0]
+        assert len(read_layout(folder / "weights")["sae.W_enc"].pieces) == hop[0] * hop[1]
         # Step and tokens, which the learning rate is a function of, and the source's position.
         one, other = read_json(first / "state.json"), read_json(folder / "state.json")
         assert one | {"mesh": None} == other | {"mesh": None}

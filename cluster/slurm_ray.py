@@ -1,0 +1,152 @@
+"""Ray on the nodes of a Slurm job: a cluster of the job's own, which ends with it.
+
+`ray symmetric-run` would do for a job that has its nodes to itself: it finishes by stopping every
+Ray of the user's on the node. Here each job has ports, folder and token of its own.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+
+from cluster.slurm import is_running
+
+_POLL_S = 0.5
+_SIGNALS = {signal.SIGTERM, signal.SIGUSR1}
+
+
+def ray_environment() -> dict[str, str]:
+    """What all processes of this job's Ray share; srun hands it on to the other nodes."""
+    return {
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": secrets.token_hex(32),
+    }
+
+
+def head_address() -> str:
+    """This node's address, and a port that is free now."""
+    import ray
+
+    with socket.socket() as free:
+        free.bind(("", 0))
+        return f"{ray.util.get_node_ip_address()}:{free.getsockname()[1]}"
+
+
+@contextmanager
+def blocked(*signals: signal.Signals) -> Iterator[None]:
+    """Processes started in the block never see these signals, nor do those that they start."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@contextmanager
+def ray_node(address: str, head: bool = False) -> Iterator[subprocess.Popen[bytes]]:
+    """A Ray node on this machine while the block runs; gone with all its processes afterwards.
+
+    Args:
+        address: of the head, IP:PORT.
+        head: this node is the head; others join it.
+    """
+    # Not TMPDIR: the path of a socket in it may be 107 bytes long.
+    folder = tempfile.mkdtemp(prefix=f"ray-{os.environ['SLURM_JOB_ID']}-", dir="/tmp")
+    ip, _, port = address.rpartition(":")
+    where = ["--head", f"--node-ip-address={ip}", f"--port={port}", "--include-dashboard=false"]
+    command = [
+        *(sys.executable, "-m", "ray.scripts.scripts", "start", "--block"),
+        *(where if head else [f"--address={address}"]),
+        f"--temp-dir={folder}",
+        f"--num-cpus={os.environ.get('SLURM_CPUS_ON_NODE', os.cpu_count())}",
+        f"--object-store-memory={128 << 20}",
+        # Any free ports: another job's Ray may be on this node.
+        *("--min-worker-port=0", "--max-worker-port=0", "--dashboard-agent-listen-port=0"),
+        *("--include-log-monitor=false", "--log-style=record", "--log-color=false"),
+    ]
+    with blocked(*_SIGNALS):
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,  # advice on other nodes; errors go to stderr
+            start_new_session=True,
+        )
+    try:
+        yield process
+    finally:
+        # Its daemons are in its process group, and the workers end with their raylet.
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def stand_by(address: str | None) -> None:
+    """The job's process on each node, until its standard input ends.
+
+    On the first node it tells the batch process when Slurm signals the job's steps: on preemption
+    with a grace period Slurm signals only those. On the others it holds a Ray node.
+
+    Args:
+        address: of Ray's head; None where the job has one node.
+    """
+    signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+    over = threading.Event()
+    threading.Thread(target=_at_end_of_input, args=[over.set], daemon=True).start()
+    job, first = os.environ["SLURM_JOB_ID"], os.environ["SLURM_NODEID"] == "0"
+    with ExitStack() as stack:
+        node = None
+        if address is not None and not first:
+            node = stack.enter_context(ray_node(address))
+        while not over.is_set():
+            if signal.sigtimedwait(_SIGNALS, _POLL_S) is not None and first:
+                if not is_running(job):
+                    return  # Slurm is ending all of it, and has told the batch process too
+                tell = ["scancel", "--batch", "--signal=USR1", job]
+                subprocess.run(tell, check=False)
+            if node is not None and node.poll() is not None:
+                sys.exit(f"job: Ray on {socket.gethostname()} ended with {node.returncode}")
+
+
+def _at_end_of_input(action: Callable[[], None]) -> None:
+    sys.stdin.read()
+    action()
+
+
+def wait_for_nodes(address: str, n_nodes: int) -> None:
+    """Returns once the cluster has that many nodes."""
+    import ray
+
+    while True:
+        try:
+            ray.init(address=address, logging_level="ERROR", log_to_driver=False)
+            break
+        except (ConnectionError, RuntimeError):
+            time.sleep(_POLL_S)
+    while sum(node["Alive"] for node in ray.nodes()) < n_nodes:
+        time.sleep(_POLL_S)
+
+
+def main() -> None:
+    """`python -m cluster.slurm_ray stand_by [ADDRESS]` or `wait ADDRESS N`."""
+    what, *arguments = sys.argv[1:]
+    if what == "wait":
+        wait_for_nodes(arguments[0], int(arguments[1]))
+    else:
+        stand_by(arguments[0] if arguments else None)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,98 @@
+"""The batch script, and the names of a sweep's cells."""
+
+from __future__ import annotations
+
+import shlex
+import subprocess
+from pathlib import Path
+
+import pytest
+from hydra.conf import HydraConf
+
+from cluster.submit import script
+from cluster.submit_config import SubmitConfig
+from conf.sweep import cell_name, with_constants
+from sae_core.errors import ConfigError
+
+
+def test_the_script_says_what_the_config_says(tmp_path):
+    config = SubmitConfig(
+        partition="gpu",
+        nodes=2,
+        gpus_per_node=8,
+        time="24:00:00",
+        setup=["module load cuda"],
+        sbatch=["--exclusive"],
+    )
+    run_dir = tmp_path / "a run 100%"
+    text = script(config, "big", run_dir, ["python", "launch.py", "data.path=my text.txt"])
+    options = [line.removeprefix("#SBATCH ") for line in text.splitlines() if "#SBATCH" in line]
+    assert options == [
+        "--job-name=big",
+        f"--output='{tmp_path}/a run 100%%/submit/slurm-%j.log'",
+        "--open-mode=append",
+        "--signal=B:USR1@150",
+        "--nodes=2",
+        "--ntasks-per-node=1",
+        "--partition=gpu",
+        "--gpus-per-node=8",
+        "--time=24:00:00",
+        "--requeue",
+        "--exclusive",
+    ]
+    lines = text.splitlines()
+    assert lines[-2] == "module load cuda"
+    words = shlex.split(lines[-1])
+    assert words[:1] == ["exec"] and words[2:6] == ["-m", "cluster.slurm_job", str(run_dir), "100"]
+    assert words[6:] == ["--", "python", "launch.py", "data.path=my text.txt"]
+    subprocess.run(["bash", "-n"], input=text, text=True, check=True)
+    assert "--no-requeue" in script(SubmitConfig(max_requeues=0), "big", Path("/run"), ["true"])
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"scheduler": "pbs"}, "submit.scheduler='pbs'"),
+        ({"nodes": 0}, "submit.nodes=0"),
+        ({"time": "a day"}, "submit.time='a day'"),
+        ({"signal_lead_s": 60}, "at least checkpoint.grace_s=120"),
+        ({"sbatch": ["exclusive"]}, "options of sbatch"),
+        ({"partition": "gpu\nrm -rf x"}, "one line each"),
+    ],
+)
+def test_what_cannot_be_submitted(change, expected):
+    with pytest.raises(ConfigError, match=expected):
+        SubmitConfig(**change).validate(grace_s=120)
+
+
+def name_of(arguments: list[str], cell: list[str]) -> str:
+    """As Hydra has it in a cell of the sweep that `arguments` ask for."""
+    hydra = HydraConf()
+    (added,) = set(with_constants(arguments)) - set(arguments)
+    hydra.job.config.override_dirname.exclude_keys = added.partition("=")[2].strip("[]").split(",")
+    hydra.overrides.task = cell
+    return cell_name("demo", hydra)
+
+
+def test_a_cell_is_named_after_what_varies():
+    typed = ["-m", "sae.k=16,32", "optim.lr=1e-3,2e-3", "train.tokens=200", "store.path=a/b"]
+    cell = ["sae.k=16", "optim.lr=1e-3", "train.tokens=200", "store.path=a/b"]
+    assert name_of(typed, cell) == "demo-k16-lr0.001"
+
+
+def test_names_of_words_of_paths_and_of_keys_that_end_alike():
+    assert name_of(["-m", "sae=topk,other"], ["sae=topk"]) == "demo-sae-topk"
+    assert name_of(["-m", "store.path=a/b,c"], ["store.path=a/b"]) == "demo-path-a_b"
+    typed = ["-m", "train.tokens=1,2", "data.tokens=3,4"]
+    cell = ["train.tokens=1", "data.tokens=3"]
+    assert name_of(typed, cell) == "demo-train.tokens1-data.tokens3"
+
+
+def test_a_sweep_over_names_adds_nothing_and_one_run_is_no_sweep():
+    assert name_of(["-m", "name=demo,other"], ["name=demo"]) == "demo"
+    assert with_constants(["sae.k=16"]) == ["sae.k=16"]
+
+
+def test_flags_stay_before_or_after_all_overrides():
+    assert with_constants(["-m", "a=1,2", "b=3"])[:1] == ["-m"]
+    assert with_constants(["a=1,2", "b=3", "-m"])[-1] == "-m"
