@@ -16,6 +16,7 @@ import contextlib
 import ctypes
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -42,6 +43,7 @@ _FAILED = 1
 _CLEAN_TIMEOUT_S = 600.0
 _SPARE_S = 60.0
 """Beyond a test's own limit: imports and collection."""
+_PATH = re.compile(r"(?:/[\w.\-]+)+")
 _ADOPT_ORPHANS = 36
 """Linux's PR_SET_CHILD_SUBREAPER."""
 
@@ -174,7 +176,8 @@ def _outcome(code: int, report: Path, said: str) -> tuple[str, str]:
     failures = [(case, failure) for case in cases for failure in case.iter("failure")]
     if code == _FAILED and failures:
         case, failure = failures[0]
-        return "noticed", f"{case.get('name')}: {failure.get('message')}"[:300]
+        message = " ".join((failure.get("message") or "").split())
+        return "noticed", f"{case.get('name')}: {_PATH.sub('PATH', message)[:120]}"
     skipped = [case for case in cases if case.find("skipped") is not None]
     if code == 0 and cases and not skipped:
         return "survived", ""

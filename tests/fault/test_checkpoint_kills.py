@@ -73,8 +73,10 @@ def test_a_kill_while_an_old_one_is_deleted_leaves_no_damaged_one(clean, tmp_pat
     assert not list(root.glob("*.tmp"))
 
 
-def test_a_rank_killed_while_it_saves_takes_nobody_into_a_hang(tmp_path):
-    codes, logs = run(tmp_path, 4, hurt=Hurt("write", rank=1))
+@pytest.mark.parametrize("asynchronous", [True, False])
+def test_a_rank_killed_while_it_saves_takes_nobody_into_a_hang(tmp_path, asynchronous):
+    settings = {"asynchronous": asynchronous}  # if not, only the save itself can notice the death
+    codes, logs = run(tmp_path, 4, hurt=Hurt("write", rank=1), checkpoint=settings)
     assert codes[1] == KILLED
     assert all(code not in (0, KILLED) for code in codes[:1] + codes[2:]), logs
     assert [step_of(folder) for folder in list_checkpoints(tmp_path / "checkpoints")] == [10]
