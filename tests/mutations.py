@@ -525,12 +525,17 @@ EXTRA = (
         "low.abs().amax(1) / LARGEST",
         "tests/unit/test_prefilter.py::test_rows_without_a_float8_part_do_not_overflow",
     ),
-    _one(
+    Mutation(
         0,
         "nor has it in Triton",
-        "sae_core/kernels/triton_quantise.py",
-        "tl.maximum(largest, tl.max(tl.abs(tile), 1) * _SMALLEST)",
-        "largest",
-        "tests/unit/test_triton_interpreter.py",
+        (
+            Edit(
+                "sae_core/kernels/triton_quantise.py",
+                "tl.maximum(largest, tl.max(tl.abs(tile), 1) * _SMALLEST)",
+                "largest",
+            ),
+        ),
+        ("tests/unit/test_triton_interpreter.py",),
+        timeout_s=400,
     ),
 )
