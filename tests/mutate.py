@@ -215,9 +215,7 @@ def _faults(mutations: Sequence[Mutation], fault: int | None = None) -> list[int
 
 
 def _line(mutation: Mutation, verdict: Verdict) -> str:
-    lines = [
-        f"{mutation.fault or '':>5} {verdict.seconds:>5.0f}  {verdict.outcome:<9} {mutation.what}"
-    ]
+    lines = [f"{mutation.fault:>5} {verdict.seconds:>5.0f}  {verdict.outcome:<9} {mutation.what}"]
     if verdict.outcome != "noticed":
         lines.append(verdict.how)
     return "\n".join(lines)

@@ -47,7 +47,7 @@ class Mutation:
     """A protection taken out."""
 
     fault: int
-    """Number in `FAULTS`; 0: none of them."""
+    """Number in `FAULTS`; from 101 on none of them, so that `--only` may name it."""
     what: str
     edits: tuple[Edit, ...]
     tests: tuple[str, ...]
@@ -421,7 +421,7 @@ MUTATIONS = (
 
 EXTRA = (
     _one(
-        0,
+        101,
         "one rank saves at its own signal, the others do not hear of it",
         "sae_core/agreement.py",
         "        dist.all_reduce(said, op=dist.ReduceOp.MAX, group=self._group)\n",
@@ -429,7 +429,7 @@ EXTRA = (
         "tests/fault/test_preemption.py::test_a_signal_to_one_rank_in_the_middle_of_a_save",
     ),
     _one(
-        0,
+        102,
         "an old checkpoint is deleted under its own name",
         _SAVE,
         "        os.rename(old, doomed)\n        shutil.rmtree(doomed)\n",
@@ -437,7 +437,7 @@ EXTRA = (
         f"{_KILLS}test_a_kill_while_an_old_one_is_deleted_leaves_no_damaged_one",
     ),
     _one(
-        0,
+        103,
         "a save takes the tensors that training goes on with",
         "sae_core/checkpoint/staging.py",
         '        if not self._keep and tensor.device.type == "cpu":\n',
@@ -445,7 +445,7 @@ EXTRA = (
         f"{_KILLS}test_a_save_that_training_overtakes_holds_its_own_step",
     ),
     _one(
-        0,
+        104,
         "a save that failed on one rank is not told to the others while they train",
         "sae_core/trainer.py",
         "        if agreed.failed:\n",
@@ -453,7 +453,7 @@ EXTRA = (
         f"{_KILLS}test_a_failed_save_ends_training_long_before_the_next_one",
     ),
     _one(
-        0,
+        105,
         "a driver pays no heed to signals while it harvests",
         "launch.py",
         "            on_preemption(raise_interrupted, config.checkpoint.grace_s),\n",
@@ -461,7 +461,7 @@ EXTRA = (
         "tests/fault/test_preemption.py::test_a_signal_while_it_harvests",
     ),
     _one(
-        0,
+        106,
         "ranks that are frozen are waited for",
         "cluster/train.py",
         "            if frozen := pulses.frozen():\n",
@@ -469,7 +469,7 @@ EXTRA = (
         "tests/fault/test_training_kills.py::test_ranks_that_hang",
     ),
     _one(
-        0,
+        107,
         "a trainer that waits for rows counts as hung",
         "cluster/source.py",
         "return self._store.refreshes if self._waiting else 0",
@@ -477,7 +477,7 @@ EXTRA = (
         "tests/unit/test_watchdog.py::test_only_a_trainer_that_waits_for_rows_is_excused",
     ),
     _one(
-        0,
+        108,
         "a frozen harvest worker is waited for",
         "cluster/harvest_pool.py",
         "                if patience.lost():\n",
@@ -485,7 +485,7 @@ EXTRA = (
         "tests/integration/test_harvest.py::test_a_frozen_worker_does_not_hold_the_harvest_up",
     ),
     _one(
-        0,
+        109,
         "every taker of a lease gets it",
         "activation_store/lease.py",
         "            if self._storage.put_if_absent(_name(number), [self._bytes()]):\n"
@@ -494,7 +494,7 @@ EXTRA = (
         f"{_OBJECTS}test_a_lease_whose_holder_fell_silent_goes_to_one_of_its_takers",
     ),
     _one(
-        0,
+        110,
         "rows of documents come in the order of the store",
         "activation_store/lookup.py",
         "found[:, np.lexsort((found[2], found[1]))]",
@@ -502,7 +502,7 @@ EXTRA = (
         "tests/unit/test_store_lookup.py::test_the_rows_of_documents_are_found_in_order",
     ),
     _one(
-        0,
+        111,
         "rows that a store does not have are read",
         "activation_store/lookup.py",
         "outside = wanted[(wanted < 0) | (wanted >= store.n_tokens)]",
@@ -510,7 +510,7 @@ EXTRA = (
         "tests/unit/test_store_lookup.py::test_what_is_not_there_is_told",
     ),
     _one(
-        0,
+        112,
         "a chunk is read once for each row",
         "activation_store/lookup.py",
         "np.flatnonzero(np.diff(first[order])) + 1)",
@@ -518,7 +518,7 @@ EXTRA = (
         "tests/unit/test_store_lookup.py::test_each_chunk_is_read_once",
     ),
     _one(
-        0,
+        113,
         "the scale of a row without a float8 part has no floor",
         "sae_core/kernels/prefilter_float8.py",
         "torch.maximum(low.abs().amax(1) / LARGEST, values.abs().amax(1) * SMALLEST)",
@@ -526,7 +526,7 @@ EXTRA = (
         "tests/unit/test_prefilter.py::test_rows_without_a_float8_part_do_not_overflow",
     ),
     Mutation(
-        0,
+        114,
         "nor has it in Triton",
         (
             Edit(
