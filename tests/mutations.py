@@ -162,9 +162,9 @@ MUTATIONS = (
     _one(
         7,
         "Adam's moments are not loaded",
-        _ENGINE,
-        "                self._set_moment(parameter, moment, moments[name][moment])\n",
-        "                pass\n",
+        _LOAD,
+        "    _load_tensors(folder / OPTIMIZER, loaded)\n",
+        "",
         _SAME_MESH,
     ),
     _one(
