@@ -177,10 +177,10 @@ MUTATIONS = (
     ),
     _one(
         7,
-        "tokens_since_fired is not loaded",
+        "tokens_since_fired starts over at a resume",
         _LOAD,
         '            buffer.copy_(local_part(weights[f"{engine.name}.{name}"]))\n',
-        "            pass\n",
+        "            buffer.zero_()\n",
         _SAME_MESH,
     ),
     _one(
