@@ -36,7 +36,7 @@ FAMILIES: dict[str, Callable[[Clean, Episode], Verdict]] = {
     "ranks": ranks_episode,
     "link": link_episode,
 }
-TURNS = ("ranks", "pipeline", "ranks", "pipeline", "link")
+TURNS = ("ranks", "pipeline", "ranks", "pipeline", "link", "ranks", "pipeline")
 KILLS = ("killed", "node lost")
 """What the names of faults that end processes hold."""
 REPLIES = "reply"

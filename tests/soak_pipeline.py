@@ -27,6 +27,8 @@ from tests.object_server import Proxy, make_bucket, s3_server
 from tests.soak_run import STEPS, Clean, Episode, Verdict, harm_checkpoints
 
 PATIENCE_S = 400
+VICTIM_S = 10
+"""How long to wait for somebody to kill; the harvest may have ended."""
 NODES = 3
 SLOTS = 1
 """A node holds one harvest worker; trainer ranks take no slot."""
@@ -35,7 +37,7 @@ KINDS = {
     "rank": "rank killed",
     "node": "node lost",
     "driver": "driver killed",
-    "stop": "driver asked to stop",
+    "stop": "asked to stop",
     "hang": "rank hung",
 }
 FAULTY_REPLIES = ("drop", "500", "lost", "cut")
@@ -119,7 +121,7 @@ def _strikes(episode: Episode, driver: Driver, nodes: Nodes) -> None:
     rng = episode.random
     injector = Injector(episode.run_dir, rng.randrange(2**32), nodes)
     # Workers first: the harvest ends before the training does.
-    early = rng.sample(["worker", "node", "driver", "worker"], 4)
+    early = rng.sample(["worker", "node", "driver", "worker", "worker"], 5)
     late = rng.sample(["rank", "stop", "hang", "driver", "node"], 5)
     step = 0
     for kind in [*early, *late]:
@@ -139,7 +141,8 @@ def _strike(kind: str, episode: Episode, driver: Driver, injector: Injector) -> 
     if kind == "stop":
         name = episode.random.choice(["SIGTERM", "SIGUSR1"])
         driver.process.send_signal(getattr(signal, name))
-        what, struck = name, driver.process.wait(PATIENCE_S) == EXIT_PREEMPTED
+        struck = driver.process.wait(PATIENCE_S) == EXIT_PREEMPTED
+        what = f"driver {name}"
     elif kind == "hang":
         pids = [pid for pid in rank_pids(episode.run_dir) if alive(pid)]
         struck = bool(pids)
@@ -148,13 +151,13 @@ def _strike(kind: str, episode: Episode, driver: Driver, injector: Injector) -> 
             what = f"process {pid}"
             os.kill(pid, signal.SIGSTOP)
             struck = _until(lambda: not alive(pid), driver)
-    elif injector.victims(kind):
+    elif _until(lambda: bool(injector.victims(kind)), driver, VICTIM_S):
         fault = injector.strike(kind)
         what, struck = f"process {fault.pid}", True
         if kind == "driver":
             driver.process.wait()
         else:
-            assert _until(lambda: not alive(fault.pid), driver)
+            assert _until(lambda: not alive(fault.pid), driver), driver.output()
     else:
         struck = False
     if struck:
@@ -162,12 +165,12 @@ def _strike(kind: str, episode: Episode, driver: Driver, injector: Injector) -> 
     return struck
 
 
-def _until(condition: Callable[[], bool], driver: Driver) -> bool:
-    deadline = time.monotonic() + PATIENCE_S
+def _until(condition: Callable[[], bool], driver: Driver, patience_s: float = PATIENCE_S) -> bool:
+    """Whether it came true, before the driver ended and patience with it."""
+    deadline = time.monotonic() + patience_s
     while not condition():
-        if driver.process.poll() is not None:
+        if driver.process.poll() is not None or time.monotonic() > deadline:
             return False
-        assert time.monotonic() < deadline, driver.output()
         time.sleep(0.05)
     return True
 
@@ -184,8 +187,7 @@ def _harm_what_lies_there(episode: Episode, driver: Driver) -> None:
     if not store_exists(store) or not open_store(store).n_items:
         return
     harmed: list[tuple[str, list[str]]] = []
-    for _ in range(episode.random.randint(1, 3)):
-        how = episode.random.choice([*HARMS, "swap"])
+    for how in episode.random.sample([*HARMS, "swap"], episode.random.randint(3, 4)):
         files = harm_some(_files_of(store), how, episode.random)
         harmed.append((how, [str(file.relative_to(store)) for file in files]))
     found = "\n".join(str(damage) for damage in verify_store(store))

@@ -53,7 +53,7 @@ def ranks_episode(clean: Clean, episode: Episode) -> Verdict:
         assert_named(harmed, ranks.logs()[0])
         if barrier is not None and codes != [0] * RANKS:
             assert codes == [1] * RANKS and "cannot prepare" in ranks.logs()[0], ranks.logs()
-            episode.happened("disk: a file in the way", barrier.name)
+            episode.happened("disk refuses", f"a file in the way, {barrier.name}")
         if barrier is not None:
             barrier.unlink(missing_ok=True)
         if codes == [0] * RANKS:
@@ -118,14 +118,15 @@ def _strike(strike: str, episode: Episode, ranks: Ranks) -> None:
     elif strike == "stop":
         name = episode.random.choice(["SIGTERM", "SIGUSR1"])
         os.kill(process.pid, getattr(signal, name))
-        kind, struck = "rank asked to stop", ranks.codes(PATIENCE_S) == [EXIT_PREEMPTED] * RANKS
+        kind, struck = "asked to stop", ranks.codes(PATIENCE_S) == [EXIT_PREEMPTED] * RANKS
     elif strike == "hang":
         kind, struck = "rank hung", _hang(victim, ranks)
     else:
         hard = resource.prlimit(process.pid, resource.RLIMIT_FSIZE)[1]
         resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (NO_ROOM_BYTES, hard))
         codes = ranks.codes(PATIENCE_S)
-        kind, struck = "disk: no room", codes[victim] in (1, CHECKPOINT_FAILED)
+        name = "no room"
+        kind, struck = "disk refuses", codes[victim] in (1, CHECKPOINT_FAILED)
     if struck:
         episode.happened(kind, f"rank {victim}, process {process.pid} {name}".rstrip())
     else:
