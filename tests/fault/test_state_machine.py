@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
     RuleBasedStateMachine,
@@ -61,8 +61,9 @@ class Group:
                 assert pipe.poll(PATIENCE_S), f"a hang in {command}"
             return [pipe.recv() for pipe in self._pipes][0]
         except (EOFError, OSError):
-            assert command[0] == "save" and command[-1], f"{command}: {self._ranks.logs()}"
+            logs = self._ranks.logs()
             self.end()
+            assert command[0] == "save" and command[-1], (command, logs)
             return None
 
     def _start(self) -> None:
@@ -207,6 +208,8 @@ class Checkpoints(RuleBasedStateMachine):
         if group("save", self.root, keep, point):
             self._published(step, trained)
             self._prune(keep)
+            if point:  # there was nothing to prune, and the trap is still set
+                group.end()
         elif point == "latest" or (point == "prune" and not left_over):
             self._published(step, trained)
             self._prune(keep, most=1 if point == "prune" else 0)
@@ -295,11 +298,12 @@ def test_whatever_happens_the_newest_valid_one_loads(tmp_path, groups):
     run_state_machine_as_test(
         Checkpoints,
         settings=settings(
-            max_examples=12,
-            stateful_step_count=14,
+            max_examples=6,
+            stateful_step_count=12,
             derandomize=True,
             database=None,
             deadline=None,
+            phases=[Phase.generate],  # to shrink would start ranks a hundred times
             suppress_health_check=list(HealthCheck),
         ),
     )
