@@ -409,13 +409,12 @@ MUTATIONS = (
         "        for number in range(1):\n",
         f"{_OBJECTS}test_a_link_that_fails_now_and_then",
     ),
-    _one(
+    Mutation(
         22,
         "the newest checkpoint is taken unchecked",
-        _FOLDER,
-        _NO_CHECK,
-        "        try:\n            read_state(folder)\n",
-        "tests/fault/test_state_machine.py",
+        (Edit(_FOLDER, _NO_CHECK, "        try:\n            read_state(folder)\n"),),
+        ("tests/fault/test_state_machine.py",),
+        timeout_s=600,
     ),
 )
 
