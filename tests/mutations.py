@@ -334,7 +334,7 @@ MUTATIONS = (
         "a rank that dies ends the run",
         "cluster/train.py",
         '        return "a trainer rank died"\n',
-        "        raise deaths[0]\n",
+        "        raise RuntimeError(str(deaths[0]))\n",
         "tests/fault/test_concurrent.py::test_killed[rank]",
     ),
     _one(
