@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install peers demo test test-fast lint format bench clean
+.PHONY: help install peers demo test test-fast soak lint format bench clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
@@ -31,6 +31,9 @@ test: $(STAMP) peers ## all tests
 
 test-fast: $(STAMP) ## tests that start no processes
 	$(BIN)/python -m pytest -m "not slow and not distributed and not ray" tests/unit
+
+soak: $(STAMP) ## random faults for 20 minutes: nothing may be lost
+	OMP_WAIT_POLICY=passive $(BIN)/python -m tests.soak --minutes 20
 
 lint: $(STAMP) ## ruff and mypy
 	$(BIN)/ruff format --check .

@@ -77,6 +77,8 @@ class Job:
     kernels: str = "stock"
     poison_gradient_step: int | None = None
     """Step whose gradient, not loss, is made infinite on rank `poison_rank`."""
+    poison_loss_step: int | None = None
+    """Step whose loss, not gradient, is infinite on rank `poison_rank`."""
     poison_step: int | None = None
     poison_rank: int = 0
     overrides: dict[str, Any] = field(default_factory=dict)
@@ -169,8 +171,11 @@ def _rank_main(job: Job) -> None:
     checkpoints.mkdir(exist_ok=True)
     _take_out(job.breakage)
     trainer = Trainer(config_of(job), mesh, source, checkpoints, 3, rows.append, 1)
-    if job.poison_gradient_step is not None and dist.get_rank() == job.poison_rank:
+    if dist.get_rank() == job.poison_rank:
         _poison_gradient(trainer, job)
+    bad_steps = (job.poison_gradient_step, job.poison_loss_step, job.poison_step)
+    for step in filter(None, bad_steps):
+        _compare_around(trainer, step)
     if job.resume is None:
         trainer.calibrate()
     else:
@@ -234,20 +239,47 @@ def _without_mark(forward: Any) -> Any:
 
 
 def _poison_gradient(trainer: Any, job: Job) -> None:
-    """An infinite gradient under a finite loss, as an overflow in the backward would make."""
+    """What an overflow in the backward makes, or one of the loss alone."""
     engine = trainer.engines[0]
-    train_step = engine.train_step
+    train_step, forward = engine.train_step, engine.sae.forward
 
     def poisoned(raw: torch.Tensor, step: int) -> Any:
         handle = None
         if step == job.poison_gradient_step:
             handle = engine.sae.b_dec.register_hook(lambda grad: grad * float("inf"))
+        if step == job.poison_loss_step:
+            engine.sae.forward = infinite
         out = train_step(raw, step)
+        engine.sae.forward = forward
         if handle is not None:
             handle.remove()
         return out
 
+    def infinite(raw: torch.Tensor) -> Any:
+        out = forward(raw)
+        return out._replace(loss=out.loss + float("inf"))
+
     engine.train_step = poisoned
+
+
+def _compare_around(trainer: Any, bad_step: int) -> None:
+    """Says whether a step has left weights, ages and moments as they were."""
+    engine = trainer.engines[0]
+    train_step = engine.train_step
+
+    def state() -> list[torch.Tensor]:
+        moments = [m for named in engine.moments().values() for m in named.values()]
+        return [t.clone() for t in [*engine.sae.state_dict().values(), *moments]]
+
+    def compared(raw: torch.Tensor, step: int) -> Any:
+        before = state() if step == bad_step else []
+        out = train_step(raw, step)
+        if before:
+            same = all(torch.equal(a, b) for a, b in zip(before, state(), strict=True))
+            print(f"step {step} {'changed nothing' if same else 'changed something'}", flush=True)
+        return out
+
+    engine.train_step = compared
 
 
 class _Without:

@@ -160,6 +160,7 @@ def test_an_infinite_gradient_under_a_finite_loss_stops_too(tmp_path, zero, clip
     with pytest.raises(RanksFailed) as failed:
         run_job(job)
     assert str(failed.value).count("loss or gradient of step 30 is not finite") == 2
+    assert str(failed.value).count("step 30 changed nothing") == 2
     assert [path.name for path in list_checkpoints(tmp_path / "checkpoints")] == ["step-00000025"]
 
 
@@ -171,4 +172,22 @@ def test_a_bad_row_on_one_rank_stops_all_before_the_update(tmp_path, latent, dat
         run_job(job)
     text = str(failed.value)
     assert text.count("NonFiniteLossError: sae: loss or gradient of step 30") == latent * data
+    assert text.count("step 30 changed nothing") == latent * data
+    assert [path.name for path in list_checkpoints(tmp_path / "checkpoints")] == ["step-00000025"]
+
+
+@pytest.mark.parametrize(
+    ("latent", "data", "zero", "update"),
+    [(2, 1, 0, "fused"), (2, 1, 0, "dense"), (1, 2, 0, "fused"), (1, 2, 1, "auto")],
+)
+def test_an_infinite_loss_on_one_rank_stops_all_before_the_update(
+    tmp_path, latent, data, zero, update
+):
+    """Its gradient is finite on every rank: only word of the loss can stop the other one."""
+    job = Job(str(tmp_path), latent, data, zero, update, poison_loss_step=30, poison_rank=1)
+    with pytest.raises(RanksFailed) as failed:
+        run_job(job)
+    text = str(failed.value)
+    assert text.count("NonFiniteLossError: sae: loss or gradient of step 30") == 2, text
+    assert text.count("step 30 changed nothing") == 2
     assert [path.name for path in list_checkpoints(tmp_path / "checkpoints")] == ["step-00000025"]

@@ -21,12 +21,13 @@ STEPS, EVERY, HURT_STEP = 40, 10, 20
 
 @dataclass(frozen=True)
 class Hurt:
-    """What happens to rank `rank` in the save of step `HURT_STEP`."""
+    """What happens to rank `rank` in the save of step `step`."""
 
     point: str
     how: str = "kill"
     """kill, raise or wait."""
     rank: int = 0
+    step: int = HURT_STEP
 
 
 def train(
@@ -52,7 +53,7 @@ def train(
     config = config_of(job)
     config.checkpoint = replace(config.checkpoint, **(checkpoint or {}))
     if hurt is not None and hurt.rank == dist.get_rank():
-        _arm(hurt)
+        arm(hurt)
     source = _Slow(mesh.data_rank, mesh.n_data, step_s)
     rows: list[dict[str, Any]] = []
     trainer = Trainer(config, mesh, source, root, 3, rows.append, 5)
@@ -63,7 +64,10 @@ def train(
     else:
         trainer.resume(newest)
         print(f"resumed from {newest.name}", flush=True)
-    trainer.train()
+    try:
+        trainer.train()
+    finally:
+        print(f"ended at step {trainer.step}", flush=True)
     print(f"costs {trainer.costs}, pauses {[row['checkpoint_pause_s'] for row in rows]}")
     dist.barrier()
     dist.destroy_process_group()
@@ -80,8 +84,8 @@ class _Slow(SyntheticSource):
         return super().next()
 
 
-def _arm(hurt: Hurt) -> None:
-    """Puts the trap where `hurt.point` says; every point lies in the save of `HURT_STEP`."""
+def arm(hurt: Hurt) -> None:
+    """Puts the trap where `hurt.point` says; every point lies in the save of `hurt.step`."""
     from sae_core.checkpoint import save, saver
 
     def spring() -> None:
@@ -93,7 +97,7 @@ def _arm(hurt: Hurt) -> None:
         raise OSError(28, "No space left on device (a test's)")
 
     def is_it(*arguments: Any) -> bool:
-        return any(f"step-{HURT_STEP:08d}" in str(a) for a in arguments)
+        return any(f"step-{hurt.step:08d}" in str(a) for a in arguments)
 
     def before(owner: Any, name: str, only: Callable[..., bool] = is_it) -> None:
         real = getattr(owner, name)
@@ -107,9 +111,14 @@ def _arm(hurt: Hurt) -> None:
 
     if hurt.point == "copy":
         trainer_save = saver.CheckpointSaver.save
-        saver.CheckpointSaver.save = lambda self, engines, state: (
-            spring() if state.step == HURT_STEP else trainer_save(self, engines, state)
-        )
+
+        def trapped_save(self: Any, engines: Any, state: Any) -> None:
+            if state.step == hurt.step:
+                self.wait()  # else the save before may die of it as well
+                spring()
+            trainer_save(self, engines, state)
+
+        saver.CheckpointSaver.save = trapped_save
     elif hurt.point == "write":
         before(save, "_save_tensors", lambda folder, *_: is_it(folder) and _torn(folder))
     elif hurt.point == "begin":

@@ -12,6 +12,7 @@ from sae_core.checkpoint.folder import list_checkpoints, newest_valid, step_of
 from sae_core.checkpoint.layout import read_tensors
 from tests.fault.saving import EVERY, HURT_STEP, STEPS, TOKENS_PER_SAVE, Hurt, train
 from tests.forked_ranks import CHECKPOINT_FAILED, Ranks
+from tests.trainer_ranks import BATCH
 
 pytestmark = [pytest.mark.slow, pytest.mark.distributed]
 
@@ -72,8 +73,10 @@ def test_a_kill_while_an_old_one_is_deleted_leaves_no_damaged_one(clean, tmp_pat
     assert not list(root.glob("*.tmp"))
 
 
-def test_a_rank_killed_while_it_saves_takes_nobody_into_a_hang(tmp_path):
-    codes, logs = run(tmp_path, 4, hurt=Hurt("write", rank=1))
+@pytest.mark.parametrize("asynchronous", [True, False])
+def test_a_rank_killed_while_it_saves_takes_nobody_into_a_hang(tmp_path, asynchronous):
+    settings = {"asynchronous": asynchronous}  # if not, only the save itself can notice the death
+    codes, logs = run(tmp_path, 4, hurt=Hurt("write", rank=1), checkpoint=settings)
     assert codes[1] == KILLED
     assert all(code not in (0, KILLED) for code in codes[:1] + codes[2:]), logs
     assert [step_of(folder) for folder in list_checkpoints(tmp_path / "checkpoints")] == [10]
@@ -86,6 +89,14 @@ def test_a_rank_that_cannot_write_fails_all_of_them(tmp_path, hurt):
     for log in logs:
         assert f"cannot write {tmp_path}/checkpoints/step-{HURT_STEP:08d}.tmp: rank 1" in log
     assert [step_of(folder) for folder in list_checkpoints(tmp_path / "checkpoints")] == [10]
+
+
+def test_a_failed_save_ends_training_long_before_the_next_one(tmp_path):
+    every = {"every_tokens": HURT_STEP * BATCH}
+    codes, logs = run(tmp_path, hurt=Hurt("disk", "raise", rank=1), step_s=0.4, checkpoint=every)
+    assert codes == [CHECKPOINT_FAILED] * 2, logs
+    ends = [int(re.findall(r"ended at step (\d+)", log)[0]) for log in logs]
+    assert ends[0] == ends[1] and HURT_STEP <= ends[0] < STEPS, ends
 
 
 def test_a_file_where_the_folder_should_be(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
 
@@ -149,6 +151,31 @@ def start(*arguments: str) -> subprocess.Popen[str]:
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
     command = [sys.executable, str(ROOT / "launch.py"), *arguments]
     return subprocess.Popen(command, text=True, start_new_session=True, **pipes)
+
+
+def test_signals_to_torchrun_and_to_one_of_its_ranks(folder):
+    run_dir = make_run(folder / "torchrun")
+    metrics = run_dir / "metrics.jsonl"
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    command += ["--standalone", "-m", "cluster.rank", str(run_dir)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "cwd": ROOT}
+    steps = []
+    for name in ("SIGTERM", "SIGUSR1"):
+        before = metrics.stat().st_size if metrics.exists() else 0
+        process = subprocess.Popen(command, text=True, **pipes)
+        wait_until(lambda b=before: metrics.exists() and metrics.stat().st_size > b, process)
+        ranks = sorted(child.pid for child in psutil.Process(process.pid).children())
+        os.kill(process.pid if name == "SIGTERM" else ranks[-1], getattr(signal, name))
+        output, _ = process.communicate(timeout=100)
+        assert output.count("the same command resumes") == 2, output
+        if name == "SIGUSR1":  # an agent that is ended itself tells nothing of its ranks
+            assert re.search(rf"exitcode\s*: {EXIT_PREEMPTED}\b", output), output
+        newest = newest_valid(run_dir / "checkpoints")
+        assert newest is not None
+        steps.append(step_of(newest))
+    assert 0 < steps[0] < steps[1] < STEPS
+    subprocess.run(command, check=True, timeout=150, capture_output=True, cwd=ROOT)
+    same_end(folder / "clean" / "run", run_dir)
 
 
 @pytest.mark.ray

@@ -1,12 +1,25 @@
-"""Who may train a run: one group of ranks at a time."""
+"""Who may have a run: one driver, and one group of ranks, at a time."""
 
 from __future__ import annotations
+
+import os
 
 import pytest
 
 from cluster import run_dir
 from cluster.errors import RunDirError
-from cluster.run_dir import rank_lock, wait_for_old_ranks
+from cluster.run_dir import open_run, rank_lock, wait_for_old_ranks
+from conf.schema import RunConfig
+
+
+def test_a_second_driver_is_refused_and_a_dead_ones_lock_is_free(tmp_path):
+    config = RunConfig(name="run", runs_dir=str(tmp_path))
+    holder = f"is in use by process {os.getpid()} on"
+    with open_run(config), pytest.raises(RunDirError, match=holder), open_run(config):
+        pass
+    (tmp_path / "run" / "driver.lock").write_text("process 1 on a machine that is gone")
+    with open_run(config) as run_dir:
+        assert str(os.getpid()) in (run_dir / "driver.lock").read_text()
 
 
 def test_a_second_group_of_ranks_is_refused(tmp_path):

@@ -1,0 +1,57 @@
+"""Damage to files, as disks and people do it."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+
+def flip(file: Path, rng: random.Random) -> None:
+    """One bit, somewhere."""
+    data = bytearray(file.read_bytes())
+    data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+    file.write_bytes(data)
+
+
+def truncate(file: Path, rng: random.Random) -> None:
+    """Cut short, perhaps to nothing."""
+    data = file.read_bytes()
+    file.write_bytes(data[: rng.randrange(len(data))])
+
+
+def delete(file: Path, _: random.Random) -> None:
+    """Gone."""
+    file.unlink()
+
+
+HARMS: dict[str, Callable[[Path, random.Random], None]] = {
+    "flip": flip,
+    "truncate": truncate,
+    "delete": delete,
+}
+
+
+def swap(files: Sequence[Path], rng: random.Random) -> tuple[Path, Path] | None:
+    """Exchanges two files of different content; None when no two differ."""
+    one = rng.choice(files)
+    others = [file for file in files if file.read_bytes() != one.read_bytes()]
+    if not others:
+        return None
+    other = rng.choice(others)
+    data = one.read_bytes()
+    one.write_bytes(other.read_bytes())
+    other.write_bytes(data)
+    return one, other
+
+
+def harm_some(files: Sequence[Path], how: str, rng: random.Random) -> list[Path]:
+    """Harms one of the files that are not empty, or two of them by `swap`; says which."""
+    there = [file for file in files if file.stat().st_size]
+    if not there:
+        return []
+    if how == "swap":
+        return list(swap(there, rng) or ())
+    file = rng.choice(there)
+    HARMS[how](file, rng)
+    return [file]

@@ -1,0 +1,85 @@
+"""The newest checkpoint is damaged: the same command names it, and ends with the same weights."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.fault.single_rank import EVERY, STEPS, make_run, make_store, same_end, train
+
+pytestmark = [pytest.mark.slow, pytest.mark.distributed]
+
+NEWEST, BEFORE = f"step-{STEPS:08d}", f"step-{STEPS - EVERY:08d}"
+
+
+@pytest.fixture(scope="module")
+def clean(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that nothing happened to, beside its store."""
+    folder = tmp_path_factory.mktemp("damaged")
+    make_store(folder / "store")
+    run_dir = make_run(folder / "clean", folder / "store")
+    train(run_dir)
+    return run_dir
+
+
+def weights_of(folder: Path) -> list[Path]:
+    """Files of the tensors, the largest first."""
+    files = (folder / "weights").glob("*.safetensors")
+    return sorted(files, key=lambda path: path.stat().st_size, reverse=True)
+
+
+def flip(folder: Path) -> str:
+    path = weights_of(folder)[0]
+    data = bytearray(path.read_bytes())
+    data[-5] ^= 1
+    path.write_bytes(data)
+    return f"{path.name}: SHA-256 differs"
+
+
+def truncate(folder: Path) -> str:
+    path = weights_of(folder)[0]
+    path.write_bytes(path.read_bytes()[:-1])
+    return f"{path.name}: {path.stat().st_size} bytes, the manifest says"
+
+
+def delete(folder: Path) -> str:
+    path = weights_of(folder)[0]
+    path.unlink()
+    return f"{path.name}: missing"
+
+
+def swap(folder: Path) -> str:
+    """With the file of the same name of the step before: whole, but of another time."""
+    path = weights_of(folder)[0]
+    shutil.copy(folder.with_name(BEFORE) / "weights" / path.name, path)
+    return f"{path.name}: SHA-256 differs"
+
+
+def no_manifest(folder: Path) -> str:
+    (folder / "manifest.json").unlink()
+    return "manifest.json"
+
+
+@pytest.mark.parametrize("harm", [flip, truncate, delete, swap, no_manifest])
+def test_a_run_goes_on_from_the_one_before(
+    clean: Path, tmp_path: Path, harm: Callable[[Path], str]
+) -> None:
+    run_dir = tmp_path / "run"
+    shutil.copytree(clean, run_dir)
+    root = run_dir / "checkpoints"
+    said = harm(root / NEWEST)
+    (root / f"step-{STEPS + EVERY:08d}.tmp").mkdir()  # a save that was killed
+    log = train(run_dir)
+    assert "skipping a damaged checkpoint" in log and NEWEST in log and said in log
+    steps = [int(line.split(",")[1].split(":")[1]) for line in rows_since(clean, run_dir)]
+    assert steps == list(range(STEPS - EVERY + 5, STEPS + 1, 5)), "from the checkpoint before"
+    same_end(clean, run_dir)
+
+
+def rows_since(clean: Path, run_dir: Path) -> list[str]:
+    """Metrics of the second attempt."""
+    n_before = len((clean / "metrics.jsonl").read_text().splitlines())
+    return (run_dir / "metrics.jsonl").read_text().splitlines()[n_before:]

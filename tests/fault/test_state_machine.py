@@ -1,0 +1,309 @@
+"""Save, kill, damage, prune, resume on another mesh, reshard, in any order: what loads is right."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, Phase, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
+
+from sae_core.checkpoint.folder import checkpoint_name, list_checkpoints, newest_valid, step_of
+from sae_core.checkpoint.layout import read_tensors
+from sae_core.checkpoint.reshard import reshard_checkpoint
+from tests.damage import HARMS, harm_some
+from tests.fault.saving import Hurt, arm
+from tests.forked_ranks import Ranks
+from tests.trainer_ranks import Job, SyntheticSource, config_of
+
+pytestmark = [pytest.mark.slow, pytest.mark.distributed, pytest.mark.timeout(900)]
+
+MESHES = ((1, 1, 0), (2, 1, 0), (1, 2, 1))
+"""latent, data, ZeRO stage"""
+POINTS = ("copy", "write", "manifest", "rename", "latest", "prune")
+PATIENCE_S = 200
+Tensors = dict[str, torch.Tensor]
+
+
+class Group:
+    """Trainer ranks of one mesh that live on and do as they are told, one command at a time."""
+
+    def __init__(self, folder: Path, mesh: tuple[int, int, int]) -> None:
+        self._folder, self._mesh, self._starts = folder, mesh, 0
+        self._ranks: Ranks | None = None
+        self._pipes: list[Connection] = []
+
+    def __call__(self, *command: Any) -> Any:
+        """Rank 0's answer; None when the command killed a rank, and with it all of them."""
+        if self._ranks is None:
+            self._start()
+        try:
+            for pipe in self._pipes:
+                pipe.send(command)
+            for pipe in self._pipes:
+                assert pipe.poll(PATIENCE_S), f"a hang in {command}"
+            return [pipe.recv() for pipe in self._pipes][0]
+        except (EOFError, OSError):
+            logs = self._ranks.logs()
+            self.end()
+            assert command[0] == "save" and command[-1], (command, logs)
+            return None
+
+    def _start(self) -> None:
+        latent, data, _ = self._mesh
+        ours, theirs = zip(*(Pipe() for _ in range(latent * data)), strict=True)
+        folder = self._folder / f"{self._mesh}-{self._starts}"
+        self._ranks = Ranks(folder, latent * data, _serve, theirs, str(folder), self._mesh)
+        self._pipes, self._starts = list(ours), self._starts + 1
+        for end in theirs:
+            end.close()
+
+    def end(self) -> None:
+        """The ranks leave, if they have not."""
+        for pipe in self._pipes:
+            pipe.close()
+        if self._ranks is not None:
+            self._ranks.codes()
+        self._ranks = None
+
+
+def _serve(pipes: tuple[Connection, ...], folder: str, mesh: tuple[int, int, int]) -> int:
+    pipe = pipes[int(os.environ["RANK"])]
+    for other in pipes:
+        if other is not pipe:
+            other.close()
+    rank = _Rank(folder, *mesh)
+    while True:
+        try:
+            name, *arguments = pipe.recv()
+        except EOFError:
+            return 0
+        pipe.send(getattr(rank, name)(*arguments))
+
+
+class _Rank:
+    """The commands, on one rank; each is collective."""
+
+    def __init__(self, folder: str, latent: int, data: int, zero: int) -> None:
+        import torch.distributed as dist
+
+        from sae_core.mesh import Mesh
+        from sae_core.trainer import Trainer
+
+        torch.set_num_threads(1)
+        dist.init_process_group("gloo")
+        self.config = config_of(Job(folder, latent, data, zero))
+        self.config.checkpoint.asynchronous = False
+        mesh = Mesh.create("cpu", latent, data)
+        source = SyntheticSource(mesh.data_rank, data)
+        self.trainer = Trainer(self.config, mesh, source, Path(folder), 3, lambda row: None, 1)
+        self.trainer.calibrate()
+
+    def resume(self, root: Path, shown: Path) -> tuple[str | None, list[str]]:
+        """What it resumes from, and what it warns of; shows what it has then."""
+        from sae_core.checkpoint import agreed_checkpoint
+
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            newest = agreed_checkpoint(root)
+        if newest is None:
+            self.trainer.step = 0
+            self.trainer.source.seek(0)
+        else:
+            self.trainer.resume(newest)
+            self.save(shown, 1, None)
+        return newest.name if newest else None, [str(warning.message) for warning in caught]
+
+    def train(self, steps: int, shown: Path) -> int:
+        """Trains; shows what it has then."""
+        for _ in range(steps):
+            self.trainer.engines[0].train_step(self.trainer.source.next().x, self.trainer.step)
+            self.trainer.step += 1
+        self.save(shown, 1, None)
+        return self.trainer.step
+
+    def save(self, root: Path, keep: int, point: str | None) -> bool:
+        """Saves, prunes, and is killed at `point`."""
+        import torch.distributed as dist
+
+        from sae_core.checkpoint.saver import CheckpointSaver
+
+        root.mkdir(exist_ok=True)
+        if point and dist.get_rank() == 0:
+            arm(Hurt(point, step=self.trainer.step))
+        self.config.checkpoint.keep = keep
+        self.trainer.saver = CheckpointSaver(
+            root, self.config.checkpoint, self.trainer.mesh, torch.device("cpu"), 1
+        )
+        self.trainer.save()
+        return True
+
+
+@dataclass
+class Saved:
+    """What must be on disk under the name of a step."""
+
+    tensors: Tensors | None
+    """None: damaged."""
+    sizes: dict[str, int]
+    """As it was written; pruning looks at nothing more."""
+
+
+class Checkpoints(RuleBasedStateMachine):
+    """A folder of checkpoints beside a model of what must be in it."""
+
+    groups: dict[tuple[int, int, int], Group]
+    folder: Path
+
+    def __init__(self) -> None:
+        super().__init__()
+        shutil.rmtree(self.folder, ignore_errors=True)
+        self.folder.mkdir()
+        self.root, self.shown = self.folder / "checkpoints", self.folder / "shown"
+        self.root.mkdir()
+        self.there: dict[int, Saved] = {}
+
+    @property
+    def newest(self) -> int | None:
+        """Step of the newest valid one."""
+        return max((step for step, saved in self.there.items() if saved.tensors), default=None)
+
+    @rule(
+        mesh=st.sampled_from(MESHES),
+        steps=st.integers(1, 3),
+        keep=st.integers(1, 3),
+        point=st.none() | st.sampled_from(POINTS),
+    )
+    def resume_train_save(
+        self, mesh: tuple[int, int, int], steps: int, keep: int, point: str | None
+    ) -> None:
+        group, newest = self.groups[mesh], self.newest
+        name, told = group("resume", self.root, self.shown)
+        assert name == (None if newest is None else checkpoint_name(newest))
+        for step in self.there:
+            if newest is None or step > newest:
+                assert any(checkpoint_name(step) in text for text in told), f"{step} is not named"
+        if newest is not None:
+            assert_equal(self._take_shown(newest), self.there[newest].tensors)
+        step = group("train", steps, self.shown)
+        trained = self._take_shown(step)
+        left_over = any(self.root.glob("*.old.tmp"))  # cleared by the next save, first of all
+        if group("save", self.root, keep, point):
+            self._published(step, trained)
+            self._prune(keep)
+            if point:  # there was nothing to prune, and the trap is still set
+                group.end()
+        elif point == "latest" or (point == "prune" and not left_over):
+            self._published(step, trained)
+            self._prune(keep, most=1 if point == "prune" else 0)
+        elif point == "rename":
+            self.there.pop(step, None)  # a damaged one of that step had to go first
+
+    @precondition(lambda self: self.there)
+    @rule(pick=st.integers(0, 9), how=st.sampled_from([*HARMS, "swap"]), seed=st.integers(0, 2**32))
+    def damage(self, pick: int, how: str, seed: int) -> None:
+        step = sorted(self.there)[-1 - pick % len(self.there)]
+        files = sorted((self.root / checkpoint_name(step)).rglob("*.*"))
+        if how == "flip":  # the manifest also says what nobody relies on
+            files = [file for file in files if file.name != "manifest.json"]
+        if harm_some(files, how, random.Random(seed)):
+            self.there[step].tensors = None
+
+    @precondition(lambda self: self.newest is not None)
+    @rule(n_shards=st.sampled_from([1, 3, 7]), replace=st.booleans())
+    def reshard(self, n_shards: int, replace: bool) -> None:
+        newest = self.newest
+        assert newest is not None
+        source = self.root / checkpoint_name(newest)
+        target = reshard_checkpoint(source, self.folder / "resharded", n_shards)
+        assert_equal(contents(target), self.there[newest].tensors)
+        if replace:
+            shutil.rmtree(source)
+            target.rename(source)
+            self.there[newest].sizes = sizes(source)
+        shutil.rmtree(self.folder / "resharded")
+
+    @invariant()
+    def the_newest_valid_one_is_found(self) -> None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            found = newest_valid(self.root)
+        assert (found and step_of(found)) == self.newest
+
+    @invariant()
+    def nothing_else_is_there_or_missing(self) -> None:
+        assert [step_of(f) for f in list_checkpoints(self.root)] == sorted(self.there)[::-1]
+
+    def _take_shown(self, step: int) -> Tensors:
+        found = contents(self.shown / checkpoint_name(step))
+        shutil.rmtree(self.shown)
+        return found
+
+    def _published(self, step: int, tensors: Tensors) -> None:
+        self.there[step] = Saved(tensors, sizes(self.root / checkpoint_name(step)))
+
+    def _prune(self, keep: int, most: int = 99) -> None:
+        """The newest that look whole stay, and what lies between them."""
+        whole = 0
+        for step in sorted(self.there, reverse=True):
+            if whole == keep:
+                if most > 0:
+                    del self.there[step]
+                most -= 1
+            elif sizes_now := sizes(self.root / checkpoint_name(step)):
+                whole += sizes_now == self.there[step].sizes
+
+
+def contents(folder: Path) -> Tensors:
+    return read_tensors(folder / "weights") | read_tensors(folder / "optimizer")
+
+
+def sizes(folder: Path) -> dict[str, int]:
+    return {str(file.relative_to(folder)): file.stat().st_size for file in folder.rglob("*.*")}
+
+
+def assert_equal(found: Tensors, wanted: Tensors | None) -> None:
+    assert wanted is not None and found.keys() == wanted.keys()
+    for name, tensor in wanted.items():
+        assert torch.equal(found[name], tensor), name
+
+
+@pytest.fixture
+def groups(tmp_path: Path) -> Iterator[dict[tuple[int, int, int], Group]]:
+    made = {mesh: Group(tmp_path / "ranks", mesh) for mesh in MESHES}
+    yield made
+    for group in made.values():
+        group.end()
+
+
+def test_whatever_happens_the_newest_valid_one_loads(tmp_path, groups):
+    Checkpoints.groups, Checkpoints.folder = groups, tmp_path / "machine"
+    run_state_machine_as_test(
+        Checkpoints,
+        settings=settings(
+            max_examples=6,
+            stateful_step_count=12,
+            derandomize=True,
+            database=None,
+            deadline=None,
+            phases=[Phase.generate],  # to shrink would start ranks a hundred times
+            suppress_health_check=list(HealthCheck),
+        ),
+    )

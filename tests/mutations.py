@@ -1,0 +1,540 @@
+"""The protections that `tests.mutate` takes out, and the tests that have to notice.
+
+Of several tests that notice, the fastest stands here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+FAULTS = {
+    1: "killed in a save, at each stage",
+    2: "one rank killed in a save",
+    3: "the writer of a checkpoint raises",
+    4: "disk full",
+    5: "truncated, flipped, swapped, missing, stale files of a checkpoint",
+    6: "SIGTERM, SIGUSR1",
+    7: "kill and resume is the uninterrupted run, bit for bit",
+    8: "resume on another number of ranks, uneven n_latents",
+    9: "another config",
+    10: "NaN on one rank",
+    11: "a rank that hangs",
+    12: "two drivers, one run",
+    13: "harvest worker killed in a shard",
+    14: "missing or damaged chunk",
+    15: "malicious pickle, header, path, metadata",
+    16: "<script> in a name",
+    17: "Ray worker, rank, driver killed",
+    18: "retention and the last valid checkpoint",
+    19: "wandb or network down",
+    20: "secrets in config, logs, images",
+    21: "object store drops, reply lost",
+    22: "any order of save, kill, corrupt, prune, resume, reshard",
+}
+
+
+@dataclass(frozen=True)
+class Edit:
+    """Text that stands once in a file, and what replaces it."""
+
+    file: str
+    old: str
+    new: str
+
+
+@dataclass(frozen=True)
+class Mutation:
+    """A protection taken out."""
+
+    fault: int
+    """Number in `FAULTS`; from 101 on none of them, so that `--only` may name it."""
+    what: str
+    edits: tuple[Edit, ...]
+    tests: tuple[str, ...]
+    timeout_s: float = 150.0
+    """For each test: one that takes longer has failed."""
+
+
+def _one(fault: int, what: str, file: str, old: str, new: str, *tests: str) -> Mutation:
+    return Mutation(fault, what, (Edit(file, old, new),), tests)
+
+
+_SAVE, _FOLDER = "sae_core/checkpoint/save.py", "sae_core/checkpoint/folder.py"
+_LOAD, _ENGINE = "sae_core/checkpoint/load.py", "sae_core/engine.py"
+_KILLS = "tests/fault/test_checkpoint_kills.py::"
+_MESH = "tests/distributed/test_mesh_training.py::"
+_OBJECTS = "tests/integration/test_store_objects.py::"
+_POISON = "tests/fault/test_poisoned_files.py::"
+_SAME_MESH = f"{_MESH}test_resume_on_any_mesh[1-1-0]"
+_NO_CHECK = (
+    "        try:\n            check_manifest(folder, hashes)\n            read_state(folder)\n"
+)
+_VOTE = "        dist.all_gather_object(votes, outcome, group=self._group)\n"
+_YES = (
+    f"        try:\n    {_VOTE}"
+    '        except RuntimeError:\n            votes = [({}, "")] * len(votes)\n'
+)
+
+MUTATIONS = (
+    Mutation(
+        1,
+        "a checkpoint is filled under its final name, and counts before it has a manifest",
+        (
+            Edit(_SAVE, 'temporary = root / f"{final.name}.tmp"', "temporary = final"),
+            Edit(_SAVE, "        shutil.rmtree(final)\n", "        pass\n"),
+            Edit(_SAVE, ".mkdir(parents=True)\n", ".mkdir(parents=True, exist_ok=True)\n"),
+            Edit(_FOLDER, _NO_CHECK, "        try:\n            read_state(folder)\n"),
+        ),
+        (f"{_KILLS}test_a_kill_at_every_stage_of_a_save",),
+    ),
+    _one(
+        2,
+        "who cannot be asked has voted yes",
+        _SAVE,
+        _VOTE,
+        _YES,
+        f"{_KILLS}test_a_rank_killed_while_it_saves_takes_nobody_into_a_hang[False]",
+    ),
+    _one(
+        3,
+        "a rank that has failed is outvoted",
+        _SAVE,
+        "        if bad:\n",
+        "        if len(bad) == len(votes):\n",
+        f"{_KILLS}test_a_rank_that_cannot_write_fails_all_of_them",
+    ),
+    _one(
+        4,
+        "what the writer of tensors failed with is dropped",
+        _SAVE,
+        "return {rank: failure for rank, (failure, _) in error.failures.items()}",
+        "return {}",
+        f"{_KILLS}test_a_rank_that_cannot_write_fails_all_of_them",
+    ),
+    _one(
+        4,
+        "a file of a store that could not be written is taken for written",
+        "activation_store/files.py",
+        "        path.unlink()\n        raise\n",
+        "        pass\n",
+        "tests/fault/test_store_damage.py::test_a_disk_that_fails_leaves_a_store_that_can_go_on",
+    ),
+    _one(
+        5,
+        "hashes of a checkpoint are not compared",
+        _FOLDER,
+        'if hashed and hash_file(path) != entry.get("sha256"):',
+        "if False:",
+        "tests/unit/test_checkpoint_folder.py::test_damage_is_named_and_the_older_one_used",
+    ),
+    _one(
+        5,
+        "files that are missing from a checkpoint are not missed",
+        _FOLDER,
+        "for name in sorted(set(expected) - found)]",
+        "for name in ()]",
+        "tests/unit/test_checkpoint_folder.py::test_damage_is_named_and_the_older_one_used",
+    ),
+    _one(
+        5,
+        "ranks take the newest checkpoint unchecked",
+        _LOAD,
+        "        check_manifest(folder, hashes, (dist.get_rank(), dist.get_world_size()))\n",
+        "",
+        "tests/fault/test_damaged_resume.py::test_a_run_goes_on_from_the_one_before",
+    ),
+    _one(
+        6,
+        "ranks pay no heed to signals",
+        "cluster/rank.py",
+        "return signalled.is_set() or (request is not None and bool(request.made))",
+        "return False",
+        "tests/fault/test_preemption.py::test_a_signal_to_one_rank_in_the_middle_of_a_save",
+    ),
+    _one(
+        7,
+        "the source starts over at a resume",
+        "sae_core/trainer.py",
+        "        self.source.seek(state.source_position)\n",
+        "",
+        _SAME_MESH,
+    ),
+    _one(
+        7,
+        "Adam's moments are not loaded",
+        _LOAD,
+        "    _load_tensors(folder / OPTIMIZER, loaded)\n",
+        "",
+        _SAME_MESH,
+    ),
+    _one(
+        7,
+        "Adam counts its steps anew after a resume",
+        _ENGINE,
+        '            state["step"].fill_(float(step))\n',
+        "            pass\n",
+        _SAME_MESH,
+    ),
+    _one(
+        7,
+        "tokens_since_fired starts over at a resume",
+        _LOAD,
+        '            buffer.copy_(local_part(weights[f"{engine.name}.{name}"]))\n',
+        "            buffer.zero_()\n",
+        _SAME_MESH,
+    ),
+    _one(
+        8,
+        "uneven shards lose the rows that are left over",
+        "sae_core/mesh.py",
+        "    size = -(-n_rows // n_shards)\n",
+        "    size = n_rows // n_shards\n",
+        f"{_MESH}test_resume_on_any_mesh[3-1-0]",
+    ),
+    _one(
+        8,
+        "moments that ZeRO 1 owns are not loaded",
+        _ENGINE,
+        "        safe_set_full_optimizer_state(parameter, value, moment)\n",
+        "        pass\n",
+        f"{_MESH}test_resume_on_any_mesh[2-2-1]",
+    ),
+    _one(
+        9,
+        "a changed config goes through",
+        "cluster/run_dir.py",
+        "        if changes:\n",
+        "        if False:\n",
+        "tests/unit/test_launch.py::test_a_changed_config_is_refused_with_a_diff",
+    ),
+    _one(
+        10,
+        "each rank minds its own loss alone",
+        _ENGINE,
+        "        dist.all_reduce(flag, op=dist.ReduceOp.MAX)\n",
+        "",
+        f"{_MESH}test_an_infinite_loss_on_one_rank_stops_all_before_the_update[1-2-0-fused]",
+    ),
+    _one(
+        10,
+        "a loss that is not finite keeps nobody from the update",
+        _ENGINE,
+        "        self.optimizer.found_inf = torch.maximum(self.optimizer.found_inf, flag)\n"
+        "        self.engine.backward(out.loss)\n",
+        "        self.engine.backward(out.loss)\n",
+        f"{_MESH}test_an_infinite_loss_on_one_rank_stops_all_before_the_update[1-2-0-fused]",
+    ),
+    _one(
+        10,
+        "a gradient that is not finite keeps nobody from the update",
+        "sae_core/optimizer.py",
+        "self.found_inf = torch.maximum(self.found_inf, (~norm.isfinite()).float())",
+        "pass",
+        f"{_MESH}test_an_infinite_gradient_under_a_finite_loss_stops_too[0-0.3-fused]",
+    ),
+    _one(
+        11,
+        "nothing is done about a rank that makes no progress",
+        "cluster/watchdog.py",
+        "                self._end(limit_s)\n",
+        "                pass\n",
+        "tests/unit/test_watchdog.py::test_a_hang_is_told_with_its_stack[progress_nowhere]",
+    ),
+    _one(
+        11,
+        "nothing is done about an interpreter that is stuck",
+        "cluster/watchdog.py",
+        "                faulthandler.dump_traceback_later(late_s, exit=True, file=_STDERR)\n",
+        "                pass\n",
+        "tests/unit/test_watchdog.py::test_a_hang_is_told_with_its_stack[hold_the_interpreter]",
+    ),
+    _one(
+        12,
+        "drivers take no lock",
+        "cluster/run_dir.py",
+        "            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)\n"
+        "        except BlockingIOError as error:\n            lock.seek(0)\n",
+        "            pass\n        except BlockingIOError as error:\n            lock.seek(0)\n",
+        "tests/unit/test_run_dir.py::test_a_second_driver_is_refused_and_a_dead_ones_lock_is_free",
+    ),
+    _one(
+        12,
+        "groups of ranks take no lock",
+        "cluster/run_dir.py",
+        "                fcntl.flock(alone, fcntl.LOCK_EX | fcntl.LOCK_NB)\n",
+        "                pass\n",
+        "tests/unit/test_run_dir.py::test_a_second_group_of_ranks_is_refused",
+    ),
+    _one(
+        13,
+        "a harvest worker that died stays dead",
+        "cluster/harvest_pool.py",
+        "max_restarts=-1, max_task_retries=-1",
+        "max_restarts=0, max_task_retries=0",
+        "tests/integration/test_harvest.py::test_a_killed_worker_loses_and_doubles_nothing",
+    ),
+    _one(
+        14,
+        "checksums of chunks are not compared",
+        "activation_store/shard.py",
+        "            if found != self._index.crc32c[part.chunk]:\n",
+        "            if False:\n",
+        "tests/fault/test_store_damage.py::test_swapped_chunks_of_one_shard_are_named",
+    ),
+    _one(
+        15,
+        "pickles are read whole",
+        "sae_core/peer_files.py",
+        'map_location="cpu", weights_only=True',
+        'map_location="cpu", weights_only=False',
+        f"{_POISON}test_a_pt_file_is_read_on_request_and_never_runs",
+    ),
+    _one(
+        15,
+        "any file is part of a checkpoint",
+        _FOLDER,
+        "    if not _PAYLOAD.fullmatch(name):\n",
+        "    if False:\n",
+        f"{_POISON}test_planted_pickles_are_never_read",
+    ),
+    _one(
+        15,
+        "a header may be as long as it says",
+        "sae_core/tensor_file.py",
+        "fits = n_bytes <= min(_MAX_HEADER_BYTES, size - _LENGTH_BYTES)",
+        "fits = True",
+        f"{_POISON}test_a_header_longer_than_its_file_or_than_any_is_not_read",
+    ),
+    _one(
+        15,
+        "an array of a store may have any name",
+        "activation_store/header.py",
+        'named = bool(_NAME.fullmatch(name)) and ".." not in name and name not in reserved',
+        "named = True",
+        "tests/unit/test_store_format.py::test_metadata_in_front_of_a_reader_cannot_lead_it_astray",
+    ),
+    _one(
+        16,
+        "the report's template escapes nothing",
+        "analysis/report.py",
+        "autoescape=True",
+        "autoescape=False",
+        "tests/unit/test_report.py::test_names_are_escaped_everywhere",
+    ),
+    _one(
+        16,
+        "names in pictures are not escaped",
+        "analysis/svg.py",
+        'tip = f"<title>{escape(name)}:',
+        'tip = f"<title>{name}:',
+        "tests/unit/test_report.py::test_names_are_escaped_everywhere",
+    ),
+    _one(
+        17,
+        "a rank that dies ends the run",
+        "cluster/train.py",
+        '        return "a trainer rank died"\n',
+        "        raise RuntimeError(str(deaths[0]))\n",
+        "tests/fault/test_concurrent.py::test_killed[rank]",
+    ),
+    _one(
+        17,
+        "a harvest worker that dies ends the run",
+        "cluster/harvest_pool.py",
+        "max_restarts=-1, max_task_retries=-1",
+        "max_restarts=0, max_task_retries=0",
+        "tests/fault/test_concurrent.py::test_killed[worker]",
+    ),
+    _one(
+        18,
+        "damaged checkpoints count among those that are kept",
+        _FOLDER,
+        "        if _looks_whole(folder):\n            kept += 1",
+        "        if True:\n            kept += 1",
+        "tests/unit/test_checkpoint_folder.py::test_pruning_keeps_the_newest_valid_ones",
+    ),
+    _one(
+        19,
+        "wandb's failure to start ends training",
+        "cluster/metric_sinks.py",
+        "        )\n    except Exception as error:",
+        "        )\n    except ZeroDivisionError as error:",
+        "tests/fault/test_wandb_down.py::test_a_run_ends_as_if_wandb_were_not_there",
+    ),
+    _one(
+        19,
+        "wandb's failure on the way ends training",
+        "cluster/metric_sinks.py",
+        "            action(self._wandb)\n        except Exception as error:",
+        "            action(self._wandb)\n        except ZeroDivisionError as error:",
+        "tests/unit/test_metric_sinks.py::test_a_broken_wandb_is_dropped",
+    ),
+    _one(
+        20,
+        "addresses with a password go into the config",
+        "conf/validate.py",
+        "if isinstance(value, str) and _CREDENTIALS.search(value):",
+        "if False:",
+        f"{_POISON}test_an_address_with_a_password_is_refused_without_repeating_it",
+    ),
+    _one(
+        20,
+        "an object store's own words are repeated",
+        "activation_store/storage_object.py",
+        "                problem = _summary(error)\n",
+        "                problem = str(error)\n",
+        f"{_OBJECTS}test_what_does_not_answer_is_told_soon_and_without_secrets",
+    ),
+    _one(
+        20,
+        "Ray's token goes into the images",
+        ".dockerignore",
+        "docker/ray_token\n",
+        "",
+        "tests/unit/test_docker.py::test_what_must_stay_out_of_an_image_is_ignored",
+    ),
+    _one(
+        21,
+        "a commit whose answer was lost is another's",
+        "activation_store/storage_object.py",
+        'return self._ask("put", name, create) or self._holds(name, data)',
+        'return self._ask("put", name, create)',
+        f"{_OBJECTS}test_a_commit_whose_answer_is_lost_is_ours",
+    ),
+    _one(
+        21,
+        "requests are not repeated",
+        "activation_store/storage_object.py",
+        "        for number in range(TRIES):\n",
+        "        for number in range(1):\n",
+        f"{_OBJECTS}test_a_link_that_fails_now_and_then",
+    ),
+    Mutation(
+        22,
+        "the newest checkpoint is taken unchecked",
+        (Edit(_FOLDER, _NO_CHECK, "        try:\n            read_state(folder)\n"),),
+        ("tests/fault/test_state_machine.py",),
+        timeout_s=600,
+    ),
+)
+
+EXTRA = (
+    _one(
+        101,
+        "one rank saves at its own signal, the others do not hear of it",
+        "sae_core/agreement.py",
+        "        dist.all_reduce(said, op=dist.ReduceOp.MAX, group=self._group)\n",
+        "        dist.broadcast(said[3:], 0, group=self._group)\n",
+        "tests/fault/test_preemption.py::test_a_signal_to_one_rank_in_the_middle_of_a_save",
+    ),
+    _one(
+        102,
+        "an old checkpoint is deleted under its own name",
+        _SAVE,
+        "        os.rename(old, doomed)\n        shutil.rmtree(doomed)\n",
+        "        shutil.rmtree(old)\n",
+        f"{_KILLS}test_a_kill_while_an_old_one_is_deleted_leaves_no_damaged_one",
+    ),
+    _one(
+        103,
+        "a save takes the tensors that training goes on with",
+        "sae_core/checkpoint/staging.py",
+        '        if not self._keep and tensor.device.type == "cpu":\n',
+        '        if tensor.device.type == "cpu":\n',
+        f"{_KILLS}test_a_save_that_training_overtakes_holds_its_own_step",
+    ),
+    _one(
+        104,
+        "a save that failed on one rank is not told to the others while they train",
+        "sae_core/trainer.py",
+        "        if agreed.failed:\n",
+        "        if False:\n",
+        f"{_KILLS}test_a_failed_save_ends_training_long_before_the_next_one",
+    ),
+    _one(
+        105,
+        "a driver pays no heed to signals while it harvests",
+        "launch.py",
+        "            on_preemption(raise_interrupted, config.checkpoint.grace_s),\n",
+        "",
+        "tests/fault/test_preemption.py::test_a_signal_while_it_harvests",
+    ),
+    _one(
+        106,
+        "ranks that are frozen are waited for",
+        "cluster/train.py",
+        "            if frozen := pulses.frozen():\n",
+        "            if frozen := list[int]():\n",
+        "tests/fault/test_training_kills.py::test_ranks_that_hang",
+    ),
+    _one(
+        107,
+        "a trainer that waits for rows counts as hung",
+        "cluster/source.py",
+        "return self._store.refreshes if self._waiting else 0",
+        "return 0",
+        "tests/unit/test_watchdog.py::test_only_a_trainer_that_waits_for_rows_is_excused",
+    ),
+    _one(
+        108,
+        "a frozen harvest worker is waited for",
+        "cluster/harvest_pool.py",
+        "                if patience.lost():\n",
+        "                if False:\n",
+        "tests/integration/test_harvest.py::test_a_frozen_worker_does_not_hold_the_harvest_up",
+    ),
+    _one(
+        109,
+        "every taker of a lease gets it",
+        "activation_store/lease.py",
+        "            if self._storage.put_if_absent(_name(number), [self._bytes()]):\n"
+        "                break\n",
+        "            self._storage.put(_name(number), [self._bytes()])\n            break\n",
+        f"{_OBJECTS}test_a_lease_whose_holder_fell_silent_goes_to_one_of_its_takers",
+    ),
+    _one(
+        110,
+        "rows of documents come in the order of the store",
+        "activation_store/lookup.py",
+        "found[:, np.lexsort((found[2], found[1]))]",
+        "found",
+        "tests/unit/test_store_lookup.py::test_the_rows_of_documents_are_found_in_order",
+    ),
+    _one(
+        111,
+        "rows that a store does not have are read",
+        "activation_store/lookup.py",
+        "outside = wanted[(wanted < 0) | (wanted >= store.n_tokens)]",
+        "outside = wanted[:0]",
+        "tests/unit/test_store_lookup.py::test_what_is_not_there_is_told",
+    ),
+    _one(
+        112,
+        "a chunk is read once for each row",
+        "activation_store/lookup.py",
+        "np.flatnonzero(np.diff(first[order])) + 1)",
+        "np.arange(1, len(order)))",
+        "tests/unit/test_store_lookup.py::test_each_chunk_is_read_once",
+    ),
+    _one(
+        113,
+        "the scale of a row without a float8 part has no floor",
+        "sae_core/kernels/prefilter_float8.py",
+        "torch.maximum(low.abs().amax(1) / LARGEST, values.abs().amax(1) * SMALLEST)",
+        "low.abs().amax(1) / LARGEST",
+        "tests/unit/test_prefilter.py::test_rows_without_a_float8_part_do_not_overflow",
+    ),
+    Mutation(
+        114,
+        "nor has it in Triton",
+        (
+            Edit(
+                "sae_core/kernels/triton_quantise.py",
+                "tl.maximum(largest, tl.max(tl.abs(tile), 1) * _SMALLEST)",
+                "largest",
+            ),
+        ),
+        ("tests/unit/test_triton_interpreter.py",),
+        timeout_s=400,
+    ),
+)

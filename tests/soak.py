@@ -1,0 +1,144 @@
+"""Random faults, for as long as asked, in tiny runs that must end as if there had been none.
+
+    python -m tests.soak --minutes 20 --seed 0 --json FILE
+
+An episode is one run: its processes are killed, frozen or asked to stop, its files damaged and its
+disk is full; the same command goes on until it ends well. Then its store is compared row by row and
+its weights, moments and ages bit by bit with a run that nobody disturbed. The seed fixes what is
+drawn; what it hits depends on how far the processes are by then. Exit code 1 if anything was lost.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import random
+import shutil
+import sys
+import tempfile
+import time
+import traceback
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from benchmarks.table import format_table
+from cluster.environment import environment
+from tests.soak_pipeline import link_episode, pipeline_episode
+from tests.soak_ranks import ranks_episode
+from tests.soak_run import Clean, Episode, Verdict
+
+FAMILIES: dict[str, Callable[[Clean, Episode], Verdict]] = {
+    "pipeline": pipeline_episode,
+    "ranks": ranks_episode,
+    "link": link_episode,
+}
+TURNS = ("ranks", "pipeline", "ranks", "pipeline", "link", "ranks", "pipeline")
+KILLS = ("killed", "node lost")
+"""What the names of faults that end processes hold."""
+REPLIES = "reply"
+"""An object store's; far more frequent than all others, so they are not in the total."""
+
+
+def soak(work: Path, minutes: float, seed: int, families: tuple[str, ...]) -> list[dict[str, Any]]:
+    """Episodes until the time is up; the folder of one that went wrong stays."""
+    clean = Clean(work)
+    end = time.monotonic() + 60 * minutes
+    rows = []
+    for number, family in enumerate(itertools.cycle(families)):
+        if time.monotonic() > end:
+            break
+        folder = work / f"{number}-{family}"
+        folder.mkdir()
+        episode = Episode(folder, random.Random(f"{seed} {number}"))
+        row = {"episode": number, "family": family, **run_episode(family, clean, episode)}
+        print(summary(row), flush=True)
+        if row["good"]:
+            shutil.rmtree(folder)
+        rows.append(row)
+    return rows
+
+
+def run_episode(family: str, clean: Clean, episode: Episode) -> dict[str, Any]:
+    """One run under faults, and whether it ended as the clean one."""
+    began = time.monotonic()
+    verdict, problem = None, ""
+    try:
+        verdict = FAMILIES[family](clean, episode)
+    except Exception:  # the next episode shall run
+        problem = traceback.format_exc()
+    return {
+        "seconds": round(time.monotonic() - began, 1),
+        "faults": [asdict(fault) for fault in episode.faults],
+        "missed": dict(episode.missed),
+        "verdict": asdict(verdict) if verdict else None,
+        "good": verdict is not None and verdict.good,
+        "problem": problem,
+    }
+
+
+def summary(row: dict[str, Any]) -> str:
+    """One line, or what went wrong."""
+    line = (
+        f"episode {row['episode']}, {row['family']}: {len(row['faults'])} faults in "
+        f"{row['seconds']:.0f} s, {row['verdict'] or 'no end'}"
+    )
+    return line if row["good"] else f"{line}\n{row['problem']}"
+
+
+def table(episodes: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A row for each kind of fault, over the episodes in which it struck, and one for all."""
+    kinds = sorted({fault["kind"] for row in episodes for fault in row["faults"]})
+    rows = [_row(kind, episodes, lambda found, kind=kind: found == kind) for kind in kinds]
+    rows.append(_row("process kills", episodes, lambda found: any(k in found for k in KILLS)))
+    rows.append(_row("all but replies", episodes, lambda found: not found.startswith(REPLIES)))
+    return rows
+
+
+def _row(
+    kind: str, episodes: list[dict[str, Any]], counts: Callable[[str], bool]
+) -> dict[str, Any]:
+    struck = [row for row in episodes if any(counts(fault["kind"]) for fault in row["faults"])]
+    ended = [row["verdict"] for row in struck if row["verdict"]]
+    return {
+        "fault": kind,
+        "injected": sum(counts(f["kind"]) for row in episodes for f in row["faults"]),
+        "runs": len(struck),
+        "rows_lost": sum(verdict["rows_lost"] for verdict in ended),
+        "rows_doubled": sum(verdict["rows_doubled"] for verdict in ended),
+        "store_equal": sum(verdict["store_equal"] for verdict in ended),
+        "weights_equal": sum(verdict["weights_equal"] for verdict in ended),
+    }
+
+
+def main() -> None:
+    """Prints the table and writes the JSON."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--minutes", type=float, default=20.0)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--only", choices=FAMILIES, nargs="*", help="episodes of these kinds")
+    parser.add_argument("--folder", type=Path, help="where the runs are made")
+    arguments = parser.parse_args()
+    families = tuple(arguments.only or TURNS)
+    work = Path(tempfile.mkdtemp(prefix="soak-", dir=arguments.folder))
+    began = time.monotonic()
+    episodes = soak(work, arguments.minutes, arguments.seed, families)
+    rows = table(episodes)
+    print(format_table(rows, tuple(rows[0])))
+    missed = sum((Counter(row["missed"]) for row in episodes), Counter())
+    print(f"aimed at what had ended by then, and not counted: {dict(missed)}")
+    if arguments.json:
+        seconds = round(time.monotonic() - began)
+        found = {**environment(), "seed": arguments.seed, "seconds": seconds, "rows": rows}
+        arguments.json.write_text(json.dumps({**found, "episodes": episodes}, indent=1) + "\n")
+    if not all(row["good"] for row in episodes):
+        sys.exit(f"something was lost: see the episodes above and {work}")
+    shutil.rmtree(work)
+
+
+if __name__ == "__main__":
+    main()
