@@ -45,8 +45,8 @@ REPLIES = "reply"
 
 def soak(work: Path, minutes: float, seed: int, families: tuple[str, ...]) -> list[dict[str, Any]]:
     """Episodes until the time is up; the folder of one that went wrong stays."""
-    clean = Clean(work)
     end = time.monotonic() + 60 * minutes
+    clean = Clean(work)
     rows = []
     for number, family in enumerate(itertools.cycle(families)):
         if time.monotonic() > end:

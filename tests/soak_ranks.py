@@ -44,9 +44,10 @@ def ranks_episode(clean: Clean, episode: Episode) -> Verdict:
         order = order or episode.random.sample(STRIKES, len(STRIKES))
         strike = order.pop()
         barrier = _put_in_the_way(episode) if strike == "in the way" else None
+        before = _metrics_bytes(episode)
         ranks = Ranks(episode.folder / f"start-{start}", RANKS, _rank, str(episode.run_dir))
         try:
-            if barrier is None and _reached(episode, ranks):
+            if barrier is None and _reached(episode, before, ranks):
                 _strike(strike, episode, ranks)
         finally:
             codes = ranks.codes(PATIENCE_S)
@@ -90,15 +91,27 @@ def _put_in_the_way(episode: Episode) -> Path:
     return barrier
 
 
-def _reached(episode: Episode, ranks: Ranks) -> bool:
-    """Waits until training is some way beyond where it was; False when the ranks ended first."""
+def _reached(episode: Episode, before: int, ranks: Ranks) -> bool:
+    """Waits until training is some way beyond where it was; False when the ranks ended first.
+
+    Args:
+        episode: whose ranks they are.
+        before: bytes of the metrics when they were started. What these say of later steps may be
+            of a start whose checkpoints were damaged since.
+        ranks: under way.
+    """
     target = last_step(episode.run_dir) + episode.random.randrange(10, 90)
-    while last_step(episode.run_dir) < min(target, STEPS - 5):
+    while _metrics_bytes(episode) == before or last_step(episode.run_dir) < min(target, STEPS - 5):
         if not all(process.is_alive() for process in ranks.processes):
             return False
         time.sleep(0.01)
     time.sleep(episode.random.uniform(0, 0.2))
     return True
+
+
+def _metrics_bytes(episode: Episode) -> int:
+    metrics = episode.run_dir / "metrics.jsonl"
+    return metrics.stat().st_size if metrics.exists() else 0
 
 
 def _strike(strike: str, episode: Episode, ranks: Ranks) -> None:
