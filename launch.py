@@ -36,7 +36,7 @@ STAGES = {
 HARVEST_AND_TRAIN = "harvest and train"
 """Both at once: no stage of its own, for it is what the pipeline does."""
 CONCURRENT = ("plan", HARVEST_AND_TRAIN, "evaluate", "export", "report")
-READ_ONLY = ("plan", "verify", "reshard", "status", "fit", "submit")
+WITHOUT_THE_LOCK = ("plan", "verify", "reshard", "status", "fit", "submit")
 """They change nothing in the run, which may go on meanwhile; fit writes to the sweep's folder."""
 NEED_A_RUN = ("evaluate", "export", "report", "verify", "repair", "reshard", "status")
 MODULES = {**STAGES, HARVEST_AND_TRAIN: "cluster.concurrent"}
@@ -63,7 +63,9 @@ def compose_and_run(composed: DictConfig) -> None:
             stages = CONCURRENT if config.cluster.mode == "concurrent" else PIPELINE
         with (
             on_preemption(raise_interrupted, config.checkpoint.grace_s),
-            open_run(config, config.stage in READ_ONLY, config.stage in NEED_A_RUN) as run_dir,
+            open_run(
+                config, config.stage in WITHOUT_THE_LOCK, config.stage in NEED_A_RUN
+            ) as run_dir,
         ):
             if config.stage == "pipeline":
                 _print_config(config)

@@ -107,6 +107,9 @@ class Lease(Held):
                 self._put()
             except StorageError:
                 continue  # the server is away: others cannot take it over just now either
+            except Exception as error:
+                self._lost_to = f"somebody, perhaps: its beat failed with {error!r}"
+                return
 
     def _put(self, released: bool = False) -> None:
         self._state = {**self._state, "beat": self._state["beat"] + 1, "released": released}

@@ -62,7 +62,9 @@ class StoreSource:
         share: RowShare | None = None,
     ) -> None:
         self.d_in = self.d_out = store.arrays[array]
-        self.identity = f"{array}-{store_digest(store)}-{ORDER}"
+        # All that positions depend on beside seed and batch, which a checkpoint keeps by itself.
+        order_of = f"{ORDER}-w{window_items}-b{buffer_tokens}"
+        self.identity = f"{array}-{store_digest(store)}-{order_of}"
         self._store, self._array, self._seed = store, array, seed
         self._wait_timeout_s = wait_timeout_s
         self._window_items, self._buffer_tokens = window_items, buffer_tokens

@@ -94,6 +94,8 @@ def run(
                 f"trainer ranks died {config.cluster.max_failures + 1} times, last: {problem}; "
                 f"see {run_dir / 'logs'}, then run the same command again to resume"
             )
+        if request.made:  # too late for the ranks; the stages after this one are not begun
+            raise PreemptedError(f"{request.made} came when training had ended")
     newest = newest_valid(run_dir / "checkpoints", hashes=False)
     console.print(f"train: {training_costs(run_dir)}", soft_wrap=True)
     console.print(f"train: done, {newest}")

@@ -13,6 +13,7 @@ import os
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -74,11 +75,19 @@ class Watchdog:
     def _steps_taken(self) -> int:
         return self._step() - self._first_step if self._step is not None else 0
 
+    def _progress(self, seen: tuple[int, int] | None) -> tuple[int, int]:
+        try:
+            return self._steps_taken(), self.waits()
+        except Exception:
+            # Without this the thread would end, and the timer then kill a healthy rank.
+            traceback.print_exc()
+            return seen or (0, 0)
+
     def _watch(self) -> None:
         seen: tuple[int, int] | None = None
         since, limit_s = time.monotonic(), self._startup_timeout_s
         while True:
-            now = (self._steps_taken(), self.waits())
+            now = self._progress(seen)
             if now != seen:
                 seen, since = now, time.monotonic()
                 limit_s = self._timeout_s if now[0] else self._startup_timeout_s

@@ -18,7 +18,7 @@ from activation_store.errors import (
     StoreError,
 )
 from analysis.errors import AnalysisError, RunFileError
-from cluster.errors import ClusterError, PreemptedError, RankFailedError
+from cluster.errors import ClusterError, PreemptedError, RankFailedError, SchedulerError
 from cluster.preemption import EXIT_PREEMPTED, Interrupted
 from conf.schema import RunConfig
 from sae_core.errors import CheckpointError, NonFiniteLossError, SAEError
@@ -34,6 +34,7 @@ _RUNTIME = (
     NonFiniteLossError,
     RankFailedError,
     RunFileError,
+    SchedulerError,
     StorageError,
     StoreBusyError,
 )

@@ -16,7 +16,7 @@ from sae_core.architectures import build_sae
 from sae_core.checkpoint import CheckpointSaver, CheckpointState, load_checkpoint
 from sae_core.config import TrainerConfig
 from sae_core.engine import SAEEngine
-from sae_core.errors import ConfigError, NonFiniteLossError
+from sae_core.errors import CheckpointError, ConfigError, NonFiniteLossError
 from sae_core.initialise import calibrate
 from sae_core.kernels import get_kernels
 from sae_core.mesh import Mesh
@@ -98,12 +98,17 @@ class Trainer:
                 self.config.train.batch_tokens,
                 f"{state.batch_tokens}, as the checkpoint's position counts batches of that size",
             )
+        if state.seed != self.seed:
+            raise ConfigError(
+                "seed", self.seed, f"{state.seed}, which fixed the order that {folder.name} is in"
+            )
         if state.source_identity != self.source.identity:
             raise ConfigError(
                 "store.path",
                 self.source.identity,
-                f"the store that {folder.name} was trained on, {state.source_identity}",
-                "use that store, or another name=...",
+                f"the store and the order (store.window_items, store.buffer_tokens) that "
+                f"{folder.name} was trained on, {state.source_identity}",
+                "use that store and those settings, or another name=...",
             )
         self.step = state.step
         self.source.seek(state.source_position)
@@ -214,12 +219,16 @@ class Trainer:
         for engine in self.engines:
             step = int(engine.first_bad_step)
             if step >= 0:
-                self.saver.wait()  # what it writes was good
+                failed: CheckpointError | None = None
+                try:
+                    self.saver.wait()  # what it writes was good
+                except CheckpointError as error:
+                    failed = error
                 raise NonFiniteLossError(
                     f"{engine.name}: loss or gradient of step {step} is not finite; no update was "
                     "made from it. Check the store with stage=verify, or lower optim.lr; the same "
                     "command resumes from the last checkpoint"
-                )
+                ) from failed
 
 
 class _Clock:

@@ -30,7 +30,7 @@ def reshard_checkpoint(source: Path, root: Path, n_shards: int) -> Path:
     """Copies a checkpoint to `root/step-N`, its tensors in `n_shards` files for each part.
 
     The source stays as it is, and any mesh resumes from either. A death on the way leaves
-    `step-N.tmp`, which is no checkpoint and is cleared by the next attempt.
+    `reshard-step-N.tmp`, which is no checkpoint and is cleared by the next attempt.
 
     Args:
         source: a checkpoint whose manifest has been checked.
@@ -51,7 +51,8 @@ def reshard_checkpoint(source: Path, root: Path, n_shards: int) -> Path:
     fewest = min(n_latents.values(), default=0)
     if n_shards > fewest:
         raise ConfigError("reshard.shards", n_shards, f"at most {fewest}, the latents of the SAE")
-    temporary = root / f"{final.name}.tmp"
+    # Not a save's name: a run that saves into the same folder clears those.
+    temporary = root / f"reshard-{final.name}.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
     for part, tensors in layouts.items():
         (temporary / part).mkdir(parents=True)

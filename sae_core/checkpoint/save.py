@@ -78,7 +78,10 @@ def write_checkpoint(
     together = _Together(group)
     together(lambda: _prepare(root, temporary) if is_first else None, "prepare", temporary)
     together(lambda: _write(temporary, tensors, state, group), "write", temporary)
-    entries = together(lambda: _hash_share(temporary), "hash", temporary)
+    # On a network file system one rank's listing may lack what another has just written.
+    seen = together(lambda: payload_files(temporary), "list", temporary)
+    names = sorted(set().union(*seen))
+    entries = together(lambda: _hash_share(temporary, names), "hash", temporary)
     files = {name: entry for part in entries for name, entry in part.items()}
     together(
         lambda: _publish(temporary, final, state.step, files) if is_first else None,
@@ -156,11 +159,11 @@ def _save_tensors(
     return {}
 
 
-def _hash_share(temporary: Path) -> dict[str, dict[str, object]]:
-    """This rank's share of the manifest."""
+def _hash_share(temporary: Path, names: list[str]) -> dict[str, dict[str, object]]:
+    """This rank's share of the manifest of all `names`."""
     return {
         name: {"bytes": (temporary / name).stat().st_size, "sha256": hash_file(temporary / name)}
-        for name in payload_files(temporary)[dist.get_rank() :: dist.get_world_size()]
+        for name in names[dist.get_rank() :: dist.get_world_size()]
     }
 
 

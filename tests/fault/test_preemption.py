@@ -82,14 +82,14 @@ def _rank(run_dir: str, trap: str) -> int:
 
     real = save._hash_share
 
-    def in_a_save(temporary: Path) -> object:
+    def in_a_save(temporary: Path, names: list[str]) -> object:
         if trap and os.environ["RANK"] == "1" and "step-00000100" in temporary.name:
             os.kill(os.getpid(), getattr(signal, trap.split(maxsplit=1)[0]))
             if "again" in trap:
                 time.sleep(1)
                 os.kill(os.getpid(), signal.SIGTERM)
             time.sleep(1000 if "hang" in trap else 1)
-        return real(temporary)
+        return real(temporary, names)
 
     save._hash_share = in_a_save  # type: ignore[assignment]
     sys.argv = ["rank", run_dir]

@@ -49,9 +49,9 @@ def _rank(run_dir: str) -> int:
 
     real = save._hash_share
 
-    def slow(temporary: Path) -> object:
+    def slow(temporary: Path, names: list[str]) -> object:
         time.sleep(WRITING_S)
-        return real(temporary)
+        return real(temporary, names)
 
     save._hash_share = slow  # type: ignore[assignment]
     sys.argv = ["rank", run_dir]

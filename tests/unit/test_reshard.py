@@ -92,7 +92,7 @@ def test_a_death_on_the_way_leaves_no_checkpoint(source: Path, tmp_path: Path, m
         patch.setattr(module.os, "rename", killed)
         reshard_checkpoint(source, tmp_path / "to", 2)
     assert newest_valid(tmp_path / "to") is None
-    assert [path.name for path in (tmp_path / "to").iterdir()] == ["step-00000007.tmp"]
+    assert [path.name for path in (tmp_path / "to").iterdir()] == ["reshard-step-00000007.tmp"]
     same(source, reshard_checkpoint(source, tmp_path / "to", 3))
     assert [path.name for path in (tmp_path / "to").iterdir()] == ["step-00000007"]
 
