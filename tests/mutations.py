@@ -373,7 +373,7 @@ MUTATIONS = (
         20,
         "addresses with a password go into the config",
         "conf/validate.py",
-        "if isinstance(value, str) and _CREDENTIALS.search(value):",
+        "if isinstance(text, str) and _CREDENTIALS.search(text):",
         "if False:",
         f"{_POISON}test_an_address_with_a_password_is_refused_without_repeating_it",
     ),
@@ -487,9 +487,9 @@ EXTRA = (
         109,
         "every taker of a lease gets it",
         "activation_store/lease.py",
-        "            if self._storage.put_if_absent(_name(number), [self._bytes()]):\n"
-        "                break\n",
-        "            self._storage.put(_name(number), [self._bytes()])\n            break\n",
+        "            if not self._storage.put_if_absent(_name(number), [self._bytes()]):\n"
+        "                continue\n",
+        "            self._storage.put(_name(number), [self._bytes()])\n",
         f"{_OBJECTS}test_a_lease_whose_holder_fell_silent_goes_to_one_of_its_takers",
     ),
     _one(
