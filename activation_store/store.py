@@ -48,7 +48,7 @@ def open_store(path: str | Path) -> Store:
 
 
 def store_exists(path: str | Path) -> bool:
-    """Whether there is a store: one is there whole or not at all."""
+    """Whether there is a store; in an object store it may be that somebody is about to build it."""
     return open_storage(path).exists(METADATA)
 
 

@@ -19,6 +19,7 @@ from activation_store import (
     remove_consumer,
     store_exists,
 )
+from activation_store.errors import MissingDataError
 from cluster import harvest, train
 from cluster.errors import PlacementError
 from cluster.provenance import consumer_name
@@ -159,4 +160,9 @@ class _Harvest(threading.Thread):
 
 
 def _has_rows(path: str) -> bool:
-    return store_exists(path) and open_store(path).n_items > 0
+    try:
+        return store_exists(path) and open_store(path).n_items > 0
+    except MissingDataError:
+        # In an object store the object that makes it a store comes before the rest of its
+        # metadata. Should something be missing for good, the harvest's writer says so.
+        return False

@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 
 from activation_store import Claim, Consumer, StoreWriter
-from cluster.concurrent import _Cancelled, _Harvest
+from cluster.concurrent import _Cancelled, _Harvest, _has_rows
 from cluster.harvest import HarvestJob
 from conf.schema import RunConfig
 from conf.validate import validate
@@ -71,3 +71,13 @@ def test_a_lead_that_cannot_hold_a_batch_is_refused():
     validate(config_with(9, 127 * 8), ("harvest",))
     with pytest.raises(ConfigError, match="at least 9"):
         validate(config_with(8, 127 * 8), ("harvest",))
+
+
+def test_a_store_that_is_still_being_built_has_no_rows_yet(tmp_path):
+    path = tmp_path / "store"
+    assert not _has_rows(str(path))
+    StoreWriter(path, {"acts": 4}, "float32", ROWS).write_item(0, np.ones((ROWS, 4), np.float32))
+    assert _has_rows(str(path))
+    # As an object store shows it to who looks early: the group's metadata is the first object.
+    (path / "position" / "zarr.json").unlink()
+    assert not _has_rows(str(path))
