@@ -18,7 +18,7 @@ import torch
 from activation_store import StoreWriter
 from cluster.slurm import job_fields
 from sae_core.checkpoint.folder import list_checkpoints, step_of
-from sae_core.inference import _read_weights
+from sae_core.checkpoint.layout import read_tensors
 from tests.slurm_server import slurm_server, wait_until, why_not
 
 pytestmark = [
@@ -151,7 +151,7 @@ def same_end(one: Path, other: Path) -> None:
     for run_dir in (one, other):
         newest = list_checkpoints(run_dir / "checkpoints")[0]
         assert step_of(newest) == STEPS
-        parts = [_read_weights(newest / part, "") for part in ("weights", "optimizer")]
+        parts = [read_tensors(newest / part) for part in ("weights", "optimizer")]
         tensors.append(parts[0] | parts[1])
     assert tensors[0].keys() == tensors[1].keys()
     for name, tensor in tensors[0].items():
