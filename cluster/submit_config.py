@@ -57,6 +57,13 @@ class SubmitConfig:
             raise ConfigError("submit.max_requeues", self.max_requeues, "0 or more")
         if self.time is not None and not _TIME.fullmatch(self.time):
             raise ConfigError("submit.time", self.time, "a time of Slurm's, as 24:00:00")
+        if self.time is not None and _seconds(self.time) <= 2 * self.signal_lead_s:
+            raise ConfigError(
+                "submit.time",
+                self.time,
+                f"more than twice submit.signal_lead_s={self.signal_lead_s}",
+                "every attempt would be asked to stop before it has done much",
+            )
         if self.signal_lead_s < grace_s:
             raise ConfigError(
                 "submit.signal_lead_s",
@@ -71,3 +78,12 @@ class SubmitConfig:
         for word in words:
             if word is not None and "\n" in word:
                 raise ConfigError("submit", word, "options of one line each")
+
+
+def _seconds(time: str) -> int:
+    """Of a time as Slurm reads it: minutes[:seconds], hours:minutes:seconds, or days-hours[...]."""
+    days, dash, rest = time.rpartition("-")
+    parts = [int(part) for part in rest.split(":")]
+    first_unit_s = 3600 if dash or len(parts) == 3 else 60
+    units_s = (first_unit_s, first_unit_s // 60, first_unit_s // 3600)
+    return int(days or 0) * 86_400 + sum(n * unit for n, unit in zip(parts, units_s, strict=False))

@@ -11,7 +11,7 @@ from hydra.conf import HydraConf
 
 from cluster import slurm
 from cluster.submit import script
-from cluster.submit_config import SubmitConfig
+from cluster.submit_config import SubmitConfig, _seconds
 from conf.sweep import cell_name, with_constants
 from sae_core.atomic import write_json
 from sae_core.errors import ConfigError
@@ -57,6 +57,8 @@ def test_the_script_says_what_the_config_says(tmp_path):
         ({"scheduler": "pbs"}, "submit.scheduler='pbs'"),
         ({"nodes": 0}, "submit.nodes=0"),
         ({"time": "a day"}, "submit.time='a day'"),
+        ({"time": "5"}, "more than twice submit.signal_lead_s=150"),
+        ({"time": "0-0:05:00"}, "more than twice"),
         ({"signal_lead_s": 60}, "at least checkpoint.grace_s=120"),
         ({"sbatch": ["exclusive"]}, "options of sbatch"),
         ({"partition": "gpu\nrm -rf x"}, "one line each"),
@@ -65,6 +67,12 @@ def test_the_script_says_what_the_config_says(tmp_path):
 def test_what_cannot_be_submitted(change, expected):
     with pytest.raises(ConfigError, match=expected):
         SubmitConfig(**change).validate(grace_s=120)
+
+
+def test_times_are_read_as_slurm_reads_them():
+    times = ("90", "90:30", "24:00:00", "2-00", "1-02:30", "1-00:00:10")
+    seconds = [5400, 5430, 86_400, 172_800, 95_400, 86_410]
+    assert [_seconds(time) for time in times] == seconds
 
 
 def name_of(arguments: list[str], cell: list[str]) -> str:
