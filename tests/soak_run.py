@@ -28,6 +28,7 @@ SETTINGS = (
     "parallel.latent=2",
     "train.batch_tokens=16",
     f"train.hang_timeout_s={HANG_S}",
+    "checkpoint.timeout_s=20",  # a rank that is frozen in a save
     "train.timeout_s=120",
     f"checkpoint.every_tokens={16 * SAVE_EVERY}",
     "checkpoint.keep=3",
