@@ -7,6 +7,7 @@ before it is asked for, so an SAE of any size can be copied into another format.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -70,12 +71,15 @@ class StoredSAE:
     def save(self, folder: Path) -> None:
         """Writes `sae.safetensors` and `sae.json`, which `load_sae` reads back; in pieces.
 
-        Raises:
-            FileExistsError: the folder holds one already.
+        What the folder held before is replaced once the new files are whole: it may be the SAE
+        that is being read.
         """
         folder.mkdir(parents=True, exist_ok=True)
         names = {"W_enc": "W_enc", "W_dec": "W_dec", "b_enc": "b_enc", "b_dec": "b_dec"}
-        write_rows(self, folder / WEIGHTS_FILE, names)
+        temporary = folder / f"{WEIGHTS_FILE}.tmp"
+        temporary.unlink(missing_ok=True)
+        write_rows(self, temporary, names)
+        os.replace(temporary, folder / WEIGHTS_FILE)
         config = {"config": asdict(self.config), "step": self.step, "metadata": self.metadata}
         write_json(folder / CONFIG_FILE, config)
 
