@@ -16,13 +16,11 @@ from activation_store import (
     consumers,
     delete_consumed,
     open_store,
-    remove_consumer,
     store_exists,
 )
 from activation_store.errors import MissingDataError
 from cluster import harvest, train
 from cluster.errors import PlacementError
-from cluster.provenance import consumer_name
 from cluster.ray_session import ray_session
 from conf.schema import RunConfig
 from sae_core.errors import ConfigError
@@ -46,7 +44,6 @@ def run(config: RunConfig, run_dir: Path) -> None:
     job = harvest.prepare(config, run_dir, console, live=False)
     if job is None:
         train.run(config, run_dir, console)
-        _let_go(config, run_dir)
         return
     _check_one_pass(config, job)
     if job.resuming:
@@ -58,7 +55,6 @@ def run(config: RunConfig, run_dir: Path) -> None:
         try:
             background.wait_for_rows()
             train.run(config, run_dir, console, watch=background.check)
-            _let_go(config, run_dir)
             background.join()
             background.check()
         finally:
@@ -87,13 +83,6 @@ def _check_gpus(config: RunConfig) -> None:
             f"cluster has {gpus}; use train.device=cpu, fewer cluster.harvest_workers, or "
             "cluster.mode=sequential"
         )
-
-
-def _let_go(config: RunConfig, run_dir: Path) -> None:
-    """A run that has trained holds nobody back, even if it was killed before it said so."""
-    name = consumer_name(config, run_dir)
-    if name in consumers(config.store.path):
-        remove_consumer(config.store.path, name)
 
 
 class _Cancelled(Exception):

@@ -5,8 +5,10 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-from activation_store import Consumer
+from activation_store import Consumer, consumers, remove_consumer
+from cluster.provenance import consumer_name
 from cluster.source import StoreSource
+from conf.schema import RunConfig
 from sae_core.checkpoint.folder import list_checkpoints, read_state
 from sae_core.errors import CheckpointError
 
@@ -54,9 +56,13 @@ class RunCursor:
             self._consumer.publish(next_item=next_item, keep_from_item=kept_from, position=position)
             self._published = (next_item, kept_from)
 
-    def close(self) -> None:
-        """The run has trained to its end."""
-        self._consumer.close()
+    def finish(self) -> None:
+        """The run has trained to its end, its checkpoints are written: publishes what they need.
+
+        `let_go` takes the cursor away, once whoever deletes has seen it.
+        """
+        self._look_again = 0.0
+        self.publish()
 
     def _kept_from(self) -> int:
         """First item that a resume from the oldest checkpoint would need."""
@@ -68,3 +74,10 @@ class RunCursor:
             except CheckpointError:
                 continue  # resume passes over a damaged one, too
         return 0
+
+
+def let_go(config: RunConfig, run_dir: Path) -> None:
+    """A run that has trained holds nobody back, even if it was killed before it said so."""
+    name = consumer_name(config, run_dir)
+    if name in consumers(config.store.path):
+        remove_consumer(config.store.path, name)

@@ -20,7 +20,7 @@ import torch.distributed as dist
 
 from activation_store import open_store
 from activation_store.errors import StoreError
-from cluster.cursor import RunCursor
+from cluster.cursor import RunCursor, let_go
 from cluster.environment import environment
 from cluster.errors import ClusterError, PreemptedError
 from cluster.metric_sinks import MetricSinks
@@ -97,6 +97,8 @@ def run_rank(run_dir: Path, console: bool = False) -> None:
             if sinks is not None:
                 sinks.close()
         if console and rank == 0:
+            if finished:
+                let_go(config, run_dir)
             print(f"train: {training_costs(run_dir)}", flush=True)
     if not finished:
         raise PreemptedError(f"{run_dir}: training was asked to stop and has saved a checkpoint")
@@ -154,7 +156,7 @@ def _train(
         if sinks is not None:
             write_json(run_dir / COSTS, trainer.costs)
         if cursor is not None and finished:
-            cursor.close()
+            cursor.finish()
         return finished
     except NonFiniteLossError:
         # Rows that came after the start may be the cause, which says more than the loss does.

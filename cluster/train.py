@@ -17,6 +17,7 @@ from rich.console import Console
 
 from activation_store import open_store, shuffle_quality, store_exists
 from activation_store.errors import StoreConfigError, StoreError
+from cluster.cursor import let_go
 from cluster.errors import ClusterError, PlacementError, PreemptedError, RankFailedError
 from cluster.metric_sinks import METRICS
 from cluster.preemption import StopRequest, on_preemption
@@ -49,7 +50,8 @@ def run(
         config: of the run.
         run_dir: its folder.
         console: where progress is shown.
-        watch: called twice a second while ranks run; what it raises ends them.
+        watch: called twice a second while ranks run, and when they have trained to the end; what
+            it raises ends them.
 
     Raises:
         ConfigError, StoreConfigError: there is no store, or it does not fit the config.
@@ -69,6 +71,7 @@ def run(
     wait_for_old_ranks(run_dir)
     done = finished(config, run_dir)
     if done is not None:
+        let_go(config, run_dir)
         console.print(f"train: already done, {done.name}")
         return
     _warn_of_a_poor_shuffle(config, console)
@@ -96,6 +99,8 @@ def run(
             )
         if request.made:  # too late for the ranks; the stages after this one are not begun
             raise PreemptedError(f"{request.made} came when training had ended")
+    watch()  # the last that this run's cursor says counts, too
+    let_go(config, run_dir)
     newest = newest_valid(run_dir / "checkpoints", hashes=False)
     console.print(f"train: {training_costs(run_dir)}", soft_wrap=True)
     console.print(f"train: done, {newest}")

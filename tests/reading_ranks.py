@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from collections import Counter
 from pathlib import Path
@@ -62,6 +63,9 @@ def _read(rank: int, folder: str, store: str, latent: int, data: int) -> None:
         told |= {"error": type(error).__name__, "text": str(error)}
         told["notes"] = getattr(error, "__notes__", [])
     Path(folder, f"{rank}.json").write_text(json.dumps(told))
+    # An error's traceback is a cycle that holds groups; one that outlives the interpreter aborts.
+    del share, source
+    gc.collect()
     dist.destroy_process_group()
 
 
