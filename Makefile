@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# Files of tests that run side by side: most of them wait for other processes.
+WORKERS ?= 2
 
 .DEFAULT_GOAL := help
 .PHONY: help install peers demo test test-fast soak lint format bench clean
@@ -27,7 +29,7 @@ demo: $(STAMP) ## harvest a real model, train, evaluate, export and report (minu
 	@echo "open runs/demo/report/index.html"
 
 test: $(STAMP) peers ## all tests
-	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 test-fast: $(STAMP) ## tests that start no processes
 	$(BIN)/python -m pytest -m "not slow and not distributed and not ray" tests/unit

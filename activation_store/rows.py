@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from numpy.typing import NDArray
 from activation_store.errors import IncompleteStoreError, StoreConfigError
 from activation_store.files import as_bytes
 from activation_store.memory import Allocate, Recycler, anonymous
+from activation_store.parallel import run_all
 from activation_store.shard import scratch
 from activation_store.shuffle import Block, Ints, Shuffle
 from activation_store.store import Store
@@ -265,14 +267,22 @@ class ShuffledRows:
 
     def _read(self, block: Block) -> LoadedBlock:
         span = self._span(block)
-        order = self._shuffle.row_order(block, *self._slice)
         if self._staged:
-            names = [part for name in self.arrays for part in self.store.header.stored_as(name)]
-            arrays = {name: self._read_stored(name, span) for name in names}
-            return LoadedBlock(block, arrays, order + span.own.start)
+            return self._read_staged(block, span)
+        order = self._shuffle.row_order(block, *self._slice)
         places = np.empty_like(order)
         places[order] = np.arange(len(order))
         return LoadedBlock(block, {name: self._gather(name, span, places) for name in self.arrays})
+
+    def _read_staged(self, block: Block, span: _Span) -> LoadedBlock:
+        names = [part for name in self.arrays for part in self.store.header.stored_as(name)]
+        # The order beside the reads, which wait for memory more than they compute.
+        tasks: list[Callable[[], NDArray[Any]]] = [
+            partial(self._shuffle.row_order, block, *self._slice),
+            *(partial(self._read_stored, name, span) for name in names),
+        ]
+        order, *arrays = run_all(tasks)
+        return LoadedBlock(block, dict(zip(names, arrays, strict=True)), order + span.own.start)
 
     def _span(self, block: Block) -> _Span:
         ends = np.cumsum(block.chunks[:, 2])

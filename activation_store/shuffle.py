@@ -125,22 +125,27 @@ class Shuffle:
         # Row number n of the slice lies in strip j, as the (n - offset[j])-th that it gives here.
         offset = np.cumsum(counts) - counts
         place = (drawn - offset) * (hi - lo) + strips - lo - self.rows_before(block.start, lo, hi)
-        places = np.repeat(place, counts) + np.arange(last - first) * (hi - lo)
+        places = np.arange(0, (last - first) * (hi - lo), hi - lo)
+        places += np.repeat(place, counts)
         order = np.empty_like(places)
-        order[places] = self._drawn(block, first, np.repeat(strips, counts)) - first
+        order[places] = self._drawn(block, first, strips, counts)
         return order
 
-    def _drawn(self, block: Block, first: int, strip: Ints) -> Ints:
-        """Rows `first` on, of which each lies in its `strip`: those of every strip permuted."""
+    def _drawn(self, block: Block, first: int, strips: Ints, counts: Ints) -> Ints:
+        """[n]: rows `first` on, counted from it: `counts` of each of `strips`, permuted in each."""
         index_bits = np.uint64(max(block.n_rows - 1, 1).bit_length())
         strip_bits = np.uint64(max(self.batch_rows - 1, 1).bit_length())
         low = (np.uint64(1) << index_bits) - np.uint64(1)
         numbers = np.random.PCG64((_ROWS, *block.key, self.seed)).advance(first)
-        keys = numbers.random_raw(len(strip)) >> strip_bits & ~low
-        keys |= np.arange(first, first + len(strip), dtype=np.uint64)
-        keys |= strip.astype(np.uint64) << (np.uint64(64) - strip_bits)
+        # In place where it can be: a block's order is made while its rows are read.
+        keys: NDArray[np.uint64] = numbers.random_raw(int(counts.sum()))
+        keys >>= strip_bits
+        keys &= ~low
+        keys |= np.arange(len(keys), dtype=np.uint64)
+        keys |= np.repeat(strips.astype(np.uint64) << (np.uint64(64) - strip_bits), counts)
         keys.sort()
-        return (keys & low).astype(np.int64)
+        keys &= low
+        return keys.view(np.int64)
 
 
 def _chunks(items: Ints, rows: Ints, chunk_rows: int) -> Ints:

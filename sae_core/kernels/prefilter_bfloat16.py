@@ -24,8 +24,9 @@ _HALF_ULP = 2.0**-8
 _LEFT_OUT = 3 * 2.0**-16
 _SUMS = 4 * 2.0**-23
 """Roundings of both products' float32 sums per element of D, with room to spare."""
-_BLOCK_ROWS = 1024
-"""Dictionary rows that are split at once: they stay in the cache."""
+_BLOCK_BYTES = 384 << 10
+"""Dictionary rows that are split at once: they, what is left of them and their parts stay in the
+nearest cache that holds a few of these."""
 
 
 def bfloat16_is_fast() -> bool:
@@ -81,13 +82,13 @@ def _parts(W: torch.Tensor) -> torch.Tensor:
     """[n, 3 D] bfloat16: high, high and low part, to go with high, low and high of the input."""
     n, D = W.shape
     out = torch.empty(n, 3, D, dtype=torch.bfloat16)
-    rest = torch.empty(min(_BLOCK_ROWS, n), D)
-    for start in range(0, n, _BLOCK_ROWS):
-        rows, part = W[start : start + _BLOCK_ROWS], out[start : start + _BLOCK_ROWS]
+    size = max(1, _BLOCK_BYTES // (4 * D))
+    rest = torch.empty(min(size, n), D)
+    for rows, part in zip(W.split(size), out.split(size), strict=True):
         part[:, 0].copy_(rows)
         part[:, 1].copy_(part[:, 0])
-        torch.sub(rows, part[:, 0], out=rest[: len(rows)])
-        part[:, 2].copy_(rest[: len(rows)])
+        low = rest[: len(rows)].copy_(part[:, 0])  # in float32: mixed types subtract slowly
+        part[:, 2].copy_(torch.sub(rows, low, out=low))
     return out.view(n, 3 * D)
 
 
