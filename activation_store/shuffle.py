@@ -122,14 +122,14 @@ class Shuffle:
         # Of a strip: how many batches have drawn from it before the block, and before its end.
         drawn = -((strips - block.start) // self.batch_rows)
         counts = -((strips - block.stop) // self.batch_rows) - drawn
-        # Row number n of the slice lies in strip j, as the (n - offset[j])-th that it gives here.
-        offset = np.cumsum(counts) - counts
-        place = (drawn - offset) * (hi - lo) + strips - lo - self.rows_before(block.start, lo, hi)
-        places = np.arange(0, (last - first) * (hi - lo), hi - lo)
-        places += np.repeat(place, counts)
-        order = np.empty_like(places)
-        order[places] = self._drawn(block, first, strips, counts)
-        return order
+        # Of the rows that all strips give here, one strip after the other: the one that a batch
+        # draws from a strip. Taken in the order of the stream, which is batch by batch.
+        starts = np.cumsum(counts) - counts
+        begin, width = self.rows_before(block.start, lo, hi), hi - lo
+        n_rows, batch = last - first, begin // width
+        batches = np.arange(batch, -(-(begin + n_rows) // width))
+        picks = (batches[:, None] + (starts - drawn)).reshape(-1)[begin - batch * width :][:n_rows]
+        return self._drawn(block, first, strips, counts)[picks]
 
     def _drawn(self, block: Block, first: int, strips: Ints, counts: Ints) -> Ints:
         """[n]: rows `first` on, counted from it: `counts` of each of `strips`, permuted in each."""
