@@ -28,7 +28,7 @@ class Outcome:
 
 
 def train_together(
-    trainers: Sequence[Trainer], count: Callable[[], None] = lambda: None
+    trainers: Sequence[Trainer], failed: Callable[[int, SAEError], None] = lambda i, error: None
 ) -> list[Outcome]:
     """Trains all to their last step; collective. An error of one leaves the others going.
 
@@ -37,7 +37,7 @@ def train_together(
 
     Args:
         trainers: calibrated or resumed, on views of one `FanOut` if there are several.
-        count: called after every step.
+        failed: called at once, on every rank, with the index of a trainer that an error ends.
 
     Returns:
         Of each, in their order. Where a request to stop came, their checkpoints are written.
@@ -45,17 +45,19 @@ def train_together(
     Raises:
         Anything but an SAEError, as from the stream: it ends all.
     """
-    return _Lockstep(trainers).run(count)
+    return _Lockstep(trainers, failed).run() if trainers else []
 
 
 class _Lockstep:
-    def __init__(self, trainers: Sequence[Trainer]) -> None:
-        self._trainers = list(trainers)
+    def __init__(
+        self, trainers: Sequence[Trainer], failed: Callable[[int, SAEError], None]
+    ) -> None:
+        self._trainers, self._failed = list(trainers), failed
         self._errors: dict[int, SAEError] = {}
         timeout_s = max(trainer.config.train.timeout_s for trainer in trainers)
         self._agreement = Agreement(timeout_s)
 
-    def run(self, count: Callable[[], None]) -> list[Outcome]:
+    def run(self) -> list[Outcome]:
         agreed = NOTHING
         while (going := self._going()) and not agreed.stop:
             position = min(trainer.source.position for trainer in going)
@@ -65,7 +67,6 @@ class _Lockstep:
             agreed = self._agree()
             for trainer in now:
                 self._guarded(trainer, trainer.save_if_due, agreed.save or agreed.stop)
-            count()
         for trainer in self._trainers:
             self._guarded(trainer, trainer.end)
         errors = [self._errors.get(i) for i in range(len(self._trainers))]
@@ -90,6 +91,7 @@ class _Lockstep:
             action(*arguments)
         except SAEError as error:
             self._errors[index] = error
+            self._failed(index, error)
 
     def _agree(self) -> Agreed:
         """What all ranks do after this step; nothing, but about once a second."""
