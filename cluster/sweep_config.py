@@ -36,6 +36,8 @@ class SweepConfig:
             values = getattr(self, axis)
             if len(set(values)) < len(values):
                 raise ConfigError(f"sweep.{axis}", values, "each value once")
+        if any(seed < 0 for seed in self.seed):
+            raise ConfigError("sweep.seed", self.seed, "0 or more each")
         if self.saes_per_process is not None and self.saes_per_process < 1:
             raise ConfigError(
                 "sweep.saes_per_process", self.saes_per_process, "at least 1, or null"
