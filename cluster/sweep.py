@@ -13,19 +13,18 @@ from pathlib import Path
 
 from rich.console import Console
 
-from activation_store import open_store, store_exists
+from activation_store import store_exists
 from activation_store.errors import StoreConfigError
-from cluster.environment import memory_bytes
 from cluster.errors import RankFailedError, SweepFailedError
 from cluster.ray_session import ray_session
 from cluster.run_dir import open_run, wait_for_old_ranks
-from cluster.sweep_cells import cells_of, cells_that_fit, cohorts
+from cluster.sweep_cells import cells_of
+from cluster.sweep_groups import cohorts, group_size
 from cluster.sweep_record import FAILED, forget_failure, read_record, write_record
 from cluster.sweep_table import DONE, SweepTable
 from cluster.train import finished, train_ranks, warn_of_a_poor_shuffle
 from cluster.trainable import check_store
 from conf.schema import RunConfig
-from sae_core.errors import ConfigError
 
 
 def run(config: RunConfig, run_dir: Path) -> None:
@@ -58,7 +57,7 @@ def _train(config: RunConfig, run_dir: Path, cells: dict[str, RunConfig], consol
     for name, cell in cells.items():
         if name not in todo and finished(cell, run_dir / name):
             table.set_state(name, DONE)
-    groups = cohorts(todo, _group_size(config, todo)) if todo else []
+    groups = cohorts(todo, group_size(config, todo)) if todo else []
     console.print(
         f"sweep: {len(cells)} cells, {len(cells) - len(todo)} of them settled, "
         f"{len(groups)} passes over the store"
@@ -105,30 +104,3 @@ def _check_store(config: RunConfig) -> None:
         )
     # A sweep makes as many passes as it has groups: it trains on a store that is whole.
     check_store(replace(config, cluster=replace(config.cluster, mode="sequential")))
-
-
-def _group_size(config: RunConfig, todo: dict[str, RunConfig]) -> int:
-    """`sweep.saes_per_process`, or as many cells as fit in memory."""
-    if config.sweep.saes_per_process is not None:
-        return config.sweep.saes_per_process
-    if config.train.device != "cpu":
-        import torch
-
-        if torch.cuda.is_available():
-            memory = torch.cuda.get_device_properties(0).total_memory * config.parallel.n_ranks
-            return _that_fit(config, todo, memory)
-    available = memory_bytes()
-    elsewhere = config.train.device == "cuda" or config.cluster.address is not None
-    if elsewhere or available is None:
-        raise ConfigError(
-            "sweep.saes_per_process",
-            None,
-            "a number where the ranks' memory cannot be told from here",
-        )
-    return _that_fit(config, todo, available)
-
-
-def _that_fit(config: RunConfig, todo: dict[str, RunConfig], available_bytes: int) -> int:
-    store = open_store(config.store.path)
-    d_model = store.arrays[config.sae.hookpoint or next(iter(store.arrays))]
-    return cells_that_fit(todo, d_model, available_bytes)

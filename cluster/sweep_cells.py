@@ -1,4 +1,4 @@
-"""The cells of a sweep: names, configs, and which of them train together."""
+"""The cells of a sweep: their names and configs. No heavy import here."""
 
 from __future__ import annotations
 
@@ -12,14 +12,12 @@ from typing import Any, cast
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from cluster.plan import buffer_bytes_per_rank, checkpoint_bytes_per_rank, state_bytes_per_rank
 from cluster.sweep_config import SweepConfig
 from conf.schema import RunConfig
 from sae_core.errors import ConfigError
 
 _MAY_DIFFER = ("sae.", "optim.", "train.tokens=")
 """What a cell may have of its own: the stream, and who trains on it, are the group's."""
-_SHARE_OF_MEMORY = 0.8
 
 
 def cells_of(config: RunConfig, run_dir: Path) -> dict[str, RunConfig]:
@@ -36,6 +34,7 @@ def cells_of(config: RunConfig, run_dir: Path) -> dict[str, RunConfig]:
         sweep.seed or [config.seed],
         sweep.architecture or [config.sae.architecture],
     )
+    own = _by_cell(sweep.overrides)
     cells = {}
     for n_latents, k, lr, seed, architecture in product(*axes):
         name = _name(sweep, n_latents, k, lr, seed, architecture)
@@ -50,53 +49,13 @@ def cells_of(config: RunConfig, run_dir: Path) -> dict[str, RunConfig]:
             store=replace(config.store, order_seed=config.order_seed),
             sweep=SweepConfig(),
         )
-        cell = _overridden(cell, name, sweep.overrides.get(name, []))
+        cell = _overridden(cell, name, own.get(name, []))
         cell.trainer.validate()
         cells[name] = cell
-    unknown = sorted(set(sweep.overrides) - set(cells))
+    unknown = sorted(set(own) - set(cells))
     if unknown:
         raise ConfigError("sweep.overrides", unknown[0], f"a cell's name, one of {sorted(cells)}")
     return cells
-
-
-def cohorts(cells: dict[str, RunConfig], size: int) -> list[list[str]]:
-    """The names, in groups of at most `size` that train together.
-
-    Every group pays the time of its slowest cell's steps, whatever the others are: the order keeps
-    cells of one size together.
-    """
-    names = list(cells)
-    return [names[i : i + size] for i in range(0, len(names), size)]
-
-
-def cells_that_fit(cells: dict[str, RunConfig], d_model: int, available_bytes: int) -> int:
-    """How many of the largest cells a machine's memory holds with all ranks of their mesh.
-
-    Args:
-        cells: of `cells_of`.
-        d_model: width of the activations.
-        available_bytes: memory for all ranks.
-
-    Raises:
-        ConfigError: not even one.
-    """
-    ranks = next(iter(cells.values())).parallel.n_ranks
-    room = _SHARE_OF_MEMORY * available_bytes / ranks
-    room -= max(buffer_bytes_per_rank(cell, d_model) for cell in cells.values())
-    each = max(
-        state_bytes_per_rank(cell, d_model) + checkpoint_bytes_per_rank(cell, d_model)
-        for cell in cells.values()
-    )
-    if room < each:
-        largest = max(cell.sae.n_latents for cell in cells.values())
-        raise ConfigError(
-            "sweep.n_latents",
-            largest,
-            f"cells that fit in {available_bytes / 2**30:.1f} GiB, one takes "
-            f"{each * ranks / 2**30:.1f} GiB",
-            "use smaller cells, or set sweep.saes_per_process if that is wrong",
-        )
-    return int(room // each)
 
 
 def _name(
@@ -110,12 +69,22 @@ def _name(
     return "-".join(parts)
 
 
+def _by_cell(overrides: list[str]) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
+    for text in overrides:
+        cell, colon, setting = text.partition(":")
+        if not colon or "=" not in setting:
+            raise ConfigError("sweep.overrides", text, "CELL:KEY=VALUE")
+        found.setdefault(cell.strip(), []).append(setting.strip())
+    return found
+
+
 def _overridden(cell: RunConfig, name: str, settings: list[str]) -> RunConfig:
     for setting in settings:
         if not setting.startswith(_MAY_DIFFER) or setting.startswith("sae.hookpoint="):
             raise ConfigError(
-                f"sweep.overrides.{name}",
-                setting,
+                "sweep.overrides",
+                f"{name}:{setting}",
                 "KEY=VALUE of sae (but sae.hookpoint), optim or train.tokens: all else is shared",
             )
     try:
@@ -125,4 +94,4 @@ def _overridden(cell: RunConfig, name: str, settings: list[str]) -> RunConfig:
         return cast(RunConfig, OmegaConf.to_object(merged))
     except OmegaConfBaseException as error:
         what = str(error).splitlines()[0]
-        raise ConfigError(f"sweep.overrides.{name}", settings, f"known keys ({what})") from error
+        raise ConfigError("sweep.overrides", settings, f"known keys ({what})") from error

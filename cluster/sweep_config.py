@@ -20,8 +20,8 @@ class SweepConfig:
     seed: list[int] = field(default_factory=list)
     """Of the initial dictionary; the order of the rows is the same for all, `store.order_seed`."""
     architecture: list[str] = field(default_factory=list)
-    overrides: dict[str, list[str]] = field(default_factory=dict)
-    """Cell name -> settings of that cell alone: `{n1024-k32: [optim.lr=1e-3]}`; of `sae`, `optim`
+    overrides: list[str] = field(default_factory=list)
+    """Settings of one cell alone, CELL:KEY=VALUE, as `n1024-k32:optim.lr=1e-3`; of `sae`, `optim`
     and `train.tokens`."""
     saes_per_process: int | None = None
     """Cells that train at once on one stream; null: as many as fit in memory by the plan."""

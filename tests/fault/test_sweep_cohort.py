@@ -29,10 +29,11 @@ STEPS, EVERY, BATCH = 240, 80, 64
 GRID = SweepConfig(
     n_latents=[60, 90],
     seed=[0, 1],
-    overrides={
-        "n60-k4-seed1": ["optim.lr=0.004", f"train.tokens={100 * BATCH}"],
-        "n90-k4-seed1": ["sae.k=3"],
-    },
+    overrides=[
+        "n60-k4-seed1:optim.lr=0.004",
+        f"n60-k4-seed1:train.tokens={100 * BATCH}",
+        "n90-k4-seed1:sae.k=3",
+    ],
 )
 LAGGARD = "n90-k4-seed0"
 
@@ -161,10 +162,11 @@ def test_cells_that_fail_or_diverge_leave_the_others_alone(alone: Path) -> None:
         n_latents=[60, 90],
         k=[3, 4],
         seed=[0],
-        overrides={
-            "n60-k3-seed0": ["optim.lr=1e30"],
-            "n90-k3-seed0": ["optim.lr=3.0", "optim.clip_norm=0"],
-        },
+        overrides=[
+            "n60-k3-seed0:optim.lr=1e30",
+            "n90-k3-seed0:optim.lr=3.0",
+            "n90-k3-seed0:optim.clip_norm=0",
+        ],
         diverged_fvu=1.0,
         diverged_grace_tokens=20 * BATCH,
     )

@@ -45,11 +45,11 @@ def launch(folder: Path, *more: str) -> subprocess.CompletedProcess[str]:
 
 def test_a_sweep_that_grows(tmp_path: Path) -> None:
     make_store(tmp_path / "store")
-    bad = "sweep.overrides={n60-k8: ['optim.lr=1e30']}"
+    bad = "sweep.overrides=['n60-k8:optim.lr=1e30']"
     first = launch(tmp_path, "sweep.k=[4,8]", bad)
     assert first.returncode == 1, first.stdout + first.stderr
     assert "4 cells, 0 of them settled, 2 passes over the store" in first.stdout
-    assert "sweep: n60-k8 failed: sae" not in first.stdout and "is not finite" in first.stdout
+    assert "sweep: n60-k8 failed: acts: loss" in first.stdout and "is not finite" in first.stdout
     assert first.stderr.endswith("the same command tries them again\n")
     assert "error: 1 of 4 cells failed: n60-k8" in first.stderr
     grid = tmp_path / "grid"

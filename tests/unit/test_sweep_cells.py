@@ -10,8 +10,9 @@ import torch
 from activation_store import open_store
 from cluster.plan import memory_bytes_per_rank
 from cluster.source import StoreSource
-from cluster.sweep_cells import cells_of, cells_that_fit, cohorts
+from cluster.sweep_cells import cells_of
 from cluster.sweep_config import SweepConfig
+from cluster.sweep_groups import cells_that_fit, cohorts
 from conf.run_config import forbidden_changes
 from conf.schema import RunConfig
 from sae_core.errors import ConfigError
@@ -43,7 +44,7 @@ def test_an_axis_that_grows_keeps_its_cells() -> None:
 
 
 def test_the_rule_of_the_learning_rate_and_a_cell_that_breaks_it() -> None:
-    base = config(n_latents=[256, 1024], overrides={"n1024-k32": ["optim.lr=0.5"]})
+    base = config(n_latents=[256, 1024], overrides=["n1024-k32:optim.lr=0.5"])
     cells = cells_of(base, Path("r"))
     rates = {name: peak_lr(cell.optim, cell.sae.n_latents) for name, cell in cells.items()}
     assert rates == {"n256-k32": pytest.approx(2e-4 * 8), "n1024-k32": 0.5}
@@ -52,10 +53,11 @@ def test_the_rule_of_the_learning_rate_and_a_cell_that_breaks_it() -> None:
 @pytest.mark.parametrize(
     ("sweep", "said"),
     [
-        ({"overrides": {"n1-k1": ["optim.lr=1"]}}, "a cell's name, one of"),
-        ({"overrides": {"n4096-k32": ["train.batch_tokens=64"]}}, "all else is shared"),
-        ({"overrides": {"n4096-k32": ["sae.hookpoint=x"]}}, "all else is shared"),
-        ({"overrides": {"n4096-k32": ["optim.colour=red"]}}, "known keys"),
+        ({"overrides": ["n1-k1:optim.lr=1"]}, "a cell's name, one of"),
+        ({"overrides": ["n4096-k32:train.batch_tokens=64"]}, "all else is shared"),
+        ({"overrides": ["n4096-k32:sae.hookpoint=x"]}, "all else is shared"),
+        ({"overrides": ["n4096-k32:optim.colour=red"]}, "known keys"),
+        ({"overrides": ["n4096-k32"]}, "CELL:KEY=VALUE"),
         ({"n_latents": [16], "k": [32]}, "sae.k=32"),
         ({"architecture": ["transformer"]}, "sae.architecture"),
     ],
