@@ -38,12 +38,7 @@ def run(config: RunConfig, run_dir: Path) -> None:
 
 
 def memory_bytes_per_rank(config: RunConfig, d_model: int) -> int:
-    """What one rank's largest shard and its data replica's share of ZeRO 1 take, plus buffers."""
-    return state_bytes_per_rank(config, d_model) + buffer_bytes_per_rank(config, d_model)
-
-
-def state_bytes_per_rank(config: RunConfig, d_model: int) -> int:
-    """Weights, moments, gradients and copies of the largest shard, and what a step works in.
+    """What one rank's largest shard and its data replica's share of ZeRO 1 take, plus buffers.
 
     Weights are float32; moments as configured; gradients exist only without the fused update;
     bfloat16 copies only where the kernels are Triton's.
@@ -55,14 +50,11 @@ def state_bytes_per_rank(config: RunConfig, d_model: int) -> int:
     gradients = 0 if config.optim.fused(zero) else 4
     on_cuda = config.train.device == "cuda" and config.train.compute_dtype in ("auto", "bfloat16")
     copies = 2 if on_cuda and config.train.kernels in ("auto", "triton") else 0
-    batch = 6 * config.train.batch_tokens // config.parallel.data * d_model * 4
-    return int(parameters * (4 + moments + gradients + copies)) + batch
-
-
-def buffer_bytes_per_rank(config: RunConfig, d_model: int) -> int:
-    """Rows of the store in a rank's memory, however many SAEs train on them."""
+    state = int(parameters * (4 + moments + gradients + copies))
     width = d_model * _ITEM_BYTES[config.store.dtype]
-    return 3 * config.store.buffer_tokens // config.parallel.n_ranks * width
+    buffers = 3 * config.store.buffer_tokens // config.parallel.n_ranks * width
+    batch = 6 * config.train.batch_tokens // config.parallel.data * d_model * 4
+    return state + buffers + batch
 
 
 def checkpoint_bytes_per_rank(config: RunConfig, d_model: int) -> int:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from activation_store import open_store
 from cluster.environment import memory_bytes
-from cluster.plan import buffer_bytes_per_rank, checkpoint_bytes_per_rank, state_bytes_per_rank
+from cluster.plan import checkpoint_bytes_per_rank, memory_bytes_per_rank
 from conf.schema import RunConfig
 from sae_core.errors import ConfigError
 
@@ -60,10 +62,11 @@ def cells_that_fit(cells: dict[str, RunConfig], d_model: int, available_bytes: i
         ConfigError: not even one.
     """
     ranks = next(iter(cells.values())).parallel.n_ranks
-    room = _SHARE_OF_MEMORY * available_bytes / ranks
-    room -= max(buffer_bytes_per_rank(cell, d_model) for cell in cells.values())
+    first = next(iter(cells.values()))
+    buffers = memory_bytes_per_rank(first, d_model) - _without_buffers(first, d_model)
+    room = _SHARE_OF_MEMORY * available_bytes / ranks - buffers
     each = max(
-        state_bytes_per_rank(cell, d_model) + checkpoint_bytes_per_rank(cell, d_model)
+        _without_buffers(cell, d_model) + checkpoint_bytes_per_rank(cell, d_model)
         for cell in cells.values()
     )
     if room < each:
@@ -76,3 +79,9 @@ def cells_that_fit(cells: dict[str, RunConfig], d_model: int, available_bytes: i
             "use smaller cells, or set sweep.saes_per_process if that is wrong",
         )
     return int(room // each)
+
+
+def _without_buffers(cell: RunConfig, d_model: int) -> int:
+    """The stream's buffers are there once, however many SAEs train on them."""
+    store = replace(cell.store, buffer_tokens=0)
+    return memory_bytes_per_rank(replace(cell, store=store), d_model)
