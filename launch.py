@@ -18,6 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from conf.schema import RunConfig
 
+SCALING_LAWS = ("harvest", "sweep", "fit")
 PIPELINE = ("plan", "harvest", "train", "evaluate", "export", "report")
 STAGES = {
     "plan": "cluster.plan",
@@ -30,6 +31,7 @@ STAGES = {
     "repair": "analysis.repair",
     "reshard": "analysis.reshard",
     "status": "analysis.status",
+    "sweep": "cluster.sweep",
     "fit": "analysis.fit",
     "submit": "cluster.submit",
 }
@@ -56,11 +58,13 @@ def compose_and_run(composed: DictConfig) -> None:
         if HydraConfig.get().mode == RunMode.MULTIRUN:
             composed.name = cell_name(composed.name, HydraConfig.get())
         config: RunConfig = OmegaConf.to_object(composed)  # type: ignore[assignment]
-        validate(config, ("pipeline", *STAGES))
+        validate(config, ("pipeline", "scaling_laws", *STAGES))
         _make_paths_absolute(config)
         stages: tuple[str, ...] = (config.stage,)
         if config.stage == "pipeline":
             stages = CONCURRENT if config.cluster.mode == "concurrent" else PIPELINE
+        if config.stage == "scaling_laws":
+            stages = SCALING_LAWS
         with (
             on_preemption(raise_interrupted, config.checkpoint.grace_s),
             open_run(

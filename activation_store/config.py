@@ -24,6 +24,9 @@ class StoreConfig:
     """Work items shuffled together; in epoch 0 a window opens when all of it is committed."""
     buffer_tokens: int = 65_536
     """Rows permuted together, each rank holding its part; larger mixes documents better."""
+    order_seed: int | None = None
+    """Fixes the order of the rows; null: the run's `seed`. Runs that share it see the same batches,
+    whatever dictionaries their seeds begin with."""
 
     def validate(self) -> None:
         """Raises: StoreConfigError: naming the setting that cannot be."""
@@ -34,3 +37,5 @@ class StoreConfig:
         for name in ("shard_tokens", "chunk_bytes", "window_items", "buffer_tokens"):
             if getattr(self, name) < 1:
                 raise StoreConfigError(f"store.{name}", getattr(self, name), "at least 1")
+        if self.order_seed is not None and self.order_seed < 0:
+            raise StoreConfigError("store.order_seed", self.order_seed, "0 or more, or null")

@@ -46,8 +46,7 @@ def run(config: RunConfig, run_dir: Path) -> None:
         FitError: there are no runs, or their cells allow no law.
     """
     options = config.fit
-    assert options.runs is not None, "conf.validate refuses stage=fit without fit.runs"
-    sweep = read_sweep(options.runs, options.metric)
+    sweep = read_sweep(options.runs or str(run_dir), options.metric)
     study = study_sweep(sweep, options.metric, options.hold_out, options.bootstrap, config.seed)
     folder = sweep.folder / "fit"
     write_study(study, folder)

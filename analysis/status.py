@@ -10,10 +10,10 @@ from rich.console import Console
 from rich.table import Table
 
 from analysis.runs import read_optional_json
-from cluster.metric_sinks import METRICS
-from cluster.run_dir import saved_config
+from cluster.run_dir import CONFIG, saved_config
 from cluster.slurm import describe_job
-from cluster.training_line import render
+from cluster.sweep_record import read_record
+from cluster.training_line import METRICS, render
 from conf.schema import RunConfig
 from sae_core.checkpoint.folder import list_checkpoints
 
@@ -29,10 +29,22 @@ def run(config: RunConfig, run_dir: Path) -> None:
     names = [folder.name for folder in list_checkpoints(run_dir / "checkpoints")]
     table.add_row("checkpoints", ", ".join(names) or "none")
     table.add_row("evaluation", _evaluation(run_dir))
+    cells = [_cell(folder) for folder in sorted(run_dir.iterdir()) if (folder / CONFIG).exists()]
+    if cells:
+        table.add_row("cells", "\n".join(cells))
     job = describe_job(run_dir)
     if job is not None:
         table.add_row("job", job)
     Console().print(table)
+
+
+def _cell(run_dir: Path) -> str:
+    """One line of a sweep's cell."""
+    record, config = read_record(run_dir), saved_config(run_dir)
+    assert config is not None
+    training = _training(config, run_dir)
+    ended = "" if record is None else f"{record.state}, {record.reason}; "
+    return f"{run_dir.name}: {ended}{training}"
 
 
 def _store(config: RunConfig) -> str:

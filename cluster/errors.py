@@ -31,6 +31,10 @@ class RankFailedError(ClusterError):
     """Trainer ranks died more often than the config allows."""
 
 
+class SweepFailedError(ClusterError):
+    """Some cells of a sweep failed; the others are done."""
+
+
 class PreemptedError(ClusterError):
     """Somebody asked the trainer ranks to stop; they have saved, and the same command resumes."""
 

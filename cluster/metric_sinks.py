@@ -13,10 +13,9 @@ from uuid import uuid4
 
 from rich.console import Console
 
-from cluster.training_line import TrainingLine
+from cluster.training_line import METRICS, TrainingLine
 from conf.schema import RunConfig
 
-METRICS = "metrics.jsonl"
 _WANDB_ID = "wandb_id"
 _WANDB_TIMEOUT_S = 30.0
 """For its start and for its end; what is not sent by then lies in the run's folder."""
@@ -96,6 +95,7 @@ def _start_wandb(config: RunConfig, run_dir: Path) -> Any:
             name=config.name,
             id=id_file.read_text(),
             resume="allow",
+            reinit="create_new",  # cells of a sweep have one each, in one process
             dir=run_dir,
             mode=mode,
             settings=wandb.Settings(

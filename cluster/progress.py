@@ -4,10 +4,23 @@ from __future__ import annotations
 
 import time
 from types import TracebackType
+from typing import Protocol
 
 from rich.console import Console
 from rich.live import Live
 from rich.text import Text
+
+
+class Progress(Protocol):
+    """Shows how far trainer ranks have come, while a block runs that follows one group of them."""
+
+    def __enter__(self) -> None: ...
+
+    def show(self) -> None:
+        """Called twice a second."""
+        ...
+
+    def __exit__(self, *_: object) -> None: ...
 
 
 class ProgressLine:

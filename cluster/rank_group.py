@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -142,8 +142,8 @@ class RankActor:
             free.bind(("", 0))
             return ray.util.get_node_ip_address(), free.getsockname()[1]
 
-    def run(self, host: str, port: int) -> None:
-        """Trains."""
+    def run(self, host: str, port: int, cells: Sequence[str]) -> None:
+        """Trains; of a sweep, these cells."""
         os.environ.update(
             RANK=str(self.rank),
             WORLD_SIZE=str(self.n_ranks),
@@ -155,4 +155,4 @@ class RankActor:
 
         now = time.strftime("%Y-%m-%d %H:%M:%S")
         print(f"{now} rank {self.rank} of {self.n_ranks}, process {os.getpid()}", flush=True)
-        run_rank(self.run_dir)
+        run_rank(self.run_dir, cells=cells)

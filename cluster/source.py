@@ -45,6 +45,7 @@ class StoreSource:
         device: where batches are to be; on cuda they are gathered there.
         wait_timeout_s: how long a growing store may lack the rows that are asked for.
         share: the ranks of this replica, each of which reads its part of the rows.
+        order_seed: fixes the order instead of `seed`, and is then part of the identity.
     """
 
     def __init__(
@@ -60,10 +61,13 @@ class StoreSource:
         device: torch.device | None = None,
         wait_timeout_s: float = WAIT_TIMEOUT_S,
         share: RowShare | None = None,
+        order_seed: int | None = None,
     ) -> None:
         self.d_in = self.d_out = store.arrays[array]
         # All that positions depend on beside seed and batch, which a checkpoint keeps by itself.
         order_of = f"{ORDER}-w{window_items}-b{buffer_tokens}"
+        if order_seed is not None:
+            seed, order_of = order_seed, f"{order_of}-s{order_seed}"
         self.identity = f"{array}-{store_digest(store)}-{order_of}"
         self._store, self._array, self._seed = store, array, seed
         self._wait_timeout_s = wait_timeout_s

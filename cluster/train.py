@@ -6,10 +6,9 @@ continue from the newest valid checkpoint. Errors that we raised on purpose are 
 
 from __future__ import annotations
 
-import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +18,14 @@ from activation_store import open_store, shuffle_quality, store_exists
 from activation_store.errors import StoreConfigError, StoreError
 from cluster.cursor import let_go
 from cluster.errors import ClusterError, PlacementError, PreemptedError, RankFailedError
-from cluster.metric_sinks import METRICS
 from cluster.preemption import StopRequest, on_preemption
+from cluster.progress import Progress
 from cluster.pulses import Pulses
 from cluster.rank_group import rank_group
 from cluster.ray_session import ray_session
 from cluster.run_dir import wait_for_old_ranks
 from cluster.trainable import check_store
-from cluster.training_line import TrainingLine, training_costs
+from cluster.training_line import RunProgress, training_costs
 from conf.schema import RunConfig
 from sae_core.checkpoint.folder import newest_valid, read_state
 from sae_core.errors import SAEError
@@ -74,7 +73,34 @@ def run(
         let_go(config, run_dir)
         console.print(f"train: already done, {done.name}")
         return
-    _warn_of_a_poor_shuffle(config, console)
+    warn_of_a_poor_shuffle(config, console)
+    train_ranks(config, run_dir, RunProgress(config, run_dir, console), watch)
+    watch()  # the last that this run's cursor says counts, too
+    let_go(config, run_dir)
+    newest = newest_valid(run_dir / "checkpoints", hashes=False)
+    console.print(f"train: {training_costs(run_dir)}", soft_wrap=True)
+    console.print(f"train: done, {newest}")
+
+
+def train_ranks(
+    config: RunConfig,
+    run_dir: Path,
+    progress: Progress,
+    watch: Callable[[], None] = lambda: None,
+    cells: Callable[[], Sequence[str]] | None = None,
+) -> None:
+    """One group of ranks after the other, until one has come to the end.
+
+    Args:
+        config: of the run; of a sweep, that of any of its cells.
+        run_dir: the run's folder, or the sweep's.
+        progress: shows how far they have come.
+        watch: see `run`.
+        cells: of a sweep, which are still to be trained; asked before every attempt.
+
+    Raises:
+        PlacementError, RankFailedError, PreemptedError: see `run`.
+    """
     request = StopRequest(run_dir)
     request.withdraw()
     with (
@@ -83,7 +109,10 @@ def run(
     ):
         failed_at: float | None = None
         for failures in range(config.cluster.max_failures + 1):
-            failure = _attempt(config, run_dir, console, watch, failed_at)
+            names = cells() if cells is not None else ()
+            if cells is not None and not names:
+                break  # the last one failed before its ranks died
+            failure = _attempt(config, run_dir, progress, watch, failed_at, names)
             if failure is None:
                 break
             problem, failed_at = failure
@@ -99,20 +128,16 @@ def run(
             )
         if request.made:  # too late for the ranks; the stages after this one are not begun
             raise PreemptedError(f"{request.made} came when training had ended")
-    watch()  # the last that this run's cursor says counts, too
-    let_go(config, run_dir)
-    newest = newest_valid(run_dir / "checkpoints", hashes=False)
-    console.print(f"train: {training_costs(run_dir)}", soft_wrap=True)
-    console.print(f"train: done, {newest}")
 
 
-def _warn_of_a_poor_shuffle(config: RunConfig, console: Console) -> None:
+def warn_of_a_poor_shuffle(config: RunConfig, console: Console) -> None:
+    """Says so where batches mix documents badly, of a store that is soon looked through."""
     store = open_store(config.store.path)
     if not store.finalised or store.n_tokens > _DIAGNOSED_TOKENS:
         return
     quality = shuffle_quality(
         store,
-        config.seed,
+        config.order_seed,
         config.store.window_items,
         config.store.buffer_tokens,
         config.train.batch_tokens,
@@ -135,9 +160,10 @@ def finished(config: RunConfig, run_dir: Path) -> Path | None:
 def _attempt(
     config: RunConfig,
     run_dir: Path,
-    console: Console,
+    progress: Progress,
     watch: Callable[[], None],
     failed_at: float | None,
+    cells: Sequence[str],
 ) -> tuple[str, float] | None:
     """One group of ranks, to its end. Returns what killed it and when, None when it finished."""
     import ray
@@ -147,9 +173,9 @@ def _attempt(
         with rank_group(config, run_dir) as ranks:
             timeout_s = config.cluster.placement_timeout_s
             host, port = ray.get(ranks[0].address.remote(), timeout=timeout_s)
-            tasks = [rank.run.remote(host, port) for rank in ranks]
-            line = TrainingLine(config.train.n_steps, console)
-            frozen = _follow(tasks, run_dir, line, watch, pulses, failed_at)
+            tasks = [rank.run.remote(host, port, cells) for rank in ranks]
+            with progress:
+                frozen = _follow(tasks, progress, watch, pulses, failed_at)
             ended_at = time.monotonic()
             problem = frozen or _first_problem(tasks, pulses)
             return (problem, ended_at) if problem else None
@@ -164,50 +190,31 @@ def _attempt(
 
 def _follow(
     tasks: list[Any],
-    run_dir: Path,
-    line: TrainingLine,
+    progress: Progress,
     watch: Callable[[], None],
     pulses: Pulses,
     failed_at: float | None,
 ) -> str | None:
-    """Shows rank 0's metrics until all ranks have finished or the first one has failed.
+    """Shows progress until all ranks have finished or the first one has failed.
 
     Returns what is wrong where no task tells it: ranks that are frozen.
     """
     import ray
 
-    path = run_dir / METRICS
-    offset = path.stat().st_size if path.exists() else 0
     waiting = list(tasks)
-    try:
-        while waiting:
-            done, waiting = ray.wait(waiting, timeout=_POLL_S)
-            watch()
-            if failed_at is not None and pulses.steps_taken():
-                gap_s = time.monotonic() - failed_at
-                print(f"train: resumed after {gap_s:.1f} s", file=sys.stderr, flush=True)
-                failed_at = None
-            if path.exists():
-                offset = _show_new_rows(path, offset, line)
-            if any(_error_of(task) is not None for task in done):
-                return None
-            if frozen := pulses.frozen():
-                return f"trainer ranks {frozen} hung: frozen, without a sign of life"
-        return None
-    finally:
-        line.close()
-
-
-def _show_new_rows(path: Path, offset: int, line: TrainingLine) -> int:
-    with open(path, "rb") as file:
-        file.seek(offset)
-        for raw in file:
-            if not raw.endswith(b"\n"):
-                break  # rank 0 is in the middle of writing it
-            if raw.strip():  # blank where a killed rank's half line was ended
-                line.show(json.loads(raw))
-            offset += len(raw)
-    return offset
+    while waiting:
+        done, waiting = ray.wait(waiting, timeout=_POLL_S)
+        watch()
+        if failed_at is not None and pulses.steps_taken():
+            gap_s = time.monotonic() - failed_at
+            print(f"train: resumed after {gap_s:.1f} s", file=sys.stderr, flush=True)
+            failed_at = None
+        progress.show()
+        if any(_error_of(task) is not None for task in done):
+            return None
+        if frozen := pulses.frozen():
+            return f"trainer ranks {frozen} hung: frozen, without a sign of life"
+    return None
 
 
 def _first_problem(tasks: list[Any], pulses: Pulses) -> str | None:

@@ -2,16 +2,45 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
 from cluster.progress import ProgressLine, duration
+from conf.schema import RunConfig
 from sae_core.atomic import read_json
 
 COSTS = "train.json"
 """What `Trainer.costs` gives of the newest session, in the run's folder."""
+
+
+METRICS = "metrics.jsonl"
+"""Rows as `Trainer` reports them, in the run's folder."""
+
+
+class MetricRows:
+    """Reads what is added to a run's rows after it was made."""
+
+    def __init__(self, run_dir: Path) -> None:
+        self._path = run_dir / METRICS
+        self._offset = self._path.stat().st_size if self._path.exists() else 0
+
+    def new(self) -> list[dict[str, Any]]:
+        """Rows since the last call."""
+        rows: list[dict[str, Any]] = []
+        if not self._path.exists():
+            return rows
+        with open(self._path, "rb") as file:
+            file.seek(self._offset)
+            for raw in file:
+                if not raw.endswith(b"\n"):
+                    break  # rank 0 is in the middle of writing it
+                if raw.strip():  # blank where a killed rank's half line was ended
+                    rows.append(json.loads(raw))
+                self._offset += len(raw)
+        return rows
 
 
 class TrainingLine:
@@ -34,6 +63,25 @@ class TrainingLine:
     def close(self) -> None:
         """Ends the line."""
         self._line.__exit__(None, None, None)
+
+
+class RunProgress:
+    """The driver's `Progress` of one run: the newest row as a line."""
+
+    def __init__(self, config: RunConfig, run_dir: Path, console: Console) -> None:
+        self._n_steps, self._run_dir, self._console = config.train.n_steps, run_dir, console
+
+    def __enter__(self) -> None:
+        self._rows = MetricRows(self._run_dir)
+        self._line = TrainingLine(self._n_steps, self._console)
+
+    def show(self) -> None:
+        """Shows what rank 0 has written since."""
+        for row in self._rows.new():
+            self._line.show(row)
+
+    def __exit__(self, *_: object) -> None:
+        self._line.close()
 
 
 def render(row: dict[str, Any], n_steps: int) -> str:

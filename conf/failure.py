@@ -18,7 +18,13 @@ from activation_store.errors import (
     StoreError,
 )
 from analysis.errors import AnalysisError, RunFileError
-from cluster.errors import ClusterError, PreemptedError, RankFailedError, SchedulerError
+from cluster.errors import (
+    ClusterError,
+    PreemptedError,
+    RankFailedError,
+    SchedulerError,
+    SweepFailedError,
+)
 from cluster.preemption import EXIT_PREEMPTED, Interrupted
 from conf.schema import RunConfig
 from sae_core.errors import CheckpointError, NonFiniteLossError, SAEError
@@ -37,6 +43,7 @@ _RUNTIME = (
     SchedulerError,
     StorageError,
     StoreBusyError,
+    SweepFailedError,
 )
 """Ours, but not the fault of what the user typed."""
 

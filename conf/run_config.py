@@ -27,6 +27,7 @@ MAY_CHANGE = (
     "logging",
     "cluster",
     "submit",
+    "sweep",
     "train.tokens",
     "train.device",
     "train.compute_dtype",

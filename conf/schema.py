@@ -8,6 +8,7 @@ from activation_store.config import StoreConfig
 from analysis.config import EvalConfig, FitConfig, ReshardConfig
 from cluster.config import ClusterConfig, DataConfig, LoggingConfig, ModelConfig
 from cluster.submit_config import SubmitConfig
+from cluster.sweep_config import SweepConfig
 from sae_core.config import (
     CheckpointConfig,
     OptimConfig,
@@ -43,6 +44,12 @@ class RunConfig:
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     submit: SubmitConfig = field(default_factory=SubmitConfig)
+    sweep: SweepConfig = field(default_factory=SweepConfig)
+
+    @property
+    def order_seed(self) -> int:
+        """What fixes the order in which rows are trained on."""
+        return self.seed if self.store.order_seed is None else self.store.order_seed
 
     @property
     def trainer(self) -> TrainerConfig:

@@ -5,13 +5,15 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import replace
+from pathlib import Path
 
 from conf.schema import RunConfig
 from sae_core.errors import ConfigError
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _CREDENTIALS = re.compile(r"://[^/@\s]*@")
-_NEEDS_TEXT = {"pipeline", "plan", "harvest"}
+_NEEDS_TEXT = {"pipeline", "plan", "harvest", "scaling_laws"}
+_SWEEPS = {"sweep", "scaling_laws"}
 
 
 def validate(config: RunConfig, stages: tuple[str, ...]) -> None:
@@ -40,6 +42,9 @@ def validate(config: RunConfig, stages: tuple[str, ...]) -> None:
         raise ConfigError(
             "fit.runs", None, "a folder of runs or a pattern, as 'fit.runs=runs/sweep-*'"
         )
+    config.sweep.validate()
+    if config.stage in _SWEEPS:
+        _check_sweep(config)
     config.reshard.validate()
     config.logging.validate()
     config.cluster.validate()
@@ -58,6 +63,18 @@ def _check_submit(config: RunConfig, stages: tuple[str, ...]) -> None:
         raise ConfigError("submit.stage", config.submit.stage, f"one of: {', '.join(allowed)}")
     # What the job would say in hours, this says now.
     validate(replace(config, stage=config.submit.stage), stages)
+
+
+def _check_sweep(config: RunConfig) -> None:
+    from cluster.sweep_cells import cells_of
+
+    if config.cluster.mode != "sequential":
+        raise ConfigError(
+            "cluster.mode",
+            config.cluster.mode,
+            "sequential: the cells of a sweep may take more than one pass over a whole store",
+        )
+    cells_of(config, Path(config.runs_dir) / config.name)
 
 
 def _check_finite(config: RunConfig) -> None:

@@ -55,7 +55,10 @@ class OptimConfig:
     """Adam with linear warm-up, a constant stretch and a linear decay to zero."""
 
     lr: float | None = None
-    """Peak learning rate; null: 2e-4 / sqrt(n_latents / 2**14) (Gao et al. 2024)."""
+    """Peak learning rate; null: lr_at_16k / sqrt(n_latents / 2**14)."""
+    lr_at_16k: float = 2e-4
+    """Of that rule, at 2**14 latents: 2e-4 for long training (Gao et al. 2024); a short one needs
+    more."""
     warmup_tokens: int = 0
     decay_tokens: int = 0
     """Length of the final linear decay."""
@@ -78,6 +81,8 @@ class OptimConfig:
         """Raises: ConfigError: for a value Adam or the schedule cannot have."""
         if self.lr is not None and self.lr <= 0:
             raise ConfigError("optim.lr", self.lr, "more than 0, or null for the 1/sqrt(n) rule")
+        if self.lr_at_16k <= 0:
+            raise ConfigError("optim.lr_at_16k", self.lr_at_16k, "more than 0")
         for name in ("beta1", "beta2"):
             value = getattr(self, name)
             if not 0 <= value < 1:

@@ -32,5 +32,9 @@ class NonFiniteLossError(SAEError):
     """The loss, or its gradient, was NaN or infinite on some rank; no update was made from it."""
 
 
+class DivergedError(SAEError):
+    """Training goes nowhere: its FVU is above the limit that somebody set for it."""
+
+
 class ShapeError(SAEError, ValueError):
     """A tensor whose shape or dtype an operation cannot take."""

@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 
 
 def peak_lr(config: OptimConfig, n_latents: int) -> float:
-    """The configured rate, or 2e-4 / sqrt(n_latents / 2**14) (Gao et al. 2024)."""
-    return config.lr if config.lr is not None else 2e-4 / (n_latents / 2**14) ** 0.5
+    """The configured rate, or the rule that it falls as 1 / sqrt(n_latents) (Gao et al. 2024)."""
+    return config.lr if config.lr is not None else config.lr_at_16k / (n_latents / 2**14) ** 0.5
 
 
 def lr_at(config: OptimConfig, n_latents: int, tokens: int, total_tokens: int) -> float:

@@ -1,4 +1,7 @@
-"""The training loop: next batch, step every SAE, measure, save."""
+"""What one run does in a training step: next batch, step every SAE, measure, save.
+
+The loop itself, over one trainer or several, stands in `sae_core.together`.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,6 @@ from typing import Any, Protocol
 
 import torch
 
-from sae_core.agreement import NOTHING, Agreed, Agreement
 from sae_core.architectures import build_sae
 from sae_core.checkpoint import CheckpointSaver, CheckpointState, load_checkpoint
 from sae_core.config import TrainerConfig
@@ -22,6 +24,7 @@ from sae_core.kernels import get_kernels
 from sae_core.mesh import Mesh
 from sae_core.metrics import StepMetrics, mfu, peak_memory_bytes
 from sae_core.source import ActivationSource
+from sae_core.together import train_together
 
 
 class Report(Protocol):
@@ -39,8 +42,9 @@ class Trainer:
         source: this data replica's batches.
         checkpoints: folder of the run's checkpoints.
         seed: fixes the initial dictionary.
-        report: gets a row of metrics every `report_every` steps: step, tokens, sae, loss, fvu,
-            auxk_loss, l0, dead_fraction, grad_norm, lr, tokens_per_s, loader_wait_fraction,
+        report: gets a row of metrics every `report_every` steps, on every rank; an SAEError that it
+            raises on all of them ends this trainer. Holds step, tokens, sae, loss, fvu, auxk_loss,
+            l0, dead_fraction, grad_norm, lr, tokens_per_s, loader_wait_fraction,
             checkpoint_pause_s (since the row before), mfu, peak_memory_bytes.
         report_every: steps.
         stop_requested: asked about once a second on every rank; True on any ends training with a
@@ -78,8 +82,9 @@ class Trainer:
         self.saver = CheckpointSaver(
             checkpoints, config.checkpoint, mesh, self.device, config.train.batch_tokens
         )
-        self._agreement = Agreement(config.train.timeout_s)
+        self._metrics = [StepMetrics(engine) for engine in self.engines]
         self._clock = _Clock()
+        self._began: float | None = None
         self._seconds = 0.0
 
     def calibrate(self) -> None:
@@ -123,21 +128,50 @@ class Trainer:
             NonFiniteLossError: naming the step; no update was made from it on any rank.
             CheckpointError: a checkpoint could not be written.
         """
-        metrics = [StepMetrics(engine) for engine in self.engines]
-        save_every = max(1, self.config.checkpoint.every_tokens // self.config.train.batch_tokens)
-        began, stop = time.perf_counter(), False
-        self._clock.start()
-        while self.step < self.config.train.n_steps and not stop:
-            self._train_step(metrics)
-            last = self.step == self.config.train.n_steps
-            if self.step % self.report_every == 0 or last:
-                self._report(metrics)
-            stop, save, _ = self._agree()
-            if self.step % save_every == 0 or last or save or stop:
-                self.save()
+        (outcome,) = train_together([self])
+        if outcome.error is not None:
+            raise outcome.error
+        return outcome.finished
+
+    @property
+    def is_done(self) -> bool:
+        """Whether the last step is taken."""
+        return self.step >= self.config.train.n_steps
+
+    def take_step(self) -> None:
+        """The next batch, and a metrics row where one is due; collective. See `train_together`.
+
+        Raises:
+            NonFiniteLossError: found when metrics are reported.
+        """
+        if self._began is None:
+            self._began = time.perf_counter()
+            self._clock.start()
+        self._train_step()
+        if self.step % self.report_every == 0 or self.is_done:
+            self._report()
+
+    def save_if_due(self, asked: bool) -> None:
+        """Begins a checkpoint after a step where the cadence, the end or somebody asks for one."""
+        every = max(1, self.config.checkpoint.every_tokens // self.config.train.batch_tokens)
+        if self.step % every == 0 or self.is_done or asked:
+            self.save()
+
+    @property
+    def save_overdue(self) -> bool:
+        """By the clock of the first rank, which speaks for all."""
+        minutes = self.config.checkpoint.every_minutes
+        since_save_s = time.monotonic() - self.saver.last_began
+        return minutes is not None and self.mesh.is_first and since_save_s > 60 * minutes
+
+    def end(self) -> None:
+        """Waits for the last checkpoint.
+
+        Raises:
+            CheckpointError: it could not be written.
+        """
         self.saver.wait()
-        self._seconds = time.perf_counter() - began
-        return self.step == self.config.train.n_steps
+        self._seconds = time.perf_counter() - (self._began or time.perf_counter())
 
     @property
     def costs(self) -> dict[str, float]:
@@ -170,31 +204,19 @@ class Trainer:
         self.saver.save(self.engines, state)
         self._clock.pause(self.saver.pause_s - paused)
 
-    def _agree(self) -> Agreed:
-        """What all ranks do after this step; nothing, but about once a second."""
-        if not self._agreement.after_step():
-            return NOTHING
-        minutes = self.config.checkpoint.every_minutes
-        since_save_s = time.monotonic() - self.saver.last_began
-        overdue = minutes is not None and self.mesh.is_first and since_save_s > 60 * minutes
-        agreed = self._agreement.exchange(self.stop_requested(), overdue, self.saver.failed)
-        if agreed.failed:
-            self.saver.wait()  # raises: all ranks voted on the same outcome
-        return agreed
-
-    def _train_step(self, metrics: list[StepMetrics]) -> None:
+    def _train_step(self) -> None:
         with self._clock.waiting():
             batch = self.source.next()
         raw = batch.x.to(self.device, non_blocking=True)
-        for engine, metric in zip(self.engines, metrics, strict=True):
+        for engine, metric in zip(self.engines, self._metrics, strict=True):
             metric.add(raw, engine.train_step(raw, self.step))
         self.step += 1
 
-    def _report(self, metrics: list[StepMetrics]) -> None:
+    def _report(self) -> None:
         self._raise_if_bad()
         seconds, waited, paused, steps = self._clock.lap()
         tokens_per_s = steps * self.config.train.batch_tokens / seconds
-        for engine, metric in zip(self.engines, metrics, strict=True):
+        for engine, metric in zip(self.engines, self._metrics, strict=True):
             self.report(
                 {
                     "time": time.time(),

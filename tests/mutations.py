@@ -446,7 +446,7 @@ EXTRA = (
     _one(
         104,
         "a save that failed on one rank is not told to the others while they train",
-        "sae_core/trainer.py",
+        "sae_core/together.py",
         "        if agreed.failed:\n",
         "        if False:\n",
         f"{_KILLS}test_a_failed_save_ends_training_long_before_the_next_one",

@@ -1,0 +1,106 @@
+"""The sweep stage: a grid of SAEs over one store, several on each stream, each a run of its own.
+
+A cell is an ordinary run folder, `<sweep>/<cell>/`: `stage=train` on it alone gives the same bits,
+and evaluate, export, status and fit work on it. Cells that are done are skipped. One that fails
+leaves the reason in its folder (`cluster.sweep_record`) and the others going.
+"""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+
+from rich.console import Console
+
+from activation_store import store_exists
+from activation_store.errors import StoreConfigError
+from cluster.errors import RankFailedError, SweepFailedError
+from cluster.ray_session import ray_session
+from cluster.run_dir import open_run, wait_for_old_ranks
+from cluster.sweep_cells import cells_of
+from cluster.sweep_groups import cohorts, group_size
+from cluster.sweep_record import FAILED, forget_failure, read_record, write_record
+from cluster.sweep_table import DONE, SweepTable
+from cluster.train import finished, train_ranks, warn_of_a_poor_shuffle
+from cluster.trainable import check_store
+from conf.schema import RunConfig
+
+
+def run(config: RunConfig, run_dir: Path) -> None:
+    """Trains every cell of the grid that is not done yet.
+
+    Raises:
+        ConfigError, StoreConfigError: a cell cannot be, or the store does not serve them.
+        RunDirError: a cell was begun with another config, or is being trained.
+        PreemptedError: a signal asked for the end; all cells have saved.
+        SweepFailedError: some cells failed; the others have trained to their ends. Cells that were
+            stopped because they diverged do not count.
+    """
+    console = Console(soft_wrap=True)
+    cells = cells_of(config, run_dir)
+    _check_store(config)
+    with ExitStack() as stack:
+        for cell in cells.values():
+            # Held for the whole sweep: nobody else may train, evaluate or export a cell meanwhile.
+            stack.enter_context(open_run(cell))
+        _train(config, run_dir, cells, console)
+
+
+def _train(config: RunConfig, run_dir: Path, cells: dict[str, RunConfig], console: Console) -> None:
+    wait_for_old_ranks(run_dir)
+    for name in cells:
+        wait_for_old_ranks(run_dir / name)
+        forget_failure(run_dir / name)
+    table = SweepTable(run_dir, cells, console)
+    todo = {name: cell for name, cell in cells.items() if _is_open(run_dir / name, cell)}
+    for name, cell in cells.items():
+        if name not in todo and finished(cell, run_dir / name):
+            table.set_state(name, DONE)
+    groups = cohorts(todo, group_size(config, todo)) if todo else []
+    console.print(
+        f"sweep: {len(cells)} cells, {len(cells) - len(todo)} of them settled, "
+        f"{len(groups)} passes over the store"
+    )
+    if todo:
+        warn_of_a_poor_shuffle(next(iter(todo.values())), console)
+        with ray_session(config.cluster, min_cpus=1):
+            for names in groups:
+                _train_group(run_dir, {name: cells[name] for name in names}, table)
+    table.finish()
+    failed = [name for name, state in table.states().items() if state == FAILED]
+    if failed:
+        raise SweepFailedError(
+            f"{len(failed)} of {len(cells)} cells failed: {', '.join(failed)}; the reasons are in "
+            f"sweep.json of their folders in {run_dir}; the same command tries them again"
+        )
+
+
+def _train_group(run_dir: Path, cells: dict[str, RunConfig], table: SweepTable) -> None:
+    """Cells that train at once; what ends their ranks for good fails those that are not done."""
+
+    def still_open() -> list[str]:
+        return [name for name, cell in cells.items() if _is_open(run_dir / name, cell)]
+
+    table.begin(list(cells))
+    try:
+        train_ranks(next(iter(cells.values())), run_dir, table, cells=still_open)
+    except RankFailedError as error:
+        for name in still_open():
+            write_record(run_dir / name, error)
+
+
+def _is_open(run_dir: Path, cell: RunConfig) -> bool:
+    return read_record(run_dir) is None and finished(cell, run_dir) is None
+
+
+def _check_store(config: RunConfig) -> None:
+    if not store_exists(config.store.path):
+        raise StoreConfigError(
+            "store.path",
+            config.store.path,
+            "a store of activations",
+            "make one with stage=harvest or activation_store.StoreWriter",
+        )
+    # A sweep makes as many passes as it has groups: it trains on a store that is whole.
+    check_store(replace(config, cluster=replace(config.cluster, mode="sequential")))

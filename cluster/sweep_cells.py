@@ -1,0 +1,97 @@
+"""The cells of a sweep: their names and configs. No heavy import here."""
+
+from __future__ import annotations
+
+import copy
+import re
+from dataclasses import replace
+from itertools import product
+from pathlib import Path
+from typing import Any, cast
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from cluster.sweep_config import SweepConfig
+from conf.schema import RunConfig
+from sae_core.errors import ConfigError
+
+_MAY_DIFFER = ("sae.", "optim.", "train.tokens=")
+"""What a cell may have of its own: the stream, and who trains on it, are the group's."""
+
+
+def cells_of(config: RunConfig, run_dir: Path) -> dict[str, RunConfig]:
+    """Cell name -> the config of an ordinary run in `run_dir/<cell>`; the smallest n first.
+
+    Raises:
+        ConfigError: a cell cannot be, or an override is of no cell or of what all share.
+    """
+    sweep = config.sweep
+    axes = (
+        sorted(sweep.n_latents) or [config.sae.n_latents],
+        sweep.k or [config.sae.k],
+        sweep.lr or [config.optim.lr],
+        sweep.seed or [config.seed],
+        sweep.architecture or [config.sae.architecture],
+    )
+    own = _by_cell(sweep.overrides)
+    cells = {}
+    for n_latents, k, lr, seed, architecture in product(*axes):
+        name = _name(sweep, n_latents, k, lr, seed, architecture)
+        cell = replace(
+            copy.deepcopy(config),
+            name=name,
+            stage="train",
+            seed=seed,
+            runs_dir=str(run_dir),
+            sae=replace(config.sae, n_latents=n_latents, k=k, architecture=architecture),
+            optim=replace(config.optim, lr=lr),
+            store=replace(config.store, order_seed=config.order_seed),
+            sweep=SweepConfig(),
+        )
+        cell = _overridden(cell, name, own.get(name, []))
+        cell.trainer.validate()
+        cells[name] = cell
+    unknown = sorted(set(own) - set(cells))
+    if unknown:
+        raise ConfigError("sweep.overrides", unknown[0], f"a cell's name, one of {sorted(cells)}")
+    return cells
+
+
+def _name(
+    sweep: SweepConfig, n_latents: int, k: int, lr: float | None, seed: int, architecture: str
+) -> str:
+    """`n1024-k32-lr0.001-seed1-topk`; the last three only where the sweep has such an axis."""
+    parts = [f"n{n_latents}", f"k{k}"]
+    parts += [f"lr{'auto' if lr is None else f'{lr:g}'}"] if sweep.lr else []
+    parts += [f"seed{seed}"] if sweep.seed else []
+    parts += [re.sub(r"[^A-Za-z0-9._-]+", "_", architecture)] if sweep.architecture else []
+    return "-".join(parts)
+
+
+def _by_cell(overrides: list[str]) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
+    for text in overrides:
+        cell, colon, setting = text.partition(":")
+        if not colon or "=" not in setting:
+            raise ConfigError("sweep.overrides", text, "CELL:KEY=VALUE")
+        found.setdefault(cell.strip(), []).append(setting.strip())
+    return found
+
+
+def _overridden(cell: RunConfig, name: str, settings: list[str]) -> RunConfig:
+    for setting in settings:
+        if not setting.startswith(_MAY_DIFFER) or setting.startswith("sae.hookpoint="):
+            raise ConfigError(
+                "sweep.overrides",
+                f"{name}:{setting}",
+                "KEY=VALUE of sae (but sae.hookpoint), optim or train.tokens: all else is shared",
+            )
+    try:
+        merged: Any = OmegaConf.merge(
+            OmegaConf.structured(cell), OmegaConf.from_dotlist(list(settings))
+        )
+        return cast(RunConfig, OmegaConf.to_object(merged))
+    except OmegaConfBaseException as error:
+        what = str(error).splitlines()[0]
+        raise ConfigError("sweep.overrides", settings, f"known keys ({what})") from error

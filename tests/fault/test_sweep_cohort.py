@@ -1,0 +1,182 @@
+"""Cells that train together end with the bits of cells that train alone, whatever comes between."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from cluster.preemption import EXIT_PREEMPTED
+from cluster.sweep_cells import cells_of
+from cluster.sweep_config import SweepConfig
+from cluster.sweep_record import FAILED, STOPPED, read_record
+from conf.run_config import save_config
+from conf.schema import RunConfig
+from sae_core.checkpoint.folder import list_checkpoints, step_of
+from sae_core.checkpoint.layout import read_tensors
+from sae_core.config import CheckpointConfig, OptimConfig, ParallelConfig, SAEConfig, TrainConfig
+from tests.fault.single_rank import make_store
+from tests.forked_ranks import Ranks
+
+pytestmark = [pytest.mark.slow, pytest.mark.distributed]
+
+STEPS, EVERY, BATCH = 240, 80, 64
+GRID = SweepConfig(
+    n_latents=[60, 90],
+    seed=[0, 1],
+    overrides=[
+        "n60-k4-seed1:optim.lr=0.004",
+        f"n60-k4-seed1:train.tokens={100 * BATCH}",
+        "n90-k4-seed1:sae.k=3",
+    ],
+)
+LAGGARD = "n90-k4-seed0"
+
+
+def make_sweep(folder: Path, store: Path, grid: SweepConfig) -> list[str]:
+    """The folders of a sweep and its cells, as the driver leaves them; the cells' names."""
+    config = RunConfig(
+        name=folder.name,
+        stage="sweep",
+        runs_dir=str(folder.parent),
+        sae=SAEConfig(n_latents=80, k=4, auxk=8, dead_after_tokens=1000),
+        optim=OptimConfig(lr=2e-3),
+        train=TrainConfig(STEPS * BATCH, BATCH, sample_tokens=500, threads_per_rank=1),
+        parallel=ParallelConfig(latent=2),
+        checkpoint=CheckpointConfig(every_tokens=EVERY * BATCH),
+        sweep=grid,
+    )
+    config.store.path = str(store)
+    config.store.window_items, config.store.buffer_tokens = 2, 512
+    config.logging.wandb, config.logging.every_steps = "disabled", 5
+    cells = cells_of(config, folder)
+    for path, one in [(folder, config), *((folder / name, cells[name]) for name in cells)]:
+        (path / "logs").mkdir(parents=True)
+        save_config(one, path / "config.yaml")
+    return list(cells)
+
+
+def ranks(folder: Path, cells: list[str], trap: str = "") -> tuple[list[int], list[str]]:
+    group = Ranks(folder / "ranks", 2, _rank, str(folder), cells, trap)
+    return group.codes(), group.logs()
+
+
+def _rank(folder: str, cells: list[str], trap: str) -> int:
+    """The body of `python -m cluster.rank`; rank 1 is signalled where `trap` says."""
+    from cluster import rank
+    from cluster.source import StoreSource
+    from sae_core.checkpoint import save
+
+    real_hash, real_next = save._hash_share, StoreSource.next
+
+    def in_a_save(temporary: Path, names: list[str]) -> object:
+        step = 2 * EVERY if trap == "SIGKILL" else EVERY
+        here = os.environ["RANK"] == "1" and LAGGARD in str(temporary)
+        if trap and here and f"step-{step:08d}" in temporary.name:
+            other = temporary.parents[2] / "n60-k4-seed0" / "checkpoints"
+            while trap == "SIGKILL" and not (other / f"step-{step:08d}").exists():
+                time.sleep(0.01)  # so that it is ahead when all resume
+            os.kill(os.getpid(), getattr(signal, trap))
+            time.sleep(1)
+        return real_hash(temporary, names)
+
+    def counted(source: StoreSource) -> object:
+        print("a batch is read", flush=True)
+        return real_next(source)
+
+    save._hash_share = in_a_save  # type: ignore[assignment]
+    StoreSource.next = counted  # type: ignore[assignment, method-assign]
+    sys.argv = ["rank", folder, *cells]
+    rank.main()
+    return 0
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store, and every cell trained alone on it, by the ordinary path."""
+    folder = tmp_path_factory.mktemp("cohort")
+    make_store(folder / "store")
+    for name in make_sweep(folder / "alone", folder / "store", GRID):
+        codes, logs = ranks(folder / "alone" / name, [])
+        assert codes == [0, 0], logs
+    return folder / "alone"
+
+
+def state(run_dir: Path) -> dict[str, torch.Tensor]:
+    newest = list_checkpoints(run_dir / "checkpoints")[0]
+    tensors = read_tensors(newest / "weights") | read_tensors(newest / "optimizer")
+    return tensors | {"step": torch.tensor(step_of(newest))}
+
+
+def same_ends(one: Path, other: Path, names: list[str]) -> None:
+    for name in names:
+        a, b = state(one / name), state(other / name)
+        assert a.keys() == b.keys()
+        for key, tensor in a.items():
+            assert torch.equal(tensor, b[key]), f"{name}: {key}"
+
+
+def test_together_or_alone_gives_the_same_bits_from_one_read(alone: Path) -> None:
+    mine = alone.parent / "together"
+    names = make_sweep(mine, alone.parent / "store", GRID)
+    codes, logs = ranks(mine, names)
+    assert codes == [0, 0], logs
+    same_ends(alone, mine, names)
+    assert logs[0].count("a batch is read") == STEPS
+    first = state(alone / names[0])
+    assert any(not torch.equal(first[key], state(alone / names[1])[key]) for key in first)
+
+
+def test_a_killed_rank_resumes_all_cells(alone: Path) -> None:
+    mine = alone.parent / "killed"
+    names = make_sweep(mine, alone.parent / "store", GRID)
+    codes, logs = ranks(mine, names, "SIGKILL")
+    assert codes[1] == -signal.SIGKILL and codes[0] != 0, logs
+    steps = {name: step_of(list_checkpoints(mine / name / "checkpoints")[0]) for name in names}
+    assert steps[LAGGARD] == EVERY < 2 * EVERY <= steps["n60-k4-seed0"], "no cell is ahead"
+    codes, logs = ranks(mine, names)
+    assert codes == [0, 0], logs
+    same_ends(alone, mine, names)
+
+
+def test_a_signal_saves_all_cells(alone: Path) -> None:
+    mine = alone.parent / "preempted"
+    names = make_sweep(mine, alone.parent / "store", GRID)
+    codes, logs = ranks(mine, names, "SIGTERM")
+    assert codes == [EXIT_PREEMPTED] * 2, logs
+    steps = {name: step_of(list_checkpoints(mine / name / "checkpoints")[0]) for name in names}
+    assert EVERY < steps[LAGGARD] < STEPS and steps[LAGGARD] == steps["n60-k4-seed0"]
+    codes, logs = ranks(mine, names)
+    assert codes == [0, 0], logs
+    same_ends(alone, mine, names)
+
+
+def test_cells_that_fail_or_diverge_leave_the_others_alone(alone: Path) -> None:
+    mine = alone.parent / "failing"
+    grid = SweepConfig(
+        n_latents=[60, 90],
+        k=[3, 4],
+        seed=[0],
+        overrides=[
+            "n60-k3-seed0:optim.lr=1e30",
+            "n90-k3-seed0:optim.lr=3.0",
+            "n90-k3-seed0:optim.clip_norm=0",
+        ],
+        diverged_fvu=1.0,
+        diverged_grace_tokens=20 * BATCH,
+    )
+    names = make_sweep(mine, alone.parent / "store", grid)
+    codes, logs = ranks(mine, names)
+    assert codes == [0, 0], logs
+    failed, stopped = read_record(mine / "n60-k3-seed0"), read_record(mine / "n90-k3-seed0")
+    assert failed is not None and failed.state == FAILED and "is not finite" in failed.reason
+    assert stopped is not None and stopped.state == STOPPED, stopped
+    assert "above sweep.diverged_fvu=1" in stopped.reason
+    good = ["n60-k4-seed0", "n90-k4-seed0"]
+    assert [read_record(mine / name) for name in good] == [None, None]
+    same_ends(alone, mine, good)
