@@ -556,10 +556,10 @@ EXTRA = (
     ),
     _one(
         117,
-        "a signal saves only the first of the cells that train together",
+        "a signal saves none of the cells that train together",
         "sae_core/together.py",
-        "            for trainer in now:\n                self._guarded(trainer, trainer.save_if_due",
-        "            for trainer in now[:1]:\n                self._guarded(trainer, trainer.save_if_due",
+        "trainer.save_if_due, agreed.save or agreed.stop)",
+        "trainer.save_if_due, agreed.save)",
         f"{_COHORT}test_a_signal_saves_all_cells",
     ),
 )
