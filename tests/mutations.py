@@ -61,6 +61,7 @@ def _one(fault: int, what: str, file: str, old: str, new: str, *tests: str) -> M
 
 _SAVE, _FOLDER = "sae_core/checkpoint/save.py", "sae_core/checkpoint/folder.py"
 _LOAD, _ENGINE = "sae_core/checkpoint/load.py", "sae_core/engine.py"
+_COHORT = "tests/fault/test_sweep_cohort.py::"
 _KILLS = "tests/fault/test_checkpoint_kills.py::"
 _MESH = "tests/distributed/test_mesh_training.py::"
 _OBJECTS = "tests/integration/test_store_objects.py::"
@@ -463,8 +464,8 @@ EXTRA = (
         106,
         "ranks that are frozen are waited for",
         "cluster/train.py",
-        "            if frozen := pulses.frozen():\n",
-        "            if frozen := list[int]():\n",
+        "        if frozen := pulses.frozen():\n",
+        "        if frozen := list[int]():\n",
         "tests/fault/test_training_kills.py::test_ranks_that_hang",
     ),
     _one(
@@ -536,5 +537,29 @@ EXTRA = (
         ),
         ("tests/unit/test_triton_interpreter.py",),
         timeout_s=400,
+    ),
+    _one(
+        115,
+        "seeds of a sweep move its stream",
+        "cluster/cohort.py",
+        "order_seed=config.store.order_seed",
+        "order_seed=None",
+        f"{_COHORT}test_together_or_alone_gives_the_same_bits_from_one_read",
+    ),
+    _one(
+        116,
+        "an error of one cell ends the others",
+        "sae_core/together.py",
+        "            self._errors[index] = error\n",
+        "            raise\n",
+        f"{_COHORT}test_cells_that_fail_or_diverge_leave_the_others_alone",
+    ),
+    _one(
+        117,
+        "a signal saves none of the cells that train together",
+        "sae_core/together.py",
+        "trainer.save_if_due, agreed.save or agreed.stop)",
+        "trainer.save_if_due, agreed.save)",
+        f"{_COHORT}test_a_signal_saves_all_cells",
     ),
 )
