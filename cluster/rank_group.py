@@ -12,6 +12,9 @@ from typing import Any
 from cluster.errors import PlacementError
 from conf.schema import RunConfig
 
+_SPINS = "1000"
+"""Of libgomp's waiting loop: tens of microseconds."""
+
 
 @contextmanager
 def rank_group(config: RunConfig, run_dir: Path) -> Iterator[list[Any]]:
@@ -113,16 +116,25 @@ def _wants_gpus(config: RunConfig) -> bool:
     return config.train.device == "cuda"
 
 
+def _set_waiting(alone: bool) -> None:
+    """How long threads spin before they sleep, for a libgomp that is not loaded yet.
+
+    Ranks that share the cores do not spin. One that has them to itself spins through the gaps
+    between two operations, which saves it about a quarter of a step, and no longer: by its own
+    default, milliseconds, any other busy process on the machine makes a step ten times as slow.
+    """
+    if alone and "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", _SPINS)
+    else:
+        os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+
 class RankActor:
     """The actor: a process of its own that becomes one trainer rank."""
 
     def __init__(self, run_dir: str, rank: int, n_ranks: int, alone: bool) -> None:
         self.run_dir, self.rank, self.n_ranks = Path(run_dir), rank, n_ranks
-        if not alone:
-            # Read when torch loads, which it has not yet: threads that spin while they wait cost
-            # more than they compute where processes share the cores, and save a rank that has them
-            # to itself about a quarter of a step.
-            os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+        _set_waiting(alone)
         log = open(self.run_dir / "logs" / f"rank-{rank}.log", "ab", buffering=0)  # noqa: SIM115
         # For the whole life of the process, native libraries included.
         os.dup2(log.fileno(), 1)
