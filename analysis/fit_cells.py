@@ -14,6 +14,7 @@ import numpy as np
 from analysis.errors import FitError, RunFileError
 from analysis.fit_curves import Curve
 from analysis.runs import read_optional_json, read_training_log
+from cluster.sweep_record import read_record
 from conf.run_config import load_config
 from conf.schema import RunConfig
 from sae_core.checkpoint.folder import list_checkpoints, read_state
@@ -175,6 +176,9 @@ def _read_cell(run_dir: Path, name: str, metric: str) -> Cell:
         evaluation = read_optional_json(run_dir / "eval" / "metrics.json") or {}
     except (ConfigError, RunFileError, OSError) as error:
         raise _Unusable(f"cannot be read: {str(error).splitlines()[0]}") from error
+    record = read_record(run_dir)
+    if record is not None:
+        raise _Unusable(f"{record.state}: {record.reason}")
     curves = _curves(run_dir, config)
     heldout = evaluation.get("fvu") if evaluation.get("heldout") else None
     if metric == HELDOUT_FVU and not (isinstance(heldout, float) and heldout > 0):

@@ -3,8 +3,10 @@
     python -m benchmarks.sweep --store runs/demo/store --json FILE
 
 Both sides go once over the store, in rounds of a few steps that alternate, so that what else the
-machine does falls on both alike. Bytes are those that the store's file handles have given. At the
-end the weights of both sides must be the same bits. Checkpoints are not written.
+machine does falls on both alike. Bytes are those that the store's file handles have given, without
+the calibration's; a stream reads a block (`store.buffer_tokens`) ahead, at the end of the pass into
+the next one, so that each reads a little more than one pass. At the end the weights of both sides
+must be the same bits. Checkpoints are not written.
 """
 
 from __future__ import annotations

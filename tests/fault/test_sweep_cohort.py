@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from analysis.fit_cells import read_sweep
 from cluster.preemption import EXIT_PREEMPTED
 from cluster.sweep_cells import cells_of
 from cluster.sweep_config import SweepConfig
@@ -180,3 +181,6 @@ def test_cells_that_fail_or_diverge_leave_the_others_alone(alone: Path) -> None:
     good = ["n60-k4-seed0", "n90-k4-seed0"]
     assert [read_record(mine / name) for name in good] == [None, None]
     same_ends(alone, mine, good)
+    sweep = read_sweep(str(mine), "fvu")
+    assert {cell.name for cell in sweep.cells} == set(good)
+    assert sweep.left_out["n90-k3-seed0"].startswith("stopped: FVU")
