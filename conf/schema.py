@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from activation_store.config import StoreConfig
 from analysis.config import EvalConfig, FitConfig, ReshardConfig
 from cluster.config import ClusterConfig, DataConfig, LoggingConfig, ModelConfig
+from cluster.planning.config import PlanConfig
 from cluster.submit_config import SubmitConfig
 from sae_core.config import (
     CheckpointConfig,
@@ -43,6 +44,7 @@ class RunConfig:
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     submit: SubmitConfig = field(default_factory=SubmitConfig)
+    plan: PlanConfig = field(default_factory=PlanConfig)
 
     @property
     def trainer(self) -> TrainerConfig:
