@@ -25,6 +25,10 @@ class ModelConfig:
     """Modules whose output is stored, by their name in the model: `model.layers.9`."""
     batch_contexts: int = 8
     """Contexts per forward pass."""
+    d_model: int | None = None
+    """Width, for plans where the model is not on this machine; null: as its files say."""
+    n_parameters: float | None = None
+    """For the plan of the harvest; null: it is not planned."""
 
     def validate(self) -> None:
         """Raises: ConfigError: naming the setting that cannot be."""
@@ -40,6 +44,10 @@ class ModelConfig:
             raise ConfigError("model.hookpoints", self.hookpoints, "each module once")
         if self.batch_contexts < 1:
             raise ConfigError("model.batch_contexts", self.batch_contexts, "at least 1")
+        for name in ("d_model", "n_parameters"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"model.{name}", value, "at least 1, or null")
 
 
 @dataclass

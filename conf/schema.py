@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from activation_store.config import StoreConfig
 from analysis.config import EvalConfig, FitConfig, ReshardConfig
 from cluster.config import ClusterConfig, DataConfig, LoggingConfig, ModelConfig
+from cluster.planning.config import PlanConfig
 from cluster.submit_config import SubmitConfig
 from cluster.sweep_config import SweepConfig
 from sae_core.config import (
@@ -45,6 +46,7 @@ class RunConfig:
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     submit: SubmitConfig = field(default_factory=SubmitConfig)
     sweep: SweepConfig = field(default_factory=SweepConfig)
+    plan: PlanConfig = field(default_factory=PlanConfig)
 
     @property
     def order_seed(self) -> int:

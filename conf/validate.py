@@ -48,6 +48,7 @@ def validate(config: RunConfig, stages: tuple[str, ...]) -> None:
     config.reshard.validate()
     config.logging.validate()
     config.cluster.validate()
+    config.plan.validate()
     if config.stage == "submit":
         _check_submit(config, stages)
     if config.stage in _NEEDS_TEXT:

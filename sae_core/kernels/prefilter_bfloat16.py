@@ -60,7 +60,12 @@ class Bfloat16Prefilter:
             W = W_enc[start:stop]
             # Adds the bias in float32 and rounds once, which the margin counts on.
             low: torch.Tensor = torch.ops.mkldnn._linear_pointwise(
-                low_x, _parts(W) if self._split else W.bfloat16(), b_enc[start:stop], "none", [], ""
+                low_x,
+                weight_parts(W) if self._split else W.bfloat16(),
+                b_enc[start:stop],
+                "none",
+                [],
+                "",
             )
             return low
 
@@ -78,7 +83,7 @@ class Bfloat16Prefilter:
         return Candidates(values, latents, margin + rounding)
 
 
-def _parts(W: torch.Tensor) -> torch.Tensor:
+def weight_parts(W: torch.Tensor) -> torch.Tensor:
     """[n, 3 D] bfloat16: high, high and low part, to go with high, low and high of the input."""
     n, D = W.shape
     out = torch.empty(n, 3, D, dtype=torch.bfloat16)

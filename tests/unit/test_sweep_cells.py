@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from activation_store import open_store
-from cluster.plan import memory_bytes_per_rank
+from cluster.planning.config import PlanConfig
+from cluster.planning.hardware import gpu
+from cluster.planning.layout import plan_layout
 from cluster.source import StoreSource
 from cluster.sweep_cells import cells_of
 from cluster.sweep_config import SweepConfig
 from cluster.sweep_groups import cells_that_fit, cohorts
 from conf.run_config import forbidden_changes
 from conf.schema import RunConfig
+from sae_core.config import ParallelConfig
 from sae_core.errors import ConfigError
 from sae_core.fan_out import FanOut
 from sae_core.optimizer import peak_lr
@@ -75,14 +79,21 @@ def test_settings_that_cannot_be(sweep: dict[str, object]) -> None:
         config(**sweep).sweep.validate()
 
 
-def test_as_many_cells_as_fit_in_memory() -> None:
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_as_many_cells_as_fit_in_memory(device: str) -> None:
     cells = cells_of(config(n_latents=[1 << 14, 1 << 15], k=[8, 16]), Path("r"))
-    largest = cells["n32768-k16"]
-    one = memory_bytes_per_rank(largest, 2048)
-    assert cells_that_fit(cells, 2048, 3 * one) in (1, 2)
-    assert cells_that_fit(cells, 2048, 30 * one) > 10
+    hardware = gpu(PlanConfig(hardware="h100", memory_gib=1.0))
+    hardware = replace(hardware, device=device, process_bytes=1e9)
+    layout = plan_layout(cells["n32768-k16"], 2048, hardware, ParallelConfig())
+    one = layout.device_total + (sum(layout.host.values()) if device == "cpu" else 0)
+
+    def fit(room: float) -> int:
+        return cells_that_fit(cells, 2048, replace(hardware, memory_bytes=room / 0.8))
+
+    own = one - 1e9 - layout.device["loader"]
+    assert [fit(one + n * own + 1e6) for n in (0, 1, 29)] == [1, 2, 30]
     with pytest.raises(ConfigError, match=r"sweep.n_latents=32768: expected cells that fit"):
-        cells_that_fit(cells, 2048, one)
+        fit(one - 1e6)
     assert cohorts(cells, 3) == [list(cells)[:3], list(cells)[3:]]
 
 

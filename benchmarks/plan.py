@@ -1,0 +1,216 @@
+"""The plan's predictions beside what this machine does: step time, peak memory, weak scaling.
+
+    python -m benchmarks.plan --json plan.json
+
+Every row is a run of real ranks (`python -m cluster.rank`) over a real store; the plan's rates are
+measured in the same run. `ratio` is predicted over measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from activation_store import StoreWriter
+from activation_store.config import StoreConfig
+from benchmarks.errors import BenchmarkError
+from benchmarks.table import format_table, write_json
+from cluster.config import LoggingConfig, ModelConfig
+from cluster.planning.config import PlanConfig
+from cluster.planning.hardware import Hardware
+from cluster.planning.layout import Layout, plan_layout
+from cluster.planning.local import measured
+from cluster.planning.simulate import Noise, simulate_step
+from conf.run_config import save_config
+from conf.schema import RunConfig
+from sae_core.config import CheckpointConfig, OptimConfig, ParallelConfig, SAEConfig, TrainConfig
+
+_COLUMNS = ("work", "system", "op", "median_s", "ratio", "tokens_per_s", "peak_bytes", "peak_ratio")
+_ITEM_ROWS = 8192
+_ITEMS = 4
+_REPORT_EVERY = 4
+
+
+@dataclass(frozen=True)
+class Case:
+    """One run."""
+
+    op: str
+    L: int
+    D: int
+    B: int
+    k: int
+    latent: int = 1
+
+    @property
+    def work(self) -> dict[str, int]:
+        """Of the row."""
+        return {"L": self.L, "D": self.D, "B": self.B, "k": self.k, "ranks": self.latent}
+
+
+CASES = (
+    Case("one rank", 16384, 256, 1024, 32),
+    Case("one rank", 32768, 512, 1024, 32),
+    Case("one rank", 32768, 768, 2048, 32),
+    *(Case("weak scaling", 8192 * ranks, 512, 1024, 32, ranks) for ranks in (1, 2, 4)),
+)
+
+
+def config_of(case: Case, store: Path, name: str, steps: int) -> RunConfig:
+    """A run of `steps` steps on a store of that width; nothing dies in so few."""
+    return RunConfig(
+        name=name,
+        stage="train",
+        model=ModelConfig(hookpoints=["acts"], d_model=case.D),
+        store=StoreConfig(path=str(store), buffer_tokens=_ITEM_ROWS, window_items=2),
+        sae=SAEConfig(n_latents=case.L, k=case.k),
+        optim=OptimConfig(lr=1e-4),
+        train=TrainConfig(
+            tokens=steps * case.B, batch_tokens=case.B, sample_tokens=4096, device="cpu"
+        ),
+        parallel=ParallelConfig(latent=case.latent),
+        checkpoint=CheckpointConfig(every_tokens=steps // 2 * case.B),
+        logging=LoggingConfig(wandb="disabled", every_steps=_REPORT_EVERY),
+        plan=PlanConfig(dead_fraction=0.0),
+    )
+
+
+def make_store(folder: Path, d_model: int) -> Path:
+    """Sparse sums of fixed directions, so that latents have something to find."""
+    path, random = folder / f"store-{d_model}", np.random.default_rng(0)
+    if path.exists():
+        return path
+    directions = random.standard_normal((256, d_model), dtype=np.float32)
+    writer = StoreWriter(path, {"acts": d_model}, dtype="bfloat16", shard_tokens=_ITEM_ROWS)
+    for item in range(_ITEMS):
+        weights = random.random((_ITEM_ROWS, 256), dtype=np.float32)
+        weights *= random.random((_ITEM_ROWS, 256), dtype=np.float32) < 0.05
+        writer.write_item(item, weights @ directions + 1)
+    writer.finalise()
+    return path
+
+
+def run_ranks(config: RunConfig, run_dir: Path) -> tuple[float, int]:
+    """Median seconds of a step, and the largest peak of resident memory of a rank.
+
+    Raises:
+        BenchmarkError: a rank failed.
+    """
+    run_dir.mkdir(parents=True)
+    save_config(config, run_dir / "config.yaml")
+    n_ranks = config.parallel.n_ranks
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "cluster.rank", str(run_dir)]
+    ranks = []
+    for rank in range(n_ranks):
+        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": n_ranks, "MASTER_PORT": port}
+        environment = {key: str(value) for key, value in place.items()}
+        environment |= {"MASTER_ADDR": "127.0.0.1", "DS_ACCELERATOR": "cpu"}
+        log = open(run_dir / f"rank-{rank}.txt", "w")  # noqa: SIM115 - the process keeps it
+        ranks.append(
+            subprocess.Popen(command, env=os.environ | environment, stdout=log, stderr=log)
+        )
+        log.close()
+    peaks = []
+    for rank, process in enumerate(ranks):
+        _, status, usage = os.wait4(process.pid, 0)
+        peaks.append(usage.ru_maxrss * 1024)
+        if status:
+            text = (run_dir / f"rank-{rank}.txt").read_text()[-2000:]
+            raise BenchmarkError(f"rank {rank} of {config.name} failed: {text}")
+    lines = (run_dir / "metrics.jsonl").read_text().splitlines()
+    speeds = [json.loads(line)["tokens_per_s"] for line in lines]
+    steps = [config.train.batch_tokens / speed for speed in speeds[1:]]  # the first one warms up
+    return statistics.median(steps), max(peaks)
+
+
+def rows_of(case: Case, folder: Path, hardware: Hardware, steps: int) -> list[dict[str, Any]]:
+    """What was measured, then what was predicted."""
+    store = make_store(folder, case.D)
+    name = f"plan-{case.L}-{case.D}-{case.latent}-{case.op.replace(' ', '-')}"
+    config = config_of(case, store, name, steps)
+    step_s, peak = run_ranks(config, folder / "runs" / name)
+    layout = plan_layout(config, case.D, hardware, config.parallel)
+    predicted_s = layout.step_s
+    if case.latent > 1:
+        predicted_s = _simulated(layout)
+    predicted = layout.device_total + sum(layout.host.values())
+    shared = {"work": case.work, "op": case.op}
+    return [
+        {
+            **shared,
+            "system": "measured",
+            "median_s": step_s,
+            "tokens_per_s": case.B / step_s,
+            "peak_bytes": peak,
+        },
+        {
+            **shared,
+            "system": "plan",
+            "median_s": predicted_s,
+            "ratio": predicted_s / step_s,
+            "tokens_per_s": case.B / predicted_s,
+            "peak_bytes": predicted,
+            "peak_ratio": predicted / peak,
+            "parts_s": _summed(layout),
+            "parts_bytes": layout.device | layout.host,
+        },
+    ]
+
+
+def _summed(layout: Layout) -> dict[str, float]:
+    parts: dict[str, float] = {}
+    for phase in layout.phases:
+        parts[phase.what] = parts.get(phase.what, 0.0) + phase.seconds
+    return parts
+
+
+def _simulated(layout: Layout) -> float:
+    mesh = layout.parallel
+    noise = Noise(jitter=0.02, slow_ranks=0.0, slow_factor=1.0)
+    return simulate_step(layout.phases, mesh.latent, mesh.data, noise, read_s=layout.read_s)
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--steps", type=int, default=40)
+    options = parser.parse_args()
+    rows: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        for case in CASES:
+            # Before each: others may use the machine.
+            hardware = measured(folder)
+            rows.append({"op": "calibration", "system": "rates", **_rates(hardware)})
+            rows += rows_of(case, folder, hardware, options.steps)
+            print(format_table(rows[-2:], _COLUMNS), flush=True)
+    print(format_table([row for row in rows if row["system"] != "rates"], _COLUMNS))
+    if options.json:
+        write_json(options.json, rows)
+
+
+def _rates(hardware: Hardware) -> dict[str, Any]:
+    return {
+        "work": {"prefilter": hardware.prefilter},
+        "rates": vars(hardware.rates),
+        "link": vars(hardware.node),
+    }
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,139 @@
+"""Collectives of a step: bytes that a rank sends, and seconds on the links of its mesh.
+
+Ranks of a latent group are neighbours; those of a data group lie `latent` apart. A ring inside a
+node runs at NVLink's rate. Across nodes all members in a node share their network adapters, as
+NCCL's rings do. Most collectives cost latency in rounds that grow with the logarithm of the group.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from cluster.planning.hardware import Hardware, Link
+from cluster.planning.work import Work
+from sae_core.topk import sent_bytes
+
+_KEY_BYTES = 8
+_PAIR_BYTES = 8 + 8 + 4 + 4
+"""Row, latent, value and gradient of a pair, as replicas exchange it."""
+_MESSAGE_S = 1e-6
+"""A peer of an all-to-all adds that much."""
+
+
+@dataclass(frozen=True)
+class Collective:
+    """One call."""
+
+    what: str
+    group: str
+    """latent, data or all."""
+    kind: str
+    """all-reduce, all-gather or all-to-all."""
+    sent_bytes: float
+    """By each rank (of an all-gather: received)."""
+
+
+def collectives(work: Work) -> dict[str, list[Collective]]:
+    """All calls of a step by the part of the step that they end.
+
+    `load` brings the rows, `select` the k-th keys, `decode` the reconstruction, `backward` the
+    bias' gradient and the flags, `exchange` the replicas' gradients, `norm` the gradient's norm.
+    """
+    G, B, D = work.latent, work.rows, work.d_model
+    calls: dict[str, list[Collective]] = {}
+    if G > 1:
+        share = (G - 1) / G
+        calls["load"] = [
+            Collective("rows", "latent", "all-gather", B * work.stored_row_bytes * share),
+            Collective("flag", "latent", "all-reduce", 8),
+        ]
+        calls["select"] = _selection("selection", B, min(work.k, work.shard), G)
+        calls["decode"] = [
+            Collective("reconstruction", "latent", "all-reduce", 2 * share * B * D * 4)
+        ]
+        if work.auxk:
+            width = min(work.auxk, work.shard)
+            calls["select"] += _selection("aux selection", work.aux_rows, width, G)
+            calls["decode"].append(
+                Collective(
+                    "aux reconstruction", "latent", "all-reduce", 2 * share * work.aux_rows * D * 4
+                )
+            )
+        calls["backward"] = [Collective("bias", "latent", "all-reduce", 2 * share * D * 4)]
+        calls["norm"] = [Collective("norm", "latent", "all-reduce", 8)]
+    if work.n_ranks > 1:
+        calls.setdefault("backward", []).append(Collective("flag", "all", "all-reduce", 8))
+    if work.data > 1:
+        calls["exchange"] = _exchange(work)
+    return calls
+
+
+def _selection(what: str, rows: int, width: int, n_ranks: int) -> list[Collective]:
+    largest = -(-rows // n_ranks)
+    thresholds = _KEY_BYTES * largest * (n_ranks - 1)
+    keys = sent_bytes(rows, width, n_ranks, 0) - thresholds
+    return [
+        Collective(what, "latent", "all-to-all", keys),
+        Collective(f"{what}, k-th keys", "latent", "all-gather", thresholds),
+    ]
+
+
+def _exchange(work: Work) -> list[Collective]:
+    others = work.data - 1
+    bias = Collective("bias", "data", "all-reduce", 2 * others / work.data * work.d_model * 4)
+    if not work.fused:
+        dense = 2 * others / work.data * work.parameters * 4
+        return [Collective("dense gradients", "data", "all-reduce", dense)]
+    own_rows = work.gathered_rows / work.data
+    rows = 2 * own_rows * work.d_model * work.gather_bytes * others
+    return [
+        bias,
+        Collective("pairs", "data", "all-gather", work.pairs * _PAIR_BYTES * others),
+        Collective("inputs and errors", "data", "all-gather", rows),
+    ]
+
+
+def seconds(call: Collective, work: Work, hardware: Hardware) -> float:
+    """How long it takes once all ranks are there."""
+    size, stride = {
+        "latent": (work.latent, 1),
+        "data": (work.data, work.latent),
+        "all": (work.n_ranks, 1),
+    }[call.group]
+    in_node = _members_in_node(size, stride, hardware.ranks_per_node)
+    n_nodes = math.ceil(size / in_node)
+    if n_nodes == 1:
+        rate = _rate(hardware.node, call.kind)
+    elif call.kind == "all-to-all":
+        # Only what goes to other nodes crosses the network; each rank has its own adapter.
+        outside = (size - in_node) / (size - 1)
+        rate = _rate(hardware.network, call.kind) / outside
+    else:
+        rate = min(_rate(hardware.node, call.kind), in_node * _rate(hardware.network, call.kind))
+    rounds = math.ceil(math.log2(in_node)) if in_node > 1 else 0
+    latency = rounds * hardware.node.latency_s
+    if n_nodes > 1:
+        latency += math.ceil(math.log2(n_nodes)) * hardware.network.latency_s
+    if call.kind == "all-to-all":
+        latency += (size - 1) * _MESSAGE_S
+    return call.sent_bytes / rate + latency
+
+
+def crosses_nodes(group: str, work: Work, ranks_per_node: int) -> bool:
+    """Whether a group's ranks lie in several nodes."""
+    size, stride = {"latent": (work.latent, 1), "data": (work.data, work.latent)}[group]
+    return _members_in_node(size, stride, ranks_per_node) < size
+
+
+def _members_in_node(size: int, stride: int, ranks_per_node: int) -> int:
+    """Members of a group of `size` ranks, `stride` apart, that share a node; at least 1."""
+    return max(1, min(size, ranks_per_node // stride))
+
+
+def _rate(link: Link, kind: str) -> float:
+    return {
+        "all-reduce": link.bytes_per_s,
+        "all-gather": link.gather_bytes_per_s,
+        "all-to-all": link.exchange_bytes_per_s,
+    }[kind]

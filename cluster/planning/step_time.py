@@ -1,0 +1,127 @@
+"""The step as a sequence of computations and collectives, with the seconds of each.
+
+Bytes and operations of the kernels are counted as in benchmarks/NOTES-kernels.md and NOTES-cpu.md.
+Nothing of a step overlaps with a collective: the code waits for each. Loading does.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from cluster.planning.hardware import Hardware, shared_among
+from cluster.planning.links import collectives, seconds
+from cluster.planning.work import Work
+
+_FLOAT8_SPEED = 2.0
+_ENCODER_PARTS = {"bfloat16x3": 3, "bfloat16": 1}
+"""Times the depth of the product behind a prefilter of the CPU."""
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One stretch of a step."""
+
+    what: str
+    group: str | None
+    """Whose ranks wait for each other at its end; None: a computation."""
+    seconds: float
+
+
+def schedule(work: Work, hardware: Hardware) -> list[Phase]:
+    """A step of one rank, in order.
+
+    Args:
+        work: the rank's.
+        hardware: of one rank, or of a machine whose ranks share it.
+    """
+    here = shared_among(hardware, min(work.n_ranks, hardware.ranks_per_node))
+    computing, calls = _computations(work, here), collectives(work)
+    phases = []
+    for part in ("load", "encode", "select", "decode", "backward", "exchange", "norm", "update"):
+        for what, taken in computing.get(part, {}).items():
+            phases.append(Phase(what, None, taken))
+        for call in calls.get(part, []):
+            phases.append(Phase(call.what, call.group, seconds(call, work, here)))
+    return phases
+
+
+def step_seconds(phases: list[Phase]) -> float:
+    """Without stragglers."""
+    return sum(phase.seconds for phase in phases)
+
+
+def compute_seconds(phases: list[Phase]) -> float:
+    """Of the computations alone."""
+    return sum(phase.seconds for phase in phases if phase.group is None)
+
+
+def read_seconds(work: Work, hardware: Hardware) -> float:
+    """Until the disks have given a rank its part of a batch; beside the step."""
+    ranks = min(work.n_ranks, hardware.ranks_per_node)
+    part = work.rows / work.latent * work.stored_row_bytes
+    return part * ranks / hardware.disk_bytes_per_s
+
+
+def _computations(work: Work, hardware: Hardware) -> dict[str, dict[str, float]]:
+    """Seconds by part of the step and name."""
+    rates, D, B = hardware.rates, work.d_model, work.rows
+    item = 4 if not work.copy_bytes else work.copy_bytes
+    looks = 1 if work.on_gpu and work.latent == 1 else 2
+    parts: dict[str, dict[str, float]] = {
+        "load": {
+            "normalise, engine": rates.step_s
+            + (B * (work.row_bytes + 10 * 4 * D)) / rates.stream_bytes
+        },
+        "encode": _encoder(work, B, work.shard, work.k, hardware),
+        "decode": {"decode": looks * work.pairs * D * item / rates.gather_bytes},
+        # The bias' gradient goes through the whole encoder.
+        "backward": {"bias gradient": 4 * work.matrix / rates.stream_bytes},
+        "update": _update(work, hardware),
+    }
+    if work.auxk:
+        aux = _encoder(work, work.aux_rows, work.dead, work.auxk, hardware)
+        copied = 2 * work.dead * D * (work.product_bytes if work.on_gpu else 4)
+        parts["encode"]["aux encoder"] = sum(aux.values()) + copied / rates.stream_bytes
+    return parts
+
+
+def _encoder(work: Work, rows: int, latents: int, k: int, hardware: Hardware) -> dict[str, float]:
+    rates, D = hardware.rates, work.d_model
+    product = 2 * rows * latents * D / rates.product_flops
+    if work.on_gpu:
+        if work.prefilter == "float8":
+            rescored = rows * 3 * k * 2 * D / rates.gather_bytes
+            product = product / _FLOAT8_SPEED + rescored
+        return {"encoder": product + rows * rates.row_s}
+    depth = _ENCODER_PARTS.get(work.prefilter, 1)
+    parts = {
+        "encoder": product * depth,
+        "selection": rows * latents / rates.select + rows * rates.row_s,
+    }
+    if work.prefilter in _ENCODER_PARTS:
+        parts["split weights"] = latents * D * (4 + 2 * depth) / rates.split_bytes
+        candidates = 1.5 * k if depth == 3 else 2 * k
+        parts["rescoring"] = rows * candidates * D * 4 / rates.gather_bytes
+    return parts
+
+
+def _update(work: Work, hardware: Hardware) -> dict[str, float]:
+    """Sorting, summing the pairs, Adam on all rows."""
+    rates, D, N = hardware.rates, work.d_model, work.update_pairs
+    sums: float = 2 * N * D * work.gather_bytes
+    per_weight = 4 * 2 + 2 * work.moment_bytes * 2 + work.copy_bytes
+    adam: float = 2 * work.matrix * per_weight
+    if work.on_gpu:
+        if work.clip:
+            sums = 2 * sums  # once for the norm, once for the update
+            adam += 4 * work.matrix
+    else:
+        sums += 2 * 3 * work.used * D * 4  # written, projected, read by Adam
+    if not work.fused:
+        adam += 3 * 2 * work.matrix * 4  # zeroed, written and read once more
+    if work.zero_stage:
+        adam = adam / work.data + 2 * work.matrix * 4
+    return {
+        "row gradients": sums / rates.sum_bytes + N * rates.pair_s,
+        "update": adam / rates.update_bytes,
+    }
