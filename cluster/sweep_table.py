@@ -55,7 +55,7 @@ class SweepTable:
     def __enter__(self) -> None:
         self._printed = time.monotonic()
         if self._console.is_terminal:
-            self._live = Live(self._table(), console=self._console)
+            self._live = Live(self._table(), console=self._console, transient=True)
             self._live.start()
 
     def show(self) -> None:
