@@ -25,6 +25,8 @@ class ModelConfig:
     """Modules whose output is stored, by their name in the model: `model.layers.9`."""
     batch_contexts: int = 8
     """Contexts per forward pass."""
+    shards: int = 1
+    """GPUs (on the CPU: processes) of one harvest worker, over which it splits the model."""
 
     def validate(self) -> None:
         """Raises: ConfigError: naming the setting that cannot be."""
@@ -38,8 +40,9 @@ class ModelConfig:
             )
         if len(set(self.hookpoints)) != len(self.hookpoints):
             raise ConfigError("model.hookpoints", self.hookpoints, "each module once")
-        if self.batch_contexts < 1:
-            raise ConfigError("model.batch_contexts", self.batch_contexts, "at least 1")
+        for name in ("batch_contexts", "shards"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"model.{name}", getattr(self, name), "at least 1")
 
 
 @dataclass
