@@ -12,7 +12,7 @@ from rich.table import Table
 from analysis.runs import read_optional_json
 from cluster.metric_sinks import METRICS
 from cluster.run_dir import saved_config
-from cluster.slurm import describe_job
+from cluster.submit import describe_job
 from cluster.training_line import render
 from conf.schema import RunConfig
 from sae_core.checkpoint.folder import list_checkpoints

@@ -36,7 +36,7 @@ from sae_core.errors import ConfigError
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
-    from torch.distributed import Store
+    from torch.distributed import Store  # type: ignore[attr-defined]
 
 _TIMEOUT_S = 600
 """For one collective; a member that is frozen for longer ends its group."""
@@ -87,7 +87,9 @@ class ModelShards:
         self._hookpoints, self._device, self._checked = cfg.hookpoints, device, False
         # What is converted once is converted before anybody looks for it.
         prepared_folder(cfg, cache_dir)
-        store = dist.TCPStore("127.0.0.1", 0, cfg.shards, is_master=True, wait_for_workers=False)
+        store = dist.TCPStore(  # type: ignore[attr-defined]
+            "127.0.0.1", 0, cfg.shards, is_master=True, wait_for_workers=False
+        )
         self._members = [
             self._start(rank, store.port, cfg, cache_dir) for rank in range(1, cfg.shards)
         ]
@@ -226,7 +228,9 @@ def _follow(member: dict[str, Any]) -> None:
     if os.getppid() != member["parent"]:
         return
     cfg, device = ModelConfig(**member["model"]), member["device"]
-    store = dist.TCPStore("127.0.0.1", member["port"], cfg.shards, is_master=False)
+    store = dist.TCPStore(  # type: ignore[attr-defined]
+        "127.0.0.1", member["port"], cfg.shards, is_master=False
+    )
     model = _load(member["rank"], store, cfg, Path(member["cache_dir"]), device)
     checked = False
     while header := sys.stdin.buffer.read(16):
