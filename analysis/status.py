@@ -11,7 +11,7 @@ from rich.table import Table
 
 from analysis.runs import read_optional_json
 from cluster.run_dir import CONFIG, saved_config
-from cluster.slurm import describe_job
+from cluster.submit import describe_job
 from cluster.sweep_record import read_record
 from cluster.training_line import METRICS, render
 from conf.schema import RunConfig

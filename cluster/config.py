@@ -25,6 +25,8 @@ class ModelConfig:
     """Modules whose output is stored, by their name in the model: `model.layers.9`."""
     batch_contexts: int = 8
     """Contexts per forward pass."""
+    shards: int = 1
+    """GPUs (on the CPU: processes) of one harvest worker, over which it splits the model."""
     d_model: int | None = None
     """Width, for plans where the model is not on this machine; null: as its files say."""
     n_parameters: float | None = None
@@ -42,8 +44,9 @@ class ModelConfig:
             )
         if len(set(self.hookpoints)) != len(self.hookpoints):
             raise ConfigError("model.hookpoints", self.hookpoints, "each module once")
-        if self.batch_contexts < 1:
-            raise ConfigError("model.batch_contexts", self.batch_contexts, "at least 1")
+        for name in ("batch_contexts", "shards"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"model.{name}", getattr(self, name), "at least 1")
         for name in ("d_model", "n_parameters"):
             value = getattr(self, name)
             if value is not None and value < 1:

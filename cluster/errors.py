@@ -40,4 +40,4 @@ class PreemptedError(ClusterError):
 
 
 class SchedulerError(ClusterError):
-    """Slurm is not there, does not answer, or refuses what it was asked."""
+    """The scheduler is not there, does not answer, or refuses what it was asked."""

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cluster.errors import PlacementError
 from cluster.provenance import consumer_name, describe, matching_store, store_path
 from sae_core.atomic import write_json
 
@@ -58,6 +59,7 @@ def run(config: RunConfig, run_dir: Path) -> None:
         ModelError: No such model or hookpoint.
         TextError: The text cannot be read, or there is none.
         PlacementError: The cluster has no room for the workers.
+        ConfigError: The model cannot be split into `model.shards`.
         StoreBusyError: Another run is harvesting this store; names it.
     """
     job = prepare(config, run_dir)
@@ -81,10 +83,12 @@ def prepare(
 
     from activation_store import Claim
     from cluster.contexts import plan_items, prepare_contexts
+    from cluster.model_shards import require_shardable
     from cluster.models import load_tokenizer
 
     console = console or Console(soft_wrap=True)
     cache_dir = Path(config.cache_dir).expanduser()
+    require_shardable(config.model, cache_dir)
     path = store_path(config, run_dir)
     tokenizer = load_tokenizer(config.model, cache_dir)
     provenance = describe(config, tokenizer, cache_dir)
@@ -127,8 +131,9 @@ def _fill(job: HarvestJob, may_start: MayStart) -> dict[str, Any]:
     if job.resuming:
         job.claim.take()  # before anything is started
     started = time.monotonic()
-    with ray_session(config.cluster, min_cpus=config.cluster.harvest_workers):
-        n_workers, device = _workers(config.cluster.harvest_workers, job.console)
+    shards = config.model.shards
+    with ray_session(config.cluster, min_cpus=config.cluster.harvest_workers * shards):
+        n_workers, device = _workers(config.cluster.harvest_workers, shards, job.console)
         spec = WorkerSpec(
             model=config.model,
             data=config.data,
@@ -151,15 +156,20 @@ def _fill(job: HarvestJob, may_start: MayStart) -> dict[str, Any]:
     }
 
 
-def _workers(wanted: int, console: Console) -> tuple[int, str]:
+def _workers(wanted: int, shards: int, console: Console) -> tuple[int, str]:
     import ray
 
     gpus = int(ray.cluster_resources().get("GPU", 0))
     if not gpus:
         return wanted, "cpu"
-    if gpus < wanted:
-        console.print(f"harvest: {gpus} workers for {gpus} GPUs (cluster.harvest_workers={wanted})")
-    return min(wanted, gpus), "cuda"
+    room = gpus // shards
+    if not room:
+        raise PlacementError(
+            f"model.shards={shards}: expected as many GPUs, the cluster has {gpus}; lower it"
+        )
+    if room < wanted:
+        console.print(f"harvest: {room} workers for {gpus} GPUs (cluster.harvest_workers={wanted})")
+    return min(wanted, room), "cuda"
 
 
 def _create(job: HarvestJob, pool: WorkerPool) -> StoreWriter:

@@ -39,7 +39,7 @@ class WorkerPool:
         self._placement_timeout_s = config.placement_timeout_s
         shutil.rmtree(spec.starts_dir, ignore_errors=True)
         spec.starts_dir.mkdir(parents=True)
-        slots = {"num_gpus": 1} if spec.device == "cuda" else {"num_cpus": 1}
+        slots = {"num_gpus" if spec.device == "cuda" else "num_cpus": spec.model.shards}
         actor = ray.remote(max_restarts=-1, max_task_retries=-1, **slots)(HarvestWorker)
         self.workers: list[Any] = [actor.remote(spec) for _ in range(n_workers)]
         waiting = [worker.ready.remote() for worker in self.workers]
@@ -51,7 +51,8 @@ class WorkerPool:
             raise PlacementError(
                 f"cluster.harvest_workers={n_workers}: {len(ready)} were placed within "
                 f"cluster.placement_timeout_s={config.placement_timeout_s:g}; the cluster has "
-                f"{ray.cluster_resources()} and each needs {slots}; lower cluster.harvest_workers"
+                f"{ray.cluster_resources()} and each needs {slots} on one node; lower "
+                "cluster.harvest_workers or model.shards"
             )
 
     def __enter__(self) -> WorkerPool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -22,7 +22,7 @@ from cluster.config import DataConfig, ModelConfig
 from cluster.errors import NonFiniteRowsError
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import Tensor
 
     from activation_store import Calibration, StoreWriter
     from cluster.contexts import Split
@@ -60,7 +60,7 @@ class HarvestWorker:
 
     def warm_up(self) -> None:
         """Loads what items need, so that an impossible model or text is told before any item."""
-        _ = self._model, self._split
+        _ = self._forward, self._split
 
     def calibrate(self, item: int, contexts: NDArray[np.int64]) -> dict[str, Calibration]:
         """Mean, standard deviation and norm of every hookpoint over the rows of one item.
@@ -111,24 +111,27 @@ class HarvestWorker:
     def _batches(self, contexts: NDArray[np.int64]) -> Iterator[dict[str, NDArray[Any]]]:
         import torch
 
-        from cluster.models import capture
-
         for start in range(0, len(contexts), self.spec.model.batch_contexts):
             batch = contexts[start : start + self.spec.model.batch_contexts]
             kept = torch.from_numpy(self._split.kept(batch)).to(self.spec.device)
-            input_ids = torch.from_numpy(self._split.input_ids(batch)).to(self.spec.device)
-            outputs = capture(self._model, self.spec.model.hookpoints, input_ids)
+            outputs = self._forward(self._split.input_ids(batch))
             yield {name: to_numpy(hidden[:, 1:][kept]) for name, hidden in outputs.items()}
 
     @cached_property
-    def _model(self) -> nn.Module:
+    def _forward(self) -> Callable[[NDArray[np.int64]], dict[str, Tensor]]:
+        """Input ids [contexts, context_tokens] to the hookpoints' outputs; loads the model."""
         import torch
 
-        from cluster.models import load_language_model
+        from cluster.model_shards import ModelShards
+        from cluster.models import capture, load_language_model
 
-        if self.spec.device == "cpu":
+        model, device = self.spec.model, self.spec.device
+        if device == "cpu":
             torch.set_num_threads(1)
-        return load_language_model(self.spec.model, self.spec.cache_dir, self.spec.device)
+        if model.shards > 1:
+            return ModelShards(model, self.spec.cache_dir, device).capture
+        whole = load_language_model(model, self.spec.cache_dir, device)
+        return lambda ids: capture(whole, model.hookpoints, torch.from_numpy(ids).to(device))
 
     @cached_property
     def _split(self) -> Split:

@@ -120,10 +120,31 @@ def tokenizer_sha256(tokenizer: Any) -> str:
     return digest([tokenizer.backend_tokenizer.to_str(), tokenizer.special_tokens_map])
 
 
-def load_language_model(cfg: ModelConfig, cache_dir: Path, device: str = "cpu") -> nn.Module:
+def prepared_folder(cfg: ModelConfig, cache_dir: Path) -> Path:
+    """The model's folder; a GGUF file is dequantised once into `cache_dir`.
+
+    Raises:
+        ModelError: The files are missing.
+    """
+    files = locate_model(cfg)
+    if not files.gguf_file:
+        return files.folder
+    key = digest([files.weights_sha256(cache_dir), cfg.dtype])
+    return built_once(
+        cache_dir / "models" / key, lambda target: _convert_weights(files, cfg.dtype, target)
+    )
+
+
+def load_language_model(
+    cfg: ModelConfig, cache_dir: Path, device: str = "cpu", shards: int = 1
+) -> nn.Module:
     """The causal language model in `cfg.dtype`, in evaluation mode, without gradients.
 
-    A GGUF file is dequantised once into `cache_dir`; later loads take under a second.
+    Args:
+        cfg: of the model.
+        cache_dir: where models that need conversion are kept; later loads take under a second.
+        device: cpu or cuda.
+        shards: ranks of the default process group, each of which loads its part of the weights.
 
     Raises:
         ModelError: The files are missing, damaged or of an architecture that transformers lacks.
@@ -131,13 +152,12 @@ def load_language_model(cfg: ModelConfig, cache_dir: Path, device: str = "cpu") 
     import torch
     from transformers import AutoModelForCausalLM
 
-    files = locate_model(cfg)
-    folder = files.folder
-    if files.gguf_file:
-        key = digest([files.weights_sha256(cache_dir), cfg.dtype])
-        folder = built_once(
-            cache_dir / "models" / key, lambda target: _convert_weights(files, cfg.dtype, target)
-        )
+    folder = prepared_folder(cfg, cache_dir)
+    options = {}
+    if shards > 1:
+        from transformers.distributed import DistributedConfig
+
+        options = {"distributed_config": DistributedConfig(tp_size=shards)}
     with quiet_transformers():
         try:
             model = AutoModelForCausalLM.from_pretrained(
@@ -145,6 +165,7 @@ def load_language_model(cfg: ModelConfig, cache_dir: Path, device: str = "cpu") 
                 dtype=getattr(torch, cfg.dtype),
                 trust_remote_code=False,
                 use_safetensors=True,
+                **options,
             )
         except (OSError, ValueError) as error:
             raise ModelError(f"model.path: {folder} cannot be loaded: {error}") from error
@@ -288,11 +309,11 @@ def _hidden(name: str, output: Any, expected: torch.Size | None = None) -> Tenso
     return cast("Tensor", hidden)
 
 
-def hidden_size(cfg: ModelConfig, cache_dir: Path) -> int:
-    """Width of the residual stream, from the model's configuration alone.
+def model_config(cfg: ModelConfig, cache_dir: Path) -> Any:
+    """The model's configuration as transformers has it.
 
     Raises:
-        ModelError: No such model, or a configuration without a width.
+        ModelError: No such model, or no usable configuration.
     """
     from transformers import AutoConfig
 
@@ -300,7 +321,18 @@ def hidden_size(cfg: ModelConfig, cache_dir: Path) -> int:
     with quiet_transformers():
         try:
             options = {"gguf_file": files.gguf_file} if files.gguf_file else {}
-            config = AutoConfig.from_pretrained(files.folder, trust_remote_code=False, **options)
-            return int(config.hidden_size)
-        except (OSError, ValueError, AttributeError) as error:
+            return AutoConfig.from_pretrained(files.folder, trust_remote_code=False, **options)
+        except (OSError, ValueError) as error:
             raise ModelError(f"model.path: {files.folder} has no usable config: {error}") from error
+
+
+def hidden_size(cfg: ModelConfig, cache_dir: Path) -> int:
+    """Width of the residual stream, from the model's configuration alone.
+
+    Raises:
+        ModelError: No such model, or a configuration without a width.
+    """
+    try:
+        return int(model_config(cfg, cache_dir).hidden_size)
+    except AttributeError as error:
+        raise ModelError(f"model.path: {cfg.path} has no usable config: {error}") from error

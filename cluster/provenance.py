@@ -47,6 +47,7 @@ def describe(config: RunConfig, tokenizer: Any, cache_dir: Path) -> dict[str, An
         "dataset_sha256": find_text(config.data).sha256(cache_dir),
         "context_tokens": config.data.context_tokens,
         "batch_contexts": config.model.batch_contexts,
+        "model_shards": config.model.shards,  # partial sums round differently
         "heldout_fraction": config.data.heldout_fraction,
         "dropped_positions": [0],
         "dropped_special_tokens": config.data.drop_special_tokens,
@@ -70,6 +71,7 @@ def matching_store(path: str, config: RunConfig, provenance: dict[str, Any]) -> 
         return None
     store = open_store(path)
     there = {
+        "model_shards": 1,  # of stores older than the key
         **(store.header.provenance or {}),
         "store.dtype": store.header.dtype,
         "store.shard_tokens": store.header.shard_tokens,

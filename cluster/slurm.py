@@ -10,11 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from cluster.errors import SchedulerError
-from sae_core.atomic import read_json
+from cluster.submitted import FOLDER
 
-FOLDER = "submit"
-"""In the run's folder: the batch script, the jobs that were submitted, their attempts and logs."""
-JOBS, ATTEMPTS = "jobs.json", "attempts.jsonl"
+ATTEMPTS = "attempts.jsonl"
 _OVER = (
     *("COMPLETED", "CANCELLED", "FAILED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "DEADLINE"),
     *("PREEMPTED", "BOOT_FAIL"),  # PreemptMode=CANCEL ends a job in the first
@@ -87,33 +85,28 @@ def job_fields(job: str) -> dict[str, str] | None:
     return dict(re.findall(r"(?:^| )([A-Za-z:/]+)=(\S*)", text))
 
 
-def submitted_jobs(run_dir: Path) -> list[dict[str, Any]]:
-    """What `stage=submit` has submitted for this run, oldest first."""
-    path = run_dir / FOLDER / JOBS
-    return list(read_json(path)) if path.exists() else []
+def unfinished_state(row: dict[str, Any]) -> str | None:
+    """State of a submitted job while it waits or runs, as PENDING.
 
-
-def unfinished_job(run_dir: Path) -> str | None:
-    """The run's newest job while it waits or runs, as `12 (PENDING)`."""
-    jobs = submitted_jobs(run_dir)
-    fields = job_fields(jobs[-1]["job"]) if jobs else None
+    Raises:
+        SchedulerError: Slurm does not answer.
+    """
+    fields = job_fields(row["job"])
     if fields is None or fields["JobState"].startswith(_OVER):
         return None
-    return f"{jobs[-1]['job']} ({fields['JobState']})"
+    return fields["JobState"]
 
 
-def describe_job(run_dir: Path) -> str | None:
-    """A line or two on the run's newest job; None where none was submitted."""
-    jobs = submitted_jobs(run_dir)
-    if not jobs:
-        return None
-    job = jobs[-1]["job"]
-    try:
-        fields = job_fields(job)
-    except SchedulerError as error:
-        return f"{job}: {error}"
+def describe(row: dict[str, Any], run_dir: Path) -> str:
+    """A line or two on a submitted job.
+
+    Raises:
+        SchedulerError: Slurm does not answer.
+    """
+    job = row["job"]
+    fields = job_fields(job)
     text = _forgotten(job, run_dir) if fields is None else _known(job, fields)
-    return f"{text}\nlog {jobs[-1]['log']}"
+    return f"{text}\nlog {row['log']}"
 
 
 def _known(job: str, fields: dict[str, str]) -> str:

@@ -26,6 +26,7 @@ from cluster import slurm
 from cluster.errors import SchedulerError
 from cluster.preemption import EXIT_PREEMPTED
 from cluster.slurm_ray import blocked, head_address, ray_environment, ray_node
+from cluster.submitted import FOLDER
 
 _POLL_S = 0.2
 _NODES_TIMEOUT_S = 300
@@ -75,7 +76,7 @@ class Attempt:
     def _note(self, event: str, **more: Any) -> None:
         """A row for `stage=status`, for when Slurm has forgotten the job."""
         row = {"time": time.time(), "job": self.job, "restart": self.restarts, "event": event}
-        with open(self._run_dir / slurm.FOLDER / slurm.ATTEMPTS, "a", encoding="utf-8") as file:
+        with open(self._run_dir / FOLDER / slurm.ATTEMPTS, "a", encoding="utf-8") as file:
             file.write(json.dumps(row | more) + "\n")
 
     def _nodes_came(self, address: str) -> bool:

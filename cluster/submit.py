@@ -1,110 +1,137 @@
-"""The submit stage: a batch job that runs the same command elsewhere. Returns at once.
+"""The submit stage: the same command elsewhere, as a job of Slurm or Ray, or as a file to submit.
 
-A script of our own rather than submitit's executor: a person can read it, change it and hand it to
-`sbatch`; nothing is pickled; and it leaves the job's own process the decision what to do with a
-signal and with exit code 75, which is to queue the job again under its id.
+Returns at once.
 """
 
 from __future__ import annotations
 
-import shlex
 import sys
-import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
-from cluster import slurm
+from cluster import kuberay, ray_jobs, skypilot, slurm, slurm_submit
 from cluster.errors import SchedulerError
 from cluster.run_dir import open_run
 from cluster.submit_config import SubmitConfig
+from cluster.submitted import FOLDER, submitted_jobs
 from conf.schema import RunConfig
-from sae_core.atomic import write_json
 
-SCRIPT = "job.sh"
 _ROOT = Path(__file__).resolve().parents[1]
+_SUBMIT = {"slurm": slurm_submit.submit, "ray": ray_jobs.submit}
+_RENDER: dict[str, Callable[[SubmitConfig, str, list[str], float], str]] = {
+    "kuberay": kuberay.render,
+    "skypilot": skypilot.render,
+}
+_STATE = {"slurm": slurm.unfinished_state, "ray": ray_jobs.unfinished_state}
+_DESCRIBE = {"slurm": slurm.describe, "ray": ray_jobs.describe}
+_END = {"slurm": "scancel", "ray": "ray job stop"}
+_FILES = {"kuberay": "rayjob.yaml", "skypilot": "skypilot.yaml"}
 
 
 def run(config: RunConfig, run_dir: Path, overrides: list[str]) -> None:
-    """Submits the run as a job and prints how to follow it.
+    """Submits the run as a job, or writes the file that does, and prints how to go on.
 
     Args:
         config: of the run.
-        run_dir: its folder; `submit/` in it gets the script, the job's id and its log.
+        run_dir: its folder; `submit/` in it gets what was submitted and the job's id.
         overrides: arguments of the command line; the job repeats them with `submit.stage`.
 
     Raises:
         RunDirError: the run is in use, or was started with another config.
-        SchedulerError: Slurm is not there or refuses, or the run has a job already.
+        SchedulerError: the scheduler is not there or refuses, or the run has a job already.
     """
+    console = Console(soft_wrap=True, highlight=False)
+    folder = run_dir / FOLDER
+    if config.submit.scheduler in _RENDER:
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / _FILES[config.submit.scheduler]
+        text = _RENDER[config.submit.scheduler](
+            config.submit,
+            config.name,
+            _command(config.submit, _elsewhere(config, overrides)),
+            config.checkpoint.grace_s,
+        )
+        path.write_text(text, encoding="utf-8")
+        module = kuberay if config.submit.scheduler == "kuberay" else skypilot
+        console.print(f"submit: wrote {path}; nothing has been sent")
+        console.print(f"submit it: {module.submit_command(config.submit, path)}")
+        return
     with open_run(config):
         pass  # claimed and its config written; the lock is free again before the job can start
-    earlier = slurm.unfinished_job(run_dir)
+    earlier = unfinished_job(run_dir)
     if earlier is not None:
+        job, scheduler = earlier
         raise SchedulerError(
-            f"{run_dir} has job {earlier}; follow it with stage=status, or end it with scancel"
+            f"{run_dir} has job {job}; follow it with stage=status, or end it with "
+            f"{_END[scheduler]}"
         )
-    folder = run_dir / slurm.FOLDER
     folder.mkdir(exist_ok=True)
-    command = [sys.executable, str(_ROOT / "launch.py"), *_for_the_job(config, overrides)]
-    path = folder / SCRIPT
-    path.write_text(script(config.submit, config.name, run_dir, command), encoding="utf-8")
-    job = slurm.call("sbatch", "--parsable", str(path)).strip().partition(";")[0]
-    log = folder / f"slurm-{job}.log"
-    row = {"job": job, "submitted": time.time(), "log": str(log), "command": command}
-    write_json(folder / slurm.JOBS, [*slurm.submitted_jobs(run_dir), row])
-    console = Console(soft_wrap=True, highlight=False)
-    console.print(f"submit: job {job}, {path}")
-    console.print(f"follow: python launch.py stage=status name={config.name}; tail -f {log}")
+    command = _command(config.submit, _for_the_job(config, overrides))
+    job, follow = _SUBMIT[config.submit.scheduler](config.submit, config.name, run_dir, command)
+    console.print(f"submit: job {job}")
+    console.print(f"follow: python launch.py stage=status name={config.name}; {follow}")
+
+
+def unfinished_job(run_dir: Path) -> tuple[str, str] | None:
+    """The run's newest job while it waits or runs, as `12 (PENDING)`, and its scheduler.
+
+    Raises:
+        SchedulerError: the scheduler does not answer.
+    """
+    jobs = submitted_jobs(run_dir)
+    if not jobs:
+        return None
+    scheduler = _scheduler(jobs[-1])
+    state = _STATE[scheduler](jobs[-1])
+    return None if state is None else (f"{jobs[-1]['job']} ({state})", scheduler)
+
+
+def describe_job(run_dir: Path) -> str | None:
+    """A line or two on the run's newest job; None where none was submitted."""
+    jobs = submitted_jobs(run_dir)
+    if not jobs:
+        return None
+    try:
+        return _DESCRIBE[_scheduler(jobs[-1])](jobs[-1], run_dir)
+    except SchedulerError as error:
+        return f"{jobs[-1]['job']}: {error}"
+
+
+def _scheduler(row: dict[str, Any]) -> str:
+    return str(row.get("scheduler", "slurm"))  # rows of older runs do not name it
+
+
+def _command(config: SubmitConfig, arguments: list[str]) -> list[str]:
+    here = [sys.executable, str(_ROOT / "launch.py")]
+    start = config.launch or (["python", "launch.py"] if config.working_dir else here)
+    joins = config.scheduler != "slurm" and not any(
+        argument.startswith("cluster=") for argument in arguments
+    )
+    return [*start, *(["cluster=join"] if joins else []), *arguments]
 
 
 def _for_the_job(config: RunConfig, overrides: list[str]) -> list[str]:
-    mine = ("stage=", "name=", "runs_dir=")
-    kept = [override for override in overrides if not override.startswith(mine)]
     runs_dir = Path(config.runs_dir).expanduser().resolve()
+    kept = _without(overrides, "stage=", "name=", "runs_dir=")
     return [*kept, f"stage={config.submit.stage}", f"name={config.name}", f"runs_dir={runs_dir}"]
 
 
-def script(config: SubmitConfig, name: str, run_dir: Path, command: list[str]) -> str:
-    """The batch script.
+def _elsewhere(config: RunConfig, overrides: list[str]) -> list[str]:
+    """Arguments where this machine's folders are not: runs and caches lie on the job's volume."""
+    for override in overrides:
+        if override.startswith("--config-dir="):
+            raise SchedulerError(
+                f"{override}: expected a config that the image has; put its values on the command "
+                "line, or its files into conf/ of the image"
+            )
+    kept = _without(overrides, "stage=", "name=", "runs_dir=", "cache_dir=", "submit=", "submit.")
+    mount = config.submit.mount
+    places = [f"runs_dir={mount}", f"cache_dir={mount}/.cache"]
+    return [*kept, f"stage={config.submit.stage}", f"name={config.name}", *places]
 
-    Args:
-        config: of the job.
-        name: of the run.
-        run_dir: its folder.
-        command: what the job runs, on its first node.
-    """
-    log = str(run_dir / slurm.FOLDER / "slurm-").replace("%", "%%") + "%j.log"
-    options = {
-        "job-name": name,
-        "output": shlex.quote(log),
-        "open-mode": "append",
-        # Only to the batch process: Ray's processes are not to hear of it.
-        "signal": f"B:USR1@{config.signal_lead_s}",
-        "nodes": config.nodes,
-        "ntasks-per-node": 1,
-        "partition": config.partition,
-        "account": config.account,
-        "qos": config.qos,
-        "gpus-per-node": config.gpus_per_node,
-        "cpus-per-task": config.cpus_per_task,
-        "mem": config.mem,
-        "time": config.time,
-    }
-    lines = [f"--{key}={value}" for key, value in options.items() if value is not None]
-    lines += ["--requeue" if config.max_requeues else "--no-requeue", *config.sbatch]
-    job = [sys.executable, "-m", "cluster.slurm_job", str(run_dir), str(config.max_requeues)]
-    return "\n".join(
-        [
-            "#!/bin/bash",
-            f"# Of `python launch.py stage=submit name={name}`.",
-            *(f"#SBATCH {line}" for line in lines),
-            "",
-            f"cd {shlex.quote(str(Path.cwd()))} || exit 1",
-            f"export PYTHONPATH={shlex.quote(str(_ROOT))}${{PYTHONPATH:+:$PYTHONPATH}}",
-            "export PYTHONUNBUFFERED=1",
-            *config.setup,
-            f"exec {shlex.join([*job, '--', *command])}",
-            "",
-        ]
-    )
+
+def _without(overrides: list[str], *prefixes: str) -> list[str]:
+    return [override for override in overrides if not override.startswith(prefixes)]

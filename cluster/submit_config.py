@@ -7,6 +7,10 @@ from dataclasses import dataclass, field
 
 from sae_core.errors import ConfigError
 
+SCHEDULERS = ("slurm", "ray", "kuberay", "skypilot")
+_QUANTITY = re.compile(r"\d+([KMGT]i?)?")
+_LABEL = re.compile(r"[a-z0-9]([a-z0-9.-]{0,61}[a-z0-9])?")
+_VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _TIME = re.compile(r"\d+|\d+:\d\d(:\d\d)?|\d+-\d+(:\d\d){0,2}")
 
 
@@ -15,13 +19,14 @@ class SubmitConfig:
     """The job that `stage=submit` hands to the scheduler; null leaves a choice to the site."""
 
     scheduler: str = "slurm"
+    """slurm, ray: submitted; kuberay, skypilot: written as a file that one command submits."""
     stage: str = "pipeline"
     """What the job runs."""
     partition: str | None = None
     account: str | None = None
     qos: str | None = None
     nodes: int = 1
-    """With more than one the job starts Ray across them."""
+    """With more than one the job starts Ray across them. KubeRay: nodes beside Ray's head."""
     gpus_per_node: int | None = None
     cpus_per_task: int | None = None
     """CPU cores per node: a node is one task."""
@@ -37,6 +42,30 @@ class SubmitConfig:
     """Shell lines before the job's command: `module load cuda`."""
     sbatch: list[str] = field(default_factory=list)
     """More options of sbatch: `--exclusive`, `--constraint=h100`."""
+    address: str = "http://127.0.0.1:8265"
+    """ray: of the cluster's dashboard."""
+    working_dir: str | None = None
+    """ray: a folder with the code, sent to the cluster; null: the cluster has the code."""
+    launch: list[str] = field(default_factory=list)
+    """What the job's command begins with; empty: this Python and this launch.py, or python
+    launch.py in working_dir."""
+    image: str | None = None
+    """kuberay, skypilot: a container image with the code, as docker/ builds it."""
+    namespace: str = "default"
+    """kuberay: of the job."""
+    gpu: str | None = None
+    """skypilot: name of the GPU (H100); kuberay: value of the label nvidia.com/gpu.product."""
+    volume: str | None = None
+    """Kuberay: a PersistentVolumeClaim (ReadWriteMany); skypilot: a volume. Holds runs_dir."""
+    mount: str = "/runs"
+    """Where the volume is mounted; runs_dir of the job."""
+    shm: str = "8Gi"
+    """kuberay: memory for /dev/shm of a node, as Kubernetes writes it."""
+    secrets: list[str] = field(default_factory=list)
+    """kuberay: Secrets whose keys become environment variables; skypilot: variables that
+    `sky jobs launch --secret` passes on. Names, never values."""
+    spot: bool = False
+    """skypilot: on machines that may be taken back."""
 
     def validate(self, grace_s: float) -> None:
         """Checks the values.
@@ -47,14 +76,24 @@ class SubmitConfig:
         Raises:
             ConfigError: naming the setting that cannot be.
         """
-        if self.scheduler != "slurm":
-            raise ConfigError("submit.scheduler", self.scheduler, "slurm")
+        if self.scheduler not in SCHEDULERS:
+            raise ConfigError(
+                "submit.scheduler", self.scheduler, f"one of: {', '.join(SCHEDULERS)}"
+            )
         for name in ("nodes", "gpus_per_node", "cpus_per_task"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"submit.{name}", value, "at least 1")
         if self.max_requeues < 0:
             raise ConfigError("submit.max_requeues", self.max_requeues, "0 or more")
+        self._validate_times(grace_s)
+        self._validate_words()
+        if self.scheduler == "ray" and not self.address.startswith(("http://", "https://")):
+            raise ConfigError("submit.address", self.address, "as http://127.0.0.1:8265")
+        if self.scheduler in ("kuberay", "skypilot"):
+            self._validate_containers()
+
+    def _validate_times(self, grace_s: float) -> None:
         if self.time is not None and not _TIME.fullmatch(self.time):
             raise ConfigError("submit.time", self.time, "a time of Slurm's, as 24:00:00")
         if self.time is not None and _seconds(self.time) <= 2 * self.signal_lead_s:
@@ -71,6 +110,8 @@ class SubmitConfig:
                 f"at least checkpoint.grace_s={grace_s:g}",
                 "the job would be killed in the middle of its last checkpoint",
             )
+
+    def _validate_words(self) -> None:
         for option in self.sbatch:
             if not option.startswith("-"):
                 raise ConfigError("submit.sbatch", option, "options of sbatch, as --exclusive")
@@ -78,6 +119,34 @@ class SubmitConfig:
         for word in words:
             if word is not None and "\n" in word:
                 raise ConfigError("submit", word, "options of one line each")
+
+    def _validate_containers(self) -> None:
+        for name in ("image", "volume"):
+            if not getattr(self, name):
+                raise ConfigError(
+                    f"submit.{name}", getattr(self, name), f"a name: {self.scheduler} needs one"
+                )
+        if not self.launch:
+            raise ConfigError(
+                "submit.launch", [], "the command in the image, as [python,/app/launch.py]"
+            )
+        for name in ("cpus_per_task", "mem"):
+            if self.scheduler == "kuberay" and getattr(self, name) is None:
+                raise ConfigError(f"submit.{name}", None, "CPU cores and memory of a node")
+        for name in ("mem", "shm"):
+            value = getattr(self, name)
+            if value is not None and not _QUANTITY.fullmatch(value):
+                raise ConfigError(f"submit.{name}", value, "a quantity of Kubernetes's, as 64Gi")
+        if self.scheduler == "skypilot" and (self.gpu is None) != (self.gpus_per_node is None):
+            raise ConfigError("submit.gpu", self.gpu, "together with submit.gpus_per_node")
+        if not self.mount.startswith("/"):
+            raise ConfigError("submit.mount", self.mount, "an absolute path")
+        pattern = _LABEL if self.scheduler == "kuberay" else _VARIABLE
+        for secret in self.secrets:
+            if not pattern.fullmatch(secret):
+                raise ConfigError("submit.secrets", "***", "names, as WANDB_API_KEY, no values")
+        if not _LABEL.fullmatch(self.namespace):
+            raise ConfigError("submit.namespace", self.namespace, "a name of Kubernetes's")
 
 
 def _seconds(time: str) -> int:

@@ -30,7 +30,7 @@ def save_tokenizer(folder: Path) -> Any:
     return tokenizer
 
 
-def save_llama(folder: Path) -> LlamaForCausalLM:
+def save_llama(folder: Path, kv_heads: int = 1) -> LlamaForCausalLM:
     """Three layers of width 16, hookpoints `model.layers.0` to `model.layers.2`."""
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -39,7 +39,7 @@ def save_llama(folder: Path) -> LlamaForCausalLM:
         intermediate_size=32,
         num_hidden_layers=3,
         num_attention_heads=2,
-        num_key_value_heads=1,
+        num_key_value_heads=kv_heads,
         bos_token_id=0,
         eos_token_id=1,
     )

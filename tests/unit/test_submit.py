@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 from hydra.conf import HydraConf
 
-from cluster import slurm
-from cluster.submit import script
+from cluster.slurm_submit import script
+from cluster.submit import describe_job, unfinished_job
 from cluster.submit_config import SubmitConfig, _seconds
+from cluster.submitted import FOLDER, JOBS
 from conf.sweep import cell_name, with_constants
 from sae_core.atomic import write_json
 from sae_core.errors import ConfigError
@@ -110,11 +111,11 @@ def test_flags_stay_before_or_after_all_overrides():
 
 @pytest.mark.parametrize("state", ["PREEMPTED", "BOOT_FAIL", "CANCELLED by 1000"])
 def test_a_job_that_is_over_holds_no_new_one_back(tmp_path, monkeypatch, state):
-    (tmp_path / slurm.FOLDER).mkdir()
-    write_json(tmp_path / slurm.FOLDER / slurm.JOBS, [{"job": "7", "log": "log"}])
+    (tmp_path / FOLDER).mkdir()
+    write_json(tmp_path / FOLDER / JOBS, [{"job": "7", "log": "log"}])
     scontrol = tmp_path / "scontrol"
     scontrol.write_text(f"#!/bin/sh\necho 'JobId=7 JobState={state} Reason=None ExitCode=0:0'\n")
     scontrol.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
-    assert slurm.unfinished_job(tmp_path) is None
-    assert "stage=submit again resumes" in slurm.describe_job(tmp_path)
+    assert unfinished_job(tmp_path) is None
+    assert "stage=submit again resumes" in describe_job(tmp_path)

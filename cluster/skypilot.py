@@ -1,0 +1,113 @@
+"""A run as a managed job of SkyPilot's, on the cloud, Kubernetes or machines that it finds."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from cluster.preemption import EXIT_PREEMPTED
+from cluster.submit_config import SubmitConfig
+
+_TOKEN = "RAY_AUTH_TOKEN"
+_PORT = 6390
+"""Not Ray's own 6379 nor SkyPilot's 6380: its runtime is a Ray cluster too."""
+
+
+def submit_command(config: SubmitConfig, path: Path) -> str:
+    """What submits the file; secrets are taken from the environment of who submits."""
+    names = [f" --secret {name}" for name in config.secrets]
+    token = f' --secret {_TOKEN}="$(openssl rand -hex 32)"' if config.nodes > 1 else ""
+    return f"sky jobs launch{''.join(names)}{token} {shlex.quote(str(path))}"
+
+
+def render(config: SubmitConfig, name: str, command: list[str], grace_s: float) -> str:
+    """The task, as YAML.
+
+    Args:
+        config: of the job.
+        name: of the run.
+        command: the driver's, in the image.
+        grace_s: seconds that the run takes for its last checkpoint (`checkpoint.grace_s`).
+    """
+    resources: dict[str, Any] = {
+        "image_id": f"docker:{config.image}",
+        "use_spot": config.spot,
+        "job_recovery": {
+            "max_restarts_on_errors": config.max_requeues,
+            "recover_on_exit_codes": [EXIT_PREEMPTED],
+        },
+    }
+    if config.gpu:
+        resources["accelerators"] = f"{config.gpu}:{config.gpus_per_node}"
+    if config.cpus_per_task:
+        resources["cpus"] = f"{config.cpus_per_task}+"
+    if config.mem:
+        resources["memory"] = f"{re.sub('[^0-9]', '', config.mem)}+"
+    secrets = [*config.secrets, *([_TOKEN] if config.nodes > 1 else [])]
+    task = {
+        "name": re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") or "run",
+        "resources": resources,
+        "num_nodes": config.nodes,
+        "volumes": {config.mount: config.volume},
+        "envs": {"RAY_USAGE_STATS_ENABLED": "0", "PYTHONUNBUFFERED": "1"},
+    }
+    if secrets:
+        task["secrets"] = dict.fromkeys(secrets)
+    task["run"] = _script(config, command, int(grace_s))
+    header = f"# Of `python launch.py stage=submit submit=skypilot name={name}`.\n"
+    return header + _dump(task)
+
+
+def _script(config: SubmitConfig, command: list[str], grace_s: int) -> str:
+    """What each node runs; the first one starts Ray's head and the driver."""
+    if config.nodes == 1:
+        alone = [word for word in command if word != "cluster=join"]
+        return "\n".join([*config.setup, f"exec {shlex.join(alone)}", ""])
+    start = "ray start --block --disable-usage-stats"
+    return "\n".join(
+        [
+            *config.setup,
+            'head="$(echo "$SKYPILOT_NODE_IPS" | head -n 1)"',
+            f'address="$head:{_PORT}"',
+            "export RAY_AUTH_MODE=token",
+            'if [ "$SKYPILOT_NODE_RANK" != 0 ]; then',
+            '  until ray health-check --address "$address"; do sleep 2; done',
+            f'  {start} --address="$address" || true  # ends with the head',
+            "  exit 0",
+            "fi",
+            f'{start} --head --node-ip-address="$head" --port={_PORT} \\',
+            "  --include-dashboard=false &",
+            "ray_head=$!",
+            # Not `ray stop`: it would end SkyPilot's own Ray too.
+            "trap 'kill \"$ray_head\"' EXIT",
+            f'python -m cluster.slurm_ray wait "$address" {config.nodes}',
+            f'{shlex.join(command)} cluster.address="$address" &',
+            "driver=$!",
+            f"# A signal ends the first wait; the checkpoint after it takes up to {grace_s} s.",
+            "trap 'kill -TERM \"$driver\"' TERM",
+            'wait "$driver"; code=$?',
+            'if kill -0 "$driver" 2>/dev/null; then wait "$driver"; code=$?; fi',
+            "exit $code",
+            "",
+        ]
+    )
+
+
+class _Dumper(yaml.SafeDumper):
+    """Writes scripts as blocks of lines."""
+
+
+def _text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    style = "|" if "\n" in text else None
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
+
+_Dumper.add_representer(str, _text)
+
+
+def _dump(task: dict[str, Any]) -> str:
+    return yaml.dump(task, Dumper=_Dumper, sort_keys=False, width=100)
