@@ -226,6 +226,16 @@ def test_a_store_that_is_too_large_is_refused(tmp_path):
         run(config, tmp_path)
 
 
+def test_a_pipeline_measures_nothing(tmp_path, capsys):
+    config = config_of(hardware="local", n_gpus=8, simulate=True)
+    config.train.device = "cpu"
+    config.cache_dir, config.store.path = str(tmp_path / "cache"), str(tmp_path / "store")
+    run(config, tmp_path)
+    printed = capsys.readouterr().out
+    assert "local, not measured" in printed and "1 latent x 1 data" in printed
+    assert "tokens/s" not in printed and not (tmp_path / "cache").exists()
+
+
 def test_consumed_activations_take_the_room_of_the_lead():
     config = config_of()
     config.data.tokens = 10**9
