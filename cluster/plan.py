@@ -30,9 +30,10 @@ def run(config: RunConfig, run_dir: Path) -> None:
         ConfigError: naming the setting to change.
     """
     d_model = _d_model(config)
-    hardware = planned_hardware(config, measure=config.stage == "plan")
+    alone = config.stage == "plan"
+    hardware = planned_hardware(config, measure=alone)
     show = Console().print
-    if config.plan.n_gpus is None:
+    if config.plan.n_gpus is None or not alone:  # a pipeline trains on the mesh of parallel.*
         layout = plan_layout(config, d_model, hardware, config.parallel)
     else:
         found = layouts(config, d_model, hardware, config.plan.n_gpus)
@@ -41,12 +42,12 @@ def run(config: RunConfig, run_dir: Path) -> None:
         layout = best_layout(found, config)
         config = replace(config, parallel=layout.parallel)
     show(_summary(config, d_model, layout, hardware))
-    if config.stage == "plan":
+    if alone:
         _show_details(config, layout, hardware)
     if config.cluster.address is None and not layout.fits:
         raise cannot_fit(layout, config)
     _check_disk(config, store_bytes_total(config, d_model))
-    if config.plan.simulate and hardware.timed:
+    if alone and config.plan.simulate:
         rows = weak_scaling(config, d_model, hardware)
         show(tables.scaling_table(rows, config.plan.grow))
 
