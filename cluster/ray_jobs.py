@@ -46,7 +46,7 @@ def submit(config: SubmitConfig, name: str, run_dir: Path, command: list[str]) -
         runtime_env["excludes"] = [".git", ".venv", ".venv-peers", "runs"]
     entrypoint = "; ".join([*config.setup, f"exec {shlex.join(command)}"])
     try:
-        job = _client(config.address).submit_job(
+        job = connect(config.address).submit_job(
             entrypoint=entrypoint, runtime_env=runtime_env, metadata={"run": name}
         )
     except (RuntimeError, ValueError) as error:
@@ -90,22 +90,43 @@ def describe(row: dict[str, Any], _run_dir: Path) -> str:
 
 def _info(row: dict[str, Any]) -> Any:
     try:
-        return _client(row["address"]).get_job_info(row["job"])
+        return connect(row["address"]).get_job_info(row["job"])
     except RuntimeError as error:
         if "status code 404" in str(error):
             return None
         raise SchedulerError(f"Ray at {row['address']}: {error}") from error
 
 
-def _client(address: str) -> JobSubmissionClient:
+def connect(address: str) -> JobSubmissionClient:
+    """A client of the Jobs API, with the token that Ray's own processes would use.
+
+    Raises:
+        SchedulerError: no Ray answers there, or it does not know the token.
+    """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    from ray.exceptions import AuthenticationError
     from ray.job_submission import JobSubmissionClient
 
+    token = _token()
+    headers = {"Authorization": f"Bearer {token}"} if token else None
     try:
-        return JobSubmissionClient(address)
+        return JobSubmissionClient(address, headers=headers)
+    except AuthenticationError as error:
+        raise SchedulerError(
+            f"submit.address={address!r}: expected the token of that cluster in RAY_AUTH_TOKEN or "
+            "in ~/.ray/auth_token"
+        ) from error
     except (ConnectionError, RuntimeError) as error:
         raise SchedulerError(
             f"submit.address={address!r}: expected the dashboard of a running Ray cluster, as "
             f"http://127.0.0.1:8265 ({error}); start its head with `ray start --head "
             "--include-dashboard=true`"
         ) from error
+
+
+def _token() -> str | None:
+    """Ray's client looks for one only where RAY_AUTH_MODE says so, its clusters by themselves."""
+    if "RAY_AUTH_TOKEN" in os.environ:
+        return os.environ["RAY_AUTH_TOKEN"].strip()
+    path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH", "~/.ray/auth_token")).expanduser()
+    return path.read_text(encoding="utf-8").strip() if path.is_file() else None

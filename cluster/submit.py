@@ -13,7 +13,7 @@ from typing import Any
 from rich.console import Console
 
 from cluster import kuberay, ray_jobs, skypilot, slurm, slurm_submit
-from cluster.errors import SchedulerError
+from cluster.errors import RunDirError, SchedulerError
 from cluster.run_dir import open_run
 from cluster.submit_config import SubmitConfig
 from cluster.submitted import FOLDER, submitted_jobs
@@ -40,8 +40,8 @@ def run(config: RunConfig, run_dir: Path, overrides: list[str]) -> None:
         overrides: arguments of the command line; the job repeats them with `submit.stage`.
 
     Raises:
-        RunDirError: the run is in use, or was started with another config.
-        SchedulerError: the scheduler is not there or refuses, or the run has a job already.
+        RunDirError: the run is in use, has a job already, or was started with another config.
+        SchedulerError: the scheduler is not there or refuses.
     """
     console = Console(soft_wrap=True, highlight=False)
     folder = run_dir / FOLDER
@@ -59,15 +59,15 @@ def run(config: RunConfig, run_dir: Path, overrides: list[str]) -> None:
         console.print(f"submit: wrote {path}; nothing has been sent")
         console.print(f"submit it: {module.submit_command(config.submit, path)}")
         return
-    with open_run(config):
-        pass  # claimed and its config written; the lock is free again before the job can start
     earlier = unfinished_job(run_dir)
     if earlier is not None:
         job, scheduler = earlier
-        raise SchedulerError(
+        raise RunDirError(
             f"{run_dir} has job {job}; follow it with stage=status, or end it with "
             f"{_END[scheduler]}"
         )
+    with open_run(config):
+        pass  # claimed and its config written; the lock is free again before the job can start
     folder.mkdir(exist_ok=True)
     command = _command(config.submit, _for_the_job(config, overrides))
     job, follow = _SUBMIT[config.submit.scheduler](config.submit, config.name, run_dir, command)
