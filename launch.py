@@ -52,7 +52,7 @@ def compose_and_run(composed: DictConfig) -> None:
     with _explained():
         from cluster.preemption import on_preemption, raise_interrupted
         from cluster.run_dir import open_run
-        from conf.sweep import cell_name
+        from conf.cell_names import cell_name
         from conf.validate import validate
 
         if HydraConfig.get().mode == RunMode.MULTIRUN:
@@ -139,7 +139,7 @@ def main() -> None:
     # conf/hydra/launcher takes the place of the plugin's defaults, which Hydra finds odd.
     warnings.filterwarnings("ignore", "(?s).*is validated against ConfigStore schema")
     with _explained():
-        from conf.sweep import with_constants
+        from conf.cell_names import with_constants
 
         sys.argv[1:] = with_constants(sys.argv[1:])
         compose_and_run()

@@ -13,7 +13,7 @@ from cluster.slurm_submit import script
 from cluster.submit import describe_job, unfinished_job
 from cluster.submit_config import SubmitConfig, _seconds
 from cluster.submitted import FOLDER, JOBS
-from conf.sweep import cell_name, with_constants
+from conf.cell_names import cell_name, with_constants
 from sae_core.atomic import write_json
 from sae_core.errors import ConfigError
 
