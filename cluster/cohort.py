@@ -95,7 +95,13 @@ def train_members(
     # Before the sample: what it reads must not be deleted by others meanwhile.
     cursor = _cursor(members[0], source)
     try:
-        trainers, outcomes = _ready(members, mesh, FanOut(source, device), array, stop_requested)
+        trainers: dict[int, Trainer] = {}
+        outcomes: dict[int, Outcome] = {}
+        # Each that is ready is progress: many take longer than one.
+        watchdog.waits = lambda: source.waits + len(trainers) + len(outcomes)
+        _make_ready(
+            members, mesh, FanOut(source, device), array, stop_requested, trainers, outcomes
+        )
         watchdog.waits = lambda: source.waits + sum(t.saver.waits for t in trainers.values())
         watchdog.training_begins(lambda: sum(trainer.step for trainer in trainers.values()))
         indices = list(trainers)
@@ -114,15 +120,16 @@ def train_members(
         source.close()
 
 
-def _ready(
+def _make_ready(
     members: list[Member],
     mesh: Mesh,
     fan_out: FanOut,
     array: str,
     stop_requested: Callable[[], bool],
-) -> tuple[dict[int, Trainer], dict[int, Outcome]]:
+    trainers: dict[int, Trainer],
+    outcomes: dict[int, Outcome],
+) -> None:
     """(calibrated or resumed trainers, outcomes of those that cannot be), by index."""
-    trainers, outcomes = {}, {}
     for index, member in enumerate(members):
         config, checkpoints = member.config, member.run_dir / "checkpoints"
         try:
@@ -146,7 +153,6 @@ def _ready(
             member.record(error)
             outcomes[index] = Outcome(False, error)
     fan_out.forget_sample()
-    return trainers, outcomes
 
 
 def _source(

@@ -8,11 +8,12 @@ numbers that all ranks share, so no collective is left with a rank missing.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from sae_core.agreement import NOTHING, Agreed, Agreement
-from sae_core.errors import SAEError
+from sae_core.errors import CheckpointError, SAEError
 
 if TYPE_CHECKING:
     from sae_core.trainer import Trainer
@@ -64,11 +65,15 @@ class _Lockstep:
             now = [trainer for trainer in going if trainer.source.position == position]
             for trainer in now:
                 self._guarded(trainer, trainer.take_step)
-            agreed = self._agree()
+            agreed = self._agree(now)
             for trainer in now:
                 self._guarded(trainer, trainer.save_if_due, agreed.save or agreed.stop)
-        for trainer in self._trainers:
-            self._guarded(trainer, trainer.end)
+        for index, trainer in enumerate(self._trainers):
+            if index in self._errors:
+                with suppress(CheckpointError):  # what it began to save before was good
+                    trainer.end()
+            else:
+                self._guarded(trainer, trainer.end)
         errors = [self._errors.get(i) for i in range(len(self._trainers))]
         return [
             Outcome(trainer.is_done and error is None, error)
@@ -93,14 +98,14 @@ class _Lockstep:
             self._errors[index] = error
             self._failed(index, error)
 
-    def _agree(self) -> Agreed:
+    def _agree(self, stepped: list[Trainer]) -> Agreed:
         """What all ranks do after this step; nothing, but about once a second."""
         if not self._agreement.after_step():
             return NOTHING
         trainers = [t for i, t in enumerate(self._trainers) if i not in self._errors]
         agreed = self._agreement.exchange(
             any(trainer.stop_requested() for trainer in trainers),
-            any(trainer.save_overdue for trainer in trainers),
+            any(trainer.save_overdue for trainer in stepped),  # others have nothing new to save
             any(trainer.saver.failed for trainer in trainers),
         )
         if agreed.failed:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
@@ -69,12 +70,19 @@ def load_checkpoint(folder: Path, engines: list[SAEEngine]) -> CheckpointState:
     Raises:
         CheckpointError: it holds other SAEs or sizes.
     """
-    state = read_state(folder)
-    _check_same_saes(folder, state, engines)
     weights = weight_tensors(engines)
-    _load_tensors(folder / WEIGHTS, weights)
     moments = {engine.name: engine.moments() for engine in engines}
     loaded = moment_tensors(engines, moments)
+
+    def look() -> CheckpointState:
+        state = read_state(folder)
+        _check_same_saes(folder, state, engines)
+        _check_shapes(folder / WEIGHTS, weights)
+        _check_shapes(folder / OPTIMIZER, loaded)
+        return state
+
+    state = _on_all_ranks(look)
+    _load_tensors(folder / WEIGHTS, weights)
     _load_tensors(folder / OPTIMIZER, loaded)
     for engine in engines:
         parameters = {
@@ -94,8 +102,22 @@ def load_checkpoint(folder: Path, engines: list[SAEEngine]) -> CheckpointState:
     return state
 
 
+def _on_all_ranks(look: Callable[[], CheckpointState]) -> CheckpointState:
+    """What `look` gives; a rank that alone cannot read would leave the others in a collective."""
+    error: CheckpointError | None = None
+    try:
+        state = look()
+    except CheckpointError as raised:
+        error = raised
+    told: list[CheckpointError | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(told, error)
+    first = next((one for one in told if one is not None), None)
+    if first is not None:
+        raise error or first
+    return state
+
+
 def _load_tensors(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
-    _check_shapes(folder, tensors)
     dcp.load(tensors, storage_reader=dcp.HuggingFaceStorageReader(str(folder)))
 
 
