@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
+from typing import cast
 
 import hydra
 from hydra.core.config_store import ConfigStore
@@ -86,7 +87,9 @@ def _arguments() -> list[str]:
         for source in hydra_config.runtime.config_sources
         if source.provider == "command-line"
     ]
-    return [*folders, *hydra_config.overrides.task]
+    # As they were typed: an interpolation is the job's to resolve, where it runs.
+    typed = OmegaConf.to_container(hydra_config.overrides.task, resolve=False)
+    return [*folders, *cast(list[str], typed)]
 
 
 def _make_paths_absolute(config: RunConfig) -> None:

@@ -7,6 +7,7 @@ alone. What fails one of them leaves the others going.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -60,13 +61,18 @@ class Member:
         if row["tokens"] > limits.diverged_grace_tokens and not row["fvu"] <= limits.diverged_fvu:
             raise DivergedError(
                 f"FVU {row['fvu']:.4g} at step {row['step']}, above "
-                f"sweep.diverged_fvu={limits.diverged_fvu:g}: lower its learning rate"
+                f"sweep.diverged_fvu={limits.diverged_fvu:g}: delete the cell's folder and give it "
+                "a lower learning rate, with sweep.overrides"
             )
 
     def record(self, error: SAEError) -> None:
         """Leaves word of what ended a cell, while the others still train."""
-        if self.sinks is not None and self.limits is not None:
+        if self.sinks is None or self.limits is None:
+            return
+        try:
             write_record(self.run_dir, error)
+        except OSError as refused:  # a full disk: the cell stays open, the others go on
+            print(f"sweep: {self.run_dir.name}: {error} ({refused})", file=sys.stderr, flush=True)
 
 
 def train_members(
@@ -114,6 +120,7 @@ def train_members(
             if members[index].sinks is not None:
                 write_json(members[index].run_dir / COSTS, trainer.costs)
         if cursor is not None and outcomes[0].finished:
+            source.seek(trainers[0].source.position)  # it may have resumed at its end
             cursor.finish()
         return [outcomes[index] for index in range(len(members))]
     finally:
@@ -129,7 +136,7 @@ def _make_ready(
     trainers: dict[int, Trainer],
     outcomes: dict[int, Outcome],
 ) -> None:
-    """(calibrated or resumed trainers, outcomes of those that cannot be), by index."""
+    """Fills in calibrated or resumed trainers, and outcomes of those that cannot be, by index."""
     for index, member in enumerate(members):
         config, checkpoints = member.config, member.run_dir / "checkpoints"
         try:

@@ -75,8 +75,9 @@ def _check_one_pass(config: RunConfig, job: HarvestJob) -> None:
 def _check_gpus(config: RunConfig) -> None:
     import ray
 
-    gpus = int(ray.cluster_resources().get("GPU", 0))
-    wanted = min(config.cluster.harvest_workers, gpus) + config.parallel.n_ranks
+    gpus, shards = int(ray.cluster_resources().get("GPU", 0)), config.model.shards
+    workers = max(1, min(config.cluster.harvest_workers, gpus // shards))
+    wanted = workers * shards + config.parallel.n_ranks
     if gpus and config.train.device != "cpu" and wanted > gpus:
         raise PlacementError(
             f"cluster.mode=concurrent: harvest and trainer ranks want {wanted} GPUs together, the "

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import re
 import shlex
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from cluster.errors import SchedulerError
 from cluster.submit_config import SubmitConfig
+from cluster.submitted import dns_name
 
 _AFTER_GRACE_S = 30
 """For Ray's processes to end, once the last checkpoint is saved."""
 _HEAD_CPUS, _HEAD_MEMORY = 4, "16Gi"
+_NOT_PLAIN = re.compile(r"[$`\"'\\&|;<>()*?#~!\n]")
 
 
 def submit_command(_config: SubmitConfig, path: Path) -> str:
@@ -29,6 +33,9 @@ def render(config: SubmitConfig, name: str, command: list[str], grace_s: float) 
         name: of the run.
         command: the driver's, in the image.
         grace_s: seconds that the run takes for its last checkpoint (`checkpoint.grace_s`).
+
+    Raises:
+        SchedulerError: KubeRay could not pass the command on.
     """
     end_s = int(grace_s) + _AFTER_GRACE_S
     labels = {"app.kubernetes.io/name": "latent-foundry", "app.kubernetes.io/instance": _dns(name)}
@@ -49,7 +56,7 @@ def render(config: SubmitConfig, name: str, command: list[str], grace_s: float) 
             "labels": labels,
         },
         "spec": {
-            "entrypoint": shlex.join(command),
+            "entrypoint": shlex.join(_plain(command)),
             "submissionMode": "K8sJobMode",
             "shutdownAfterJobFinishes": True,
             "ttlSecondsAfterFinished": 300,
@@ -58,6 +65,7 @@ def render(config: SubmitConfig, name: str, command: list[str], grace_s: float) 
                 {"env_vars": {"PYTHONUNBUFFERED": "1", "RAY_JOB_STOP_WAIT_TIME_S": str(end_s)}}
             ),
             "rayClusterSpec": {
+                "rayVersion": version("ray"),  # without it the operator refuses a token
                 # The nodes know each other by a token that the operator makes.
                 "authOptions": {"mode": "token"},
                 "headGroupSpec": {
@@ -111,5 +119,16 @@ def _pod(container: str, config: SubmitConfig, resources: dict[str, str], end_s:
 
 
 def _dns(name: str) -> str:
-    """The name of a run as Kubernetes allows names: lower case, and room for what it appends."""
-    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")[:40].strip("-") or "run"
+    """The name of a run as KubeRay allows names: a letter first, and room for what it appends."""
+    return dns_name(name)[:36].strip("-")
+
+
+def _plain(command: list[str]) -> list[str]:
+    """Raises: SchedulerError: a word would not come through the two shells on the way."""
+    for word in command:
+        if _NOT_PLAIN.search(word):
+            raise SchedulerError(
+                f"{word!r}: expected no characters that a shell takes for more than themselves; "
+                "KubeRay passes the command through two; put the value into the image's conf/"
+            )
+    return command

@@ -63,12 +63,16 @@ def planned_hardware(config: RunConfig, *, measure: bool) -> Hardware:
 def store_bytes_total(config: RunConfig, d_model: int) -> int:
     """Bytes of all arrays and sidecars; of codec blosc as many as without, which is the most.
 
-    Where what is consumed is deleted: of what the harvest may be ahead, and the windows in use.
+    Where what is consumed is deleted: of what the harvest may be ahead, the windows in use, and
+    what was read since the oldest checkpoint that is kept. By tokens: by the clock they may come
+    more often, never more seldom.
     """
-    tokens, cluster = config.data.tokens, config.cluster
-    if cluster.retention == "consumed" and cluster.max_lead_items is not None:
+    tokens, cluster, checkpoint = config.data.tokens, config.cluster, config.checkpoint
+    milestones = checkpoint.keep_every_tokens is not None  # the first of them is kept for ever
+    if cluster.retention == "consumed" and cluster.max_lead_items is not None and not milestones:
         items = cluster.max_lead_items + 2 * config.store.window_items
-        tokens = min(tokens, items * config.store.shard_tokens)
+        held = (checkpoint.keep + 1) * checkpoint.every_tokens
+        tokens = min(tokens, items * config.store.shard_tokens + held)
     width = stored_row_bytes(config, d_model) * len(config.model.hookpoints)
     return tokens * (width + _SIDECAR_BYTES_PER_TOKEN)
 

@@ -44,7 +44,9 @@ def submit(config: SubmitConfig, name: str, run_dir: Path, command: list[str]) -
     if config.working_dir is not None:
         runtime_env["working_dir"] = str(Path(config.working_dir).expanduser().resolve())
         runtime_env["excludes"] = [".git", ".venv", ".venv-peers", "runs"]
-    entrypoint = "; ".join([*config.setup, f"exec {shlex.join(command)}"])
+    # The command was typed here: where the cluster has the code it also has this folder.
+    here = [] if config.working_dir else [f"cd {shlex.quote(str(Path.cwd()))} || exit 1"]
+    entrypoint = "\n".join([*here, *config.setup, f"exec {shlex.join(command)}"])
     try:
         job = connect(config.address).submit_job(
             entrypoint=entrypoint, runtime_env=runtime_env, metadata={"run": name}

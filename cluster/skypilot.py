@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import shlex
 from pathlib import Path
 from typing import Any
@@ -10,11 +9,14 @@ from typing import Any
 import yaml
 
 from cluster.preemption import EXIT_PREEMPTED
-from cluster.submit_config import SubmitConfig
+from cluster.submit_config import SubmitConfig, gigabytes
+from cluster.submitted import dns_name
 
 _TOKEN = "RAY_AUTH_TOKEN"
 _PORT = 6390
 """Not Ray's own 6379 nor SkyPilot's 6380: its runtime is a Ray cluster too."""
+_NODES_TIMEOUT_S = 1200
+"""For all nodes to join: they pull an image first."""
 
 
 def submit_command(config: SubmitConfig, path: Path) -> str:
@@ -46,10 +48,10 @@ def render(config: SubmitConfig, name: str, command: list[str], grace_s: float) 
     if config.cpus_per_task:
         resources["cpus"] = f"{config.cpus_per_task}+"
     if config.mem:
-        resources["memory"] = f"{re.sub('[^0-9]', '', config.mem)}+"
+        resources["memory"] = f"{gigabytes(config.mem)}+"
     secrets = [*config.secrets, *([_TOKEN] if config.nodes > 1 else [])]
     task = {
-        "name": re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") or "run",
+        "name": dns_name(name),
         "resources": resources,
         "num_nodes": config.nodes,
         "volumes": {config.mount: config.volume},
@@ -68,6 +70,7 @@ def _script(config: SubmitConfig, command: list[str], grace_s: int) -> str:
         alone = [word for word in command if word != "cluster=join"]
         return "\n".join([*config.setup, f"exec {shlex.join(alone)}", ""])
     start = "ray start --block --disable-usage-stats"
+    python = shlex.quote(command[0])
     return "\n".join(
         [
             *config.setup,
@@ -79,12 +82,14 @@ def _script(config: SubmitConfig, command: list[str], grace_s: int) -> str:
             f'  {start} --address="$address" || true  # ends with the head',
             "  exit 0",
             "fi",
+            # What fails here ends the job: nodes cost money while others wait for them.
             f'{start} --head --node-ip-address="$head" --port={_PORT} \\',
             "  --include-dashboard=false &",
             "ray_head=$!",
             # Not `ray stop`: it would end SkyPilot's own Ray too.
             "trap 'kill \"$ray_head\"' EXIT",
-            f'python -m cluster.slurm_ray wait "$address" {config.nodes}',
+            f'timeout {_NODES_TIMEOUT_S} {python} -m cluster.slurm_ray wait "$address" '
+            f"{config.nodes} || exit 1",
             f'{shlex.join(command)} cluster.address="$address" &',
             "driver=$!",
             f"# A signal ends the first wait; the checkpoint after it takes up to {grace_s} s.",

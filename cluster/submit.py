@@ -114,9 +114,19 @@ def _command(config: SubmitConfig, arguments: list[str]) -> list[str]:
 
 
 def _for_the_job(config: RunConfig, overrides: list[str]) -> list[str]:
-    runs_dir = Path(config.runs_dir).expanduser().resolve()
-    kept = _without(overrides, "stage=", "name=", "runs_dir=")
-    return [*kept, f"stage={config.submit.stage}", f"name={config.name}", f"runs_dir={runs_dir}"]
+    places = {"runs_dir": str(Path(config.runs_dir).expanduser().resolve())}
+    if config.submit.scheduler == "ray" and config.submit.working_dir is not None:
+        # The job starts in another folder; launch.py has made these absolute where they are paths.
+        paths = {
+            "cache_dir": config.cache_dir,
+            "store.path": config.store.path,
+            "data.path": config.data.path,
+            "model.path": config.model.path,
+        }
+        places |= {key: path for key, path in paths.items() if path.startswith("/")}
+    kept = _without(overrides, "stage=", "name=", *(f"{key}=" for key in places))
+    settings = {"stage": config.submit.stage, "name": config.name, **places}
+    return [*kept, *(f"{key}={value}" for key, value in settings.items())]
 
 
 def _elsewhere(config: RunConfig, overrides: list[str]) -> list[str]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from sae_core.errors import ConfigError
 
 SCHEDULERS = ("slurm", "ray", "kuberay", "skypilot")
-_QUANTITY = re.compile(r"\d+([KMGT]i?)?")
+_QUANTITY = re.compile(r"(\d+)([GT])i?")
 _LABEL = re.compile(r"[a-z0-9]([a-z0-9.-]{0,61}[a-z0-9])?")
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _TIME = re.compile(r"\d+|\d+:\d\d(:\d\d)?|\d+-\d+(:\d\d){0,2}")
@@ -136,7 +136,7 @@ class SubmitConfig:
         for name in ("mem", "shm"):
             value = getattr(self, name)
             if value is not None and not _QUANTITY.fullmatch(value):
-                raise ConfigError(f"submit.{name}", value, "a quantity of Kubernetes's, as 64Gi")
+                raise ConfigError(f"submit.{name}", value, "a number of Gi, G, Ti or T, as 64Gi")
         if self.scheduler == "skypilot" and (self.gpu is None) != (self.gpus_per_node is None):
             raise ConfigError("submit.gpu", self.gpu, "together with submit.gpus_per_node")
         if not self.mount.startswith("/"):
@@ -147,6 +147,13 @@ class SubmitConfig:
                 raise ConfigError("submit.secrets", "***", "names, as WANDB_API_KEY, no values")
         if not _LABEL.fullmatch(self.namespace):
             raise ConfigError("submit.namespace", self.namespace, "a name of Kubernetes's")
+
+
+def gigabytes(quantity: str) -> int:
+    """Of memory as `submit.mem` has it where nodes are containers."""
+    found = _QUANTITY.fullmatch(quantity)
+    assert found is not None, "validated"
+    return int(found[1]) * (1024 if found[2] == "T" else 1)
 
 
 def _seconds(time: str) -> int:

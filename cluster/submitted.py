@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -31,3 +32,9 @@ def record_job(run_dir: Path, scheduler: str, job: str, command: list[str], **mo
     """
     row = {"scheduler": scheduler, "job": job, "submitted": time.time(), "command": command}
     write_json(run_dir / FOLDER / JOBS, [*submitted_jobs(run_dir), row | more])
+
+
+def dns_name(name: str) -> str:
+    """The name of a run in lower case letters, digits and dashes, a letter first."""
+    short = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+    return short if short[:1].isalpha() else f"run-{short}".strip("-")

@@ -18,6 +18,7 @@ from sae_core.errors import ConfigError
 
 _MAY_DIFFER = ("sae.", "optim.", "train.tokens=")
 """What a cell may have of its own: the stream, and who trains on it, are the group's."""
+_MAY_NOT = ("sae.hookpoint=", "sae.n_latents=", "sae.k=", "sae.architecture=")
 
 
 def cells_of(config: RunConfig, run_dir: Path) -> dict[str, RunConfig]:
@@ -51,6 +52,8 @@ def cells_of(config: RunConfig, run_dir: Path) -> dict[str, RunConfig]:
         )
         cell = _overridden(cell, name, own.get(name, []))
         cell.trainer.validate()
+        if name in cells:
+            raise ConfigError("sweep.lr", sweep.lr, "rates that differ in their first 6 digits")
         cells[name] = cell
     unknown = sorted(set(own) - set(cells))
     if unknown:
@@ -81,11 +84,12 @@ def _by_cell(overrides: list[str]) -> dict[str, list[str]]:
 
 def _overridden(cell: RunConfig, name: str, settings: list[str]) -> RunConfig:
     for setting in settings:
-        if not setting.startswith(_MAY_DIFFER) or setting.startswith("sae.hookpoint="):
+        if not setting.startswith(_MAY_DIFFER) or setting.startswith(_MAY_NOT):
             raise ConfigError(
                 "sweep.overrides",
                 f"{name}:{setting}",
-                "KEY=VALUE of sae (but sae.hookpoint), optim or train.tokens: all else is shared",
+                "KEY=VALUE of sae, optim or train.tokens, but not what the cell is named after "
+                "nor sae.hookpoint, which all share",
             )
     try:
         merged: Any = OmegaConf.merge(

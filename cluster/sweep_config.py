@@ -21,10 +21,11 @@ class SweepConfig:
     """Of the initial dictionary; the order of the rows is the same for all, `store.order_seed`."""
     architecture: list[str] = field(default_factory=list)
     overrides: list[str] = field(default_factory=list)
-    """Settings of one cell alone, CELL:KEY=VALUE, as `n1024-k32:optim.lr=1e-3`; of `sae`, `optim`
-    and `train.tokens`."""
+    """Settings of one cell alone, CELL:KEY=VALUE, as `n1024-k32:optim.lr=1e-3`; of `sae` (but what
+    cells are named after), `optim` and `train.tokens`."""
     saes_per_process: int | None = None
-    """Cells that train at once on one stream; null: as many as fit in memory by the plan."""
+    """Cells that train at once on one stream; null: as many as fit in memory by the plan, on GPUs
+    in theirs: the host must hold the checkpoint copies of all."""
     diverged_fvu: float | None = 1.0
     """A cell whose FVU is higher after the grace, or not finite, is stopped; null: none is."""
     diverged_grace_tokens: int = 200_000

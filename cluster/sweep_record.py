@@ -36,8 +36,13 @@ def read_record(run_dir: Path) -> Record | None:
         return Record(FAILED, f"{RECORD} cannot be read: {error}")
 
 
+def forget(run_dir: Path) -> None:
+    """Whoever trains a cell by itself decides anew how it ends."""
+    (run_dir / RECORD).unlink(missing_ok=True)
+
+
 def forget_failure(run_dir: Path) -> None:
     """A new command tries a failed cell again; one that diverged would diverge again."""
     record = read_record(run_dir)
     if record is not None and record.state == FAILED:
-        (run_dir / RECORD).unlink()
+        forget(run_dir)

@@ -69,11 +69,12 @@ class SweepTable:
         self._look_at_records(list(self._rows))
         if self._live is not None:
             self._live.update(self._table())
-        elif time.monotonic() - self._printed >= _PLAIN_EVERY_S:
+            return
+        due = time.monotonic() - self._printed >= _PLAIN_EVERY_S
+        if due:
             self._printed = time.monotonic()
-            self._print([name for name, state in self._states.items() if state == RUNNING])
-        else:
-            self._print([name for name in self._rows if self._states[name] != before[name]])
+        states = self._states.items()
+        self._print([n for n, state in states if state != before[n] or (due and state == RUNNING)])
 
     def __exit__(self, *_: object) -> None:
         self.show()

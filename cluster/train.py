@@ -24,6 +24,7 @@ from cluster.pulses import Pulses
 from cluster.rank_group import rank_group
 from cluster.ray_session import ray_session
 from cluster.run_dir import wait_for_old_ranks
+from cluster.sweep_record import forget
 from cluster.trainable import check_store
 from cluster.training_line import RunProgress, training_costs
 from conf.schema import RunConfig
@@ -74,6 +75,7 @@ def run(
         console.print(f"train: already done, {done.name}")
         return
     warn_of_a_poor_shuffle(config, console)
+    forget(run_dir)
     train_ranks(config, run_dir, RunProgress(config, run_dir, console), watch)
     watch()  # the last that this run's cursor says counts, too
     let_go(config, run_dir)

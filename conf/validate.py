@@ -75,7 +75,8 @@ def _check_sweep(config: RunConfig) -> None:
             config.cluster.mode,
             "sequential: the cells of a sweep may take more than one pass over a whole store",
         )
-    cells_of(config, Path(config.runs_dir) / config.name)
+    for cell in cells_of(config, Path(config.runs_dir) / config.name).values():
+        _check_finite(cell)
 
 
 def _check_finite(config: RunConfig) -> None:

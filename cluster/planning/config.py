@@ -51,7 +51,8 @@ class PlanConfig:
     """Share of the peak that the language model's forward pass reaches."""
     simulate: bool = False
     """Simulate the plan at `simulate_ranks` and print the weak-scaling efficiency."""
-    simulate_ranks: list[int] = field(default_factory=lambda: [8, 16, 64, 256, 1024, 4096])
+    simulate_ranks: list[int] = field(default_factory=list)
+    """Empty: those of 8 to 4,096 to which the plan's mesh can grow or shrink."""
     simulate_steps: int = 50
     grow: str = "latents"
     """What grows with the ranks: latents (the dictionary) or batch (data replicas)."""
@@ -84,7 +85,7 @@ class PlanConfig:
         self._validate_simulation()
 
     def _validate_simulation(self) -> None:
-        if not self.simulate_ranks or min(self.simulate_ranks) < 1:
+        if min(self.simulate_ranks, default=1) < 1:
             raise ConfigError("plan.simulate_ranks", self.simulate_ranks, "numbers of at least 1")
         for name in ("dead_fraction", "slow_ranks"):
             if not 0 <= getattr(self, name) <= 1:

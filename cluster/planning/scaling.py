@@ -13,16 +13,27 @@ from conf.schema import RunConfig
 from sae_core.config import ParallelConfig
 from sae_core.errors import ConfigError
 
+_RANKS = (8, 16, 64, 256, 1024, 4096)
+
 
 def weak_scaling(config: RunConfig, d_model: int, hardware: Hardware) -> list[Simulated]:
-    """One row for each of `plan.simulate_ranks`.
+    """One row for each of `plan.simulate_ranks`, by default of those that are possible.
 
     Raises:
         ConfigError: a number of ranks that the plan's mesh cannot be scaled to.
     """
     planned = plan_layout(config, d_model, hardware, config.parallel)
     share_s = compute_seconds(planned.phases)
-    return [_at(config, d_model, hardware, n, share_s) for n in config.plan.simulate_ranks]
+    ranks = config.plan.simulate_ranks or [n for n in _RANKS if _can_be(config, n)]
+    return [_at(config, d_model, hardware, n, share_s) for n in ranks]
+
+
+def _can_be(config: RunConfig, n_ranks: int) -> bool:
+    try:
+        grown(config, n_ranks)
+    except ConfigError:
+        return False
+    return True
 
 
 def grown(config: RunConfig, n_ranks: int) -> RunConfig:

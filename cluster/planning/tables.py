@@ -83,23 +83,30 @@ def layout_table(found: Sequence[Layout]) -> Table:
 
 
 def run_table(layout: Layout, config: RunConfig, hardware: Hardware) -> Table:
-    """Duration, bandwidth, cost."""
+    """Duration, bandwidth, cost; of harvest and training together where they run at once."""
     work, step_s = layout.work, layout.step_s
     n_nodes = -(-work.n_ranks // hardware.ranks_per_node)
     tokens_per_s = config.train.batch_tokens / step_s
-    hours = config.train.n_steps * step_s / 3600
+    hours, gpus = config.train.n_steps * step_s / 3600, work.n_ranks
+    at_once = config.cluster.mode == "concurrent" and config.model.n_parameters is not None
+    if at_once and not hardware.shared:
+        tokens = min(config.train.tokens, config.data.tokens)
+        harvest_s = tokens / harvest_tokens_per_s(layout, config, hardware)
+        hours, gpus = max(hours, harvest_s / 3600), gpus + _harvest_gpus(layout, config)
     need = tokens_per_s * work.stored_row_bytes / n_nodes
     give = hardware.disk_bytes_per_s
     table = _table("training", "what", "is")
-    bound = "" if layout.read_s <= 0.95 * step_s else ": bound by it; store.codec=int8 halves it"
+    bound = "" if layout.read_s <= 0.95 * step_s else ": bound by it"
+    if bound and config.store.codec != "int8":
+        bound += "; store.codec=int8 halves it"
     rows = {
         "tokens/s": f"{tokens_per_s:,.0f}",
         "reading": f"{need / 1e9:.3f} GB/s a node, the disks give {give / 1e9:.1f}{bound}",
         "duration": f"{hours:,.2f} h for {config.train.n_steps:,} steps, checkpoints not counted",
     }
     if hardware.price_per_hour:
-        price = hours * work.n_ranks * hardware.price_per_hour
-        each = f"{work.n_ranks} GPUs at ${hardware.price_per_hour:.2f} an hour"
+        price = hours * gpus * hardware.price_per_hour
+        each = f"{gpus} GPUs at ${hardware.price_per_hour:.2f} an hour"
         rows["cost"] = f"${price:,.0f}: {each}"
     rows["harvest"] = _harvest(layout, config, hardware)
     for key, value in rows.items():
@@ -126,19 +133,38 @@ def scaling_table(rows: Sequence[Simulated], grows: str) -> Table:
 
 
 def _harvest(layout: Layout, config: RunConfig, hardware: Hardware) -> str:
-    """An upper bound: the forward pass ends after the last hookpoint, this counts all layers."""
     if config.model.n_parameters is None:
         return "not planned: model.n_parameters is not set"
-    work = layout.work
-    machines = 1 if hardware.shared else work.n_ranks
-    flops = hardware.peak_flops * config.plan.harvest_mfu * machines
-    tokens_per_s = flops / (2 * config.model.n_parameters)
-    row_bytes = work.stored_row_bytes * len(config.model.hookpoints)
-    hours = config.data.tokens / tokens_per_s / 3600
+    tokens_per_s = harvest_tokens_per_s(layout, config, hardware)
+    row_bytes = layout.work.stored_row_bytes * len(config.model.hookpoints)
+    gpus = 1 if hardware.shared else _harvest_gpus(layout, config)
+    what = "" if hardware.shared else f" on {gpus} GPUs (cluster.harvest_workers)"
     return (
-        f"about {tokens_per_s:,.0f} tokens/s, {hours:,.2f} h, writes "
+        f"about {tokens_per_s:,.0f} tokens/s{what}, "
+        f"{config.data.tokens / tokens_per_s / 3600:,.2f} h, writes "
         f"{tokens_per_s * row_bytes / 1e9:.2f} GB/s"
     )
+
+
+def harvest_tokens_per_s(layout: Layout, config: RunConfig, hardware: Hardware) -> float:
+    """A lower bound: the forward pass ends after the last hookpoint, this counts all layers.
+
+    Args:
+        layout: of the ranks.
+        config: whose `model.n_parameters` is set.
+        hardware: of one GPU, or this machine, which all harvest workers share.
+    """
+    assert config.model.n_parameters is not None
+    gpus = 1 if hardware.shared else _harvest_gpus(layout, config)
+    flops = hardware.peak_flops * config.plan.harvest_mfu * gpus
+    return flops / (2 * config.model.n_parameters)
+
+
+def _harvest_gpus(layout: Layout, config: RunConfig) -> int:
+    """GPUs of all harvest workers: beside the ranks', or before them on at most as many."""
+    wanted = config.cluster.harvest_workers * config.model.shards
+    at_once = config.cluster.mode == "concurrent"
+    return wanted if at_once else max(config.model.shards, min(wanted, layout.work.n_ranks))
 
 
 def _table(title: str, *columns: str) -> Table:

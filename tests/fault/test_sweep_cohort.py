@@ -33,7 +33,7 @@ GRID = SweepConfig(
     overrides=[
         "n60-k4-seed1:optim.lr=0.004",
         f"n60-k4-seed1:train.tokens={100 * BATCH}",
-        "n90-k4-seed1:sae.k=3",
+        "n90-k4-seed1:sae.auxk=4",
     ],
 )
 LAGGARD = "n90-k4-seed0"

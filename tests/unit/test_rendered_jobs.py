@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +15,8 @@ import pytest
 import yaml
 
 from cluster import kuberay, skypilot
-from cluster.submit_config import SubmitConfig
+from cluster.errors import SchedulerError
+from cluster.submit_config import SubmitConfig, gigabytes
 from sae_core.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -43,6 +45,11 @@ def rendered() -> dict[str, str]:
         "rayjob.yaml": kuberay.render(KUBERAY, "Big.1", COMMAND, 120.0),
         "skypilot.yaml": skypilot.render(SKYPILOT, "Big.1", COMMAND, 120.0),
     }
+
+
+@pytest.fixture(autouse=True)
+def a_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kuberay, "version", lambda package: "2.60.0")
 
 
 @pytest.mark.parametrize("name", ["rayjob.yaml", "skypilot.yaml"])
@@ -93,6 +100,7 @@ def test_the_script_of_a_sky_node_is_shell_and_keeps_words_whole() -> None:
         ({"volume": None}, "submit.volume=None"),
         ({"launch": []}, "submit.launch"),
         ({"mem": "64 GB"}, "submit.mem='64 GB'"),
+        ({"mem": "65536Mi"}, "submit.mem='65536Mi'"),
         ({"mount": "runs"}, "an absolute path"),
         ({"secrets": ["WANDB_API_KEY=abc"]}, r"submit.secrets='\*\*\*'"),
         ({"namespace": "A b"}, "submit.namespace"),
@@ -106,11 +114,30 @@ def test_what_cannot_be_rendered(change: dict[str, Any], expected: str) -> None:
         SubmitConfig(**{**vars(KUBERAY), **change}).validate(grace_s=120)
 
 
+@pytest.mark.parametrize("word", ["data.path=a;b", "data.path=${runs_dir}/t", "name='x'", "a|b"])
+def test_a_rayjob_takes_no_word_that_a_shell_would_change(word: str) -> None:
+    with pytest.raises(SchedulerError, match="no characters that a shell takes for more"):
+        kuberay.render(KUBERAY, "one", [*COMMAND, word], 120.0)
+
+
+@pytest.mark.parametrize("name", ["1m_latents", "Big.1", "-", "x" * 80])
+def test_names_begin_with_a_letter_and_are_short(name: str) -> None:
+    job = yaml.safe_load(kuberay.render(KUBERAY, name, COMMAND, 120.0))
+    assert re.fullmatch(r"[a-z]([-a-z0-9]{0,35}[a-z0-9])?-", job["metadata"]["generateName"])
+    task = yaml.safe_load(skypilot.render(SKYPILOT, name, COMMAND, 120.0))
+    assert re.fullmatch(r"[a-z]([-a-z0-9]*[a-z0-9])?", task["name"])
+
+
+def test_memory_keeps_its_unit() -> None:
+    assert [gigabytes(text) for text in ("256Gi", "64G", "1Ti")] == [256, 64, 1024]
+
+
 def test_the_command_writes_a_file_and_says_how_to_submit_it(tmp_path: Path) -> None:
     done = subprocess.run(
         [
             *(sys.executable, str(ROOT / "launch.py"), "stage=submit", "submit=kuberay"),
             *("submit.image=an/image", "submit.volume=claim", "name=k", "sae.k=16"),
+            f"cache_dir={tmp_path}",
             f"runs_dir={tmp_path}",
         ],
         capture_output=True,
