@@ -35,7 +35,7 @@ class LocalStorage(Storage):
     # no faster, cold or warm.
     run_bytes = 1 << 20
     gap_bytes = 0
-    n_threads = 2 * N_THREADS
+    n_threads = N_THREADS
     poll_s = 0.05
     build_is_atomic = True
 
