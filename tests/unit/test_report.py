@@ -101,7 +101,7 @@ def test_nothing_is_fetched(tmp_path: Path) -> None:
     text = rendered(full_run(tmp_path))
     assert Page(text).addresses == []
     assert "default-src 'none'" in text
-    shown = f">{SubmitConfig().address}<"  # a setting, told as it is
+    shown = f"</i> {SubmitConfig().address}</div>"  # a setting, told as it is
     assert not re.search(r"https?://|url\(|@import", text.replace(shown, ""))
 
 
