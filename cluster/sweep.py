@@ -13,8 +13,6 @@ from pathlib import Path
 
 from rich.console import Console
 
-from activation_store import store_exists
-from activation_store.errors import StoreConfigError
 from cluster.errors import RankFailedError, SweepFailedError
 from cluster.ray_session import ray_session
 from cluster.run_dir import open_run, wait_for_old_ranks
@@ -95,12 +93,5 @@ def _is_open(run_dir: Path, cell: RunConfig) -> bool:
 
 
 def _check_store(config: RunConfig) -> None:
-    if not store_exists(config.store.path):
-        raise StoreConfigError(
-            "store.path",
-            config.store.path,
-            "a store of activations",
-            "make one with stage=harvest or activation_store.StoreWriter",
-        )
     # A sweep makes as many passes as it has groups: it trains on a store that is whole.
     check_store(replace(config, cluster=replace(config.cluster, mode="sequential")))

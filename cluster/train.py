@@ -14,8 +14,8 @@ from typing import Any
 
 from rich.console import Console
 
-from activation_store import open_store, shuffle_quality, store_exists
-from activation_store.errors import StoreConfigError, StoreError
+from activation_store import open_store, shuffle_quality
+from activation_store.errors import StoreError
 from cluster.cursor import let_go
 from cluster.errors import ClusterError, PlacementError, PreemptedError, RankFailedError
 from cluster.preemption import StopRequest, on_preemption
@@ -60,13 +60,6 @@ def run(
         PreemptedError: a signal asked for the end; ranks that could have saved.
     """
     console = console or Console()
-    if not store_exists(config.store.path):
-        raise StoreConfigError(
-            "store.path",
-            config.store.path,
-            "a store of activations",
-            "make one with stage=harvest or activation_store.StoreWriter",
-        )
     check_store(config)
     wait_for_old_ranks(run_dir)
     done = finished(config, run_dir)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from activation_store import Store, open_store
+from activation_store import Store, open_store, store_exists
 from activation_store.creation import shorten
 from activation_store.errors import StoreConfigError
 from conf.schema import RunConfig
@@ -17,6 +17,13 @@ def check_store(config: RunConfig) -> str:
     Raises:
         ConfigError, StoreConfigError: naming what does not fit.
     """
+    if not store_exists(config.store.path):
+        raise StoreConfigError(
+            "store.path",
+            config.store.path,
+            "a store of activations",
+            "make one with stage=harvest or activation_store.StoreWriter",
+        )
     store = open_store(config.store.path)
     growing = not store.finalised
     if growing and config.cluster.mode != "concurrent":
