@@ -22,7 +22,7 @@ open({answer!r}, "w").write(" ".join(os.environ.get(name, "unset") for name in n
 @pytest.mark.parametrize(
     ("alone", "user", "found"),
     [
-        (True, {}, "unset 1000"),
+        (True, {}, "unset 3000"),
         (False, {}, "passive unset"),
         (True, {"OMP_WAIT_POLICY": "passive"}, "passive unset"),
         (True, {"GOMP_SPINCOUNT": "7"}, "unset 7"),
