@@ -13,8 +13,8 @@ from cluster.errors import PlacementError
 from conf.schema import RunConfig
 
 _SPINS = "3000"
-"""Of libgomp's waiting loop. On 2 cores a step took 63 ms with 3,000, 62 by libgomp's default, 76 with
-1,000, 94 passive; beside one busy process 143 with 3,000, 301 with 30,000."""
+"""Of libgomp's waiting loop. On 2 cores a step took 63 ms with 3,000, 62 by libgomp's default, 76
+with 1,000, 94 passive; beside one busy process 143 with 3,000, 301 with 30,000."""
 
 
 @contextmanager
