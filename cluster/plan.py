@@ -105,7 +105,8 @@ def _summary(config: RunConfig, d_model: int, layout: Layout, hardware: Hardware
         "dictionary": f"{config.sae.n_latents:,} latents, k {config.sae.k}, "
         f"{2 * config.sae.n_latents * d_model:,} weights",
         "mesh": f"{mesh.latent} latent x {mesh.data} data, ZeRO {mesh.zero_stage} "
-        f"(parallel.latent={mesh.latent} parallel.data={mesh.data})",
+        f"(parallel.latent={mesh.latent} parallel.data={mesh.data} "
+        f"parallel.zero_stage={mesh.zero_stage})",
         "memory per rank": f"{rank_bytes / GIB:.2f} GiB; {host_bytes / GIB:.2f} GiB more on the "
         "host while a checkpoint is written",
         "store": f"{config.data.tokens:,} tokens, at most {store_bytes / GIB:,.2f} GiB at once",

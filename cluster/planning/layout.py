@@ -1,13 +1,14 @@
 """What a mesh costs, whether it fits, and which one of N ranks is the fastest.
 
 The trainer has no micro-batches: a replica's rows go through one step at once. So the search is
-over latent x data alone.
+over latent x data, and over what replicas send to each other: what the gradient is made of (the
+fused update), or dense gradients with ZeRO 1.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from cluster.planning.hardware import GIB, Hardware
 from cluster.planning.memory import device_bytes, host_bytes
@@ -53,6 +54,15 @@ class Layout:
         return self.limit_bytes <= 0 or self.needed_bytes <= _ROOM * self.limit_bytes
 
     @property
+    def exchange(self) -> str:
+        """The gradients that replicas send to each other."""
+        if self.work.data == 1:
+            return "none"
+        if self.work.fused:
+            return "sparse"
+        return "dense, ZeRO 1" if self.work.zero_stage else "dense"
+
+    @property
     def step_s(self) -> float:
         """Of a step; reading goes on beside it."""
         return max(step_seconds(self.phases), self.read_s)
@@ -88,9 +98,13 @@ def plan_layout(
 
 
 def layouts(config: RunConfig, d_model: int, hardware: Hardware, n: int) -> list[Layout]:
-    """Every possible mesh of `n` ranks, the fastest that fits first, those that do not fit last."""
+    """Every mesh of `n` ranks with each exchange, the fastest that fits first.
+
+    Those that do not fit come last. The config's own `parallel` is one of them only by its ranks.
+    """
     found = [plan_layout(config, d_model, hardware, mesh) for mesh in _meshes(config, n)]
-    return sorted(found, key=lambda layout: (not layout.fits, layout.step_s))
+    # Where all wait for the disks alike: the one that leaves them the most time.
+    return sorted(found, key=lambda one: (not one.fits, one.step_s, step_seconds(one.phases)))
 
 
 def best_layout(found: list[Layout], config: RunConfig) -> Layout:
@@ -155,9 +169,12 @@ def _meshes(config: RunConfig, n: int) -> Iterator[ParallelConfig]:
     for latent in range(1, n + 1):
         if n % latent:
             continue
-        mesh = replace(config.parallel, latent=latent, data=n // latent)
-        try:
-            mesh.validate(config.sae.n_latents, config.train.batch_tokens)
-        except ConfigError:
-            continue
-        yield mesh
+        data = n // latent
+        for zero_stage in (0, 1) if data > 1 else (0,):  # one replica has nothing to share
+            mesh = ParallelConfig(latent, data, zero_stage)
+            try:
+                mesh.validate(config.sae.n_latents, config.train.batch_tokens)
+                config.optim.validate(config.train.tokens, zero_stage)
+            except ConfigError:
+                continue
+            yield mesh

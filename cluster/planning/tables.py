@@ -69,11 +69,13 @@ def traffic_table(layout: Layout, hardware: Hardware) -> Table:
 
 def layout_table(found: Sequence[Layout]) -> Table:
     """What the search has compared."""
-    table = _table("layouts", "latent x data", "GiB per rank", "fits", "step ms", "tokens/s")
+    columns = ("gradients sent", "GiB per rank", "fits", "step ms", "tokens/s")
+    table = _table("layouts", "latent x data", *columns)
     for layout in found:
         work = layout.work
         table.add_row(
             f"{work.latent} x {work.data}",
+            layout.exchange,
             f"{layout.device_total / GIB:.1f}",
             "yes" if layout.fits else "no",
             f"{layout.step_s * 1e3:.1f}",

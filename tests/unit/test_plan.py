@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import subprocess
 import sys
 from dataclasses import replace
@@ -168,16 +169,37 @@ def test_reading_is_shared_by_the_ranks_of_a_node():
 def test_the_search_finds_what_brute_force_finds():
     config = config_of(n_latents=6 << 16, k=32, batch=4096)
     found = layouts(config, 768, H100, 12)
-    assert sorted((f.work.latent, f.work.data) for f in found) == [
-        (n, 12 // n) for n in (3, 6, 12)
-    ]  # 4096 rows divide among 1, 2 and 4 replicas only
+    assert sorted((f.work.latent, f.work.data, f.work.zero_stage) for f in found) == [
+        *((3, 4, 0), (3, 4, 1), (6, 2, 0), (6, 2, 1), (12, 1, 0))
+    ]  # 4096 rows divide among 1, 2 and 4 replicas only, and one alone exchanges nothing
     best = best_layout(found, config)
-    for latent in range(1, 13):
-        for data in range(1, 13):
-            mesh = ParallelConfig(latent, data)
-            if latent * data == 12 and 4096 % data == 0:
-                other = plan_layout(config, 768, H100, mesh)
-                assert not other.fits or step_seconds(other.phases) >= step_seconds(best.phases)
+    for latent, data, zero_stage in itertools.product(range(1, 13), range(1, 13), (0, 1)):
+        if latent * data == 12 and 4096 % data == 0:
+            other = plan_layout(config, 768, H100, ParallelConfig(latent, data, zero_stage))
+            assert not other.fits or step_seconds(other.phases) >= step_seconds(best.phases)
+
+
+@pytest.mark.parametrize(
+    ("n_latents", "batch", "cheaper"),
+    [
+        (1 << 14, 1 << 17, "dense, ZeRO 1"),  # fewer weights than rows
+        (1 << 20, 1 << 12, "sparse"),
+    ],
+)
+def test_the_search_picks_the_cheaper_exchange(n_latents, batch, cheaper):
+    config = config_of(n_latents=n_latents, k=32, batch=batch)
+    first, second = (f for f in layouts(config, 768, H100, 2) if f.work.data == 2)
+    assert first.exchange == cheaper != second.exchange
+    assert step_seconds(first.phases) < step_seconds(second.phases)
+
+
+def test_an_optimiser_that_needs_one_exchange_gets_no_other():
+    config = config_of(n_latents=1 << 14, k=32, batch=1 << 17)
+    config.optim.moments = "bfloat16"
+    assert {f.exchange for f in layouts(config, 768, H100, 2)} == {"none", "sparse"}
+    config.optim = OptimConfig(update="dense")
+    found = {f.exchange for f in layouts(config, 768, H100, 2)}
+    assert found == {"none", "dense", "dense, ZeRO 1"}
 
 
 def test_the_search_leaves_out_what_does_not_fit():
@@ -186,7 +208,8 @@ def test_the_search_leaves_out_what_does_not_fit():
     small = replace(H100, memory_bytes=12 * GIB, node=slow)
     config = config_of(n_latents=1 << 19, k=32, batch=4096)
     found = layouts(config, 1024, small, 8)
-    assert [layout.fits for layout in found] == [True] * 3 + [False]
+    fits = [layout.fits for layout in found]
+    assert fits == sorted(fits, reverse=True) and not fits[-1]
     assert found[-1].work.data == 8 and found[-1].step_s < found[0].step_s
     assert best_layout(found, config) is found[0]
 
