@@ -27,6 +27,7 @@ from activation_store.config import StoreConfig
 from benchmarks.errors import BenchmarkError
 from benchmarks.table import format_table, write_json
 from cluster.config import LoggingConfig, ModelConfig
+from cluster.openmp import waiting_variables
 from cluster.planning.config import PlanConfig
 from cluster.planning.hardware import Hardware
 from cluster.planning.layout import Layout, plan_layout
@@ -52,11 +53,19 @@ class Case:
     B: int
     k: int
     latent: int = 1
+    data: int = 1
+    zero_stage: int = 0
 
     @property
-    def work(self) -> dict[str, int]:
+    def parallel(self) -> ParallelConfig:
+        """The mesh."""
+        return ParallelConfig(self.latent, self.data, self.zero_stage)
+
+    @property
+    def work(self) -> dict[str, int | str]:
         """Of the row."""
-        return {"L": self.L, "D": self.D, "B": self.B, "k": self.k, "ranks": self.latent}
+        mesh = f"{self.latent}x{self.data}"
+        return {"L": self.L, "D": self.D, "B": self.B, "k": self.k, "mesh": mesh}
 
 
 CASES = (
@@ -64,6 +73,11 @@ CASES = (
     Case("one rank", 32768, 512, 1024, 32),
     Case("one rank", 32768, 768, 2048, 32),
     *(Case("weak scaling", 8192 * ranks, 512, 1024, 32, ranks) for ranks in (1, 2, 4)),
+    *(
+        Case(f"replicas, {exchange}", L, 512, B, 32, data=2, zero_stage=stage)
+        for L, B in ((2048, 4096), (32768, 512))
+        for stage, exchange in ((0, "sparse"), (1, "dense"))
+    ),
 )
 
 
@@ -79,7 +93,7 @@ def config_of(case: Case, store: Path, name: str, steps: int) -> RunConfig:
         train=TrainConfig(
             tokens=steps * case.B, batch_tokens=case.B, sample_tokens=4096, device="cpu"
         ),
-        parallel=ParallelConfig(latent=case.latent),
+        parallel=case.parallel,
         checkpoint=CheckpointConfig(every_tokens=steps // 2 * case.B),
         logging=LoggingConfig(wandb="disabled", every_steps=_REPORT_EVERY),
         plan=PlanConfig(dead_fraction=0.0),
@@ -119,6 +133,7 @@ def run_ranks(config: RunConfig, run_dir: Path) -> tuple[float, int]:
         place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": n_ranks, "MASTER_PORT": port}
         environment = {key: str(value) for key, value in place.items()}
         environment |= {"MASTER_ADDR": "127.0.0.1", "DS_ACCELERATOR": "cpu"}
+        environment |= waiting_variables(alone=n_ranks == 1)
         log = open(run_dir / f"rank-{rank}.txt", "w")  # noqa: SIM115 - the process keeps it
         ranks.append(
             subprocess.Popen(command, env=os.environ | environment, stdout=log, stderr=log)
@@ -140,12 +155,13 @@ def run_ranks(config: RunConfig, run_dir: Path) -> tuple[float, int]:
 def rows_of(case: Case, folder: Path, hardware: Hardware, steps: int) -> list[dict[str, Any]]:
     """What was measured, then what was predicted."""
     store = make_store(folder, case.D)
-    name = f"plan-{case.L}-{case.D}-{case.latent}-{case.op.replace(' ', '-')}"
+    op = case.op.replace(",", "").replace(" ", "-")
+    name = f"plan-{case.L}-{case.D}-{case.parallel.n_ranks}-{op}"
     config = config_of(case, store, name, steps)
     step_s, peak = run_ranks(config, folder / "runs" / name)
     layout = plan_layout(config, case.D, hardware, config.parallel)
     predicted_s = layout.step_s
-    if case.latent > 1:
+    if case.parallel.n_ranks > 1:
         predicted_s = _simulated(layout)
     predicted = layout.device_total + sum(layout.host.values())
     shared = {"work": case.work, "op": case.op}

@@ -10,11 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from cluster.errors import PlacementError
+from cluster.openmp import waiting_variables
 from conf.schema import RunConfig
-
-_SPINS = "3000"
-"""Of libgomp's waiting loop. On 2 cores a step took 63 ms with 3,000, 62 by libgomp's default, 76
-with 1,000, 94 passive; beside one busy process 143 with 3,000, 301 with 30,000."""
 
 
 @contextmanager
@@ -117,25 +114,12 @@ def _wants_gpus(config: RunConfig) -> bool:
     return config.train.device == "cuda"
 
 
-def _set_waiting(alone: bool) -> None:
-    """How long threads spin before they sleep, for a libgomp that is not loaded yet.
-
-    Ranks that share the cores do not spin. One that has them to itself spins through the gaps
-    between two operations, which saves it about a quarter of a step, and no longer: by its own
-    default, milliseconds, any other busy process on the machine makes a step ten times as slow.
-    """
-    if alone and "OMP_WAIT_POLICY" not in os.environ:
-        os.environ.setdefault("GOMP_SPINCOUNT", _SPINS)
-    else:
-        os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-
-
 class RankActor:
     """The actor: a process of its own that becomes one trainer rank."""
 
     def __init__(self, run_dir: str, rank: int, n_ranks: int, alone: bool) -> None:
         self.run_dir, self.rank, self.n_ranks = Path(run_dir), rank, n_ranks
-        _set_waiting(alone)
+        os.environ.update(waiting_variables(alone))
         log = open(self.run_dir / "logs" / f"rank-{rank}.log", "ab", buffering=0)  # noqa: SIM115
         # For the whole life of the process, native libraries included.
         os.dup2(log.fileno(), 1)

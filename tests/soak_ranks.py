@@ -8,6 +8,7 @@ import shutil
 import signal
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from cluster.preemption import EXIT_PREEMPTED
@@ -48,7 +49,8 @@ def ranks_episode(clean: Clean, episode: Episode) -> Verdict:
         ranks = Ranks(episode.folder / f"start-{start}", RANKS, _rank, str(episode.run_dir))
         try:
             if barrier is None and _reached(episode, before, ranks):
-                _strike(strike, episode, ranks)
+                with suppress(ProcessLookupError):  # it came to its end a moment before
+                    _strike(strike, episode, ranks)
         finally:
             codes = ranks.codes(PATIENCE_S)
         assert_named(harmed, ranks.logs()[0])
