@@ -13,9 +13,7 @@ from __future__ import annotations
 
 import argparse
 import os
-import statistics
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -46,7 +44,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory(dir=options.folder) as folder:
             data = make_data(Path(folder), d_model, options.mib << 20)
             rows += warm_rows(data, options.rounds, not options.no_peers)
-            rows += cold_rows(data, max(options.rounds // 2, 1))
+            rows += cold_rows(data, options.rounds)
             rows += write_rows(data, options.rounds)
             if not options.no_peers:
                 rows += saelens_rows(data)
@@ -70,18 +68,7 @@ def warm_rows(data: Data, rounds: int, peers: bool) -> list[dict[str, Any]]:
 def cold_rows(data: Data, rounds: int) -> list[dict[str, Any]]:
     """Reads of data that the page cache has let go of."""
     calls = cold_calls(data)
-    samples: dict[str, list[float]] = {name: [] for name in _named(calls)}
-    for turn in range(1 + rounds):  # the first one is not counted
-        for name, call in _named(calls).items():
-            data.drop_cache()
-            start = time.perf_counter()
-            call()
-            if turn:
-                samples[name].append(time.perf_counter() - start)
-    timings = {
-        name: Timing(statistics.median(taken), min(taken), tuple(taken))
-        for name, taken in samples.items()
-    }
+    timings = interleaved(_named(calls), rounds=rounds, warmup=1, prepare=data.drop_cache)
     return as_rows(data, timings, next(iter(calls)))
 
 

@@ -1,7 +1,8 @@
 """The same rows read by other packages, shuffled as their users shuffle them.
 
-zarr-python and tensorstore read our own store (checksums included). The buffer of
-dictionary_learning is written anew here in its style: the original is filled by a language model.
+zarr-python and tensorstore read our own store (checksums included). The buffers of OpenMOSS'
+Language-Model-SAEs (refilled from safetensors files) and dictionary_learning (by a language model)
+are written anew here in their style; the former copies its whole buffer for every batch, ours not.
 """
 
 from __future__ import annotations
@@ -36,8 +37,12 @@ def peer_calls(data: Data) -> Calls:
         (tensorstore, "sequential"): lambda: _sequential(data, by_tensorstore, shard),
         (tensorstore, "shuffled, gathered"): lambda: _shuffled(data, by_tensorstore, chunk),
         (safetensors, "sequential, no checksums"): lambda: _safetensors(data, shuffled=False),
+        # Not a peer's shuffle: rows of one shard never meet those of another.
         (safetensors, "shuffled in shards, no checksums"): lambda: _safetensors(
             data, shuffled=True
+        ),
+        ("shuffle buffer (OpenMOSS style)", "shuffled, no checksums"): (
+            lambda: _shuffle_buffer(data)
         ),
         ("mask buffer (dictionary_learning style)", "half shuffled, no checksums"): (
             lambda: _mask_buffer(data)
@@ -93,6 +98,24 @@ def _safetensors(data: Data, shuffled: bool) -> None:
         for row in range(0, len(rows), BATCH_ROWS):
             batch = slice(row, row + BATCH_ROWS)
             rows[batch].clone() if picks is None else rows[picks[batch]]
+
+
+def _shuffle_buffer(data: Data) -> None:
+    """Shards join a buffer; once it is full all is permuted and given until half is left."""
+    from safetensors.torch import load_file
+
+    order = torch.randperm(data.n_items).tolist()
+    parts: list[torch.Tensor] = []
+    for item in order:
+        parts.append(load_file(data.shard(item))[ARRAY])
+        if sum(map(len, parts)) < data.buffer_rows and item != order[-1]:
+            continue
+        rows = torch.cat(parts)
+        rows = rows[torch.randperm(len(rows))]
+        left = 0 if item == order[-1] else data.buffer_rows // 2
+        while len(rows) > left:
+            rows = rows[BATCH_ROWS:]  # a batch is a view: more than the original spares itself
+        parts = [rows]
 
 
 def _mask_buffer(data: Data) -> None:

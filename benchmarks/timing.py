@@ -28,16 +28,19 @@ def interleaved(
     rounds: int = 15,
     warmup: int = 3,
     synchronize: Callable[[], object] | None = None,
+    prepare: Callable[[], object] = lambda: None,
 ) -> dict[str, Timing]:
     """Run every callable once a round, so that drift of the machine falls on all of them alike.
 
-    Each round starts with another callable: none always runs with the caches its neighbour leaves.
+    Each round starts with another callable, every other round goes backwards: none always runs with
+    the caches, or on the tired disk, that its neighbour leaves.
 
     Args:
         callables: name -> what to time; the result is dropped.
         rounds: samples per callable.
         warmup: rounds that are not counted (allocator, autotuning, lazy optimiser state).
         synchronize: called before each reading of the clock, `torch.cuda.synchronize` on a GPU.
+        prepare: called before each callable, not timed.
 
     Returns:
         name -> Timing, in the order given.
@@ -53,7 +56,9 @@ def interleaved(
     samples: dict[str, list[float]] = {name: [] for name in names}
     for turn in range(warmup + rounds):
         first = turn % len(names)
-        for name in names[first:] + names[:first]:
+        order = names[first:] + names[:first]
+        for name in reversed(order) if turn % 2 else order:
+            prepare()
             seconds = _seconds(callables[name], synchronize)
             if turn >= warmup:
                 samples[name].append(seconds)

@@ -18,14 +18,14 @@ from benchmarks.timing import interleaved
 WORK = {"L": 64, "D": 16, "B": 32, "k": 4, "dtype": "float32"}
 
 
-def test_interleaved_rounds_rotate_and_skip_the_warm_up() -> None:
+def test_interleaved_rounds_rotate_and_turn_and_skip_the_warm_up() -> None:
     calls: list[str] = []
     timings = interleaved(
         {name: lambda name=name: calls.append(name) for name in "abc"},  # type: ignore[misc]
         rounds=3,
         warmup=1,
     )
-    assert "".join(calls) == "abc" + "bca" + "cab" + "abc"
+    assert "".join(calls) == "abc" + "acb" + "cab" + "cba"
     assert {name: len(timing.samples_s) for name, timing in timings.items()} == dict.fromkeys(
         "abc", 3
     )
@@ -43,6 +43,17 @@ def test_interleaved_synchronizes_around_each_call() -> None:
         {"a": lambda: calls.append("a")}, rounds=1, warmup=0, synchronize=lambda: calls.append("|")
     )
     assert "".join(calls) == "|a|"
+
+
+def test_interleaved_prepares_each_call() -> None:
+    calls: list[str] = []
+    interleaved(
+        {name: lambda name=name: calls.append(name) for name in "ab"},  # type: ignore[misc]
+        rounds=1,
+        warmup=1,
+        prepare=lambda: calls.append("."),
+    )
+    assert "".join(calls) == ".a.b.a.b"
 
 
 @pytest.mark.parametrize(("names", "rounds"), [("", 3), ("a", 0)])
