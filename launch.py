@@ -94,13 +94,20 @@ def _arguments() -> list[str]:
 
 def _make_paths_absolute(config: RunConfig) -> None:
     """Ranks and workers may run in another folder; a hub name is no path and stays."""
-    if "://" not in config.store.path:  # an object store's address
-        config.store.path = str(Path(config.store.path).expanduser().resolve())
+    config.store.path = _absolute(config.store.path)
+    for mixed in config.store.mixture:
+        mixed.path = _absolute(mixed.path)
     config.cache_dir = str(Path(config.cache_dir).expanduser().resolve())
     for part in (config.model, config.data):
         local = Path(part.path).expanduser()
         if part.path and part.package is None and local.exists():
             part.path = str(local.resolve())
+
+
+def _absolute(store: str) -> str:
+    if not store or "://" in store:  # an object store's address
+        return store
+    return str(Path(store).expanduser().resolve())
 
 
 def _print_config(config: RunConfig) -> None:

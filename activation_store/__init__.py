@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from activation_store.errors import DeletedDataError
     from activation_store.header import Calibration, StoreHeader
     from activation_store.lookup import DocumentRows, find_documents, find_rows, take_rows
-    from activation_store.mixture import MixtureStream
+    from activation_store.mixture import MixtureStream, check_mixture
     from activation_store.record import ItemRecord, Statistics
     from activation_store.repair import RepairReport, repair_store
     from activation_store.retention import delete_consumed
@@ -63,6 +63,7 @@ _HOMES = {
     "find_rows": "lookup",
     "take_rows": "lookup",
     "MixtureStream": "mixture",
+    "check_mixture": "mixture",
     "ShuffleQuality": "diagnose",
     "shuffle_quality": "diagnose",
     "Statistics": "record",
@@ -90,6 +91,7 @@ __all__ = [
     "LoadedBlock",
     "LoadedRows",
     "MixtureStream",
+    "check_mixture",
     "RepairReport",
     "ShuffleQuality",
     "ShuffledStream",

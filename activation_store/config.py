@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, field
 
 from activation_store.errors import StoreConfigError
+
+
+@dataclass
+class MixedStore:
+    """Another store whose rows a run trains on."""
+
+    path: str = ""
+    weight: float = 1.0
+    """Beside `StoreConfig.weight`: only the ratios matter."""
 
 
 @dataclass
@@ -27,6 +37,21 @@ class StoreConfig:
     order_seed: int | None = None
     """Fixes the order of the rows; null: the run's `seed`. Runs that share it see the same batches,
     whatever dictionaries their seeds begin with."""
+    mixture: list[MixedStore] = field(default_factory=list)
+    """Finished stores to train on as well: every batch holds rows of each by its weight. Evaluation
+    and pages keep to `path`."""
+    weight: float = 1.0
+    """Of `path` in a mixture."""
+
+    @property
+    def paths(self) -> list[str]:
+        """Of all stores that training reads."""
+        return [self.path, *(mixed.path for mixed in self.mixture)]
+
+    @property
+    def weights(self) -> list[float]:
+        """In the order of `paths`."""
+        return [self.weight, *(mixed.weight for mixed in self.mixture)]
 
     def validate(self) -> None:
         """Raises: StoreConfigError: naming the setting that cannot be."""
@@ -39,3 +64,14 @@ class StoreConfig:
                 raise StoreConfigError(f"store.{name}", getattr(self, name), "at least 1")
         if self.order_seed is not None and self.order_seed < 0:
             raise StoreConfigError("store.order_seed", self.order_seed, "0 or more, or null")
+        for path, weight in zip(self.paths, self.weights, strict=True):
+            if not (math.isfinite(weight) and weight > 0):
+                raise StoreConfigError(f"weight of {path}", weight, "a finite number above 0")
+        if not all(mixed.path for mixed in self.mixture):
+            raise StoreConfigError(
+                "store.mixture", "an entry without path", "[{path: ..., weight: ...}, ...]"
+            )
+        if len(set(self.paths)) < len(self.paths):
+            raise StoreConfigError(
+                "store.mixture", self.paths, "each store once", "give it a larger weight"
+            )

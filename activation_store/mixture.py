@@ -119,8 +119,7 @@ class MixtureStream:
         prefetch: bool = True,
         allocate: Allocate = anonymous,
     ) -> None:
-        if not stores or len(stores) != len(weights):
-            raise StoreConfigError("weights", list(weights), f"one for each of {len(stores)}")
+        check_mixture(stores, weights, arrays)
         self.lo, self.hi = check_slice(batch_rows, rows)
         self.shares = Shares(weights)
         self._parts = [
@@ -135,8 +134,6 @@ class MixtureStream:
             )
             for number, store in enumerate(stores)
         ]
-        for store in stores:
-            _check_alike(stores[0], store, arrays)
         self.batch_rows = batch_rows
         self.position = 0
         """The batch that `next` gives."""
@@ -205,6 +202,20 @@ class MixtureStream:
         return out
 
 
+def check_mixture(stores: Sequence[Store], weights: Sequence[float], arrays: Sequence[str]) -> None:
+    """That a `MixtureStream` can be made of them.
+
+    Raises:
+        StoreConfigError: A value that cannot be, or stores that differ in an array.
+        IncompleteStoreError: A store is not finalised.
+    """
+    if not stores or len(stores) != len(weights):
+        raise StoreConfigError("weights", list(weights), f"one for each of {len(stores)}")
+    Shares(weights)
+    for store in stores:
+        _check_alike(stores[0], store, arrays)
+
+
 def _endless(part: ShuffledRows, start: int, stop: int) -> list[LoadedRows]:
     """Rows [start, stop) over all epochs of a store."""
     staged: list[LoadedRows] = []
@@ -225,7 +236,10 @@ def _check_alike(first: Store, store: Store, arrays: Sequence[str]) -> None:
     if not store.n_tokens:
         raise StoreConfigError("stores", str(store.path), "a store with rows")
     for name in arrays:
-        one, other = first.header.columns[name], store.header.columns.get(name)
+        if name not in store.header.columns:
+            expected = f"an array of {store.path}: {list(store.header.columns)}"
+            raise StoreConfigError("arrays", name, expected)
+        one, other = first.header.columns[name], store.header.columns[name]
         if one != other:
             raise StoreConfigError(
                 f"{store.path}: {name}", other, f"{one} as in {first.path}: rows of one width, type"

@@ -23,8 +23,10 @@ def run(config: RunConfig, run_dir: Path) -> None:
     """
     console = Console()
     config = saved_config(run_dir) or config
-    problems = [str(damage) for damage in verify_store(config.store.path)]
-    problems += non_finite(config.store.path)
+    problems = []
+    for path in config.store.paths:
+        problems += [str(damage) for damage in verify_store(path)]
+        problems += non_finite(path)
     checkpoints = list_checkpoints(run_dir / "checkpoints")
     for folder in checkpoints:
         problems += checkpoint_problems(folder)
@@ -36,7 +38,8 @@ def run(config: RunConfig, run_dir: Path) -> None:
         )
     if problems:
         raise DamagedDataError("\n  ".join([f"{len(problems)} damaged:", *problems]))
-    console.print(f"verify: {config.store.path} and {len(checkpoints)} checkpoints are whole")
+    stores = ", ".join(config.store.paths)
+    console.print(f"verify: {stores} and {len(checkpoints)} checkpoints are whole")
 
 
 def non_finite(path: str) -> list[str]:

@@ -18,6 +18,7 @@ import torch
 from activation_store import Store, open_store
 from cluster.cursor import RunCursor
 from cluster.metric_sinks import MetricSinks
+from cluster.mixture_source import MixtureSource
 from cluster.provenance import consumer_name
 from cluster.row_share import RowShare
 from cluster.source import WAIT_TIMEOUT_S, StoreSource
@@ -99,7 +100,7 @@ def train_members(
     source = _source(config, store, array, mesh, device)
     watchdog.waits = lambda: source.waits
     # Before the sample: what it reads must not be deleted by others meanwhile.
-    cursor = _cursor(members[0], source)
+    cursor = _cursor(members[0], source) if isinstance(source, StoreSource) else None
     try:
         trainers: dict[int, Trainer] = {}
         outcomes: dict[int, Outcome] = {}
@@ -164,7 +165,22 @@ def _make_ready(
 
 def _source(
     config: RunConfig, store: Store, array: str, mesh: Mesh, device: torch.device
-) -> StoreSource:
+) -> StoreSource | MixtureSource:
+    if config.store.mixture:
+        return MixtureSource(
+            [store, *map(open_store, config.store.paths[1:])],
+            config.store.weights,
+            array,
+            config.seed,
+            config.train.batch_tokens,
+            mesh.data_rank,
+            mesh.n_data,
+            config.store.window_items,
+            config.store.buffer_tokens,
+            device,
+            share=RowShare.of(mesh, config.train.timeout_s),
+            order_seed=config.store.order_seed,
+        )
     return StoreSource(
         store,
         array,

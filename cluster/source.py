@@ -158,9 +158,7 @@ class StoreSource:
 
     def _sample(self, n: int) -> torch.Tensor:
         self._share.read(lambda: self._wait_for_rows(n))
-        wanted = min(n, self._store.n_tokens)
-        n_batches = -(-wanted // SAMPLE_BATCH)
-        size = wanted // n_batches
+        n_batches, size = equal_batches(min(n, self._store.n_tokens))
         stream = ShuffledStream(
             self._store,
             [self._array],
@@ -196,6 +194,12 @@ class StoreSource:
     def close(self) -> None:
         """Ends the background reader."""
         self._stream.close()
+
+
+def equal_batches(n_rows: int) -> tuple[int, int]:
+    """How many batches of how many rows a sample is read in, at most `SAMPLE_BATCH` each."""
+    n_batches = -(-n_rows // SAMPLE_BATCH)
+    return n_batches, n_rows // n_batches
 
 
 def store_digest(store: Store) -> str:

@@ -124,6 +124,9 @@ def _for_the_job(config: RunConfig, overrides: list[str]) -> list[str]:
             "model.path": config.model.path,
         }
         places |= {key: path for key, path in paths.items() if path.startswith("/")}
+        if config.store.mixture:
+            entries = (f'{{path:"{m.path}",weight:{m.weight}}}' for m in config.store.mixture)
+            places["store.mixture"] = f"[{','.join(entries)}]"
     kept = _without(overrides, "stage=", "name=", *(f"{key}=" for key in places))
     settings = {"stage": config.submit.stage, "name": config.name, **places}
     return [*kept, *(f"{key}={value}" for key, value in settings.items())]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from activation_store import Store, open_store, store_exists
+from activation_store import Store, check_mixture, open_store, store_exists
 from activation_store.creation import shorten
 from activation_store.errors import StoreConfigError
 from conf.schema import RunConfig
@@ -42,7 +42,18 @@ def check_store(config: RunConfig) -> str:
             "train.batch_tokens", config.train.batch_tokens, f"at most {store.n_tokens} stored rows"
         )
     require_finite(store, array)
+    if config.store.mixture:
+        mixed = [_mixed(path) for path in config.store.paths[1:]]
+        check_mixture([store, *mixed], config.store.weights, [array])
+        for one in mixed:
+            require_finite(one, array)
     return array
+
+
+def _mixed(path: str) -> Store:
+    if not store_exists(path):
+        raise StoreConfigError("store.mixture", path, "a store of activations")
+    return open_store(path)
 
 
 def require_finite(store: Store, array: str) -> None:

@@ -91,7 +91,8 @@ def _check_no_credentials(config: RunConfig) -> None:
     """The config is saved, printed and logged; a password in it would be too."""
     for group, part in vars(config).items():
         for key, value in getattr(part, "__dict__", {group: part}).items():
-            for text in value if isinstance(value, list) else [value]:
+            texts = config.store.paths if key == "mixture" else value
+            for text in texts if isinstance(texts, list) else [texts]:
                 if isinstance(text, str) and _CREDENTIALS.search(text):
                     raise ConfigError(
                         group if key == group else f"{group}.{key}",
@@ -125,6 +126,13 @@ def _check_harvest_fits_store(config: RunConfig) -> None:
 
 def _check_concurrent(config: RunConfig) -> None:
     cluster, window = config.cluster, config.store.window_items
+    if config.store.mixture:
+        raise ConfigError(
+            "store.mixture",
+            config.store.paths,
+            "none with cluster.mode=concurrent: a mixture needs stores that no longer grow",
+            "use cluster.mode=sequential",
+        )
     context_rows = config.data.context_tokens - 1
     rows_per_window = window * (config.store.shard_tokens // context_rows * context_rows)
     needed = window * (-(-config.train.batch_tokens // rows_per_window) + 1)

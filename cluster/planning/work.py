@@ -140,7 +140,8 @@ def work_of(
         prefilter=prefilter if train.prefilter == "auto" else train.prefilter,
         row_bytes=d_model * ITEM_BYTES[config.store.dtype],
         stored_row_bytes=stored_row_bytes(config, d_model),
-        buffer_rows=-(-config.store.buffer_tokens // mesh.n_ranks),
+        # A mixture's ranks all read whole blocks.
+        buffer_rows=-(-config.store.buffer_tokens // (1 if config.store.mixture else mesh.n_ranks)),
         sample_rows=train.sample_tokens,
         asynchronous_save=config.checkpoint.asynchronous or on_gpu,
         on_gpu=on_gpu,

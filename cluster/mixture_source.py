@@ -1,0 +1,125 @@
+"""Several finished stores as the trainer's one source."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from activation_store import MixtureStream, Store
+from activation_store.memory import anonymous
+from activation_store.mixture import Shares
+from activation_store.shuffle import ORDER
+from cluster.device_rows import pinned
+from cluster.row_share import RowShare
+from cluster.source import equal_batches, store_digest
+from cluster.tensors import to_torch
+from sae_core.source import Batch
+
+
+class MixtureSource:
+    """One data replica's batches of one array of several stores; an `ActivationSource`.
+
+    Rows are gathered, and decoded, on the host. `next` and `sample` are collective over the ranks
+    that share the replica's rows.
+
+    Args:
+        stores: finished; `array` has one width and type in all of them.
+        weights: their shares of every batch; see `Shares`.
+        array: whose rows to train on.
+        seed: fixes the order, the same on all ranks.
+        batch_tokens: rows of the global batch.
+        replica: index of this data replica.
+        n_replicas: replicas that share a global batch; divides `batch_tokens`.
+        window_items: work items of a store shuffled together.
+        buffer_tokens: rows permuted together in memory, divided among the stores.
+        device: where batches are to be.
+        share: the ranks of this replica, each of which gathers its part of the rows.
+        order_seed: fixes the order instead of `seed`, and is then part of the identity.
+    """
+
+    waits = 0
+    """Nothing is waited for: see `StoreSource.waits`."""
+
+    def __init__(
+        self,
+        stores: Sequence[Store],
+        weights: Sequence[float],
+        array: str,
+        seed: int,
+        batch_tokens: int,
+        replica: int,
+        n_replicas: int,
+        window_items: int,
+        buffer_tokens: int,
+        device: torch.device | None = None,
+        share: RowShare | None = None,
+        order_seed: int | None = None,
+    ) -> None:
+        self.d_in = self.d_out = stores[0].arrays[array]
+        counts = Shares(weights).counts
+        parts = [f"{store_digest(store)} {n}" for store, n in zip(stores, counts, strict=True)]
+        digest = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+        order_of = f"{ORDER}-w{window_items}-b{buffer_tokens}"
+        if order_seed is not None:
+            seed, order_of = order_seed, f"{order_of}-s{order_seed}"
+        self.identity = f"{array}-{digest}-{order_of}"
+        self._stores, self._weights, self._array = list(stores), list(weights), array
+        self._share, self._device = share or RowShare(), device or torch.device("cpu")
+        self._batch_tokens, self._n_rows = batch_tokens, batch_tokens // n_replicas
+        self._first = replica * self._n_rows
+        self._order: dict[str, Any] = {
+            "seed": seed,
+            "window_items": window_items,
+            "buffer_rows": max(1, buffer_tokens // len(stores)),
+            "allocate": pinned if self._device.type == "cuda" else anonymous,
+        }
+        self._stream = self._open(batch_tokens, self._first, self._first + self._n_rows)
+
+    @property
+    def position(self) -> int:
+        """Index of the next batch."""
+        return self._stream.position
+
+    def seek(self, position: int) -> None:
+        """Makes batch `position` the next one."""
+        self._stream.seek(position)
+
+    def next(self) -> Batch:
+        """This replica's rows of the batch at `position`, [batch_tokens / n_replicas, d_in]."""
+        first_row = self.position * self._batch_tokens + self._first
+        return Batch(self._read(self._stream, self._n_rows), None, first_row)
+
+    def sample(self, n: int) -> torch.Tensor:
+        """`n` rows of the order's beginning, or as many as all stores hold; the same on all ranks.
+
+        In equal batches: fewer rows than batches are left out at the end.
+        """
+        n_batches, size = equal_batches(min(n, sum(store.n_tokens for store in self._stores)))
+        stream = self._open(size, 0, size)
+        try:
+            return torch.cat([self._read(stream, size) for _ in range(n_batches)])
+        finally:
+            stream.close()
+
+    def close(self) -> None:
+        """Ends the background readers."""
+        self._stream.close()
+
+    def _open(self, batch_rows: int, lo: int, hi: int) -> MixtureStream:
+        rows = self._share.part(lo, hi)
+        return MixtureStream(
+            self._stores,
+            self._weights,
+            [self._array],
+            batch_rows=batch_rows,
+            rows=rows,
+            **self._order,
+        )
+
+    def _read(self, stream: MixtureStream, n_rows: int) -> torch.Tensor:
+        """All of the replica's rows of the next batch, [n_rows, d_in] on the device."""
+        batch = self._share.read(stream.next)
+        return self._share.gather(to_torch(batch.arrays[self._array]).to(self._device), n_rows)

@@ -1,0 +1,175 @@
+"""A run on several stores: the batches of `MixtureStream`, on every mesh, after a kill, on top of
+what each store must be."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from activation_store import MixtureStream, StoreWriter, open_store
+from activation_store.config import MixedStore
+from activation_store.errors import IncompleteStoreError, StoreConfigError
+from cluster.mixture_source import MixtureSource
+from cluster.tensors import to_torch
+from cluster.trainable import check_store
+from conf.run_config import load_config, save_config
+from conf.schema import RunConfig
+from sae_core.checkpoint.folder import list_checkpoints
+from tests.fault.single_rank import BATCH, EVERY, D, last_state, make_run, make_store, same_end
+from tests.forked_ranks import Ranks
+
+pytestmark = pytest.mark.distributed
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two stores, and a run on one part of the first, three of the second."""
+    folder = tmp_path_factory.mktemp("mixture")
+    make_store(folder / "one")
+    other_store(folder / "other")
+    start(mixed_run(folder, "clean"), 1)
+    return folder
+
+
+def other_store(
+    path: Path, *, arrays: dict[str, int] | None = None, finalise: bool = True, bad: bool = False
+) -> None:
+    """Rows of another kind."""
+    rng = np.random.default_rng(1)
+    arrays = arrays or {"acts": D}
+    writer = StoreWriter(path, arrays, dtype="float32", shard_tokens=256)
+    for item in range(3):
+        rows = {
+            name: rng.standard_normal((256, d)).astype(np.float32) for name, d in arrays.items()
+        }
+        if bad:
+            rows["acts"][7, 0] = np.inf
+        writer.write_item(item, rows)
+    if finalise:
+        writer.finalise()
+
+
+def mixed_run(
+    folder: Path, name: str, change: Callable[[RunConfig], None] = lambda config: None
+) -> Path:
+    run_dir = make_run(folder / name, folder / "one")
+    config = load_config(run_dir / "config.yaml")
+    config.store.mixture = [MixedStore(str(folder / "other"), 3.0)]
+    change(config)
+    save_config(config, run_dir / "config.yaml")
+    return run_dir
+
+
+def start(run_dir: Path, n_ranks: int) -> None:
+    ranks = Ranks(run_dir / "ranks", n_ranks, _rank, str(run_dir))
+    assert ranks.codes() == [0] * n_ranks, ranks.logs()
+
+
+def _rank(run_dir: str) -> int:
+    from cluster import rank
+
+    sys.argv = ["rank", run_dir]
+    rank.main()
+    return 0
+
+
+def test_a_killed_run_ends_like_one_that_was_not(folder: Path) -> None:
+    run_dir = mixed_run(folder, "killed")
+    ranks = Ranks(run_dir / "ranks", 1, _rank, str(run_dir))
+    while not list_checkpoints(run_dir / "checkpoints"):
+        assert ranks.processes[0].is_alive(), ranks.logs()
+        time.sleep(0.005)
+    ranks.processes[0].kill()
+    assert ranks.codes() == [-signal.SIGKILL]
+    start(run_dir, 1)
+    same_end(folder / "clean", run_dir)
+
+
+@pytest.mark.parametrize(("latent", "data"), [(2, 1), (1, 2)])
+def test_a_mesh_ends_where_one_rank_does(folder: Path, latent: int, data: int) -> None:
+    def mesh(config: RunConfig) -> None:
+        config.parallel.latent, config.parallel.data = latent, data
+
+    run_dir = mixed_run(folder, f"mesh-{latent}-{data}", mesh)
+    start(run_dir, latent * data)
+    alone, spread = last_state(folder / "clean"), last_state(run_dir)
+    for name in ("acts.W_dec", "acts.W_enc"):
+        assert torch.allclose(alone[name], spread[name], atol=1e-4), name
+
+
+def test_other_weights_are_another_stream(folder: Path) -> None:
+    run_dir = mixed_run(folder, "changed")
+    start(run_dir, 1)
+    config = load_config(run_dir / "config.yaml")
+    config.store.mixture[0].weight = 1.0
+    config.train.tokens += EVERY * BATCH
+    save_config(config, run_dir / "config.yaml")
+    ranks = Ranks(run_dir / "ranks-2", 1, _rank, str(run_dir))
+    assert ranks.codes() == [1]
+    assert "the store and the order" in ranks.logs()[0]
+
+
+def test_replicas_and_the_sample_read_the_stream_of_the_mixture(folder: Path) -> None:
+    stores = [open_store(folder / name) for name in ("one", "other")]
+    order = {"batch_rows": 48, "window_items": 2, "buffer_rows": 64, "seed": 5}
+    stream = MixtureStream(stores, [1.0, 3.0], ["acts"], **order)  # type: ignore[arg-type]
+    batches = [to_torch(stream.next().arrays["acts"]).clone() for _ in range(30)]
+    stream.close()
+    for replica in range(2):
+        source = MixtureSource(stores, [2.0, 6.0], "acts", 5, 48, replica, 2, 2, 128)
+        for number, whole in enumerate(batches):
+            batch = source.next()
+            assert batch.first_row == number * 48 + replica * 24
+            assert torch.equal(batch.x, whole[replica * 24 : (replica + 1) * 24])
+        source.seek(3)
+        assert torch.equal(source.next().x, batches[3][replica * 24 : (replica + 1) * 24])
+        assert torch.equal(source.sample(480), torch.cat(batches[:10]))
+        source.close()
+
+
+def test_the_identity_tells_weights_and_order_but_not_their_scale(folder: Path) -> None:
+    stores = [open_store(folder / name) for name in ("one", "other")]
+
+    def identity(weights: list[float], order_seed: int | None = None) -> str:
+        order = (5, 48, 0, 1, 2, 128)
+        source = MixtureSource(stores, weights, "acts", *order, order_seed=order_seed)
+        source.close()
+        return source.identity
+
+    assert identity([1, 3]) == identity([2, 6])
+    others = [identity([1, 3]), identity([3, 1]), identity([1, 3], order_seed=4)]
+    assert len(set(others)) == 3
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "text"),
+    [
+        (None, StoreConfigError, "store.mixture=.*: expected a store"),
+        ({"finalise": False}, IncompleteStoreError, "not finalised"),
+        ({"arrays": {"acts": D + 1}}, StoreConfigError, "of one width"),
+        ({"arrays": {"else": D}}, StoreConfigError, "arrays='acts'"),
+        ({"bad": True}, StoreConfigError, "finite activations"),
+    ],
+)
+def test_a_store_that_cannot_be_mixed_is_refused_before_training(
+    folder: Path,
+    tmp_path: Path,
+    options: dict[str, object] | None,
+    error: type[Exception],
+    text: str,
+) -> None:
+    if options is not None:
+        other_store(tmp_path / "s", **options)  # type: ignore[arg-type]
+    config = RunConfig()
+    config.store.path = str(folder / "one")
+    config.train.batch_tokens = BATCH
+    config.store.mixture = [MixedStore(str(tmp_path / "s"))]
+    with pytest.raises(error, match=text):
+        check_store(config)
