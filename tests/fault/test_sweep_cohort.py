@@ -15,12 +15,13 @@ from analysis.fit_cells import read_sweep
 from cluster.preemption import EXIT_PREEMPTED
 from cluster.sweep_cells import cells_of
 from cluster.sweep_config import SweepConfig
-from cluster.sweep_record import FAILED, STOPPED, read_record
+from cluster.sweep_record import FAILED, STOPPED, read_record, write_record
 from conf.run_config import load_config, save_config
 from conf.schema import RunConfig
 from sae_core.checkpoint.folder import list_checkpoints, step_of
 from sae_core.checkpoint.layout import read_tensors
 from sae_core.config import CheckpointConfig, OptimConfig, ParallelConfig, SAEConfig, TrainConfig
+from sae_core.errors import DivergedError
 from tests.fault.single_rank import make_store
 from tests.forked_ranks import Ranks
 
@@ -178,6 +179,19 @@ def test_many_cells_that_take_their_time_to_begin_are_no_hang(tmp_path: Path) ->
         save_config(config, path)
     codes, logs = ranks(tmp_path / "large", names, "large cells")
     assert codes == [0, 0], logs
+
+
+@pytest.mark.parametrize("alone", [True, False])
+def test_cells_trained_without_a_driver_are_no_longer_held_for_diverged(
+    tmp_path: Path, alone: bool
+) -> None:
+    make_store(tmp_path / "store")
+    mine = tmp_path / "again"
+    name = make_sweep(mine, tmp_path / "store", GRID)[1]  # the shortest
+    write_record(mine / name, DivergedError("FVU 7"))
+    codes, logs = ranks(mine / name, []) if alone else ranks(mine, [name])
+    assert codes == [0, 0], logs
+    assert read_record(mine / name) is None
 
 
 def test_cells_that_fail_or_diverge_leave_the_others_alone(alone: Path) -> None:
