@@ -27,6 +27,7 @@ from cluster.preemption import EXIT_PREEMPTED, StopRequest, on_preemption
 from cluster.pulses import pulse_file
 from cluster.run_dir import CONFIG, ENVIRONMENT, rank_lock
 from cluster.sweep_config import SweepConfig
+from cluster.sweep_record import forget
 from cluster.training_line import training_costs
 from cluster.watchdog import Watchdog
 from conf.run_config import load_config
@@ -86,6 +87,9 @@ def run_rank(run_dir: Path, console: bool = False, cells: Sequence[str] = ()) ->
         )
         members = []
         try:
+            if console and rank == 0:  # elsewhere the driver does it
+                for folder in folders:
+                    forget(folder)
             for folder, own in zip(folders, configs, strict=True):
                 members.append(_member(folder, own, limits, console and not cells))
             outcomes = train_members(members, device, stop_requested, watchdog)

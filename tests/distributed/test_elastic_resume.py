@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from statistics import mean
@@ -13,7 +14,8 @@ from sae_core.atomic import read_json
 from sae_core.checkpoint.folder import list_checkpoints, payload_files
 from sae_core.checkpoint.layout import read_layout, read_tensors
 from sae_core.checkpoint.reshard import reshard_checkpoint
-from tests.trainer_ranks import N_LATENTS, Job, run_job
+from tests.forked_ranks import CHECKPOINT_FAILED, Ranks
+from tests.trainer_ranks import N_LATENTS, Job, SyntheticSource, config_of, run_job
 
 pytestmark = pytest.mark.distributed
 AT = 25
@@ -93,3 +95,30 @@ def test_ranks_share_the_check_and_agree_on_an_older_checkpoint(trained: Path, t
     logs = [(tmp_path / f"rank-{rank}.log").read_text() for rank in (0, 1)]
     assert "skipping a damaged checkpoint" in logs[0] and path.name in logs[0]
     assert "skipping" not in logs[1]
+
+
+@pytest.mark.parametrize("lost", ["state.json", "weights/*", "optimizer/*"])
+def test_what_one_rank_alone_cannot_read_fails_all_of_them(
+    trained: Path, tmp_path: Path, lost: str
+):
+    """Rank 1 sees the folder without some files, as a network file system may show it for once."""
+    whole, torn = trained / f"step-{AT:08d}", tmp_path / "torn"
+    shutil.copytree(whole, torn)
+    for path in torn.glob(lost):
+        path.unlink()
+    ranks = Ranks(tmp_path / "ranks", 2, _resume, str(tmp_path), [str(whole), str(torn)])
+    assert ranks.codes() == [CHECKPOINT_FAILED] * 2, ranks.logs()
+    assert all(f"CheckpointError: {torn}" in log for log in ranks.logs()), ranks.logs()
+
+
+def _resume(folder: str, seen: list[str]) -> int:
+    import torch.distributed as dist
+
+    from sae_core.mesh import Mesh
+    from sae_core.trainer import Trainer
+
+    dist.init_process_group("gloo")
+    mesh, job = Mesh.create("cpu", 2, 1), Job(folder, latent=2)
+    trainer = Trainer(config_of(job), mesh, SyntheticSource(0, 1), Path(folder), 3, print, 1)
+    trainer.resume(Path(seen[dist.get_rank()]))
+    return 0

@@ -15,12 +15,13 @@ from analysis.fit_cells import read_sweep
 from cluster.preemption import EXIT_PREEMPTED
 from cluster.sweep_cells import cells_of
 from cluster.sweep_config import SweepConfig
-from cluster.sweep_record import FAILED, STOPPED, read_record
-from conf.run_config import save_config
+from cluster.sweep_record import FAILED, STOPPED, read_record, write_record
+from conf.run_config import load_config, save_config
 from conf.schema import RunConfig
 from sae_core.checkpoint.folder import list_checkpoints, step_of
 from sae_core.checkpoint.layout import read_tensors
 from sae_core.config import CheckpointConfig, OptimConfig, ParallelConfig, SAEConfig, TrainConfig
+from sae_core.errors import DivergedError
 from tests.fault.single_rank import make_store
 from tests.forked_ranks import Ranks
 
@@ -37,6 +38,8 @@ GRID = SweepConfig(
     ],
 )
 LAGGARD = "n90-k4-seed0"
+START_TIMEOUT_S, CELL_START_S = 6.0, 2.5
+"""The four cells of `GRID` together take longer to begin than a start may go without progress."""
 
 
 def make_sweep(folder: Path, store: Path, grid: SweepConfig) -> list[str]:
@@ -72,13 +75,14 @@ def _rank(folder: str, cells: list[str], trap: str) -> int:
     from cluster import rank
     from cluster.source import StoreSource
     from sae_core.checkpoint import save
+    from sae_core.trainer import Trainer
 
-    real_hash, real_next = save._hash_share, StoreSource.next
+    real_hash, real_next, real_calibrate = save._hash_share, StoreSource.next, Trainer.calibrate
 
     def in_a_save(temporary: Path, names: list[str]) -> object:
         step = 2 * EVERY if trap == "SIGKILL" else EVERY
         here = os.environ["RANK"] == "1" and LAGGARD in str(temporary)
-        if trap and here and f"step-{step:08d}" in temporary.name:
+        if trap.startswith("SIG") and here and f"step-{step:08d}" in temporary.name:
             other = temporary.parents[2] / "n60-k4-seed0" / "checkpoints"
             while trap == "SIGKILL" and not (other / f"step-{step:08d}").exists():
                 time.sleep(0.01)  # so that it is ahead when all resume
@@ -90,6 +94,12 @@ def _rank(folder: str, cells: list[str], trap: str) -> int:
         print("a batch is read", flush=True)
         return real_next(source)
 
+    def large(trainer: Trainer) -> None:
+        time.sleep(CELL_START_S)
+        real_calibrate(trainer)
+
+    if trap == "large cells":
+        Trainer.calibrate = large  # type: ignore[method-assign]
     save._hash_share = in_a_save  # type: ignore[assignment]
     StoreSource.next = counted  # type: ignore[assignment, method-assign]
     sys.argv = ["rank", folder, *cells]
@@ -155,6 +165,33 @@ def test_a_signal_saves_all_cells(alone: Path) -> None:
     codes, logs = ranks(mine, names)
     assert codes == [0, 0], logs
     same_ends(alone, mine, names)
+
+
+def test_many_cells_that_take_their_time_to_begin_are_no_hang(tmp_path: Path) -> None:
+    make_store(tmp_path / "store")
+    names = make_sweep(tmp_path / "large", tmp_path / "store", GRID)
+    assert len(names) * CELL_START_S > START_TIMEOUT_S > 2 * CELL_START_S
+    for name in names:
+        path = tmp_path / "large" / name / "config.yaml"
+        config = load_config(path)
+        config.train.tokens = 20 * BATCH
+        config.train.timeout_s = config.train.hang_timeout_s = START_TIMEOUT_S
+        save_config(config, path)
+    codes, logs = ranks(tmp_path / "large", names, "large cells")
+    assert codes == [0, 0], logs
+
+
+@pytest.mark.parametrize("alone", [True, False])
+def test_cells_trained_without_a_driver_are_no_longer_held_for_diverged(
+    tmp_path: Path, alone: bool
+) -> None:
+    make_store(tmp_path / "store")
+    mine = tmp_path / "again"
+    name = make_sweep(mine, tmp_path / "store", GRID)[1]  # the shortest
+    write_record(mine / name, DivergedError("FVU 7"))
+    codes, logs = ranks(mine / name, []) if alone else ranks(mine, [name])
+    assert codes == [0, 0], logs
+    assert read_record(mine / name) is None
 
 
 def test_cells_that_fail_or_diverge_leave_the_others_alone(alone: Path) -> None:

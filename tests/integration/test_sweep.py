@@ -9,7 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from analysis.fit_cells import read_sweep
+from cluster.sweep_record import write_record
 from sae_core.checkpoint.folder import list_checkpoints, step_of
+from sae_core.errors import DivergedError
 from tests.fault.single_rank import BATCH, STEPS, make_store
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
@@ -72,3 +75,14 @@ def test_a_sweep_that_grows(tmp_path: Path) -> None:
         assert step_of(list_checkpoints(grid / name / "checkpoints")[0]) == STEPS
     for name, before in ends.items():
         assert list_checkpoints(grid / name / "checkpoints")[0].stat().st_mtime_ns == before
+
+
+def test_a_cell_that_diverged_and_is_trained_alone_counts_again(tmp_path: Path) -> None:
+    make_store(tmp_path / "store")
+    grid = tmp_path / "grid"
+    (grid / "n40-k4").mkdir(parents=True)
+    write_record(grid / "n40-k4", DivergedError("FVU 7"))  # as a sweep leaves it
+    cell = ("stage=train", f"runs_dir={grid}", "name=n40-k4", "sae.n_latents=40", "sae.k=4")
+    alone = launch(tmp_path, *cell)
+    assert alone.returncode == 0, alone.stdout + alone.stderr
+    assert [one.name for one in read_sweep(str(grid), "fvu").cells] == ["n40-k4"]

@@ -17,6 +17,7 @@ from cluster.planning.layout import best_layout, layouts, plan_layout
 from cluster.planning.links import Collective, collectives, seconds
 from cluster.planning.memory import device_bytes, host_bytes
 from cluster.planning.step_time import compute_seconds, read_seconds, schedule, step_seconds
+from cluster.planning.tables import run_table
 from cluster.planning.work import Work, work_of
 from conf.schema import RunConfig
 from sae_core.config import OptimConfig, ParallelConfig, SAEConfig, TrainConfig
@@ -270,6 +271,29 @@ def test_consumed_activations_take_the_room_of_the_lead():
     assert store_bytes_total(config, 16) == ((10 + 2 * 16) * 8192 + 3 * 10**6) * 48
     config.checkpoint.keep_every_tokens = 10**8
     assert store_bytes_total(config, 16) == whole
+
+
+@pytest.mark.parametrize(
+    ("mode", "step_s", "duration", "cost"),
+    [
+        ("concurrent", 1, "4.00 h for 900 steps", "$64: 8 GPUs at $2.00"),  # the harvest's hours
+        ("concurrent", 40, "10.00 h for 900 steps", "$160: 8 GPUs at $2.00"),  # training's
+        ("sequential", 40, "10.00 h for 900 steps", "$40: 2 GPUs at $2.00"),
+    ],
+)
+def test_harvest_and_training_at_once_take_the_longer_time_and_the_gpus_of_both(
+    mode, step_s, duration, cost
+):
+    """3 workers of 2 GPUs, 2 * 3 operations a token: 0.5 tokens/s; 7,200 of them in 4 hours."""
+    config = config_of(latent=2, harvest_mfu=0.5)
+    config.train.tokens, config.data.tokens = 900 * 8, 10**6
+    config.cluster.mode, config.cluster.harvest_workers = mode, 3
+    config.model.shards, config.model.n_parameters = 2, 3
+    hardware = replace(H100, peak_flops=1.0, price_per_hour=2.0)
+    layout = replace(plan_layout(config, 16, hardware, config.parallel), read_s=step_s)
+    what, value = (list(column.cells) for column in run_table(layout, config, hardware).columns)
+    rows = dict(zip(what, value, strict=True))
+    assert rows["duration"].startswith(duration) and rows["cost"].startswith(cost), rows
 
 
 def test_numbers_of_the_hardware_can_be_set():

@@ -16,10 +16,11 @@ from cluster.source import StoreSource
 from cluster.sweep_cells import cells_of
 from cluster.sweep_config import SweepConfig
 from cluster.sweep_groups import cells_that_fit, cohorts
+from cluster.sweep_record import STOPPED, forget_failure, read_record, write_record
 from conf.run_config import forbidden_changes
 from conf.schema import RunConfig
 from sae_core.config import ParallelConfig
-from sae_core.errors import ConfigError
+from sae_core.errors import CheckpointError, ConfigError, DivergedError
 from sae_core.fan_out import FanOut
 from sae_core.optimizer import peak_lr
 from sae_core.source import Batch
@@ -97,6 +98,15 @@ def test_as_many_cells_as_fit_in_memory(device: str) -> None:
     with pytest.raises(ConfigError, match=r"sweep.n_latents=32768: expected cells that fit"):
         fit(one - 1e6)
     assert cohorts(cells, 3) == [list(cells)[:3], list(cells)[3:]]
+
+
+def test_a_sweep_tries_a_failed_cell_again_and_a_diverged_one_not(tmp_path: Path) -> None:
+    write_record(tmp_path, CheckpointError("a full disk"))
+    forget_failure(tmp_path)
+    assert read_record(tmp_path) is None
+    write_record(tmp_path, DivergedError("FVU 7"))
+    forget_failure(tmp_path)
+    assert read_record(tmp_path) == (STOPPED, "FVU 7")
 
 
 class Counting:

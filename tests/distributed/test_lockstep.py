@@ -1,0 +1,95 @@
+"""Trainers in lockstep on one stream: what one of them needs costs the others nothing."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from sae_core.checkpoint.folder import newest_valid, step_of
+from sae_core.errors import DivergedError
+from sae_core.fan_out import FanOut
+from sae_core.mesh import Mesh
+from sae_core.together import train_together
+from sae_core.trainer import Report, Trainer
+from tests.forked_ranks import Ranks
+from tests.trainer_ranks import Job, SyntheticSource, config_of
+
+pytestmark = pytest.mark.distributed
+
+STEPS, EVERY, WRITING_S = 20, 10, 2.0
+
+
+def make_trainers(folder: Path, steps: list[int], every: int, reports: list[Report]) -> Any:
+    """Calibrated ones on one stream, in folders 0, 1, ... of `folder`."""
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    mesh = Mesh.create("cpu", 1, 1)
+    fan_out = FanOut(SyntheticSource(0, 1), torch.device("cpu"))
+    for index, (n_steps, report) in enumerate(zip(steps, reports, strict=True)):
+        root = folder / str(index) / "checkpoints"
+        root.mkdir(parents=True)
+        config = config_of(Job(str(root.parent), steps=n_steps, save_every=every))
+        trainer = Trainer(config, mesh, fan_out.view(), root, 3, report, 1)
+        trainer.calibrate()
+        yield trainer
+
+
+def ignore(row: dict[str, Any]) -> None:
+    """A report that nobody reads."""
+
+
+@pytest.mark.parametrize(("at", "n_steps"), [(STEPS, STEPS), (STEPS + 2, STEPS + 5)])
+def test_one_that_takes_no_step_makes_the_others_save_nothing(
+    tmp_path: Path, at: int, n_steps: int
+) -> None:
+    """It has finished, or waits for the stream; its last checkpoint is an hour old."""
+    rank = Ranks(tmp_path / "ranks", 1, _beside_an_idle_one, str(tmp_path), at, n_steps)
+    assert rank.codes() == [0], rank.logs()
+    assert "saves 1\n" in rank.logs()[0], "the last step's checkpoint, and no other"
+
+
+def _beside_an_idle_one(folder: str, at: int, n_steps: int) -> int:
+    stepping, idle = make_trainers(Path(folder), [STEPS, n_steps], 1000, [ignore, ignore])
+    idle.step = at
+    idle.source.seek(at)
+    idle.saver.last_began -= 3600
+    assert idle.save_overdue and not stepping.save_overdue
+    train_together([stepping, idle])
+    print(f"saves {stepping.saver.saves}")
+    return 0
+
+
+def test_what_a_diverged_one_began_to_save_is_there_at_the_end(tmp_path: Path) -> None:
+    rank = Ranks(tmp_path / "ranks", 1, _beside_a_diverging_one, str(tmp_path))
+    assert rank.codes() == [0], rank.logs()
+    assert "[False, True] diverged\n" in rank.logs()[0], rank.logs()
+    newest = newest_valid(tmp_path / "0" / "checkpoints")
+    assert newest is not None and step_of(newest) == EVERY
+
+
+def _beside_a_diverging_one(folder: str) -> int:
+    """The first diverges a step after its checkpoint was begun, on a disk that is slow with it."""
+    from sae_core.checkpoint import save
+
+    real = save._hash_share
+
+    def slow(temporary: Path, names: list[str]) -> object:
+        if temporary.parents[1].name == "0":
+            time.sleep(WRITING_S)
+        return real(temporary, names)
+
+    def judge(row: dict[str, Any]) -> None:
+        if row["step"] > EVERY:
+            raise DivergedError("diverged")
+
+    save._hash_share = slow  # type: ignore[assignment]
+    trainers = list(make_trainers(Path(folder), [STEPS, STEPS], EVERY, [judge, ignore]))
+    outcomes = train_together(trainers)
+    print([outcome.finished for outcome in outcomes], outcomes[0].error)
+    return 0
