@@ -46,7 +46,9 @@ def submit(config: SubmitConfig, name: str, run_dir: Path, command: list[str]) -
         runtime_env["excludes"] = [".git", ".venv", ".venv-peers", "runs"]
     # The command was typed here: where the cluster has the code it also has this folder.
     here = [] if config.working_dir else [f"cd {shlex.quote(str(Path.cwd()))} || exit 1"]
-    entrypoint = "\n".join([*here, *config.setup, f"exec {shlex.join(command)}"])
+    script = "\n".join([*here, *config.setup, f"exec {shlex.join(command)}"])
+    # Ray takes sh; the lines are bash's, as on every other scheduler.
+    entrypoint = f"exec bash -c {shlex.quote(script)}"
     try:
         job = connect(config.address).submit_job(
             entrypoint=entrypoint, runtime_env=runtime_env, metadata={"run": name}

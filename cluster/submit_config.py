@@ -39,7 +39,8 @@ class SubmitConfig:
     max_requeues: int = 100
     """Times that a preempted job queues itself again; 0 never."""
     setup: list[str] = field(default_factory=list)
-    """Shell lines before the job's command: `module load cuda`."""
+    """Lines for bash before the job's command: `module load cuda`; one that fails ends the job only
+    if it says so: `... || exit 1`. KubeRay takes none."""
     sbatch: list[str] = field(default_factory=list)
     """More options of sbatch: `--exclusive`, `--constraint=h100`."""
     address: str = "http://127.0.0.1:8265"
@@ -92,6 +93,8 @@ class SubmitConfig:
             raise ConfigError("submit.address", self.address, "as http://127.0.0.1:8265")
         if self.scheduler in ("kuberay", "skypilot"):
             self._validate_containers()
+        if self.scheduler == "kuberay":
+            self._validate_kuberay()
 
     def _validate_times(self, grace_s: float) -> None:
         if self.time is not None and not _TIME.fullmatch(self.time):
@@ -120,6 +123,15 @@ class SubmitConfig:
             if word is not None and "\n" in word:
                 raise ConfigError("submit", word, "options of one line each")
 
+    def _validate_kuberay(self) -> None:
+        for name in ("cpus_per_task", "mem"):
+            if getattr(self, name) is None:
+                raise ConfigError(f"submit.{name}", None, "CPU cores and memory of a node")
+        if self.setup:
+            raise ConfigError(
+                "submit.setup", self.setup, "no lines: KubeRay runs the image as it is built"
+            )
+
     def _validate_containers(self) -> None:
         for name in ("image", "volume"):
             if not getattr(self, name):
@@ -130,9 +142,6 @@ class SubmitConfig:
             raise ConfigError(
                 "submit.launch", [], "the command in the image, as [python,/app/launch.py]"
             )
-        for name in ("cpus_per_task", "mem"):
-            if self.scheduler == "kuberay" and getattr(self, name) is None:
-                raise ConfigError(f"submit.{name}", None, "CPU cores and memory of a node")
         for name in ("mem", "shm"):
             value = getattr(self, name)
             if value is not None and not _QUANTITY.fullmatch(value):

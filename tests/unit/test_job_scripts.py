@@ -94,7 +94,7 @@ def test_setup_lines_run_as_they_stand(
     scheduler: str, tmp_path: Path, here: Path, jobs: Jobs
 ) -> None:
     setup = [
-        "export A=1  # modules",
+        "source /dev/stdin <<< 'export A=1'  # as environments are entered, by bash alone",
         "if true; then",
         "  export B='2 3'",
         "fi",

@@ -105,6 +105,7 @@ def test_the_script_of_a_sky_node_is_shell_and_keeps_words_whole() -> None:
         ({"secrets": ["WANDB_API_KEY=abc"]}, r"submit.secrets='\*\*\*'"),
         ({"namespace": "A b"}, "submit.namespace"),
         ({"cpus_per_task": None}, "submit.cpus_per_task"),
+        ({"setup": ["module load cuda"]}, "submit.setup"),
         ({"scheduler": "ray", "address": "head:8265"}, "submit.address"),
         ({"scheduler": "skypilot", "gpus_per_node": None, "secrets": []}, "submit.gpu="),
     ],
