@@ -99,7 +99,7 @@ def _encoder(work: Work, rows: int, latents: int, k: int, hardware: Hardware) ->
         "selection": rows * latents / rates.select + rows * rates.row_s,
     }
     if work.prefilter in _ENCODER_PARTS:
-        parts["split weights"] = latents * D * (4 + 2 * depth) / rates.split_bytes
+        parts["split weights"] = latents * D * (8 + 2 * depth) / rates.split_bytes
         candidates = 1.5 * k if depth == 3 else 2 * k
         parts["rescoring"] = rows * candidates * D * 4 / rates.gather_bytes
     return parts
@@ -116,7 +116,8 @@ def _update(work: Work, hardware: Hardware) -> dict[str, float]:
             sums = 2 * sums  # once for the norm, once for the update
             adam += 4 * work.matrix
     else:
-        sums += 2 * 3 * work.used * D * 4  # written, projected, read by Adam
+        # Written, projected, read by the norm and by Adam.
+        sums += 2 * (4 if work.clip else 3) * work.used * D * 4
     if not work.fused:
         adam += 3 * 2 * work.matrix * 4  # zeroed, written and read once more
     if work.zero_stage:
