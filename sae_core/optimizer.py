@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 
 from sae_core.config import OptimConfig
+from sae_core.kernels import square_sum
 
 if TYPE_CHECKING:
     from sae_core.architectures.topk import TopKSAE
@@ -90,7 +91,7 @@ class ShardedAdam(torch.optim.Adam):
             for parameter in group["params"]:
                 if parameter.grad is None:
                     continue
-                square = parameter.grad.norm().square()
+                square = square_sum(parameter.grad)
                 if getattr(parameter, "tensor_model_parallel", False):
                     sharded += square
                 else:

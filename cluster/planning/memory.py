@@ -100,8 +100,11 @@ def _update_bytes(work: Work) -> float:
 def _zero_bytes(work: Work) -> float:
     if not work.zero_stage:
         return 0
-    bucket = 4 * _ZERO_BUCKET if work.on_gpu else 0  # on the CPU pages count when touched
-    return 4 * work.parameters / work.data + bucket
+    bucket = 4 * _ZERO_BUCKET
+    if not work.on_gpu:  # pages count when they are touched
+        bucket = min(bucket, 4 * work.parameters)
+    # Masters of the rank's part, and its gradients, flattened and as they were collected.
+    return 3 * 4 * work.parameters / work.data + bucket
 
 
 def _held_later(work: Work) -> float:

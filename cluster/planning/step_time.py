@@ -13,6 +13,10 @@ from cluster.planning.links import collectives, seconds
 from cluster.planning.work import Work
 
 _FLOAT8_SPEED = 2.0
+_ZERO_WHOLE, _ZERO_PART = 44, 32
+"""Bytes that ZeRO 1 moves for each weight of the shard and of the rank's part: gradients zeroed,
+flattened and copied, parameters copied twice; averaged, measured, clipped, Adam. From a profile of
+two CPU ranks (benchmarks/NOTES-plan.md)."""
 _ENCODER_PARTS = {"bfloat16x3": 3, "bfloat16": 1}
 """Times the depth of the product behind a prefilter of the CPU."""
 
@@ -118,10 +122,10 @@ def _update(work: Work, hardware: Hardware) -> dict[str, float]:
     else:
         # Written, projected, read by the norm and by Adam.
         sums += 2 * (4 if work.clip else 3) * work.used * D * 4
-    if not work.fused:
-        adam += 3 * 2 * work.matrix * 4  # zeroed, written and read once more
     if work.zero_stage:
-        adam = adam / work.data + 2 * work.matrix * 4
+        adam = 2 * work.matrix * (_ZERO_WHOLE + _ZERO_PART / work.data + work.copy_bytes)
+    elif not work.fused:
+        adam += 3 * 2 * work.matrix * 4  # zeroed, written and read once more
     return {
         "row gradients": sums / rates.sum_bytes + N * rates.pair_s,
         "update": adam / rates.update_bytes,

@@ -13,6 +13,7 @@ from sae_core.kernels.interface import (
     project,
 )
 from sae_core.kernels.registry import get_kernels
+from sae_core.kernels.stock_update import square_sum
 
 __all__ = [
     "AdamStep",
@@ -26,4 +27,5 @@ __all__ = [
     "compact",
     "get_kernels",
     "project",
+    "square_sum",
 ]

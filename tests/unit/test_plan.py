@@ -62,7 +62,7 @@ def test_the_dense_update_has_gradients_and_zero_shares_moments():
     weights = 64 * 33 + 16
     assert parts["gradients"] == 4 * weights
     assert parts["moments"] == 8 * weights / 2
-    assert parts["ZeRO's masters and bucket"] == 4 * weights / 2
+    assert parts["ZeRO's masters and bucket"] == 3 * 4 * weights / 2 + 4 * weights
     assert "low-precision copies" not in parts
 
 

@@ -5,7 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sae_core.kernels import AdamStep, RowState, SparseGradient, SparseLatents, get_kernels
+from sae_core.kernels import (
+    AdamStep,
+    RowState,
+    SparseGradient,
+    SparseLatents,
+    get_kernels,
+    square_sum,
+)
 from sae_core.kernels.rounding import random_bits, round_stochastically_, salt_of
 
 L, D, R = 300, 20, 64
@@ -47,6 +54,13 @@ def dense_gradients(gradient, W_dec):
     dW_enc.index_add_(0, pairs.latents, gradient.dvalues[:, None] * gradient.x[pairs.rows])
     db.index_add_(0, pairs.latents, gradient.dvalues)
     return dW_enc, dW_dec - (dW_dec * W_dec).sum(1, keepdim=True) * W_dec, db
+
+
+@pytest.mark.parametrize("shape", [(20_000, 500), (1000,), (3_000_001,), (7,), (0, 5)])
+def test_a_sum_of_squares_is_right_to_the_last_digits(shape):
+    values = normal(0, *shape)
+    expected = values.double().square().sum()
+    torch.testing.assert_close(square_sum(values).double(), expected, rtol=2e-6, atol=0)
 
 
 @pytest.mark.parametrize("name", ["stock", "reference"])
