@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from cluster.planning.hardware import Hardware
 from cluster.planning.work import Work
+from sae_core.kernels.stock_encode import PIECE_ELEMENTS
 
-_PIECE = 1 << 24
-"""Pre-activations that the stock encoder holds at once."""
 _SELECT_COPIES = 2
 """Of a piece: the product and what is looked at of it."""
 _PACKED_COPIES = 2
@@ -83,7 +82,7 @@ def _encode_bytes(work: Work) -> float:
         dead = 2 * work.dead * work.d_model * work.product_bytes
         return work.rows * work.d_model * work.product_bytes + pools + dead
     depth, item = {"bfloat16x3": (3, 2), "bfloat16": (1, 2)}.get(work.prefilter, (1, 4))
-    piece = min(work.shard, max(2048, _PIECE // work.rows))
+    piece = min(work.shard, max(2048, PIECE_ELEMENTS // work.rows))
     weights = piece * work.d_model * depth * item if work.prefilter != "none" else 0
     inputs = work.rows * work.d_model * depth * item if work.prefilter != "none" else 0
     dead = work.dead * work.d_model * 4

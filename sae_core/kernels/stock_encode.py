@@ -12,7 +12,7 @@ import torch
 
 from sae_core.kernels.keys import EMPTY_KEY, pack_keys, unpack_keys
 
-_PIECE_ELEMENTS = 1 << 24
+PIECE_ELEMENTS = 1 << 25
 """Pre-activations that exist at once. Larger pieces leave fewer survivors and fewer merges."""
 _GROUPS = (64, 32, 16, 8)
 """Latents of a group; a piece's latents beyond a multiple of the first are looked at one by one."""
@@ -37,7 +37,7 @@ def streamed_topk(
         values [B, count] float32 and latents [B, count] int64.
     """
     best = torch.full((n_rows, count), EMPTY_KEY, dtype=torch.int64, device=device)
-    piece = max(2048, _PIECE_ELEMENTS // max(n_rows, 1) // _GROUPS[0] * _GROUPS[0])
+    piece = max(2048, PIECE_ELEMENTS // max(n_rows, 1) // _GROUPS[0] * _GROUPS[0])
     for start in range(0, n_latents, piece):
         stop = min(start + piece, n_latents)
         best = _merge(best, product(start, stop), start)

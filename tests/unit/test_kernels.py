@@ -129,7 +129,7 @@ def test_unknown_bodies_and_dtypes_are_named():
 @pytest.mark.parametrize("shift", [0.0, -9.0, 9.0])
 @pytest.mark.parametrize("L", [1000, 4096, 9000])
 def test_streams_of_bfloat16_pieces_keep_the_largest_of_either_sign(shift, L, monkeypatch):
-    monkeypatch.setattr("sae_core.kernels.stock_encode._PIECE_ELEMENTS", 1)  # pieces of 2048
+    monkeypatch.setattr("sae_core.kernels.stock_encode.PIECE_ELEMENTS", 1)  # pieces of 2048
     generator = torch.Generator().manual_seed(L)
     pre_acts = (torch.randn(7, L, generator=generator) + shift).bfloat16()
     values, latents = streamed_topk(lambda a, b: pre_acts[:, a:b], 7, L, 9, pre_acts.device)
