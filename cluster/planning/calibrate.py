@@ -61,7 +61,7 @@ def _rates() -> tuple[Rates, str, float]:
     depth, pairs, used = rehearsal.depth, _B * _K, rehearsal.used
     split_bytes = float("inf")
     if rehearsal.prefilter != "none":
-        split_bytes = _L * _D * (8 + 2 * depth) / taken["split"]
+        split_bytes = _L * _D * (4 + 2 * depth) / taken["split"]
     flops = 2 * _B * _L * _D * depth / taken["product"]
     gathered = (rehearsal.n_candidates + 2 * pairs) * _D * 4
     rates = Rates(
@@ -92,7 +92,7 @@ class _Rehearsal:
         self.prefilter = "none" if prefilter is None else prefilter.name
         self.depth = _DEPTH.get(self.prefilter, 1)
         self.W_enc = torch.randn(_L, _D, generator=generator) / _D**0.5
-        self.bias = torch.zeros(_L)
+        self.bias, self.norms = torch.zeros(_L), torch.zeros(_L)
         self.x = torch.randn(_B, _D, generator=generator)
         latents = torch.randint(_L, (_B, _K), generator=generator)
         self.active = compact(torch.ones(_B, _K), latents)
@@ -118,8 +118,6 @@ class _Rehearsal:
             streamed_topk(self._product, _B, _L, self.count, self.x.device)
         self.taken["select"] -= self.taken["split"] + self.taken["product"]
         if self.prefilter != "none":
-            with self._clock("split"):  # its margin
-                torch.linalg.vector_norm(self.W_enc, dim=1)
             with self._clock("rescore"):
                 self.kernels.decoder_dot(self.x, self.candidates, self.W_enc)
         with self._clock("decode"):
@@ -139,7 +137,10 @@ class _Rehearsal:
         weights = self.W_enc[start:stop]
         if self.prefilter != "none":
             with self._clock("split"):
-                weights = weight_parts(weights) if self.depth == 3 else weights.bfloat16()
+                if self.depth == 3:
+                    weights = weight_parts(weights, self.norms[start:stop])
+                else:
+                    weights = weights.bfloat16()
         x = self.x if self.prefilter == "none" else torch.cat([self.x.bfloat16()] * self.depth, 1)
         with self._clock("product"):
             out: torch.Tensor = torch.ops.mkldnn._linear_pointwise(

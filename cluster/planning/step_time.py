@@ -103,7 +103,7 @@ def _encoder(work: Work, rows: int, latents: int, k: int, hardware: Hardware) ->
         "selection": rows * latents / rates.select + rows * rates.row_s,
     }
     if work.prefilter in _ENCODER_PARTS:
-        parts["split weights"] = latents * D * (8 + 2 * depth) / rates.split_bytes
+        parts["split weights"] = latents * D * (4 + 2 * depth) / rates.split_bytes
         candidates = 1.5 * k if depth == 3 else 2 * k
         parts["rescoring"] = rows * candidates * D * 4 / rates.gather_bytes
     return parts

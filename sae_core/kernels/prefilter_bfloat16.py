@@ -55,13 +55,14 @@ class Bfloat16Prefilter:
         low_x = high
         if self._split:
             low_x = torch.cat((high, (x - high).bfloat16(), high), 1)
+        norms = W_enc.new_empty(L)
 
         def product(start: int, stop: int) -> torch.Tensor:
             W = W_enc[start:stop]
             # Adds the bias in float32 and rounds once, which the margin counts on.
             low: torch.Tensor = torch.ops.mkldnn._linear_pointwise(
                 low_x,
-                weight_parts(W) if self._split else W.bfloat16(),
+                weight_parts(W, norms[start:stop]) if self._split else W.bfloat16(),
                 b_enc[start:stop],
                 "none",
                 [],
@@ -74,8 +75,7 @@ class Bfloat16Prefilter:
         values, latents = streamed_topk(product, len(x), L, count, x.device)
         if self._split:
             x_norm = torch.linalg.vector_norm(x, dim=1)
-            w_norm = torch.linalg.vector_norm(W_enc, dim=1).max()
-            margin = (_LEFT_OUT + _SUMS * D) * x_norm * w_norm
+            margin = (_LEFT_OUT + _SUMS * D) * x_norm * norms.max()
         else:
             margin = DEVIATIONS * error_deviation(x, x - high, W_enc, _HALF_ULP / 3**0.5)
         # Of a bias that is not finite no rounding is known.
@@ -83,13 +83,19 @@ class Bfloat16Prefilter:
         return Candidates(values, latents, margin + rounding)
 
 
-def weight_parts(W: torch.Tensor) -> torch.Tensor:
-    """[n, 3 D] bfloat16: high, high and low part, to go with high, low and high of the input."""
+def weight_parts(W: torch.Tensor, norms: torch.Tensor) -> torch.Tensor:
+    """[n, 3 D] bfloat16: high, high and low part, to go with high, low and high of the input.
+
+    Args:
+        W: [n, D].
+        norms: [n] gets the rows' norms, while they are in the cache.
+    """
     n, D = W.shape
     out = torch.empty(n, 3, D, dtype=torch.bfloat16)
     size = max(1, _BLOCK_BYTES // (4 * D))
     rest = torch.empty(min(size, n), D)
-    for rows, part in zip(W.split(size), out.split(size), strict=True):
+    for rows, part, norm in zip(W.split(size), out.split(size), norms.split(size), strict=True):
+        torch.linalg.vector_norm(rows, dim=1, out=norm)
         part[:, 0].copy_(rows)
         part[:, 1].copy_(part[:, 0])
         low = rest[: len(rows)].copy_(part[:, 0])  # in float32: mixed types subtract slowly
