@@ -37,7 +37,7 @@ def cold_calls(data: Data) -> Calls:
         ("raw file", "cold reads"): _plain_reads(data),
         ("ours", "cold, sequential"): _sequential(data),
         ("ours", "cold, verify"): _verify(data),
-        ("ours", "cold, shuffled, staged"): _epoch(data, "none", staged=True, prefetch=False),
+        ("ours", "cold, shuffled, staged"): _epoch(data, "none", staged=True),
     }
 
 
