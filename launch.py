@@ -59,8 +59,8 @@ def compose_and_run(composed: DictConfig) -> None:
         if HydraConfig.get().mode == RunMode.MULTIRUN:
             composed.name = cell_name(composed.name, HydraConfig.get())
         config: RunConfig = OmegaConf.to_object(composed)  # type: ignore[assignment]
+        _make_paths_absolute(config)  # first: a store that is named in two ways is one
         validate(config, ("pipeline", "scaling_laws", *STAGES))
-        _make_paths_absolute(config)
         stages: tuple[str, ...] = (config.stage,)
         if config.stage == "pipeline":
             stages = CONCURRENT if config.cluster.mode == "concurrent" else PIPELINE

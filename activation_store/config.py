@@ -64,9 +64,10 @@ class StoreConfig:
                 raise StoreConfigError(f"store.{name}", getattr(self, name), "at least 1")
         if self.order_seed is not None and self.order_seed < 0:
             raise StoreConfigError("store.order_seed", self.order_seed, "0 or more, or null")
-        for path, weight in zip(self.paths, self.weights, strict=True):
+        for number, weight in enumerate(self.weights):
             if not (math.isfinite(weight) and weight > 0):
-                raise StoreConfigError(f"weight of {path}", weight, "a finite number above 0")
+                key = f"store.mixture[{number - 1}].weight" if number else "store.weight"
+                raise StoreConfigError(key, weight, "a finite number above 0")
         if not all(mixed.path for mixed in self.mixture):
             raise StoreConfigError(
                 "store.mixture", "an entry without path", "[{path: ..., weight: ...}, ...]"

@@ -40,12 +40,12 @@ DEFINITIONS = {
     "rows are those a store keeps (no position 0, no special tokens if they are dropped)",
     "mse": "mean of (x - recon)^2 over those rows and all dimensions, raw activation units",
     "l0": "mean number of latents above 0 in those rows",
-    "dead_fraction": "latents above 0 on none of one pass over the training rows that are still "
-    "stored (all of them, unless cluster.retention=consumed)",
+    "dead_fraction": "latents above 0 on none of one pass over the training rows of store.path "
+    "that are still stored (all of them, unless cluster.retention=consumed)",
     "ce_clean": "next-token cross-entropy in nats, predictions from position 1 on",
     "ce_recon": "the same with the SAE spliced in at every position but 0",
     "ce_zero": "the same with zeros spliced in",
-    "ce_mean": "the same with the mean of the stored training rows spliced in",
+    "ce_mean": "the same with the mean of the training rows stored at store.path spliced in",
     "ce_recovered": "(ce_zero - ce_recon) / (ce_zero - ce_clean)",
     "ce_recovered_mean": "(ce_mean - ce_recon) / (ce_mean - ce_clean)",
     "kl": "mean over predictions of KL(clean || recon), nats",
@@ -91,6 +91,7 @@ def run(config: RunConfig, run_dir: Path) -> None:
         "sae": asdict(sae.config),
         "weights_sha256": _weights_sha256(sae),
         "store": [store.n_items, store.n_tokens, store.header.provenance],
+        "mixture": [config.store.weight, *map(asdict, config.store.mixture)],
     }
     file = run_dir / "eval" / "metrics.json"
     if file.is_file() and json.loads(file.read_text()).get("inputs") == inputs:
@@ -145,7 +146,25 @@ def _why_not_heldout(evaluation: Evaluation) -> str | None:
     cache_dir = Path(config.cache_dir).expanduser()
     wanted = describe(config, load_tokenizer(config.model, cache_dir), cache_dir)
     found = differences(provenance, {key: wanted[key] for key in SAME_TEXT})
-    return f"the store was harvested otherwise ({'; '.join(found)})" if found else None
+    if found:
+        return f"the store was harvested otherwise ({'; '.join(found)})"
+    return next(filter(None, (_may_hold(path, wanted) for path in config.store.paths[1:])), None)
+
+
+def _may_hold(path: str, wanted: dict[str, Any]) -> str | None:
+    """Why rows that were mixed in may be of the held-out text; None when they are not."""
+    from activation_store import open_store
+
+    provenance = open_store(path).header.provenance or {}
+    text = provenance.get("dataset_sha256")
+    if text is None:
+        return f"the provenance of {path}, which was mixed in, names no text"
+    if text != wanted["dataset_sha256"]:
+        return None
+    found = differences(provenance, {key: wanted[key] for key in SAME_TEXT})
+    return (
+        f"{path}, mixed in, holds the same text otherwise ({'; '.join(found)})" if found else None
+    )
 
 
 def _count_firings(evaluation: Evaluation, *, with_errors: bool) -> FiringPass:

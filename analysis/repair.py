@@ -12,7 +12,7 @@ from conf.schema import RunConfig
 
 
 def run(config: RunConfig, run_dir: Path) -> None:
-    """Repairs the run's store; the next harvest writes the items that are missing then.
+    """Repairs the run's stores; the next harvest writes the items that are missing in its own.
 
     Raises:
         StoreBusyError: A writer or another repair holds the store.
@@ -20,7 +20,8 @@ def run(config: RunConfig, run_dir: Path) -> None:
     """
     console = Console(soft_wrap=True)
     config = saved_config(run_dir) or config
-    report = repair_store(config.store.path)
-    console.print(f"repair: {config.store.path}: {report}")
-    if report.redo:
-        console.print(f"repair: next, stage=harvest name={config.name} writes them again")
+    for path in config.store.paths:
+        report = repair_store(path)
+        console.print(f"repair: {path}: {report}")
+        if report.redo and path == config.store.path:
+            console.print(f"repair: next, stage=harvest name={config.name} writes them again")

@@ -11,6 +11,7 @@ from typing import Any
 
 from activation_store.errors import StoreError
 from analysis.errors import RunFileError
+from analysis.export.source import shareable
 from cluster.config import DataConfig, ModelConfig
 from conf.schema import RunConfig
 from sae_core.atomic import read_json
@@ -37,18 +38,29 @@ def as_trained(config: RunConfig) -> RunConfig:
     """The config with model and text only if the store says that its rows come from them.
 
     A person who trains on activations of their own leaves the config's model at its default, and
-    neither an export nor a report may then name it.
+    neither an export nor a report may then name it. Of a mixture all texts are named.
     """
     from activation_store import open_store
 
     try:
-        provenance = open_store(config.store.path).header.provenance or {}
+        found = [open_store(path).header.provenance or {} for path in config.store.paths]
     except StoreError:
-        return config  # nothing to compare with: the store was moved away after training
-    if "model" in provenance and "dataset" in provenance:
-        return config
+        if not config.store.mixture:
+            return config  # nothing to compare with: the store was moved away after training
+        found = [{}]
     unknown = "unknown"
-    return replace(config, model=ModelConfig(path=unknown), data=DataConfig(path=unknown))
+    if not all("model" in one and "dataset" in one for one in found):
+        return replace(config, model=ModelConfig(path=unknown), data=DataConfig(path=unknown))
+    if len({one.get("weights_sha256") for one in found}) > 1:
+        config = replace(config, model=ModelConfig(path=unknown))
+    if len({one.get("dataset_sha256") for one in found}) > 1:
+        weights = config.store.weights
+        texts = [
+            f"{shareable(str(one['dataset']))} (weight {weight:g})"
+            for one, weight in zip(found, weights, strict=True)
+        ]
+        config = replace(config, data=replace(config.data, package=None, path=", ".join(texts)))
+    return config
 
 
 def read_optional_json(path: Path) -> dict[str, Any] | None:

@@ -48,18 +48,20 @@ def _cell(run_dir: Path) -> str:
 
 
 def _store(config: RunConfig) -> str:
-    from activation_store import consumers, lead_items, open_store
+    from activation_store import consumers, lead_items
     from activation_store.errors import StoreError
 
     try:
-        store = open_store(config.store.path)
+        lines = [_size(config.store.path)]
     except StoreError as error:
         return str(error)
-    state = "finalised" if store.finalised else "being written"
-    lines = [
-        f"{store.n_tokens:,} tokens in {store.n_items} items, "
-        f"{store.n_bytes / 2**30:.2f} GiB, {state}"
-    ]
+    for mixed in config.store.mixture:
+        try:
+            size = _size(mixed.path)
+        except StoreError as error:
+            size = str(error)
+        beside = f"weight {mixed.weight:g} beside {config.store.weight:g}"
+        lines.append(f"mixed in, {beside}: {mixed.path}, {size}")
     for name, consumer in consumers(config.store.path).items():
         lines.append(
             f"consumer {name}: item {consumer.next_item}, keeps from item "
@@ -69,6 +71,17 @@ def _store(config: RunConfig) -> str:
     if lead is not None:
         lines.append(f"harvest is {lead} items ahead of the slowest")
     return "\n".join(lines)
+
+
+def _size(path: str) -> str:
+    from activation_store import open_store
+
+    store = open_store(path)
+    state = "finalised" if store.finalised else "being written"
+    return (
+        f"{store.n_tokens:,} tokens in {store.n_items} items, "
+        f"{store.n_bytes / 2**30:.2f} GiB, {state}"
+    )
 
 
 def _training(config: RunConfig, run_dir: Path) -> str:

@@ -26,7 +26,7 @@ def run(config: RunConfig, run_dir: Path) -> None:
     problems = []
     for path in config.store.paths:
         problems += [str(damage) for damage in verify_store(path)]
-        problems += non_finite(path)
+        problems += [f"{path}: {problem}" for problem in non_finite(path)]
     checkpoints = list_checkpoints(run_dir / "checkpoints")
     for folder in checkpoints:
         problems += checkpoint_problems(folder)

@@ -32,8 +32,8 @@ def interleaved(
 ) -> dict[str, Timing]:
     """Run every callable once a round, so that drift of the machine falls on all of them alike.
 
-    Each round starts with another callable, every other round goes backwards: none always runs with
-    the caches, or on the tired disk, that its neighbour leaves.
+    Each pair of rounds starts with another callable, and its second round goes backwards: none
+    always runs with the caches, or on the tired disk, that its neighbour leaves.
 
     Args:
         callables: name -> what to time; the result is dropped.
@@ -55,7 +55,7 @@ def interleaved(
     names = list(callables)
     samples: dict[str, list[float]] = {name: [] for name in names}
     for turn in range(warmup + rounds):
-        first = turn % len(names)
+        first = turn // 2 % len(names)
         order = names[first:] + names[:first]
         for name in reversed(order) if turn % 2 else order:
             prepare()

@@ -60,7 +60,10 @@ class MixtureSource:
     ) -> None:
         self.d_in = self.d_out = stores[0].arrays[array]
         counts = Shares(weights).counts
-        parts = [f"{store_digest(store)} {n}" for store, n in zip(stores, counts, strict=True)]
+        parts = [
+            f"{store_digest(store)} {store.n_tokens} {n}"
+            for store, n in zip(stores, counts, strict=True)
+        ]
         digest = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
         order_of = f"{ORDER}-w{window_items}-b{buffer_tokens}"
         if order_seed is not None:

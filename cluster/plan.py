@@ -15,6 +15,7 @@ from cluster.planning.layout import Layout, best_layout, cannot_fit, layouts, pl
 from cluster.planning.local import local
 from cluster.planning.scaling import weak_scaling
 from cluster.planning.work import stored_row_bytes
+from cluster.trainable import others
 from conf.schema import RunConfig
 from sae_core.errors import ConfigError
 
@@ -31,6 +32,8 @@ def run(config: RunConfig, run_dir: Path) -> None:
     """
     d_model = _d_model(config)
     alone = config.stage == "plan"
+    if not alone:  # what training would refuse after a long harvest
+        others(config, config.sae.hookpoint or config.model.hookpoints[0])
     hardware = planned_hardware(config, measure=alone)
     show = Console().print
     if config.plan.n_gpus is None or not alone:  # a pipeline trains on the mesh of parallel.*
@@ -80,9 +83,11 @@ def store_bytes_total(config: RunConfig, d_model: int) -> int:
 def read_bytes_per_rank(config: RunConfig, d_model: int) -> int:
     """What each rank reads in the whole run: all of them read every row once between them.
 
-    Where the parts of two ranks meet in a chunk both read it: that is not counted.
+    Of a mixture each reads all. Where the parts of two ranks meet in a chunk both read it: that is
+    not counted.
     """
-    return config.train.tokens * stored_row_bytes(config, d_model) // config.parallel.n_ranks
+    parts = 1 if config.store.mixture else config.parallel.n_ranks
+    return config.train.tokens * stored_row_bytes(config, d_model) // parts
 
 
 def _d_model(config: RunConfig) -> int:
@@ -95,7 +100,9 @@ def _d_model(config: RunConfig) -> int:
 
 def _summary(config: RunConfig, d_model: int, layout: Layout, hardware: Hardware) -> Table:
     table = Table(title=f"plan: {config.name}", show_header=False, title_justify="left")
-    epochs = config.train.tokens / config.data.tokens
+    epochs = f", {config.train.tokens / config.data.tokens:.1f} epochs"
+    if config.store.mixture:
+        epochs = f", on {len(config.store.paths)} stores"
     mesh = config.parallel
     rank_bytes, host_bytes = layout.device_total, sum(layout.host.values())
     store_bytes = store_bytes_total(config, d_model)
@@ -110,8 +117,8 @@ def _summary(config: RunConfig, d_model: int, layout: Layout, hardware: Hardware
         "memory per rank": f"{rank_bytes / GIB:.2f} GiB; {host_bytes / GIB:.2f} GiB more on the "
         "host while a checkpoint is written",
         "store": f"{config.data.tokens:,} tokens, at most {store_bytes / GIB:,.2f} GiB at once",
-        "training": f"{config.train.n_steps:,} steps of {config.train.batch_tokens:,} tokens, "
-        f"{epochs:.1f} epochs",
+        "training": f"{config.train.n_steps:,} steps of {config.train.batch_tokens:,} tokens"
+        + epochs,
         "reading": f"{read_bytes_per_rank(config, d_model) / GIB:,.2f} GiB by each rank",
     }
     for key, value in rows.items():

@@ -5,6 +5,7 @@ Returns at once.
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -125,11 +126,20 @@ def _for_the_job(config: RunConfig, overrides: list[str]) -> list[str]:
         }
         places |= {key: path for key, path in paths.items() if path.startswith("/")}
         if config.store.mixture:
-            entries = (f'{{path:"{m.path}",weight:{m.weight}}}' for m in config.store.mixture)
+            entries = (
+                f"{{path:{_quoted(mixed.path)},weight:{mixed.weight}}}"
+                for mixed in config.store.mixture
+            )
             places["store.mixture"] = f"[{','.join(entries)}]"
     kept = _without(overrides, "stage=", "name=", *(f"{key}=" for key in places))
     settings = {"stage": config.submit.stage, "name": config.name, **places}
     return [*kept, *(f"{key}={value}" for key, value in settings.items())]
+
+
+def _quoted(text: str) -> str:
+    """As Hydra reads it: only backslashes before a quote are doubled."""
+    escaped = re.sub(r'(\\+)(?="|$)', r"\1\1", text).replace('"', '\\"')
+    return f'"{escaped}"'
 
 
 def _elsewhere(config: RunConfig, overrides: list[str]) -> list[str]:

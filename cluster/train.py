@@ -127,19 +127,22 @@ def train_ranks(
 
 def warn_of_a_poor_shuffle(config: RunConfig, console: Console) -> None:
     """Says so where batches mix documents badly, of a store that is soon looked through."""
-    store = open_store(config.store.path)
-    if not store.finalised or store.n_tokens > _DIAGNOSED_TOKENS:
-        return
-    quality = shuffle_quality(
-        store,
-        config.order_seed,
-        config.store.window_items,
-        config.store.buffer_tokens,
-        config.train.batch_tokens,
-        max_batches=20,
-    )
-    if quality.warning:
-        console.print(f"train: {quality.warning}", soft_wrap=True)
+    paths = config.store.paths
+    for path in paths:
+        store = open_store(path)
+        if not store.finalised or store.n_tokens > _DIAGNOSED_TOKENS:
+            continue
+        quality = shuffle_quality(
+            store,
+            config.order_seed,
+            config.store.window_items,
+            max(1, config.store.buffer_tokens // len(paths)),
+            config.train.batch_tokens,
+            max_batches=20,
+        )
+        if quality.warning:
+            which = f"{path}: " if len(paths) > 1 else ""
+            console.print(f"train: {which}{quality.warning}", soft_wrap=True)
 
 
 def finished(config: RunConfig, run_dir: Path) -> Path | None:

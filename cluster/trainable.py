@@ -43,21 +43,34 @@ def check_store(config: RunConfig) -> str:
         )
     require_finite(store, array)
     if config.store.mixture:
-        mixed = [_mixed(path) for path in config.store.paths[1:]]
-        check_mixture([store, *mixed], config.store.weights, [array])
-        for one in mixed:
-            require_finite(one, array)
+        check_mixture([store, *others(config, array)], config.store.weights, [array])
     return array
 
 
-def _mixed(path: str) -> Store:
-    if not store_exists(path):
-        raise StoreConfigError("store.mixture", path, "a store of activations")
-    return open_store(path)
+def others(config: RunConfig, array: str) -> list[Store]:
+    """The stores that are mixed in, each of which can be: finished, with finite rows.
+
+    Raises:
+        StoreConfigError, IncompleteStoreError: naming what does not fit.
+    """
+    found = []
+    for path in config.store.paths[1:]:
+        if not store_exists(path):
+            raise StoreConfigError("store.mixture", path, "a store of activations")
+        store = open_store(path)
+        check_mixture([store], [1.0], [array])
+        require_finite(store, array, "store.mixture")
+        found.append(store)
+    return found
 
 
-def require_finite(store: Store, array: str) -> None:
+def require_finite(store: Store, array: str, key: str = "store.path") -> None:
     """That no committed row of an array holds NaN or infinities.
+
+    Args:
+        store: whose rows.
+        array: of them.
+        key: the setting that names the store.
 
     Raises:
         StoreConfigError: naming the items that do.
@@ -65,7 +78,7 @@ def require_finite(store: Store, array: str) -> None:
     bad = store.non_finite_items(array)
     if bad:
         raise StoreConfigError(
-            "store.path",
+            key,
             str(store.path),
             f"finite activations, {array} holds {sum(bad.values())} numbers that are not, in "
             f"items {shorten(list(bad))}",

@@ -126,7 +126,7 @@ def _check_harvest_fits_store(config: RunConfig) -> None:
 
 def _check_concurrent(config: RunConfig) -> None:
     cluster, window = config.cluster, config.store.window_items
-    if config.store.mixture:
+    if config.store.mixture and cluster.mode == "concurrent":
         raise ConfigError(
             "store.mixture",
             config.store.paths,

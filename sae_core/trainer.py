@@ -111,7 +111,8 @@ class Trainer:
             raise ConfigError(
                 "store.path",
                 self.source.identity,
-                f"the store and the order (store.window_items, store.buffer_tokens) that "
+                f"the stores, their weights and the order (store.window_items, "
+                f"store.buffer_tokens) that "
                 f"{folder.name} was trained on, {state.source_identity}",
                 "use that store and those settings, or another name=...",
             )

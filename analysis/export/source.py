@@ -52,17 +52,17 @@ def model_name(model: ModelConfig) -> str:
     """Hub name, `package/file`, or the last part of a local folder."""
     if model.package:
         return "/".join(part for part in (model.package, model.path, model.gguf_file) if part)
-    return _shareable(model.path)
+    return shareable(model.path)
 
 
 def dataset_name(data: DataConfig) -> str:
     """`package/file`, or the last part of a local path."""
     if data.package:
         return "/".join(part for part in (data.package, data.path) if part)
-    return _shareable(data.path)
+    return shareable(data.path)
 
 
-def _shareable(path: str) -> str:
+def shareable(path: str) -> str:
     """A hub name as it stands; of anything that is a path here, the last part."""
     local = path.startswith(("/", "~", ".")) or "\\" in path or Path(path).exists()
     return Path(path).name if local else path

@@ -32,7 +32,7 @@ def device_bytes(work: Work, hardware: Hardware) -> dict[str, float]:
     zero_share = work.data if work.zero_stage else 1
     loader: float = 3 * (work.buffer_rows + work.rows // work.latent) * work.row_bytes
     if work.on_gpu:  # the block that is used and the next one while it comes
-        loader = 2 * work.buffer_rows * work.stored_row_bytes
+        loader = 0 if work.mixture else 2 * work.buffer_rows * work.stored_row_bytes
     # A sum: on the CPU the allocator keeps the encoder's pieces when the update wants others.
     step = _batch_bytes(work) + _encode_bytes(work) + _update_bytes(work)
     sample = _SAMPLE_COPIES * work.sample_rows * work.d_model * 4
@@ -57,10 +57,11 @@ def host_bytes(work: Work) -> dict[str, float]:
     """
     rows = -(-work.shard // work.data)
     copies = 2 * rows * work.d_model * (4 + 2 * work.moment_bytes)
+    row_bytes = work.row_bytes if work.mixture else work.stored_row_bytes
     parts = {
         "checkpoint copy": copies if work.asynchronous_save else 0,
         "checkpoint writer": 2 * rows * work.d_model * 4,
-        "loader, pinned": 3 * work.buffer_rows * work.stored_row_bytes if work.on_gpu else 0,
+        "loader, pinned": 3 * work.buffer_rows * row_bytes if work.on_gpu else 0,
     }
     return {part: size for part, size in parts.items() if size}
 

@@ -62,7 +62,8 @@ def compute_seconds(phases: list[Phase]) -> float:
 def read_seconds(work: Work, hardware: Hardware) -> float:
     """Until the disks have given a rank its part of a batch; beside the step."""
     ranks = min(work.n_ranks, hardware.ranks_per_node)
-    part = work.rows / work.latent * work.stored_row_bytes
+    rows = work.rows * work.data if work.mixture else work.rows / work.latent
+    part = rows * work.stored_row_bytes
     return part * ranks / hardware.disk_bytes_per_s
 
 

@@ -56,6 +56,8 @@ class Work:
     sample_rows: int
     asynchronous_save: bool
     on_gpu: bool
+    mixture: bool
+    """Of several stores: every rank reads all rows, and the host gathers and decodes its own."""
 
     @property
     def n_ranks(self) -> int:
@@ -145,6 +147,7 @@ def work_of(
         sample_rows=train.sample_tokens,
         asynchronous_save=config.checkpoint.asynchronous or on_gpu,
         on_gpu=on_gpu,
+        mixture=bool(config.store.mixture),
     )
 
 

@@ -90,6 +90,7 @@ def weight_parts(W: torch.Tensor, norms: torch.Tensor) -> torch.Tensor:
         W: [n, D].
         norms: [n] gets the rows' norms, while they are in the cache.
     """
+    W = W.detach()  # `out=` below does not go with autograd
     n, D = W.shape
     out = torch.empty(n, 3, D, dtype=torch.bfloat16)
     size = max(1, _BLOCK_BYTES // (4 * D))

@@ -13,9 +13,8 @@ from sae_core.kernels.rounding import round_stochastically_, salt_of
 _BLOCK_BYTES = 4 << 20
 """Bytes of one array's rows that are worked on together; eight arrays take part. With smaller ones
 the calls cost more than the cache saves."""
-
-
 _NORM_PIECE = 1024
+"""Elements of one running sum: right to the last digits, and still few pieces."""
 
 
 class StockRowUpdate:

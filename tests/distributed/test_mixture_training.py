@@ -15,7 +15,9 @@ import torch
 
 from activation_store import MixtureStream, StoreWriter, open_store
 from activation_store.config import MixedStore
-from activation_store.errors import IncompleteStoreError, StoreConfigError
+from activation_store.errors import DamagedDataError, IncompleteStoreError, StoreConfigError
+from analysis import status, verify
+from cluster import plan
 from cluster.mixture_source import MixtureSource
 from cluster.tensors import to_torch
 from cluster.trainable import check_store
@@ -39,13 +41,18 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def other_store(
-    path: Path, *, arrays: dict[str, int] | None = None, finalise: bool = True, bad: bool = False
+    path: Path,
+    *,
+    arrays: dict[str, int] | None = None,
+    finalise: bool = True,
+    bad: bool = False,
+    items: int = 3,
 ) -> None:
     """Rows of another kind."""
     rng = np.random.default_rng(1)
     arrays = arrays or {"acts": D}
     writer = StoreWriter(path, arrays, dtype="float32", shard_tokens=256)
-    for item in range(3):
+    for item in range(items):
         rows = {
             name: rng.standard_normal((256, d)).astype(np.float32) for name, d in arrays.items()
         }
@@ -113,7 +120,7 @@ def test_other_weights_are_another_stream(folder: Path) -> None:
     save_config(config, run_dir / "config.yaml")
     ranks = Ranks(run_dir / "ranks-2", 1, _rank, str(run_dir))
     assert ranks.codes() == [1]
-    assert "the store and the order" in ranks.logs()[0]
+    assert "the stores, their weights and the order" in ranks.logs()[0]
 
 
 def test_replicas_and_the_sample_read_the_stream_of_the_mixture(folder: Path) -> None:
@@ -146,6 +153,43 @@ def test_the_identity_tells_weights_and_order_but_not_their_scale(folder: Path) 
     assert identity([1, 3]) == identity([2, 6])
     others = [identity([1, 3]), identity([3, 1]), identity([1, 3], order_seed=4)]
     assert len(set(others)) == 3
+
+
+def test_the_identity_tells_how_many_rows_there_are(folder: Path, tmp_path: Path) -> None:
+    """Item 0 is the same: more of them are another order."""
+    identities = []
+    for items in (3, 6):
+        other_store(tmp_path / str(items), items=items)
+        stores = [open_store(folder / "one"), open_store(tmp_path / str(items))]
+        source = MixtureSource(stores, [1, 3], "acts", 5, 48, 0, 1, 2, 128)
+        source.close()
+        identities.append(source.identity)
+    assert identities[0] != identities[1]
+
+
+def test_a_pipeline_refuses_a_store_before_it_harvests(folder: Path, tmp_path: Path) -> None:
+    config = RunConfig(stage="pipeline")
+    config.model.hookpoints, config.model.d_model = ["acts"], D
+    config.store.path = str(tmp_path / "not-yet")
+    config.store.mixture = [MixedStore(str(tmp_path / "missing"))]
+    with pytest.raises(StoreConfigError, match="missing.*expected a store"):
+        plan.run(config, tmp_path)
+
+
+def test_status_and_verify_tell_of_every_store(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other_store(tmp_path / "bad", bad=True)
+    run_dir = mixed_run(tmp_path, "run")
+    config = load_config(run_dir / "config.yaml")
+    config.store.path = str(folder / "one")
+    config.store.mixture = [MixedStore(str(tmp_path / "bad"), 2.0)]
+    save_config(config, run_dir / "config.yaml")
+    with pytest.raises(DamagedDataError, match=f"{tmp_path / 'bad'}: acts: 3 numbers"):
+        verify.run(config, run_dir)
+    status.run(config, run_dir)
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "2,560 tokens in 5 items" in printed and "weight 2 beside 1" in printed
 
 
 @pytest.mark.parametrize(

@@ -25,10 +25,20 @@ def test_interleaved_rounds_rotate_and_turn_and_skip_the_warm_up() -> None:
         rounds=3,
         warmup=1,
     )
-    assert "".join(calls) == "abc" + "acb" + "cab" + "cba"
+    assert "".join(calls) == "abc" + "cba" + "bca" + "acb"
     assert {name: len(timing.samples_s) for name, timing in timings.items()} == dict.fromkeys(
         "abc", 3
     )
+
+
+def test_two_callables_each_come_first_half_of_the_time() -> None:
+    calls: list[str] = []
+    interleaved(
+        {name: lambda name=name: calls.append(name) for name in "ab"},  # type: ignore[misc]
+        rounds=4,
+        warmup=0,
+    )
+    assert "".join(calls) == "ab" + "ba" + "ba" + "ab"
 
 
 def test_interleaved_measures_seconds() -> None:
@@ -53,7 +63,7 @@ def test_interleaved_prepares_each_call() -> None:
         warmup=1,
         prepare=lambda: calls.append("."),
     )
-    assert "".join(calls) == ".a.b.a.b"
+    assert "".join(calls) == ".a.b.b.a"
 
 
 @pytest.mark.parametrize(("names", "rounds"), [("", 3), ("a", 0)])

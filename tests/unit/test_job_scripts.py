@@ -12,7 +12,9 @@ from typing import Any
 
 import pytest
 import yaml
+from hydra.core.override_parser.overrides_parser import OverridesParser
 
+from activation_store.config import MixedStore
 from cluster import ray_jobs, skypilot, slurm_submit, submit
 from cluster.submit_config import SubmitConfig
 from cluster.submitted import FOLDER
@@ -137,8 +139,11 @@ def test_code_that_is_sent_to_ray_runs_in_its_copy_with_the_paths_of_here(
     config = RunConfig(name="job", runs_dir="runs", cache_dir="cache")
     config.submit = SubmitConfig(scheduler="ray", working_dir="code", setup=setup)
     config.store.path, config.data.path, config.model.path = "store", "texts", "org/a-model"
+    odd = 'a "b, c\\'
+    config.store.mixture = [MixedStore(odd, 2.0), MixedStore("s3://bucket/d", 1e-5)]
     _make_paths_absolute(config)
     typed = ["stage=submit", "data.path=texts", "store.path=store", "model.path=org/a-model"]
+    typed.append("store.mixture=[{path:x}]")
     submit.run(config, here / "runs" / "job", typed)
     assert jobs.sent["runtime_env"]["working_dir"] == str(here / "code")
     sent = tmp_path / "sent"
@@ -147,6 +152,12 @@ def test_code_that_is_sent_to_ray_runs_in_its_copy_with_the_paths_of_here(
     assert done.returncode == 0, done.stderr
     folder, _, arguments = json.loads(done.stdout)
     assert folder == str(sent)
+    mixture = next(one for one in arguments if one.startswith("store.mixture="))
+    arguments.remove(mixture)
+    assert OverridesParser.create().parse_override(mixture).value() == [
+        {"path": str(here / odd), "weight": 2.0},
+        {"path": "s3://bucket/d", "weight": 1e-5},
+    ]
     assert sorted(arguments) == [
         f"cache_dir={here}/cache",
         "cluster=join",

@@ -33,9 +33,9 @@ def launch(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
         ("optim.update=fused parallel.zero_stage=1", "dense or auto"),
         ("store.dtype=float64", "bfloat16 or float32"),
         ("store.shard_tokens=100", "room for one context"),
-        ("store.mixture=[{path:b,weight:0}]", "weight of"),
+        ("store.mixture=[{path:b,weight:0}]", "store.mixture[0].weight=0.0"),
         ("store.mixture=[{weight:2}]", "an entry without path"),
-        ("store.path=b store.mixture=[{path:b}]", "each store once"),
+        ("store.path=b store.mixture=[{path:./b}]", "each store once"),
         ("store.mixture=[{path:s3://me:secret@host/b}]", "without user name and password"),
         ("cluster.mode=concurrent store.mixture=[{path:b}]", "stores that no longer grow"),
         ("checkpoint.keep=1", "at least 2"),
@@ -68,6 +68,14 @@ def test_bad_input(tmp_path, override, expected):
     assert expected in done.stderr
     assert done.stderr.count("\n") == 1 and done.stderr.startswith("error: ")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_text_and_a_mixture_of_stores_go_together(tmp_path):
+    mixture = ("store.mixture=[{path:b}]", "cluster.mode=sequential")
+    planned = ("stage=plan", "plan.hardware=h100", "experiment=pythia_70m")
+    done = launch(*planned, *mixture, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert ", on 2 stores" in done.stdout
 
 
 def test_train_without_a_store(tmp_path):

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from activation_store import StoreWriter, open_store
+from activation_store.config import MixedStore
 from activation_store.errors import StoreConfigError
 from analysis.runs import as_trained
 from analysis.verify import non_finite
@@ -47,6 +48,26 @@ def test_no_model_is_named_that_the_rows_do_not_come_from(tmp_path):
     trained = as_trained(own_store(tmp_path / "s"))
     assert (trained.model.path, trained.model.package) == ("unknown", None)
     assert (trained.data.path, trained.data.package) == ("unknown", None)
+
+
+def test_all_texts_of_a_mixture_are_named(tmp_path):
+    said = {"model": "m", "weights_sha256": "1", "dataset": "/data/b", "dataset_sha256": "b"}
+    for name, change in (("a", {"dataset_sha256": "a", "dataset": "a"}), ("b", {}), ("c", {})):
+        provenance = {**said, **change} if name != "c" else None
+        writer = StoreWriter(
+            tmp_path / name, {"acts": 4}, shard_tokens=64, provenance=provenance, dtype="float32"
+        )
+        writer.write_item(0, np.ones((64, 4), np.float32))
+        writer.finalise()
+    config = RunConfig()
+    config.model.path, config.data.path = "m", "a"
+    config.store.path = str(tmp_path / "a")
+    config.store.mixture = [MixedStore(str(tmp_path / "b"), 3.0)]
+    trained = as_trained(config)
+    assert (trained.model.path, trained.data.path) == ("m", "a (weight 1), b (weight 3)")
+    config.store.mixture.append(MixedStore(str(tmp_path / "c")))
+    trained = as_trained(config)
+    assert (trained.model.path, trained.data.path) == ("unknown", "unknown")
 
 
 def test_what_ranks_would_stumble_over_is_said_before(tmp_path):

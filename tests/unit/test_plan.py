@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from activation_store.config import MixedStore
 from cluster.plan import run, store_bytes_total
 from cluster.planning.config import PlanConfig
 from cluster.planning.hardware import GIB, Hardware, Link, Rates, gpu, shared_among
@@ -165,6 +166,15 @@ def test_reading_is_shared_by_the_ranks_of_a_node():
     assert one == 8 * 16 * 2 / 10e9
     assert read_seconds(work(data=2), H100) == one
     assert read_seconds(work(data=8, latent=2), H100) == one / 2  # two nodes
+
+
+def test_every_rank_reads_all_of_a_mixture_on_the_host():
+    config = config_of(data=2)
+    config.store.mixture = [MixedStore("b")]
+    mixed = work_of(config, 16, on_gpu=True)
+    assert read_seconds(mixed, H100) == 2 * read_seconds(work(data=2), H100)
+    assert "loader" not in device_bytes(mixed, H100)
+    assert mixed.buffer_rows == 2 * work(data=2).buffer_rows
 
 
 def test_the_search_finds_what_brute_force_finds():
