@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from activation_store import StoreWriter, open_store
+from activation_store.config import MixedStore
 from activation_store.errors import StoreMismatchError
 from analysis import evaluate
 from cluster import harvest
@@ -166,6 +167,31 @@ def test_a_store_of_a_persons_own_rows(tmp_path: Path) -> None:
     assert metrics["heldout"] is False and "names no language model" in metrics["reason"]
     assert metrics["ce_recovered"] is None and metrics["kl"] is None
     assert metrics["tokens"] == 100
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"dataset_sha256": "another text", "heldout_fraction": 0.01}, None),
+        ({}, None),
+        ({"heldout_fraction": 0.01}, "holds the same text otherwise"),
+        ({"dataset_sha256": None}, "names no text"),
+    ],
+)
+def test_what_was_mixed_in_must_not_hold_the_heldout_text(
+    harvested: RunConfig, tmp_path: Path, change: dict[str, Any], reason: str | None
+) -> None:
+    provenance = {**(open_store(harvested.store.path).header.provenance or {}), **change}
+    writer = StoreWriter(
+        tmp_path / "store", {HOOKPOINT: D}, dtype="float32", shard_tokens=64, provenance=provenance
+    )
+    writer.write_item(0, {HOOKPOINT: np.ones((64, D), np.float32)})
+    writer.finalise()
+    save_sae(tmp_path, plus_minus(), k=3)
+    store = replace(harvested.store, mixture=[MixedStore(str(tmp_path / "store"))])
+    metrics = metrics_of(replace(harvested, store=store), tmp_path)
+    assert metrics["heldout"] is (reason is None)
+    assert metrics["reason"] is None if reason is None else reason in metrics["reason"]
 
 
 def test_a_store_harvested_otherwise_has_no_heldout_text(
