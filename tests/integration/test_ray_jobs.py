@@ -43,7 +43,7 @@ def dashboard(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     monkeypatch.setenv("RAY_AUTH_MODE", "token")
     monkeypatch.setenv("RAY_AUTH_TOKEN", secrets.token_hex(32))
     port, page, agent = free_ports(3)
-    folder = tempfile.mkdtemp(prefix="ray-jobs-", dir="/tmp")
+    folder = tempfile.mkdtemp(prefix="jobs-api-", dir="/tmp")
     command = [
         *(sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block"),
         *("--node-ip-address=127.0.0.1", f"--port={port}", f"--temp-dir={folder}"),

@@ -61,6 +61,10 @@ def test_a_sum_of_squares_is_right_to_the_last_digits(shape):
     values = normal(0, *shape)
     expected = values.double().square().sum()
     torch.testing.assert_close(square_sum(values).double(), expected, rtol=2e-6, atol=0)
+    torch.testing.assert_close(square_sum(values.double()), expected, rtol=1e-12, atol=0)
+    low = values.bfloat16()
+    expected = low.double().square().sum()
+    torch.testing.assert_close(square_sum(low).double(), expected, rtol=2e-6, atol=0)
 
 
 @pytest.mark.parametrize("name", ["stock", "reference"])
