@@ -166,23 +166,7 @@ def _make_ready(
 def _source(
     config: RunConfig, store: Store, array: str, mesh: Mesh, device: torch.device
 ) -> StoreSource | MixtureSource:
-    if config.store.mixture:
-        return MixtureSource(
-            [store, *map(open_store, config.store.paths[1:])],
-            config.store.weights,
-            array,
-            config.seed,
-            config.train.batch_tokens,
-            mesh.data_rank,
-            mesh.n_data,
-            config.store.window_items,
-            config.store.buffer_tokens,
-            device,
-            share=RowShare.of(mesh, config.train.timeout_s),
-            order_seed=config.store.order_seed,
-        )
-    return StoreSource(
-        store,
+    order = (
         array,
         config.seed,
         config.train.batch_tokens,
@@ -191,11 +175,15 @@ def _source(
         config.store.window_items,
         config.store.buffer_tokens,
         device,
-        # The driver sees when a harvest beside the trainer fails, and ends the ranks.
-        wait_timeout_s=math.inf if config.cluster.mode == "concurrent" else WAIT_TIMEOUT_S,
-        share=RowShare.of(mesh, config.train.timeout_s),
-        order_seed=config.store.order_seed,
     )
+    share, order_seed = RowShare.of(mesh, config.train.timeout_s), config.store.order_seed
+    if config.store.mixture:
+        stores = [store, *map(open_store, config.store.paths[1:])]
+        weights = config.store.weights
+        return MixtureSource(stores, weights, *order, share=share, order_seed=order_seed)
+    # The driver sees when a harvest beside the trainer fails, and ends the ranks.
+    wait_timeout_s = math.inf if config.cluster.mode == "concurrent" else WAIT_TIMEOUT_S
+    return StoreSource(store, *order, wait_timeout_s, share=share, order_seed=order_seed)
 
 
 def _cursor(member: Member, source: StoreSource) -> RunCursor | None:

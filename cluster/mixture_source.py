@@ -10,11 +10,9 @@ import torch
 
 from activation_store import MixtureStream, Store
 from activation_store.memory import anonymous
-from activation_store.mixture import Shares
-from activation_store.shuffle import ORDER
 from cluster.device_rows import pinned
 from cluster.row_share import RowShare
-from cluster.source import equal_batches, store_digest
+from cluster.source import equal_batches, order_name, store_digest
 from cluster.tensors import to_torch
 from sae_core.source import Batch
 
@@ -27,7 +25,7 @@ class MixtureSource:
 
     Args:
         stores: finished; `array` has one width and type in all of them.
-        weights: their shares of every batch; see `Shares`.
+        weights: their shares of every batch; see `MixtureStream`.
         array: whose rows to train on.
         seed: fixes the order, the same on all ranks.
         batch_tokens: rows of the global batch.
@@ -59,16 +57,7 @@ class MixtureSource:
         order_seed: int | None = None,
     ) -> None:
         self.d_in = self.d_out = stores[0].arrays[array]
-        counts = Shares(weights).counts
-        parts = [
-            f"{store_digest(store)} {store.n_tokens} {n}"
-            for store, n in zip(stores, counts, strict=True)
-        ]
-        digest = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
-        order_of = f"{ORDER}-w{window_items}-b{buffer_tokens}"
-        if order_seed is not None:
-            seed, order_of = order_seed, f"{order_of}-s{order_seed}"
-        self.identity = f"{array}-{digest}-{order_of}"
+        seed, order_of = order_name(seed, order_seed, window_items, buffer_tokens)
         self._stores, self._weights, self._array = list(stores), list(weights), array
         self._share, self._device = share or RowShare(), device or torch.device("cpu")
         self._batch_tokens, self._n_rows = batch_tokens, batch_tokens // n_replicas
@@ -80,6 +69,12 @@ class MixtureSource:
             "allocate": pinned if self._device.type == "cuda" else anonymous,
         }
         self._stream = self._open(batch_tokens, self._first, self._first + self._n_rows)
+        parts = [
+            f"{store_digest(store)} {store.n_tokens} {n}"
+            for store, n in zip(stores, self._stream.shares.counts, strict=True)
+        ]
+        digest = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+        self.identity = f"{array}-{digest}-{order_of}"
 
     @property
     def position(self) -> int:

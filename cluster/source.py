@@ -64,10 +64,7 @@ class StoreSource:
         order_seed: int | None = None,
     ) -> None:
         self.d_in = self.d_out = store.arrays[array]
-        # All that positions depend on beside seed and batch, which a checkpoint keeps by itself.
-        order_of = f"{ORDER}-w{window_items}-b{buffer_tokens}"
-        if order_seed is not None:
-            seed, order_of = order_seed, f"{order_of}-s{order_seed}"
+        seed, order_of = order_name(seed, order_seed, window_items, buffer_tokens)
         self.identity = f"{array}-{store_digest(store)}-{order_of}"
         self._store, self._array, self._seed = store, array, seed
         self._wait_timeout_s = wait_timeout_s
@@ -194,6 +191,17 @@ class StoreSource:
     def close(self) -> None:
         """Ends the background reader."""
         self._stream.close()
+
+
+def order_name(
+    seed: int, order_seed: int | None, window_items: int, buffer_tokens: int
+) -> tuple[int, str]:
+    """The seed of the order, and all that positions depend on beside seed and batch.
+
+    These two a checkpoint keeps by itself; an `order_seed` instead of the seed it does not.
+    """
+    name = f"{ORDER}-w{window_items}-b{buffer_tokens}"
+    return (seed, name) if order_seed is None else (order_seed, f"{name}-s{order_seed}")
 
 
 def equal_batches(n_rows: int) -> tuple[int, int]:

@@ -542,8 +542,8 @@ EXTRA = (
         115,
         "seeds of a sweep move its stream",
         "cluster/cohort.py",
-        "\n        order_seed=config.store.order_seed,\n",
-        "\n        order_seed=None,\n",
+        "config.train.timeout_s), config.store.order_seed\n",
+        "config.train.timeout_s), None\n",
         f"{_COHORT}test_together_or_alone_gives_the_same_bits_from_one_read",
     ),
     _one(

@@ -44,9 +44,8 @@ def collectives(work: Work) -> dict[str, list[Collective]]:
     calls: dict[str, list[Collective]] = {}
     if G > 1:
         share = (G - 1) / G
-        row_bytes = work.row_bytes if work.mixture else work.stored_row_bytes
         calls["load"] = [
-            Collective("rows", "latent", "all-gather", B * row_bytes * share),
+            Collective("rows", "latent", "all-gather", B * work.host_row_bytes * share),
             Collective("flag", "latent", "all-reduce", 8),
         ]
         calls["select"] = _selection("selection", B, min(work.k, work.shard), G)

@@ -57,11 +57,10 @@ def host_bytes(work: Work) -> dict[str, float]:
     """
     rows = -(-work.shard // work.data)
     copies = 2 * rows * work.d_model * (4 + 2 * work.moment_bytes)
-    row_bytes = work.row_bytes if work.mixture else work.stored_row_bytes
     parts = {
         "checkpoint copy": copies if work.asynchronous_save else 0,
         "checkpoint writer": 2 * rows * work.d_model * 4,
-        "loader, pinned": 3 * work.buffer_rows * row_bytes if work.on_gpu else 0,
+        "loader, pinned": 3 * work.buffer_rows * work.host_row_bytes if work.on_gpu else 0,
     }
     return {part: size for part, size in parts.items() if size}
 

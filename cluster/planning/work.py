@@ -60,6 +60,11 @@ class Work:
     """Of several stores: every rank reads all rows, and the host gathers and decodes its own."""
 
     @property
+    def host_row_bytes(self) -> int:
+        """Of one row as ranks exchange it and a GPU's host holds it: a mixture's is decoded."""
+        return self.row_bytes if self.mixture else self.stored_row_bytes
+
+    @property
     def n_ranks(self) -> int:
         """Of the mesh."""
         return self.latent * self.data
