@@ -1,15 +1,18 @@
-"""Activations on disk: a Zarr v3 group that is written once, checked always and read shuffled.
+"""Store language model activations in a Zarr v3 group: write once, verify on read, read shuffled.
 
-writer = StoreWriter("store", arrays={"model.layers.9": 576}, dtype="bfloat16")
-writer.write_item(0, rows, {"token_id": ids, "document": documents, "position": positions})
-writer.finalise()
-stream = ShuffledStream(open_store("store"), ["model.layers.9"], seed=0, batch_rows=4096,
-                        window_items=16, buffer_rows=65_536)
-batch = stream.next().arrays["model.layers.9"]  # [4096, 576]
-where = find_documents(open_store("store"), [17])  # rows of document 17, by position
-context = take_rows(open_store("store"), "model.layers.9", where.rows)
+Example::
 
-A path is a folder, or s3://bucket/prefix with endpoint and credentials in the environment.
+    writer = StoreWriter("store", arrays={"model.layers.9": 576}, dtype="bfloat16")
+    writer.write_item(0, rows, {"token_id": ids, "document": documents, "position": positions})
+    writer.finalise()
+    stream = ShuffledStream(open_store("store"), ["model.layers.9"], seed=0, batch_rows=4096,
+                            window_items=16, buffer_rows=65_536)
+    batch = stream.next().arrays["model.layers.9"]  # [4096, 576]
+    where = find_documents(open_store("store"), [17])  # rows of document 17, by position
+    context = take_rows(open_store("store"), "model.layers.9", where.rows)
+
+A path is a local folder, or s3://bucket/prefix with the endpoint and credentials taken from the
+environment.
 """
 
 from __future__ import annotations
@@ -91,7 +94,6 @@ __all__ = [
     "LoadedBlock",
     "LoadedRows",
     "MixtureStream",
-    "check_mixture",
     "RepairReport",
     "ShuffleQuality",
     "ShuffledStream",
@@ -102,6 +104,7 @@ __all__ = [
     "StoreHeader",
     "StoreWriter",
     "StreamBatch",
+    "check_mixture",
     "consumers",
     "delete_consumed",
     "find_documents",
@@ -111,14 +114,15 @@ __all__ = [
     "remove_consumer",
     "repair_store",
     "shuffle_quality",
-    "verify_store",
     "store_exists",
     "take_rows",
+    "verify_store",
 ]
 
 
 def __getattr__(name: str) -> Any:
-    # Lazy: the config schema imports this package for `--help`, which needs no NumPy.
+    # Import lazily: the config schema imports this package for `--help`, which must start fast and
+    # does not need NumPy.
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)

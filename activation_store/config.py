@@ -1,4 +1,7 @@
-"""What a user may set about the store and the order it is read in. No NumPy import here."""
+"""Settings of the store and of the order in which it is read.
+
+This file must not import NumPy, because `--help` imports it.
+"""
 
 from __future__ import annotations
 
@@ -10,51 +13,61 @@ from activation_store.errors import StoreConfigError
 
 @dataclass
 class MixedStore:
-    """Another store whose rows a run trains on."""
+    """An additional store to train on."""
 
     path: str = ""
+    """Folder of the store, or s3://bucket/prefix."""
     weight: float = 1.0
-    """Beside `StoreConfig.weight`: only the ratios matter."""
+    """This store's share of each batch, relative to the weights of the other stores and to
+    `store.weight`."""
 
 
 @dataclass
 class StoreConfig:
-    """Where activations live, in which pieces, and how they are shuffled when read."""
+    """Location, file layout and shuffling of the activation store."""
 
     path: str = ""
+    """Folder of the store, or s3://bucket/prefix."""
     dtype: str = "bfloat16"
-    """bfloat16 or float32: of the rows that readers get."""
+    """Data type of the rows that readers get: bfloat16 or float32."""
     codec: str = "none"
-    """none; blosc: lossless, about 1.4 times smaller, slower to read; int8: half of bfloat16."""
+    """Compression of the rows. none: uncompressed; blosc: lossless, about 1.4 times smaller, slower
+    to read; int8: quantised to half the size of bfloat16."""
     shard_tokens: int = 8192
-    """Rows of one shard file; one work item fills one shard of every array."""
+    """Rows per shard file. One work item fills one shard of every array."""
     chunk_bytes: int = 1 << 20
-    """Target size of an inner chunk, the unit of a read and of a checksum."""
+    """Target size in bytes of a chunk, the smallest unit that is read and checksummed."""
     window_items: int = 16
-    """Work items shuffled together; in epoch 0 a window opens when all of it is committed."""
+    """Number of consecutive work items that are shuffled together. While the store is still being
+    harvested, a window can be read once all of its items are committed."""
     buffer_tokens: int = 65_536
-    """Rows permuted together, each rank holding its part; larger mixes documents better."""
+    """Number of rows that are held in memory and permuted together, split over the ranks. A larger
+    buffer mixes documents better."""
     order_seed: int | None = None
-    """Fixes the order of the rows; null: the run's `seed`. Runs that share it see the same batches,
-    whatever dictionaries their seeds begin with."""
+    """Seed of the row order; null: the run's `seed`. Runs with the same order_seed see the same
+    batches even if their `seed`, and so their initial weights, differ."""
     mixture: list[MixedStore] = field(default_factory=list)
-    """Finished stores to train on as well: every batch holds rows of each by its weight. Evaluation
-    and pages keep to `path`."""
+    """Additional finalised stores to train on. Every batch holds rows of all stores in proportion
+    to their weights. Evaluation and feature pages use only `path`."""
     weight: float = 1.0
-    """Of `path` in a mixture."""
+    """Share of `path` in a mixture, relative to the weights of the other stores."""
 
     @property
     def paths(self) -> list[str]:
-        """Of all stores that training reads."""
+        """Paths of all stores that training reads; `path` comes first."""
         return [self.path, *(mixed.path for mixed in self.mixture)]
 
     @property
     def weights(self) -> list[float]:
-        """In the order of `paths`."""
+        """Mixture weights, in the order of `paths`."""
         return [self.weight, *(mixed.weight for mixed in self.mixture)]
 
     def validate(self) -> None:
-        """Raises: StoreConfigError: naming the setting that cannot be."""
+        """Validate all fields.
+
+        Raises:
+            StoreConfigError: If a setting is invalid; the message names it.
+        """
         if self.dtype not in ("bfloat16", "float32"):
             raise StoreConfigError("store.dtype", self.dtype, "bfloat16 or float32")
         if self.codec not in ("none", "blosc", "int8"):
@@ -70,9 +83,14 @@ class StoreConfig:
                 raise StoreConfigError(key, weight, "a finite number above 0")
         if not all(mixed.path for mixed in self.mixture):
             raise StoreConfigError(
-                "store.mixture", "an entry without path", "[{path: ..., weight: ...}, ...]"
+                "store.mixture",
+                "an entry without a path",
+                "a path in every entry {path: ..., weight: ...}",
             )
         if len(set(self.paths)) < len(self.paths):
             raise StoreConfigError(
-                "store.mixture", self.paths, "each store once", "give it a larger weight"
+                "store.mixture",
+                self.paths,
+                "each store only once, store.path included",
+                "to read more rows of a store, give it a larger weight",
             )

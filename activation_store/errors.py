@@ -1,14 +1,21 @@
-"""What can go wrong in the store, each with the value, what was expected and what mends it."""
+"""Errors of the activation store; each message gives the value, what was expected and the fix."""
 
 from __future__ import annotations
 
 
 class StoreError(Exception):
-    """Base of every error this package raises on purpose."""
+    """Base class of all errors that this package raises."""
 
 
 class StoreConfigError(StoreError, ValueError):
-    """A setting that cannot be: names the key, its value, what was expected and the remedy."""
+    """An invalid setting or argument.
+
+    Args:
+        key: Name of the setting or argument.
+        value: The value that was given.
+        expected: Noun phrase that completes "expected ...".
+        remedy: What the user should do, if that is not obvious.
+    """
 
     def __init__(self, key: str, value: object, expected: str, remedy: str = "") -> None:
         message = f"{key}={value!r}: expected {expected}"
@@ -16,49 +23,49 @@ class StoreConfigError(StoreError, ValueError):
         self._arguments = (key, value, expected, remedy)
 
     def __reduce__(self) -> tuple[type, tuple[str, object, str, str]]:
-        # Errors travel between processes, and the default would call this class with the message.
+        # Errors are pickled between processes; the default would call the class with the message.
         return type(self), self._arguments
 
 
 class StoreFormatError(StoreError):
-    """The folder is not a store of ours, is of a newer schema, or its metadata is absurd."""
+    """Not an activation store, a newer schema version, or invalid metadata."""
 
 
 class StoreMismatchError(StoreError):
-    """A store exists that holds something else than what is about to be written to it."""
+    """The existing store was created with other settings than the ones requested."""
 
 
 class MissingDataError(StoreError):
-    """A committed shard or chunk is gone: names the file."""
+    """A file that the store needs is missing; the message names it."""
 
 
 class DamagedDataError(StoreError):
-    """A committed shard or chunk fails its checksum or size: names the file and the chunk."""
+    """A file or chunk has the wrong size or checksum; the message names the file and the chunk."""
 
 
 class IncompleteStoreError(StoreError):
-    """Rows were asked for that nobody has committed yet."""
+    """The requested rows have not been committed yet."""
 
 
 class DeletedDataError(StoreError):
-    """Rows were asked for that were deleted because every registered consumer had passed them."""
+    """The requested rows were deleted after every registered consumer had passed them."""
 
 
 class StoreBusyError(StoreError):
-    """Somebody else is at work on the store who must not be disturbed."""
+    """Another process holds a lock on the store."""
 
 
 class StorageError(StoreError):
-    """An object store does not do what it is asked, after every retry; names no secret."""
+    """An object store request failed after all retries; the message contains no secrets."""
 
 
 class ItemError(StoreError, ValueError):
-    """Rows or sidecars handed to `write_item` that the store cannot hold."""
+    """Rows or sidecars passed to `write_item` have the wrong shape, dtype or range."""
 
 
 class NonDeterministicItemError(StoreError):
-    """A second attempt at a committed item gave other bytes than the first one."""
+    """A second attempt at a committed item produced different bytes from the first."""
 
 
 DAMAGE = (MissingDataError, DamagedDataError, StoreFormatError)
-"""What says that bytes are not as they were written; not that they cannot be read just now."""
+"""Errors that prove stored bytes missing or wrong, rather than temporarily unreadable."""

@@ -1,4 +1,4 @@
-"""What a store is: names, widths, sizes and where its rows come from, and the Zarr metadata."""
+"""The header of a store: array names and widths, shard sizes, codec and provenance."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SCHEMA_VERSION = 1
 METADATA = "zarr.json"
 VALID_ROWS = "valid_rows"
 UNPLANNED_ITEMS = 1_000_000
-"""Items that arrays are preallocated for when nobody knows how many there will be."""
+"""Number of items that the arrays are shaped for when the final number is not known in advance."""
 
 DTYPES: dict[str, np.dtype[Any]] = {
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
@@ -35,9 +35,9 @@ SIDECARS: dict[str, np.dtype[Any]] = {
 }
 
 CODECS = ("none", "blosc", "int8")
-"""As they are (with checksums); compressed; quantised, see `quantise.py`."""
+"""Uncompressed; compressed losslessly with Blosc; quantised, see `quantise.py`."""
 SCALE = ".scale"
-"""After an int8 array's name: the name of the array of its rows' scales."""
+"""Suffix that turns the name of an int8 array into the name of the array of its row scales."""
 
 _MAX_ARRAYS = 1024
 _MAX_D_MODEL = 1 << 20
@@ -50,58 +50,69 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.\-]{0,199}")
 
 @dataclass(frozen=True)
 class Calibration:
-    """Moments of one hookpoint's activations over a sample, measured before the store."""
+    """Statistics of one hookpoint's activations, measured on a sample before harvesting."""
 
     mean: NDArray[np.float64]
-    """[d_model]."""
+    """Mean of each channel, [d_model]."""
     std: NDArray[np.float64]
-    """[d_model]."""
+    """Standard deviation of each channel, [d_model]."""
     norm: float
-    """As the harvester defines it; kept, never interpreted here."""
+    """Norm of the activations as the harvester defines it; stored but not used by this package."""
 
     def to_json(self) -> dict[str, Any]:
-        """Plain numbers."""
-        mean, std = (np.asarray(column, np.float64).tolist() for column in (self.mean, self.std))
+        """Return the statistics as JSON numbers and lists."""
+        mean = np.asarray(self.mean, np.float64).tolist()
+        std = np.asarray(self.std, np.float64).tolist()
         return {"mean": mean, "std": std, "norm": float(self.norm)}
 
 
 @dataclass(frozen=True)
 class StoreHeader:
-    """Everything that is true of the whole store."""
+    """Description of a whole store; saved as attributes of its Zarr group.
+
+    Raises:
+        StoreConfigError: If a value is invalid; the message names it.
+    """
 
     arrays: dict[str, int]
-    """Hookpoint to d_model, in the order given when the store was made."""
+    """Hookpoint to d_model, in the order in which the store was created."""
     dtype: str
-    """Of the rows that readers get: bfloat16 or float32."""
+    """Data type of the rows that readers get: bfloat16 or float32."""
     shard_tokens: int
-    """Rows of a shard; item i owns rows [i * shard_tokens, (i + 1) * shard_tokens)."""
+    """Rows per shard; item i has the Zarr rows [i * shard_tokens, (i + 1) * shard_tokens)."""
     chunk_rows: int
-    """Rows of an inner chunk, the same in every array."""
+    """Rows per chunk, the same in every array; divides `shard_tokens`."""
     planned_items: int
+    """Number of items that the arrays are shaped for; `UNPLANNED_ITEMS` if it is not known."""
     provenance: dict[str, Any]
+    """Where the rows come from (model, dataset, ...), as JSON values."""
     calibration: dict[str, Calibration] | None = None
+    """Hookpoint to its calibration; required for codec int8."""
     sidecars: tuple[str, ...] = tuple(SIDECARS)
+    """Names of the per-row integer arrays that are stored next to the activations."""
     codec: str = "none"
-    """One of `CODECS`: how the hookpoint arrays lie on disk. Sidecars are stored as they are."""
+    """How the hookpoint arrays are encoded: one of `CODECS`. Sidecars are never compressed."""
     finalised: bool = False
+    """True once no more items can be added."""
     n_items: int = 0
-    """Items of a finalised store; 0 before."""
+    """Number of items of a finalised store; 0 before."""
     n_tokens: int = 0
-    """Valid rows of a finalised store; 0 before."""
+    """Number of valid rows of a finalised store; 0 before."""
     schema_version: int = SCHEMA_VERSION
+    """Version of the on-disk format."""
 
     def __post_init__(self) -> None:
         check_header(self)
 
     @property
     def columns(self) -> dict[str, tuple[np.dtype[Any], tuple[int, ...]]]:
-        """Data type and shape of one row, of every array and sidecar, as readers get it."""
+        """Data type and row shape of every array and sidecar, as readers get them."""
         rows = {name: (DTYPES[self.dtype], (width,)) for name, width in self.arrays.items()}
         return {**rows, **{name: (SIDECARS[name], ()) for name in self.sidecars}}
 
     @property
     def stored(self) -> dict[str, tuple[np.dtype[Any], tuple[int, ...]]]:
-        """Data type and shape of one row, of every array on disk."""
+        """Data type and row shape of every array on disk."""
         columns = self.columns
         if self.codec != "int8":
             return columns
@@ -110,12 +121,12 @@ class StoreHeader:
         return {**columns, **quantised, **scales}
 
     def stored_as(self, name: str) -> tuple[str, ...]:
-        """The arrays on disk that make up an array or sidecar."""
+        """Return the names of the arrays on disk that make up an array or sidecar."""
         quantised = self.codec == "int8" and name in self.arrays
         return (name, name + SCALE) if quantised else (name,)
 
     def layout(self, name: str) -> ShardLayout:
-        """The sizes of a shard of an array on disk."""
+        """Return the sizes of a shard of an array on disk."""
         dtype, shape = self.stored[name]
         row_bytes = dtype.itemsize * math.prod(shape)
         compressed = self.codec == "blosc" and name in self.arrays
@@ -124,11 +135,11 @@ class StoreHeader:
         )
 
     def shard_file(self, name: str, item: int) -> str:
-        """Path of a shard inside the store."""
+        """Return the path of a shard, relative to the store."""
         return f"{name}/c.{item}.0" if name in self.arrays else f"{name}/c.{item}"
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values, with the checksum of all of them."""
+        """Return the header as JSON values, including a checksum of all of them."""
         document = {part.name: getattr(self, part.name) for part in fields(self)}
         document["arrays"] = {name: {"d_model": width} for name, width in self.arrays.items()}
         document["sidecars"] = list(self.sidecars)
@@ -138,7 +149,7 @@ class StoreHeader:
 
 
 def header_checksum(document: dict[str, Any]) -> int:
-    """Of a header's document without its `crc32c`."""
+    """Return the checksum of a header document that has no `crc32c` key yet."""
     # Of the canonical form, not of the file: Zarr tools may rewrite zarr.json around the header.
     canonical = json.dumps(document, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return crc32c(canonical.encode())
@@ -154,7 +165,11 @@ def largest_chunk_rows(
 
 
 def check_header(header: StoreHeader) -> None:
-    """Raises: StoreConfigError: naming the first value that cannot be."""
+    """Check every field of a header.
+
+    Raises:
+        StoreConfigError: If a value is invalid; the message names the first one.
+    """
 
     def require(valid: bool, key: str, value: object, expected: str) -> None:
         if not valid:
@@ -169,7 +184,9 @@ def check_header(header: StoreHeader) -> None:
         require(named, "arrays", name, "a name of letters, digits, '_', '-', '.', without '..'")
         require(_in(width, 1, _MAX_D_MODEL), f"arrays[{name!r}]", width, "a d_model up to 2**20")
         scale = name + SCALE
-        require(scale not in header.arrays, "arrays", scale, "a name that int8 does not need")
+        # With codec int8, the scales of `name` are stored in an array of this name.
+        reason = f"another name: this one is reserved for the scales of {name!r}"
+        require(scale not in header.arrays, "arrays", scale, reason)
     for key, value, largest in (
         ("shard_tokens", header.shard_tokens, _MAX_SHARD_TOKENS),
         ("planned_items", header.planned_items, _MAX_ITEMS),
@@ -183,9 +200,10 @@ def check_header(header: StoreHeader) -> None:
     n_bytes = header.shard_tokens * max(header.arrays.values()) * DTYPES[header.dtype].itemsize
     require(n_bytes <= _MAX_SHARD_BYTES, "shard_tokens", header.shard_tokens, "shards up to 1 TiB")
     fits = header.codec != "blosc" or n_bytes // n_chunks <= MOST_BYTES
-    require(fits, "chunk_rows", header.chunk_rows, "chunks below 2 GiB, which is all blosc takes")
+    require(fits, "chunk_rows", header.chunk_rows, "chunks below 2 GiB, the limit of Blosc")
     require(header.sidecars == tuple(SIDECARS), "sidecars", header.sidecars, str(tuple(SIDECARS)))
-    require(_in(header.n_items, 0, header.planned_items), "n_items", header.n_items, "0 to planned")
+    most = header.planned_items
+    require(_in(header.n_items, 0, most), "n_items", header.n_items, f"0 to {most}")
     most = header.n_items * header.shard_tokens
     require(_in(header.n_tokens, 0, most), "n_tokens", header.n_tokens, f"0 to {most}")
     require(isinstance(header.provenance, dict), "provenance", header.provenance, "a dict")
@@ -202,8 +220,9 @@ def _check_calibration(header: StoreHeader) -> None:
         raise StoreConfigError(
             "codec",
             "int8",
-            f"a calibration of {missing}, by whose mean and std it is scaled",
-            "give StoreWriter calibration={name: Calibration(mean, std, norm)}, or codec none",
+            f"a calibration of {missing}, whose mean and std int8 needs as scales",
+            "pass calibration={name: Calibration(mean, std, norm)} to StoreWriter, or use codec "
+            "none",
         )
     for name, part in (header.calibration or {}).items():
         key = f"calibration[{name!r}]"

@@ -1,9 +1,11 @@
-"""The commit log: one exclusively created record per item, and a snapshot per full segment.
+"""The commit log: one record per committed item, and one snapshot per full segment of items.
 
-    _log/000000/000000007.json   item 7; its name is the claim, so an item is committed once
-    _log/000000.json             the columns of all records of segment 0, written when it is full
+    _log/000000/000000007.json   record of item 7
+    _log/000000.json             all records of segment 0 as columns, written when it is full
 
-Opening reads the snapshots, and loose records only of segments that have none.
+A record is created with exclusive create (it fails if the file exists), so that an item is
+committed at most once. Opening a store reads the snapshots, and single records only for segments
+without a snapshot.
 """
 
 from __future__ import annotations
@@ -37,32 +39,35 @@ _RECORD = re.compile(r"(\d{9})\.json")
 
 
 def segment_name(segment: int) -> str:
-    """Folder of the loose records of a segment, inside the store."""
+    """Return the folder of the single records of a segment, relative to the store."""
     return f"{LOG}/{segment:06d}"
 
 
 def snapshot_name(segment: int) -> str:
-    """The columnar file of a whole segment, inside the store."""
+    """Return the snapshot file of a segment, relative to the store."""
     return f"{LOG}/{segment:06d}.json"
 
 
 def record_name(item: int) -> str:
-    """The loose record of an item, inside the store."""
+    """Return the record file of an item, relative to the store."""
     return f"{segment_name(item // SEGMENT_ITEMS)}/{item:09d}.json"
 
 
 def read_record(storage: Storage, header: StoreHeader, item: int) -> NDArray[np.void]:
-    """A table [1] of one loose record.
+    """Read the record of one item into a table [1].
 
     Raises:
-        MissingDataError: The item is not committed.
-        DamagedDataError, StoreFormatError: naming the file.
+        MissingDataError: If the item is not committed.
+        DamagedDataError: If the record fails its checksum.
+        StoreFormatError: If the record is invalid or belongs to another item.
     """
     name, where = record_name(item), storage.where(record_name(item))
     document = read_sealed(storage, name, RECORD_BYTES)
     _check_version(where, document)
     if document.get("item") != item:
-        raise StoreFormatError(f"{where} is the record of item {document.get('item')!r}")
+        raise StoreFormatError(
+            f"{where} is the record of item {document.get('item')!r}: expected {item}"
+        )
     try:
         columns = {
             "rows": [document["rows"]],
@@ -73,24 +78,25 @@ def read_record(storage: Storage, header: StoreHeader, item: int) -> NDArray[np.
             },
         }
     except (KeyError, AttributeError) as error:
-        raise StoreFormatError(f"{where} cannot be a commit record: {error}") from error
+        raise StoreFormatError(f"{where} is not a valid commit record: {error}") from error
     return parse_columns(header, where, columns)
 
 
 def read_records(
     storage: Storage, header: StoreHeader, items: Sequence[int]
 ) -> list[NDArray[np.void]]:
-    """A table [1] of each loose record. Raises as `read_record`."""
+    """Read several records in parallel, each into a table [1]; raises like `read_record`."""
     reads = [partial(read_record, storage, header, item) for item in items]
     return run_all(reads, storage.n_threads)
 
 
 def read_snapshot(storage: Storage, header: StoreHeader, segment: int) -> NDArray[np.void]:
-    """A table [n] of the items of a segment.
+    """Read the snapshot of a segment into a table [n] with one row per item.
 
     Raises:
-        MissingDataError: There is no snapshot of it.
-        DamagedDataError, StoreFormatError: naming the file.
+        MissingDataError: If the segment has no snapshot.
+        DamagedDataError: If the snapshot fails its checksum.
+        StoreFormatError: If the snapshot is invalid or belongs to another segment.
     """
     where = storage.where(snapshot_name(segment))
     document = read_sealed(storage, snapshot_name(segment), _SNAPSHOT_BYTES)
@@ -98,7 +104,10 @@ def read_snapshot(storage: Storage, header: StoreHeader, segment: int) -> NDArra
     first = segment * SEGMENT_ITEMS
     table = parse_columns(header, where, document)
     if document.get("first_item") != first or len(table) > SEGMENT_ITEMS:
-        raise StoreFormatError(f"{where} does not hold the items from {first} on")
+        raise StoreFormatError(
+            f"{where} has {len(table)} items from item {document.get('first_item')!r}: expected "
+            f"at most {SEGMENT_ITEMS} items from item {first}"
+        )
     return table
 
 
@@ -106,12 +115,12 @@ def _check_version(where: str, document: dict[str, Any]) -> None:
     if document.get("schema_version") != SCHEMA_VERSION:
         raise StoreFormatError(
             f"{where} has schema_version={document.get('schema_version')!r}: "
-            f"expected {SCHEMA_VERSION}; update latent-foundry to read a newer one"
+            f"expected {SCHEMA_VERSION}; update latent-foundry if the store is newer"
         )
 
 
 def write_snapshot(storage: Storage, segment: int, table: NDArray[np.void]) -> None:
-    """Writes the records of a segment as columns; the same bytes whoever writes them."""
+    """Write the snapshot of a segment; all writers produce the same bytes for the same records."""
     names = [name for name in table.dtype.names or () if table.dtype[name].names]
     document = {
         "schema_version": SCHEMA_VERSION,
@@ -127,7 +136,11 @@ def write_snapshot(storage: Storage, segment: int, table: NDArray[np.void]) -> N
 
 
 def append(storage: Storage, record: ItemRecord) -> bool:
-    """Commits an item, unless it is committed already: then False. Durable when it returns."""
+    """Commit an item; the record is durable when this returns.
+
+    Returns:
+        True if this call committed the item, False if it was already committed.
+    """
     folder = segment_name(record.item // SEGMENT_ITEMS)
     storage.make_folder(folder)
     is_new = storage.put_if_absent(record_name(record.item), [seal(record.to_json())])
@@ -136,24 +149,27 @@ def append(storage: Storage, record: ItemRecord) -> bool:
 
 
 def loose_items(storage: Storage, segment: int) -> list[int]:
-    """Items that have a loose record, ascending."""
+    """Return the items of a segment that have a record file, in ascending order."""
     names = storage.names(segment_name(segment))
     return sorted(int(match[1]) for match in map(_RECORD.fullmatch, names) if match)
 
 
 def segments(storage: Storage) -> list[int]:
-    """Segments of which anything is there, ascending."""
+    """Return the segments that have a folder or a snapshot, in ascending order."""
     names = storage.names(LOG)
     return sorted({int(match[1]) for match in map(_SEGMENT.fullmatch, names) if match})
 
 
 def count(storage: Storage) -> int:
-    """Committed items, with or without gaps between them; lists the log and reads none of it."""
+    """Return the number of committed items, counting those after a missing item as well.
+
+    Only lists the files of the log and does not read them.
+    """
     return sum(len(loose_items(storage, segment)) for segment in segments(storage))
 
 
 class CommitLog:
-    """What is committed, in memory; `refresh` reads only what is new."""
+    """In-memory copy of the commit log; `refresh` reads only new records."""
 
     def __init__(self, storage: Storage, header: StoreHeader) -> None:
         self._storage = storage
@@ -161,26 +177,29 @@ class CommitLog:
         self.refresh(header)
 
     def refresh(self, header: StoreHeader) -> None:
-        """Takes in what has been committed since.
+        """Load the records that were committed since the last call.
 
         Args:
-            header: Of the store as it is now; read before the log.
+            header: Current header of the store. It must be read before this call: the log of a
+                store that is already finalised is complete.
 
         Raises:
-            DamagedDataError, StoreFormatError: A record cannot be read; names it.
-            MissingDataError: The log is gone.
+            DamagedDataError: If a record fails its checksum; the message names the file.
+            StoreFormatError: If a record is invalid; the message names the file.
+            MissingDataError: If the log folder is missing.
         """
         self.header = header
         if not self._storage.is_folder(LOG):
             where = self._storage.where(LOG)
-            raise MissingDataError(f"{where} is missing: the store has lost its log")
+            raise MissingDataError(f"{where} is missing; restore the commit log from a backup")
         for segment in segments(self._storage):
             known = self._tables.get(segment)
             if known is None or not known["present"].all():
                 self._tables[segment] = self._load(segment, known)
 
     def _load(self, segment: int, known: NDArray[np.void] | None) -> NDArray[np.void]:
-        # A new table takes the old one's place, so that other threads never see half a row.
+        # Build a new table instead of changing the old one, so that other threads never see a
+        # partly written row.
         new = np.zeros(SEGMENT_ITEMS, row_dtype(self.header))
         if known is not None:
             new[:] = known
@@ -194,22 +213,26 @@ class CommitLog:
         for item in loose:
             if item // SEGMENT_ITEMS != segment or item >= self.header.planned_items:
                 where = self._storage.where(record_name(item))
-                raise StoreFormatError(f"{where} is no item of this store")
+                raise StoreFormatError(
+                    f"{where} does not belong to this store: expected items of segment {segment} "
+                    f"below {self.header.planned_items}"
+                )
         unread = [item for item in loose if not new["present"][item - first]]
         for item, row in zip(unread, read_records(self._storage, self.header, unread), strict=True):
             new[item - first] = row[0]
         return new
 
     def items(self) -> set[int]:
-        """All committed items."""
-        return {
-            segment * SEGMENT_ITEMS + int(row)
-            for segment, table in list(self._tables.items())
-            for row in np.flatnonzero(table["present"])
-        }
+        """Return all committed items."""
+        found: set[int] = set()
+        # Copy the items: another thread may add a segment in the meantime.
+        for segment, table in list(self._tables.items()):
+            rows = np.flatnonzero(table["present"]).tolist()
+            found.update(segment * SEGMENT_ITEMS + row for row in rows)
+        return found
 
     def contiguous(self) -> NDArray[np.void]:
-        """Records of the items 0, 1, ... up to the first one that is not committed: a table [n]."""
+        """Return a table [n] of items 0 to n - 1, where n is the first item not yet committed."""
         parts = [np.zeros(0, row_dtype(self.header))]
         for segment in range(len(self._tables)):
             table = self._tables.get(segment)
@@ -223,10 +246,10 @@ class CommitLog:
 
 
 def snapshot_if_full(storage: Storage, header: StoreHeader, segment: int) -> None:
-    """Writes the snapshot of a segment once all its items are committed.
+    """Write the snapshot of a segment if all of its items are committed.
 
-    The last segment of a finalised store ends with the store. Several writers may do so at once:
-    each writes the same bytes.
+    The last segment of a finalised store counts as full when it holds the store's last item.
+    Several writers may call this at once, since all of them write the same bytes.
     """
     first, stop = segment * SEGMENT_ITEMS, (segment + 1) * SEGMENT_ITEMS
     items = range(first, min(stop, header.n_items) if header.finalised else stop)

@@ -1,4 +1,7 @@
-"""Reading a store: rows in logical order (item, row in item), every chunk against its checksum."""
+"""Read rows from a store by logical row number, verifying the checksum of every chunk.
+
+Logical row r is the r-th valid row over all items, in the order of the items.
+"""
 
 from __future__ import annotations
 
@@ -32,54 +35,63 @@ from activation_store.storage import Storage, open_storage
 from activation_store.watermark import Watermark, deleted, read_watermark
 
 MAX_OPEN_SHARDS = 256
-"""Files held open; well below the usual limit of 1024 for a process."""
+"""Number of shard files kept open; well below the usual limit of 1024 open files per process."""
 Place = Callable[[int, NDArray[Any]], None]
-_BYTES_PER_THREAD = 2 << 20  # less is read before another thread has woken up
+_BYTES_PER_THREAD = 2 << 20  # smaller reads finish before another thread has woken up
 
 
 def open_store(path: str | Path) -> Store:
-    """Opens a store, finalised or still growing: a folder, or s3://bucket/prefix.
+    """Open a store for reading, whether it is finalised or still growing.
+
+    Args:
+        path: Folder of the store, or s3://bucket/prefix.
 
     Raises:
-        StoreFormatError: No store of ours, or metadata that cannot be.
-        MissingDataError, DamagedDataError: A file of the header or the log; names it.
+        StoreFormatError: If there is no activation store at `path`, or its metadata is invalid.
+        MissingDataError: If a file of the header or the commit log is missing.
+        DamagedDataError: If a file of the header or the commit log fails its checksum.
     """
     return Store(open_storage(path))
 
 
 def store_exists(path: str | Path) -> bool:
-    """Whether there is a store; in an object store it may be that somebody is about to build it."""
+    """Return whether a store exists at `path`.
+
+    In an object store this may be True while another process is still creating the store.
+    """
     return open_storage(path).exists(METADATA)
 
 
 @dataclass(frozen=True)
 class _State:
-    """What is known at one moment; replaced as a whole, so that threads never see half of it."""
+    """State of the store at the last refresh; replaced as a whole to be safe between threads."""
 
     header: StoreHeader
     table: NDArray[np.void]
-    """[n_items] records."""
+    """Commit records, [n_items]."""
     valid_rows: NDArray[np.int64]
-    """[n_items]."""
+    """Valid rows of each item, [n_items]."""
     starts: NDArray[np.int64]
-    """[n_items + 1]: first logical row of each item, and the end."""
+    """First logical row of each item, and the total number of rows at the end: [n_items + 1]."""
 
 
 class Store:
-    """A store to read from; threads may share it. Use `open_store`.
+    """A store opened for reading with `open_store`; safe to share between threads.
 
-    Whoever sees `finalised` sees the final `n_items` and `n_tokens` after it.
+    Read `finalised` before `n_items` or `n_tokens`: once `finalised` has been seen to be True, the
+    other two have their final values.
     """
 
     def __init__(self, storage: Storage) -> None:
         self.path = storage.path
         self.poll_s = storage.poll_s
-        """Seconds between two looks at whether it has grown."""
+        """Seconds to wait between two refreshes of a growing store."""
         self.refreshes = 0
-        """How often it has been looked at again."""
+        """Number of calls of `refresh` so far."""
         self._storage = storage
         header = read_header(storage)
-        self._columns, self._stored = header.columns, header.stored
+        self._columns = header.columns
+        self._stored = header.stored
         self._layouts = {name: header.layout(name) for name in header.stored}
         quantised = header.arrays if header.codec == "int8" else ()
         self._scaling = {name: scaling(header, name) for name in quantised}
@@ -91,7 +103,7 @@ class Store:
 
     @property
     def header(self) -> StoreHeader:
-        """As of the last refresh."""
+        """Header as of the last refresh."""
         return self._state.header
 
     @property
@@ -101,73 +113,85 @@ class Store:
 
     @property
     def dtype(self) -> str:
-        """bfloat16 or float32."""
+        """Data type of the rows: bfloat16 or float32."""
         return self.header.dtype
 
     @property
     def finalised(self) -> bool:
-        """Whether no rows can be added any more."""
+        """True once no more rows can be added, as of the last refresh."""
         return self.header.finalised
 
     @property
     def n_items(self) -> int:
-        """Committed items from item 0 on without a gap, as of the last refresh."""
+        """Number of items committed without a gap from item 0 on, as of the last refresh."""
         return len(self._state.table)
 
     @property
     def n_tokens(self) -> int:
-        """Rows of those items."""
+        """Number of valid rows in the first `n_items` items."""
         return int(self._state.starts[-1])
 
     @property
     def valid_rows(self) -> NDArray[np.int64]:
-        """Rows of each of those items: [n_items], read-only."""
+        """Number of valid rows of each item: [n_items], read-only."""
         return self._state.valid_rows
 
     def refresh(self) -> None:
-        """Takes in what was committed since the store was opened.
+        """Load what was committed or deleted since the last refresh.
 
         Raises:
-            StoreFormatError, MissingDataError, DamagedDataError: naming the file.
+            StoreFormatError: If a metadata or log file is invalid; the message names it.
+            MissingDataError: If a metadata or log file is missing; the message names it.
+            DamagedDataError: If a metadata or log file fails its checksum; the message names it.
         """
         with self._lock:
             self.refreshes += 1
             self.read_watermark()
             if not self.finalised:
-                # Before the log: a finalised store's is complete.
+                # Read the header before the log: the log of a finalised store is complete.
                 header = read_header(self._storage)
                 self._commits.refresh(header)
                 self._state = _take_in(self._storage, header, self._commits)
 
     def read_watermark(self) -> Watermark:
-        """How far the store's shards are deleted now, on disk."""
+        """Read from disk up to which item shards are deleted, and return it."""
         self._watermark = read_watermark(self._storage)
         return self._watermark
 
     def require_all(self, what: str) -> None:
-        """Raises: DeletedDataError: `what` needs every row, and some are deleted."""
+        """Check that no rows are deleted, for an operation that needs all of them.
+
+        Args:
+            what: Name of the operation, for the error message.
+
+        Raises:
+            DeletedDataError: If any rows are deleted.
+        """
         mark = self.read_watermark()
         if mark.below:
             raise deleted(self._storage, what, mark)
 
     def read(self, array: str, start: int, stop: int) -> NDArray[Any]:
-        """Logical rows [start, stop) of an array [n, d_model] or a sidecar [n].
+        """Read logical rows [start, stop) of an array or sidecar.
 
-        Logical row r is the r-th valid row over all items in their order.
+        Returns:
+            [stop - start, d_model] of an array, [stop - start] of a sidecar, in the data type that
+            `StoreHeader.columns` gives.
 
         Raises:
-            StoreConfigError: No such array.
-            IncompleteStoreError: Rows that nobody has committed.
-            DeletedDataError: Rows that all consumers had passed.
-            MissingDataError, DamagedDataError: naming the file and the chunk.
+            StoreConfigError: If there is no such array.
+            IncompleteStoreError: If some of the rows are not committed yet.
+            DeletedDataError: If some of the rows were deleted.
+            MissingDataError: If a shard file is missing; the message names it.
+            DamagedDataError: If a chunk fails its checksum; the message names file and chunk.
         """
         if array not in self._columns:
             raise StoreConfigError("array", array, f"one of {list(self._columns)}")
         starts = self._state.starts
         if not 0 <= start <= stop <= starts[-1]:
             raise IncompleteStoreError(
-                f"rows [{start}, {stop}) of {array!r}: {self.path} has {self.n_tokens} rows"
-                + ("" if self.finalised else " committed so far")
+                f"rows [{start}, {stop}) of {array!r} are out of range: {self.path} has "
+                f"{self.n_tokens} rows" + ("" if self.finalised else " committed so far")
             )
         parts = [self._read_stored(name, start, stop) for name in self.header.stored_as(array)]
         if len(parts) == 1:
@@ -178,8 +202,9 @@ class Store:
         return rows
 
     def _read_stored(self, name: str, start: int, stop: int) -> NDArray[Any]:
-        """Logical rows [start, stop) of an array on disk."""
-        starts, chunk_rows = self._state.starts, self.header.chunk_rows
+        """Read logical rows [start, stop) of an array on disk, without dequantising them."""
+        starts = self._state.starts
+        chunk_rows = self.header.chunk_rows
         dtype, shape = self._stored[name]
         rows = np.empty((stop - start, *shape), dtype)
         whole: list[tuple[int, int, int]] = []
@@ -193,7 +218,7 @@ class Store:
             count = min(valid - skip, stop - done)
             if count == valid:
                 whole.append((item, chunk, done - start))
-            else:  # the first or the last chunk, cut by the range
+            else:  # the range cuts the first and the last chunk: read the whole chunk, keep a part
                 part = np.empty((valid, *shape), dtype)
                 self.read_chunks(name, [(item, chunk, 0)], part)
                 rows[done - start : done - start + count] = part[skip : skip + count]
@@ -204,20 +229,23 @@ class Store:
     def read_chunks(
         self, name: str, wanted: Sequence[tuple[int, int, int]], rows: NDArray[Any]
     ) -> None:
-        """Reads whole inner chunks as they are stored, in a few threads.
+        """Read whole chunks into the caller's memory in the stored data type, in several threads.
 
         Args:
-            name: An array on disk: hookpoint (of codec int8 the quantised numbers), its scales
-                (`<name>.scale`), or sidecar.
-            wanted: Item, chunk in its shard, and the row of `rows` where its first row goes. Only
-                valid rows are written, none where the chunk lies beyond the item's rows. No two
-                chunks may overlap.
-            rows: [n, ...] of the type stored, C-contiguous.
+            name: An array on disk: a hookpoint (the quantised values for codec int8), its scales
+                (`<name>.scale`), or a sidecar.
+            wanted: For each chunk: its item, its number within the shard, and the row of `rows` to
+                which its first row is written. Only valid rows are written; a chunk beyond the
+                item's rows writes none. The targets of two chunks must not overlap.
+            rows: Output, [n, ...] in the stored data type, C-contiguous.
 
         Raises:
-            StoreConfigError: No such array or chunk, or rows of another shape or type.
-            IncompleteStoreError: The item is not committed.
-            MissingDataError, DamagedDataError: naming the file and the chunk.
+            StoreConfigError: If there is no such array or chunk, or `rows` has the wrong shape or
+                data type.
+            IncompleteStoreError: If an item is not committed.
+            DeletedDataError: If the shards of an item were deleted.
+            MissingDataError: If a shard file is missing; the message names it.
+            DamagedDataError: If a chunk fails its checksum; the message names file and chunk.
         """
         dtype, shape = self._stored.get(name, (None, ()))
         if dtype is None:
@@ -225,7 +253,8 @@ class Store:
         if rows.dtype != dtype or rows.shape[1:] != shape:
             found = f"{rows.dtype} {rows.shape}"
             raise StoreConfigError("rows", found, f"{dtype} rows of shape {shape}")
-        row_bytes, memory = self._layouts[name].row_bytes, as_bytes(rows)
+        row_bytes = self._layouts[name].row_bytes
+        memory = as_bytes(rows)
 
         def read(shard: OpenShard, run: list[Wanted]) -> None:
             targets = [
@@ -239,17 +268,17 @@ class Store:
     def place_chunks(
         self, name: str, wanted: Sequence[tuple[int, int, int]], n_rows: int, place: Place
     ) -> None:
-        """Like `read_chunks`, but hands the rows of each chunk to `place` while they are in cache.
+        """Read whole chunks and pass the rows of each to `place` while they are in the CPU cache.
+
+        Raises the same errors as `read_chunks`.
 
         Args:
             name: An array on disk.
-            wanted: Item, chunk in its shard, and the number of its first row among `n_rows`.
-            n_rows: What all numbers of rows are below.
-            place: Called in several threads at once with the number of a chunk's first row and
-                its valid rows [n, ...], which are gone when it returns.
-
-        Raises:
-            As `read_chunks`.
+            wanted: For each chunk: its item, its number within the shard, and a row number below
+                `n_rows` for its first row, which is passed on to `place`.
+            n_rows: Upper bound (exclusive) of all row numbers.
+            place: Called with the row number of a chunk and its valid rows [n, ...]. Several
+                threads call it at the same time. The rows are overwritten after it returns.
         """
         dtype, shape = self._stored[name]
         row_bytes = self._layouts[name].row_bytes
@@ -283,20 +312,20 @@ class Store:
         run_all(reads, min(1 + n_bytes // _BYTES_PER_THREAD, self._storage.n_threads + 1))
 
     def scaling(self, array: str) -> Scaling:
-        """How the rows of an array of codec int8 follow from what is stored."""
+        """Return the mean and std that dequantise an int8 array."""
         return self._scaling[array]
 
     @property
     def n_bytes(self) -> int:
-        """Bytes of all committed shards, deleted ones counted."""
+        """Total bytes of all committed shards, including deleted ones."""
         return int(sum(self._state.table[name]["bytes"].sum() for name in self._layouts))
 
     def checksums(self, item: int) -> dict[str, int]:
-        """The checksum of each array's shard of a committed item: tells it from any other."""
+        """Return array name to shard checksum for a committed item; they identify its content."""
         return {name: int(self._state.table[item][name]["tail_crc32c"]) for name in self._layouts}
 
     def statistics(self, array: str) -> Statistics:
-        """Moments of all committed rows of a hookpoint array."""
+        """Return the statistics of all committed values of a hookpoint array."""
         if array not in self.header.arrays:
             raise StoreConfigError("array", array, f"one of {list(self.header.arrays)}")
         table = self._state.table[array]
@@ -309,7 +338,7 @@ class Store:
         )
 
     def non_finite_items(self, array: str) -> dict[int, int]:
-        """Committed items whose rows of a hookpoint array hold NaN or infinities; how many."""
+        """Return item to number of NaN and infinite values, for the items that have any."""
         counts = self._state.table[array]["non_finite"]
         return {int(item): int(counts[item]) for item in np.flatnonzero(counts)}
 
@@ -322,7 +351,9 @@ class Store:
                 return shard
         table = self._state.table
         if not 0 <= item < len(table):
-            raise IncompleteStoreError(f"item {item}: {self.path} has items 0 to {len(table) - 1}")
+            raise IncompleteStoreError(
+                f"item {item} is not committed: {self.path} has items 0 to {len(table) - 1}"
+            )
         shard = self._open(array, item, table[item])
         with self._lock:
             self._shards[key] = shard
@@ -343,20 +374,21 @@ class Store:
                     int(committed["tail_crc32c"]),
                 )
             except MissingDataError:
+                # The shard may have been deleted since the deletion mark was last read.
                 if item >= self.read_watermark().below:
                     raise
         raise deleted(self._storage, f"item {item} of {array!r}", self._watermark) from None
 
 
 def _with_rows(shard: OpenShard, chunks: list[tuple[int, int]], n_rows: int) -> list[Wanted]:
-    """Those chunks of a shard that hold rows, checked."""
+    """Check the requested chunks of a shard and return those that hold valid rows."""
     wanted = []
     for chunk, first in chunks:
         if not 0 <= chunk < shard.layout.n_chunks:
             raise StoreConfigError("chunk", chunk, f"0 to {shard.layout.n_chunks - 1}")
         count = shard.rows_of(chunk)
         if not 0 <= first <= n_rows - count:
-            raise StoreConfigError("first row", first, f"room for {count} of {n_rows} rows")
+            raise StoreConfigError("first row", first, f"at most {n_rows - count}")
         if count:
             wanted.append(Wanted(chunk, count, first))
     return wanted
@@ -374,7 +406,7 @@ def _take_in(storage: Storage, header: StoreHeader, commits: CommitLog) -> _Stat
     starts = np.concatenate([np.zeros(1, np.int64), np.cumsum(valid_rows)])
     if header.finalised and starts[-1] != header.n_tokens:
         raise DamagedDataError(
-            f"{storage.path}: the log has {starts[-1]} rows, the header {header.n_tokens}; "
-            "restore the log"
+            f"{storage.path}: the commit log has {starts[-1]} rows: expected {header.n_tokens} as "
+            "in the header; restore the log from a backup"
         )
     return _State(header, table, valid_rows, starts)

@@ -1,9 +1,9 @@
-"""Writing a store: any number of processes, each item a whole shard of every array.
+"""Write a store, from any number of processes; each work item fills one shard of every array.
 
-An item is committed in this order: shard files under temporary names, fsync, their place, fsync of
-the folders, then the exclusively created record; in an object store each of them with one put. A
-process may die anywhere in between: what has no record does not exist, and the item is written
-again.
+An item is committed in this order: write its shard files under temporary names, fsync them, move
+them to their final names, fsync the folders, and finally create the commit record exclusively. In
+an object store each file is a single put. A process may die at any point: an item without a record
+counts as missing and is written again.
 """
 
 from __future__ import annotations
@@ -57,25 +57,25 @@ Shards = Mapping[str, EncodedShard]
 
 
 class StoreWriter:
-    """Creates a store, or opens the one that is there if it holds the same things.
+    """Writer of a store: creates it, or opens an existing store that has the same settings.
 
-    Many writers, in many processes, may hold one store at once.
+    Many writers, in many processes, may write to one store at the same time.
 
     Args:
         path: Folder of the store, or s3://bucket/prefix.
-        arrays: Hookpoint to d_model. None opens the store that exists, whatever it holds.
-        dtype: bfloat16 or float32.
-        shard_tokens: Rows of a full item.
-        chunk_bytes: Most bytes of an inner chunk, unless a single row is larger.
-        n_items: How many items there will be, if known. None does not compare.
-        provenance: Where the rows come from: JSON values. None does not compare.
-        calibration: Moments of each hookpoint. None does not compare.
-        codec: none; blosc (lossless, smaller, slower); int8 (half of bfloat16, needs calibration).
+        arrays: Hookpoint to d_model. None: open an existing store without comparing settings.
+        dtype: Data type of the rows: bfloat16 or float32.
+        shard_tokens: Largest number of rows of an item.
+        chunk_bytes: Largest size in bytes of a chunk, unless a single row is larger.
+        n_items: Number of items that will be written. None: not known; do not compare.
+        provenance: Where the rows come from, as JSON values. None: do not compare.
+        calibration: Hookpoint to its statistics; int8 needs them. None: do not compare.
+        codec: none; blosc (lossless, smaller, slower); int8 (half the size of bfloat16).
 
     Raises:
-        StoreConfigError: A value that cannot be.
-        StoreMismatchError: The store that exists was made with other values; lists them.
-        StoreFormatError: The folder holds something that is no store.
+        StoreConfigError: If an argument is invalid.
+        StoreMismatchError: If the existing store has other settings; the message lists them.
+        StoreFormatError: If the folder holds files but not an activation store.
     """
 
     def __init__(
@@ -115,21 +115,27 @@ class StoreWriter:
     def write_item(
         self, i: int, rows: NDArray[Any] | Columns, sidecars: Columns | None = None
     ) -> ItemRecord:
-        """Commits item `i`; durable when it returns. The same bytes again do nothing.
+        """Commit item `i`; its rows are durable when this returns.
 
-        NumPy knows no bfloat16 of its own; a torch tensor of it goes without a copy of its numbers:
+        Does nothing if the item is already committed with the same bytes. NumPy has no native
+        bfloat16; to pass a bfloat16 torch tensor without copying it on the host, use
         `tensor.cpu().contiguous().view(torch.int16).numpy().view(ml_dtypes.bfloat16)`.
 
         Args:
             i: Item number, below the planned number of items.
-            rows: [n, d_model] bfloat16 (ml_dtypes), float16 or float32 for each hookpoint, or the
-                array alone where there is one; n <= shard_tokens. Rounded to the store's dtype.
-            sidecars: [n] integers of token_id, document, position; -1 where one is not given.
+            rows: Hookpoint to [n, d_model] bfloat16 (ml_dtypes), float16 or float32 with
+                n <= shard_tokens, rounded to the store's dtype; or the array itself if the store
+                has a single hookpoint.
+            sidecars: token_id, document and position, [n] integers each; a missing one is filled
+                with -1.
+
+        Returns:
+            The commit record of the item.
 
         Raises:
-            ItemError: Rows or sidecars of another shape or type, or an item out of range.
-            NonDeterministicItemError: The item is committed with other bytes.
-            StoreMismatchError: The store is finalised and has no such item.
+            ItemError: If rows or sidecars have the wrong shape or dtype, or `i` is out of range.
+            NonDeterministicItemError: If the item is already committed with other bytes.
+            StoreMismatchError: If the store is finalised without this item.
         """
         columns = self._columns(i, rows, sidecars or {})
         n_rows = len(next(iter(columns.values())))
@@ -141,10 +147,10 @@ class StoreWriter:
             return self._same(i, n_rows, shards)
         if self.header.finalised:
             raise StoreMismatchError(
-                f"{self.path} is finalised with items 0 to {self.header.n_items - 1}: "
-                f"item {i} cannot be added; write to a new store"
+                f"item {i} is out of range: {self.path} is finalised with items 0 to "
+                f"{self.header.n_items - 1}; write further items to a new store"
             )
-        # The moments are summed while the disk works.
+        # Compute the statistics while the disk is writing.
         moments: dict[str, Statistics] = {}
         sums = [partial(_measure_into, moments, name, columns[name]) for name in self.header.arrays]
         with self._storage.lock(exclusive=False):
@@ -163,23 +169,28 @@ class StoreWriter:
             if self._storage.build_is_atomic:
                 raise
         header, _ = read_group(self._storage)
-        if not header.finalised:  # whoever made the store is not done, or never will be
+        if not header.finalised:
+            # In an object store the group is created before the arrays: the process that creates
+            # the store is not done yet, or died. Write what is missing.
             restore_documents(self._storage, header)
         return read_header(self._storage)
 
     def is_committed(self, i: int) -> bool:
-        """Whether item `i` is durable, whoever wrote it."""
+        """Return whether item `i` is committed, by this or any other writer."""
         return self._storage.exists(log.record_name(i))
 
     def committed_items(self) -> set[int]:
-        """All items that are durable now."""
+        """Return all items that are committed now."""
         return log.CommitLog(self._storage, self.header).items()
 
     def finalise(self) -> StoreHeader:
-        """Trims the arrays to what was committed; nothing can be added after. May be repeated.
+        """Trim the arrays to the committed items and close the store for writing.
+
+        Does nothing if the store is already finalised.
 
         Raises:
-            IncompleteStoreError: An item below the last one (or the planned number) is missing.
+            IncompleteStoreError: If an item is missing, out of the planned number of items or, if
+                that is not known, below the last committed one.
         """
         self.header = read_header(self._storage)
         if self.header.finalised:
@@ -192,8 +203,8 @@ class StoreWriter:
         missing = sorted(set(range(last + 1)) - items)
         if missing:
             raise IncompleteStoreError(
-                f"{self.path} has {len(items)} of the items up to {last} but lacks "
-                f"{len(missing)}: {shorten(missing)}; write them, then finalise again"
+                f"{self.path} needs items 0 to {last} but lacks {len(missing)}: "
+                f"{shorten(missing)}; write them, then finalise again"
             )
         final = replace(
             self.header,
@@ -209,7 +220,8 @@ class StoreWriter:
         return final
 
     def _write_metadata(self, final: StoreHeader, rows: NDArray[np.int64]) -> None:
-        # The group goes last: until it says "finalised", readers accept trimmed and untrimmed.
+        # Write the group last: until it says "finalised", readers accept both trimmed and
+        # untrimmed arrays, so a crash in between does no harm.
         storage = self._storage
         storage.make_folder(VALID_ROWS)
         storage.put(f"{VALID_ROWS}/c.0", [valid_rows_bytes(rows)])
@@ -228,7 +240,7 @@ class StoreWriter:
             raise ItemError(f"item {i} has rows of {list(rows)}: expected {list(header.arrays)}")
         unknown = set(sidecars) - set(header.sidecars)
         if unknown:
-            raise ItemError(f"item {i} has sidecars {sorted(unknown)}: know {header.sidecars}")
+            raise ItemError(f"item {i} has sidecars {sorted(unknown)}: expected {header.sidecars}")
         n_rows = len(next(iter(rows.values())))
         if n_rows > header.shard_tokens:
             raise ItemError(
@@ -247,7 +259,7 @@ class StoreWriter:
         return columns
 
     def _stored(self, columns: Columns) -> Columns:
-        """The columns as they lie on disk."""
+        """Return the columns as they are stored on disk: quantised for codec int8."""
         if self.header.codec != "int8":
             return columns
         stored = dict(columns)
@@ -257,18 +269,18 @@ class StoreWriter:
         return stored
 
     def _same(self, i: int, n_rows: int, shards: Shards) -> ItemRecord:
-        """The record of the attempt that was first, if this one gave the same bytes."""
+        """Return the record of the first attempt after checking that this one gave equal bytes."""
         first = from_row(self.header, i, log.read_record(self._storage, self.header, i)[0])
         if (first.rows, first.files()) != (n_rows, _files(shards)):
             raise NonDeterministicItemError(
-                f"item {i} of {self.path} is committed by attempt {first.attempt} with other "
-                f"bytes: {_differing(first, n_rows, shards)}; items must be pure functions of "
-                "their number (the first attempt's rows stay)"
+                f"item {i} of {self.path} is already committed with other bytes by attempt "
+                f"{first.attempt} (difference: {_differing(first, n_rows, shards)}); the first "
+                "attempt is kept; make each item a pure function of its number"
             )
         return first
 
     def _place(self, i: int, n_rows: int, shards: Shards) -> None:
-        # Side by side: a file system commits several files in the time it takes for one.
+        # Write in parallel: a file system commits several files in the time it takes for one.
         puts = [partial(self._place_one, i, n_rows, name, shard) for name, shard in shards.items()]
         run_all(puts, self._storage.n_threads)
         self._storage.sync(list(shards))
@@ -278,12 +290,13 @@ class StoreWriter:
         placed = self._storage.put_if_absent(file, shard.parts)
         if placed or self._same_file(file, n_rows, name, shard):
             return
-        # A worker taken for dead may come back late with other bytes. Its item may have been
-        # committed meanwhile: those files are never touched. Without a record, what stands
-        # here is a dead attempt's.
+        # A file with other bytes exists. A worker that was believed dead may come back late, after
+        # another attempt has committed its item: never overwrite the files of a committed item.
+        # Without a record, the file is left over from a dead attempt and may be replaced.
         if self.is_committed(i):
             raise NonDeterministicItemError(
-                f"item {i} of {self.path} was committed meanwhile, with other bytes of {name}"
+                f"item {i} of {self.path} was committed by another attempt with other bytes of "
+                f"{name}; make each item a pure function of its number"
             )
         self._storage.put(file, shard.parts)
 
@@ -297,7 +310,7 @@ class StoreWriter:
 
 
 def valid_rows_bytes(rows: NDArray[Any]) -> bytes:
-    """The only chunk of the plain array `valid_rows`: int32 and its crc32c."""
+    """Return the only chunk of the unsharded array `valid_rows`: int32 values and their crc32c."""
     data = (rows if len(rows) else np.zeros(1)).astype("<i4").tobytes()
     return data + crc32c(data).to_bytes(4, "little")
 
@@ -305,16 +318,17 @@ def valid_rows_bytes(rows: NDArray[Any]) -> bytes:
 def _convert(i: int, name: str, given: NDArray[Any], dtype: np.dtype[Any]) -> NDArray[Any]:
     if dtype.kind == "i":
         if given.dtype.kind not in "iu":
-            raise ItemError(f"item {i}: {name} is {given.dtype}: expected whole numbers")
+            raise ItemError(f"item {i}: {name} is {given.dtype}: expected an integer dtype")
         limits = np.iinfo(dtype)
         if len(given) and (int(given.min()) < limits.min or int(given.max()) > limits.max):
             raise ItemError(
-                f"item {i}: {name} spans {given.min()} to {given.max()}: expected {dtype}"
+                f"item {i}: {name} has values from {given.min()} to {given.max()}: expected values "
+                f"that fit {dtype}"
             )
     elif given.dtype.name not in ("bfloat16", "float16", "float32"):
         raise ItemError(
-            f"item {i}: {name} is {given.dtype}: expected bfloat16, float16 or float32 "
-            "(bit patterns are told apart by .view(ml_dtypes.bfloat16))"
+            f"item {i}: {name} is {given.dtype}: expected bfloat16, float16 or float32; for raw "
+            "bfloat16 bits, pass array.view(ml_dtypes.bfloat16)"
         )
     return np.ascontiguousarray(given.astype(dtype, copy=False))
 
@@ -337,6 +351,6 @@ def _record(i: int, n_rows: int, shards: Shards, moments: Mapping[str, Statistic
 
 def _differing(first: ItemRecord, n_rows: int, shards: Shards) -> str:
     if first.rows != n_rows:
-        return f"{first.rows} rows, now {n_rows}"
+        return f"{first.rows} rows in the store, {n_rows} rows now"
     now = _files(shards)
     return f"arrays {[name for name, file in first.files().items() if file != now[name]]}"

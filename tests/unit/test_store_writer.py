@@ -190,8 +190,8 @@ def test_what_an_item_cannot_be(tmp_path: Path) -> None:
         (1, {"other": good}, {}, "rows of"),
         (1, good, {"tokens": np.zeros(3, int)}, "sidecars"),
         (1, good, {"token_id": np.zeros(4, int)}, r"shape \(4,\): expected \(3,\)"),
-        (1, good, {"token_id": np.zeros(3)}, "whole numbers"),
-        (1, good, {"token_id": np.full(3, 2**31)}, "expected int32"),
+        (1, good, {"token_id": np.zeros(3)}, "float64: expected an integer dtype"),
+        (1, good, {"token_id": np.full(3, 2**31)}, "expected values that fit int32"),
     ]
     for item, rows, sidecars, message in cases:
         with pytest.raises(ItemError, match=message):
