@@ -1,7 +1,7 @@
-"""The Zarr data type `bfloat16`, which zarr-python lacks: tensorstore and zarrs call it the same.
+"""The Zarr data type `bfloat16`, which zarr-python lacks; tensorstore and zarrs use the same name.
 
-Importing this module registers it, and importing the package sees to that (`zarr_hook.py`). The
-entry point group `zarr.data_type` names it too, for versions of zarr-python that load it.
+Importing this module registers the data type; `zarr_hook.py` imports it when zarr is imported. It
+is also listed in the entry point group `zarr.data_type`, for versions of zarr-python that load it.
 """
 
 from __future__ import annotations
@@ -20,25 +20,29 @@ _SPECIAL = {"NaN": float("nan"), "Infinity": float("inf"), "-Infinity": float("-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BFloat16(ZDType[Any, Any], HasItemSize, HasEndianness):
-    """bfloat16 in Zarr v3, as `ml_dtypes.bfloat16` in NumPy. Zarr v2 has no such type."""
+    """Zarr v3 data type for NumPy arrays of `ml_dtypes.bfloat16`; Zarr v2 has no bfloat16."""
 
     dtype_cls: ClassVar[Any] = type(DTYPE)
     _zarr_v3_name: ClassVar[str] = "bfloat16"
 
     @property
     def item_size(self) -> int:
-        """Bytes of one number."""
+        """Size of one value in bytes."""
         return 2
 
     @classmethod
     def from_native_dtype(cls, dtype: Any) -> Self:
-        """Raises: DataTypeValidationError: `dtype` is another one, so that Zarr tries the next."""
+        """Create the Zarr data type from a NumPy data type.
+
+        Raises:
+            DataTypeValidationError: If `dtype` is not bfloat16; Zarr then tries other data types.
+        """
         if dtype != DTYPE:
             raise DataTypeValidationError(f"invalid data type {dtype}: expected {DTYPE}")
         return cls()
 
     def to_native_dtype(self) -> Any:
-        """The NumPy data type."""
+        """Return the NumPy data type."""
         return DTYPE
 
     @classmethod
@@ -52,32 +56,32 @@ class BFloat16(ZDType[Any, Any], HasItemSize, HasEndianness):
         return cls()
 
     def to_json(self, zarr_format: int) -> Any:
-        """The name in Zarr metadata."""
+        """Return the name of the data type in Zarr metadata."""
         if zarr_format != 3:
-            raise ValueError(f"zarr_format={zarr_format}: expected 3, bfloat16 needs Zarr v3")
+            raise ValueError(f"zarr_format={zarr_format}: expected 3; bfloat16 needs Zarr v3")
         return self._zarr_v3_name
 
     def _check_scalar(self, data: object) -> TypeGuard[float]:
         return isinstance(data, (int, float, np.number, DTYPE.type))
 
     def cast_scalar(self, data: object) -> Any:
-        """`data` as a bfloat16 number."""
+        """Convert a number to bfloat16."""
         if not self._check_scalar(data):
             raise TypeError(f"cannot convert {data!r} of {type(data)} to bfloat16")
         return DTYPE.type(data)
 
     def default_scalar(self) -> Any:
-        """0."""
+        """Return the default fill value, 0."""
         return DTYPE.type(0)
 
     def from_json_scalar(self, data: Any, *, zarr_format: int) -> Any:
-        """A fill value: a number, NaN, Infinity, or the bits in hexadecimal (`0x7fc0`)."""
+        """Parse a fill value: a number, "NaN", "Infinity", or hexadecimal bits such as "0x7fc0"."""
         if isinstance(data, str) and data.startswith("0x"):
             return np.array(int(data, 16), np.uint16).view(DTYPE)[()]
         return self.cast_scalar(_SPECIAL.get(data, data) if isinstance(data, str) else data)
 
     def to_json_scalar(self, data: object, *, zarr_format: int) -> float | str:
-        """The reverse of `from_json_scalar`."""
+        """Convert a fill value to JSON; the inverse of `from_json_scalar`."""
         value = float(self.cast_scalar(data))
         if np.isnan(value):
             return "NaN"

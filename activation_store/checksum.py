@@ -1,4 +1,4 @@
-"""crc32c of memory; lets go of the interpreter's lock, so that threads check side by side."""
+"""The crc32c checksum; it releases the GIL, so that several threads can verify data in parallel."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ import crc32c as _package
 
 
 def crc32c(data: Any, before: int = 0) -> int:
-    """The crc32c of `data` (bytes, or a flat C-contiguous array of uint8).
+    """Return the crc32c of `data`.
 
     Args:
-        data: Never copied.
-        before: The crc32c of what stands before `data`, to go on from.
+        data: bytes, or a flat C-contiguous array of uint8; not copied.
+        before: The crc32c of the preceding bytes, to continue from.
     """
     return int(_package.crc32c(data, before))

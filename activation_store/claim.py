@@ -1,8 +1,8 @@
-"""The right to fill a store and to delete from it: one run's at a time.
+"""The harvest lock of a store: only one run at a time may write to it and delete from it.
 
-Rows are safe without it, for items are committed once and are pure functions of their number. It
-keeps two harvests from doing the same work, from each holding back for its own trainer alone, and
-from deleting at the same time.
+Rows are safe without this lock, because an item is committed at most once and is a pure function of
+its number. The lock stops two harvests from doing the same work twice, from each waiting only for
+the trainers of its own run, and from deleting shards at the same time.
 """
 
 from __future__ import annotations
@@ -16,44 +16,52 @@ from activation_store.storage import Held, open_storage
 
 
 class Claim:
-    """A run's claim; a context manager that lets go of it.
+    """The harvest lock of a store; as a context manager it releases the lock on exit.
 
-    On a file system it is the kernel's lock, which a death lets go of. In an object store it is a
-    lease (see `lease.py`): one that died is taken over after `lease.STALE_S`, by the same run at
-    once.
+    On a file system this is a kernel file lock, released when the process dies. In an object store
+    it is a lease (see `lease.py`): after its holder died, another run can take it over once
+    `lease.STALE_S` seconds have passed, and the same run can at once.
 
     Args:
-        path: Of the store.
-        run: The same for every attempt of one run, of which the caller lets only one live.
+        path: Path of the store.
+        run: Name of the run, the same for all of its attempts. The caller must make sure that only
+            one attempt of a run is alive at a time.
     """
 
     def __init__(self, path: str | Path, run: str) -> None:
-        self._storage, self._run = open_storage(path), run
+        self._storage = open_storage(path)
+        self._run = run
         self._held: Held | None = None
 
     @property
     def is_taken(self) -> bool:
-        """Whether `take` has succeeded."""
+        """True while this object holds the lock."""
         return self._held is not None
 
     def take(self) -> None:
-        """Takes it, once the store exists; nothing where it is taken already.
+        """Take the lock; do nothing if this object already holds it. The store must exist.
 
         Raises:
-            StoreBusyError: Another one has it; names that one.
+            StoreBusyError: If another process holds it; the message names that process.
         """
         if self._held is None:
             who = f"run {self._run}, process {os.getpid()} on {socket.gethostname()}"
             self._held = self._storage.claim(self._run, who)
 
     def check(self) -> None:
-        """Raises: StoreBusyError: Somebody took it over: this process was silent for too long."""
+        """Check that this process has not lost the lock; do nothing if it was never taken.
+
+        Raises:
+            StoreBusyError: If another process took the lease over, because the heartbeat of this
+                one stopped for too long.
+        """
         if self._held is not None:
             self._held.check()
 
     def release(self) -> None:
-        """Lets go of it; may be repeated."""
-        held, self._held = self._held, None
+        """Release the lock; do nothing if it is not held."""
+        held = self._held
+        self._held = None
         if held is not None:
             held.release()
 

@@ -1,13 +1,14 @@
-"""The bytes of one shard: Zarr's `sharding_indexed` codec, written and read without Zarr.
+"""Encode and decode shard files: Zarr's `sharding_indexed` codec, implemented without Zarr.
 
     chunk 0 | crc | chunk 1 | crc | ... | table of the chunk checksums | index | crc of the index
 
-A chunk is [chunk_rows, width] little-endian numbers, or those compressed; the index holds (offset,
-length) of every chunk with its checksum as uint64, all ones where a chunk is absent. Zarr readers
-find the index at the end of the file and the chunks by it, and never look at the table. The table
-is ours: index and table together (the *tail*) have a checksum in the commit record. It covers the
-checksums of all chunks, so one read of the tail proves that this is the very file that was
-committed, no other shard of the same shape, and no byte is summed twice.
+A chunk is [chunk_rows, width] little-endian numbers, possibly compressed. The index holds the
+offset and length of every chunk including its checksum, as uint64; all bits are set for an absent
+chunk. Zarr readers find the index at the end of the file, and the chunks through the index; they
+never look at the table of checksums. The table is our addition. Table and index together are the
+*tail*, whose checksum is in the commit record. Since the tail contains the checksums of all chunks,
+reading the tail is enough to prove that the file is the committed one and not another shard of the
+same shape, and each chunk is then verified against the table.
 
 Source: the sharding codec of the Zarr v3 specification (ZEP 2), the crc32c codec.
 """
@@ -32,44 +33,46 @@ CRC_BYTES = 4
 
 @dataclass(frozen=True)
 class ShardLayout:
-    """Sizes of every shard of one array."""
+    """Sizes that all shards of one array share."""
 
     shard_rows: int
+    """Rows per shard."""
     chunk_rows: int
-    """Divides shard_rows."""
+    """Rows per chunk; divides `shard_rows`."""
     row_bytes: int
+    """Bytes per row."""
     itemsize: int
-    """Bytes of one number."""
+    """Bytes per number."""
     compressed: bool = False
-    """Whether chunks go through Blosc, and so have sizes of their own."""
+    """True if chunks are compressed with Blosc, so that their stored sizes differ."""
 
     @property
     def n_chunks(self) -> int:
-        """Chunks of a full shard."""
+        """Number of chunks of a full shard."""
         return self.shard_rows // self.chunk_rows
 
     @property
     def chunk_bytes(self) -> int:
-        """Bytes of a chunk in memory."""
+        """Size of an uncompressed chunk in bytes."""
         return self.chunk_rows * self.row_bytes
 
     @property
     def most_stored_bytes(self) -> int:
-        """Most bytes that a chunk takes in the file, with its checksum."""
+        """Largest size of a chunk in the file in bytes, including its checksum."""
         size = self.chunk_bytes
         return (compression.most_bytes(size) if self.compressed else size) + CRC_BYTES
 
     @property
     def tail_bytes(self) -> int:
-        """Bytes of table, index and the checksum of the index."""
+        """Size of table, index and index checksum together, in bytes."""
         return (CRC_BYTES + 16) * self.n_chunks + CRC_BYTES
 
     def chunks_with_rows(self, rows: int) -> int:
-        """How many chunks a shard of `rows` rows stores."""
+        """Return the number of chunks that a shard with `rows` valid rows stores."""
         return -(-rows // self.chunk_rows)
 
     def can_be(self, rows: int, n_bytes: int) -> bool:
-        """Whether the file of a shard of `rows` rows may have `n_bytes` bytes."""
+        """Return whether the file of a shard with `rows` valid rows may have `n_bytes` bytes."""
         n_chunks = self.chunks_with_rows(rows)
         most = n_chunks * self.most_stored_bytes + self.tail_bytes
         least = n_chunks * (CRC_BYTES + 1) + self.tail_bytes if self.compressed else most
@@ -78,27 +81,35 @@ class ShardLayout:
 
 @dataclass(frozen=True)
 class EncodedShard:
-    """A shard as the pieces of memory to write one after the other."""
+    """A shard file in memory."""
 
     parts: list[Bytes]
+    """Pieces to write one after the other."""
     n_bytes: int
+    """Size of the file."""
     tail_crc32c: int
+    """Checksum of the tail."""
 
 
 @dataclass(frozen=True)
 class ShardIndex:
-    """Where the chunks of a shard lie, and their checksums."""
+    """Location and checksum of each stored chunk of a shard; all lists are [stored chunks]."""
 
     offsets: list[int]
-    """[stored chunks]: bytes from the beginning of the file."""
+    """Offset of each chunk from the start of the file, in bytes."""
     lengths: list[int]
-    """[stored chunks]: bytes with the checksum at the end."""
+    """Length of each chunk including its checksum, in bytes."""
     crc32c: list[int]
-    """[stored chunks]: of the chunk as it is stored."""
+    """Checksum of each chunk as stored (after compression)."""
 
 
 def encode_shard(layout: ShardLayout, rows: NDArray[Any]) -> EncodedShard:
-    """`rows` [n, ...] C-contiguous, little-endian, n <= shard_rows; full chunks are not copied."""
+    """Encode rows as a shard file; uncompressed full chunks are views of `rows`, not copies.
+
+    Args:
+        layout: Sizes of the shard.
+        rows: [n, ...] with n <= shard_rows, C-contiguous, little-endian.
+    """
     data = as_bytes(rows)
     chunks = [
         data[start : start + layout.chunk_bytes]
@@ -131,10 +142,16 @@ def _index(layout: ShardLayout, lengths: list[int]) -> Bytes:
 
 
 def decode_tail(layout: ShardLayout, rows: int, n_bytes: int, tail: Bytes) -> ShardIndex:
-    """The index of a shard of `rows` rows from a tail whose own checksum has been verified.
+    """Decode the index of a shard from its tail, whose checksum the caller has verified.
+
+    Args:
+        layout: Sizes of the shard.
+        rows: Number of valid rows.
+        n_bytes: Size of the file.
+        tail: The last `layout.tail_bytes` bytes of the file.
 
     Raises:
-        ValueError: A chunk that the rows need is absent, or lies outside the file's `n_bytes`.
+        ValueError: If a chunk that holds valid rows is absent or lies outside the file.
     """
     count = layout.chunks_with_rows(rows)
     split = CRC_BYTES * layout.n_chunks
@@ -144,5 +161,8 @@ def decode_tail(layout: ShardLayout, rows: int, n_bytes: int, tail: Bytes) -> Sh
     least = CRC_BYTES + 1 if layout.compressed else most
     for chunk, (offset, length) in enumerate(zip(offsets, lengths, strict=True)):
         if not least <= length <= most or offset + length > end:
-            raise ValueError(f"chunk {chunk} of {length} bytes at {offset} cannot be")
+            raise ValueError(
+                f"chunk {chunk} has {length} bytes at offset {offset}: expected {least} to {most} "
+                f"bytes that end by {end}"
+            )
     return ShardIndex(offsets, lengths, tail[: CRC_BYTES * count].view("<u4").tolist())

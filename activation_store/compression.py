@@ -1,4 +1,4 @@
-"""Blosc, as the Zarr v3 codec `blosc` has it: what zarr-python and tensorstore read and write."""
+"""Blosc compression of chunks, compatible with the Zarr v3 codec `blosc` of other readers."""
 
 from __future__ import annotations
 
@@ -11,36 +11,41 @@ from activation_store.files import Bytes
 
 LEVEL = 1
 BLOCK_BYTES = 262_144
-"""With Blosc's own choice of a block, bfloat16 activations hardly shrink at all."""
+"""Block size; with Blosc's default, bfloat16 activations hardly shrink at all."""
 MOST_BYTES = 2**31 - 1 - 16
-"""Largest chunk that Blosc takes."""
+"""Largest chunk that Blosc can compress."""
 _OVERHEAD_BYTES = 16
 
 
 def configuration(itemsize: int) -> dict[str, Any]:
-    """The codec in Zarr metadata."""
+    """Return the codec's entry in Zarr metadata, for numbers of `itemsize` bytes."""
     settings = {"typesize": itemsize, "cname": "zstd", "clevel": LEVEL, "shuffle": "shuffle"}
     return {"name": "blosc", "configuration": {**settings, "blocksize": BLOCK_BYTES}}
 
 
 def most_bytes(n_bytes: int) -> int:
-    """Largest size that `n_bytes` can compress to."""
+    """Return the largest size, in bytes, that `n_bytes` bytes can compress to."""
     return n_bytes + _OVERHEAD_BYTES
 
 
 def _blosc() -> Any:
-    return import_module("numcodecs.blosc")  # only stores with this codec need it
+    return import_module("numcodecs.blosc")  # imported late: only stores with this codec need it
 
 
 def compress(data: Bytes, itemsize: int) -> Bytes:
-    """`data` [n] of numbers of `itemsize` bytes, compressed."""
-    blosc, numbers = _blosc(), data.view(f"u{itemsize}")
+    """Compress bytes that hold numbers of `itemsize` bytes each."""
+    blosc = _blosc()
+    numbers = data.view(f"u{itemsize}")
     packed = blosc.compress(numbers, b"zstd", LEVEL, blosc.SHUFFLE, BLOCK_BYTES)
     return np.frombuffer(packed, np.uint8)
 
 
 def decompress(packed: Bytes, target: Bytes) -> None:
-    """Raises: ValueError: `packed` does not decompress to exactly the size of `target`."""
+    """Decompress into `target`.
+
+    Raises:
+        ValueError: If `packed` is damaged or does not decompress to exactly the size of `target`.
+    """
     blosc = _blosc()
     n_bytes = blosc._cbuffer_sizes(packed)[0]
     if n_bytes != len(target):

@@ -1,4 +1,4 @@
-"""A new store, or the proof that the one which is there is the one that is wanted."""
+"""Create a new store, or compare an existing one with the requested settings."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ def plan_header(
     calibration: Mapping[str, Calibration] | None,
     provenance: Mapping[str, Any] | None,
 ) -> StoreHeader:
-    """The header of a new store; arguments as of `StoreWriter`.
+    """Return the header of a new store; the arguments are those of `StoreWriter`.
 
     Raises:
-        StoreConfigError: A value that cannot be.
+        StoreConfigError: If an argument is invalid.
     """
     if chunk_bytes < 1:
         raise StoreConfigError("chunk_bytes", chunk_bytes, "at least 1")
@@ -60,10 +60,10 @@ def _as_json(provenance: Mapping[str, Any] | None) -> dict[str, Any]:
 
 
 def create(storage: Storage, header: StoreHeader) -> None:
-    """Builds the empty store, unless somebody else does so at the same moment.
+    """Create an empty store; do nothing if another process creates it at the same time.
 
     Raises:
-        StoreFormatError: There is something that is no store.
+        StoreFormatError: If the path holds files but not an activation store.
     """
     documents = array_documents(header, header.planned_items)
     metadata = {f"{name}/{METADATA}": dump(document) for name, document in documents.items()}
@@ -71,13 +71,17 @@ def create(storage: Storage, header: StoreHeader) -> None:
 
 
 def compare(path: object, there: StoreHeader, wanted: StoreHeader, given: set[str]) -> None:
-    """Raises: StoreMismatchError: the store at `path` differs from what is wanted; lists how.
+    """Check that an existing store has the requested settings.
 
     Args:
-        path: Of the store.
-        there: Its header.
-        wanted: The header that a new store would get.
-        given: Options that the caller cares about.
+        path: Path of the store, for the error message.
+        there: Header of the existing store.
+        wanted: Header that a new store would get.
+        given: Which of n_items, calibration and provenance the caller gave; others are not
+            compared.
+
+    Raises:
+        StoreMismatchError: If a setting differs; the message lists all differences.
     """
     found, asked = there.to_json(), wanted.to_json()
     keys = ["arrays", "dtype", "codec", "shard_tokens", "chunk_rows", "sidecars"]
@@ -95,12 +99,12 @@ def compare(path: object, there: StoreHeader, wanted: StoreHeader, given: set[st
     ]
     if lines:
         raise StoreMismatchError(
-            f"{path} exists and differs:\n" + "\n".join(lines) + "\nchoose a new folder for a "
-            "new store, or the values that this one was made with"
+            f"{path} exists and differs:\n" + "\n".join(lines) + "\nuse a new folder, or the "
+            "settings that the existing store was created with"
         )
 
 
 def shorten(value: object) -> str:
-    """Its `repr`, cut where it would fill the screen."""
+    """Return the `repr` of a value, cut to 200 characters."""
     text = repr(value)
     return text if len(text) <= 200 else text[:200] + "..."

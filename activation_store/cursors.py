@@ -1,11 +1,12 @@
-"""How far each reader of a growing store has come: what producers wait for and deletion heeds.
+"""Cursors: how far each consumer of a growing store has read.
 
-    _consumers/<name>.json   one small sealed file per consumer, replaced as a whole
+    _consumers/<name>.json   one small checksummed JSON file per consumer, replaced atomically
 
-A consumer is let in only if it
-needs nothing that is deleted or about to be. Nobody holds a lock: a consumer first writes its file
-and then reads the watermark (`watermark.py`), the deleter first announces and then reads the
-consumers' files, so that at least one of them sees the other.
+Producers wait for the slowest consumer, and deletion keeps what any consumer still needs. A
+consumer can register only if it needs no rows that are deleted or about to be deleted. This works
+without a lock: a consumer writes its cursor file first and then reads the deletion mark
+(`watermark.py`); the deleting process announces the deletion first and then reads the cursor files.
+So at least one of the two sees the other.
 """
 
 from __future__ import annotations
@@ -28,34 +29,35 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.\-]{0,199}")
 
 @dataclass(frozen=True)
 class ConsumerState:
-    """How far a consumer has come."""
+    """Progress of a consumer."""
 
     epoch: int = 0
+    """Epoch that it is reading."""
     next_item: int = 0
-    """First item of epoch 0 that it has not passed: the beginning of a window. Later epochs have
-    passed them all."""
+    """First item of epoch 0 that it has not passed, always the start of a window; in later epochs
+    the number of items."""
     keep_from_item: int = 0
-    """First item that it, or its oldest kept checkpoint on resume, may still need."""
+    """First item that it may still need, also after resuming from its oldest kept checkpoint."""
     position: int = 0
-    """Its stream's."""
+    """Position of its stream: number of the next batch."""
     updated: float = 0.0
-    """Seconds since 1970 (UTC)."""
+    """Time of the last update, in seconds since 1970 (UTC)."""
 
 
 class Consumer:
-    """One reader's cursor, held by the process that decides on its checkpoints.
+    """A registered consumer, owned by the process that decides which checkpoints are kept.
 
-    A consumer of that name that is known already goes on from its state. One that died holds the
-    others back until it comes back or `remove_consumer` takes it away.
+    A consumer that is already registered under this name continues from its saved state. A consumer
+    that died blocks the producers until it returns or `remove_consumer` unregisters it.
 
     Args:
-        path: Of the store.
+        path: Path of the store.
         name: Unique among the store's consumers: letters, digits, '_', '-', '.'.
-        keep_from_item: First item that it may need, if it is new.
+        keep_from_item: First item that a new consumer may need.
 
     Raises:
-        StoreConfigError: A name that cannot be.
-        DeletedDataError: It would need what is deleted.
+        StoreConfigError: If the name is invalid.
+        DeletedDataError: If it would need rows that were deleted.
     """
 
     def __init__(self, path: str | Path, name: str, keep_from_item: int = 0) -> None:
@@ -71,33 +73,35 @@ class Consumer:
     def publish(
         self, *, epoch: int = 0, next_item: int, keep_from_item: int, position: int
     ) -> None:
-        """Says how far this consumer has come; cheap enough for every window, not every batch.
+        """Save the progress of this consumer; call it once per window, not for every batch.
 
-        All its ranks must have passed what it says: give the position of the slowest, or the one
-        before the last. A run of more than one epoch keeps everything: `keep_from_item=0`.
+        All ranks of the consumer must have passed this position, so give that of the slowest rank,
+        or the last but one. A run of more than one epoch must keep all items: `keep_from_item=0`.
 
         Args:
-            epoch: That it reads.
+            epoch: Epoch that it is reading.
             next_item: `stream.first_item_needed(position)`; in later epochs the number of items.
-            keep_from_item: `stream.first_item_needed` of the oldest checkpoint that is kept.
-            position: Of its stream.
+            keep_from_item: `stream.first_item_needed` of the oldest kept checkpoint.
+            position: Position of its stream.
 
         Raises:
-            StoreConfigError: A number that cannot be.
-            DeletedDataError: It goes back to what is deleted; its state stays as it was.
+            StoreConfigError: If a number is negative.
+            DeletedDataError: If it moves back to items that were deleted; the saved state then
+                remains unchanged.
         """
         self._put(ConsumerState(epoch, next_item, keep_from_item, position))
 
     def close(self) -> None:
-        """It is done and holds nobody back any more. May be repeated."""
+        """Unregister this consumer, so that it no longer blocks producers or deletion."""
         self._storage.delete(self._file)
 
     def _put(self, state: ConsumerState) -> None:
         for key, value in asdict(state).items():
             if value < 0:
-                raise StoreConfigError(key, value, "not negative")
+                raise StoreConfigError(key, value, "at least 0")
         before: ConsumerState | None = getattr(self, "state", None)
         state = replace(state, updated=time.time())
+        # Write the cursor before reading the deletion mark: see the head of this file.
         self._write(state)
         mark = read_watermark(self._storage)
         if state.keep_from_item < mark.announced:
@@ -114,10 +118,11 @@ class Consumer:
 
 
 def consumers(path: str | Path | Storage) -> dict[str, ConsumerState]:
-    """All registered consumers of a store, by name.
+    """Return the registered consumers of a store: name to state.
 
     Raises:
-        DamagedDataError, StoreFormatError: A cursor file cannot be read; names it.
+        DamagedDataError: If a cursor file fails its checksum; the message names it.
+        StoreFormatError: If a cursor file is invalid; the message names it.
     """
     storage = open_storage(path)
     found = {}
@@ -125,22 +130,22 @@ def consumers(path: str | Path | Storage) -> dict[str, ConsumerState]:
         try:
             found[name] = read_state(storage, name)
         except MissingDataError:
-            continue  # it was closed since it was listed
+            continue  # unregistered since the files were listed
     return found
 
 
 def consumer_names(storage: Storage) -> list[str]:
-    """Consumers that have a cursor file, in order; other files are none of ours."""
+    """Return the names of the registered consumers, sorted; files of other names are ignored."""
     files = [file for file in storage.names(CONSUMERS) if file.endswith(".json")]
     names = [file.removesuffix(".json") for file in files]
     return sorted(name for name in names if _NAME.fullmatch(name))
 
 
 def remove_consumer(path: str | Path, name: str) -> None:
-    """Takes away a consumer that died for good, so that it holds nobody back any more.
+    """Unregister a dead consumer so that it no longer blocks producers or deletion.
 
     Raises:
-        StoreConfigError: There is no such consumer.
+        StoreConfigError: If there is no such consumer.
     """
     storage = open_storage(path)
     if not storage.exists(_file(name)):
@@ -149,10 +154,14 @@ def remove_consumer(path: str | Path, name: str) -> None:
 
 
 def lead_items(path: str | Path) -> int | None:
-    """How many items the producers are ahead of the slowest consumer; None without consumers.
+    """Return by how many items the producers are ahead of the slowest consumer.
 
-    Counts committed items, with or without gaps. A window opens only when it is whole: a bound on
-    the lead must leave room for at least a window and the items under way.
+    Counts all committed items, also those after a missing one. A window becomes readable only when
+    all of its items are committed, so a limit on the lead must allow at least one window plus the
+    items that are being harvested.
+
+    Returns:
+        The number of items; None if no consumer is registered.
     """
     states = consumers(path)
     if not states:
@@ -162,23 +171,27 @@ def lead_items(path: str | Path) -> int | None:
 
 def _file(name: str) -> str:
     if not _NAME.fullmatch(name) or ".." in name:
-        expected = "letters, digits, '_', '-', '.', at most 200, without '..'"
+        expected = "at most 200 letters, digits, '_', '-' or '.', without '..'"
         raise StoreConfigError("consumer", name, expected)
     return f"{CONSUMERS}/{name}.json"
 
 
 def read_state(storage: Storage, name: str) -> ConsumerState:
-    """One consumer's.
+    """Read the state of one consumer.
 
     Raises:
-        MissingDataError: There is none of that name.
-        DamagedDataError, StoreFormatError: Its file is not what was written.
+        MissingDataError: If no consumer of this name is registered.
+        DamagedDataError: If its cursor file fails its checksum.
+        StoreFormatError: If its cursor file is invalid.
     """
     file = _file(name)
     document = read_sealed(storage, file, _FILE_BYTES)
     updated = document.pop("updated", None)
     if not isinstance(updated, float):
-        raise StoreFormatError(f"{storage.where(file)} cannot be a cursor; remove the consumer")
+        raise StoreFormatError(
+            f"{storage.where(file)} is not a valid cursor; unregister the consumer with "
+            "activation_store.remove_consumer"
+        )
     keys = ("epoch", "next_item", "keep_from_item", "position")
     epoch, next_item, keep_from_item, position = whole_numbers(storage.where(file), document, keys)
     return ConsumerState(epoch, next_item, keep_from_item, position, updated)

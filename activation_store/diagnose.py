@@ -1,8 +1,9 @@
-"""How well a store is shuffled as configured: how much of a batch comes from the same documents.
+"""Measure how well the configured shuffle mixes the documents of a store.
 
 python -m activation_store.diagnose STORE [--window-items N] [--buffer-tokens N] [--batch-tokens N]
 
-Neighbouring tokens of a document have much alike, and a batch full of them is a smaller batch.
+Tokens of the same document have similar activations, so a batch with many tokens per document acts
+like a smaller batch.
 """
 
 from __future__ import annotations
@@ -23,37 +24,37 @@ _PIECE_ROWS = 1 << 20
 
 @dataclass(frozen=True)
 class ShuffleQuality:
-    """Same-document companions of a token in its batch: how many other tokens of its document."""
+    """How many other tokens of its own document a token meets in its batch: its companions."""
 
     companions: float
-    """Mean over tokens and batches, as read."""
+    """Mean number of companions over tokens and batches, as configured."""
     perfect: float
-    """What a permutation of the whole store would give on average."""
+    """Expected number of companions in a random permutation of the whole store."""
     batches: int
-    """How many were looked at."""
+    """Number of batches that were measured."""
 
     @property
     def ratio(self) -> float:
-        """companions / perfect; below 1 a batch is spread more evenly than by chance."""
+        """Ratio companions / perfect; below 1, documents are spread more evenly than by chance."""
         if self.perfect:
             return self.companions / self.perfect
         return float("inf") if self.companions else 1.0
 
     @property
     def warning(self) -> str | None:
-        """What to do about it, where it is poor."""
+        """Advice if the ratio is above `POOR_RATIO`, else None."""
         if self.ratio <= POOR_RATIO:
             return None
         return (
-            f"warning: tokens meet {self.ratio:.1f} times as many of their own document in a batch "
-            "as in a perfect shuffle; raise store.buffer_tokens and store.window_items, or "
-            "write the store with a smaller store.chunk_bytes"
+            f"warning: a batch holds {self.ratio:.1f} times as many tokens of the same document as "
+            "in a perfect shuffle; raise store.buffer_tokens and store.window_items, or harvest "
+            "the store again with a smaller store.chunk_bytes"
         )
 
     def __str__(self) -> str:
         line = (
             f"same-document companions per token: {self.companions:.3f} in {self.batches} "
-            f"batches, {self.perfect:.3f} if perfectly shuffled (ratio {self.ratio:.2f})"
+            f"batches, {self.perfect:.3f} in a perfect shuffle (ratio {self.ratio:.2f})"
         )
         return f"{line}\n{self.warning}" if self.warning else line
 
@@ -66,19 +67,19 @@ def shuffle_quality(
     batch_rows: int,
     max_batches: int = 200,
 ) -> ShuffleQuality:
-    """Reads the `document` sidecar in the order of a training run, and nothing else.
+    """Measure how well a store is shuffled; reads only the `document` sidecar.
 
     Args:
-        store: Finalised.
-        seed: Of the order.
-        window_items: As of `ShuffledStream`.
-        buffer_rows: As of `ShuffledStream`.
-        batch_rows: Rows of the global batch.
-        max_batches: Batches to look at, spread over the first epoch.
+        store: A finalised store.
+        seed: Seed of the row order.
+        window_items: Items shuffled together, as for `ShuffledStream`.
+        buffer_rows: Rows permuted together, as for `ShuffledStream`.
+        batch_rows: Rows of a global batch.
+        max_batches: Largest number of batches to measure, spread over the first epoch.
 
     Raises:
-        IncompleteStoreError: The store may still grow.
-        StoreConfigError: A value that cannot be, or a store of fewer rows than a batch.
+        IncompleteStoreError: If the store is not finalised.
+        StoreConfigError: If an argument is invalid, or the store has fewer rows than a batch.
     """
     stream = ShuffledStream(
         store,
@@ -104,7 +105,7 @@ def shuffle_quality(
 
 
 def _pairs(documents: NDArray[np.int64]) -> int:
-    """Ordered pairs of different rows of one document."""
+    """Count the ordered pairs of different rows that belong to the same document."""
     counts = np.unique(documents, return_counts=True)[1].astype(np.int64)
     return int((counts * (counts - 1)).sum())
 
@@ -120,7 +121,7 @@ def _pairs_of_store(store: Store) -> int:
 
 
 def main() -> None:
-    """Prints the figures for a store."""
+    """Print the shuffle quality of a store."""
     usual = StoreConfig()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("store")

@@ -1,4 +1,4 @@
-"""The `zarr.json` files of a store: as zarr-python would write them, and checked when opened."""
+"""Write and check the `zarr.json` files of a store, in the form that zarr-python writes them."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ _CODECS: list[dict[str, Any]] = [
     {"name": "bytes", "configuration": {"endian": "little"}},
     {"name": "crc32c"},
 ]
-_PLAIN = {"name": "bytes"}  # numbers of one byte have no order of bytes
+_PLAIN = {"name": "bytes"}  # one-byte numbers have no byte order
 
 
 def array_documents(header: StoreHeader, n_items: int) -> dict[str, dict[str, Any]]:
-    """The `zarr.json` of every array and sidecar, shaped for `n_items` items."""
+    """Return the `zarr.json` of every array on disk, shaped for `n_items` items."""
     return {name: _array_document(header, name, n_items) for name in header.stored}
 
 
@@ -58,12 +58,15 @@ def _array_document(header: StoreHeader, name: str, n_items: int) -> dict[str, A
 
 
 def valid_rows_document(header: StoreHeader) -> dict[str, Any]:
-    """The `zarr.json` of the plain array `valid_rows`: int32 [n_items] in one chunk."""
+    """Return the `zarr.json` of the unsharded array `valid_rows`: int32 [n_items] in one chunk."""
     return array_document(np.dtype("<i4"), [header.n_items], [max(header.n_items, 1)], _CODECS)
 
 
 def group_document(header: StoreHeader) -> dict[str, Any]:
-    """The `zarr.json` of the group; consolidated once finalised, as `zarr.open` prefers."""
+    """Return the `zarr.json` of the group.
+
+    Once the store is finalised it includes consolidated metadata, which `zarr.open` prefers.
+    """
     document: dict[str, Any] = {
         "attributes": {KEY: header.to_json()},
         "zarr_format": 3,
@@ -83,7 +86,7 @@ def group_document(header: StoreHeader) -> dict[str, Any]:
 def array_document(
     dtype: np.dtype[Any], shape: list[int], chunks: list[int], codecs: list[dict[str, Any]]
 ) -> dict[str, Any]:
-    """Zarr v3 array metadata, with the keys that zarr-python writes."""
+    """Return Zarr v3 array metadata with the same keys as zarr-python writes."""
     return {
         "shape": shape,
         "data_type": dtype.name,
@@ -99,16 +102,18 @@ def array_document(
 
 
 def dump(document: Mapping[str, Any]) -> bytes:
-    """The bytes of a `zarr.json`."""
+    """Serialise a document to the bytes of a `zarr.json`."""
     return json.dumps(document, indent=1, allow_nan=False).encode()
 
 
 def read_header(storage: Storage) -> StoreHeader:
-    """The header of a store, and the metadata that Zarr readers see checked against it.
+    """Read the header of a store and check the Zarr metadata of all arrays against it.
 
     Raises:
-        StoreFormatError: No store of ours, a newer schema, or values that cannot be.
-        MissingDataError, DamagedDataError: The header is not what was written.
+        StoreFormatError: If this is not an activation store, has another schema version, or has
+            invalid or contradictory metadata.
+        MissingDataError: If the `zarr.json` of an array is missing.
+        DamagedDataError: If the header fails its checksum.
     """
     header, group = read_group(storage)
     _agree(storage.where(METADATA), group_document(header), group, skip=("attributes",))
@@ -118,29 +123,32 @@ def read_header(storage: Storage) -> StoreHeader:
 
 
 def read_group(storage: Storage) -> tuple[StoreHeader, dict[str, Any]]:
-    """The header, and the document it stands in. Raises as `read_header`."""
+    """Read the header and return it with the group's `zarr.json`; raises like `read_header`."""
     where = storage.where(METADATA)
     try:
         data = storage.read(METADATA, _MAX_BYTES)
     except MissingDataError as error:
         raise StoreFormatError(
-            f"{storage.path} is no activation store: expected {where}; StoreWriter creates one"
+            f"{storage.path} is not an activation store: {where} not found; check the path, or "
+            "create a store with StoreWriter"
         ) from error
     group = parse_json(where, data)
     attributes = group.get("attributes")
     document = attributes.get(KEY) if isinstance(attributes, dict) else None
     if not isinstance(document, dict):
-        raise StoreFormatError(f"{where} has no attribute {KEY!r}: not a store that we wrote")
+        raise StoreFormatError(
+            f"{where} has no attribute {KEY!r}: expected a Zarr group written by activation_store"
+        )
     version = document.get("schema_version")
     if version != SCHEMA_VERSION:
         raise StoreFormatError(
             f"{where} has schema_version={version!r}: expected {SCHEMA_VERSION}; "
-            "update latent-foundry to read a newer one"
+            "update latent-foundry if the store is newer"
         )
     try:
         crc32c = header_checksum({k: v for k, v in document.items() if k != "crc32c"})
     except (ValueError, RecursionError) as error:
-        raise StoreFormatError(f"{where}: the header cannot be: {error}") from error
+        raise StoreFormatError(f"{where} has an invalid header: {error}") from error
     if crc32c != document.get("crc32c"):
         raise DamagedDataError(f"{where}: the header fails its checksum; restore the file")
     return _parse(where, document), group
@@ -158,11 +166,11 @@ def _parse(where: str, document: dict[str, Any]) -> StoreHeader:
             }
         return StoreHeader(**fields)
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
-        raise StoreFormatError(f"{where}: the header cannot be: {error}") from error
+        raise StoreFormatError(f"{where} has an invalid header: {error}") from error
 
 
 def _expected(header: StoreHeader) -> dict[str, dict[str, Any]]:
-    """The `zarr.json` of every array that the store has now."""
+    """Return the `zarr.json` that every array of the store should have now."""
     expected = array_documents(header, header.n_items)
     if header.finalised:
         expected[VALID_ROWS] = valid_rows_document(header)
@@ -170,21 +178,22 @@ def _expected(header: StoreHeader) -> dict[str, dict[str, Any]]:
 
 
 def check_document(storage: Storage, header: StoreHeader, name: str) -> None:
-    """That Zarr readers see an array as we do.
+    """Check that the `zarr.json` of an array agrees with the header.
 
     Raises:
-        MissingDataError, StoreFormatError: naming the file.
+        MissingDataError: If the file is missing.
+        StoreFormatError: If it is invalid or differs from what the header implies.
     """
     document, file = _expected(header)[name], f"{name}/{METADATA}"
     where = storage.where(file)
     found = parse_json(where, storage.read(file, _MAX_BYTES))
-    if not header.finalised:  # a finalise that was killed may have trimmed some arrays
+    if not header.finalised:  # an interrupted finalise may have trimmed some arrays already
         document["shape"][0] = _growing_rows(where, header, found.get("shape"))
     _agree(where, document, found)
 
 
 def restore_documents(storage: Storage, header: StoreHeader) -> list[str]:
-    """Writes those `zarr.json` of arrays that are missing or damaged; their names."""
+    """Rewrite every array's `zarr.json` that is missing or damaged; return the file names."""
     restored = []
     shaped = array_documents(header, header.n_items if header.finalised else header.planned_items)
     for name, document in {**_expected(header), **shaped}.items():
@@ -202,8 +211,8 @@ def _growing_rows(where: str, header: StoreHeader, shape: Any) -> int:
     most = header.planned_items * header.shard_tokens
     if type(rows) is not int or not 0 <= rows <= most or rows % header.shard_tokens:
         raise StoreFormatError(
-            f"{where} has shape={shape!r}: expected up to {most} rows in shards of "
-            f"{header.shard_tokens}; restore the file"
+            f"{where} has shape={shape!r}: expected at most {most} rows, a multiple "
+            f"of {header.shard_tokens}; restore the file from a backup"
         )
     return rows
 

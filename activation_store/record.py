@@ -1,4 +1,4 @@
-"""What the commit log says of one item: its rows, the checksums and the moments of its shards."""
+"""Commit records: the rows of an item, and the size, checksum and statistics of its shards."""
 
 from __future__ import annotations
 
@@ -12,21 +12,25 @@ from activation_store.errors import StoreFormatError
 from activation_store.header import StoreHeader
 
 SCHEMA_VERSION = 1
-_BLOCK_VALUES = 1 << 16  # moments are summed in pieces that stay in the cache
+_BLOCK_VALUES = 1 << 16  # statistics are summed in blocks that fit into the CPU cache
 
 
 @dataclass(frozen=True)
 class Statistics:
-    """Moments over all numbers of some rows; of the finite ones but for the last.
+    """Statistics over all values of some rows, in the store's dtype and before int8 quantisation.
 
-    As stored, or for int8 as they were before they were quantised.
+    NaN and infinite values are left out of all fields except `non_finite`.
     """
 
     count: int = 0
+    """Number of finite values."""
     sum: float = 0.0
     sumsq: float = 0.0
+    """Sum of squares."""
     absmax: float = 0.0
+    """Largest absolute value."""
     non_finite: int = 0
+    """Number of NaN and infinite values."""
 
     def __add__(self, other: Statistics) -> Statistics:
         return Statistics(
@@ -39,15 +43,16 @@ class Statistics:
 
 
 def measure(rows: NDArray[Any]) -> Statistics:
-    """The moments of `rows` [n, d_model], bfloat16 or float32, summed in float64."""
-    values, total = rows.reshape(-1), Statistics()
+    """Return the statistics of `rows` [n, d_model], bfloat16 or float32, summed in float64."""
+    values = rows.reshape(-1)
+    total = Statistics()
     for start in range(0, len(values), _BLOCK_VALUES):
         total += _measure_block(values[start : start + _BLOCK_VALUES])
     return total
 
 
 def _measure_block(values: NDArray[Any]) -> Statistics:
-    # On bits: as NumPy sees them, bfloat16 numbers hold the interpreter's lock.
+    # Work on the bits: NumPy holds the GIL while it computes with bfloat16 values.
     bits = values.view(f"<u{values.itemsize}")
     sign = bits.dtype.type(1 << 8 * values.itemsize - 1)
     largest = (bits & ~sign).max(initial=0)
@@ -59,30 +64,32 @@ def _measure_block(values: NDArray[Any]) -> Statistics:
         block, n_bad = block[finite], len(block) - int(np.count_nonzero(finite))
         largest = np.abs(block).max(initial=0).view(np.uint32)
     numbers = block.astype(np.float64)
-    # Not `numbers @ numbers`: BLAS would share so short a sum among threads, which on a busy
+    # Do not use `numbers @ numbers`: BLAS would split this short sum over threads, which on a busy
     # machine wait for each other twenty times longer than the sum takes.
     sumsq = float(np.einsum("i,i->", numbers, numbers))
     return Statistics(len(block), float(numbers.sum()), sumsq, float(_widen(largest)), n_bad)
 
 
 def _widen(bits: np.unsignedinteger[Any]) -> np.float32:
-    """The number that bits of bfloat16 or float32 stand for."""
+    """Convert the bits of a bfloat16 or float32 number to float32."""
     whole = np.uint32(bits) << np.uint32(16 if bits.itemsize == 2 else 0)
     return whole.view(np.float32)
 
 
 @dataclass(frozen=True)
 class ShardRecord:
-    """One committed file."""
+    """Commit record of one shard file."""
 
     bytes: int
+    """Size of the file."""
     tail_crc32c: int
-    """Of its last `ShardLayout.tail_bytes` bytes, which hold the checksums of all the others."""
+    """Checksum of the last `ShardLayout.tail_bytes` bytes, which hold the checksums of all chunks.
+    """
     statistics: Statistics | None = None
-    """Of a hookpoint array; sidecars have none."""
+    """Statistics of a hookpoint array; None for sidecars."""
 
     def to_json(self) -> dict[str, Any]:
-        """Flat."""
+        """Return a flat JSON object, with the statistics' fields next to the others."""
         document = asdict(self)
         statistics = document.pop("statistics")
         return {**document, **(statistics or {})}
@@ -90,23 +97,24 @@ class ShardRecord:
 
 @dataclass(frozen=True)
 class ItemRecord:
-    """One committed item: what is not in such a record does not exist."""
+    """Commit record of one item; data without a record counts as missing."""
 
     item: int
     attempt: str
-    """A uuid: which of several attempts at the item was first."""
+    """UUID of the attempt that committed the item."""
     rows: int
-    """Valid rows, 0 to shard_tokens."""
+    """Number of valid rows, 0 to shard_tokens."""
     arrays: dict[str, ShardRecord]
+    """Name of each array on disk to the record of its shard."""
 
     def to_json(self) -> dict[str, Any]:
-        """The loose record's document."""
+        """Return the content of the item's record file."""
         arrays = {name: shard.to_json() for name, shard in self.arrays.items()}
         head = {"schema_version": SCHEMA_VERSION, "item": self.item}
         return {**head, "attempt": self.attempt, "rows": self.rows, "arrays": arrays}
 
     def files(self) -> dict[str, tuple[int, int]]:
-        """Size and checksum of each file: two attempts that agree in them wrote the same bytes."""
+        """Return size and checksum of each file; if they are equal, so are the files' bytes."""
         return {name: (shard.bytes, shard.tail_crc32c) for name, shard in self.arrays.items()}
 
 
@@ -123,9 +131,11 @@ def row_dtype(header: StoreHeader) -> np.dtype[Any]:
 
 
 def to_row(record: ItemRecord, dtype: np.dtype[Any]) -> NDArray[np.void]:
-    """`record` as one row [] of a table of `dtype`."""
+    """Convert a record to one row [] of a table with data type `dtype`."""
     row = np.zeros((), dtype)
-    row["present"], row["attempt"], row["rows"] = True, record.attempt.encode(), record.rows
+    row["present"] = True
+    row["attempt"] = record.attempt.encode()
+    row["rows"] = record.rows
     for name, shard in record.arrays.items():
         for key, value in shard.to_json().items():
             row[name][key] = value
@@ -133,7 +143,7 @@ def to_row(record: ItemRecord, dtype: np.dtype[Any]) -> NDArray[np.void]:
 
 
 def from_row(header: StoreHeader, item: int, row: Any) -> ItemRecord:
-    """The reverse of `to_row`."""
+    """Convert a row of a table to a record; the inverse of `to_row`."""
     arrays = {}
     for name in header.stored:
         values = {key: row[name][key].item() for key in row.dtype[name].names}
@@ -143,28 +153,33 @@ def from_row(header: StoreHeader, item: int, row: Any) -> ItemRecord:
 
 
 def parse_columns(header: StoreHeader, where: str, document: dict[str, Any]) -> NDArray[np.void]:
-    """A table [n] of the columns {"rows": [n], "attempt": [n], "arrays": {name: {key: [n]}}}.
+    """Convert {"rows": [n], "attempt": [n], "arrays": {name: {key: [n]}}} to a table [n].
+
+    Args:
+        header: Header of the store.
+        where: Name of the file, for error messages.
+        document: The columns.
 
     Raises:
-        StoreFormatError: A column is missing, of another length or type, or holds values that
-            cannot be (more rows than a shard has, a size that does not follow from the rows).
+        StoreFormatError: If a column is missing, has the wrong length or type, or holds impossible
+            values (more rows than a shard has, a file size that does not fit the rows).
     """
     try:
         rows = _integers(document["rows"])
         table = np.zeros(len(rows), row_dtype(header))
         table["present"], table["rows"] = True, rows
         if not ((rows >= 0) & (rows <= header.shard_tokens)).all():
-            raise ValueError(f"rows {rows.tolist()} of shards of {header.shard_tokens}")
+            raise ValueError(f"rows={rows.tolist()}: expected 0 to {header.shard_tokens}")
         attempts = document["attempt"]
         if any(type(name) is not str or len(name) > 36 for name in attempts):
-            raise ValueError("an attempt that is no uuid")
+            raise ValueError("attempt must be a UUID string")
         table["attempt"] = [name.encode("ascii") for name in attempts]
         if set(document["arrays"]) != set(header.stored):
-            raise ValueError(f"arrays {list(document['arrays'])}: expected {list(header.stored)}")
+            raise ValueError(f"arrays={list(document['arrays'])}: expected {list(header.stored)}")
         for name in header.stored:
             _fill(header, name, table, document["arrays"][name])
     except (KeyError, TypeError, ValueError, OverflowError, AttributeError) as error:
-        raise StoreFormatError(f"{where} cannot be a commit record: {error}") from error
+        raise StoreFormatError(f"{where} is not a valid commit record: {error}") from error
     return table
 
 
@@ -174,17 +189,21 @@ def _fill(header: StoreHeader, name: str, table: NDArray[np.void], columns: Any)
         integer = target.dtype[key].kind in "iu"
         values = _integers(columns[key]) if integer else np.array(columns[key], np.float64)
         if values.shape != table.shape or not np.isfinite(values).all():
-            raise ValueError(f"{name}.{key} has shape {values.shape}: expected {table.shape}")
+            raise ValueError(
+                f"{name}.{key} has shape {values.shape}: expected {table.shape} finite numbers"
+            )
         if integer and not ((values >= 0) & (values <= np.iinfo(target.dtype[key]).max)).all():
             raise ValueError(f"{name}.{key} is out of range")
         target[key] = values
     layout = header.layout(name)
     pairs = zip(table["rows"].tolist(), target["bytes"].tolist(), strict=True)
     if not all(layout.can_be(rows, n_bytes) for rows, n_bytes in pairs):
-        raise ValueError(f"{name}.bytes {target['bytes'].tolist()} does not follow from the rows")
+        raise ValueError(
+            f"{name}.bytes={target['bytes'].tolist()} does not match the number of rows"
+        )
 
 
 def _integers(values: Any) -> NDArray[np.int64]:
     if type(values) is not list or any(type(value) is not int for value in values):
-        raise ValueError("expected a list of whole numbers")
+        raise ValueError("expected a list of integers")
     return np.array(values, np.int64)

@@ -1,8 +1,9 @@
-"""Deleting the shards that every consumer has passed: a run needs no room for all its rows.
+"""Delete shards that every consumer has passed, so that a run needs no disk space for all rows.
 
-Shards of items below `below` are deleted or are about to be, those below `swept` are gone. Records
-stay for ever: numbers, checksums and moments of all rows are still told. `announced` is what a
-deletion is about to raise `below` to: see `cursors.py` for why it says so first.
+The deletion mark (see `watermark.py`) records the progress: shards of items below `below` are
+deleted or about to be, and those below `swept` are deleted. `announced` is the value to which a
+deletion is about to raise `below`; `cursors.py` explains why it must be written first. Commit
+records are never deleted, so row numbers, checksums and statistics remain available.
 """
 
 from __future__ import annotations
@@ -20,13 +21,17 @@ from activation_store.watermark import Watermark, read_watermark, write_watermar
 
 
 def delete_consumed(path: str | Path) -> list[int]:
-    """Deletes the shards that no registered consumer needs any more; returns the items.
+    """Delete the shards that no registered consumer needs any more.
 
-    Does nothing without a consumer. What a call that was killed left half done, the next one ends.
-    One process at a time may do so: the driver.
+    Does nothing if no consumer is registered. Completes a deletion that was interrupted. Only one
+    process at a time may call this: the driver, which holds the harvest lock.
+
+    Returns:
+        The items whose shards were deleted.
 
     Raises:
-        DamagedDataError, StoreFormatError: A cursor file or the watermark cannot be read.
+        DamagedDataError: If a cursor file or the deletion mark fails its checksum.
+        StoreFormatError: If a cursor file or the deletion mark is invalid.
     """
     storage = open_storage(path)
     header = read_header(storage)
@@ -41,22 +46,24 @@ def delete_consumed(path: str | Path) -> list[int]:
 
 
 def _advance(storage: Storage, mark: Watermark) -> Watermark:
-    """Raises the watermark to what the consumers allow; durable when it returns."""
+    """Move the deletion mark as far as the consumers allow; durable when this returns."""
     target = _allowed(storage, mark)
     if target.below > mark.below:
         write_watermark(storage, replace(mark, announced=target.below))
-        # Whoever came before the announcement is seen now; whoever comes after it sees it.
+        # A consumer that registered before the announcement is found by this second look; one that
+        # registers after it sees the announcement.
         agreed = _allowed(storage, mark)
         below = min(target.below, agreed.below)
         mark = replace(mark, announced=below, below=below, consumers=agreed.consumers)
         write_watermark(storage, mark)
-    elif mark.announced > mark.below:  # of a call that was killed
+    elif mark.announced > mark.below:  # a previous call was killed after its announcement
         mark = replace(mark, announced=mark.below)
         write_watermark(storage, mark)
     return mark
 
 
 def _allowed(storage: Storage, mark: Watermark) -> Watermark:
+    """Return `mark` with `below` raised to the first item that a consumer still needs."""
     kept = {name: state.keep_from_item for name, state in consumers(storage).items()}
     below = min(*kept.values(), log.count(storage)) if kept else 0
     return replace(mark, below=max(mark.below, below), consumers=kept)

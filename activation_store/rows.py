@@ -1,4 +1,4 @@
-"""The rows of a store in their shuffled order: blocks of them in memory, the next one under way."""
+"""Read the rows of a store in shuffled order, one block in memory at a time, with read-ahead."""
 
 from __future__ import annotations
 
@@ -26,52 +26,66 @@ Column = tuple[np.dtype[Any], tuple[int, ...]]
 
 @dataclass(frozen=True, eq=False)
 class LoadedBlock:
-    """Rows that are in memory together. The memory is used again once nobody holds the arrays."""
+    """Rows of one block in memory; the memory is reused once no array of it is referenced.
+
+    A *gathered* block holds the reader's rows in stream order. A *staged* block holds them in chunk
+    order, in the stored data type, together with the permutation into stream order.
+    """
 
     block: Block
     arrays: dict[str, NDArray[Any]]
-    """[n, ...]. Gathered: every array and sidecar, the reader's rows in the order of the stream.
-    Staged: every array on disk that was asked for (of codec int8 the quantised numbers and, as
-    `<name>.scale`, the rows' scales), in the order in which the chunks came."""
+    """Array name to rows, [n, ...]. Gathered: the requested arrays and sidecars, as readers get
+    them. Staged: the arrays on disk that make them up (for codec int8 the quantised values, and the
+    row scales as `<name>.scale`)."""
     order: Ints | None = None
-    """Staged: [n], the row of the arrays at each place of the reader's stream."""
+    """Staged blocks only, [n]: which row of `arrays` comes at each place of the reader's stream."""
 
 
 @dataclass(frozen=True, eq=False)
 class LoadedRows:
-    """Rows of the stream that lie in one block."""
+    """A run of stream rows that lie in one block."""
 
     block: LoadedBlock
     place: slice
-    """Where among the reader's rows of the block."""
+    """Position of the rows among the reader's rows of the block, in stream order."""
 
     @property
     def picks(self) -> Ints:
-        """Of a staged block: which rows of its arrays these are, in the order of the stream."""
+        """Rows of a staged block's arrays to pick, in stream order; staged blocks only."""
         assert self.block.order is not None, "only a staged block has an order"
         return self.block.order[self.place]
 
 
 @dataclass(frozen=True)
 class _Span:
-    """What a reader needs of a block: the chunks under its strips."""
+    """The chunks of a block that one reader needs: those that overlap its strips."""
 
     wanted: Chunks
-    """Item, chunk, number of its first row among the rows of these chunks."""
+    """For each chunk: item, chunk number, and number of its first row within the span."""
     n_rows: int
-    """Rows of these chunks."""
+    """Total number of rows of these chunks."""
     own: slice
-    """The reader's among them."""
+    """The rows among them that belong to the reader's strips."""
 
 
 class ShuffledRows:
-    """The stream of rows of every epoch, from any row on. For `ShuffledStream` and mixtures.
+    """The shuffled rows of every epoch, readable from any row on; see `ShuffledStream`.
 
     Args:
-        batch_rows: Rows of a batch; see `shuffle.py`.
-        rows: The slice [lo, hi) of each batch that is read.
-        staged: Leave the rows of a block in the order in which its chunks came.
-        others: As of `ShuffledStream`.
+        store: Store to read from; it may still be growing.
+        arrays: Hookpoints and sidecars to read.
+        seed: Seed of the row order, not negative.
+        window_items: Number of items that are shuffled together.
+        buffer_rows: Number of rows that are permuted together.
+        batch_rows: Rows of a global batch; see `shuffle.py`.
+        rows: The slice [lo, hi) of each global batch that this reader gets.
+        prefetch: Read the next block in a thread while the current one is in use.
+        wait_timeout_s: Seconds to wait for a growing store before raising an error.
+        allocate: Allocator of the memory for blocks.
+        staged: Keep the rows of a block in chunk order, as they are stored.
+
+    Raises:
+        StoreConfigError: If an argument is invalid.
     """
 
     def __init__(
@@ -90,10 +104,10 @@ class ShuffledRows:
         staged: bool = False,
     ) -> None:
         for key, value, valid, expected in (
-            ("seed", seed, seed >= 0, "not negative"),
+            ("seed", seed, seed >= 0, "at least 0"),
             ("window_items", window_items, window_items > 0, "at least 1"),
             ("buffer_rows", buffer_rows, buffer_rows > 0, "at least 1"),
-            ("arrays", arrays, bool(arrays), "at least one"),
+            ("arrays", arrays, bool(arrays), "at least one name"),
         ):
             if not valid:
                 raise StoreConfigError(key, value, expected)
@@ -103,12 +117,13 @@ class ShuffledRows:
         self.store = store
         self.arrays = tuple(arrays)
         self.wait_s = 0.0
-        """Seconds spent waiting for data, in all."""
+        """Total seconds spent waiting for data."""
         self._shuffle = Shuffle(
             seed, store.header.chunk_rows, window_items, buffer_rows, batch_rows
         )
         self._slice = rows
-        self._prefetch, self._staged = prefetch, staged
+        self._prefetch = prefetch
+        self._staged = staged
         self._wait_timeout_s = wait_timeout_s
         self._stop = threading.Event()
         self._recycler = Recycler(allocate)
@@ -117,15 +132,19 @@ class ShuffledRows:
         self._fetch: _Fetch | None = None
 
     def parts(self, epoch: int, start: int, stop: int) -> list[LoadedRows]:
-        """Where rows [start, stop) of an epoch lie; they follow on from those asked for before.
+        """Load stream rows [start, stop) of an epoch and return where they lie.
 
-        All of them must be of the slice that is read.
+        Successive calls must ask for increasing rows; call `reset` before going elsewhere. All rows
+        must belong to the slice of this reader.
 
         Raises:
-            IncompleteStoreError: The store did not grow in time.
-            MissingDataError, DamagedDataError: naming the file and the chunk.
+            IncompleteStoreError: If the store did not grow within `wait_timeout_s`.
+            DeletedDataError: If some of the rows were deleted.
+            MissingDataError: If a shard file is missing; the message names it.
+            DamagedDataError: If a chunk fails its checksum; the message names file and chunk.
         """
-        # Only now, for the batch before this one may have held the block before the current one.
+        # Start reading ahead only now and not when the block was taken: the previous batch may
+        # have used the block before the current one, so its memory became free only now.
         if self._prefetch and self._current and not self._fetch:
             assert self._blocks is not None
             self._fetch = _Fetch(self._blocks)
@@ -134,25 +153,27 @@ class ShuffledRows:
             current = self._block_with(epoch, row)
             block = current.block
             end = min(stop, block.stop)
-            first, here, there = (
-                self._shuffle.rows_before(at, *self._slice) for at in (block.start, row, end)
-            )
-            parts.append(LoadedRows(current, slice(here - first, there - first)))
+            first = self._shuffle.rows_before(block.start, *self._slice)
+            low = self._shuffle.rows_before(row, *self._slice)
+            high = self._shuffle.rows_before(end, *self._slice)
+            parts.append(LoadedRows(current, slice(low - first, high - first)))
             row = end
         return parts
 
     def first_item_needed(self, row: int) -> int:
-        """First item of the window of epoch 0 that holds a stream row; see `ShuffledStream`."""
-        final, n_items = self.store.finalised, self.store.n_items  # in this order: see Store
+        """Return the first item of the epoch 0 window that holds a stream row; see `stream.py`."""
+        # Read `finalised` first: see `Store`.
+        final = self.store.finalised
+        n_items = self.store.n_items
         size = self._shuffle.window_items
         whole = n_items if final else n_items // size * size
         ends = self._shuffle.window_starts(self.store.valid_rows[:whole])[1:]
         return min(int(np.searchsorted(ends, row, side="right")) * size, whole)
 
     def join(self, parts: list[LoadedRows]) -> dict[str, NDArray[Any]]:
-        """The rows of gathered `parts`: [n, d_model] of each array, [n] of each sidecar.
+        """Concatenate the rows of gathered parts: [n, d_model] of each array, [n] of each sidecar.
 
-        Rows of one block are a view of it; only a batch that lies in several is copied.
+        The rows of a single part are returned as a view; only several parts are copied.
         """
         joined = {}
         for name in self.arrays:
@@ -170,7 +191,7 @@ class ShuffledRows:
         return out
 
     def reset(self) -> None:
-        """The next rows may be any."""
+        """Drop the current block and the read-ahead, so that the next rows may be any."""
         if self._fetch:
             self._stop.set()
             self._fetch.join()
@@ -178,20 +199,24 @@ class ShuffledRows:
         self._blocks = self._current = self._fetch = None
 
     def settle(self) -> None:
-        """Returns once no block is being read in advance; the one that was is kept."""
+        """Wait until the read-ahead, if any, is complete; its block is kept."""
         if self._fetch:
             self._fetch.join()
 
     def close(self) -> None:
-        """Ends the reading thread and gives the memory back."""
+        """Stop the reading thread and release the memory."""
         self.reset()
         self._recycler = Recycler()
 
     def wait(self, ready: Callable[[], bool], why: str) -> None:
-        """Returns when `ready` or when the store is finalised.
+        """Wait until `ready()` is true or the store is finalised.
+
+        Args:
+            ready: Checked after each refresh of the store.
+            why: What the caller needs, for the error message.
 
         Raises:
-            IncompleteStoreError: with `why`, after `wait_timeout_s`.
+            IncompleteStoreError: If this takes longer than `wait_timeout_s`.
         """
         deadline = time.monotonic() + self._wait_timeout_s
         while not ready() and not self.store.finalised:
@@ -201,23 +226,24 @@ class ShuffledRows:
             if time.monotonic() > deadline:
                 raise IncompleteStoreError(
                     f"{why}; {self.store.path} has {self.store.n_items} items and is not "
-                    f"finalised after {self._wait_timeout_s:g} s: is its writer still alive?"
+                    f"finalised after {self._wait_timeout_s:g} s; check that the harvest which "
+                    "writes it is still running"
                 )
             if self._stop.wait(self.store.poll_s):
                 raise _Stopped
 
     def _block_with(self, epoch: int, row: int) -> LoadedBlock:
-        """The block that holds a stream row; blocks before it are passed over."""
+        """Return the block that holds a stream row, skipping blocks before it."""
         if self._blocks is None:
             self._blocks = self._read_blocks(epoch, row)
         while True:
             current = self._current
             if current and current.block.epoch == epoch and row < current.block.stop:
                 return current
-            self._current = current = None  # its memory is free from here on
+            self._current = current = None  # release its memory before taking the next block
             self._current = self._take_block()
             begin = (self._current.block.epoch, self._current.block.start)
-            assert begin <= (epoch, row), "passed the row that is asked for"
+            assert begin <= (epoch, row), "rows must be requested in increasing order"
 
     def _take_block(self) -> LoadedBlock:
         started = time.monotonic()
@@ -228,7 +254,7 @@ class ShuffledRows:
         return staged
 
     def _read_blocks(self, epoch: int, row: int) -> Iterator[LoadedBlock]:
-        """Without end, from the block that holds `row` on. Runs in the reading thread."""
+        """Yield blocks without end, starting with the one that holds `row`; runs in the thread."""
         while True:
             for block in self._plan(epoch, row):
                 first, last = self._shuffle.memory(block, *self._slice)
@@ -237,13 +263,18 @@ class ShuffledRows:
             epoch, row = epoch + 1, 0
 
     def _plan(self, epoch: int, row: int) -> Iterator[Block]:
-        """The blocks of an epoch from the window that holds `row` on."""
+        """Yield the blocks of an epoch, starting with the window that holds `row`."""
         if epoch > 0:
+            # Later epochs permute all items, so they need the complete store.
             self.wait(lambda: False, f"epoch {epoch} needs the finalised store")
             self.store.require_all(f"epoch {epoch}")
-        size, known, window = self._shuffle.window_items, -1, 0
+        size = self._shuffle.window_items
+        known = -1
+        window = 0
         while True:
-            final, n_items = self.store.finalised, self.store.n_items  # in this order: see Store
+            # Read `finalised` first: see `Store`.
+            final = self.store.finalised
+            n_items = self.store.n_items
             if n_items != known:
                 known = n_items
                 order = self._shuffle.item_order(epoch, known)
@@ -263,7 +294,9 @@ class ShuffledRows:
 
     def _wait_for_window(self, window: int) -> None:
         stop = (window + 1) * self._shuffle.window_items
-        self.wait(lambda: self.store.n_items >= stop, f"window {window} needs items to {stop - 1}")
+        self.wait(
+            lambda: self.store.n_items >= stop, f"window {window} needs items up to {stop - 1}"
+        )
 
     def _read(self, block: Block) -> LoadedBlock:
         span = self._span(block)
@@ -276,7 +309,7 @@ class ShuffledRows:
 
     def _read_staged(self, block: Block, span: _Span) -> LoadedBlock:
         names = [part for name in self.arrays for part in self.store.header.stored_as(name)]
-        # The order beside the reads, which wait for memory more than they compute.
+        # Compute the order in parallel with the reads, which mostly wait for memory.
         tasks: list[Callable[[], NDArray[Any]]] = [
             partial(self._shuffle.row_order, block, *self._slice),
             *(partial(self._read_stored, name, span) for name in names),
@@ -296,7 +329,7 @@ class ShuffledRows:
         return _Span(wanted, int(ends[span][-1]) - begin, slice(first - begin, last - begin))
 
     def _empty(self, n_rows: int, column: Column) -> NDArray[Any]:
-        # Every block of a stream fits, so that memory of one size goes round.
+        # Allocate the size of the largest block of the stream, so that memory can be reused.
         shuffle, (lo, hi) = self._shuffle, self._slice
         most = shuffle.buffer_rows + shuffle.chunk_rows
         own = -(-most // shuffle.batch_rows) * (hi - lo) + 2 * shuffle.chunk_rows
@@ -308,15 +341,22 @@ class ShuffledRows:
         return rows
 
     def _gather(self, name: str, span: _Span, places: Ints) -> NDArray[Any]:
-        """The reader's rows in the order of the stream, put there while they are in cache."""
+        """Read the reader's rows, moving each to its place in stream order while it is in cache.
+
+        Args:
+            name: Hookpoint or sidecar.
+            span: Chunks to read.
+            places: [n]: place in the stream of each of the reader's rows in chunk order.
+        """
         out = self._empty(len(places), self.store.header.columns[name])
-        # As bytes: over bfloat16 numbers NumPy would hold the interpreter's lock.
+        # Copy as bytes: NumPy would hold the GIL while copying bfloat16 values.
         target = as_bytes(out).reshape(len(out), -1)
         numbers, *scales = self.store.header.stored_as(name)
         scale = self._read_stored(scales[0], span) if scales else None
         own = span.own
 
         def place(first: int, rows: NDArray[Any]) -> None:
+            # Keep only rows of the reader's strips: the first and last chunk may have others.
             part = slice(max(first, own.start), min(first + len(rows), own.stop))
             rows = rows[part.start - first : part.stop - first]
             if scale is not None:
@@ -324,19 +364,22 @@ class ShuffledRows:
                 decoded = decoded.reshape(rows.shape)
                 self.store.scaling(name).dequantise(rows, scale[part], decoded)
                 rows = decoded
-            there = places[part.start - own.start : part.stop - own.start]
-            target[there] = as_bytes(rows).reshape(len(rows), -1)
+            targets = places[part.start - own.start : part.stop - own.start]
+            target[targets] = as_bytes(rows).reshape(len(rows), -1)
 
         self.store.place_chunks(numbers, span.wanted, span.n_rows, place)
         return out
 
 
 class _Stopped(Exception):
-    """The stream moved elsewhere; nobody is waiting for this block."""
+    """Raised in the reading thread when the stream was reset and the block is no longer needed."""
 
 
 class _Fetch(threading.Thread):
-    """Reads one block. A daemon: a stream that was never closed does not keep the process alive."""
+    """Thread that reads one block.
+
+    It is a daemon thread, so that a stream which was not closed does not keep the process alive.
+    """
 
     def __init__(self, blocks: Iterator[LoadedBlock]) -> None:
         super().__init__(name="activation-reader", daemon=True)
@@ -346,12 +389,14 @@ class _Fetch(threading.Thread):
         self.start()
 
     def run(self) -> None:
+        """Read the block and keep it, or the error, for `result`."""
         try:
             self._staged = next(self._blocks)
-        except BaseException as error:  # noqa: BLE001 - raised again where it is waited for
+        except BaseException as error:  # `result` raises it in the thread that waits
             self._error = error
 
     def result(self) -> LoadedBlock:
+        """Wait for the block and return it; raise the error if reading failed."""
         self.join()
         if self._error is not None:
             raise self._error

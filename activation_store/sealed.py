@@ -1,4 +1,4 @@
-"""JSON whose every byte is under a checksum, and the bounds within which any JSON is read."""
+"""Checksummed JSON files, and safe parsing of JSON in general."""
 
 from __future__ import annotations
 
@@ -18,32 +18,40 @@ _LARGEST = 1 << 62
 
 
 def parse_json(where: str, data: bytes) -> dict[str, Any]:
-    """The object in `data`.
+    """Parse a JSON object.
+
+    Args:
+        where: Name of the file, for error messages.
+        data: Content of the file.
 
     Raises:
-        StoreFormatError: `where` holds no JSON object, or one nested beyond reason.
+        StoreFormatError: If `data` is not a JSON object, or is nested too deeply.
     """
     try:
         document = json.loads(data)
     except (ValueError, RecursionError) as error:
-        raise StoreFormatError(f"{where} is damaged or no JSON: {error}") from error
+        raise StoreFormatError(f"{where} is not valid JSON: {error}") from error
     if not isinstance(document, dict):
-        raise StoreFormatError(f"{where} holds a {type(document).__name__}: expected an object")
+        raise StoreFormatError(f"{where} holds a {type(document).__name__}: expected a JSON object")
     return document
 
 
 def seal(document: dict[str, Any]) -> bytes:
-    """JSON whose first key is the crc32c (hexadecimal) of all the bytes after it."""
+    """Serialise to checksummed JSON, whose first key is the crc32c (hex) of all bytes after it."""
     rest = json.dumps(document, separators=(",", ":"), allow_nan=False).encode()[1:]
     return _SEAL % crc32c(rest) + rest
 
 
 def unseal(where: str, data: bytes) -> dict[str, Any]:
-    """What `seal` made `data` of.
+    """Parse checksummed JSON; the inverse of `seal`.
+
+    Args:
+        where: Name of the file, for error messages.
+        data: Content of the file.
 
     Raises:
-        DamagedDataError: A byte of it is not what was written; names `where`.
-        StoreFormatError: It is no JSON object.
+        DamagedDataError: If the checksum does not match.
+        StoreFormatError: If `data` is not a JSON object.
     """
     rest = data[_SEAL_BYTES:]
     if data[:_SEAL_BYTES] != _SEAL % crc32c(rest):
@@ -52,26 +60,32 @@ def unseal(where: str, data: bytes) -> dict[str, Any]:
 
 
 def read_sealed(storage: Storage, name: str, limit_bytes: int) -> dict[str, Any]:
-    """What `seal` wrote under `name`.
+    """Read a checksummed JSON file.
 
     Raises:
-        MissingDataError: It is not there.
-        DamagedDataError: A byte of it is not what was written.
-        StoreFormatError: It is larger than `limit_bytes`, or no JSON object.
+        MissingDataError: If the file is missing.
+        DamagedDataError: If the checksum does not match.
+        StoreFormatError: If the file is larger than `limit_bytes`, or not a JSON object.
     """
     return unseal(storage.where(name), storage.read(name, limit_bytes))
 
 
 def whole_numbers(where: str, document: dict[str, Any], keys: Sequence[str]) -> list[int]:
-    """The values of `keys`, which must be all that `document` has, in their order.
+    """Return the values of `keys` in that order, after checking that `document` is valid.
+
+    Args:
+        where: Name of the file, for error messages.
+        document: Must have exactly these keys, and integers of at least 0 as values.
+        keys: Expected keys.
 
     Raises:
-        StoreFormatError: `where` has other keys, or a value that is no whole number from 0 on.
+        StoreFormatError: If a key is missing or unknown, or a value is invalid.
     """
     values = [document.get(key) for key in keys]
     numbers = [value for value in values if type(value) is int and 0 <= value <= _LARGEST]
     if set(document) != set(keys) or len(numbers) < len(keys):
         raise StoreFormatError(
-            f"{where} holds {document}: expected whole numbers {list(keys)}; restore it"
+            f"{where} holds {document}: expected integers of at least 0 for {list(keys)}; restore "
+            "the file from a backup"
         )
     return numbers

@@ -1,4 +1,4 @@
-"""Up to which item a store's shards are deleted: written by `retention.py`, read by everybody.
+"""The deletion mark: up to which item the shards of a store are deleted; see `retention.py`.
 
 _deleted.json   {"announced": a, "below": b, "swept": s, "consumers": {name: first item kept}}
 """
@@ -17,33 +17,34 @@ _FILE_BYTES = 1 << 20
 
 @dataclass(frozen=True)
 class Watermark:
-    """How far a store's shards are deleted; the numbers never go down, but for `announced`."""
+    """The deletion mark of a store; `below` and `swept` never decrease."""
 
     announced: int = 0
-    """Nobody new may need items below it; at least `below`."""
+    """No new consumer may need items below this one; at least `below`."""
     below: int = 0
-    """Shards of items below it are not to be read any more."""
+    """Shards of items below this one must not be read any more."""
     swept: int = 0
-    """Shards of items below it are gone."""
+    """Shards of items below this one have been deleted; at most `below`."""
     consumers: dict[str, int] = field(default_factory=dict)
-    """Who had let go of them: consumer to the first item that it kept."""
+    """Consumers at the time of the deletion: name to the first item that each still needed."""
 
     def describe(self) -> str:
-        """For messages."""
+        """Return a description for error messages."""
         if self.announced > self.below:
             return f"items below {self.announced} are being deleted"
         slowest = min(self.consumers, key=lambda name: self.consumers[name], default="?")
         return (
-            f"items below {self.below} were deleted once all consumers had passed them, the last "
-            f"of them {slowest!r}"
+            f"items below {self.below} were deleted after all consumers had passed them, "
+            f"{slowest!r} last"
         )
 
 
 def read_watermark(storage: Storage) -> Watermark:
-    """How far a store's shards are deleted.
+    """Read the deletion mark; a store without one has no deleted shards.
 
     Raises:
-        DamagedDataError, StoreFormatError: The file is not what was written.
+        DamagedDataError: If the file fails its checksum.
+        StoreFormatError: If the file is invalid.
     """
     try:
         document = read_sealed(storage, WATERMARK, _FILE_BYTES)
@@ -53,19 +54,19 @@ def read_watermark(storage: Storage) -> Watermark:
     names = document.pop("consumers", None)
     numbers = whole_numbers(where, document, ("announced", "below", "swept"))
     if not isinstance(names, dict) or numbers != sorted(numbers, reverse=True):
-        raise StoreFormatError(f"{where} cannot be a watermark; restore it from a backup")
+        raise StoreFormatError(f"{where} is not a valid deletion mark; restore it from a backup")
     announced, below, swept = numbers
     return Watermark(announced, below, swept, names)
 
 
 def write_watermark(storage: Storage, mark: Watermark) -> None:
-    """Durable when it returns."""
+    """Write the deletion mark; it is durable when this returns."""
     storage.put(WATERMARK, [seal(asdict(mark))])
 
 
 def deleted(storage: Storage, what: str, mark: Watermark) -> DeletedDataError:
-    """The error of somebody who needs `what`, which is gone."""
+    """Return the error for an operation `what` that needs deleted rows."""
     return DeletedDataError(
-        f"{storage.path}: {what} needs rows that are gone: {mark.describe()}; harvest the store "
-        "again, and keep its rows for whoever reads them again or later"
+        f"{storage.path}: {what} needs rows that were deleted: {mark.describe()}; harvest the "
+        "store again with cluster.retention=keep"
     )

@@ -179,7 +179,7 @@ def test_a_window_waits_for_all_its_items(tmp_path: Path) -> None:
     """Items 0, 1 and 3 are there: rows enough for a batch, but window 0 lacks item 2."""
     writer = write_store(tmp_path / "s", [16] * 6, order=[0, 1, 3], finalise=False)
     source = stream(open_store(tmp_path / "s"), wait_timeout_s=0.2)
-    with pytest.raises(IncompleteStoreError, match="window 0 needs items to 2; .* has 2 items"):
+    with pytest.raises(IncompleteStoreError, match="window 0 needs items up to 2; .* has 2 items"):
         source.next()
     assert source.position == 0 and source.wait_s >= 0
     with pytest.raises(IncompleteStoreError, match="not finalised"):
