@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all."""
+"""Atomic, durable file writes and vectored reads on a local file system."""
 
 from __future__ import annotations
 
@@ -14,22 +14,24 @@ import numpy as np
 from numpy.typing import NDArray
 
 Bytes = NDArray[np.uint8]
-"""A flat view of memory; checksums, os.preadv and os.writev take it without a copy."""
+"""A flat view of memory; crc32c, os.preadv and os.writev use it without a copy."""
 
 TMP = "_tmp"
+"""Folder of a store for files that are being written."""
 STALE_S = 3600
-_MAX_PARTS = 512  # of one call; Linux takes 1024
+"""Age in seconds after which an unfinished file is taken to be left over from a dead writer."""
+_MAX_PARTS = 512  # buffers per system call; Linux allows 1024
 
 
 def as_bytes(array: NDArray[Any]) -> Bytes:
-    """A flat view of the memory of a C-contiguous array; never copies."""
+    """Return a flat uint8 view of the memory of a C-contiguous array, without copying."""
     if not array.flags.c_contiguous:
-        raise AssertionError("a view of bytes needs a C-contiguous array")
+        raise AssertionError("the array must be C-contiguous")
     return array.reshape(-1).view(np.uint8)
 
 
 def write_temporary(root: Path, parts: Iterable[bytes | Bytes]) -> Path:
-    """Writes and fsyncs a file of the store's temporary folder; to be renamed or linked."""
+    """Write and fsync a file in the store's temporary folder; the caller renames or links it."""
     path = root / TMP / uuid.uuid4().hex
     fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
     try:
@@ -54,12 +56,16 @@ def _write_all(fd: int, parts: list[bytes | Bytes]) -> None:
 
 
 def open_to_read(path: Path) -> int:
-    """A file descriptor for `read_into`, to be closed by the caller."""
+    """Open a file for `read_into` and return its descriptor; the caller must close it."""
     return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
 
 
 def read_into(fd: int, views: list[Bytes], offset: int) -> bool:
-    """Fills `views` one after the other with the bytes from `offset` on; False if too few."""
+    """Read the bytes from `offset` on into `views`, one after the other.
+
+    Returns:
+        False if the file ends before all views are full.
+    """
     left = [view.data for view in views if len(view)]
     while left:
         read = os.preadv(fd, left[:_MAX_PARTS], offset)
@@ -71,7 +77,7 @@ def read_into(fd: int, views: list[Bytes], offset: int) -> bool:
 
 
 def _drop(views: list[memoryview], n_bytes: int) -> None:
-    """Takes the first `n_bytes` bytes away from `views`."""
+    """Remove the first `n_bytes` bytes from `views`, in place."""
     done = 0
     while done < len(views) and n_bytes >= len(views[done]):
         n_bytes -= len(views[done])
@@ -82,7 +88,7 @@ def _drop(views: list[memoryview], n_bytes: int) -> None:
 
 
 def fsync_folder(path: Path) -> None:
-    """Makes the names in a folder survive a power cut."""
+    """Flush a folder to disk, so that the names in it survive a power failure."""
     fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(fd)
@@ -91,15 +97,18 @@ def fsync_folder(path: Path) -> None:
 
 
 def replace(root: Path, path: Path, parts: Iterable[bytes | Bytes]) -> None:
-    """Puts `parts` at `path` in one step, whether or not something is there."""
+    """Write `parts` to `path` atomically, replacing an existing file."""
     os.rename(write_temporary(root, parts), path)
     fsync_folder(path.parent)
 
 
 def link_new(temporary: Path, path: Path) -> bool:
-    """Gives a temporary file its place, unless something stands there: then False.
+    """Move a temporary file to `path` unless that exists; the temporary file is always removed.
 
-    The temporary name is gone either way. The folder is not yet fsynced.
+    Does not fsync the folder.
+
+    Returns:
+        False if `path` already existed.
     """
     try:
         os.link(temporary, path)
@@ -111,11 +120,16 @@ def link_new(temporary: Path, path: Path) -> bool:
 
 
 def remove_stale(root: Path) -> list[str]:
-    """Removes what dead writers left half written; young files may be a living one's."""
+    """Remove temporary files older than `STALE_S`; younger ones may belong to a live writer.
+
+    Returns:
+        The removed files, relative to `root`.
+    """
     removed = []
-    (root / TMP).mkdir(exist_ok=True)  # copies of a store may lack an empty folder
+    (root / TMP).mkdir(exist_ok=True)  # a copy of a store may lack the empty folder
     for file in (root / TMP).iterdir():
-        with contextlib.suppress(FileNotFoundError):  # its writer, or another one's sweep
+        # The file's writer, or another process that cleans up, may remove it in the meantime.
+        with contextlib.suppress(FileNotFoundError):
             if time.time() - file.stat().st_mtime > STALE_S:
                 file.unlink()
                 removed.append(f"{TMP}/{file.name}")

@@ -1,11 +1,12 @@
-"""A claim in an object store, which has no locks: a file whose number and beat only ever grow.
+"""The harvest lock in an object store, which has no file locks: a lease that is renewed regularly.
 
     _claim/000000007.json   {"run": ..., "who": ..., "beat": n, "released": false}
 
-Whoever has put the highest number holds the store; a number is put only where none stands, so one
-of several takers wins. The holder raises its beat every `BEAT_S`. Who finds a beat that stands
-still for `STALE_S`, by its own clock, puts the next number; the old holder, if it lives after all,
-sees that at its next beat and stops.
+The process that wrote the file with the highest number holds the lease. A file is only written if
+its number is free, so only one of several processes wins. The holder renews the lease by a
+heartbeat: it increases "beat" every `BEAT_S` seconds. Another process that sees no heartbeat for
+`STALE_S` seconds of its own clock writes the next number. If the old holder is still alive, it
+notices the higher number at its next heartbeat and stops.
 """
 
 from __future__ import annotations
@@ -22,22 +23,25 @@ from activation_store.sealed import parse_json
 from activation_store.storage import Held, Storage
 
 BEAT_S = 5.0
+"""Seconds between two heartbeats."""
 STALE_S = 40.0
+"""Seconds without a heartbeat after which another run may take the lease over."""
 CLAIM = "_claim"
 _FILE_BYTES = 1 << 16
 _FILE = re.compile(r"(\d{9})\.json")
 
 
 class Lease(Held):
-    """A lease that is held; a thread of its own keeps its beat.
+    """A held lease; a background thread sends its heartbeats.
 
     Args:
-        storage: Of the store.
-        run: Its earlier attempts are dead: their lease is taken over at once.
-        who: For the messages that others get.
+        storage: Storage of the store.
+        run: Name of the run. Earlier attempts of the same run are dead, so their lease is taken
+            over at once.
+        who: Description of this process, for the error messages of others.
 
     Raises:
-        StoreBusyError: Another run's beats.
+        StoreBusyError: If another run holds the lease and sends heartbeats.
     """
 
     def __init__(self, storage: Storage, run: str, who: str) -> None:
@@ -50,20 +54,25 @@ class Lease(Held):
         self._thread.start()
 
     def check(self) -> None:
+        """Raise StoreBusyError if another process has taken the lease over."""
         if self._lost_to is not None:
             raise StoreBusyError(
-                f"{self._storage.path} was taken over by {self._lost_to}: this process had not "
-                f"been heard of for {STALE_S:g} s; what it committed stays"
+                f"{self._storage.path} was taken over by {self._lost_to}, because this process "
+                f"sent no heartbeat for {STALE_S:g} s; committed items are kept; check that no "
+                "other harvest of the store is running, then rerun"
             )
 
     def release(self) -> None:
+        """Stop the heartbeats and mark the lease as released."""
         self._stop.set()
         self._thread.join()
         if self._lost_to is None:
-            with contextlib.suppress(StorageError):  # then it is found stale
+            # If this fails, the lease simply expires.
+            with contextlib.suppress(StorageError):
                 self._put(released=True)
 
     def _take(self) -> int:
+        """Acquire the lease and return its number."""
         while True:
             newest = _newest(self._storage)
             if newest:
@@ -74,7 +83,8 @@ class Lease(Held):
             numbers = _numbers(self._storage)
             if max(numbers, default=0) == number:
                 break
-            # Others came and went since `newest` was looked up, and left this number free again.
+            # Since `newest` was read, another process took and released the lease, and a third one
+            # took it and deleted the file with this number. So this number is not the highest.
             self._storage.delete(_name(number))
         for old in numbers:
             if old < number:
@@ -82,15 +92,19 @@ class Lease(Held):
         return number
 
     def _wait_until_free(self, number: int) -> None:
-        """Returns once the holder of `number` is gone. Raises: StoreBusyError: It lives."""
+        """Wait until the lease `number` is released or expired, or belongs to this run.
+
+        Raises:
+            StoreBusyError: If its holder sends a heartbeat.
+        """
         first = _read(self._storage, number)
         deadline = time.monotonic() + STALE_S
         found = first
         while found and not found.get("released") and found.get("run") != self._state["run"]:
             if found != first:
                 raise StoreBusyError(
-                    f"{self._storage.path} is being filled by {found.get('who')}: expected nobody; "
-                    "wait for it or end it"
+                    f"{self._storage.path} is being written by {found.get('who')}; wait for it to "
+                    "finish, or stop it"
                 )
             if time.monotonic() > deadline:
                 return
@@ -98,6 +112,7 @@ class Lease(Held):
             found = _read(self._storage, number)
 
     def _keep(self) -> None:
+        """Send heartbeats until the lease is released or lost; runs in the background thread."""
         while not self._stop.wait(BEAT_S):
             try:
                 newest = _newest(self._storage)
@@ -106,9 +121,9 @@ class Lease(Held):
                     return
                 self._put()
             except StorageError:
-                continue  # the server is away: others cannot take it over just now either
+                continue  # the server is unreachable, so no other process can take the lease either
             except Exception as error:
-                self._lost_to = f"somebody, perhaps: its beat failed with {error!r}"
+                self._lost_to = f"another process (assumed: heartbeat failed with {error!r})"
                 return
 
     def _put(self, released: bool = False) -> None:
@@ -132,7 +147,7 @@ def _newest(storage: Storage) -> int:
 
 
 def _read(storage: Storage, number: int) -> dict[str, Any]:
-    """Empty where nobody's name can be read in it."""
+    """Return {} if the lease file is missing or unreadable."""
     try:
         return parse_json(storage.where(_name(number)), storage.read(_name(number), _FILE_BYTES))
     except (MissingDataError, StoreFormatError):

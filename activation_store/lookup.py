@@ -1,14 +1,16 @@
-"""Random access: rows by their number, and the rows of documents, as feature pages need them.
+"""Random access to rows, by row number or by document; feature pages use it.
 
-Rows of a document lie scattered over the items, for pools are permuted before they are written.
-Finding them reads the sidecar `document` once, however many documents are asked for: eight bytes a
-row, about a hundredth of the activations; memory holds a few items' sidecars and what was found.
+The rows of a document are scattered over the store, because the harvest permutes rows before
+writing them. Finding documents reads the whole `document` sidecar once, regardless of how many are
+requested. That is eight bytes per row, about a hundredth of the activations. Memory holds only the
+sidecars of a few items and the rows found.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,26 +24,29 @@ Ints = NDArray[np.int64]
 
 
 class DocumentRows(NamedTuple):
-    """Where the rows of some documents are, ordered by document and position."""
+    """Row numbers of some documents, ordered by document and position."""
 
     rows: Ints
-    """[n]: logical rows, as `Store.read` and `take_rows` count them."""
+    """Logical row numbers for `Store.read` and `take_rows`, [n]."""
     document: Ints
-    """[n]."""
+    """Document number of each row, [n]."""
     position: Ints
-    """[n]: tokens from the beginning of the context."""
+    """Position of each row in tokens from the start of the context, [n]."""
 
 
 def find_documents(store: Store, documents: ArrayLike) -> DocumentRows:
-    """All stored rows of some documents; none of a document that the store does not hold.
+    """Find all stored rows of some documents; documents that are not in the store are ignored.
 
     Args:
-        store: With the sidecars `document` and `position`; of a growing one, what is committed.
-        documents: [m] numbers as the sidecar has them.
+        store: Must have the sidecars `document` and `position`. In a growing store only committed
+            rows are found.
+        documents: [m] document numbers as in the `document` sidecar.
 
     Raises:
-        StoreConfigError: The store lacks a sidecar.
-        DeletedDataError, MissingDataError, DamagedDataError: naming the file.
+        StoreConfigError: If the store lacks one of the two sidecars.
+        DeletedDataError: If rows of the store were deleted.
+        MissingDataError: If a shard file is missing; the message names it.
+        DamagedDataError: If a chunk fails its checksum; the message names file and chunk.
     """
     for name in ("document", "position"):
         if name not in store.header.sidecars:
@@ -50,7 +55,7 @@ def find_documents(store: Store, documents: ArrayLike) -> DocumentRows:
     ends = [0, *np.cumsum(store.valid_rows).tolist()]
     searches = [
         partial(_find_in, store, wanted, start, stop)
-        for start, stop in zip(ends[:-1], ends[1:], strict=True)
+        for start, stop in pairwise(ends)
         if start < stop
     ]
     found = np.concatenate([np.zeros((3, 0), np.int64), *run_all(searches)], axis=1)
@@ -59,10 +64,11 @@ def find_documents(store: Store, documents: ArrayLike) -> DocumentRows:
 
 
 def find_rows(store: Store, documents: Sequence[int], positions: Sequence[int]) -> Ints:
-    """[m]: the logical row of each (document, position), -1 where the store holds none.
+    """Find the logical row of each pair (document, position); raises like `find_documents`.
 
-    A position may be missing because the harvest drops it, or because the text was cut there.
-    Raises as `find_documents`.
+    Returns:
+        [m] row numbers; -1 for a pair that is not in the store, either because the harvest drops
+        this position or because the text ends before it.
     """
     there = find_documents(store, documents)
     rows = dict(
@@ -77,18 +83,21 @@ def find_rows(store: Store, documents: Sequence[int], positions: Sequence[int]) 
 
 
 def take_rows(store: Store, array: str, rows: ArrayLike) -> NDArray[Any]:
-    """Any logical rows of an array [n, d_model] or a sidecar [n], in the order asked for.
-
-    Reads the chunks that hold them, each once, in groups of bounded size.
+    """Read arbitrary logical rows, reading each chunk that holds one of them only once.
 
     Args:
-        store: To read from.
+        store: Store to read from.
         array: Hookpoint or sidecar.
-        rows: [n], repeated ones allowed.
+        rows: [n] row numbers in any order; repeated numbers are allowed.
+
+    Returns:
+        [n, d_model] of a hookpoint or [n] of a sidecar, in the order of `rows`.
 
     Raises:
-        StoreConfigError: No such array, or a row that the store does not have.
-        DeletedDataError, MissingDataError, DamagedDataError: naming the file and the chunk.
+        StoreConfigError: If there is no such array, or a row number is out of range.
+        DeletedDataError: If some of the rows were deleted.
+        MissingDataError: If a shard file is missing; the message names it.
+        DamagedDataError: If a chunk fails its checksum; the message names file and chunk.
     """
     if array not in store.header.columns:
         raise StoreConfigError("array", array, f"one of {list(store.header.columns)}")
@@ -103,6 +112,7 @@ def take_rows(store: Store, array: str, rows: ArrayLike) -> NDArray[Any]:
     chunk_rows = store.header.chunk_rows
     first = starts[item] + (wanted - starts[item]) // chunk_rows * chunk_rows
     last = np.minimum(first + chunk_rows, starts[item + 1])
+    # Group the rows by the chunk [first, last) that holds them.
     order = np.argsort(first, kind="stable")
     groups = np.split(order, np.flatnonzero(np.diff(first[order])) + 1) if len(order) else []
 
@@ -115,7 +125,7 @@ def take_rows(store: Store, array: str, rows: ArrayLike) -> NDArray[Any]:
 
 
 def _find_in(store: Store, wanted: Ints, start: int, stop: int) -> Ints:
-    """[3, n]: row, document, position of those rows of an item whose document is wanted."""
+    """Return row, document and position of an item's rows of the wanted documents, as [3, n]."""
     documents = store.read("document", start, stop)
     there = np.flatnonzero(np.isin(documents, wanted))
     if not len(there):

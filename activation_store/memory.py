@@ -1,4 +1,4 @@
-"""Memory for rows that is used again as soon as nobody holds it, so that reading allocates none."""
+"""Reusable memory for rows, so that steady-state reading allocates no new memory."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 Allocate = Callable[[int], Any]
-"""Bytes -> a writable buffer of that size; pinned memory, where a GPU copies from it."""
+"""Function from a size in bytes to a writable buffer; pinned memory if a GPU copies from it."""
 
 
 def anonymous(n_bytes: int) -> mmap.mmap:
-    """Memory of the process, in huge pages where the system has them."""
+    """Allocate ordinary process memory, in huge pages if the system supports them."""
     memory = mmap.mmap(-1, max(n_bytes, 1))
     if hasattr(mmap, "MADV_HUGEPAGE"):
         memory.madvise(mmap.MADV_HUGEPAGE)
@@ -24,10 +24,10 @@ def anonymous(n_bytes: int) -> mmap.mmap:
 
 
 class Recycler:
-    """Hands out arrays; the memory of one returns when it and all views of it are gone.
+    """Allocator of arrays that reuses the memory of an array once no view of it is referenced.
 
-    Tensors and memoryviews made from an array count as views: what somebody still holds is never
-    written again.
+    Tensors and memoryviews made from an array count as views, so memory that is still referenced is
+    never overwritten.
     """
 
     def __init__(self, allocate: Allocate = anonymous) -> None:
@@ -35,7 +35,7 @@ class Recycler:
         self._free: dict[int, list[Any]] = {}
 
     def empty(self, shape: tuple[int, ...], dtype: DTypeLike) -> NDArray[Any]:
-        """An array with whatever was in its memory before."""
+        """Return an uninitialised array."""
         dtype = np.dtype(dtype)
         count = math.prod(shape)
         n_bytes = count * dtype.itemsize
@@ -44,7 +44,8 @@ class Recycler:
             memory = free.pop()
         except IndexError:
             memory = self._allocate(n_bytes)
-        # Views refer to this array, not to the one they were made from: it lives as long as they.
+        # The base of every view is this flat array, so it lives as long as the last view. Its
+        # finalizer puts the memory back on the free list.
         flat = np.frombuffer(memory, dtype, count)
         weakref.finalize(flat, free.append, memory).atexit = False
         return flat.reshape(shape)

@@ -1,9 +1,9 @@
-"""Several stores read as one stream, in fixed shares: rows of each batch interleaved evenly.
+"""Read several stores as one stream in fixed proportions, with their rows interleaved evenly.
 
-Which store row r of the mixture comes from is written in a table of `period` entries that repeats.
-In it, store s has exactly `counts[s]` entries, spread evenly: so the shares hold exactly over every
-period and to within a row or so in between, and how many rows of each store come before any row
-is a look-up, not a loop: seek is O(1).
+A table of `period` entries, repeated over and over, says which store each row of the mixture comes
+from. Store s has exactly `counts[s]` evenly spread entries in it. So the proportions are exact over
+every period and accurate to about one row in between. The number of rows of each store that come
+before a given row is a table look-up, which makes seek O(1).
 """
 
 from __future__ import annotations
@@ -25,18 +25,19 @@ from activation_store.store import Store
 from activation_store.stream import StreamBatch, check_slice
 
 LONGEST_PERIOD = 1 << 16
+"""Largest number of entries in the table."""
 
 
 class Shares:
-    """Which store each row of a mixture comes from: a pure function of the weights.
+    """Assignment of mixture rows to stores, a pure function of the weights.
 
     Args:
-        weights: One above 0 for each store; only their ratios matter. Taken as the decimal numbers
-            that they are written as, exactly, unless that needs a period above `LONGEST_PERIOD`
-            rows: then to within a row in as many.
+        weights: One number above 0 for each store; only their ratios matter. Their decimal values
+            are used exactly if the period is then at most `LONGEST_PERIOD` rows; otherwise the
+            shares are rounded to one row in `LONGEST_PERIOD`.
 
     Raises:
-        StoreConfigError: A weight that is not a finite number above 0, or too small a share.
+        StoreConfigError: If a weight is not a finite number above 0, or a share is too small.
     """
 
     def __init__(self, weights: Sequence[float]) -> None:
@@ -44,12 +45,12 @@ class Shares:
             if not (math.isfinite(weight) and weight > 0):
                 raise StoreConfigError("weights", list(weights), "finite numbers above 0")
         self.counts = _counts([Fraction(str(weight)) for weight in weights])
-        """Rows of each store in a period."""
+        """Number of rows of each store in a period."""
         if min(self.counts) == 0:
             expected = f"shares of at least 1 in {LONGEST_PERIOD}"
             raise StoreConfigError("weights", list(weights), expected)
         self.period = sum(self.counts)
-        # The k-th of q rows is due at (k + 1/2) / q of the period.
+        # Place the k-th of a store's q rows at the fraction (k + 1/2) / q of the period.
         due = np.concatenate([(np.arange(count) + 0.5) / count for count in self.counts])
         owner = np.repeat(np.arange(len(self.counts)), self.counts)
         self._table = owner[np.argsort(due, kind="stable")]
@@ -57,22 +58,25 @@ class Shares:
         self._before = np.pad(np.cumsum(ones, axis=1), ((0, 0), (1, 0)))
 
     def rows_before(self, row: int) -> list[int]:
-        """How many of the mixture's first `row` rows come from each store."""
+        """Return how many of the mixture's first `row` rows come from each store."""
         periods, rest = divmod(row, self.period)
         counts = zip(self.counts, self._before[:, rest].tolist(), strict=True)
         return [periods * count + before for count, before in counts]
 
     def sources(self, start: int, stop: int) -> Ints:
-        """[stop - start]: the store of each of the rows [start, stop)."""
+        """Return the store number of each of the rows [start, stop): [stop - start]."""
         return self._table[np.arange(start, stop) % self.period]
 
 
 def _counts(weights: list[Fraction]) -> list[int]:
+    """Return the number of rows of each store in a period."""
     total = sum(weights)
     shares = [weight / total for weight in weights]
     period = math.lcm(*(share.denominator for share in shares))
     if period <= LONGEST_PERIOD:
         return [int(share * period) for share in shares]
+    # The exact period is too long: round down, then give the remaining rows to the stores with the
+    # largest remainders.
     counts = [int(share * LONGEST_PERIOD) for share in shares]
     rests = [share * LONGEST_PERIOD - count for share, count in zip(shares, counts, strict=True)]
     by_rest = sorted(range(len(shares)), key=lambda s: -rests[s])
@@ -82,27 +86,30 @@ def _counts(weights: list[Fraction]) -> list[int]:
 
 
 class MixtureStream:
-    """Batches of several stores' rows; batch i is a pure function of (stores, weights, seed, i).
+    """Batches of rows of several stores; batch i is a pure function of (stores, weights, seed, i).
 
-    Each store gives its rows in its own shuffled order, each once in an epoch of its own, without
-    end. Replicas take disjoint slices of every batch; unlike those of a `ShuffledStream` they read
-    whole blocks, for the rows of a store that a slice holds move from batch to batch.
+    The rows of each store come in their own shuffled order, each row once per epoch of its store,
+    without end. Replicas take disjoint slices of every batch. Unlike the readers of a
+    `ShuffledStream` they read whole blocks, because the rows of a store that a slice holds change
+    from batch to batch.
 
     Args:
-        stores: Finalised; `arrays` must have the same width and type in all of them.
-        weights: The stores' shares of the rows; see `Shares`.
+        stores: Finalised stores in which `arrays` have the same widths and data types.
+        weights: Shares of the stores; see `Shares`.
         arrays: Hookpoints and sidecars to read.
-        seed: Not negative; store s is read with a seed made of it and s.
-        batch_rows: Rows of the global batch.
-        window_items: Items of a store shuffled together.
-        buffer_rows: Rows of a store permuted in memory together; two such blocks of each are held.
+        seed: Seed of the row order, not negative. Store s is read with a seed derived from it and
+            s.
+        batch_rows: Rows of a global batch.
+        window_items: Items of a store that are shuffled together.
+        buffer_rows: Rows of a store that are permuted together; up to two such blocks of each store
+            are in memory.
         rows: The slice [lo, hi) of each global batch that this replica gets; None is all.
-        prefetch: Read the next blocks in threads while these are consumed.
-        allocate: Where blocks and batches lie.
+        prefetch: Read the next blocks in threads while the current ones are in use.
+        allocate: Allocator of the memory for blocks and batches.
 
     Raises:
-        StoreConfigError: A value that cannot be, or stores that differ in an array.
-        IncompleteStoreError: A store is not finalised.
+        StoreConfigError: If an argument is invalid, or the stores differ in an array.
+        IncompleteStoreError: If a store is not finalised.
     """
 
     def __init__(
@@ -136,32 +143,34 @@ class MixtureStream:
         ]
         self.batch_rows = batch_rows
         self.position = 0
-        """The batch that `next` gives."""
+        """Number of the batch that `next` returns."""
         self._recycler = Recycler(allocate)
 
     @property
     def wait_s(self) -> float:
-        """Seconds spent in `next` waiting for data, in all."""
+        """Total seconds that `next` spent waiting for data."""
         return sum(part.wait_s for part in self._parts)
 
     def seek(self, i: int) -> None:
-        """Makes batch `i` the next one."""
+        """Continue with batch `i`."""
         if i < 0:
-            raise StoreConfigError("position", i, "not negative")
+            raise StoreConfigError("position", i, "at least 0")
         if i != self.position:
             self._reset()
         self.position = i
 
     def sources(self, i: int) -> Ints:
-        """[hi - lo]: the number of the store that each row of this replica's batch `i` is of."""
+        """Return the store number of each row of this replica's slice of batch `i`: [hi - lo]."""
         start = i * self.batch_rows
         return self.shares.sources(start + self.lo, start + self.hi)
 
     def next(self) -> StreamBatch:
-        """The batch at `position`, which moves on; its `epoch` is that of the first store.
+        """Return the batch at `position` and advance; its `epoch` is that of the first store.
 
         Raises:
-            MissingDataError, DamagedDataError: naming the file and the chunk.
+            DeletedDataError: If rows of a store were deleted.
+            MissingDataError: If a shard file is missing; the message names it.
+            DamagedDataError: If a chunk fails its checksum; the message names file and chunk.
         """
         first = self.position * self.batch_rows
         starts = self.shares.rows_before(first + self.lo)
@@ -174,7 +183,8 @@ class MixtureStream:
         except BaseException:
             self._reset()
             raise
-        # Row j of the batch is the next one of its store.
+        # Each row of the batch takes the next row of its store: the stable sort lists, store by
+        # store, the places in the batch to which the gathered rows go.
         places = np.argsort(self.sources(self.position), kind="stable")
         names = self._parts[0].arrays
         given = [arrays for arrays in gathered if arrays is not None]
@@ -183,7 +193,7 @@ class MixtureStream:
         return StreamBatch(arrays, first + self.lo, starts[0] // self._parts[0].store.n_tokens)
 
     def close(self) -> None:
-        """Ends the reading threads."""
+        """Stop the reading threads."""
         for part in self._parts:
             part.close()
 
@@ -192,9 +202,10 @@ class MixtureStream:
             part.reset()
 
     def _merge(self, parts: list[NDArray[Any]], places: Ints) -> NDArray[Any]:
-        """The rows of all `parts`, one after the other, each put in its place."""
+        """Concatenate the rows of `parts` and put the k-th one at `places[k]` of the result."""
         out = self._recycler.empty((len(places), *parts[0].shape[1:]), parts[0].dtype)
-        target, start = as_bytes(out).reshape(len(places), -1), 0
+        target = as_bytes(out).reshape(len(places), -1)
+        start = 0
         for part in parts:
             stop = start + len(part)
             target[places[start:stop]] = as_bytes(part).reshape(len(part), -1)
@@ -203,21 +214,21 @@ class MixtureStream:
 
 
 def check_mixture(stores: Sequence[Store], weights: Sequence[float], arrays: Sequence[str]) -> None:
-    """That a `MixtureStream` can be made of them.
+    """Check that the stores can be read as one `MixtureStream`.
 
     Raises:
-        StoreConfigError: A value that cannot be, or stores that differ in an array.
-        IncompleteStoreError: A store is not finalised.
+        StoreConfigError: If an argument is invalid, or the stores differ in an array.
+        IncompleteStoreError: If a store is not finalised.
     """
     if not stores or len(stores) != len(weights):
-        raise StoreConfigError("weights", list(weights), f"one for each of {len(stores)}")
+        raise StoreConfigError("weights", list(weights), f"one for each of {len(stores)} stores")
     Shares(weights)
     for store in stores:
         _check_alike(stores[0], store, arrays)
 
 
 def _endless(part: ShuffledRows, start: int, stop: int) -> list[LoadedRows]:
-    """Rows [start, stop) over all epochs of a store."""
+    """Load rows [start, stop) of the endless stream over all epochs of a store."""
     staged: list[LoadedRows] = []
     n_tokens = part.store.n_tokens
     while start < stop:
@@ -231,10 +242,11 @@ def _endless(part: ShuffledRows, start: int, stop: int) -> list[LoadedRows]:
 def _check_alike(first: Store, store: Store, arrays: Sequence[str]) -> None:
     if not store.finalised:
         raise IncompleteStoreError(
-            f"{store.path} is not finalised: a mixture needs stores that no longer grow"
+            f"{store.path} is not finalised: a mixture needs finalised stores; finish its harvest "
+            "first"
         )
     if not store.n_tokens:
-        raise StoreConfigError("stores", str(store.path), "a store with rows")
+        raise StoreConfigError("stores", str(store.path), "a store with at least one row")
     for name in arrays:
         if name not in store.header.columns:
             expected = f"an array of {store.path}: {list(store.header.columns)}"
@@ -242,5 +254,7 @@ def _check_alike(first: Store, store: Store, arrays: Sequence[str]) -> None:
         one, other = first.header.columns[name], store.header.columns[name]
         if one != other:
             raise StoreConfigError(
-                f"{store.path}: {name}", other, f"{one} as in {first.path}: rows of one width, type"
+                f"{store.path}: {name}",
+                other,
+                f"the same dtype and width as in {first.path}: {one}",
             )

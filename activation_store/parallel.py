@@ -1,7 +1,7 @@
-"""A few threads that all stores of the process share, for what lets go of the interpreter's lock.
+"""A thread pool shared by all stores in a process, for work that releases the GIL.
 
-The thread that asks works too, and never waits for a task that has not begun: so tasks may
-themselves ask, and one task costs no thread at all.
+The calling thread runs tasks too and never waits for a task that has not started. So tasks may call
+`run_all` themselves without a deadlock, and a single task needs no other thread.
 """
 
 from __future__ import annotations
@@ -17,21 +17,21 @@ T = TypeVar("T")
 
 
 def available_cores() -> int:
-    """Cores that this process may run on."""
+    """Return the number of CPU cores that this process may run on."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
 N_THREADS = min(available_cores(), 8)
-"""Threads that work on one request, the asking one included."""
-_MOST_REQUESTS = 16  # to an object store: their threads wait more than they work
+"""Number of threads that work on one call, including the calling thread."""
+_MOST_REQUESTS = 16  # threads for object store requests, which mostly wait
 _pool: ThreadPoolExecutor | None = None
 _lock = threading.Lock()
 
 
 def _helpers() -> ThreadPoolExecutor:
-    global _pool  # noqa: PLW0603 - one pool per process is the point
+    global _pool  # noqa: PLW0603 - one pool per process is intended
     with _lock:
         if _pool is None:
             size = max(2 * N_THREADS, _MOST_REQUESTS)
@@ -40,9 +40,10 @@ def _helpers() -> ThreadPoolExecutor:
 
 
 def _forget_pool() -> None:
-    # A forked child has none of its parent's threads: a pool that believes so would hang it.
-    global _pool, _lock  # noqa: PLW0603 - the process's own pool, as above
-    _pool, _lock = None, threading.Lock()
+    # A forked child does not have its parent's threads, so using the parent's pool would hang.
+    global _pool, _lock  # noqa: PLW0603 - one pool per process is intended
+    _pool = None
+    _lock = threading.Lock()
 
 
 if hasattr(os, "register_at_fork"):
@@ -50,15 +51,18 @@ if hasattr(os, "register_at_fork"):
 
 
 def run_all(tasks: Sequence[Callable[[], T]], n_threads: int | None = None) -> list[T]:
-    """Runs every task, several at once; their results in the order of the tasks.
+    """Run all tasks, several at the same time.
 
     Args:
-        tasks: To run; begun in this order.
-        n_threads: Most that run at once; None is `N_THREADS`.
+        tasks: Tasks to run, started in this order.
+        n_threads: Largest number of tasks that run at the same time; None is `N_THREADS`.
+
+    Returns:
+        The results, in the order of the tasks.
 
     Raises:
-        BaseException: Whatever the first task in order that failed has raised. Tasks that had not
-            begun by then are dropped; those that had are waited for.
+        BaseException: The error of the first failed task in the order of `tasks`. After a failure
+            no further tasks are started; those already running are waited for.
     """
     threads = min(n_threads or N_THREADS, len(tasks))
     if threads <= 1:
@@ -75,12 +79,13 @@ def run_all(tasks: Sequence[Callable[[], T]], n_threads: int | None = None) -> l
                 return
             try:
                 results[number] = task()
-            except BaseException as error:  # noqa: BLE001 - raised again below
+            except BaseException as error:  # raised again below, in the calling thread
                 errors[number] = error
 
     pool = _helpers()
     helpers = [pool.submit(work) for _ in range(threads - 1)]
     work()
+    # A helper that has not started can be cancelled, since no tasks are left for it.
     for helper in helpers:
         if not helper.cancel():
             helper.result()

@@ -1,14 +1,15 @@
-"""The codec `int8`: half the bytes of bfloat16, every token on its own scale.
+"""The codec `int8`: half the size of bfloat16, with one scale per token.
 
     z[t, c] = (x[t, c] - mean[c]) / std[c]      mean and std of the store's calibration
     scale[t] = max_c |z[t, c]| / 127
     q[t, c] = round(z[t, c] / scale[t])         stored: q, int8, and scale, float32
     x[t, c] ~ mean[c] + scale[t] * (std[c] * q[t, c])
 
-The scale of a channel keeps channels that are always large from drowning the others, and that of a
-token keeps massive ones: nothing is clipped, and the error is at most std[c] * scale[t] / 2. A row
-that equals the mean has scale 0. A row in which any number is NaN or infinite gets a scale that is
-NaN, and reads back as NaN in every channel: never as numbers that look sound.
+Normalising each channel keeps channels that are always large from using up the resolution of the
+others. The scale per token adapts to massive activations: nothing is clipped, and the error is at
+most std[c] * scale[t] / 2. A row that equals the mean has scale 0. A row with a NaN or infinite
+value gets the scale NaN and is read back as NaN in every channel, so it cannot be mistaken for a
+valid row.
 """
 
 from __future__ import annotations
@@ -23,25 +24,26 @@ if TYPE_CHECKING:
     from activation_store.header import StoreHeader
 
 LARGEST = 127
-_BLOCK_VALUES = 1 << 18  # worked on in pieces that stay in the cache
-_LEAST_STD = 1e-4
+_BLOCK_VALUES = 1 << 18  # rows are processed in blocks that fit into the CPU cache
+_LEAST_STD = 1e-4  # smallest std of a channel, relative to the root mean square over channels
 
 Floats = NDArray[np.float32]
 
 
 @dataclass(frozen=True)
 class Scaling:
-    """The channels' part of the formula, for one array."""
+    """Per-channel constants of the formula, for one array."""
 
     mean: Floats
-    """[d_model]."""
+    """Mean of each channel, [d_model]."""
     std: Floats
-    """[d_model], above 0."""
+    """Scale of each channel, [d_model], above 0."""
 
     def quantise(self, rows: NDArray[Any]) -> tuple[NDArray[np.int8], Floats]:
-        """`rows` [n, d_model] of any float type -> q [n, d_model], scale [n]."""
+        """Quantise `rows` [n, d_model] of any float dtype to q [n, d_model] and scale [n]."""
         n, width = rows.shape
-        q, scale = np.empty((n, width), np.int8), np.empty(n, np.float32)
+        q = np.empty((n, width), np.int8)
+        scale = np.empty(n, np.float32)
         step = max(_BLOCK_VALUES // width, 1)
         for start in range(0, n, step):
             part = slice(start, start + step)
@@ -49,13 +51,14 @@ class Scaling:
             largest = np.abs(z).max(axis=1, initial=0)
             finite = np.isfinite(largest)
             scale[part] = np.where(finite, largest / np.float32(LARGEST), np.nan)
+            # Avoid dividing by a scale of 0 or NaN; the values of such rows are not used.
             used = np.where(scale[part] > 0, scale[part], np.float32(1))
             z[~finite] = 0
             q[part] = np.clip(np.rint(z / used[:, None]), -LARGEST, LARGEST)
         return q, scale
 
     def dequantise(self, q: NDArray[np.int8], scale: Floats, out: NDArray[Any]) -> None:
-        """Writes the rows of q [n, d_model], scale [n] to `out` [n, d_model], of any float type."""
+        """Dequantise q [n, d_model] with scale [n] into `out` [n, d_model] of any float dtype."""
         step = max(_BLOCK_VALUES // max(q.shape[1], 1), 1)
         for start in range(0, len(q), step):
             part = slice(start, start + step)
@@ -66,10 +69,10 @@ class Scaling:
 
 
 def scaling(header: StoreHeader, name: str) -> Scaling:
-    """Of a hookpoint array, from the calibration in the header.
+    """Return the scaling of a hookpoint array, from the calibration in the header.
 
-    A channel that hardly varied in the sample gets a small part of a usual channel's std, lest one
-    later value that does differ takes the whole row's resolution.
+    The std of a channel that hardly varied in the sample is raised to a small fraction of the usual
+    std. Otherwise a single later value that differs would use up the resolution of its whole row.
     """
     assert header.calibration is not None, "a header with codec int8 has a calibration"
     calibration = header.calibration[name]
@@ -82,7 +85,7 @@ def scaling(header: StoreHeader, name: str) -> Scaling:
 
 
 def attributes(header: StoreHeader, name: str) -> dict[str, Any]:
-    """Attributes of the Zarr array of q: all that any reader needs to get the rows back."""
+    """Return the attributes of the Zarr array of q, with all that a reader needs to dequantise."""
     part = scaling(header, name)
     return {
         "dequantise": "mean[c] + scale[t] * (std[c] * q[t, c])",

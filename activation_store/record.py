@@ -123,7 +123,7 @@ _FILE = [("bytes", "<i8"), ("tail_crc32c", "<u4")]
 
 
 def row_dtype(header: StoreHeader) -> np.dtype[Any]:
-    """One record as a row of a structured array: a million items fit in memory."""
+    """Return the structured dtype of a table with one record per row; a million fit in memory."""
     shards = [
         (name, _FILE + _STATISTICS if name in header.arrays else _FILE) for name in header.stored
     ]

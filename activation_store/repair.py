@@ -1,14 +1,16 @@
-"""Making a damaged store whole again, but for the work items that it then lists to be redone.
+"""Repair a damaged store, and list the work items that have to be harvested again.
 
-Everything that can be told from something else is written anew: metadata from the header, loose
-records from snapshots, snapshots from records. What is not committed is dropped. An item whose
-shards or record are damaged is un-committed: its record moves to `_repaired/`, its shards go, and a
-finalised store grows again until the next harvest has redone the item and finalises it. Items are
-pure functions of their number, so the rows and their order are then what they were.
+Files that can be derived from others are restored: metadata from the header, item records from
+snapshots, snapshots from item records. Files that are not committed are removed. An item with a
+damaged shard or without a valid record is un-committed: its record moves to `_repaired/`, its
+shards are deleted, and a finalised store becomes growing again, until the next harvest has redone
+the item and finalised the store. Items are pure functions of their number, so the rows and their
+order are then the same as before.
 
-Repair holds the store's lock alone, which writers share for the moment in which they place and
-commit an item: an item under way waits. It may be killed at any step and run again. In an object
-store there is no lock: there only objects older than an hour are dropped as not committed.
+Repair takes the store's commit lock exclusively. Writers share that lock while they write and
+commit an item, so they wait for the repair. Repair may be killed at any step and run again. An
+object store has no such lock; there, uncommitted objects are removed only if they are older than an
+hour.
 """
 
 from __future__ import annotations
@@ -40,31 +42,32 @@ _SHARD = re.compile(r"c\.(\d+)(\.0)?")
 
 @dataclass(frozen=True)
 class RepairReport:
-    """What a repair did; all empty where nothing was wrong."""
+    """What a repair did; all lists are empty if nothing was wrong."""
 
     redo: list[int] = field(default_factory=list)
-    """Items that were committed and have to be written again, ascending."""
+    """Committed items that have to be harvested again, in ascending order."""
     restored: list[str] = field(default_factory=list)
-    """Files that were written anew from what others say."""
+    """Files that were restored from others."""
     dropped: list[str] = field(default_factory=list)
-    """Files that were removed: not committed, or damaged beyond repair."""
+    """Files that were removed because they were not committed or could not be repaired."""
 
     def __str__(self) -> str:
-        items = f"items to redo: {self.redo}" if self.redo else "no item to redo"
+        items = f"items to redo: {self.redo}" if self.redo else "no items to redo"
         return f"{len(self.restored)} files restored, {len(self.dropped)} dropped, {items}"
 
 
 def repair_store(path: str | Path, wait_s: float = 30.0) -> RepairReport:
-    """Repairs a store, finalised or growing; the next harvest writes what the report lists.
+    """Repair a store, finalised or growing; the next harvest redoes the items in the report.
 
     Args:
-        path: Of the store.
-        wait_s: How long to wait for writers and other repairs to let go of the store.
+        path: Path of the store.
+        wait_s: Seconds to wait for writers and other repairs to release the commit lock.
 
     Raises:
-        StoreBusyError: They did not.
-        StoreFormatError, DamagedDataError: The header itself (`zarr.json`), the watermark or a
-            cursor is damaged: they follow from nothing else.
+        StoreBusyError: If the lock was not released in time.
+        DamagedDataError: If the header (`zarr.json`) or the deletion mark fails its checksum; they
+            cannot be derived from other files.
+        StoreFormatError: If the header or the deletion mark is invalid.
     """
     storage = open_storage(path)
     with storage.lock(exclusive=True, timeout_s=wait_s):
@@ -108,7 +111,7 @@ class _Repair:
         self._report.restored.extend(restore_documents(self.storage, self.header))
 
     def _segment(self, segment: int) -> Iterator[tuple[int, ItemRecord | None]]:
-        """Each item of a segment with its record, None if it has to be redone."""
+        """Yield each item of a segment with its valid record, or None if it has to be redone."""
         first = segment * log.SEGMENT_ITEMS
         snapshot = self._read_snapshot(segment)
         loose = set(log.loose_items(self.storage, segment))
@@ -138,9 +141,15 @@ class _Repair:
         return {first + i: from_row(self.header, first + i, row) for i, row in enumerate(table)}
 
     def _choose(self, item: int, other: ItemRecord | None) -> tuple[ItemRecord | None, bool]:
-        """The record, of the loose one and the snapshot's, that the shards agree with.
+        """Choose between the record file of an item and its record in the snapshot.
 
-        And whether it is the loose one.
+        Args:
+            item: Number of the item.
+            other: The record in the snapshot, if any.
+
+        Returns:
+            The record that matches the shards (None if neither does), and whether it equals the
+            record file.
         """
         try:
             loose = from_row(self.header, item, log.read_record(self.storage, self.header, item)[0])
@@ -156,15 +165,15 @@ class _Repair:
         return bool(item_damages(self.storage, self.header, record, with_shards=not deleted))
 
     def _uncommit(self, items: list[int]) -> None:
-        # In an order in which a death leaves a store that another repair understands. Snapshots,
-        # which name an item as well as its record does, are gone already.
+        # This order makes sure that another repair can continue if this one is killed. Snapshots
+        # that contain these items, and so would count as their records, are already removed.
         if self.header.finalised:
             self.header = replace(
                 self.header,
                 finalised=False,
                 n_items=0,
                 n_tokens=0,
-                planned_items=self.header.n_items,  # it is not whole before all are back
+                planned_items=self.header.n_items,  # finalising again requires all of them
             )
             self._put(METADATA, dump(group_document(self.header)))
         self.storage.make_folder(REPAIRED)
@@ -180,7 +189,7 @@ class _Repair:
         except MissingDataError:
             return
         except DAMAGE:
-            data = b""  # far too large to be a record
+            data = b""  # too large to be a record; not worth keeping
         if data:
             self.storage.put(f"{REPAIRED}/{item:09d}-{crc32c(data):08x}.json", [data])
         self._drop(name)

@@ -364,8 +364,8 @@ class ShuffledRows:
                 decoded = decoded.reshape(rows.shape)
                 self.store.scaling(name).dequantise(rows, scale[part], decoded)
                 rows = decoded
-            targets = places[part.start - own.start : part.stop - own.start]
-            target[targets] = as_bytes(rows).reshape(len(rows), -1)
+            there = places[part.start - own.start : part.stop - own.start]
+            target[there] = as_bytes(rows).reshape(len(rows), -1)
 
         self.store.place_chunks(numbers, span.wanted, span.n_rows, place)
         return out

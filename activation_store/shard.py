@@ -1,4 +1,4 @@
-"""Reading chunks of committed shard files: every one against its checksum, neighbours at once."""
+"""Read chunks of committed shard files; verify each checksum and coalesce adjacent chunks."""
 
 from __future__ import annotations
 
@@ -14,11 +14,12 @@ from activation_store.errors import DamagedDataError
 from activation_store.files import Bytes
 from activation_store.storage import Storage
 
+_REMEDY = "repair the store with stage=repair, or restore the file from a backup"
 _scratch = threading.local()
 
 
 def scratch(name: str, n_bytes: int) -> Bytes:
-    """Memory [n_bytes] of this thread's own, kept from call to call."""
+    """Return a thread-local buffer of `n_bytes` bytes, which later calls with `name` reuse."""
     memory: Bytes | None = getattr(_scratch, name, None)
     if memory is None or len(memory) < n_bytes:
         memory = np.empty(n_bytes, np.uint8)
@@ -28,28 +29,30 @@ def scratch(name: str, n_bytes: int) -> Bytes:
 
 @dataclass(frozen=True)
 class Wanted:
-    """A chunk that holds rows, and where they go."""
+    """A chunk to read, and where its rows go."""
 
     chunk: int
+    """Number of the chunk within its shard."""
     rows: int
-    """Valid ones; the chunk's padding goes nowhere."""
+    """Number of valid rows to read; the chunk's padding is discarded."""
     first: int
-    """Row of the caller's memory for the first of them."""
+    """Row of the caller's output that receives the first of them."""
 
 
 class OpenShard:
-    """A committed shard file, recognised by the checksum of its tail.
+    """A committed shard file, opened for reading after its tail has been verified.
 
     Args:
-        storage: Where it lies.
-        name: Inside the store.
-        layout: Of its array.
-        rows: Valid ones.
-        n_bytes: As its commit record says.
-        tail_crc32c: As its commit record says.
+        storage: Storage of the store.
+        name: Path of the file, relative to the store.
+        layout: Sizes of the shards of this array.
+        rows: Number of valid rows.
+        n_bytes: File size according to the commit record.
+        tail_crc32c: Checksum of the tail according to the commit record.
 
     Raises:
-        MissingDataError, DamagedDataError: naming the file.
+        MissingDataError: If the file is missing; the message names it.
+        DamagedDataError: If size, tail or index are wrong; the message names the file.
     """
 
     def __init__(
@@ -61,36 +64,43 @@ class OpenShard:
         n_bytes: int,
         tail_crc32c: int,
     ) -> None:
-        self.path, self.layout, self.rows = storage.where(name), layout, rows
-        self._run_bytes, self._gap_bytes = storage.run_bytes, storage.gap_bytes
+        self.path = storage.where(name)
+        self.layout = layout
+        self.rows = rows
+        self._run_bytes = storage.run_bytes
+        self._gap_bytes = storage.gap_bytes
         self._file = storage.open(name)
-        found, path = self._file.size, self.path
+        found = self._file.size
+        path = self.path
         if found != n_bytes:
-            raise DamagedDataError(f"{path} has {found} bytes: expected {n_bytes}; restore it")
+            raise DamagedDataError(f"{path} has {found} bytes: expected {n_bytes}; {_REMEDY}")
         tail = np.empty(layout.tail_bytes, np.uint8)
         self._read([tail], n_bytes - layout.tail_bytes, "index")
         if crc32c(tail) != tail_crc32c:
             raise DamagedDataError(
-                f"{path}: index is damaged, or the file is another shard's; restore it"
+                f"{path}: the index is damaged, or this is not the committed shard; {_REMEDY}"
             )
         try:
             self._index = decode_tail(layout, rows, n_bytes, tail)
         except ValueError as error:
-            raise DamagedDataError(f"{path}: index cannot be: {error}; restore it") from error
+            raise DamagedDataError(f"{path} has an invalid index: {error}; {_REMEDY}") from error
 
     @property
     def n_chunks(self) -> int:
-        """Chunks that hold rows."""
+        """Number of chunks that hold valid rows."""
         return self.layout.chunks_with_rows(self.rows)
 
     def rows_of(self, chunk: int) -> int:
-        """Valid rows of a chunk, 0 where it lies beyond the shard's rows."""
+        """Return the number of valid rows of a chunk; 0 for a chunk after the shard's last row."""
         start = chunk * self.layout.chunk_rows
         return min(max(self.rows - start, 0), self.layout.chunk_rows)
 
     def runs(self, wanted: list[Wanted]) -> list[list[Wanted]]:
-        """Chunks of this shard in groups, each of neighbours in the file that one read fetches."""
-        index, groups, begin, end = self._index, list[list[Wanted]](), 0, 0
+        """Group chunks of this shard so that each group can be fetched with one coalesced read."""
+        index = self._index
+        groups = list[list[Wanted]]()
+        begin = 0
+        end = 0
         for part in sorted(wanted, key=lambda part: index.offsets[part.chunk]):
             offset = index.offsets[part.chunk]
             stop = offset + index.lengths[part.chunk]
@@ -104,10 +114,10 @@ class OpenShard:
         return groups
 
     def read_run(self, run: list[Wanted], targets: list[Bytes]) -> None:
-        """Reads one group of `runs`: the valid rows of each chunk into its target.
+        """Read one group from `runs`, the valid rows of each chunk into its target.
 
         Raises:
-            DamagedDataError: naming file and chunk.
+            DamagedDataError: If a chunk fails its checksum; the message names file and chunk.
         """
         if self.layout.compressed:
             self._read_compressed(run, targets)
@@ -115,10 +125,10 @@ class OpenShard:
             self._read_plain(run, targets)
 
     def damaged_chunks(self) -> list[int]:
-        """Reads the whole file, each byte once; the chunks that are not as they were committed.
+        """Read the whole file and return the chunks that differ from what was committed.
 
-        Unlike `read_run` it also compares the checksums between the chunks, which only other Zarr
-        readers look at.
+        Unlike `read_run` this also checks the checksum stored after each chunk, which only other
+        Zarr readers use.
         """
         chunks = [Wanted(chunk, self.rows_of(chunk), 0) for chunk in range(self.n_chunks)]
         runs = self.runs(chunks)
@@ -134,8 +144,9 @@ class OpenShard:
         return damaged
 
     def _stored(self, run: list[int]) -> list[Bytes]:
-        """The chunks of one group as they lie in the file, in this thread's memory."""
-        offsets, lengths = self._index.offsets, self._index.lengths
+        """Read one group of chunks as stored, checksums included, into thread-local memory."""
+        offsets = self._index.offsets
+        lengths = self._index.lengths
         begin = offsets[run[0]]
         data = scratch("stored", offsets[run[-1]] + lengths[run[-1]] - begin)
         self._read([data], begin, f"chunk {run[0]}")
@@ -144,16 +155,18 @@ class OpenShard:
         ]
 
     def _read_plain(self, run: list[Wanted], targets: list[Bytes]) -> None:
-        # Straight to where the rows go; padding, checksums and chunks in between that nobody wants
-        # go to waste paper.
-        chunk_bytes, offsets = self.layout.chunk_bytes, self._index.offsets
+        # Read rows straight into the caller's buffers; discard padding, checksums and gaps.
+        chunk_bytes = self.layout.chunk_bytes
+        offsets = self._index.offsets
         waste = scratch("waste", max(chunk_bytes, self._gap_bytes) + CRC_BYTES)
-        views, end = [], offsets[run[0].chunk]
+        views = []
+        end = offsets[run[0].chunk]
         for part, target in zip(run, targets, strict=True):
             gap = offsets[part.chunk] - end
             views += [waste[:gap], target, waste[: chunk_bytes - len(target) + CRC_BYTES]]
             end += gap + chunk_bytes + CRC_BYTES
-        padding = views[-1]  # only a shard's last chunk has any, so nothing overwrites it
+        # Only the last chunk of a shard has padding, so no later chunk overwrites this view.
+        padding = views[-1]
         self._read(views, offsets[run[0].chunk], f"chunk {run[0].chunk}")
         for part, target in zip(run, targets, strict=True):
             found = crc32c(target)
@@ -175,14 +188,14 @@ class OpenShard:
                 compression.decompress(packed, rows)
             except ValueError as error:
                 raise DamagedDataError(
-                    f"{self.path}: chunk {part.chunk} does not decompress: {error}; restore it"
+                    f"{self.path}: chunk {part.chunk} does not decompress: {error}; {_REMEDY}"
                 ) from error
             if not whole:
                 target[:] = rows[: len(target)]
 
     def _fails(self, chunk: int) -> DamagedDataError:
-        return DamagedDataError(f"{self.path}: chunk {chunk} fails its checksum; restore it")
+        return DamagedDataError(f"{self.path}: chunk {chunk} fails its checksum; {_REMEDY}")
 
     def _read(self, views: list[Bytes], offset: int, what: str) -> None:
         if not self._file.read_into(views, offset):
-            raise DamagedDataError(f"{self.path}: {what} is cut off; restore it")
+            raise DamagedDataError(f"{self.path} ends before the end of {what}; {_REMEDY}")

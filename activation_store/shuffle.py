@@ -1,15 +1,15 @@
-"""The order in which rows are read: a pure function of (valid rows, seed, epoch), no I/O.
+"""The order in which rows are read: a pure function of (valid rows, seed, epoch), without I/O.
 
-An epoch visits all items, in their own order in epoch 0 (so that it can follow a store which is
-still being written) and in a permuted one after. `window_items` items in a row are a window. All
-inner chunks of a window are permuted and packed into blocks of at least `buffer_rows` rows, the
-last one takes what is left. The stream of the epoch is its blocks one after the other; batch i is
-rows [i * B, (i + 1) * B) of it.
+An epoch visits all items: in their own order in epoch 0, so that it can follow a store that is
+still being written, and in a permuted order in later epochs. Each `window_items` successive items
+form a window. All chunks of a window are permuted and packed into blocks of at least `buffer_rows`
+rows; the last block takes the rest. The stream of an epoch is the concatenation of its blocks, and
+batch i is rows [i * B, (i + 1) * B) of the stream, where B is `batch_rows`.
 
-The rows of a block, in the order of its chunks, are cut into B strips of equal length, to within a
-row: row j of every batch is drawn from strip j, in random order. So each batch is spread evenly
-over the block, and whoever wants a slice [lo, hi) of every batch reads only the chunks under its
-strips: readers of other slices share no chunk with it but one where two strips meet.
+The rows of a block, in the order of its chunks, are cut into B strips of equal length, give or take
+one row. Row j of every batch is drawn from strip j, in random order. So each batch is spread evenly
+over the block, and a reader of a slice [lo, hi) of every batch reads only the chunks that overlap
+its strips. Two readers share at most the chunk in which their strips meet.
 """
 
 from __future__ import annotations
@@ -23,55 +23,60 @@ from numpy.typing import NDArray
 Ints = NDArray[np.int64]
 
 ORDER = 2
-"""Rises whenever the same store and settings give another order."""
-_ITEMS, _CHUNKS, _ROWS = 1, 2, 3  # what a permutation is of: keeps their random streams apart
+"""Version of the order: increase it whenever the same store and settings give another order."""
+# First word of a permutation's key: what it permutes. It keeps the random streams independent.
+_ITEMS, _CHUNKS, _ROWS = 1, 2, 3
 
 
 @dataclass(frozen=True)
 class Block:
-    """Chunks that are in memory, and permuted, together."""
+    """Chunks that are in memory together and whose rows are permuted together."""
 
     epoch: int
     start: int
-    """Row of the epoch's stream with which the block begins."""
+    """First row of the block in the epoch's stream."""
     chunks: Ints
-    """[n, 3]: item, chunk, valid rows; in the order in which they lie in memory."""
+    """Item, chunk number and valid rows of each chunk, in memory order: [n, 3]."""
     key: tuple[int, int, int]
-    """Epoch, window, number in the window."""
+    """Epoch, window, and number of the block within the window."""
 
     @property
     def n_rows(self) -> int:
-        """Valid rows."""
+        """Number of valid rows."""
         return int(self.chunks[:, 2].sum())
 
     @property
     def stop(self) -> int:
-        """Row of the epoch's stream after the last one."""
+        """End of the block (exclusive) in the epoch's stream."""
         return self.start + self.n_rows
 
 
 @dataclass(frozen=True)
 class Shuffle:
-    """All that the order depends on besides the store's rows."""
+    """The settings that, together with the store's rows, determine the order."""
 
     seed: int
+    """Seed of the order, not negative."""
     chunk_rows: int
+    """Rows per chunk of the store."""
     window_items: int
+    """Items per window."""
     buffer_rows: int
+    """Smallest number of rows of a block, except for the last one of a window."""
     batch_rows: int
-    """1 makes one strip of every block: then all its rows are permuted together."""
+    """Rows of a global batch; with 1 a block is a single strip, all of whose rows are permuted."""
 
     def item_order(self, epoch: int, n_items: int) -> Ints:
-        """[n_items]: the items in the order in which an epoch visits them."""
+        """Return the items in the order in which an epoch visits them: [n_items]."""
         if epoch == 0:
             return np.arange(n_items)
         return permutation(n_items, _ITEMS, epoch, 0, 0, self.seed)
 
     def window_starts(self, rows: Ints) -> Ints:
-        """The first stream row of every window, and the end: [n_windows + 1].
+        """Return the first stream row of every window, and the end: [n_windows + 1].
 
         Args:
-            rows: [n_items]: valid rows in the epoch's order of items.
+            rows: Valid rows of each item, in the epoch's order of items: [n_items].
         """
         if not len(rows):
             return np.zeros(1, np.int64)
@@ -81,14 +86,14 @@ class Shuffle:
     def blocks(
         self, epoch: int, window: int, start: int, items: Ints, rows: Ints
     ) -> Iterator[Block]:
-        """The blocks of a window whose first stream row is `start`.
+        """Yield the blocks of a window.
 
         Args:
-            epoch: Number of the pass.
-            window: Number of the window in the pass.
-            start: Row of the epoch's stream.
-            items: [n] of the window.
-            rows: [n] valid rows of them.
+            epoch: Number of the epoch.
+            window: Number of the window within the epoch.
+            start: First row of the window in the epoch's stream.
+            items: Items of the window, [n].
+            rows: Valid rows of each of these items, [n].
         """
         chunks = _chunks(items, rows, self.chunk_rows)
         chunks = chunks[permutation(len(chunks), _CHUNKS, epoch, window, 0, self.seed)]
@@ -101,29 +106,30 @@ class Shuffle:
             begin = int(ends[min(last, len(chunks)) - 1])
 
     def rows_before(self, row: int, lo: int, hi: int) -> int:
-        """How many of the first `row` rows of an epoch's stream are of strips [lo, hi)."""
+        """Return how many of the first `row` rows of an epoch's stream are in strips [lo, hi)."""
         batches, rest = divmod(row, self.batch_rows)
         return batches * (hi - lo) + min(max(rest - lo, 0), hi - lo)
 
     def memory(self, block: Block, lo: int, hi: int) -> tuple[int, int]:
-        """[first, last) of the block's rows, in the order of its chunks, under strips [lo, hi)."""
+        """Return the range of a block's rows, in chunk order, that strips [lo, hi) cover."""
         return (
             self.rows_before(block.stop, 0, lo) - self.rows_before(block.start, 0, lo),
             self.rows_before(block.stop, 0, hi) - self.rows_before(block.start, 0, hi),
         )
 
     def row_order(self, block: Block, lo: int, hi: int) -> Ints:
-        """[n]: where each row of strips [lo, hi) lies, in the order of the stream.
+        """Return where the rows of strips [lo, hi) lie in memory, in stream order: [n].
 
-        Counted from the first of `memory`.
+        The positions count from the start of the range that `memory` returns.
         """
         first, last = self.memory(block, lo, hi)
         strips = np.arange(lo, hi)
-        # Of a strip: how many batches have drawn from it before the block, and before its end.
+        # For each strip: the number of batches that drew from it before this block, and the number
+        # of rows that batches draw from it within this block.
         drawn = -((strips - block.start) // self.batch_rows)
         counts = -((strips - block.stop) // self.batch_rows) - drawn
-        # Of the rows that all strips give here, one strip after the other: the one that a batch
-        # draws from a strip. Taken in the order of the stream, which is batch by batch.
+        # List the rows of the block strip by strip: batch b draws row `starts + b - drawn` of the
+        # list from each strip. Collect these batch by batch, which is the order of the stream.
         starts = np.cumsum(counts) - counts
         begin, width = self.rows_before(block.start, lo, hi), hi - lo
         n_rows, batch = last - first, begin // width
@@ -132,12 +138,21 @@ class Shuffle:
         return self._drawn(block, first, strips, counts)[picks]
 
     def _drawn(self, block: Block, first: int, strips: Ints, counts: Ints) -> Ints:
-        """[n]: rows `first` on, counted from it: `counts` of each of `strips`, permuted in each."""
+        """Return a permutation [n] of rows, counted from `first`, that shuffles within each strip.
+
+        Args:
+            block: The block, whose key determines the permutation.
+            first: First row of the block, in chunk order, to include.
+            strips: Numbers of the strips.
+            counts: Number of rows of each strip.
+        """
+        # Sort 64-bit keys made of the strip number (high bits), random bits, and the row number
+        # (low bits); the low bits of the sorted keys are the permutation.
         index_bits = np.uint64(max(block.n_rows - 1, 1).bit_length())
         strip_bits = np.uint64(max(self.batch_rows - 1, 1).bit_length())
         low = (np.uint64(1) << index_bits) - np.uint64(1)
         numbers = np.random.PCG64((_ROWS, *block.key, self.seed)).advance(first)
-        # In place where it can be: a block's order is made while its rows are read.
+        # Work in place: this runs while the block's rows are read, and should not need much memory.
         keys: NDArray[np.uint64] = numbers.random_raw(int(counts.sum()))
         keys >>= strip_bits
         keys &= ~low
@@ -149,6 +164,7 @@ class Shuffle:
 
 
 def _chunks(items: Ints, rows: Ints, chunk_rows: int) -> Ints:
+    """Return item, chunk number and valid rows of all chunks of some items: [n, 3]."""
     counts = -(-rows // chunk_rows)
     item = np.repeat(items, counts)
     chunk = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
@@ -157,14 +173,14 @@ def _chunks(items: Ints, rows: Ints, chunk_rows: int) -> Ints:
 
 
 def permutation(n: int, *key: int) -> Ints:
-    """A permutation [n] that is the same for the same key, in every version of NumPy.
+    """Return a permutation [n] that depends only on the key, in every version of NumPy.
 
-    `Generator.permutation` may change between versions (NEP 19), and a resumed run would then see
-    other batches; the raw numbers of a bit generator may not. The seed goes last in a key, for a
-    large one takes several words.
+    `Generator.permutation` may change between NumPy versions (NEP 19), and a resumed run would then
+    see other batches. The raw output of a bit generator never changes. The seed comes last in a
+    key, because a large seed takes up several words.
     """
-    # The low bits make room for the index: whole numbers that all differ sort the same by any
-    # method, so by the fastest.
+    # The index in the low bits makes all keys different, so that every sorting algorithm gives the
+    # same order and the fastest one can be used.
     index_bits = np.uint64(max(n - 1, 0).bit_length())
     low = (np.uint64(1) << index_bits) - np.uint64(1)
     keys = np.random.PCG64(key).random_raw(n) & ~low | np.arange(n, dtype=np.uint64)

@@ -1,8 +1,8 @@
-"""The one interface through which a store's bytes go: a folder, or a prefix in an object store.
+"""Storage interface of a store; implemented by a folder and by a prefix in an object store.
 
-Names are relative to the store, with '/' between their parts. What is put is there whole or not at
-all, and durable when the call returns, but for the names that `put_if_absent` gives: those are
-durable after `sync` of their folder.
+Names are paths relative to the store, with '/' between their parts. Writes are atomic, and durable
+when the call returns. One exception: a file created by `put_if_absent` is durable only after `sync`
+of its folder.
 """
 
 from __future__ import annotations
@@ -15,163 +15,178 @@ from pathlib import Path
 from activation_store.files import Bytes
 
 Parts = Iterable[bytes | Bytes]
-"""The pieces of an object, one after the other; never copied on a local disk."""
+"""The content of an object in pieces, which are written one after the other."""
 OBJECT_SCHEME = "s3://"
 
 
 class ReadHandle(ABC):
-    """One object, open to be read in ranges by several threads."""
+    """An open object, of which several threads may read ranges at the same time."""
 
     size: int
-    """Bytes, when it was opened."""
+    """Size in bytes at the time of opening."""
 
     @abstractmethod
     def read_into(self, views: list[Bytes], offset: int) -> bool:
-        """Fills `views` one after the other with the bytes from `offset` on; False if too few."""
+        """Read the bytes from `offset` on into `views`, one after the other.
+
+        Returns:
+            False if the object ends before all views are full.
+        """
 
 
 class Held(ABC):
-    """A claim that is held; see `claim.py`."""
+    """A held harvest lock; see `claim.py`."""
 
     @abstractmethod
     def check(self) -> None:
-        """Raises: StoreBusyError: It is somebody else's by now."""
+        """Check that the lock is still held.
+
+        Raises:
+            StoreBusyError: If another process has taken it over.
+        """
 
     @abstractmethod
     def release(self) -> None:
-        """Lets go of it."""
+        """Release the lock."""
 
 
 class Storage(ABC):
-    """Where a store lies."""
+    """Place where the files (objects) of a store are kept."""
 
     path: Path | str
-    """As a user would write it: a folder, or s3://bucket/prefix."""
+    """Address of the store as a user writes it: a folder, or s3://bucket/prefix."""
     run_bytes: int
-    """Neighbouring chunks are read in one call up to so many bytes."""
+    """Adjacent chunks are coalesced into reads of at most this many bytes."""
     n_threads: int
-    """Most requests that are worth having under way at once."""
+    """Number of requests that should be in progress at the same time."""
     gap_bytes: int
-    """So many bytes that nobody wants are read along rather than asking twice."""
+    """Read through gaps up to this size instead of issuing a second request."""
     poll_s: float
-    """How often to look whether a growing store has grown."""
+    """Seconds to wait between two checks of a growing store."""
     build_is_atomic: bool
-    """Whether `build` shows others a whole store or none."""
+    """True if a store that is being created by `build` is invisible until it is complete."""
 
     def where(self, name: str) -> str:
-        """`name` as messages give it."""
+        """Return the full path of `name`, for error messages."""
         return f"{self.path}/{name}"
 
     @abstractmethod
     def read(self, name: str, limit_bytes: int) -> bytes:
-        """A small object, whole.
+        """Read a whole object.
 
         Raises:
-            MissingDataError: It is not there.
-            StoreFormatError: It is larger than `limit_bytes`.
+            MissingDataError: If it does not exist.
+            StoreFormatError: If it is larger than `limit_bytes`.
         """
 
     @abstractmethod
     def open(self, name: str) -> ReadHandle:
-        """An object to read ranges of. Raises: MissingDataError: It is not there."""
+        """Open an object to read ranges of it.
+
+        Raises:
+            MissingDataError: If it does not exist.
+        """
 
     @abstractmethod
     def exists(self, name: str) -> bool:
-        """Whether the object is there."""
+        """Return whether the object exists."""
 
     @abstractmethod
     def names(self, folder: str) -> list[str]:
-        """Names, without the folder's, of what lies directly in it; empty if it is not there."""
+        """List the names directly inside a folder, without its path; [] if it does not exist."""
 
     @abstractmethod
     def is_folder(self, name: str) -> bool:
-        """Whether the folder is there; where there are no folders, always."""
+        """Return whether the folder exists; always True for object stores."""
 
     @abstractmethod
     def build(
         self, folders: Sequence[str], objects: Mapping[str, bytes], last: tuple[str, bytes]
     ) -> None:
-        """Makes an empty store of all that is given, unless somebody else is faster.
+        """Create an empty store; do nothing if another process has created it already.
 
         Args:
-            folders: To make, where there are folders.
-            objects: Name to content.
-            last: Name and content of the object that makes it a store: others see all or none.
+            folders: Folders to create; ignored by object stores.
+            objects: Name to content of the objects to create.
+            last: Name and content of the object whose existence marks the store.
 
         Raises:
-            StoreFormatError: Something else is there already.
+            StoreFormatError: If the path holds anything but an activation store.
         """
 
     @abstractmethod
     def put(self, name: str, parts: Parts) -> None:
-        """Puts an object in its place, whether or not something stands there."""
+        """Write an object, replacing an existing one."""
 
     @abstractmethod
     def put_if_absent(self, name: str, parts: Parts) -> bool:
-        """Puts an object in its place unless another one stands there: then False.
+        """Write an object unless one of this name exists.
 
-        True where an earlier try of this very call has put it and its answer was lost. May be True
-        or False where an object of the same bytes stands there.
+        Returns:
+            True if this call has created the object, also if the server's answer to an earlier
+            attempt within this call was lost. False if another object exists. If an object with the
+            same bytes existed before, either may be returned.
         """
 
     @abstractmethod
     def make_folder(self, name: str) -> None:
-        """Makes a folder, and its name durable; where there are no folders, nothing."""
+        """Create a folder durably if it does not exist; does nothing in object stores."""
 
     @abstractmethod
     def sync(self, folders: Sequence[str]) -> None:
-        """Makes the names in these folders durable."""
+        """Make the names in these folders durable."""
 
     @abstractmethod
     def delete(self, name: str) -> None:
-        """Removes an object; nothing where it is not there."""
+        """Delete an object if it exists."""
 
     @abstractmethod
     def is_stale(self, name: str) -> bool:
-        """Whether a shard that is not committed is nobody's work under way.
+        """Return whether an uncommitted shard is left over, so that no writer will commit it.
 
-        To be asked with the exclusive lock held.
+        The caller must hold the exclusive commit lock.
         """
 
     @abstractmethod
     def remove_stale(self) -> list[str]:
-        """Removes what writers that died long ago left half written; its names."""
+        """Remove unfinished files of writers that died long ago, and return their names."""
 
     @abstractmethod
     def lock(self, exclusive: bool, timeout_s: float | None = None) -> AbstractContextManager[None]:
-        """Held by many while they commit, or by one alone while it repairs.
+        """Hold the commit lock: writers share it while they commit, a repair holds it exclusively.
 
         Args:
-            exclusive: Alone.
-            timeout_s: How long to wait for the others; None without end.
+            exclusive: True to exclude all other holders.
+            timeout_s: Seconds to wait for other holders; None waits without limit.
 
         Raises:
-            StoreBusyError: The others are not done in time.
+            StoreBusyError: If the other holders do not release the lock in time.
         """
 
     @abstractmethod
     def claim(self, run: str, who: str) -> Held:
-        """Makes this process the one that fills the store.
+        """Take the harvest lock; see `claim.py`.
 
         Args:
-            run: The same for every attempt of one run, of which only one lives at a time.
-            who: For the messages that others get.
+            run: Name of the run, the same for all of its attempts, of which only one is alive.
+            who: Description of this process, for the error messages of others.
 
         Raises:
-            StoreBusyError: Another one does; names it.
+            StoreBusyError: If another process holds it; the message names that process.
         """
 
 
 def open_storage(path: str | Path | Storage) -> Storage:
-    """The storage of a store: s3://bucket/prefix, or a folder.
+    """Return the storage at a path: s3://bucket/prefix, or a folder.
 
     Raises:
-        StoreConfigError: An address that cannot be.
+        StoreConfigError: If the address is invalid.
     """
     if isinstance(path, Storage):
         return path
     if str(path).startswith(OBJECT_SCHEME):
-        from activation_store.storage_object import ObjectStorage  # not every user has obstore
+        # Imported late, because obstore is an optional dependency.
+        from activation_store.storage_object import ObjectStorage
 
         return ObjectStorage(str(path))
     from activation_store.storage_local import LocalStorage

@@ -1,4 +1,4 @@
-"""A store in a folder of a local disk, or of a file system that all machines share."""
+"""Storage in a folder, on a local disk or on a file system shared by all machines."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ _POLL_S = 0.02
 
 
 class LocalStorage(Storage):
-    """Files: written under a temporary name, fsynced, then linked or renamed to their place.
+    """Store in a folder; files are written under a temporary name, fsynced, then moved in place.
 
     Args:
         path: Folder of the store.
     """
 
-    # So many bytes are still in a core's cache when they are checked and placed; larger reads were
-    # no faster, cold or warm.
+    # Small enough for the data to be still in the CPU cache when it is verified and copied; larger
+    # reads were no faster, with a cold or a warm page cache.
     run_bytes = 1 << 20
     gap_bytes = 0
     n_threads = N_THREADS
@@ -43,6 +43,7 @@ class LocalStorage(Storage):
         self.path: Path = path
 
     def read(self, name: str, limit_bytes: int) -> bytes:
+        """Read a whole file."""
         path = self.path / name
         try:
             with path.open("rb") as file:
@@ -52,40 +53,46 @@ class LocalStorage(Storage):
         if len(data) > limit_bytes:
             raise StoreFormatError(
                 f"{path} has {path.stat().st_size} bytes: expected at most {limit_bytes}; "
-                "this is no metadata that activation_store wrote"
+                "this file was not written by activation_store"
             )
         return data
 
     def open(self, name: str) -> ReadHandle:
+        """Open a file to read ranges of it."""
         try:
             return _File(files.open_to_read(self.path / name))
         except FileNotFoundError as error:
             raise MissingDataError(
-                f"{self.where(name)} is committed but missing; restore it"
+                f"{self.where(name)} is committed but missing; repair the store with "
+                "stage=repair, or restore the file from a backup"
             ) from error
 
     def exists(self, name: str) -> bool:
+        """Return whether the file exists."""
         return (self.path / name).exists()
 
     def names(self, folder: str) -> list[str]:
+        """List the names in a folder."""
         try:
             return os.listdir(self.path / folder)
         except FileNotFoundError:
             return []
 
     def is_folder(self, name: str) -> bool:
+        """Return whether the folder exists."""
         return (self.path / name).is_dir()
 
     def build(
         self, folders: Sequence[str], objects: Mapping[str, bytes], last: tuple[str, bytes]
     ) -> None:
-        """Beside its place, and then moves it there."""
-        path, (marker, content) = self.path, last
+        """Create the store in a temporary folder next to its final path, then rename the folder."""
+        path = self.path
+        marker, content = last
         if path.exists() and (not path.is_dir() or any(path.iterdir())):
             if (path / marker).exists():
-                return  # somebody else was faster
+                return  # another process has created the store
             raise StoreFormatError(
-                f"{path} holds files but is no activation store; choose an empty or a new folder"
+                f"{path} exists but is not an activation store; use an empty or a new folder"
             )
         path.parent.mkdir(parents=True, exist_ok=True)
         building = path.parent / f".{path.name}.{uuid.uuid4().hex}.tmp"
@@ -97,44 +104,55 @@ class LocalStorage(Storage):
             os.rename(building, path)
             files.fsync_folder(path.parent)
         except OSError:
-            if not (path / marker).exists():  # else somebody else was faster
+            # The rename also fails if another process has created the store; that is fine.
+            if not (path / marker).exists():
                 raise
         finally:
             shutil.rmtree(building, ignore_errors=True)
 
     def put(self, name: str, parts: Parts) -> None:
+        """Write a file, replacing an existing one."""
         files.replace(self.path, self.path / name, parts)
 
     def put_if_absent(self, name: str, parts: Parts) -> bool:
+        """Write a file unless one of this name exists."""
         return files.link_new(files.write_temporary(self.path, parts), self.path / name)
 
     def make_folder(self, name: str) -> None:
+        """Create a folder durably if it does not exist."""
         folder = self.path / name
         folder.mkdir(exist_ok=True)
-        files.fsync_folder(folder.parent)  # even if another writer made it a moment ago
+        # Also if it existed: another writer may have created it without having synced it yet.
+        files.fsync_folder(folder.parent)
 
     def sync(self, folders: Sequence[str]) -> None:
-        # Side by side: a file system commits several folders in the time it takes for one.
+        """Make the names in these folders durable."""
+        # Sync in parallel: a file system commits several folders in the time it takes for one.
         run_all([partial(files.fsync_folder, self.path / folder) for folder in folders])
 
     def delete(self, name: str) -> None:
+        """Delete a file if it exists."""
         (self.path / name).unlink(missing_ok=True)
 
     def is_stale(self, name: str) -> bool:
-        return True  # writers hold the lock from the first shard to the record
+        """Return True: writers hold the commit lock from an item's first shard to its record."""
+        return True
 
     def remove_stale(self) -> list[str]:
+        """Remove old temporary files and return their names."""
         return files.remove_stale(self.path)
 
     @contextlib.contextmanager
     def lock(self, exclusive: bool, timeout_s: float | None = None) -> Iterator[None]:
-        # Each has a file description of its own: threads of one process shut each other out too.
+        """Hold the commit lock, a kernel lock on the file `_lock`."""
+        # Open the file for each call: flock belongs to the open file, so threads of one process
+        # exclude each other too.
         fd = os.open(self.path / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         try:
             self._flock(fd, fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH, timeout_s)
             yield
         finally:
-            os.close(fd)  # which lets go of it, as a death does
+            os.close(fd)  # releases the lock; so does the death of the process
 
     def _flock(self, fd: int, kind: int, timeout_s: float | None) -> None:
         if timeout_s is None:
@@ -148,12 +166,13 @@ class LocalStorage(Storage):
             except BlockingIOError:
                 if time.monotonic() > deadline:
                     raise StoreBusyError(
-                        f"{self.path} was locked by another process for {timeout_s:g} s: expected "
-                        "no writer and no repair at work; end them, then try again"
+                        f"{self.path} was locked by another process for {timeout_s:g} s; wait for "
+                        "writers and repairs to finish, or stop them, then try again"
                     ) from None
             time.sleep(_POLL_S)
 
     def claim(self, run: str, who: str) -> Held:
+        """Take the harvest lock, a kernel lock on the file `_claim`."""
         fd = os.open(self.path / CLAIM, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -161,7 +180,7 @@ class LocalStorage(Storage):
             holder = os.pread(fd, 1 << 12, 0).decode(errors="replace") or "another process"
             os.close(fd)
             raise StoreBusyError(
-                f"{self.path} is being filled by {holder}: expected nobody; wait for it or end it"
+                f"{self.path} is being written by {holder}; wait for it to finish, or stop it"
             ) from None
         os.ftruncate(fd, 0)
         os.pwrite(fd, who.encode(), 0)
@@ -169,24 +188,27 @@ class LocalStorage(Storage):
 
 
 class _Flocked(Held):
-    """The kernel's lock: nobody can take it over, and a death lets go of it."""
+    """Kernel file lock; it cannot be taken over, and the kernel releases it if the process dies."""
 
     def __init__(self, fd: int) -> None:
         self._fd = fd
 
     def check(self) -> None:
-        pass
+        """Do nothing: a kernel lock cannot be lost."""
 
     def release(self) -> None:
+        """Release the lock."""
         os.close(self._fd)
 
 
 class _File(ReadHandle):
     def __init__(self, fd: int) -> None:
         self._fd = fd
-        # Closed with the last reader's reference, so that dropping it from a cache is safe.
+        # Close the file when the last reference is dropped, so that other threads can go on reading
+        # after it was removed from the cache of open shards.
         weakref.finalize(self, os.close, fd)
         self.size = os.fstat(fd).st_size
 
     def read_into(self, views: list[Bytes], offset: int) -> bool:
+        """Read the bytes from `offset` on into `views`."""
         return files.read_into(self._fd, views, offset)

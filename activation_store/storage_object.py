@@ -1,13 +1,13 @@
-"""A store under a prefix of an S3-compatible object store, through `obstore`.
+"""Storage under a prefix of an S3-compatible object store, through `obstore`.
 
-Endpoint and credentials come from the environment, as for every S3 client: AWS_ENDPOINT_URL (none
-for AWS itself), AWS_REGION, AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, or what else obstore finds
-(profile-less instance and container roles, web identity).
+Endpoint and credentials come from the environment, as for every S3 client: AWS_ENDPOINT_URL (not
+needed for AWS itself), AWS_REGION, AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, or other sources that
+obstore supports (instance and container roles, web identity).
 
-An object appears whole or not at all. What must be there once (a commit record, a shard) is put
-with `If-None-Match: *`; where the answer to such a put is lost, the second try finds the object,
-compares it with its own bytes and so knows that it was the first one that put it. Use a store from
-the process that opened it: obstore's threads do not survive a fork.
+Objects are written atomically. Objects that must be written only once (commit records and shards)
+are put with `If-None-Match: *`. If the answer to such a put is lost, the retry finds an existing
+object; it compares the bytes, and if they are equal, the first try had succeeded. Use a store only
+in the process that opened it, because obstore's threads do not survive a fork.
 """
 
 from __future__ import annotations
@@ -45,24 +45,25 @@ from activation_store.storage import OBJECT_SCHEME, Held, Parts, ReadHandle, Sto
 T = TypeVar("T")
 
 TRIES = 5
-"""Of one request, each of which obstore itself may repeat `_RETRIES` times where that is safe."""
+"""Tries of a request; within each, obstore retries up to `_RETRIES` times if that is safe."""
 _BACKOFF_S = 0.2
 _RETRIES = 3
 _CONNECT_S, _STALL_S, _REQUEST_S = 10, 120, 1200
-"""A connection, a wait for the next bytes, a whole request: a shard over a slow link."""
+"""Timeouts for a connection, for the next bytes, and for a whole request (a shard on a slow link).
+"""
 _PROBE = "_probe"
-_MOST_BYTES = 5 << 30  # of one put, in S3
+_MOST_BYTES = 5 << 30  # limit of S3 for a single put
 _URL = re.compile(r"s3://([a-z0-9][a-z0-9.\-]{1,61}[a-z0-9])/([\w.\-=+/]*[\w\-=+])/?")
 
 
 class ObjectStorage(Storage):
-    """Objects under s3://bucket/prefix.
+    """Store under s3://bucket/prefix.
 
     Args:
-        url: Of the store; the bucket exists.
+        url: Address of the store; the bucket must exist.
 
     Raises:
-        StoreConfigError: An address that cannot be, or holds credentials.
+        StoreConfigError: If the address is invalid or contains credentials.
     """
 
     run_bytes = 8 << 20
@@ -79,20 +80,22 @@ class ObjectStorage(Storage):
                 "store.path",
                 shown,
                 "s3://bucket/prefix",
-                "credentials and endpoint go into AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and "
+                "set credentials and endpoint in AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and "
                 "AWS_ENDPOINT_URL",
             )
         self.path: str = url.rstrip("/")
         self._store = _connect(match[1], match[2])
 
     def read(self, name: str, limit_bytes: int) -> bytes:
+        """Read a whole object."""
+
         def get() -> bytes:
             answer = obstore.get(self._store, name)
             size = answer.meta["size"]
             if size > limit_bytes:
                 raise StoreFormatError(
                     f"{self.where(name)} has {size} bytes: expected at most {limit_bytes}; "
-                    "this is no metadata that activation_store wrote"
+                    "this file was not written by activation_store"
                 )
             return bytes(answer.bytes())
 
@@ -102,13 +105,17 @@ class ObjectStorage(Storage):
             raise self._missing(name) from None
 
     def open(self, name: str) -> ReadHandle:
+        """Open an object to read ranges of it."""
         meta = self._head(name)
         if meta is None:
-            raise MissingDataError(f"{self.where(name)} is committed but missing; restore it")
+            raise MissingDataError(
+                f"{self.where(name)} is committed but missing; repair the store with "
+                "stage=repair, or restore the object from a backup"
+            )
         return _Object(self, name, meta["size"])
 
     def read_range(self, name: str, offset: int, n_bytes: int) -> Bytes:
-        """Bytes [offset, offset + n_bytes) of an object that has so many."""
+        """Read bytes [offset, offset + n_bytes) of an object; it must be at least that long."""
 
         def get() -> Bytes:
             answer = obstore.get_range(self._store, name, start=offset, length=n_bytes)
@@ -120,9 +127,12 @@ class ObjectStorage(Storage):
             raise self._missing(name) from None
 
     def exists(self, name: str) -> bool:
+        """Return whether the object exists."""
         return self._head(name) is not None
 
     def names(self, folder: str) -> list[str]:
+        """List the names directly under a prefix."""
+
         def listing() -> list[str]:
             found = obstore.list_with_delimiter(self._store, folder or None)
             objects = [str(part["path"]) for part in found["objects"]]
@@ -132,19 +142,21 @@ class ObjectStorage(Storage):
         return [path.rpartition("/")[2] for path in paths]
 
     def is_folder(self, name: str) -> bool:
+        """Return True: prefixes need not be created."""
         return True
 
     def build(
         self, folders: Sequence[str], objects: Mapping[str, bytes], last: tuple[str, bytes]
     ) -> None:
-        """The object that makes it a store goes first: whoever puts it has made the store.
+        """Create the store; the object that marks the store is written first.
 
-        One who dies then leaves a store without the others, which the next writer puts.
+        The process that succeeds in writing it is the one that creates the store. If it dies before
+        it has written the other objects, the next writer adds them.
         """
         marker, content = last
         if set(self.names("")) - {_PROBE} and not self.exists(marker):
             raise StoreFormatError(
-                f"{self.path} holds objects but is no activation store; choose an empty prefix"
+                f"{self.path} holds objects but is not an activation store; use an empty prefix"
             )
         self._require_conditional_put()
         if self.put_if_absent(marker, [content]):
@@ -152,22 +164,30 @@ class ObjectStorage(Storage):
                 self.put_if_absent(name, [data])
 
     def _require_conditional_put(self) -> None:
-        # A server that ignores the condition would let two attempts commit one item.
+        """Check that the server supports conditional puts.
+
+        With a server that ignores the condition, two attempts could commit the same item.
+
+        Raises:
+            StorageError: If the server ignores the condition.
+        """
         name = f"{_PROBE}/{uuid.uuid4().hex}"
         self.put_if_absent(name, [b"first"])
         twice = self.put_if_absent(name, [b"second"])
         self.delete(name)
         if twice:
             raise StorageError(
-                f"{self.path}: the server ignores If-None-Match, so that commits could overwrite "
-                "each other; use a server that honours it, or a local folder"
+                f"{self.path}: the server ignores If-None-Match, so commits could overwrite each "
+                "other; use a server that supports it, or a local folder"
             )
 
     def put(self, name: str, parts: Parts) -> None:
+        """Write an object, replacing an existing one."""
         data = self._join(name, parts)
         self._ask("put", name, lambda: obstore.put(self._store, name, data, use_multipart=False))
 
     def put_if_absent(self, name: str, parts: Parts) -> bool:
+        """Write an object unless one of this name exists."""
         data = self._join(name, parts)
 
         def create() -> bool:
@@ -180,37 +200,46 @@ class ObjectStorage(Storage):
         return self._ask("put", name, create) or self._holds(name, data)
 
     def _holds(self, name: str, data: bytes) -> bool:
-        """Whether an object has these bytes: then this call put it, and the answer was lost."""
+        """Return whether an object has these bytes.
+
+        If so, an earlier try of the same put succeeded and only its answer was lost.
+        """
         meta = self._head(name)
         if meta is None or meta["size"] != len(data):
             return False
         return not data or self.read_range(name, 0, len(data)).tobytes() == data
 
     def make_folder(self, name: str) -> None:
-        pass
+        """Do nothing: object stores have no folders."""
 
     def sync(self, folders: Sequence[str]) -> None:
-        pass
+        """Do nothing: a put is durable when it returns."""
 
     def delete(self, name: str) -> None:
+        """Delete an object if it exists."""
         with contextlib.suppress(FileNotFoundError):
             self._ask("delete", name, lambda: obstore.delete(self._store, name))
 
     def is_stale(self, name: str) -> bool:
+        """Return whether an uncommitted shard is older than `STALE_S`: there is no lock to go by."""
         meta = self._head(name)
         return meta is not None and _age_s(meta) > STALE_S
 
     def remove_stale(self) -> list[str]:
-        return []  # objects appear whole
+        """Return []: objects are written atomically, so none are unfinished."""
+        return []
 
     @contextlib.contextmanager
     def lock(self, exclusive: bool, timeout_s: float | None = None) -> Iterator[None]:
-        yield  # there is none to take; see `is_stale`
+        """Do nothing: object stores have no locks, and `is_stale` goes by age instead."""
+        yield
 
     def claim(self, run: str, who: str) -> Held:
+        """Take the harvest lock, which is a lease."""
         return Lease(self, run, who)
 
     def _head(self, name: str) -> Any | None:
+        """Return the metadata of an object, None if it does not exist."""
         try:
             return self._ask("head", name, lambda: obstore.head(self._store, name))
         except FileNotFoundError:
@@ -221,7 +250,7 @@ class ObjectStorage(Storage):
         if len(data) > _MOST_BYTES:
             raise StorageError(
                 f"{self.where(name)} would have {len(data)} bytes: expected at most {_MOST_BYTES}, "
-                "which is all that S3 takes at once; lower store.shard_tokens"
+                "the limit of a single S3 put; lower store.shard_tokens"
             )
         return data
 
@@ -229,11 +258,17 @@ class ObjectStorage(Storage):
         return MissingDataError(f"{self.where(name)} is missing; restore it from a backup")
 
     def _ask(self, what: str, name: str, request: Callable[[], T]) -> T:
-        """The answer to a request that may be repeated.
+        """Send a request, with retries, and return its result.
+
+        Args:
+            what: Name of the operation, for the error message.
+            name: Name of the object, for the error message.
+            request: Function that sends the request; safe to repeat.
 
         Raises:
-            FileNotFoundError: There is no such object.
-            StorageError: Refused, or no answer after `TRIES` tries.
+            FileNotFoundError: If the object does not exist.
+            StorageError: If the server refuses the request, or there is no answer after `TRIES`
+                tries.
         """
         problem = ""
         for number in range(TRIES):
@@ -248,16 +283,17 @@ class ObjectStorage(Storage):
                 if isinstance(
                     error, FileNotFoundError | PermissionDeniedError | UnauthenticatedError
                 ):
-                    break
-        # Not from the error at hand: its text may hold an endpoint's password.
+                    break  # a retry would fail in the same way
+        # Raise outside the except block, so that the original error is not chained: its text may
+        # contain credentials from the endpoint's address.
         raise StorageError(
-            f"{self.where(name)}: {what} failed: {problem}; expected a bucket that can be reached "
-            "and written: see AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY"
+            f"{self.where(name)}: {what} failed: {problem}; expected a reachable bucket with write "
+            "access; check AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
         )
 
 
 def _connect(bucket: str, prefix: str) -> S3Store:
-    """A client, from the environment; nothing is asked of the server yet."""
+    """Create a client from the settings in the environment, without sending a request."""
     endpoints = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT")
     plain = any(os.environ.get(name, "").startswith("http://") for name in endpoints)
     try:
@@ -285,15 +321,18 @@ def _connect(bucket: str, prefix: str) -> S3Store:
         problem = source[1] if source else type(error).__name__
     given = sorted(name for name in os.environ if name.startswith("AWS_"))
     raise StoreConfigError(
-        "AWS_*", given, f"settings that belong together ({problem})", "set or unset the others"
+        "AWS_*", given, f"a complete set of variables ({problem})", "set those that are missing"
     )
 
 
 class _Object(ReadHandle):
     def __init__(self, storage: ObjectStorage, name: str, size: int) -> None:
-        self._storage, self._name, self.size = storage, name, size
+        self._storage = storage
+        self._name = name
+        self.size = size
 
     def read_into(self, views: list[Bytes], offset: int) -> bool:
+        """Read the bytes from `offset` on into `views`."""
         n_bytes = sum(map(len, views))
         if offset + n_bytes > self.size:
             return False
@@ -315,9 +354,9 @@ def _age_s(meta: Any) -> float:
 
 
 def _summary(error: BaseException) -> str:
-    """What went wrong, without any address."""
+    """Summarise an error without any address, which might contain credentials."""
     text = str(error)
     status = re.search(r"status code: (\d+)", text)
     code = re.search(r"<Code>(\w+)</Code>", text)
-    parts = [f"HTTP {status[1]}" if status else "no answer, or one that was cut off"]
+    parts = [f"HTTP {status[1]}" if status else "no answer, or an incomplete one"]
     return " ".join(parts + ([code[1]] if code else []))

@@ -1,4 +1,4 @@
-"""Shuffled batches from a store, finished or still being written, from any position on."""
+"""Shuffled batches of a store, finalised or still growing, starting at any position."""
 
 from __future__ import annotations
 
@@ -20,23 +20,25 @@ class StreamBatch(NamedTuple):
     arrays: dict[str, NDArray[Any]]
     """[hi - lo, d_model] of each array, [hi - lo] of each sidecar, in the store's data type."""
     first_row: int
-    """position * batch_rows + lo: row of the endless stream, over all epochs."""
+    """Number of the first row in the endless stream over all epochs: position * batch_rows + lo."""
     epoch: int
+    """Epoch of the batch."""
 
 
 class StagedBatch(NamedTuple):
-    """A reader's slice of one global batch as blocks in memory, for a device to gather from."""
+    """A reader's slice of one global batch as picks from blocks, to be gathered on a device."""
 
     parts: list[LoadedRows]
-    """The batch is the picked rows of each, one after the other. Many batches share a block: it
-    goes to the device once, whole; `part.block` is the same object each time."""
+    """The batch is the concatenation of the picked rows of each part. Many batches share a block,
+    so copy each block to the device only once; `part.block` is the same object every time."""
     first_row: int
-    """As in `StreamBatch`."""
+    """Number of the first row in the endless stream, as in `StreamBatch`."""
     epoch: int
+    """Epoch of the batch."""
 
 
 class _Stream:
-    """What both kinds of stream have: a position, and the rows there. Arguments as there."""
+    """Common base of both kinds of stream; see `ShuffledStream` for the arguments."""
 
     _staged = False
 
@@ -72,26 +74,27 @@ class _Stream:
         self.arrays = self._rows.arrays
         self.batch_rows = batch_rows
         self.position = 0
-        """The batch that `next` gives."""
+        """Number of the batch that `next` returns."""
 
     @property
     def wait_s(self) -> float:
-        """Seconds spent in `next` waiting for data, in all."""
+        """Total seconds that `next` spent waiting for data."""
         return self._rows.wait_s
 
     @property
     def batches_per_epoch(self) -> int:
-        """Full batches in one pass.
+        """Number of full batches in one epoch.
 
         Raises:
-            IncompleteStoreError: The store may still grow.
-            StoreConfigError: It has fewer rows than a batch.
+            IncompleteStoreError: If the store is not finalised.
+            StoreConfigError: If the store has fewer rows than a batch.
         """
         if not self.store.finalised:
             self.store.refresh()
         if not self.store.finalised:
             raise IncompleteStoreError(
-                f"{self.store.path} is not finalised: its rows are not known yet"
+                f"{self.store.path} is not finalised, so its number of rows is not known yet; "
+                "finish its harvest first"
             )
         count = self.store.n_tokens // self.batch_rows
         if not count:
@@ -101,42 +104,44 @@ class _Stream:
         return count
 
     def seek(self, i: int) -> None:
-        """Makes batch `i` the next one."""
+        """Continue with batch `i`."""
         if i < 0:
-            raise StoreConfigError("position", i, "not negative")
+            raise StoreConfigError("position", i, "at least 0")
         if i != self.position:
             self._rows.reset()
         self.position = i
 
     def first_item_needed(self, position: int) -> int:
-        """First item that batches from `position` on may need; a pure function of the store's rows.
+        """Return the first item that batches from `position` on may need.
 
-        In epoch 0 windows are opened whole, so it is the beginning of one, and everything before
-        it has been passed. 0 in later epochs, which need all items in another order. While the
-        store grows, at most the first item of the first window that is not yet whole.
+        This depends only on the store's rows. In epoch 0 it is the first item of the window that
+        holds the batch, since windows are read as a whole. In later epochs it is 0, because they
+        visit all items in another order. While the store grows, it is at most the first item of the
+        first incomplete window.
 
         Raises:
-            StoreConfigError: A negative position.
+            StoreConfigError: If `position` is negative.
         """
         if position < 0:
-            raise StoreConfigError("position", position, "not negative")
+            raise StoreConfigError("position", position, "at least 0")
         if self.store.finalised and position >= self.batches_per_epoch:
             return 0
         return self._rows.first_item_needed(position * self.batch_rows)
 
     def settle(self) -> None:
-        """Returns once nothing is being read in advance: the machine is quiet, the block ready."""
+        """Wait until the read-ahead, if any, is complete, so that no thread is reading."""
         self._rows.settle()
 
     def close(self) -> None:
-        """Ends the reading thread."""
+        """Stop the reading thread and release the memory."""
         self._rows.close()
 
     def _locate(self) -> tuple[int, int]:
-        """Epoch and first row of the batch at `position`."""
+        """Return the epoch of the batch at `position`, and its first row in that epoch."""
         row = self.position * self.batch_rows
         if not self.store.finalised:
-            # All readers must find the whole batch in epoch 0, not each its own slice of it.
+            # Wait for the whole batch and not only for this reader's slice, so that all readers
+            # agree on whether the batch is still in epoch 0.
             started = time.monotonic()
             stop = row + self.batch_rows
             self._rows.wait(
@@ -150,7 +155,7 @@ class _Stream:
         return epoch, i * self.batch_rows
 
     def _next(self) -> tuple[list[LoadedRows], int, int]:
-        """The rows at `position`, which moves on; the number of the first; the epoch."""
+        """Return the rows at `position`, the number of the first and the epoch; then advance."""
         try:
             epoch, row = self._locate()
             parts = self._rows.parts(epoch, row + self.lo, row + self.hi)
@@ -165,62 +170,70 @@ class _Stream:
 class ShuffledStream(_Stream):
     """An endless stream of batches; batch i is a pure function of (store, seed, i).
 
-    All readers agree on one global order; each takes its slice of every batch, and reads and holds
-    only its part of every block. Rows at the end of an epoch that fill no batch are dropped. Memory
-    that nobody holds any more is used again; what somebody holds is never written again, but keeps
-    the whole block around it.
+    All readers share one global order. Each takes its slice of every batch, and reads and holds
+    only its part of every block. The last rows of an epoch that do not fill a batch are dropped.
+    The memory of a block is reused once no batch of it is referenced; a batch that is still
+    referenced is never overwritten, but keeps the memory of its whole block alive.
 
     Args:
-        store: May still grow; then epoch 0 follows it, a window opening once it is committed.
+        store: Store to read from. If it is still growing, epoch 0 follows it: a window is read once
+            all of its items are committed.
         arrays: Hookpoints and sidecars to read.
-        seed: Not negative.
-        batch_rows: Rows of the global batch.
-        window_items: Items shuffled together.
-        buffer_rows: Rows permuted together; a reader's parts of two such blocks are held.
+        seed: Seed of the row order, not negative.
+        batch_rows: Rows of a global batch.
+        window_items: Number of items that are shuffled together.
+        buffer_rows: Number of rows that are permuted together. Up to two such blocks, or a reader's
+            parts of them, are in memory.
         rows: The slice [lo, hi) of each global batch that this reader gets; None is all.
-        prefetch: Read the next block in a thread while this one is consumed.
-        wait_timeout_s: How long to wait for a growing store.
-        allocate: Where blocks lie: pinned memory, for a GPU.
+        prefetch: Read the next block in a thread while the current one is in use.
+        wait_timeout_s: Seconds to wait for a growing store before raising an error.
+        allocate: Allocator of the memory for blocks, for example of pinned memory for a GPU.
 
     Raises:
-        StoreConfigError: A value that cannot be.
+        StoreConfigError: If an argument is invalid.
     """
 
     def next(self) -> StreamBatch:
-        """The batch at `position`, which moves on.
+        """Return the batch at `position` and advance.
 
         Raises:
-            IncompleteStoreError: The store did not grow in time. `next` may be called again.
-            DeletedDataError: It needs items that are deleted, as every epoch after the first does.
-            MissingDataError, DamagedDataError: naming the file and the chunk.
+            IncompleteStoreError: If the store did not grow in time; `next` may be called again.
+            DeletedDataError: If the batch needs rows that were deleted. Every epoch after the first
+                needs all rows.
+            MissingDataError: If a shard file is missing; the message names it.
+            DamagedDataError: If a chunk fails its checksum; the message names file and chunk.
         """
         parts, first_row, epoch = self._next()
         return StreamBatch(self._rows.join(parts), first_row, epoch)
 
 
 class StagedStream(_Stream):
-    """The batches of a `ShuffledStream` with the same arguments, for a device to gather.
+    """The batches of a `ShuffledStream` with the same arguments, to be gathered on a device.
 
-    The rows of a block stay in the order of its chunks, as they are stored: no row is copied or
-    dequantised on this side.
+    The rows of a block stay in chunk order and in the stored data type: the host neither permutes
+    nor dequantises them.
     """
 
     _staged = True
 
     def next(self) -> StagedBatch:
-        """The batch at `position`, which moves on. Raises as `ShuffledStream.next`."""
+        """Return the batch at `position` and advance; raises like `ShuffledStream.next`."""
         return StagedBatch(*self._next())
 
 
 def check_slice(batch_rows: int, rows: tuple[int, int] | None) -> tuple[int, int]:
-    """The slice of a batch that a reader gets; None is all.
+    """Return the slice [lo, hi) of a batch that a reader gets, after checking it.
+
+    Args:
+        batch_rows: Rows of a global batch.
+        rows: The slice; None is the whole batch.
 
     Raises:
-        StoreConfigError: A batch without rows, or a slice that is not in it.
+        StoreConfigError: If `batch_rows` is below 1, or the slice is empty or not in the batch.
     """
     if batch_rows < 1:
         raise StoreConfigError("batch_rows", batch_rows, "at least 1")
     lo, hi = rows or (0, batch_rows)
     if not 0 <= lo < hi <= batch_rows:
-        raise StoreConfigError("rows", rows, f"lo < hi <= {batch_rows}")
+        raise StoreConfigError("rows", rows, f"(lo, hi) with 0 <= lo < hi <= {batch_rows}")
     return lo, hi

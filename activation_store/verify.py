@@ -1,4 +1,4 @@
-"""Reading a whole store to say what of it is damaged."""
+"""Verify a store: read every file and list all damage."""
 
 from __future__ import annotations
 
@@ -25,13 +25,16 @@ _VALID_ROWS_BYTES = 1 << 30
 
 @dataclass(frozen=True)
 class Damage:
-    """One thing that is not as it was committed."""
+    """One difference between a store and what was committed to it."""
 
     file: str
-    """Path inside the store."""
+    """Path of the file, relative to the store."""
     problem: str
+    """What is wrong, as a phrase that follows the file's name."""
     item: int | None = None
+    """Item that the file belongs to, if any."""
     chunk: int | None = None
+    """Damaged chunk within the shard, if known."""
 
     def __str__(self) -> str:
         chunk = "" if self.chunk is None else f", chunk {self.chunk}"
@@ -39,10 +42,10 @@ class Damage:
 
 
 def verify_store(path: str | Path) -> list[Damage]:
-    """Reads every file of a store, finalised or growing; an empty list means that all is well.
+    """Read every committed file of a store, finalised or growing, and return all damage found.
 
-    Damage is never raised: it is what this function is for. Files that no commit record names
-    (a dead writer's) are not looked at.
+    Damage is returned and not raised as an error; an empty list means that the store is intact.
+    Uncommitted files, such as those of a dead writer, are ignored.
     """
     storage = open_storage(path)
     try:
@@ -64,16 +67,17 @@ def verify_store(path: str | Path) -> list[Damage]:
 def item_damages(
     storage: Storage, header: StoreHeader, record: ItemRecord, with_shards: bool
 ) -> list[Damage]:
-    """What of a committed item is damaged.
+    """Return the damage of one committed item.
 
     Args:
-        storage: Of the store.
-        header: Of the store.
-        record: Of the item.
-        with_shards: Read its shards; else only the record itself is looked at.
+        storage: Storage of the store.
+        header: Header of the store.
+        record: Commit record of the item.
+        with_shards: Read the item's shards as well; False checks only the record.
 
     Raises:
-        StorageError, OSError: A shard cannot be read now; nothing is said of its bytes.
+        StorageError: If an object store cannot be reached; this says nothing about the data.
+        OSError: If a file cannot be read for another reason than damage.
     """
     damages = _counts(header, record)
     for name in header.stored if with_shards else ():
@@ -91,12 +95,12 @@ def _item(
 
 
 def _deleted(storage: Storage, damages: list[Damage]) -> int:
-    """The item up to which shards are deleted on purpose; looks at the cursor files as well."""
+    """Return the item below which shards are deleted on purpose; check the cursor files too."""
     for name in consumer_names(storage):
         try:
             read_state(storage, name)
         except MissingDataError:
-            continue  # closed since it was listed
+            continue  # unregistered since the files were listed
         except (StoreError, OSError) as error:
             damages.append(Damage(f"{CONSUMERS}/{name}.json", str(error)))
     try:
@@ -107,7 +111,7 @@ def _deleted(storage: Storage, damages: list[Damage]) -> int:
 
 
 def _records(storage: Storage, header: StoreHeader, damages: list[Damage]) -> dict[int, ItemRecord]:
-    """Every record that can be read, from snapshots and loose files, which must agree."""
+    """Return all readable records, from snapshots and record files, and check that they agree."""
     records: dict[int, ItemRecord] = {}
     if not storage.is_folder(log.LOG):
         damages.append(Damage(log.LOG, "is missing"))
@@ -164,7 +168,7 @@ def _valid_rows(
     rows = np.array([records[i].rows if i in records else -1 for i in range(header.n_items)])
     if -1 in rows or found == valid_rows_bytes(rows):
         return []
-    return [Damage(file, "does not hold the rows of the commit log")]
+    return [Damage(file, "differs from the rows in the commit log")]
 
 
 def _shard(storage: Storage, header: StoreHeader, name: str, record: ItemRecord) -> list[Damage]:
@@ -181,11 +185,11 @@ def _shard(storage: Storage, header: StoreHeader, name: str, record: ItemRecord)
 
 
 def _counts(header: StoreHeader, record: ItemRecord) -> list[Damage]:
-    """That the moments are of as many numbers as the rows have."""
+    """Check that the statistics cover rows × d_model values."""
     wrong = []
     for name, width in header.arrays.items():
         moments = record.arrays[name].statistics
         if moments is None or moments.count + moments.non_finite != record.rows * width:
             wrong.append(name)
-    problem = f"has moments of another count of numbers than its {record.rows} rows: {wrong}"
+    problem = f"has statistics of {wrong} that do not cover its {record.rows} rows"
     return [Damage(log.record_name(record.item), problem, record.item)] if wrong else []

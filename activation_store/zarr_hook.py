@@ -1,7 +1,8 @@
-"""Teaches zarr-python our data type whenever it is imported, without importing it.
+"""Register the bfloat16 data type when zarr-python is imported, without importing it here.
 
-zarr-python 3.1 collects the entry points of `zarr.data_type` but never loads them, and importing
-zarr takes 0.7 s, which `--help` and the hot path can do without. So the import itself is watched.
+zarr-python 3.1 collects the entry points of `zarr.data_type` but never loads them. Importing zarr
+takes 0.7 s, which `--help` and the readers of this package should not pay. So an import hook
+registers the data type as soon as some other code imports zarr.
 """
 
 from __future__ import annotations
@@ -17,14 +18,15 @@ _REGISTERS = "activation_store.bfloat16"
 
 
 class _ZarrImport(MetaPathFinder):
-    """Hands `import zarr` on to whoever finds it, and registers the data type afterwards."""
+    """Import hook that registers the data type right after zarr has been imported."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
+        """Find zarr with the other finders, and wrap its loader; ignore all other modules."""
         if fullname != "zarr":
             return None
-        sys.meta_path.remove(self)
+        sys.meta_path.remove(self)  # so that `util.find_spec` asks only the other finders
         spec = util.find_spec(fullname)
         if spec is not None and spec.loader is not None:
             execute = spec.loader.exec_module
@@ -38,7 +40,7 @@ class _ZarrImport(MetaPathFinder):
 
 
 def register_bfloat16() -> None:
-    """Registers now if zarr is imported already, else as soon as it is."""
+    """Register the data type now if zarr is already imported, else when it is imported."""
     if "zarr" in sys.modules:
         import_module(_REGISTERS)
     else:

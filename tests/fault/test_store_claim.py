@@ -46,7 +46,7 @@ def holder(path: Path) -> Iterator[subprocess.Popen[bytes]]:
 
 def test_a_claim_is_one_processs_until_it_dies(path: Path, holder: subprocess.Popen[bytes]) -> None:
     two = Claim(path, "two")
-    with pytest.raises(StoreBusyError, match=f"filled by run one, process {holder.pid} on"):
+    with pytest.raises(StoreBusyError, match=f"written by run one, process {holder.pid} on"):
         two.take()
     assert not two.is_taken
     holder.kill()

@@ -348,7 +348,7 @@ def test_a_second_run_on_a_growing_store_is_refused_and_may_take_over(tmp_path: 
         ):
             assert first.is_alive()
             time.sleep(0.05)
-        with pytest.raises(StoreBusyError, match="is being filled by run demo-"):
+        with pytest.raises(StoreBusyError, match="is being written by run demo-"):
             harvest.run(config, tmp_path / "two")
     finally:
         hold.set()

@@ -254,7 +254,7 @@ def test_other_bytes_and_other_stores_are_refused(url: str) -> None:
         writer.write_item(0, *item_columns(99, 16, ARRAYS))
     with pytest.raises(StoreMismatchError, match="shard_tokens: the store has 16, wanted 32"):
         write_store(url, [], arrays=ARRAYS, finalise=False, shard_tokens=32)
-    with pytest.raises(StoreFormatError, match="holds objects but is no activation store"):
+    with pytest.raises(StoreFormatError, match="holds objects but is not an activation store"):
         StoreWriter(url.rpartition("/")[0], ARRAYS)
     assert objects(url) == before
 
@@ -458,7 +458,7 @@ def test_a_lease_is_one_runs_as_long_as_its_heart_beats(url: str, quick_leases: 
     one, two = Claim(url, "one"), Claim(url, "two")
     one.take()
     for _ in range(2):
-        with pytest.raises(StoreBusyError, match="is being filled by run one, process"):
+        with pytest.raises(StoreBusyError, match="is being written by run one, process"):
             two.take()
     again = Claim(url, "one")  # the driver died and was started again
     again.take()

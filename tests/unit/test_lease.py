@@ -43,7 +43,7 @@ def test_a_number_below_the_holders_takes_nothing(
         Lease(storage, "second", "run second").release()
         held.append(Lease(storage, "third", "run third"))
 
-    with pytest.raises(StoreBusyError, match="is being filled by run third"):
+    with pytest.raises(StoreBusyError, match="is being written by run third"):
         Lease(SlowTaker(tmp_path, others), "late", "run late").release()
     held[0].check()
     held[0].release()

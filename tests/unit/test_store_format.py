@@ -215,7 +215,7 @@ def test_metadata_beyond_reason_is_not_even_parsed(
     with pytest.raises(StoreFormatError, match="has 200000 bytes: expected at most 1000"):
         open_store(tmp_path / "s")
     (tmp_path / "other").mkdir()
-    with pytest.raises(StoreFormatError, match="no activation store"):
+    with pytest.raises(StoreFormatError, match="not an activation store"):
         open_store(tmp_path / "other")
 
 

@@ -127,7 +127,7 @@ def test_codecs_may_differ_but_not_rows(stores: list[Store], tmp_path: Path) -> 
         ("f", StoreConfigError, "f: a=.*float32"),
         ("b", StoreConfigError, "arrays='a'"),
         ("g", IncompleteStoreError, "g is not finalised"),
-        ("e", StoreConfigError, "a store with rows"),
+        ("e", StoreConfigError, "a store with at least one row"),
     ):
         with pytest.raises(error, match=words):
             mixture([stores[0], open_store(tmp_path / name)], [1, 1])

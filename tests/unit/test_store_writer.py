@@ -144,7 +144,7 @@ def test_opening_another_store_shows_what_differs(tmp_path: Path) -> None:
 
 def test_a_folder_with_other_things_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("years of work")
-    with pytest.raises(StoreFormatError, match="no activation store"):
+    with pytest.raises(StoreFormatError, match="not an activation store"):
         StoreWriter(tmp_path, ARRAYS)
     assert list(tree(tmp_path)) == ["thesis.tex"]
     (tmp_path / "empty").mkdir()
