@@ -134,6 +134,7 @@ def encode_shard(layout: ShardLayout, rows: NDArray[Any]) -> EncodedShard:
 
 
 def _index(layout: ShardLayout, lengths: list[int]) -> Bytes:
+    """Return the index of a shard, followed by its checksum."""
     index = np.full((layout.n_chunks, 2), ABSENT, "<u8")
     index[: len(lengths), 0] = np.cumsum([0, *lengths])[:-1]
     index[: len(lengths), 1] = lengths
@@ -156,8 +157,10 @@ def decode_tail(layout: ShardLayout, rows: int, n_bytes: int, tail: Bytes) -> Sh
     count = layout.chunks_with_rows(rows)
     split = CRC_BYTES * layout.n_chunks
     index = tail[split:-CRC_BYTES].view("<u8").reshape(-1, 2)[:count]
-    offsets, lengths = index[:, 0].tolist(), index[:, 1].tolist()
-    most, end = layout.most_stored_bytes, n_bytes - layout.tail_bytes
+    offsets = index[:, 0].tolist()
+    lengths = index[:, 1].tolist()
+    most = layout.most_stored_bytes
+    end = n_bytes - layout.tail_bytes
     least = CRC_BYTES + 1 if layout.compressed else most
     for chunk, (offset, length) in enumerate(zip(offsets, lengths, strict=True)):
         if not least <= length <= most or offset + length > end:

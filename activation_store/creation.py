@@ -53,6 +53,7 @@ def plan_header(
 
 
 def _as_json(provenance: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Return provenance as the JSON values that will be read back (tuples become lists, ...)."""
     try:
         return dict(json.loads(json.dumps(dict(provenance or {}), allow_nan=False)))
     except (TypeError, ValueError) as error:
@@ -83,7 +84,8 @@ def compare(path: object, there: StoreHeader, wanted: StoreHeader, given: set[st
     Raises:
         StoreMismatchError: If a setting differs; the message lists all differences.
     """
-    found, asked = there.to_json(), wanted.to_json()
+    found = there.to_json()
+    asked = wanted.to_json()
     keys = ["arrays", "dtype", "codec", "shard_tokens", "chunk_rows", "sidecars"]
     keys += ["planned_items"] * ("n_items" in given) + ["calibration"] * ("calibration" in given)
     pairs = [(key, found[key], asked[key]) for key in keys]

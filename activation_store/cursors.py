@@ -96,6 +96,7 @@ class Consumer:
         self._storage.delete(self._file)
 
     def _put(self, state: ConsumerState) -> None:
+        """Write the cursor file, and undo it if the state needs rows that are deleted."""
         for key, value in asdict(state).items():
             if value < 0:
                 raise StoreConfigError(key, value, "at least 0")
@@ -170,6 +171,7 @@ def lead_items(path: str | Path) -> int | None:
 
 
 def _file(name: str) -> str:
+    """Return the path of a consumer's cursor file, after checking the name."""
     if not _NAME.fullmatch(name) or ".." in name:
         expected = "at most 200 letters, digits, '_', '-' or '.', without '..'"
         raise StoreConfigError("consumer", name, expected)

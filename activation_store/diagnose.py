@@ -111,6 +111,7 @@ def _pairs(documents: NDArray[np.int64]) -> int:
 
 
 def _pairs_of_store(store: Store) -> int:
+    """Count the ordered pairs of rows of the same document in the whole store."""
     sizes: dict[int, int] = {}
     for start in range(0, store.n_tokens, _PIECE_ROWS):
         documents = store.read("document", start, min(start + _PIECE_ROWS, store.n_tokens))

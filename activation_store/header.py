@@ -211,10 +211,12 @@ def check_header(header: StoreHeader) -> None:
 
 
 def _in(value: object, low: int, high: int) -> bool:
+    """Return whether `value` is an int (not a bool) in [low, high]."""
     return type(value) is int and low <= value <= high
 
 
 def _check_calibration(header: StoreHeader) -> None:
+    """Check that the calibration matches the arrays, and that int8 has what it needs."""
     missing = sorted(set(header.arrays) - set(header.calibration or {}))
     if header.codec == "int8" and missing:
         raise StoreConfigError(

@@ -127,6 +127,7 @@ class Lease(Held):
                 return
 
     def _put(self, released: bool = False) -> None:
+        """Write the lease file with an increased beat."""
         self._state = {**self._state, "beat": self._state["beat"] + 1, "released": released}
         self._storage.put(_name(self._number), [self._bytes()])
 

@@ -61,7 +61,8 @@ def read_record(storage: Storage, header: StoreHeader, item: int) -> NDArray[np.
         DamagedDataError: If the record fails its checksum.
         StoreFormatError: If the record is invalid or belongs to another item.
     """
-    name, where = record_name(item), storage.where(record_name(item))
+    name = record_name(item)
+    where = storage.where(name)
     document = read_sealed(storage, name, RECORD_BYTES)
     _check_version(where, document)
     if document.get("item") != item:
@@ -198,6 +199,7 @@ class CommitLog:
                 self._tables[segment] = self._load(segment, known)
 
     def _load(self, segment: int, known: NDArray[np.void] | None) -> NDArray[np.void]:
+        """Return a segment's table [SEGMENT_ITEMS], reading only records that `known` lacks."""
         # Build a new table instead of changing the old one, so that other threads never see a
         # partly written row.
         new = np.zeros(SEGMENT_ITEMS, row_dtype(self.header))
@@ -251,7 +253,8 @@ def snapshot_if_full(storage: Storage, header: StoreHeader, segment: int) -> Non
     The last segment of a finalised store counts as full when it holds the store's last item.
     Several writers may call this at once, since all of them write the same bytes.
     """
-    first, stop = segment * SEGMENT_ITEMS, (segment + 1) * SEGMENT_ITEMS
+    first = segment * SEGMENT_ITEMS
+    stop = first + SEGMENT_ITEMS
     items = range(first, min(stop, header.n_items) if header.finalised else stop)
     if len(loose_items(storage, segment)) >= len(items):
         tables = read_records(storage, header, items)

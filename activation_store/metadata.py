@@ -155,6 +155,7 @@ def read_group(storage: Storage) -> tuple[StoreHeader, dict[str, Any]]:
 
 
 def _parse(where: str, document: dict[str, Any]) -> StoreHeader:
+    """Build the header from its JSON document."""
     try:
         fields = {key: value for key, value in document.items() if key != "crc32c"}
         fields["arrays"] = {name: part["d_model"] for name, part in document["arrays"].items()}
@@ -184,7 +185,8 @@ def check_document(storage: Storage, header: StoreHeader, name: str) -> None:
         MissingDataError: If the file is missing.
         StoreFormatError: If it is invalid or differs from what the header implies.
     """
-    document, file = _expected(header)[name], f"{name}/{METADATA}"
+    document = _expected(header)[name]
+    file = f"{name}/{METADATA}"
     where = storage.where(file)
     found = parse_json(where, storage.read(file, _MAX_BYTES))
     if not header.finalised:  # an interrupted finalise may have trimmed some arrays already
@@ -207,6 +209,7 @@ def restore_documents(storage: Storage, header: StoreHeader) -> list[str]:
 
 
 def _growing_rows(where: str, header: StoreHeader, shape: Any) -> int:
+    """Check the shape of an array in a store that may grow, and return its number of rows."""
     rows = shape[0] if isinstance(shape, list) and shape else None
     most = header.planned_items * header.shard_tokens
     if type(rows) is not int or not 0 <= rows <= most or rows % header.shard_tokens:
@@ -220,6 +223,7 @@ def _growing_rows(where: str, header: StoreHeader, shape: Any) -> int:
 def _agree(
     where: str, expected: dict[str, Any], found: dict[str, Any], skip: tuple[str, ...] = ()
 ) -> None:
+    """Check that the file `where` has the expected values, except for the keys in `skip`."""
     for key, value in expected.items():
         if key not in skip and found.get(key) != value:
             there, wanted = (repr(part)[:300] for part in (found.get(key), value))

@@ -240,6 +240,7 @@ def _endless(part: ShuffledRows, start: int, stop: int) -> list[LoadedRows]:
 
 
 def _check_alike(first: Store, store: Store, arrays: Sequence[str]) -> None:
+    """Check that `store` is finalised and has the same arrays as `first`."""
     if not store.finalised:
         raise IncompleteStoreError(
             f"{store.path} is not finalised: a mixture needs finalised stores; finish its harvest "

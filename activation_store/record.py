@@ -52,6 +52,7 @@ def measure(rows: NDArray[Any]) -> Statistics:
 
 
 def _measure_block(values: NDArray[Any]) -> Statistics:
+    """Return the statistics of a block of values [n]."""
     # Work on the bits: NumPy holds the GIL while it computes with bfloat16 values.
     bits = values.view(f"<u{values.itemsize}")
     sign = bits.dtype.type(1 << 8 * values.itemsize - 1)
@@ -61,7 +62,8 @@ def _measure_block(values: NDArray[Any]) -> Statistics:
     n_bad = 0
     if not np.isfinite(_widen(largest)):
         finite = np.isfinite(block)
-        block, n_bad = block[finite], len(block) - int(np.count_nonzero(finite))
+        n_bad = len(block) - int(np.count_nonzero(finite))
+        block = block[finite]
         largest = np.abs(block).max(initial=0).view(np.uint32)
     numbers = block.astype(np.float64)
     # Do not use `numbers @ numbers`: BLAS would split this short sum over threads, which on a busy
@@ -167,7 +169,8 @@ def parse_columns(header: StoreHeader, where: str, document: dict[str, Any]) -> 
     try:
         rows = _integers(document["rows"])
         table = np.zeros(len(rows), row_dtype(header))
-        table["present"], table["rows"] = True, rows
+        table["present"] = True
+        table["rows"] = rows
         if not ((rows >= 0) & (rows <= header.shard_tokens)).all():
             raise ValueError(f"rows={rows.tolist()}: expected 0 to {header.shard_tokens}")
         attempts = document["attempt"]
@@ -184,6 +187,7 @@ def parse_columns(header: StoreHeader, where: str, document: dict[str, Any]) -> 
 
 
 def _fill(header: StoreHeader, name: str, table: NDArray[np.void], columns: Any) -> None:
+    """Copy one array's columns into the table, after checking their types and values."""
     target = table[name]
     for key in target.dtype.names or ():
         integer = target.dtype[key].kind in "iu"
@@ -204,6 +208,7 @@ def _fill(header: StoreHeader, name: str, table: NDArray[np.void], columns: Any)
 
 
 def _integers(values: Any) -> NDArray[np.int64]:
+    """Convert a JSON list of integers to an array; bools and floats are rejected."""
     if type(values) is not list or any(type(value) is not int for value in values):
         raise ValueError("expected a list of integers")
     return np.array(values, np.int64)

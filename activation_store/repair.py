@@ -75,6 +75,8 @@ def repair_store(path: str | Path, wait_s: float = 30.0) -> RepairReport:
 
 
 class _Repair:
+    """One run of a repair."""
+
     def __init__(self, storage: Storage) -> None:
         self.storage = storage
         self.header, self._group = read_group(storage)
@@ -82,6 +84,7 @@ class _Repair:
         self._report = RepairReport()
 
     def run(self) -> RepairReport:
+        """Repair everything and return the report."""
         self._metadata()
         records: dict[int, ItemRecord] = {}
         broken: set[int] = set()
@@ -104,6 +107,7 @@ class _Repair:
         return self._report
 
     def _metadata(self) -> None:
+        """Restore the group's and the arrays' `zarr.json` from the header."""
         expected = group_document(self.header)
         expected["attributes"] = self._group["attributes"]
         if {key: self._group.get(key) for key in expected} != expected:
@@ -130,7 +134,9 @@ class _Repair:
             yield item, record
 
     def _read_snapshot(self, segment: int) -> dict[int, ItemRecord]:
-        name, first = log.snapshot_name(segment), segment * log.SEGMENT_ITEMS
+        """Return item to record of a snapshot; drop the snapshot if it is damaged."""
+        name = log.snapshot_name(segment)
+        first = segment * log.SEGMENT_ITEMS
         if not self.storage.exists(name):
             return {}
         try:
@@ -161,10 +167,12 @@ class _Repair:
         return None, False
 
     def _damaged(self, record: ItemRecord) -> bool:
+        """Return whether a record or its shards are damaged."""
         deleted = record.item < self._deleted_below
         return bool(item_damages(self.storage, self.header, record, with_shards=not deleted))
 
     def _uncommit(self, items: list[int]) -> None:
+        """Un-commit items: keep a copy of their records and delete their shards."""
         # This order makes sure that another repair can continue if this one is killed. Snapshots
         # that contain these items, and so would count as their records, are already removed.
         if self.header.finalised:
@@ -183,6 +191,7 @@ class _Repair:
                 self._drop(self.header.shard_file(name, item))
 
     def _move_record(self, item: int) -> None:
+        """Move the record file of an item to the folder of repaired items."""
         name = log.record_name(item)
         try:
             data = self.storage.read(name, log.RECORD_BYTES)
@@ -196,14 +205,17 @@ class _Repair:
         self.storage.sync([name.rpartition("/")[0]])
 
     def _drop_uncommitted(self, committed: set[int]) -> None:
+        """Remove left-over temporary files and the shards of items that are not committed."""
         self._report.dropped.extend(self.storage.remove_stale())
         for array in self.header.stored:
             for file in self.storage.names(array):
-                match, name = _SHARD.fullmatch(file), f"{array}/{file}"
+                match = _SHARD.fullmatch(file)
+                name = f"{array}/{file}"
                 if match and int(match[1]) not in committed and self.storage.is_stale(name):
                     self._drop(name)
 
     def _snapshot(self, segment: int) -> None:
+        """Restore the snapshot of a full segment if it is missing."""
         name = log.snapshot_name(segment)
         if not self.storage.exists(name):
             log.snapshot_if_full(self.storage, self.header, segment)
@@ -211,6 +223,7 @@ class _Repair:
                 self._report.restored.append(name)
 
     def _valid_rows(self, records: dict[int, ItemRecord]) -> None:
+        """Restore the array `valid_rows` of a finalised store."""
         if not self.header.finalised:
             return
         name = f"{VALID_ROWS}/c.0"

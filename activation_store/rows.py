@@ -148,7 +148,8 @@ class ShuffledRows:
         if self._prefetch and self._current and not self._fetch:
             assert self._blocks is not None
             self._fetch = _Fetch(self._blocks)
-        parts, row = [], start
+        parts = []
+        row = start
         while row < stop:
             current = self._block_with(epoch, row)
             block = current.block
@@ -182,6 +183,7 @@ class ShuffledRows:
         return joined
 
     def _concatenate(self, name: str, pieces: list[NDArray[Any]]) -> NDArray[Any]:
+        """Copy the pieces one after the other into new memory."""
         dtype, shape = self.store.header.columns[name]
         out = self._recycler.empty((sum(map(len, pieces)), *shape), dtype)
         start = 0
@@ -246,9 +248,11 @@ class ShuffledRows:
             assert begin <= (epoch, row), "rows must be requested in increasing order"
 
     def _take_block(self) -> LoadedBlock:
+        """Return the next block, from the read-ahead if there is one."""
         started = time.monotonic()
         assert self._blocks is not None
-        fetch, self._fetch = self._fetch, None
+        fetch = self._fetch
+        self._fetch = None
         staged = fetch.result() if fetch else next(self._blocks)
         self.wait_s += time.monotonic() - started
         return staged
@@ -293,12 +297,14 @@ class ShuffledRows:
                 self._wait_for_window(window)
 
     def _wait_for_window(self, window: int) -> None:
+        """Wait until all items of a window are committed."""
         stop = (window + 1) * self._shuffle.window_items
         self.wait(
             lambda: self.store.n_items >= stop, f"window {window} needs items up to {stop - 1}"
         )
 
     def _read(self, block: Block) -> LoadedBlock:
+        """Read a block, gathered or staged."""
         span = self._span(block)
         if self._staged:
             return self._read_staged(block, span)
@@ -308,6 +314,7 @@ class ShuffledRows:
         return LoadedBlock(block, {name: self._gather(name, span, places) for name in self.arrays})
 
     def _read_staged(self, block: Block, span: _Span) -> LoadedBlock:
+        """Read a block in chunk order, together with its permutation into stream order."""
         names = [part for name in self.arrays for part in self.store.header.stored_as(name)]
         # Compute the order in parallel with the reads, which mostly wait for memory.
         tasks: list[Callable[[], NDArray[Any]]] = [
@@ -318,6 +325,7 @@ class ShuffledRows:
         return LoadedBlock(block, dict(zip(names, arrays, strict=True)), order + span.own.start)
 
     def _span(self, block: Block) -> _Span:
+        """Find the chunks of a block that overlap this reader's strips."""
         ends = np.cumsum(block.chunks[:, 2])
         first, last = self._shuffle.memory(block, *self._slice)
         span = slice(
@@ -329,13 +337,16 @@ class ShuffledRows:
         return _Span(wanted, int(ends[span][-1]) - begin, slice(first - begin, last - begin))
 
     def _empty(self, n_rows: int, column: Column) -> NDArray[Any]:
+        """Return uninitialised memory for `n_rows` rows of a block."""
         # Allocate the size of the largest block of the stream, so that memory can be reused.
-        shuffle, (lo, hi) = self._shuffle, self._slice
+        shuffle = self._shuffle
+        lo, hi = self._slice
         most = shuffle.buffer_rows + shuffle.chunk_rows
         own = -(-most // shuffle.batch_rows) * (hi - lo) + 2 * shuffle.chunk_rows
         return self._recycler.empty((min(most, own), *column[1]), column[0])[:n_rows]
 
     def _read_stored(self, name: str, span: _Span) -> NDArray[Any]:
+        """Read all rows of a span in chunk order, in the stored data type."""
         rows = self._empty(span.n_rows, self.store.header.stored[name])
         self.store.read_chunks(name, span.wanted, rows)
         return rows

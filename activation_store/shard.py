@@ -135,6 +135,7 @@ class OpenShard:
         return [chunk for run in runs for chunk in self._damaged([part.chunk for part in run])]
 
     def _damaged(self, run: list[int]) -> list[int]:
+        """Return the damaged chunks of one group."""
         damaged = []
         for chunk, stored in zip(run, self._stored(run), strict=True):
             committed = self._index.crc32c[chunk]
@@ -155,6 +156,7 @@ class OpenShard:
         ]
 
     def _read_plain(self, run: list[Wanted], targets: list[Bytes]) -> None:
+        """Read uncompressed chunks into their targets with one read."""
         # Read rows straight into the caller's buffers; discard padding, checksums and gaps.
         chunk_bytes = self.layout.chunk_bytes
         offsets = self._index.offsets
@@ -176,6 +178,7 @@ class OpenShard:
                 raise self._fails(part.chunk)
 
     def _read_compressed(self, run: list[Wanted], targets: list[Bytes]) -> None:
+        """Read compressed chunks with one read, and decompress them into their targets."""
         chunk_bytes = self.layout.chunk_bytes
         stored = self._stored([part.chunk for part in run])
         for part, target, data in zip(run, targets, stored, strict=True):
@@ -197,5 +200,6 @@ class OpenShard:
         return DamagedDataError(f"{self.path}: chunk {chunk} fails its checksum; {_REMEDY}")
 
     def _read(self, views: list[Bytes], offset: int, what: str) -> None:
+        """Read bytes from `offset` on into `views`; `what` is named if the file ends too early."""
         if not self._file.read_into(views, offset):
             raise DamagedDataError(f"{self.path} ends before the end of {what}; {_REMEDY}")

@@ -131,8 +131,10 @@ class Shuffle:
         # List the rows of the block strip by strip: batch b draws row `starts + b - drawn` of the
         # list from each strip. Collect these batch by batch, which is the order of the stream.
         starts = np.cumsum(counts) - counts
-        begin, width = self.rows_before(block.start, lo, hi), hi - lo
-        n_rows, batch = last - first, begin // width
+        begin = self.rows_before(block.start, lo, hi)
+        width = hi - lo
+        n_rows = last - first
+        batch = begin // width
         batches = np.arange(batch, -(-(begin + n_rows) // width))
         picks = (batches[:, None] + (starts - drawn)).reshape(-1)[begin - batch * width :][:n_rows]
         return self._drawn(block, first, strips, counts)[picks]

@@ -155,6 +155,7 @@ class LocalStorage(Storage):
             os.close(fd)  # releases the lock; so does the death of the process
 
     def _flock(self, fd: int, kind: int, timeout_s: float | None) -> None:
+        """Take a file lock of this kind, waiting at most `timeout_s` for it."""
         if timeout_s is None:
             fcntl.flock(fd, kind)
             return
@@ -202,6 +203,8 @@ class _Flocked(Held):
 
 
 class _File(ReadHandle):
+    """An open file; closed when it is no longer referenced."""
+
     def __init__(self, fd: int) -> None:
         self._fd = fd
         # Close the file when the last reference is dropped, so that other threads can go on reading

@@ -221,7 +221,7 @@ class ObjectStorage(Storage):
             self._ask("delete", name, lambda: obstore.delete(self._store, name))
 
     def is_stale(self, name: str) -> bool:
-        """Return whether an uncommitted shard is older than `STALE_S`: there is no lock to go by."""
+        """Return whether an uncommitted shard is older than `STALE_S`; there is no lock to check."""
         meta = self._head(name)
         return meta is not None and _age_s(meta) > STALE_S
 
@@ -246,6 +246,7 @@ class ObjectStorage(Storage):
             return None
 
     def _join(self, name: str, parts: Parts) -> bytes:
+        """Join the pieces of an object, after checking the size limit of a put."""
         data = b"".join(part if isinstance(part, bytes) else part.data for part in parts)
         if len(data) > _MOST_BYTES:
             raise StorageError(
@@ -326,6 +327,8 @@ def _connect(bucket: str, prefix: str) -> S3Store:
 
 
 class _Object(ReadHandle):
+    """An open object; each read is one range request."""
+
     def __init__(self, storage: ObjectStorage, name: str, size: int) -> None:
         self._storage = storage
         self._name = name

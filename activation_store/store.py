@@ -208,9 +208,10 @@ class Store:
         dtype, shape = self._stored[name]
         rows = np.empty((stop - start, *shape), dtype)
         whole: list[tuple[int, int, int]] = []
-        item, done = int(np.searchsorted(starts, start, side="right")) - 1, start
+        item = int(np.searchsorted(starts, start, side="right")) - 1
+        done = start
         while done < stop:
-            if done == starts[item + 1]:
+            if done == starts[item + 1]:  # also skips items without rows
                 item += 1
                 continue
             chunk, skip = divmod(done - int(starts[item]), chunk_rows)
@@ -300,6 +301,7 @@ class Store:
         n_rows: int,
         read: Callable[[OpenShard, list[Wanted]], None],
     ) -> None:
+        """Group chunks into coalesced reads, and run these in the thread pool."""
         by_item: dict[int, list[tuple[int, int]]] = {}
         for item, chunk, first in wanted:
             by_item.setdefault(item, []).append((chunk, first))
@@ -343,6 +345,7 @@ class Store:
         return {int(item): int(counts[item]) for item in np.flatnonzero(counts)}
 
     def _shard(self, array: str, item: int) -> OpenShard:
+        """Return an open shard, from the cache if possible."""
         key = (array, item)
         with self._lock:
             shard = self._shards.get(key)
@@ -362,6 +365,7 @@ class Store:
         return shard
 
     def _open(self, array: str, item: int, row: np.void) -> OpenShard:
+        """Open a shard, unless it is deleted."""
         if item >= self._watermark.below:
             committed = row[array]
             try:
@@ -395,6 +399,7 @@ def _with_rows(shard: OpenShard, chunks: list[tuple[int, int]], n_rows: int) -> 
 
 
 def _take_in(storage: Storage, header: StoreHeader, commits: CommitLog) -> _State:
+    """Build the state from the header and the commit log."""
     table = commits.contiguous()
     if header.finalised:
         table = table[: header.n_items]

@@ -88,6 +88,7 @@ def item_damages(
 def _item(
     storage: Storage, header: StoreHeader, record: ItemRecord, with_shards: bool
 ) -> list[Damage]:
+    """Return the damage of one item; an unreadable item counts as damage here."""
     try:
         return item_damages(storage, header, record, with_shards)
     except (StoreError, OSError) as error:
@@ -131,6 +132,7 @@ def _records(storage: Storage, header: StoreHeader, damages: list[Damage]) -> di
 def _segment(
     storage: Storage, header: StoreHeader, segment: int, damages: list[Damage]
 ) -> dict[int, ItemRecord]:
+    """Read the records of one segment, and check record files against the snapshot."""
     records: dict[int, ItemRecord] = {}
     loose = log.loose_items(storage, segment)
     snapshot = log.snapshot_name(segment)
@@ -160,6 +162,7 @@ def _segment(
 def _valid_rows(
     storage: Storage, header: StoreHeader, records: dict[int, ItemRecord]
 ) -> list[Damage]:
+    """Check the array `valid_rows` against the commit log."""
     file = f"{VALID_ROWS}/c.0"
     try:
         found = storage.read(file, _VALID_ROWS_BYTES)
@@ -172,7 +175,9 @@ def _valid_rows(
 
 
 def _shard(storage: Storage, header: StoreHeader, name: str, record: ItemRecord) -> list[Damage]:
-    layout, committed = header.layout(name), record.arrays[name]
+    """Check one shard file of an item."""
+    layout = header.layout(name)
+    committed = record.arrays[name]
     file = header.shard_file(name, record.item)
     try:
         shard = OpenShard(

@@ -163,6 +163,7 @@ class StoreWriter:
         return record
 
     def _read_header(self) -> StoreHeader:
+        """Read the header, after completing the metadata of a half-created store."""
         try:
             return read_header(self._storage)
         except MissingDataError:
@@ -220,6 +221,7 @@ class StoreWriter:
         return final
 
     def _write_metadata(self, final: StoreHeader, rows: NDArray[np.int64]) -> None:
+        """Write the trimmed metadata of a finalised store."""
         # Write the group last: until it says "finalised", readers accept both trimmed and
         # untrimmed arrays, so a crash in between does no harm.
         storage = self._storage
@@ -231,6 +233,7 @@ class StoreWriter:
         storage.put(METADATA, [dump(group_document(final))])
 
     def _columns(self, i: int, rows: NDArray[Any] | Columns, sidecars: Columns) -> Columns:
+        """Check the rows and sidecars of an item, and convert them to the store's data types."""
         header = self.header
         if not 0 <= i < header.planned_items:
             raise ItemError(f"item={i}: expected 0 to {header.planned_items - 1}")
@@ -280,12 +283,14 @@ class StoreWriter:
         return first
 
     def _place(self, i: int, n_rows: int, shards: Shards) -> None:
+        """Write all shard files of an item to their final names, in parallel."""
         # Write in parallel: a file system commits several files in the time it takes for one.
         puts = [partial(self._place_one, i, n_rows, name, shard) for name, shard in shards.items()]
         run_all(puts, self._storage.n_threads)
         self._storage.sync(list(shards))
 
     def _place_one(self, i: int, n_rows: int, name: str, shard: EncodedShard) -> None:
+        """Write one shard file, replacing the left-over file of a dead attempt."""
         file = self.header.shard_file(name, i)
         placed = self._storage.put_if_absent(file, shard.parts)
         if placed or self._same_file(file, n_rows, name, shard):
@@ -301,6 +306,7 @@ class StoreWriter:
         self._storage.put(file, shard.parts)
 
     def _same_file(self, file: str, n_rows: int, name: str, shard: EncodedShard) -> bool:
+        """Return whether the existing file has the same content as `shard`."""
         layout = self.header.layout(name)
         try:
             there = OpenShard(self._storage, file, layout, n_rows, shard.n_bytes, shard.tail_crc32c)
@@ -316,6 +322,7 @@ def valid_rows_bytes(rows: NDArray[Any]) -> bytes:
 
 
 def _convert(i: int, name: str, given: NDArray[Any], dtype: np.dtype[Any]) -> NDArray[Any]:
+    """Convert a column to the store's data type, after checking its own."""
     if dtype.kind == "i":
         if given.dtype.kind not in "iu":
             raise ItemError(f"item {i}: {name} is {given.dtype}: expected an integer dtype")
@@ -342,6 +349,7 @@ def _files(shards: Shards) -> dict[str, tuple[int, int]]:
 
 
 def _record(i: int, n_rows: int, shards: Shards, moments: Mapping[str, Statistics]) -> ItemRecord:
+    """Build the commit record of an item, with a new attempt UUID."""
     arrays = {
         name: ShardRecord(shard.n_bytes, shard.tail_crc32c, moments.get(name))
         for name, shard in shards.items()
@@ -350,6 +358,7 @@ def _record(i: int, n_rows: int, shards: Shards, moments: Mapping[str, Statistic
 
 
 def _differing(first: ItemRecord, n_rows: int, shards: Shards) -> str:
+    """Describe how this attempt differs from the committed one."""
     if first.rows != n_rows:
         return f"{first.rows} rows in the store, {n_rows} rows now"
     now = _files(shards)
