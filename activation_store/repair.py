@@ -128,6 +128,7 @@ class _Repair:
         for item, (record, agrees) in zip(items, chosen, strict=True):
             if record is not None and not agrees:
                 self._put(log.record_name(item), seal(record.to_json()))
+            # Drop a snapshot with a missing or wrong record; `_snapshot` writes it again.
             if snapshot and (record is None or snapshot.get(item) != record):
                 self._drop(log.snapshot_name(segment))
                 snapshot = {}
