@@ -57,9 +57,9 @@ class SAEEngine:
         self.first_bad_step = torch.full((), -1, dtype=torch.int64, device=device)
 
     def train_step(self, raw: torch.Tensor, step: int) -> StepOutput:
-        """Run one step: forward, backward, clip, update, renormalise, and count dead tokens.
+        """Run one step: forward, backward, clip, update, renormalise, age `tokens_since_fired`.
 
-        This code never waits for the device; ZeRO 1 and the stock kernels do.
+        The host does not wait for the device here, except in ZeRO 1 and in the kernels.
 
         If the loss on any rank or the gradient norm is not finite, this update and all later ones
         are skipped, and `first_bad_step` is set to the index of the step.

@@ -29,6 +29,7 @@ def over_replicas(gradient: SparseGradient, group: dist.ProcessGroup) -> SparseG
     pairs = gradient.pairs
     counts = _gather_counts(len(pairs.rows), pairs.rows.device, group)
     whole = torch.stack((pairs.rows, pairs.latents))
+    # The loss of the global batch is the mean of the replicas' losses.
     real = torch.stack((pairs.values, gradient.dvalues)) / n_replicas
     rows, latents = _gather_ragged(whole, counts, group)
     values, dvalues = _gather_ragged(real, counts, group)

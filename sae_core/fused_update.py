@@ -1,7 +1,7 @@
 """Adam on dictionary rows directly from the sparse gradient, without a dense [L, D] gradient.
 
 The parameters of the rows have `requires_grad=False` and no `.grad`; otherwise the engine would
-create zero gradients for them and reduce these. The backward passes the sparse gradient to the
+create zero gradients for them and reduce these. The backward pass gives the sparse gradient to the
 optimiser. `step` exchanges it between replicas and lets the kernels update the rows.
 """
 
@@ -62,7 +62,7 @@ class FusedRowAdam(ShardedAdam):
         return result
 
     def _collect(self, gradient: SparseGradient) -> None:
-        """Receive the sparse gradient of a backward; see `SparsePlan.collect`."""
+        """Receive the sparse gradient of a backward pass; see `SparsePlan.collect`."""
         assert self._gradient is None, "two backward passes without a step between them"
         self._gradient = gradient
 

@@ -61,7 +61,8 @@ class StepMetrics:
 
         A collective call over all ranks; the host waits for the device.
         """
-        sae, mesh = self.engine.sae, self.engine.sae.mesh
+        sae = self.engine.sae
+        mesh = sae.mesh
         dead = sae.dead().sum().double().reshape(1)
         packed = torch.cat((self._sums, dead))
         dist.all_reduce(packed)

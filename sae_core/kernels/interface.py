@@ -133,11 +133,11 @@ class Kernels(Protocol):
     copy_dtype: torch.dtype | None
     """Dtype of the dictionary copies kept beside the float32 masters; None: no copies."""
     gather_dtype: torch.dtype | None
-    """Dtype of the inputs and errors gathered for the row gradients; None: leave it unchanged.
+    """Dtype of the inputs and errors gathered for the row gradients; None: unchanged.
 
     An implementation that multiplies in bfloat16 already rounds the encoder's inputs. Rounding
-    changes an element by at most a factor of 2**-8, so it changes a gradient by at most 2**-8 of
-    the sum of its terms' magnitudes. Sums, values, the loss and the bias gradient stay float32.
+    changes an element by at most 2**-8 of its magnitude, so it changes a gradient by at most 2**-8
+    of the sum of its terms' magnitudes. Sums, values, the loss and the bias gradient stay float32.
     """
 
     def encode_topk(

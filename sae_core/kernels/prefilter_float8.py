@@ -122,7 +122,8 @@ class Float8Prefilter:
         """See `Prefilter.candidates`."""
         L, D = W_enc.shape
         inputs, latents = row_weights(x, W_enc)
-        low_x, low_W = self._split(x, inputs), self._split(W_enc, latents)
+        low_x = self._split(x, inputs)
+        low_W = self._split(W_enc, latents)
         values, indices = self._topk(low_x, low_W, b_enc, min(3 * k, L))
         # The margin covers the rounding of the bfloat16 sums. Partial sums may cancel, so it is
         # relative to |x| |w|, not to the result. It is not finite when an input is not, even where
@@ -155,10 +156,8 @@ def row_weights(x: torch.Tensor, W_enc: torch.Tensor) -> tuple[RowWeights, RowWe
     D = x.shape[1]
     n_side = min(side_width(D) - SLOTS, D // 2)
     sample = W_enc[:: max(1, len(W_enc) // _SAMPLE_ROWS)]
-    x_size, w_size = (
-        torch.linalg.vector_norm(part, ord=4, dim=0, dtype=torch.float32).nan_to_num() + TINY
-        for part in (x, sample)
-    )
+    x_size = torch.linalg.vector_norm(x, ord=4, dim=0, dtype=torch.float32).nan_to_num() + TINY
+    w_size = torch.linalg.vector_norm(sample, ord=4, dim=0, dtype=torch.float32).nan_to_num() + TINY
     order = (x_size.log() + w_size.log()).argsort(descending=True, stable=True)
     channels = torch.cat((order[n_side:].sort().values, order[:n_side].sort().values))
     rounding = torch.full_like(x_size, _FLOAT8)
@@ -178,7 +177,8 @@ def split_rows(matrix: torch.Tensor, weights: RowWeights) -> SplitRows:
         matrix: [n, D], any float dtype.
         weights: as returned by `row_weights` for this matrix.
     """
-    (n, D), n_side = matrix.shape, weights.n_side
+    n, D = matrix.shape
+    n_side = weights.n_side
     values = matrix.float()[:, weights.channels]
     low, side = values.split([D - n_side, n_side], dim=1)
     largest = torch.maximum(low.abs().amax(1) / LARGEST, values.abs().amax(1) * SMALLEST)

@@ -1,11 +1,11 @@
-"""Fused encoder and TopK, which never write the [B, L] pre-activations.
+"""Fused encoder and TopK, without writing the [B, L] pre-activations.
 
 Each row has a pool of selection keys. The first latents fill it. The remaining latents follow in
 segments, each three times as wide as all latents before it. After each segment `select` reduces the
 pool to its k largest keys and sets the row's threshold to the k-th value so far; the next segment
-appends only keys of values above the threshold. Latents ascend, so a later latent that equals the
-threshold would lose the tie, and comparing with "above" is exact. A row with more keys than its
-pool can hold is run again with all of its keys kept.
+appends only keys of values above the threshold. Latents come in ascending order, so a value equal
+to the threshold would lose the tie to an earlier latent, and a strict comparison is exact. A row
+with more keys than its pool can hold is run again with all of its keys kept.
 
 A prefilter passes split rows: float8 columns, bfloat16 columns and a scale. The latents selected
 from their product are candidates, which the prefilter then rescores exactly.

@@ -87,7 +87,7 @@ def slot_sum(
     """
     begin, end = tl.load(edges + slot), tl.load(edges + slot + 1)
     hot = end - begin > PIECE
-    # Of the two loops below, one is empty: pairs for usual slots, pieces for hot ones.
+    # One of the two loops below is empty: the first for a hot slot, the second for any other.
     stop = tl.where(hot, begin, end)
     acc, total = _pair_sum(
         rows, weights, matrix, stride, begin, stop, columns, inside, PAIRS, BD

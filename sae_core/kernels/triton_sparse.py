@@ -131,7 +131,8 @@ def decode_shape(D: int) -> dict[str, int]:
 def decode(active: SparseLatents, W_dec: torch.Tensor) -> torch.Tensor:
     """See `Kernels.decode`; the result has the dtype of the values, sums are float32."""
     W_dec = plain_rows(W_dec)
-    B, D = len(active.offsets), W_dec.shape[1]
+    B = len(active.offsets)
+    D = W_dec.shape[1]
     out = torch.empty(B, D, dtype=active.values.dtype, device=W_dec.device)
     BD = column_block(D, 512)
     if B:
@@ -144,8 +145,11 @@ def decode(active: SparseLatents, W_dec: torch.Tensor) -> torch.Tensor:
 
 def decoder_dot(grad: torch.Tensor, active: SparseLatents, W_dec: torch.Tensor) -> torch.Tensor:
     """See `Kernels.decoder_dot`; the result has the dtype of `grad`, sums are float32."""
-    grad, W_dec = plain_rows(grad), plain_rows(W_dec)
-    B, n_pairs, D = len(active.offsets), len(active.latents), W_dec.shape[1]
+    grad = plain_rows(grad)
+    W_dec = plain_rows(W_dec)
+    B = len(active.offsets)
+    n_pairs = len(active.latents)
+    D = W_dec.shape[1]
     out = torch.empty(n_pairs, dtype=grad.dtype, device=grad.device)
     if n_pairs:
         decoder_dot_kernel[(B,)](
@@ -157,8 +161,11 @@ def decoder_dot(grad: torch.Tensor, active: SparseLatents, W_dec: torch.Tensor) 
 
 def decode_error(target: torch.Tensor, active: SparseLatents, W_dec: torch.Tensor) -> Decoded:
     """See `Kernels.decode_error`; the results are float32."""
-    target, W_dec = plain_rows(target), plain_rows(W_dec)
-    B, n_pairs, D = len(active.offsets), len(active.latents), W_dec.shape[1]
+    target = plain_rows(target)
+    W_dec = plain_rows(W_dec)
+    B = len(active.offsets)
+    n_pairs = len(active.latents)
+    D = W_dec.shape[1]
     error = torch.empty(B, D, device=target.device)
     dots = torch.empty(n_pairs, device=target.device)
     if B:
