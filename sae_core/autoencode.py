@@ -1,9 +1,11 @@
-"""The sparse forward and backward of encoder and decoder over latent shards, as one autograd node.
+"""Sparse forward and backward of encoder and decoder over latent shards, as one autograd node.
 
-Main path: the k largest latents of each token, over all shards. Auxiliary path: the `auxk` largest
-of the *dead* latents, whose decoding is to explain what the main path left over (Gao et al. 2024,
-arXiv 2406.04093, section 2.3). The node gives both paths' squared errors; their gradients are
-summed per dictionary row in one pass, so nothing of size [B, L] or [B, K, D] exists.
+The main path uses the k largest latents of each token over all shards. The auxiliary path uses the
+`auxk` largest *dead* latents to reconstruct the main path's error (Gao et al. 2024, arXiv
+2406.04093, section 2.3). The node returns the squared errors of both paths. Their gradients are
+summed per dictionary row in one pass, so no [B, L] or [B, K, D] tensor exists.
+
+Shape legend: B batch rows, D d_model, L latents, l latents of this shard.
 """
 
 from __future__ import annotations
@@ -42,44 +44,49 @@ class Dictionary(NamedTuple):
 
 @dataclass(frozen=True)
 class SparsePlan:
-    """What a step is to select, and over which ranks."""
+    """What to select in a step, and over which ranks."""
 
     kernels: Kernels
     n_latents: int
     """Global number of latents."""
     k: int
+    """Latents selected per token on the main path."""
     auxk: int
+    """Dead latents selected per token on the auxiliary path."""
     first_latent: int
     """Global index of this shard's first row."""
     group: dist.ProcessGroup | None
     """The latent group; None for an unsharded dictionary."""
     collect: Callable[[SparseGradient], None] | None = None
-    """Takes the rows' gradient instead of autograd (the fused update); None: dense gradients."""
+    """Receives the rows' sparse gradient, for the fused update; None: autograd gets dense ones."""
 
     @property
     def n_shards(self) -> int:
-        """Ranks that share the dictionary."""
+        """Number of ranks that share the dictionary."""
         return 1 if self.group is None else dist.get_world_size(self.group)
 
 
 class AuxInput(NamedTuple):
-    """What the auxiliary path of a step works on."""
+    """Input of the auxiliary path of a step."""
 
     dead: torch.Tensor
-    """Local dead latents, int64, ascending, possibly none."""
+    """Local dead latents, int64, ascending; may be empty."""
     rows: torch.Tensor | None
-    """Batch rows that take part, int64, ascending; None: all."""
+    """Batch rows used, int64, ascending; None: all."""
 
 
 class SparseForward(NamedTuple):
-    """What `sparse_autoencode` gives."""
+    """Result of `sparse_autoencode`."""
 
     squared_error: torch.Tensor
-    """Scalar: what the k latents and the bias leave unexplained, over all rows and dimensions."""
+    """Scalar: squared error of the main path, summed over all rows and dimensions."""
     aux_squared_error: torch.Tensor | None
-    """Scalar: what the dead latents leave of that error, over the auxiliary rows."""
+    """Scalar: squared error of the auxiliary path, which reconstructs the main path's error.
+
+    Summed over the auxiliary rows and all dimensions; None without an auxiliary path.
+    """
     active: SparseLatents
-    """The local pairs of the main path; carries no gradient."""
+    """Active pairs of the main path on this shard; they carry no gradient."""
 
 
 def encode_shard(
@@ -90,22 +97,23 @@ def encode_shard(
     plan: SparsePlan,
     rows: torch.Tensor | None = None,
 ) -> SparseLatents:
-    """This shard's pairs among the global k largest of each token; a collective call.
+    """Return this shard's pairs among the k largest latents of each token; a collective call.
 
     Args:
         x: [B, D] centred input, the same on every rank of the latent group.
         W_enc: [l, D] local rows.
         b_enc: [l].
-        k: selected per token over all shards.
-        plan: kernels, group and offsets.
-        rows: only these local latents take part (ascending, int64); None: all.
+        k: number of latents selected per token over all shards.
+        plan: kernels, latent group and offsets.
+        rows: local latents to select from, int64, ascending; None: all.
 
     Returns:
         Pairs with a positive value; `latents` are local to the shard.
     """
     if rows is not None:
-        W_enc, b_enc = W_enc[rows], b_enc[rows]
-    # Every rank brings equally many slots, else the exchange has no common shape.
+        W_enc = W_enc[rows]
+        b_enc = b_enc[rows]
+    # Every rank must bring the same number of slots, because the exchange needs equal shapes.
     width = min(k, row_range(plan.n_latents, 0, plan.n_shards)[1])
     taken = min(width, W_enc.shape[0])
     values, latents = plan.kernels.encode_topk(x, W_enc, b_enc, taken)
@@ -126,26 +134,29 @@ def sparse_autoencode(
     aux: AuxInput | None,
     copies: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> SparseForward:
-    """Encodes, selects and decodes over all shards; a collective call.
+    """Encode, select and decode over all shards; a collective call.
 
-    The gradient of `W_dec` comes with its part along each decoder row taken out, because the rows
-    are kept at unit norm. The auxiliary path sees the error as given, and gives no gradient to
-    `b_dec`.
+    The component of `W_dec`'s gradient along each decoder row is removed, because the rows are kept
+    at unit norm. The auxiliary path treats the main path's error as a constant, and gives `b_dec`
+    no gradient.
 
     Args:
         x: [B, D] normalised input, the same on every rank of the latent group; gets no gradient.
-        weights: this shard's.
+        weights: weights of this shard.
         plan: what to select and over which ranks.
-        aux: None when no rank of the latent group has a dead latent or the auxiliary loss is off.
-            All ranks must agree on None and on the rows.
-        copies: W_enc and W_dec in the dtype the kernels compute in; None: the weights themselves.
+        aux: input of the auxiliary path; None if no rank of the latent group has a dead latent, or
+            the auxiliary loss is off. All ranks must agree on whether it is None, and on the rows.
+        copies: W_enc and W_dec in `Kernels.copy_dtype`; None: use the weights themselves.
     """
+    # The pairs carry no gradient, so they come back in this list and not as outputs of the node.
     box: list[SparseLatents] = []
     error, aux_error = _SparseAutoencode.apply(x, *weights, plan, aux, copies, box)
     return SparseForward(error, aux_error, box[0])
 
 
 class _SparseAutoencode(torch.autograd.Function):
+    """Autograd node of `sparse_autoencode`."""
+
     @staticmethod
     def forward(
         ctx: Any,
@@ -164,13 +175,16 @@ class _SparseAutoencode(torch.autograd.Function):
         active = encode_shard(centred, encoder, b_enc, plan.k, plan)
         paths = [_Path(centred, active, _decode_error(centred, active, decoder, plan))]
         if aux is not None:
-            inputs, residual = centred, paths[0].decoded.error
+            inputs = centred
+            residual = paths[0].decoded.error
             if aux.rows is not None:
-                inputs, residual = inputs[aux.rows], residual[aux.rows]
+                inputs = inputs[aux.rows]
+                residual = residual[aux.rows]
             chosen = encode_shard(inputs, encoder, b_enc, plan.auxk, plan, aux.dead)
             paths.append(_Path(inputs, chosen, _decode_error(residual, chosen, decoder, plan)))
         ctx.save_for_backward(W_enc, W_dec)
-        ctx.plan, ctx.paths = plan, paths
+        ctx.plan = plan
+        ctx.paths = paths
         box.append(active)
         errors = [path.decoded.error.float().square().sum() for path in paths]
         return errors[0], errors[1] if aux is not None else None
@@ -180,8 +194,9 @@ class _SparseAutoencode(torch.autograd.Function):
         ctx: Any, grad: torch.Tensor, aux_grad: torch.Tensor | None
     ) -> tuple[torch.Tensor | None, ...]:
         W_enc, W_dec = ctx.saved_tensors
-        plan, paths = ctx.plan, ctx.paths
-        # d/dy |t - y|^2 = -2 (t - y): the errors serve as gradients, once weighted.
+        plan = ctx.plan
+        paths = ctx.paths
+        # d/dy |t - y|^2 = -2 (t - y), so the gradients are the errors times these weights.
         weights = [-2.0 * weight for weight in (grad, aux_grad) if weight is not None]
         gradient = _weigh(paths, weights, plan.kernels.gather_dtype)
         main = paths[0]
@@ -199,7 +214,7 @@ class _SparseAutoencode(torch.autograd.Function):
 
 
 class _Path(NamedTuple):
-    """One selection of latents and what it leaves unexplained."""
+    """Selected latents of one path and the error of their decoding."""
 
     x: torch.Tensor
     """[R, D] centred inputs."""
@@ -210,7 +225,7 @@ class _Path(NamedTuple):
 def _decode_error(
     target: torch.Tensor, active: SparseLatents, W_dec: torch.Tensor, plan: SparsePlan
 ) -> Decoded:
-    """`Kernels.decode_error` over all shards."""
+    """Run `Kernels.decode_error` over all shards; collective over the latent group."""
     if plan.n_shards == 1:
         return plan.kernels.decode_error(target, active, W_dec)
     recon = plan.kernels.decode(active, W_dec).to(target.dtype)
@@ -222,12 +237,22 @@ def _decode_error(
 def _weigh(
     paths: list[_Path], weights: list[torch.Tensor], dtype: torch.dtype | None
 ) -> SparseGradient:
-    """All paths' pairs as one list, whose rows index into the stacked inputs and errors."""
-    rows, offsets, first_row, first_pair = [], [], 0, 0
+    """Join the weighted pairs of all paths; their rows index into the stacked inputs and errors.
+
+    Args:
+        paths: main path, and auxiliary path if there is one.
+        weights: scalar per path, -2 times the gradient of its squared error.
+        dtype: dtype of the stacked inputs and errors; None: unchanged.
+    """
+    rows = []
+    offsets = []
+    first_row = 0
+    first_pair = 0
     for path in paths:
         rows.append(path.active.rows + first_row)
         offsets.append(path.active.offsets + first_pair)
-        first_row, first_pair = first_row + path.x.shape[0], first_pair + len(path.active.rows)
+        first_row += path.x.shape[0]
+        first_pair += len(path.active.rows)
     values = [w * path.active.values for path, w in zip(paths, weights, strict=True)]
     latents = torch.cat([path.active.latents for path in paths])
     return SparseGradient(
@@ -239,6 +264,7 @@ def _weigh(
 
 
 def _scatter(latents: torch.Tensor, rows: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """Return a dense tensor shaped as `like` with these rows, and zeros elsewhere."""
     return torch.zeros_like(like).index_copy_(0, latents, rows)
 
 
@@ -248,7 +274,7 @@ def _encoder_bias_gradient(
     W_enc: torch.Tensor,
     plan: SparsePlan,
 ) -> torch.Tensor:
-    """[D] gradient that reaches `b_dec` through the centred input, over all shards."""
+    """Return the gradient of `b_dec` through the centred input, [D], summed over all shards."""
     per_latent = W_enc.new_zeros(W_enc.shape[0]).index_add_(0, active.latents, dvalues)
     through_encoder = -(per_latent @ W_enc)
     if plan.n_shards > 1:

@@ -1,7 +1,7 @@
-"""One SAE under DeepSpeed: the engine, the step, and the optimiser state whatever the ZeRO stage.
+"""One SAE trained with DeepSpeed: the engine, the step, and the optimiser state at any ZeRO stage.
 
-Every DeepSpeed detail that is not public API stands in this file; `tests/distributed` fails when
-one of them moves.
+All uses of DeepSpeed that are not public API are in this file; `tests/distributed` fails if one of
+them changes.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from sae_core.mesh import MeshMPU
 from sae_core.optimizer import ShardedAdam, lr_at
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
-"""Adam's two moments, under torch's names."""
+"""Adam's two moments, by torch's names."""
 
 
 class SAEEngine:
@@ -30,15 +30,17 @@ class SAEEngine:
 
     Args:
         name: key of this SAE in metrics and checkpoints.
-        sae: this rank's shard, calibrated or about to be loaded.
-        config: optimiser, batch and mesh.
-        device: where the parameters go.
+        sae: this rank's shard, calibrated or about to be loaded from a checkpoint.
+        config: config of the optimiser, batch and mesh.
+        device: device of the parameters.
     """
 
     def __init__(
         self, name: str, sae: TopKSAE, config: TrainerConfig, device: torch.device
     ) -> None:
-        self.name, self.config, self.device = name, config, device
+        self.name = name
+        self.config = config
+        self.device = device
         self.sae = sae.to(device)
         zero = config.parallel.zero_stage
         clip_norm = config.optim.clip_norm
@@ -51,19 +53,23 @@ class SAEEngine:
             clip_norm if zero == 0 else None,
         )
         self.engine = _initialise_deepspeed(sae, self.optimizer, config, clip_norm if zero else 0.0)
+        # -1 until the first step that is not finite.
         self.first_bad_step = torch.full((), -1, dtype=torch.int64, device=device)
 
     def train_step(self, raw: torch.Tensor, step: int) -> StepOutput:
-        """Forward, backward, clip, update, renormalise, age.
+        """Run one step: forward, backward, clip, update, renormalise, age `tokens_since_fired`.
 
-        Reads nothing back to the host itself; ZeRO 1 and the stock kernels do.
+        The host does not wait for the device here, except in ZeRO 1 and in the kernels.
 
-        A loss that is not finite on any rank sets a flag that keeps this and every later update
-        from being made; `first_bad_step` says which step it was.
+        If the loss on any rank or the gradient norm is not finite, this update and all later ones
+        are skipped, and `first_bad_step` is set to the index of the step.
 
         Args:
-            raw: [B / n_data, D] this replica's rows on `device`.
+            raw: [B / n_data, D] raw rows of this replica on `device`.
             step: index of this optimiser step.
+
+        Returns:
+            The loss and metrics of this replica.
         """
         tokens = step * self.config.train.batch_tokens
         lr = lr_at(self.config.optim, self.config.sae.n_latents, tokens, self.config.train.tokens)
@@ -76,7 +82,7 @@ class SAEEngine:
         self.engine.backward(out.loss)
         self.engine.step()
         if self.config.parallel.zero_stage:
-            # The engine skips such an update by itself, and says nothing.
+            # ZeRO silently skips an update whose gradient norm is not finite; record it here.
             flag = (~self.grad_norm.isfinite()).float()
             self.optimizer.found_inf = torch.maximum(self.optimizer.found_inf, flag)
         bad = self.optimizer.found_inf
@@ -91,13 +97,13 @@ class SAEEngine:
         return out
 
     def parameters_edited(self) -> None:
-        """Tells the optimiser that somebody set parameters in place."""
+        """Update copies of the parameters after these were changed in place from outside."""
         for parameter in self.sae.parameters():
             self._push_to_zero(parameter)
         self.sae.refresh_copies()
 
     def _push_to_zero(self, parameter: torch.nn.Parameter) -> None:
-        """Under ZeRO 1 the optimiser owns copies; an edit of the parameter alone is lost."""
+        """Under ZeRO 1, copy a changed parameter to the optimiser, else it will overwrite it."""
         mapping = getattr(parameter, "_hp_mapping", None)
         if mapping is not None:
             mapping.update_hp()
@@ -114,20 +120,20 @@ class SAEEngine:
         return float(self.engine.optimizer.param_groups[0]["lr"])
 
     def moments(self) -> dict[str, dict[str, torch.Tensor]]:
-        """Adam's moments of every parameter, whole local rows; collective under ZeRO 1.
+        """Return Adam's moments of all parameters, for all local rows; collective under ZeRO 1.
 
         Returns:
-            `{parameter: {moment: tensor}}`, shapes as the parameters.
+            `{parameter: {moment: tensor}}`; each tensor has its parameter's shape.
         """
         return {name: self.moments_of(name) for name in self.parameter_names}
 
     @property
     def parameter_names(self) -> list[str]:
-        """Names of the parameters, the same order on all ranks."""
+        """Names of the parameters, in the same order on all ranks."""
         return [name for name, _ in self.sae.named_parameters()]
 
     def moments_of(self, name: str) -> dict[str, torch.Tensor]:
-        """Adam's moments of one parameter, whole local rows; collective under ZeRO 1."""
+        """Return Adam's moments of one parameter, for all local rows; collective under ZeRO 1."""
         self._allocate_state()
         parameter = self.sae.get_parameter(name)
         return {moment: self._get_moment(parameter, moment) for moment in MOMENTS}
@@ -139,12 +145,12 @@ class SAEEngine:
         moments: dict[str, dict[str, torch.Tensor]],
         step: int,
     ) -> None:
-        """Puts loaded local rows and moments in place; collective under ZeRO 1.
+        """Load this rank's rows and moments from a checkpoint; collective under ZeRO 1.
 
         Args:
-            parameters: `{name: tensor}`, shapes as the parameters.
-            moments: as `moments()` gives.
-            step: optimiser steps taken.
+            parameters: `{name: tensor}`; each tensor has its parameter's shape.
+            moments: moments in the format of `moments()`.
+            step: number of optimiser steps made.
         """
         self._allocate_state()
         for name, parameter in self.sae.named_parameters():
@@ -181,12 +187,13 @@ class SAEEngine:
 def _initialise_deepspeed(
     sae: TopKSAE, optimizer: ShardedAdam, config: TrainerConfig, clip_norm: float
 ) -> Any:
+    """Create the DeepSpeed engine of an SAE; `clip_norm` is the norm ZeRO clips to, 0 for none."""
     device_type = next(sae.parameters()).device.type
     os.environ.setdefault("DS_ACCELERATOR", device_type)
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     import deepspeed
 
-    # Without this DeepSpeed compiles an op nobody uses, for two minutes.
+    # Prevents DeepSpeed from compiling an unused op, which takes two minutes.
     deepspeed.ops.__compatible_ops__ = collections.defaultdict(bool)
     batch = config.train.batch_tokens // config.parallel.data
     engine, *_ = deepspeed.initialize(
@@ -199,12 +206,12 @@ def _initialise_deepspeed(
             "train_micro_batch_size_per_gpu": batch,
             "gradient_clipping": clip_norm,
             "zero_optimization": {"stage": config.parallel.zero_stage},
-            # The check goes by exact type: our Adam is torch's fused Adam.
+            # ZeRO checks the exact type of the optimiser and does not know this subclass of Adam.
             "zero_allow_untested_optimizer": True,
             "steps_per_print": 10**9,
         },
     )
     if sae.mesh.n_data == 1 and config.parallel.zero_stage == 0:
-        # Nothing to reduce: skips a flatten-and-copy of every gradient.
+        # With one replica there is nothing to reduce; this avoids a copy of every gradient.
         engine.enable_backward_allreduce = False
     return engine

@@ -1,8 +1,8 @@
-"""Data replicas exchange what a sparse gradient is made of, instead of all-reducing dense ones.
+"""Exchange of sparse gradients between data replicas, instead of an all-reduce of dense ones.
 
-A replica sends its centred inputs, errors and active pairs: B (2 D + 4 k) numbers,
-where an all-reduce of both matrices' gradients would move 4 L D. Every replica then sums the same
-pairs in the same order, so replicas stay equal bit for bit.
+A replica sends its centred inputs, errors and active pairs, B (2 D + 4 k) numbers. An all-reduce of
+both matrices' gradients would send 4 L D. All replicas then sum the same pairs in the same order,
+so they stay identical bit for bit.
 """
 
 from __future__ import annotations
@@ -14,18 +14,22 @@ from sae_core.kernels import SparseGradient, SparseLatents
 
 
 def over_replicas(gradient: SparseGradient, group: dist.ProcessGroup) -> SparseGradient:
-    """The mean gradient of all replicas, whose losses are means over their own rows.
+    """Return the mean gradient of all replicas; collective over the data group.
 
-    Collective over the data group; every replica has the same number of rows.
+    Each replica's loss is a mean over its own rows, and all replicas have the same number of rows.
 
     Args:
-        gradient: this replica's.
+        gradient: sparse gradient of this replica's loss.
         group: the data group.
+
+    Returns:
+        The sparse gradient of the global batch, the same on every replica.
     """
     n_replicas = dist.get_world_size(group)
     pairs = gradient.pairs
     counts = _gather_counts(len(pairs.rows), pairs.rows.device, group)
     whole = torch.stack((pairs.rows, pairs.latents))
+    # The loss of the global batch is the mean of the replicas' losses.
     real = torch.stack((pairs.values, gradient.dvalues)) / n_replicas
     rows, latents = _gather_ragged(whole, counts, group)
     values, dvalues = _gather_ragged(real, counts, group)
@@ -41,13 +45,14 @@ def over_replicas(gradient: SparseGradient, group: dist.ProcessGroup) -> SparseG
 
 
 def _gather_counts(n: int, device: torch.device, group: dist.ProcessGroup) -> torch.Tensor:
+    """Return every replica's number of pairs, [n_replicas] int64."""
     counts = torch.empty(dist.get_world_size(group), dtype=torch.int64, device=device)
     dist.all_gather_into_tensor(counts, torch.tensor([n], device=device), group=group)
     return counts
 
 
 def _gather(rows: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
-    """[n_replicas * R, D] of [R, D], in the replicas' order."""
+    """Gather [R, ...] tensors from all replicas as [n_replicas * R, ...], in replica order."""
     out = rows.new_empty(dist.get_world_size(group) * rows.shape[0], *rows.shape[1:])
     dist.all_gather_into_tensor(out, rows.contiguous(), group=group)
     return out
@@ -56,7 +61,10 @@ def _gather(rows: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
 def _gather_ragged(
     columns: torch.Tensor, counts: torch.Tensor, group: dist.ProcessGroup
 ) -> torch.Tensor:
-    """[2, sum of counts] of [2, own count]; padded to the longest on the way."""
+    """Gather [2, own count] tensors from all replicas as [2, sum of counts].
+
+    Tensors are padded to the longest, because the all-gather needs equal shapes.
+    """
     longest = int(counts.max())
     padded = columns.new_zeros(columns.shape[0], longest)
     padded[:, : columns.shape[1]] = columns

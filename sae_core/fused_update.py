@@ -1,8 +1,8 @@
-"""Adam on dictionary rows straight from the sparse gradient: no dense [L, D] gradient ever exists.
+"""Adam on dictionary rows directly from the sparse gradient, without a dense [L, D] gradient.
 
-The rows' parameters have no `.grad` and `requires_grad=False`, else the engine would make zero
-gradients for them and reduce those. The backward hands over what the gradient is made of; `step`
-brings the replicas' parts together and has the kernels update the rows.
+The parameters of the rows have `requires_grad=False` and no `.grad`; otherwise the engine would
+create zero gradients for them and reduce these. The backward pass gives the sparse gradient to the
+optimiser. `step` exchanges it between replicas and lets the kernels update the rows.
 """
 
 from __future__ import annotations
@@ -23,13 +23,14 @@ if TYPE_CHECKING:
 
 
 class FusedRowAdam(ShardedAdam):
-    """`ShardedAdam` whose dictionary rows come as `SparseGradient`s; ZeRO 0 only.
+    """A `ShardedAdam` that updates dictionary rows from a `SparseGradient`; ZeRO 0 only.
 
     Args:
-        sae: its row-sharded parameters stop requiring gradients, and its plan hands theirs here.
+        sae: SAE to update. Its row-sharded parameters are set to not require gradients, and its
+            plan is changed to pass their sparse gradient to this optimiser.
         lr: learning rate of the first step.
         config: betas, eps, dtype of the moments.
-        clip_norm: largest global gradient norm, 0 for no limit; the norm is that of this step.
+        clip_norm: largest global gradient norm; 0: no limit.
     """
 
     def __init__(
@@ -47,20 +48,22 @@ class FusedRowAdam(ShardedAdam):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One update of everything; decoder rows end with unit norm."""
-        assert self._gradient is not None, "step without a backward"
+        """Update all parameters once, and scale the decoder rows to unit norm."""
+        assert self._gradient is not None, "step without a backward pass"
         gradient, self._gradient = self._gradient, None
         if self.sae.mesh.n_data > 1:
             gradient = over_replicas(gradient, self.sae.mesh.data_group)
         self._rows = self.sae.plan.kernels.row_update(gradient, self.sae.W_dec)
-        result = super().step(closure)  # the norm and its consequences, then `b_dec`
+        # Computes the norm, sets `grad_scale` and `found_inf`, and updates `b_dec`.
+        result = super().step(closure)
         self.allocate_state()
         self._update_rows(self._rows)
         self._rows = None
         return result
 
     def _collect(self, gradient: SparseGradient) -> None:
-        assert self._gradient is None, "two backwards before a step"
+        """Receive the sparse gradient of a backward pass; see `SparsePlan.collect`."""
+        assert self._gradient is None, "two backward passes without a step between them"
         self._gradient = gradient
 
     def _collected_square(self) -> torch.Tensor:
@@ -71,13 +74,14 @@ class FusedRowAdam(ShardedAdam):
         return self._moment_dtypes.get(parameter, parameter.dtype)
 
     def _update_rows(self, rows: RowUpdate) -> None:
-        sae, options = self.sae, self.param_groups[0]
+        """Apply the row update with this step's options; count the step unless it is skipped."""
+        sae = self.sae
+        options = self.param_groups[0]
         step = self.state[sae.W_enc]["step"] + (1 - self.found_inf)
         parameters = (sae.W_enc, sae.W_dec, sae.b_enc)
-        exp_avg, exp_avg_sq = (
-            (self.state[sae.W_enc][key], self.state[sae.W_dec][key], self.state[sae.b_enc][key])
-            for key in ("exp_avg", "exp_avg_sq")
-        )
+        W_enc, W_dec, b_enc = (self.state[parameter] for parameter in parameters)
+        exp_avg = (W_enc["exp_avg"], W_dec["exp_avg"], b_enc["exp_avg"])
+        exp_avg_sq = (W_enc["exp_avg_sq"], W_dec["exp_avg_sq"], b_enc["exp_avg_sq"])
         state = RowState(*parameters, exp_avg, exp_avg_sq, sae.copies, sae.plan.first_latent)
         beta1, beta2 = options["betas"]
         adam = AdamStep(

@@ -1,8 +1,9 @@
-"""Where training starts: the dictionary's first rows, the input scale, the bias.
+"""Initialisation of an SAE: dictionary rows, input normalisation, decoder bias, encoder scale.
 
-Recipe of Gao et al. 2024 (arXiv 2406.04093, appendix A): unit-norm random decoder rows, the encoder
-tied to them, the decoder bias at the geometric median, the encoder scaled so that a first
-reconstruction has the norm of its input.
+This follows Gao et al. 2024 (arXiv 2406.04093, appendix A). Decoder rows are random with unit norm,
+and the encoder starts as a copy of the decoder. The decoder bias is the geometric median of a
+sample. The encoder is scaled so that the first reconstructions have the mean squared norm of their
+inputs.
 """
 
 from __future__ import annotations
@@ -20,22 +21,27 @@ if TYPE_CHECKING:
     from sae_core.architectures.topk import TopKSAE
 
 _BLOCK_ROWS = 1024
+"""Dictionary rows drawn from one random generator."""
 _SCALE_ROWS = 4096
+"""Most sample rows used to set the encoder's scale."""
 _MEDIAN_STEPS = 100
+"""Most iterations for the geometric median."""
 
 
 def default_auxk(d_model: int) -> int:
-    """d_model / 2, rounded down to a power of two, at least 1."""
+    """Return d_model / 2 rounded down to a power of two, at least 1."""
     half = max(d_model // 2, 1)
     return int(1 << (half.bit_length() - 1))
 
 
 def random_unit_rows(start: int, stop: int, d_model: int, seed: int) -> torch.Tensor:
-    """Rows [start, stop) of the initial dictionary, [stop - start, D], the same for every sharding.
+    """Draw rows [start, stop) of the initial dictionary, [stop - start, D] float32.
 
-    Blocks of rows have generators of their own, so a rank draws only what it holds.
+    Each block of rows has its own generator, so the rows do not depend on the sharding, and a rank
+    draws only the blocks that it needs.
     """
-    # torch takes 32 bits of a seed on the CPU: consecutive numbers never collide within one run.
+    # torch uses only 32 bits of a seed on the CPU. Hash the seed, so that runs with nearby seeds
+    # share no blocks, and number the blocks consecutively, so that those of one run never collide.
     base = int.from_bytes(hashlib.sha256(str(seed).encode()).digest()[:4])
     blocks = []
     for block in range(start // _BLOCK_ROWS, -(-stop // _BLOCK_ROWS)):
@@ -47,7 +53,15 @@ def random_unit_rows(start: int, stop: int, d_model: int, seed: int) -> torch.Te
 
 
 def geometric_median(x: torch.Tensor, tolerance: float = 1e-5) -> torch.Tensor:
-    """[D] point with the least summed distance to the rows of x [N, D] (Weiszfeld's iteration)."""
+    """Return the point with the smallest sum of distances to the rows of x (Weiszfeld's algorithm).
+
+    Args:
+        x: [N, D] rows.
+        tolerance: stop when a step moves the point by less than this fraction of its norm.
+
+    Returns:
+        [D] the geometric median.
+    """
     point = x.mean(0)
     for _ in range(_MEDIAN_STEPS):
         weights = 1 / (x - point).norm(dim=1).clamp_min(1e-8)
@@ -61,32 +75,34 @@ def geometric_median(x: torch.Tensor, tolerance: float = 1e-5) -> torch.Tensor:
 
 @torch.no_grad()
 def calibrate(sae: TopKSAE, sample: torch.Tensor) -> None:
-    """Sets input mean and scale, decoder bias and encoder scale; a collective call.
+    """Set the input mean and scale, the decoder bias and the encoder scale; a collective call.
 
     Args:
-        sae: a freshly built shard.
+        sae: a newly built shard.
         sample: [N, D] raw activations, the same on every rank.
 
     Raises:
-        ShapeError: the sample has another width, is not finite, or has no variance.
+        ShapeError: If the sample has the wrong width or fewer than two rows, is not finite, or has
+            zero variance.
     """
     d_model = sae.b_dec.shape[0]
     if sample.ndim != 2 or sample.shape[1] != d_model or len(sample) < 2:
         raise ShapeError(
-            f"calibration sample {tuple(sample.shape)}: expected [at least 2, {d_model}]"
+            f"calibration sample has shape {tuple(sample.shape)}: expected "
+            f"[2 or more, {d_model}]; check d_model and the number of stored activations"
         )
     raw = sample.float()
     mean = raw.mean(0)
     power = (raw - mean).square().sum(1).mean()
     if not bool(torch.isfinite(power)) or bool(power <= 0):
         raise ShapeError(
-            f"calibration sample has variance {float(power)}: expected finite and above 0; "
+            f"calibration sample has variance {float(power)}: expected a finite number above 0; "
             "check the stored activations with stage=verify"
         )
     sae.input_mean.copy_(mean)
     sae.input_scale.copy_((d_model / power).sqrt())
     x = sae.normalise(raw)
-    # Rank 0's numbers go to all: a rounding difference here would make replicas drift.
+    # All ranks take rank 0's numbers: rounding differences would make replicas diverge.
     sae.b_dec.copy_(geometric_median(x))
     scale = _encoder_scale(sae, x[:_SCALE_ROWS])
     for tensor in (sae.input_mean, sae.input_scale, sae.b_dec, scale):
@@ -95,7 +111,7 @@ def calibrate(sae: TopKSAE, sample: torch.Tensor) -> None:
 
 
 def _encoder_scale(sae: TopKSAE, x: torch.Tensor) -> torch.Tensor:
-    """Factor that gives reconstructions the mean square norm of their inputs."""
+    """Return the factor that gives reconstructions the mean squared norm of their inputs."""
     centred = x - sae.b_dec
     active = encode_shard(centred, sae.W_enc, sae.b_enc, sae.plan.k, sae.plan)
     recon = sae.plan.kernels.decode(active, sae.W_dec)

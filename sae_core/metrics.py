@@ -1,4 +1,4 @@
-"""What training measures, summed on the device and reduced over the ranks on a cadence."""
+"""Training metrics, summed on the device and reduced over the ranks from time to time."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from sae_core.architectures import StepOutput
 from sae_core.engine import SAEEngine
 
 _PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12}
-"""Dense bfloat16 tensor-core peaks, from NVIDIA's data sheets."""
+"""Peak dense bfloat16 FLOP/s on tensor cores, from NVIDIA's data sheets."""
 
 
 class StepMetrics:
-    """Sums over the steps since the last `reduce`, of one SAE.
+    """Metrics of one SAE, summed over the steps since the last `reduce`.
 
     Args:
-        engine: whose steps these are.
+        engine: engine of the SAE.
     """
 
     def __init__(self, engine: SAEEngine) -> None:
@@ -31,16 +31,16 @@ class StepMetrics:
         device = self.engine.device
         self.n_steps = 0
         self.n_rows = 0
-        # squared error, loss, auxiliary loss, active pairs, then the inputs' square sum and sum
+        # Squared error, loss, auxiliary loss, active pairs, sum of squared inputs, inputs' sum [D].
         self._sums = torch.zeros(5 + self.d_model, dtype=torch.float64, device=device)
 
     @torch.no_grad()
     def add(self, raw: torch.Tensor, out: StepOutput) -> None:
-        """Adds one step; no host sync.
+        """Add one step, without a host sync.
 
         Args:
-            raw: [B, D] this replica's raw rows.
-            out: what the step gave.
+            raw: [B, D] raw rows of this replica.
+            out: output of the step.
         """
         x = self.engine.sae.normalise(raw)
         scalars = torch.stack(
@@ -57,13 +57,18 @@ class StepMetrics:
         self.n_rows += raw.shape[0]
 
     def reduce(self) -> dict[str, float]:
-        """Means over all ranks since the last call, then starts anew; collective, and it syncs."""
-        sae, mesh = self.engine.sae, self.engine.sae.mesh
+        """Return means over all ranks since the last call, and reset the sums.
+
+        A collective call over all ranks; the host waits for the device.
+        """
+        sae = self.engine.sae
+        mesh = sae.mesh
         dead = sae.dead().sum().double().reshape(1)
         packed = torch.cat((self._sums, dead))
         dist.all_reduce(packed)
         packed = packed.cpu()
-        # Everything but pairs and dead latents is the same on all ranks of a latent group.
+        # All but the active pairs and dead latents are the same on every rank of a latent group, so
+        # their sums over all ranks are divided by the size of the group.
         error, loss, aux, active, square, *sums = (packed[:-1]).tolist()
         rows = self.n_rows * mesh.n_data
         mean = torch.tensor(sums, dtype=torch.float64) / mesh.n_latent / rows
@@ -83,10 +88,10 @@ class StepMetrics:
 
 
 def mfu(tokens_per_s: float, d_model: int, n_latents: int, n_ranks: int) -> float | None:
-    """Model FLOP utilisation; None where the device's peak is not known.
+    """Return the model FLOP utilisation, or None if the device's peak is unknown.
 
-    Counts the one dense product a sparse step cannot avoid, the encoder's 2 L D per token; the
-    dense-autograd convention (12 L D) would credit work that is never done.
+    Only the encoder's dense product is counted, 2 L D FLOP per token, because a sparse step needs
+    no other. The convention for dense autograd, 12 L D, would count work that is never done.
     """
     if not torch.cuda.is_available():
         return None
@@ -96,8 +101,9 @@ def mfu(tokens_per_s: float, d_model: int, n_latents: int, n_ranks: int) -> floa
 
 
 def peak_memory_bytes() -> int:
-    """Largest memory this rank has held: device memory on cuda, resident memory on the CPU."""
+    """Return the peak memory of this rank: device memory on CUDA, resident memory on the CPU."""
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         return torch.cuda.max_memory_allocated()
+    # macOS reports ru_maxrss in bytes, Linux in KiB.
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -16,12 +16,16 @@ if TYPE_CHECKING:
 
 
 def peak_lr(config: OptimConfig, n_latents: int) -> float:
-    """The configured rate, or the rule that it falls as 1 / sqrt(n_latents) (Gao et al. 2024)."""
+    """Return the learning rate between warmup and decay.
+
+    If `config.lr` is not set, it is `config.lr_at_16k` scaled as 1 / sqrt(n_latents) (Gao et al.
+    2024).
+    """
     return config.lr if config.lr is not None else config.lr_at_16k / (n_latents / 2**14) ** 0.5
 
 
 def lr_at(config: OptimConfig, n_latents: int, tokens: int, total_tokens: int) -> float:
-    """Learning rate of the step that begins after `tokens` of `total_tokens` training tokens."""
+    """Return the learning rate of the step that starts after `tokens` of `total_tokens` tokens."""
     warmup = 1.0
     if config.warmup_tokens:
         warmup = min(1.0, tokens / config.warmup_tokens)
@@ -32,17 +36,18 @@ def lr_at(config: OptimConfig, n_latents: int, tokens: int, total_tokens: int) -
 
 
 class ShardedAdam(torch.optim.Adam):
-    """Fused Adam that clips by the norm over all shards and skips an update it is told to skip.
+    """Fused Adam that clips by the gradient norm over all shards and can skip updates.
 
-    Both happen on the device, without a host sync: clipping as a divisor inside the fused kernel,
-    skipping through its `found_inf` flag.
+    Both happen on the device without a host sync: the fused kernel divides gradients by
+    `grad_scale`, and makes no update if `found_inf` is set.
 
     Args:
-        sae: whose parameters it updates; shards carry `tensor_model_parallel=True`.
+        sae: SAE to update; its sharded parameters have `tensor_model_parallel=True`.
         lr: learning rate of the first step.
         config: betas, eps.
-        clip_norm: largest global gradient norm, 0 for no limit. None leaves norm and clipping to
-            the engine: ZeRO 1 gives this class flat pieces whose owner it cannot know.
+        clip_norm: largest global gradient norm; 0: no limit; None: leave the norm and clipping to
+            the engine. ZeRO 1 needs None, because it passes flat pieces of parameters, and this
+            class cannot tell which of them are sharded.
     """
 
     def __init__(
@@ -54,12 +59,13 @@ class ShardedAdam(torch.optim.Adam):
         self.clip_norm = clip_norm
         self.latent_group = sae.plan.group
         self.found_inf = torch.zeros((), device=device)
-        """1: make no update. Stays until somebody clears it."""
+        """Scalar: 1 to make no update, else 0. `step` may set it, and never clears it."""
         self.grad_scale: torch.Tensor | None = None
+        """Scalar that the fused kernel divides gradients by; None: no clipping."""
         self._global_grad_norm = torch.zeros((), device=device)
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One update, unless `found_inf` is set or the gradient norm is not finite."""
+        """Make one update, unless `found_inf` is set or the gradient norm is not finite."""
         if self.clip_norm is not None:
             norm = self._grad_norm()
             self._global_grad_norm = norm
@@ -69,7 +75,7 @@ class ShardedAdam(torch.optim.Adam):
         return super().step(closure)
 
     def allocate_state(self) -> None:
-        """Makes the moments that the first step would make; loading needs them before."""
+        """Create the moments before the first step, so that a checkpoint can be loaded."""
         for group in self.param_groups:
             for parameter in group["params"]:
                 if not self.state[parameter]:
@@ -81,10 +87,14 @@ class ShardedAdam(torch.optim.Adam):
                     }
 
     def _moment_dtype(self, parameter: torch.Tensor) -> torch.dtype:
+        """Return the dtype of a parameter's moments."""
         return parameter.dtype
 
     def _grad_norm(self) -> torch.Tensor:
-        """Norm of the whole gradient: shards summed over the latent group, replicated ones once."""
+        """Return the norm of the whole gradient; collective over the latent group.
+
+        Squares of sharded parameters are summed over the group; replicated ones count once.
+        """
         sharded = self._collected_square()
         replicated = torch.zeros_like(self.found_inf)
         for group in self.param_groups:
@@ -101,5 +111,5 @@ class ShardedAdam(torch.optim.Adam):
         return (sharded + replicated).sqrt()
 
     def _collected_square(self) -> torch.Tensor:
-        """Squared norm of gradients that are in no `.grad`."""
+        """Return the squared norm of this shard's gradients that are not in a `.grad`."""
         return torch.zeros_like(self.found_inf)

@@ -1,9 +1,10 @@
 """Exact global TopK over a dictionary whose rows are split among the ranks of a latent group.
 
-Weights never move. Each rank brings its k best candidates of every token; rank r merges the
-candidates of the r-th share of the tokens (an all-to-all, so that a rank receives B*k candidates in
-all instead of the G*B*k of an all-gather) and tells everyone the token's k-th key; a candidate is
-selected exactly when its key is not below it. Keys are unique, so exactly k are.
+Weights are never sent. Each of the G ranks selects its k best candidates of every token. An
+all-to-all gives rank r the candidates of the r-th share of the tokens, so that a rank receives B k
+candidates instead of the G B k of an all-gather. Rank r merges them and sends each token's k-th key
+to all ranks. A candidate is selected if its key is not below that key. Keys are unique, so exactly
+k are selected.
 """
 
 from __future__ import annotations
@@ -22,17 +23,18 @@ def select_global(
     first_latent: int,
     group: dist.ProcessGroup | None,
 ) -> torch.Tensor:
-    """Which local candidates are among the token's k largest of all shards; a collective call.
+    """Mark the local candidates among each token's k largest of all shards; a collective call.
 
     Args:
-        values: [B, C] float32 local candidates, C the same on every rank; `-inf`: an empty slot.
+        values: [B, C] float32 local candidates; `-inf` means an empty slot. C must be the same on
+            every rank.
         latents: [B, C] int64, local to the shard.
-        k: selected per token; ties go to the lowest global index.
+        k: number selected per token; ties go to the lowest global index.
         first_latent: global index of this shard's first row.
-        group: ranks that share the dictionary; None or one rank: nothing is exchanged.
+        group: ranks that share the dictionary; with None or one rank nothing is exchanged.
 
     Returns:
-        [B, C] bool.
+        [B, C] bool, True for selected candidates.
     """
     keys = pack_keys(values, latents + first_latent)
     keys = keys.masked_fill(values == float("-inf"), EMPTY_KEY)
@@ -46,15 +48,16 @@ def select_global(
 
 
 def sent_bytes(n_rows: int, width: int, n_ranks: int, rank: int) -> int:
-    """What one rank hands to the network in one `select_global`, framing not counted.
+    """Return the bytes that one rank sends in one `select_global`, without protocol overhead.
 
-    B (1 - 1/G) rows of C keys, and its share of the k-th keys to each of the others.
+    These are B (1 - 1/G) rows of C keys, and the k-th keys of its share to each other rank, padded
+    to the largest share.
 
     Args:
-        n_rows: B.
-        width: C, candidates a rank brings.
-        n_ranks: G, ranks that share the dictionary.
-        rank: which of them.
+        n_rows: B, rows of the batch.
+        width: C, candidates per rank and row.
+        n_ranks: G, number of ranks that share the dictionary.
+        rank: the sender's rank among them.
     """
     start, stop = row_range(n_rows, rank, n_ranks)
     largest = row_range(n_rows, 0, n_ranks)[1]
@@ -62,9 +65,10 @@ def sent_bytes(n_rows: int, width: int, n_ranks: int, rank: int) -> int:
 
 
 def _kth_keys(keys: torch.Tensor, k: int, group: dist.ProcessGroup) -> torch.Tensor:
-    """[B] the k-th largest key of each token over all ranks; EMPTY_KEY where there are fewer."""
+    """Return each token's k-th largest key over all ranks, [B]; EMPTY_KEY if there are fewer."""
     B, C = keys.shape
-    n_ranks, rank = dist.get_world_size(group), dist.get_rank(group)
+    n_ranks = dist.get_world_size(group)
+    rank = dist.get_rank(group)
     shares = [row_range(B, r, n_ranks) for r in range(n_ranks)]
     sent = [(stop - start) * C for start, stop in shares]
     mine = shares[rank][1] - shares[rank][0]

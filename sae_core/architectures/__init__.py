@@ -1,4 +1,4 @@
-"""SAE architectures, one file each; `build_sae` looks the configured one up."""
+"""SAE architectures, one file each; `build_sae` builds the configured one."""
 
 from sae_core.architectures.registry import build_sae
 from sae_core.architectures.topk import StepOutput, TopKSAE

@@ -1,4 +1,4 @@
-"""Architecture name to module."""
+"""Build an SAE by the name of its architecture."""
 
 from __future__ import annotations
 
@@ -12,10 +12,17 @@ _ARCHITECTURES = {"topk": TopKSAE}
 
 
 def build_sae(config: SAEConfig, d_model: int, mesh: Mesh, kernels: Kernels, seed: int) -> TopKSAE:
-    """This rank's shard of a freshly initialised SAE.
+    """Build this rank's shard of a newly initialised SAE.
+
+    Args:
+        config: architecture, sizes and coefficients.
+        d_model: width D of the activations.
+        mesh: this rank's position; dictionary rows are split over its latent group.
+        kernels: implementation of the sparse operations.
+        seed: seed of the initial dictionary, which does not depend on the number of shards.
 
     Raises:
-        ConfigError: the architecture is not known.
+        ConfigError: If the architecture is unknown.
     """
     if config.architecture not in _ARCHITECTURES:
         known = ", ".join(sorted(_ARCHITECTURES))

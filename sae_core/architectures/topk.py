@@ -6,9 +6,10 @@
     recon     = latents @ W_dec + b_dec
     loss      = |x - recon|^2 / D + auxk_coef * |residual - aux_recon|^2 / |residual|^2
 
-The auxiliary term may be estimated from a fixed share of the batch's rows, without bias.
-`input_scale` makes the calibration sample's mean squared norm D, so the first term is the fraction
-of variance unexplained. Normalisation is folded into the weights on export.
+The auxiliary term may be estimated, without bias, from a fixed fraction of the batch's rows.
+`input_scale` is chosen so that the calibration sample's mean squared norm is D; the first term of
+the loss is then the fraction of variance unexplained. Export folds the normalisation into the
+weights.
 """
 
 from __future__ import annotations
@@ -28,48 +29,54 @@ from sae_core.mesh import Mesh
 
 
 class StepOutput(NamedTuple):
-    """The loss and what is measured beside it; everything but `loss` is detached."""
+    """The loss of one step and its metrics; all but `loss` are detached."""
 
     loss: torch.Tensor
     """Scalar; the mean over data replicas is the loss of the global batch."""
     squared_error: torch.Tensor
-    """Scalar: summed over this replica's rows and all dimensions, normalised units."""
+    """Scalar: squared error summed over this replica's rows and D, for normalised inputs."""
     aux_loss: torch.Tensor
-    """Scalar, before its coefficient; this replica's share times the number of replicas."""
+    """Scalar: auxiliary loss before its coefficient.
+
+    It is scaled so that the mean over data replicas is the auxiliary loss of the global batch.
+    """
     fired: torch.Tensor
-    """[l] bool: local latents that fired on some row of this replica's batch."""
+    """[l] bool: local latents that fired on any row of this replica's batch."""
     n_active: torch.Tensor
-    """Scalar: local active pairs."""
+    """Scalar: number of active (row, latent) pairs of this rank."""
 
 
 class TopKSAE(nn.Module):
-    """One rank's rows of a TopK SAE.
+    """One rank's shard of a TopK SAE, with l of its L dictionary rows.
 
     Args:
         config: sizes and coefficients.
         d_model: width D of the activations.
-        mesh: this rank's place; rows are split over its latent group.
-        kernels: the body of the sparse operations.
-        seed: fixes the initial dictionary, whatever the number of shards.
+        mesh: this rank's position; dictionary rows are split over its latent group.
+        kernels: implementation of the sparse operations.
+        seed: seed of the initial dictionary, which does not depend on the number of shards.
     """
 
     def __init__(
         self, config: SAEConfig, d_model: int, mesh: Mesh, kernels: Kernels, seed: int
     ) -> None:
         super().__init__()
-        self.config, self.mesh = config, mesh
+        self.config = config
+        self.mesh = mesh
         start, stop = mesh.rows(config.n_latents)
         auxk = min(config.auxk or default_auxk(d_model), config.n_latents)
         group = mesh.latent_group if mesh.n_latent > 1 else None
         self.plan = SparsePlan(kernels, config.n_latents, config.k, auxk, start, group)
 
         W_dec = random_unit_rows(start, stop, d_model, seed)
-        self.W_enc = nn.Parameter(W_dec.clone())  # tied at initialisation: keeps latents alive
+        self.W_enc = nn.Parameter(
+            W_dec.clone()
+        )  # tied at initialisation, which keeps latents alive
         self.b_enc = nn.Parameter(torch.zeros(stop - start))
         self.W_dec = nn.Parameter(W_dec)
         self.b_dec = nn.Parameter(torch.zeros(d_model))
         for parameter in (self.W_enc, self.b_enc, self.W_dec):
-            # DeepSpeed's mark for a shard: without it the norms of other shards are left out.
+            # Marks a shard for DeepSpeed, which would otherwise leave other shards out of norms.
             cast("_Sharded", parameter).tensor_model_parallel = True
         self.input_mean: torch.Tensor
         self.input_scale: torch.Tensor
@@ -88,24 +95,24 @@ class TopKSAE(nn.Module):
 
     @property
     def copies(self) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """W_enc and W_dec in the kernels' dtype, where they want copies."""
+        """W_enc and W_dec in `Kernels.copy_dtype`; None if the kernels use no copies."""
         if self.W_enc_copy is None or self.W_dec_copy is None:
             return None
         return self.W_enc_copy, self.W_dec_copy
 
     @torch.no_grad()
     def refresh_copies(self) -> None:
-        """Brings the copies up to date with the masters, after somebody set those."""
+        """Update the copies after the master weights were changed from outside."""
         if self.copies is not None:
             for copy, master in zip(self.copies, (self.W_enc, self.W_dec), strict=True):
                 copy.copy_(master)
 
     def normalise(self, raw: torch.Tensor) -> torch.Tensor:
-        """[B, D] raw activations of any float dtype to float32 with unit mean square."""
+        """Normalise raw activations, [B, D] in any float dtype, to float32 of unit mean square."""
         return (raw.float() - self.input_mean) * self.input_scale
 
     def forward(self, raw: torch.Tensor) -> StepOutput:
-        """Loss on this replica's rows; a collective call over the latent and data groups.
+        """Compute the loss on this replica's rows; collective over the latent and data groups.
 
         Args:
             raw: [B, D] raw activations, the same on all ranks of the latent group.
@@ -125,11 +132,11 @@ class TopKSAE(nn.Module):
         return StepOutput(loss, out.squared_error.detach(), aux_loss.detach(), fired, n_active)
 
     def dead(self) -> torch.Tensor:
-        """[l] bool: local latents that have not fired for `dead_after_tokens`."""
+        """Return the local latents that have not fired for `dead_after_tokens` tokens, [l] bool."""
         return self.tokens_since_fired >= self.config.dead_after_tokens
 
     def _aux_input(self, n_rows: int) -> AuxInput | None:
-        """Local dead latents and the rows they are tried on; None when no rank has any."""
+        """Return the dead latents and the rows of the auxiliary path; None if no rank has any."""
         if self.config.auxk_coef == 0:
             return None
         dead = self.dead().nonzero().squeeze(1)
@@ -141,36 +148,40 @@ class TopKSAE(nn.Module):
         taken = self._aux_rows(n_rows)
         if taken == n_rows:
             return AuxInput(dead, None)
-        # Evenly spaced: the stream is shuffled, so these are as good as drawn ones.
+        # The stream is shuffled, so evenly spaced rows are as good as random ones.
         return AuxInput(dead, torch.arange(taken, device=dead.device) * n_rows // taken)
 
     def _aux_rows(self, n_rows: int) -> int:
+        """Return the number of rows of the auxiliary path."""
         return max(1, math.ceil(self.config.auxk_rows * n_rows))
 
     def _aux_loss(self, residual: torch.Tensor, missing: torch.Tensor, n_rows: int) -> torch.Tensor:
-        """Share of the residual that dead latents leave unexplained, over all replicas' rows.
+        """Return the fraction of the residual that dead latents leave unexplained.
+
+        The result is scaled so that its mean over the replicas is that of the global batch.
 
         Args:
             residual: scalar, squared error of the main path over this replica's rows.
-            missing: scalar, what the dead latents leave of it on the auxiliary rows.
-            n_rows: rows of this replica.
+            missing: scalar, squared error of the auxiliary path over the auxiliary rows.
+            n_rows: number of rows of this replica.
         """
+        # Extrapolate from the auxiliary rows to all rows.
         missing = missing * (n_rows / self._aux_rows(n_rows))
         if self.mesh.n_data > 1:
             residual = residual.clone()
             dist.all_reduce(residual, group=self.mesh.data_group)
-            missing = missing * self.mesh.n_data  # the engine averages over replicas
-        # A perfect reconstruction leaves no residual to explain.
+            missing = missing * self.mesh.n_data  # because the engine averages over replicas
+        # A perfect reconstruction has no residual; its loss is 0, not NaN.
         return torch.where(residual > 0, missing / residual.clamp_min(1e-30), 0.0)
 
     @torch.no_grad()
     def note_fired(self, fired: torch.Tensor, batch_tokens: int, skipped: torch.Tensor) -> None:
-        """Ages `tokens_since_fired` by one global batch; a collective call over the data group.
+        """Update `tokens_since_fired` after one global batch; collective over the data group.
 
         Args:
-            fired: [l] bool, of this replica.
-            batch_tokens: rows of the global batch.
-            skipped: scalar, 1 when the update was not made; then nothing changes.
+            fired: [l] bool, latents that fired on this replica.
+            batch_tokens: number of tokens in the global batch.
+            skipped: scalar, 1 if the update was skipped; nothing changes then.
         """
         anywhere = fired.to(torch.uint8)
         if self.mesh.n_data > 1:
@@ -180,4 +191,6 @@ class TopKSAE(nn.Module):
 
 
 class _Sharded(nn.Parameter):
+    """Type of a parameter with DeepSpeed's mark for shards."""
+
     tensor_model_parallel: bool

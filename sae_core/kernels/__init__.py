@@ -1,4 +1,7 @@
-"""The sparse step's kernels: one interface, several bodies. `reference` defines the answer."""
+"""Kernels of the sparse training step: one interface with several implementations.
+
+`ReferenceKernels` defines the correct results.
+"""
 
 from sae_core.kernels.interface import (
     AdamStep,

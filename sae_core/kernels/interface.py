@@ -1,4 +1,4 @@
-"""What every body of the kernels takes and gives.
+"""The interface that every kernel implementation provides, and the types it uses.
 
 Shape legend: B batch rows, D d_model, L latents of this shard, K selected per row,
 N active (row, latent) pairs, U latents with at least one active pair.
@@ -12,43 +12,53 @@ import torch
 
 
 class SparseLatents(NamedTuple):
-    """Active pairs in row order (CSR over batch rows)."""
+    """Active (row, latent) pairs, sorted by row (CSR over batch rows)."""
 
     rows: torch.Tensor
     """[N] int64, ascending."""
     latents: torch.Tensor
     """[N] int64, local to the shard."""
     values: torch.Tensor
-    """[N] positive activations."""
+    """[N] activations, positive or NaN."""
     offsets: torch.Tensor
-    """[B] int64: where each row's pairs begin."""
+    """[B] int64: index of each row's first pair."""
 
 
 class Decoded(NamedTuple):
-    """What one pass over a row's active pairs gives."""
+    """Result of decoding: each row's error and its dot products with the row's decoder rows."""
 
     error: torch.Tensor
     """[B, D]: target minus the row's sum of `value * W_dec[latent]`."""
     dots: torch.Tensor
-    """[N]: `error[row] . W_dec[latent]`; times -2, the gradient of a value of the squared error."""
+    """[N]: `error[row] . W_dec[latent]` of each pair.
+
+    -2 times it is the gradient of the squared error with respect to the pair's value.
+    """
 
 
 class SparseGradient(NamedTuple):
-    """All that the dictionary rows' gradient is made of, before it is summed per row."""
+    """The terms of the dictionary rows' gradient, before they are summed per row.
+
+    Pairs of the main and of the auxiliary path are concatenated. R counts the batch rows of all
+    paths.
+    """
 
     pairs: SparseLatents
-    """Active pairs of all paths; `rows` index into `x` and `error`. `values` are the activations
-    times the weight of the path's error in the loss."""
+    """Active pairs of all paths; `rows` index into `x` and `error`.
+
+    `values` are the activations times -2 times the gradient of the loss with respect to the path's
+    squared error, so that `values[n] * error[rows[n]]` is a term of W_dec's gradient.
+    """
     dvalues: torch.Tensor
-    """[N] gradient of each pair's pre-activation."""
+    """[N] gradient of the loss with respect to each pair's pre-activation."""
     x: torch.Tensor
-    """[R, D] centred inputs, once per path, in `Kernels.gather_dtype`."""
+    """[R, D] centred inputs of each path, in `Kernels.gather_dtype`."""
     error: torch.Tensor
-    """[R, D] what each path left unexplained, likewise."""
+    """[R, D] reconstruction errors of each path, in `Kernels.gather_dtype`."""
 
 
 class RowGradients(NamedTuple):
-    """Gradients of the dictionary rows that were used; all other rows have none."""
+    """Gradients of the dictionary rows with at least one active pair; all others are zero."""
 
     latents: torch.Tensor
     """[U] int64, ascending, local to the shard."""
@@ -61,7 +71,7 @@ class RowGradients(NamedTuple):
 
 
 class RowState(NamedTuple):
-    """The dictionary rows of one shard with Adam's moments; an update changes them in place."""
+    """One shard's dictionary rows and their Adam moments; an update changes them in place."""
 
     W_enc: torch.Tensor
     """[L, D] float32."""
@@ -70,81 +80,97 @@ class RowState(NamedTuple):
     b_enc: torch.Tensor
     """[L] float32."""
     exp_avg: tuple[torch.Tensor, torch.Tensor, torch.Tensor]
-    """Of W_enc, W_dec, b_enc; matrices float32 or bfloat16 (rounded stochastically)."""
+    """First moments of W_enc, W_dec and b_enc, shaped as these.
+
+    Those of the matrices are float32, or bfloat16 with stochastic rounding; that of the bias is
+    float32.
+    """
     exp_avg_sq: tuple[torch.Tensor, torch.Tensor, torch.Tensor]
-    """Likewise."""
+    """Second moments, with the same shapes and dtypes."""
     copies: tuple[torch.Tensor, torch.Tensor] | None
-    """W_enc and W_dec in `Kernels.copy_dtype`, written with the rows; None where it is None."""
+    """Copies of W_enc and W_dec in `Kernels.copy_dtype`, updated with the rows; None: no copies."""
     first_latent: int
-    """Global index of row 0: rounding is a function of the global row."""
+    """Global index of row 0; stochastic rounding depends on the global index."""
 
 
 class AdamStep(NamedTuple):
-    """One update's numbers."""
+    """Hyperparameters and flags of one Adam update."""
 
     lr: float
     beta1: float
     beta2: float
     eps: float
     step: torch.Tensor
-    """Scalar float32: updates made, this one included; also the salt of stochastic rounding."""
+    """Scalar float32: number of updates, including this one; also salts stochastic rounding."""
     divisor: torch.Tensor | None
-    """Scalar: gradients are divided by it (clipping)."""
+    """Scalar that gradients are divided by, for clipping; None: no clipping."""
     skip: torch.Tensor
-    """Scalar: 1 leaves everything as it is."""
+    """Scalar: 1 to make no update, else 0."""
 
 
 class RowUpdate(Protocol):
-    """A sparse gradient on its way into the dictionary."""
+    """An update of the dictionary rows from one sparse gradient."""
 
     def square(self) -> torch.Tensor:
-        """Scalar: squared norm of the rows' gradient, that of W_dec projected."""
+        """Return the squared norm of the rows' gradient, a scalar; W_dec's part is projected.
+
+        See `project`.
+        """
         ...
 
     def apply(self, state: RowState, adam: AdamStep) -> None:
-        """Adam on every row, used or not, then unit norm for W_dec's. Without a [L, D] gradient."""
+        """Apply Adam to every row, used or not, then scale W_dec's rows to unit norm.
+
+        No dense [L, D] gradient is built.
+        """
         ...
 
 
 class Kernels(Protocol):
-    """One body of the operations that a sparse step is made of."""
+    """The operations of a sparse training step."""
 
     name: str
     copy_dtype: torch.dtype | None
-    """Dtype in which it wants the dictionary beside the float32 masters; None: no copies."""
+    """Dtype of the dictionary copies kept beside the float32 masters; None: no copies."""
     gather_dtype: torch.dtype | None
-    """Dtype in which the rows' gradient gathers inputs and errors; None: as they are. A body that
-    multiplies bfloat16 has the encoder see rounded inputs anyway. Rounding moves an element by at
-    most 2**-8 of itself, hence a gradient by at most 2**-8 of its terms' magnitudes; sums, values,
-    the loss and the bias' gradient stay float32."""
+    """Dtype of the inputs and errors gathered for the row gradients; None: unchanged.
+
+    An implementation that multiplies in bfloat16 already rounds the encoder's inputs. Rounding
+    changes an element by at most 2**-8 of its magnitude, so it changes a gradient by at most 2**-8
+    of the sum of its terms' magnitudes. Sums, values, the loss and the bias gradient stay float32.
+    """
 
     def encode_topk(
         self, x: torch.Tensor, W_enc: torch.Tensor, b_enc: torch.Tensor, k: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The k largest of `x @ W_enc.T + b_enc` in every row, ties to the lowest latent.
+        """Select the k largest of `x @ W_enc.T + b_enc` in every row.
+
+        Ties go to the lowest latent. NaN sorts above every number, so that it reaches the loss
+        instead of being dropped.
 
         Args:
-            x: [B, D], already centred.
+            x: [B, D] centred inputs.
             W_enc: [L, D].
             b_enc: [L].
-            k: at most L.
+            k: number to select; at most L.
 
         Returns:
-            values [B, k] in the accumulation dtype, before the ReLU, and latents [B, k] int64;
-            the order within a row is unspecified. A NaN pre-activation is always selected, so
-            that it reaches the loss instead of being dropped.
+            values [B, k] in the accumulation dtype, before the ReLU, and latents [B, k] int64.
+            The order within a row is unspecified.
         """
         ...
 
     def decode(self, active: SparseLatents, W_dec: torch.Tensor) -> torch.Tensor:
-        """[B, D]: each row's sum of `value * W_dec[latent]`."""
+        """Return each row's sum of `value * W_dec[latent]`, [B, D]."""
         ...
 
     def decoder_dot(
         self, vectors: torch.Tensor, active: SparseLatents, matrix: torch.Tensor
     ) -> torch.Tensor:
-        """[N]: `vectors[row] . matrix[latent]` of every pair: of an output's gradient and the
-        decoder, the gradient of the pair's value.
+        """Return `vectors[row] . matrix[latent]` of every pair, [N].
+
+        With the gradient of the decoder's output as `vectors` and the decoder as `matrix`, this is
+        the gradient of each pair's value.
 
         Args:
             vectors: [B, D].
@@ -156,11 +182,13 @@ class Kernels(Protocol):
     def decode_error(
         self, target: torch.Tensor, active: SparseLatents, W_dec: torch.Tensor
     ) -> Decoded:
-        """Decoding, its error and the gradient of every value, for an unsharded dictionary.
+        """Decode, and return the error and every pair's dot product with its row's error.
+
+        For an unsharded dictionary only: the error of a sharded one needs all shards' decodings.
 
         Args:
-            target: [B, D] what the decoding is to explain.
-            active: the pairs of the B rows.
+            target: [B, D] vectors to reconstruct.
+            active: pairs of the B rows.
             W_dec: [L, D].
         """
         ...
@@ -168,34 +196,42 @@ class Kernels(Protocol):
     def row_gradients(
         self, active: SparseLatents, dvalues: torch.Tensor, x: torch.Tensor, error: torch.Tensor
     ) -> RowGradients:
-        """Sums over each latent's pairs, in row order, hence repeatable bit for bit.
+        """Sum the gradient terms of each latent's pairs.
+
+        Terms are added in row order, so the result is reproducible bit for bit.
 
         Args:
-            active: the pairs; `rows` index into `x` and `error`.
-            dvalues: [N] gradient of each pair's pre-activation.
+            active: active pairs; `rows` index into `x` and `error`.
+            dvalues: [N] gradient of each pair's pre-activation; the weights of `x` in the gradient
+                of W_enc.
             x: [R, D] centred inputs.
-            error: [R, D] what `values` weight to give the gradient of W_dec.
+            error: [R, D] reconstruction errors; `active.values` are their weights in the gradient
+                of W_dec.
         """
         ...
 
     def row_update(self, gradient: SparseGradient, W_dec: torch.Tensor) -> RowUpdate:
-        """Prepares the fused update of the rows.
+        """Prepare the fused update of the dictionary rows.
 
         Args:
-            gradient: of the global batch, the same on all data replicas.
-            W_dec: [L, D] masters, along whose rows the gradient is taken out.
+            gradient: gradient of the global batch, the same on all data replicas.
+            W_dec: [L, D] master rows, used to project W_dec's gradient (see `project`).
         """
         ...
 
 
 def compact(values: torch.Tensor, latents: torch.Tensor) -> SparseLatents:
-    """Keeps the pairs whose value is not zero or below: the ReLU, and the slots of other shards.
+    """Drop the pairs whose value is zero or negative.
+
+    This applies the ReLU. It also drops candidates that lost to those of other shards, whose
+    values the caller has set to 0.
 
     Args:
-        values: [B, K] selected pre-activations; NaN stays, so that it reaches the loss.
+        values: [B, K] selected pre-activations; NaN is kept, so that it reaches the loss.
         latents: [B, K] int64.
     """
-    B, K = values.shape
+    _, K = values.shape
+    # Not "values > 0", which would drop NaN.
     keep = ~(values <= 0)
     counts = keep.sum(1)
     offsets = counts.cumsum(0) - counts
@@ -205,7 +241,10 @@ def compact(values: torch.Tensor, latents: torch.Tensor) -> SparseLatents:
 
 
 def project(gradients: RowGradients, W_dec: torch.Tensor) -> RowGradients:
-    """Takes out what would only change the length of the unit decoder rows."""
+    """Remove from W_dec's gradient its component along each decoder row.
+
+    That component would only change the length of the rows, which are kept at unit norm.
+    """
     rows = W_dec[gradients.latents]
     along = (gradients.W_dec * rows).sum(1, keepdim=True)
     return gradients._replace(W_dec=gradients.W_dec - along * rows)

@@ -1,10 +1,11 @@
-"""Exact TopK behind a cheap product: candidates from low precision, rescored in high precision.
+"""Exact TopK behind a cheap product: find candidates in low precision, rescore them exactly.
 
-A low-precision product gives the C largest approximate pre-activations of each row, C > k, or the C
-largest upper bounds. What is not among them is, in truth, at most the C-th such value plus what is
-left of the product's error. So if the k-th exact value among the candidates reaches that sum, the
-candidates hold the row's k largest: that is the row's certificate. Rows without one are encoded
-again without the prefilter.
+A low-precision product gives each row C > k candidates: the latents with the C largest approximate
+pre-activations, or with the C largest upper bounds on them. The exact value of any other latent is
+at most the C-th of these numbers plus a margin for the product's error. So if the k-th largest
+exact value among the candidates reaches that sum, the candidates contain the row's k largest
+latents. This test is the row's certificate. Rows that fail it are encoded again without the
+prefilter.
 """
 
 from __future__ import annotations
@@ -17,54 +18,56 @@ from sae_core.kernels.interface import SparseLatents
 from sae_core.kernels.keys import pack_keys, unpack_keys
 
 _FEW_LATENTS = 8
-"""Times k: with fewer latents the candidates would be no small part of them."""
+"""Least L / k for which to prefilter; below it, too many of the latents would be candidates."""
 _LARGEST_K = 256
-"""With more, as AuxK wants, rescoring costs what the product saves."""
+"""Largest k to prefilter; for larger ones, as in AuxK, rescoring costs what the product saves."""
 
 
 class Candidates(NamedTuple):
-    """What a prefilter offers."""
+    """Candidate latents of each row, found in low precision."""
 
     values: torch.Tensor
-    """[B, C] float32 approximate pre-activations, or upper bounds on them, descending."""
+    """[B, C] float32 approximate pre-activations, or upper bounds on them, in descending order."""
     latents: torch.Tensor
     """[B, C] int64."""
     margin: torch.Tensor
-    """[B] float32: how far such a value may lie below the exact one."""
+    """[B] float32: how far one of the row's `values` may be below the exact pre-activation."""
 
 
 class Prefilter(Protocol):
-    """A cheap product whose error is known."""
+    """A cheap encoder product with a known bound on its error."""
 
     name: str
 
     def candidates(
         self, x: torch.Tensor, W_enc: torch.Tensor, b_enc: torch.Tensor, k: int
     ) -> Candidates:
-        """At least min(k + 1, L) candidates a row; a margin that is not finite certifies nothing.
+        """Find at least min(k + 1, L) candidates per row.
+
+        A row whose margin is not finite is never certified.
 
         Args:
             x: [B, D].
             W_enc: [L, D].
             b_enc: [L].
-            k: wanted in the end.
+            k: number of latents to select from the candidates.
         """
         ...
 
 
 class Exact(Protocol):
-    """The operations that have the last word."""
+    """The exact operations behind a prefilter."""
 
     def exact_topk(
         self, x: torch.Tensor, W_enc: torch.Tensor, b_enc: torch.Tensor, k: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """`Kernels.encode_topk` by the whole product."""
+        """Run `Kernels.encode_topk` with the full product."""
         ...
 
     def decoder_dot(
         self, vectors: torch.Tensor, active: SparseLatents, matrix: torch.Tensor
     ) -> torch.Tensor:
-        """See `Kernels`."""
+        """See `Kernels.decoder_dot`."""
         ...
 
 
@@ -76,19 +79,23 @@ def prefiltered_topk(
     b_enc: torch.Tensor,
     k: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`Kernels.encode_topk`: the same k latents of every row as without the prefilter.
+    """Select the same k latents of every row as `Kernels.encode_topk` without a prefilter.
 
-    "The same" is up to the order in which float32 sums are added: two latents that differ by that
-    little may change places. Values always come from the same sum, whichever way a row went, so
-    the result does not depend on which rows were certified. Reads back which rows failed.
+    They are the same up to the order in which float32 sums are added: two latents whose values
+    differ by no more than that rounding may be exchanged. All values come from the same sum,
+    whether a row was certified or not, so the result does not depend on which rows were. The host
+    waits for the device once, to learn which rows failed.
 
     Args:
-        prefilter: offers candidates.
-        exact: rescores them, and encodes the rows that fail.
-        x: [B, D].
+        prefilter: finds the candidates.
+        exact: rescores the candidates and encodes the rows that fail.
+        x: [B, D] centred inputs.
         W_enc: [L, D].
         b_enc: [L].
-        k: at most L.
+        k: number to select; at most L.
+
+    Returns:
+        values [B, k] float32 and latents [B, k] int64.
     """
     if W_enc.shape[0] < _FEW_LATENTS * k or not 0 < k <= _LARGEST_K:
         return exact.exact_topk(x, W_enc, b_enc, k)
@@ -102,16 +109,16 @@ def prefiltered_topk(
 
 
 def uncertified(offered: Candidates, kth: torch.Tensor, n_latents: int) -> torch.Tensor:
-    """[B] bool: rows whose candidates may lack one of the k largest.
+    """Mark the rows whose candidates may not include all of the k largest latents, [B] bool.
 
     Args:
-        offered: by the prefilter.
-        kth: [B] k-th exact value among them.
-        n_latents: L; when all are candidates there is nothing to lack.
+        offered: candidates found by the prefilter.
+        kth: [B] k-th largest exact value among the candidates.
+        n_latents: L. If all L latents are candidates, no row is marked.
     """
     if offered.latents.shape[1] >= n_latents:
         return torch.zeros_like(kth, dtype=torch.bool)
-    # Not ">=" negated: NaN on either side must fail.
+    # Not "kth < ...", which is false for NaN: a row with NaN on either side must fail.
     return ~(kth >= offered.values[:, -1] + offered.margin)
 
 
@@ -123,7 +130,7 @@ def _rescored(
     latents: torch.Tensor,
     k: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The k best of given latents [B, C] by exact value, ties to the lowest."""
+    """Select the k largest of the given latents [B, C] by exact value; ties go to the lowest."""
     B, C = latents.shape
     rows = torch.arange(B, device=x.device)
     flat = latents.reshape(-1)

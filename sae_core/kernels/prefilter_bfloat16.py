@@ -1,14 +1,15 @@
-"""Prefilters of processors that multiply bfloat16 several times as fast as float32.
+"""Prefilters for CPUs that multiply bfloat16 several times as fast as float32.
 
-`bfloat16x3` splits both inputs in a high and a low bfloat16 part, x = x1 + x2, w = w1 + w2, and
-multiplies x1 w1 + x2 w1 + x1 w2 as one product of three times the depth. Its certificate is proven:
-a part's rounding moves an element by at most 2**-8 of itself, so by Cauchy and Schwarz what is left
-out, x2 w2 and twice a rest, is at most 3 * 2**-16 |x| |w|. To this come the float32 sums of either
-product, D 2**-24 |x| |w| for each time the depth, and the rounding of the result to bfloat16.
+`bfloat16x3` splits both inputs into a high and a low bfloat16 part, x = x1 + x2, w = w1 + w2, and
+computes x1 w1 + x2 w1 + x1 w2 as one product of depth 3 D. Its certificate is proven. Rounding to
+bfloat16 changes an element by at most 2**-8 of its magnitude. So, by the Cauchy-Schwarz inequality,
+the terms left out (x2 w2, and the rounding of x2 and of w2) add up to at most 3 * 2**-16 |x| |w|.
+The margin also covers the rounding of the float32 sums of this product and of
+the exact one, 2**-24 |x| |w| per column of depth, and the rounding of the result to bfloat16.
 
-`bfloat16` multiplies the high parts alone. A bound that holds in the worst case would leave many
-rows of real activations uncertified, so its certificate is a statement about chance, as that of
-`float8`: see `error_deviation`.
+`bfloat16` multiplies the high parts only. A worst-case bound would leave many rows of real
+activations uncertified, so its certificate is probabilistic, like that of `float8`: see
+`error_deviation`.
 """
 
 from __future__ import annotations
@@ -19,28 +20,39 @@ from sae_core.kernels.prefilter import Candidates
 from sae_core.kernels.stock_encode import streamed_topk
 
 DEVIATIONS = 8.0
-"""Standard deviations of margin of the single product: 1e-15 for one pair under a normal law."""
+"""Margin of `bfloat16` in standard deviations of the error.
+
+Normally distributed errors exceed it with a probability of about 1e-15 per pre-activation.
+"""
 _HALF_ULP = 2.0**-8
+"""Largest relative error of rounding to bfloat16."""
 _LEFT_OUT = 3 * 2.0**-16
+"""Bound on the terms that `bfloat16x3` leaves out, relative to |x| |w|."""
 _SUMS = 4 * 2.0**-23
-"""Roundings of both products' float32 sums per element of D, with room to spare."""
+"""Bound on the rounding of both products' float32 sums, relative to |x| |w|, per column of D.
+
+It includes a safety margin.
+"""
 _BLOCK_BYTES = 384 << 10
-"""Dictionary rows that are split at once: they, what is left of them and their parts stay in the
-nearest cache that holds a few of these."""
+"""Bytes of float32 dictionary rows to split at once.
+
+The rows, their remainders and their bfloat16 parts should stay in the L2 cache.
+"""
 
 
 def bfloat16_is_fast() -> bool:
-    """Whether this processor multiplies bfloat16 in hardware."""
+    """Return True if this CPU multiplies bfloat16 in hardware."""
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()) and bool(
         torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     )
 
 
 class Bfloat16Prefilter:
-    """See `Prefilter`; CPU tensors.
+    """A prefilter that multiplies in bfloat16; see `Prefilter`. Takes CPU tensors.
 
     Args:
-        split: multiply high and low parts, for a margin that is proven.
+        split: True for `bfloat16x3`, which multiplies high and low parts and has a proven margin;
+            False for `bfloat16`.
     """
 
     def __init__(self, split: bool) -> None:
@@ -50,6 +62,7 @@ class Bfloat16Prefilter:
     def candidates(
         self, x: torch.Tensor, W_enc: torch.Tensor, b_enc: torch.Tensor, k: int
     ) -> Candidates:
+        """See `Prefilter.candidates`."""
         L, D = W_enc.shape
         high = x.bfloat16()
         low_x = high
@@ -59,7 +72,7 @@ class Bfloat16Prefilter:
 
         def product(start: int, stop: int) -> torch.Tensor:
             W = W_enc[start:stop]
-            # Adds the bias in float32 and rounds once, which the margin counts on.
+            # oneDNN adds the bias in float32 and rounds once; the margin relies on this.
             low: torch.Tensor = torch.ops.mkldnn._linear_pointwise(
                 low_x,
                 weight_parts(W, norms[start:stop]) if self._split else W.bfloat16(),
@@ -70,7 +83,7 @@ class Bfloat16Prefilter:
             )
             return low
 
-        # The proven margin is next to nothing: a few candidates suffice.
+        # The proven margin is very small, so a few extra candidates are enough.
         count = min(k + (k + 1) // 2 if self._split else 2 * k, L)
         values, latents = streamed_topk(product, len(x), L, count, x.device)
         if self._split:
@@ -78,19 +91,21 @@ class Bfloat16Prefilter:
             margin = (_LEFT_OUT + _SUMS * D) * x_norm * norms.max()
         else:
             margin = DEVIATIONS * error_deviation(x, x - high, W_enc, _HALF_ULP / 3**0.5)
-        # Of a bias that is not finite no rounding is known.
+        # 0 * b_enc.sum() is NaN if a bias is not finite: its rounding has no bound.
         rounding = 1.01 * _HALF_ULP * values[:, -1].abs() + 0 * b_enc.sum()
         return Candidates(values, latents, margin + rounding)
 
 
 def weight_parts(W: torch.Tensor, norms: torch.Tensor) -> torch.Tensor:
-    """[n, 3 D] bfloat16: high, high and low part, to go with high, low and high of the input.
+    """Return rows as their high, high and low parts side by side, [n, 3 D] bfloat16.
+
+    These are multiplied with the high, low and high parts of the inputs.
 
     Args:
-        W: [n, D].
-        norms: [n] gets the rows' norms, while they are in the cache.
+        W: [n, D] float32 rows.
+        norms: [n] output: the rows' norms, computed here because the rows are in the cache.
     """
-    W = W.detach()  # `out=` below does not go with autograd
+    W = W.detach()  # autograd does not support `out=`
     n, D = W.shape
     out = torch.empty(n, 3, D, dtype=torch.bfloat16)
     size = max(1, _BLOCK_BYTES // (4 * D))
@@ -99,7 +114,7 @@ def weight_parts(W: torch.Tensor, norms: torch.Tensor) -> torch.Tensor:
         torch.linalg.vector_norm(rows, dim=1, out=norm)
         part[:, 0].copy_(rows)
         part[:, 1].copy_(part[:, 0])
-        low = rest[: len(rows)].copy_(part[:, 0])  # in float32: mixed types subtract slowly
+        low = rest[: len(rows)].copy_(part[:, 0])  # float32: mixed dtypes subtract slowly
         part[:, 2].copy_(torch.sub(rows, low, out=low))
     return out.view(n, 3 * D)
 
@@ -107,19 +122,19 @@ def weight_parts(W: torch.Tensor, norms: torch.Tensor) -> torch.Tensor:
 def error_deviation(
     x: torch.Tensor, moved: torch.Tensor, W_enc: torch.Tensor, rounding: float
 ) -> torch.Tensor:
-    """[B] bound over all latents on the standard deviation of a low-precision product's error.
+    """Bound the standard deviation of a low-precision product's error, over all latents, [B].
 
-    Rounding errors of different channels are taken as independent with zero mean, so the error of
-    `x . w` has the variance `sum_j v_j w_j^2` with `v_j = dx_j^2 + rounding^2 x_j^2`. A latent may
-    lean on the very channels that are rounded most, so the sum is bounded by the smallest of
-    `max_j v_j * max |w|^2`, `sum_j v_j max_l w_lj^2` and, by Cauchy and Schwarz, `|v| max |w^2|`.
-    Not finite when an argument is not.
+    The rounding errors of different channels are assumed to be independent with zero mean. The
+    error of `x . w` then has the variance `sum_j v_j w_j^2` with `v_j = dx_j^2 + rounding^2 x_j^2`.
+    A latent may have its large weights on the channels with the largest rounding errors, so the
+    sum is bounded by the smallest of `max_j v_j * max |w|^2`, `sum_j v_j max_l w_lj^2` and, by the
+    Cauchy-Schwarz inequality, `|v| max |w^2|`. The result is not finite if an argument is not.
 
     Args:
-        x: [B, D].
-        moved: [B, D] by how much rounding moved x; its outlier channels count as they are.
+        x: [B, D] inputs.
+        moved: [B, D] actual rounding errors of x, so outlier channels count with their true error.
         W_enc: [L, D].
-        rounding: root mean square of an element's relative error.
+        rounding: root mean square of the relative rounding error of a weight.
     """
     variances = moved.square() + rounding**2 * x.square()
     longest = torch.linalg.vector_norm(W_enc, dim=1, dtype=torch.float32).max().square()

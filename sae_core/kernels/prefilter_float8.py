@@ -1,17 +1,18 @@
-"""The prefilter of GPUs that multiply float8 (e4m3) twice as fast as bfloat16.
+"""The prefilter for GPUs that multiply float8 (e4m3) twice as fast as bfloat16.
 
-Real activations have channels of ten times the usual size, and rounding to 3 bits of mantissa moves
-an element by up to 1/16 of itself. So an eighth of the channels, those that add most to the error,
-are multiplied in bfloat16 and the rest in float8, into the same sums.
+Real activations have outlier channels ten times as large as the others, and rounding to 3 bits of
+mantissa changes an element by up to 1/16 of its magnitude. So the eighth of the channels that
+contribute most to the error are multiplied in bfloat16 and the rest in float8, into the same sums.
 
-A bound that holds in the worst case would still certify nothing. The certificate is a statement
-about chance: rounding errors of different channels are taken as independent with zero mean, so the
-error of `x . w` has the variance `sum_j v_j w_j^2`, `v_j = dx_j^2 + r_j^2 x_j^2`, where dx is by
-how much rounding moved x and r_j w_j the root mean square of what it moves w by. By Cauchy and
-Schwarz that is at most `|v / c| |c w^2|` with any weights c per channel: a number of the row times
-a number of the latent. Two more columns of the bfloat16 product add `DEVIATIONS` times its root,
-and what float8 sums lose, to every pre-activation: candidates are chosen by their *upper bounds*.
-A latent that leans on a channel that is rounded much has a higher bound, and raises no other's.
+A worst-case bound would still certify no row, so the certificate is probabilistic. The rounding
+errors of different channels are assumed to be independent with zero mean. The error of `x . w` then
+has the variance `sum_j v_j w_j^2` with `v_j = dx_j^2 + r_j^2 x_j^2`. Here dx is the actual rounding
+error of x, and r_j is the root mean square of the relative rounding error of w_j. By the
+Cauchy-Schwarz inequality the variance is at most `|v / c| |c w^2|` for any channel weights c: a
+factor of the row times a factor of the latent. Two extra columns of the bfloat16 product add
+`DEVIATIONS` times the root of this bound, and the precision that float8 sums lose, to every
+pre-activation. Candidates are therefore chosen by their *upper bounds*. A latent with large weights
+on channels with large rounding errors gets a higher bound, and does not raise any other latent's.
 """
 
 from __future__ import annotations
@@ -24,85 +25,109 @@ import torch
 from sae_core.kernels.prefilter import Candidates
 
 DEVIATIONS = 6.0
-"""Standard deviations of margin: 1e-9 for one pair under a normal law."""
+"""Margin in standard deviations of the error.
+
+Normally distributed errors exceed it with a probability of about 1e-9 per pre-activation.
+"""
 LARGEST = 448.0
-"""Of float8_e4m3fn."""
+"""Largest finite float8_e4m3fn number."""
 SLOTS = 2
 """Columns of the bfloat16 product that carry bounds."""
-_SIDE_SHARE, SIDE_STEP = 8, 64
-"""Columns of the bfloat16 product: D over the one, up to a multiple of the other."""
-_FLOAT8, _BFLOAT16 = 2.0**-4 / 3**0.5, 2.0**-8 / 3**0.5
-"""Root mean square of an element's relative error, where it is largest."""
-_SUM_WIDTH, _SUM_ROUNDING = 32, 2.0**-13
-"""Products that Hopper's float8 units add up at once, and what a rounding of such a sum may move;
-as published for the H100, never measured here."""
-_SIDE_SUM_WIDTH, _SIDE_SUM_ROUNDING = 16, 2.0**-22
-"""The same of bfloat16."""
+_SIDE_SHARE = 8
+"""The bfloat16 product has D / `_SIDE_SHARE` columns, rounded up to a multiple of `SIDE_STEP`."""
+SIDE_STEP = 64
+"""The number of columns of the bfloat16 product is a multiple of this."""
+_FLOAT8 = 2.0**-4 / 3**0.5
+"""Root mean square of the relative rounding error to float8, where it is largest."""
+_BFLOAT16 = 2.0**-8 / 3**0.5
+"""Root mean square of the relative rounding error to bfloat16, where it is largest."""
+_SUM_WIDTH = 32
+"""Number of products that Hopper's float8 units add at once (published for the H100)."""
+_SUM_ROUNDING = 2.0**-13
+"""Largest relative rounding error of such a sum (published for the H100, not measured here)."""
+_SIDE_SUM_WIDTH = 16
+"""Number of products that Hopper's bfloat16 units add at once."""
+_SIDE_SUM_ROUNDING = 2.0**-22
+"""Largest relative rounding error of a sum of bfloat16 products."""
 UP = 1 + 2.0**-7
-"""Times a number: rounded to bfloat16 it is no less than the number."""
+"""Factor to apply before rounding a bound to bfloat16, so that rounding never lowers it."""
 TINY = 1e-30
+"""Lower limit of scales and sizes, to avoid division by zero."""
 SMALLEST = 2.0**-24
-"""Scale over the largest element of a row, so that a row without float8 part does not overflow."""
+"""Least scale relative to a row's largest element.
+
+It prevents overflow in the bfloat16 part of a row whose float8 part is zero.
+"""
 _SAMPLE_ROWS = 8192
-"""Dictionary rows that settle which channels go where. A bound holds whichever they are."""
+"""Dictionary rows sampled to choose the bfloat16 channels. The bounds hold for any choice."""
 
 
 class RowWeights(NamedTuple):
-    """How rows of one of both matrices are split and what their bounds are made of."""
+    """How to split the rows of one matrix, and how to compute their error bounds.
+
+    With `t_j = moved_j * rounding_error_j**2 + squares_j * element_j**2`, a row's first bound is
+    `deviations * sqrt(|t|)`.
+    """
 
     channels: torch.Tensor
-    """[D] int64: those for float8, then those for bfloat16."""
+    """[D] int64 permutation: the float8 channels, then the bfloat16 channels."""
     n_side: int
-    """Channels for bfloat16."""
+    """Number of bfloat16 channels."""
     moved: torch.Tensor
-    """[D] float32, in the order of `channels`: weight of `rounding error ** 2`."""
+    """[D] float32, in the order of `channels`: weights of the squared rounding errors."""
     squares: torch.Tensor
-    """[D] float32, likewise of `element ** 2`."""
+    """[D] float32, in the order of `channels`: weights of the squared elements."""
     deviations: float
-    """Times the fourth root of the summed squares of both: the first bound."""
+    """Factor of the first bound, on the rounding errors of the elements."""
     sums: float
-    """Times the norm of the float8 part: the second bound."""
+    """Factor of the second bound, on the rounding of float8 sums: times the float8 part's norm."""
 
 
 class SplitRows(NamedTuple):
-    """A matrix as the prefilter's product takes it; rows are `scales` times what stands here."""
+    """A matrix in the format of the prefilter's product: each row times its scale."""
 
     low: torch.Tensor
-    """[n, at least D - n_side] float8_e4m3fn, zeros to a multiple of 16 columns."""
+    """[n, at least D - n_side] float8_e4m3fn channels, zero-padded to a multiple of 16 columns."""
     side: torch.Tensor
-    """[n, S] bfloat16: channels, zeros, both bounds."""
+    """[n, S] bfloat16: n_side channels, zeros, then the two bounds in the last two columns."""
     scales: torch.Tensor
     """[n] float32, powers of two."""
 
 
 SplitFunction = Callable[[torch.Tensor, RowWeights], SplitRows]
 BoundedTopK = Callable[[SplitRows, SplitRows, torch.Tensor, int], tuple[torch.Tensor, torch.Tensor]]
-"""(x, W_enc, b_enc, count) -> values [B, count] float32 descending, latents [B, count] int64, of
-the product of all columns and the bias."""
+"""(x, W_enc, b_enc, count) -> values [B, count] float32, descending, and latents [B, count] int64.
+
+The values are those of the product over all columns, bounds included, plus the bias.
+"""
 
 
 class Float8Prefilter:
-    """See `Prefilter`.
+    """A prefilter that multiplies in float8 and bfloat16; see `Prefilter`.
 
     Args:
-        topk: of the product of split rows.
-        split: `split_rows`, or what gives the same on another device.
+        topk: selects the largest values of the product of split rows.
+        split: `split_rows`, or an equivalent function for another device.
     """
 
     name = "float8"
 
     def __init__(self, topk: BoundedTopK, split: SplitFunction) -> None:
-        self._topk, self._split = topk, split
+        self._topk = topk
+        self._split = split
 
     def candidates(
         self, x: torch.Tensor, W_enc: torch.Tensor, b_enc: torch.Tensor, k: int
     ) -> Candidates:
+        """See `Prefilter.candidates`."""
         L, D = W_enc.shape
         inputs, latents = row_weights(x, W_enc)
-        low_x, low_W = self._split(x, inputs), self._split(W_enc, latents)
+        low_x = self._split(x, inputs)
+        low_W = self._split(W_enc, latents)
         values, indices = self._topk(low_x, low_W, b_enc, min(3 * k, L))
-        # What the sums after the float8 ones lose; of partial sums, which may cancel. Not finite
-        # when an input is not, even where the product made a number of it.
+        # The margin covers the rounding of the bfloat16 sums. Partial sums may cancel, so it is
+        # relative to |x| |w|, not to the result. It is not finite when an input is not, even where
+        # the product turned that input into a finite number.
         largest = torch.linalg.vector_norm(W_enc, dim=1, dtype=torch.float32).max()
         norms = torch.linalg.vector_norm(x, dim=1, dtype=torch.float32)
         turns = side_width(D) / _SIDE_SUM_WIDTH + 4
@@ -110,28 +135,29 @@ class Float8Prefilter:
 
 
 def side_width(D: int) -> int:
-    """S, the columns of the bfloat16 product."""
+    """Return S, the number of columns of the bfloat16 product."""
     return -(-D // (_SIDE_SHARE * SIDE_STEP)) * SIDE_STEP
 
 
 def row_weights(x: torch.Tensor, W_enc: torch.Tensor) -> tuple[RowWeights, RowWeights]:
-    """How to split the rows of x and those of W_enc.
+    """Choose how to split the rows of x and those of W_enc.
 
-    The bound's loss is least where both sides have the same profile over channels, so c is the
-    square root of the ratio of their mean squares; the channels with the largest product of both
-    go to bfloat16.
+    The Cauchy-Schwarz bound is tightest where both of its factors have the same profile over
+    channels, so the channel weights c are the ratio of the channels' sizes in x and in W_enc, times
+    the rounding error. The channels with the largest product of both sizes go to bfloat16.
 
     Args:
         x: [B, D].
         W_enc: [L, D].
+
+    Returns:
+        The weights for x and those for W_enc.
     """
     D = x.shape[1]
     n_side = min(side_width(D) - SLOTS, D // 2)
     sample = W_enc[:: max(1, len(W_enc) // _SAMPLE_ROWS)]
-    x_size, w_size = (
-        torch.linalg.vector_norm(part, ord=4, dim=0, dtype=torch.float32).nan_to_num() + TINY
-        for part in (x, sample)
-    )
+    x_size = torch.linalg.vector_norm(x, ord=4, dim=0, dtype=torch.float32).nan_to_num() + TINY
+    w_size = torch.linalg.vector_norm(sample, ord=4, dim=0, dtype=torch.float32).nan_to_num() + TINY
     order = (x_size.log() + w_size.log()).argsort(descending=True, stable=True)
     channels = torch.cat((order[n_side:].sort().values, order[:n_side].sort().values))
     rounding = torch.full_like(x_size, _FLOAT8)
@@ -145,17 +171,18 @@ def row_weights(x: torch.Tensor, W_enc: torch.Tensor) -> tuple[RowWeights, RowWe
 
 
 def split_rows(matrix: torch.Tensor, weights: RowWeights) -> SplitRows:
-    """Rows in float8 and bfloat16, with a power of two as scale and both bounds of each.
+    """Split rows into float8 and bfloat16 channels, a power-of-two scale and two error bounds.
 
     Args:
         matrix: [n, D], any float dtype.
-        weights: of `row_weights`.
+        weights: as returned by `row_weights` for this matrix.
     """
-    (n, D), n_side = matrix.shape, weights.n_side
+    n, D = matrix.shape
+    n_side = weights.n_side
     values = matrix.float()[:, weights.channels]
     low, side = values.split([D - n_side, n_side], dim=1)
     largest = torch.maximum(low.abs().amax(1) / LARGEST, values.abs().amax(1) * SMALLEST)
-    # The next power of two: dividing by it rounds nothing, and bfloat16 inputs stay as they are.
+    # Dividing by a power of two is exact, so bfloat16 inputs stay unchanged.
     exponents = largest.clamp_min(TINY).view(torch.int32) & 0x7F800000
     scales = 2 * exponents.view(torch.float32)
     width = -(-(D - n_side) // 16) * 16
@@ -175,6 +202,6 @@ def split_rows(matrix: torch.Tensor, weights: RowWeights) -> SplitRows:
 
 
 def joined(rows: SplitRows) -> torch.Tensor:
-    """[n, low and side columns] float32: rows as the product sees them."""
+    """Return the rows as the product sees them, [n, low and side columns] float32."""
     columns = torch.cat((rows.low.float(), rows.side.float()), 1)
     return columns * rows.scales[:, None]

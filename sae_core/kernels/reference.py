@@ -1,4 +1,7 @@
-"""The plain body: dense and slow, in any float dtype. It defines what the others must give."""
+"""The reference kernels: dense and slow, in any float dtype.
+
+They define the results that the other implementations must give.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ from sae_core.kernels.stock_update import StockRowUpdate
 
 
 class ReferenceKernels:
-    """See `Kernels`; every operation spelled out with dense tensors."""
+    """Dense implementation of every operation; see `Kernels`."""
 
     name = "reference"
     copy_dtype: torch.dtype | None = None
@@ -24,28 +27,33 @@ class ReferenceKernels:
     def encode_topk(
         self, x: torch.Tensor, W_enc: torch.Tensor, b_enc: torch.Tensor, k: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        """See `Kernels.encode_topk`."""
         pre_acts = x @ W_enc.T + b_enc
         # A stable descending sort leaves equal values in ascending latent order; NaN sorts first.
         values, latents = pre_acts.sort(dim=1, descending=True, stable=True)
         return values[:, :k].contiguous(), latents[:, :k].contiguous()
 
     def decode(self, active: SparseLatents, W_dec: torch.Tensor) -> torch.Tensor:
+        """See `Kernels.decode`."""
         return _dense(active, W_dec.shape[0]) @ W_dec
 
     def decoder_dot(
         self, vectors: torch.Tensor, active: SparseLatents, matrix: torch.Tensor
     ) -> torch.Tensor:
+        """See `Kernels.decoder_dot`."""
         return (vectors @ matrix.T)[active.rows, active.latents]
 
     def decode_error(
         self, target: torch.Tensor, active: SparseLatents, W_dec: torch.Tensor
     ) -> Decoded:
+        """See `Kernels.decode_error`."""
         error = target - self.decode(active, W_dec)
         return Decoded(error, self.decoder_dot(error, active, W_dec))
 
     def row_gradients(
         self, active: SparseLatents, dvalues: torch.Tensor, x: torch.Tensor, error: torch.Tensor
     ) -> RowGradients:
+        """See `Kernels.row_gradients`."""
         latents, slots = active.latents.unique(return_inverse=True)
         acts = x.new_zeros(x.shape[0], len(latents))
         dpre = x.new_zeros(x.shape[0], len(latents))
@@ -54,10 +62,12 @@ class ReferenceKernels:
         return RowGradients(latents, acts.T @ error, dpre.T @ x, dpre.sum(0))
 
     def row_update(self, gradient: SparseGradient, W_dec: torch.Tensor) -> RowUpdate:
+        """See `Kernels.row_update`."""
         return StockRowUpdate(self.row_gradients(*gradient), W_dec)
 
 
 def _dense(active: SparseLatents, n_latents: int) -> torch.Tensor:
+    """Return the activations as a dense matrix, [B, n_latents]."""
     acts = active.values.new_zeros(len(active.offsets), n_latents)
     acts[active.rows, active.latents] = active.values
     return acts

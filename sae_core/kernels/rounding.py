@@ -1,24 +1,29 @@
-"""Stochastic rounding to bfloat16: a value goes up or down with odds that keep its mean.
+"""Stochastic rounding to bfloat16: round up or down at random, so that the mean is preserved.
 
-Adam's moments in bfloat16 need it: 8 bits of mantissa cannot hold a change of 0.1% (beta2 = 0.999),
-so a moment that is rounded to nearest never changes again. The random bits are a function of
-(step, array, global row, column), so that a resumed run, or one on another mesh, rounds alike.
+Adam moments in bfloat16 need this. With 8 bits of mantissa, a relative change of 0.1% (beta2 =
+0.999) is too small to change the number, so a moment rounded to nearest would stop changing. The
+random bits are a function of (step, array, global row, column), so a resumed run, or a run on
+another mesh, rounds identically.
 """
 
 from __future__ import annotations
 
 import torch
 
-ROW, COLUMN, SALT = -1640531527, -2048144789, -1028477379  # odd 32-bit constants
-MIX_1, MIX_2 = 2146121005, -2073254261
+# Odd 32-bit hash constants.
+ROW = -1640531527
+COLUMN = -2048144789
+SALT = -1028477379
+MIX_1 = 2146121005
+MIX_2 = -2073254261
 
 
 def salt_of(step: torch.Tensor, array: int) -> torch.Tensor:
-    """Scalar int32 that tells updates and arrays apart.
+    """Return a scalar int32 salt that differs between updates and between arrays.
 
     Args:
-        step: scalar, whole number of the update.
-        array: number of the rounded array within the update.
+        step: scalar, number of the update; a whole number in any dtype.
+        array: index of the rounded array within the update, 0 to 7.
     """
     return (step.to(torch.int32) * 8 + array) * SALT
 
@@ -26,17 +31,17 @@ def salt_of(step: torch.Tensor, array: int) -> torch.Tensor:
 def round_stochastically_(
     target: torch.Tensor, source: torch.Tensor, first_row: int, salt: torch.Tensor
 ) -> None:
-    """Writes `source` to `target`, in place.
+    """Round `source` stochastically and write it to `target`.
 
     Args:
         target: [n, D] bfloat16.
-        source: [n, D] float32; what is not finite stays as it is.
+        source: [n, D] float32; infinities and NaN are copied unchanged.
         first_row: global index of row 0.
-        salt: of `salt_of`.
+        salt: as returned by `salt_of`.
     """
     bits = source.contiguous().view(torch.int32)
     rounded = bits + (random_bits(source.shape, first_row, salt, source.device) & 0xFFFF)
-    # An exponent of all ones is infinity or NaN; a carry from the mantissa would change it.
+    # An exponent of all ones means infinity or NaN, which a carry from the mantissa would alter.
     bits = torch.where((bits & 0x7F800000) == 0x7F800000, bits, rounded)
     target.copy_((bits & -0x10000).view(torch.float32))
 
@@ -44,9 +49,9 @@ def round_stochastically_(
 def random_bits(
     shape: torch.Size, first_row: int, salt: torch.Tensor, device: torch.device
 ) -> torch.Tensor:
-    """[n, D] int32 whose low 16 bits are evenly spread; int32 products wrap."""
+    """Return uniformly distributed 16-bit numbers, [n, D] int32; int32 products wrap."""
     n, width = shape
-    # Rows are numbered modulo 2**31; no dictionary has as many.
+    # The cast to int32 is safe: a dictionary has fewer than 2**31 rows.
     rows = torch.arange(first_row, first_row + n, device=device).to(torch.int32)
     columns = torch.arange(width, dtype=torch.int32, device=device)
     mixed = (rows * ROW + salt)[:, None] ^ (columns * COLUMN)

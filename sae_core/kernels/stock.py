@@ -1,7 +1,7 @@
-"""The body made of stock torch operations: fast on CPU, and it runs on any device torch has.
+"""Kernels made of stock torch operations: fast on CPU, and they run on any torch device.
 
-Weight gradients are segment sums over pairs sorted by latent, so no [B, K, D] tensor and no
-atomic addition exists, and the same input gives the same bits.
+Weight gradients are segment sums over pairs sorted by latent. They need no [B, K, D] tensor and no
+atomic additions, so results are reproducible bit for bit.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from sae_core.kernels.stock_update import StockRowUpdate
 
 
 class StockKernels:
-    """See `Kernels`.
+    """Implementation in stock torch operations; see `Kernels`.
 
     Args:
-        compute_dtype: dtype of the encoder product; bfloat16 sums in float32 and then rounds the
-            pre-activations to bfloat16, so that near-equal ones tie.
-        prefilter: finds the candidates among which the largest are; None: the whole product in
-            `compute_dtype`.
+        compute_dtype: dtype of the encoder product. With bfloat16, pre-activations are summed in
+            float32 and then rounded to bfloat16, so nearly equal ones become ties.
+        prefilter: finds candidates in low precision before the exact selection; None: compute the
+            full product in `compute_dtype`.
     """
 
     name = "stock"
@@ -44,6 +44,7 @@ class StockKernels:
     def encode_topk(
         self, x: torch.Tensor, W_enc: torch.Tensor, b_enc: torch.Tensor, k: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        """See `Kernels.encode_topk`."""
         if self.prefilter is not None:
             return prefiltered_topk(self.prefilter, self, x, W_enc, b_enc, k)
         return self.exact_topk(x, W_enc, b_enc, k)
@@ -51,7 +52,7 @@ class StockKernels:
     def exact_topk(
         self, x: torch.Tensor, W_enc: torch.Tensor, b_enc: torch.Tensor, k: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """`encode_topk` without a prefilter."""
+        """Run `encode_topk` without a prefilter."""
         x = x.to(self.compute_dtype)
 
         def product(start: int, stop: int) -> torch.Tensor:
@@ -60,6 +61,7 @@ class StockKernels:
         return streamed_topk(product, x.shape[0], W_enc.shape[0], k, x.device)
 
     def decode(self, active: SparseLatents, W_dec: torch.Tensor) -> torch.Tensor:
+        """See `Kernels.decode`."""
         return F.embedding_bag(
             active.latents, W_dec, active.offsets, mode="sum", per_sample_weights=active.values
         )
@@ -67,6 +69,8 @@ class StockKernels:
     def decoder_dot(
         self, vectors: torch.Tensor, active: SparseLatents, matrix: torch.Tensor
     ) -> torch.Tensor:
+        """See `Kernels.decoder_dot`."""
+        # The backward of embedding_bag computes these dot products without a [N, D] tensor.
         dot: torch.Tensor = torch.ops.aten._embedding_bag_per_sample_weights_backward(
             vectors, matrix, active.latents, active.offsets, active.rows, 0
         )
@@ -75,17 +79,20 @@ class StockKernels:
     def decode_error(
         self, target: torch.Tensor, active: SparseLatents, W_dec: torch.Tensor
     ) -> Decoded:
+        """See `Kernels.decode_error`."""
         error = target - self.decode(active, W_dec)
         return Decoded(error, self.decoder_dot(error, active, W_dec))
 
     def row_gradients(
         self, active: SparseLatents, dvalues: torch.Tensor, x: torch.Tensor, error: torch.Tensor
     ) -> RowGradients:
-        # Stable: within a latent the pairs stay in row order, so the sum's rounding is fixed.
+        """See `Kernels.row_gradients`."""
+        # A stable sort keeps a latent's pairs in row order, so that sums round the same every time.
         by_latent, order = active.latents.sort(stable=True)
         latents, counts = by_latent.unique_consecutive(return_counts=True)
         offsets = counts.cumsum(0) - counts
-        rows, dvalues = active.rows[order], dvalues[order]
+        rows = active.rows[order]
+        dvalues = dvalues[order]
 
         def segment_sum(weights: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
             matrix = matrix.to(weights.dtype)
@@ -97,13 +104,15 @@ class StockKernels:
         )
 
     def row_update(self, gradient: SparseGradient, W_dec: torch.Tensor) -> RowUpdate:
+        """See `Kernels.row_update`."""
         return StockRowUpdate(self.row_gradients(*gradient), W_dec)
 
     def _linear(self, x: torch.Tensor, W: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        """Return `x @ W.T + b` in float32, with inputs in `compute_dtype`."""
         if self.compute_dtype != torch.float32:
             return F.linear(x, W.to(self.compute_dtype)).float() + b
         if x.device.type == "cpu" and torch.backends.mkldnn.is_available():
-            # oneDNN's fp32 product is up to twice as fast as the default one on AMD.
+            # oneDNN's float32 product is up to twice as fast as the default one on AMD CPUs.
             out: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, W, b, "none", [], "")
             return out
         return F.linear(x, W, b)

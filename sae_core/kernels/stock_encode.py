@@ -1,7 +1,7 @@
-"""Encoder product and selection in pieces of latents, of stock torch operations.
+"""TopK encoding in stock torch operations, one piece of latents at a time.
 
-The pre-activations exist only in pieces: each is reduced to the maxima of groups of neighbouring
-latents, and only groups that can still hold one of a row's largest are looked at again.
+The full [B, L] pre-activations never exist. Each piece is reduced to the maxima of groups of
+adjacent latents, and only groups that may contain one of a row's largest values are examined again.
 """
 
 from __future__ import annotations
@@ -13,28 +13,31 @@ import torch
 from sae_core.kernels.keys import EMPTY_KEY, pack_keys, unpack_keys
 
 PIECE_ELEMENTS = 1 << 25
-"""Pre-activations that exist at once. Larger pieces leave fewer survivors and fewer merges."""
+"""Number of pre-activations in a piece. Larger pieces have fewer survivors and fewer merges."""
 _GROUPS = (64, 32, 16, 8)
-"""Latents of a group; a piece's latents beyond a multiple of the first are looked at one by one."""
+"""Group sizes in latents, largest first.
+
+A piece's latents beyond a multiple of the first size are compared one by one.
+"""
 
 Product = Callable[[int, int], torch.Tensor]
-"""(start, stop) -> [B, stop - start] pre-activations of these latents, float32 or bfloat16."""
+"""(start, stop) -> these latents' pre-activations, [B, stop - start], float32 or bfloat16."""
 
 
 def streamed_topk(
     product: Product, n_rows: int, n_latents: int, count: int, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The `count` largest pre-activations of every row, descending; ties to the lowest latent.
+    """Select the `count` largest pre-activations of every row; ties go to the lowest latent.
 
     Args:
-        product: gives the pre-activations of a range of latents.
+        product: computes the pre-activations of a range of latents.
         n_rows: B.
         n_latents: L.
-        count: at most L.
-        device: of the result.
+        count: number to select; at most L.
+        device: device of the result.
 
     Returns:
-        values [B, count] float32 and latents [B, count] int64.
+        values [B, count] float32, descending, and latents [B, count] int64.
     """
     best = torch.full((n_rows, count), EMPTY_KEY, dtype=torch.int64, device=device)
     piece = max(2048, PIECE_ELEMENTS // max(n_rows, 1) // _GROUPS[0] * _GROUPS[0])
@@ -45,7 +48,16 @@ def streamed_topk(
 
 
 def _merge(best: torch.Tensor, pre_acts: torch.Tensor, start: int) -> torch.Tensor:
-    """Keys [B, count] of the largest among `best` and pre-activations [B, C] from `start` on."""
+    """Merge the best keys so far with a piece of pre-activations.
+
+    Args:
+        best: [B, count] int64 keys of the largest values so far, descending.
+        pre_acts: [B, C] pre-activations of latents [start, start + C).
+        start: first latent of the piece.
+
+    Returns:
+        [B, count] keys of the largest values among both, descending.
+    """
     B, C = pre_acts.shape
     count = best.shape[1]
     whole = C // _GROUPS[0] * _GROUPS[0]
@@ -64,7 +76,7 @@ def _merge(best: torch.Tensor, pre_acts: torch.Tensor, start: int) -> torch.Tens
 
 
 def _group_size(C: int, count: int) -> int:
-    """Largest group that leaves enough groups for their maxima to bound the count-th value."""
+    """Return the largest group size that gives at least 3 * count groups, or 1 if none does."""
     for group in _GROUPS:
         if C and C // group >= 3 * count:
             return group
@@ -74,11 +86,12 @@ def _group_size(C: int, count: int) -> int:
 def _survivors(
     best: torch.Tensor, pre_acts: torch.Tensor, group: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(rows, columns) of what can be among a row's largest; rows ascending."""
-    n_groups, count = pre_acts.shape[1] // group, best.shape[1]
+    """Return (rows, columns) of values that may be among a row's largest; rows ascending."""
+    n_groups = pre_acts.shape[1] // group
+    count = best.shape[1]
     known = unpack_keys(best[:, -1:])[0].to(pre_acts.dtype)
     scores, maxima, bound = _bounds(pre_acts, known, group, count)
-    # "not below" instead of "at least": ties and NaN must survive.
+    # "~(a < b)" instead of "a >= b", so that NaN survives.
     rows, groups = (~(maxima < bound)).nonzero(as_tuple=True)
     members = scores.reshape(-1, group).index_select(0, rows * n_groups + groups)
     flat = (~(members < bound[rows])).view(-1).nonzero().squeeze(1)
@@ -89,10 +102,13 @@ def _survivors(
 def _bounds(
     pre_acts: torch.Tensor, known: torch.Tensor, group: int, count: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(scores [B, C] that order like the values, group maxima of them, bound [B, 1] on survivors).
+    """Return scores, their group maxima and each row's lower bound on survivors.
 
-    bfloat16 is looked at as the integers that its bits are, whose maxima take a fifth of the time.
-    Negative ones order the other way round, so where a bound is negative they are turned.
+    bfloat16 values are compared by their bits as integers, whose maxima take a fifth of the time.
+    Bits of negative values sort in reverse, so unless all bounds are positive, they are flipped.
+
+    Returns:
+        scores [B, C], which sort like the values; group maxima [B, C / group]; bound [B, 1].
     """
     if pre_acts.dtype != torch.bfloat16:
         return _bounds_of(pre_acts, known, group, count)
@@ -106,23 +122,29 @@ def _bounds_of(
     scores: torch.Tensor, known: torch.Tensor, group: int, count: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     maxima = scores.unflatten(1, (-1, group)).amax(-1)
-    # `count` groups reach the count-th largest maximum, so as many values do.
+    # `count` groups have a maximum of at least the count-th largest one, so at least `count`
+    # values reach it.
     return scores, maxima, torch.maximum(maxima.topk(count, dim=1).values[:, -1:], known)
 
 
 def _bits(values: torch.Tensor) -> torch.Tensor:
-    """As integers, positive values order alike. A NaN with its sign set is below them and may be
-    dropped: only prefilters select in bfloat16, and inputs that give NaN have no margin there."""
+    """Return the bits of bfloat16 values as int16, which sort like the values where positive.
+
+    A NaN with its sign bit set sorts below them and may be dropped. This is harmless: only
+    prefilters select in bfloat16, and they have no finite margin for inputs that give NaN, so
+    these rows are encoded again.
+    """
     return values.view(torch.int16)
 
 
 def _ordered(values: torch.Tensor) -> torch.Tensor:
+    """Return int16 scores that sort like the bfloat16 values, also if these are negative."""
     bits = values.view(torch.int16)
     return bits ^ ((bits >> 15) & 0x7FFF)
 
 
 def _pad_rows(keys: torch.Tensor, rows: torch.Tensor, B: int) -> torch.Tensor:
-    """[N] keys with ascending rows to [B, most per row], empty slots last."""
+    """Arrange N keys with ascending rows as [B, most keys per row], with empty slots last."""
     counts = torch.bincount(rows, minlength=B)
     starts = counts.cumsum(0) - counts
     slot = torch.arange(len(rows), device=rows.device) - starts[rows]

@@ -1,6 +1,7 @@
-"""The fused update of stock torch operations: over the dictionary in blocks that stay in the cache.
+"""The fused row update in stock torch operations, in blocks of dictionary rows that fit the cache.
 
-This is Adam, exactly: rows that were not used decay their moments and move with them.
+This is exact Adam, not a lazy variant: rows with no gradient still decay their moments and are
+updated.
 """
 
 from __future__ import annotations
@@ -11,18 +12,20 @@ from sae_core.kernels.interface import AdamStep, RowGradients, RowState
 from sae_core.kernels.rounding import round_stochastically_, salt_of
 
 _BLOCK_BYTES = 4 << 20
-"""Bytes of one array's rows that are worked on together; eight arrays take part. With smaller ones
-the calls cost more than the cache saves."""
+"""Bytes of one array's rows per block; eight arrays take part.
+
+With smaller blocks the overhead of the calls exceeds what the cache saves.
+"""
 _NORM_PIECE = 1024
-"""Elements of one running sum: right to the last digits, and still few pieces."""
+"""Elements per partial sum: few enough for float32 accuracy, and few partial sums."""
 
 
 class StockRowUpdate:
-    """See `RowUpdate`.
+    """Update of dictionary rows in stock torch operations; see `RowUpdate`.
 
     Args:
-        rows: summed gradients; those of W_dec are projected in place.
-        W_dec: [L, D] masters, along whose rows they are projected.
+        rows: row gradients; those of W_dec are projected in place (see `project`).
+        W_dec: [L, D] master rows.
     """
 
     def __init__(self, rows: RowGradients, W_dec: torch.Tensor) -> None:
@@ -33,14 +36,17 @@ class StockRowUpdate:
             dW_dec.addcmul_((dW_dec * decoder).sum(1, keepdim=True), decoder, value=-1)
 
     def square(self) -> torch.Tensor:
+        """See `RowUpdate.square`."""
         parts = (self.rows.W_enc, self.rows.W_dec, self.rows.b_enc)
         return torch.stack([square_sum(part) for part in parts]).sum()
 
     def apply(self, state: RowState, adam: AdamStep) -> None:
+        """See `RowUpdate.apply`."""
         n_rows, d_model = state.W_enc.shape
         size = max(1, min(_BLOCK_BYTES // (4 * d_model), n_rows))
         scratch = _Scratch(state, size)
         starts = list(range(0, n_rows, size))
+        # Used latents are ascending, so each block's gradients are one slice of them.
         edges = torch.tensor([*starts, n_rows], device=self.rows.latents.device)
         cuts = torch.searchsorted(self.rows.latents, edges).tolist()
         for start, first, last in zip(starts, cuts[:-1], cuts[1:], strict=True):
@@ -49,7 +55,7 @@ class StockRowUpdate:
 
 
 class _Scratch:
-    """A block's gradients, and its moments in float32 where they are kept in less."""
+    """Reused buffers for one block: dense gradients, and float32 versions of bfloat16 moments."""
 
     def __init__(self, state: RowState, size: int) -> None:
         rows = (state.W_enc, state.W_dec, state.b_enc)
@@ -60,7 +66,7 @@ class _Scratch:
         ]
 
     def update(self, span: slice, rows: RowGradients, state: RowState, adam: AdamStep) -> None:
-        """Adam on the rows of `span`, whose used ones have the gradients `rows`."""
+        """Apply Adam to the rows of `span`; `rows` are the gradients of those that were used."""
         n = span.stop - span.start
         grads = [grad[:n].zero_() for grad in self.grads]
         for grad, values in zip(grads, (rows.W_enc, rows.W_dec, rows.b_enc), strict=True):
@@ -99,12 +105,13 @@ class _Scratch:
 
 
 def square_sum(values: torch.Tensor) -> torch.Tensor:
-    """Sum of squares of all elements, a scalar of at least float32.
+    """Return the sum of squares of all elements, a scalar in at least float32.
 
-    In pieces: torch's norm of a whole tensor on the CPU is one running float32 sum, whose square
-    was 7e-4 too small at ten million elements and 4e-3 at 33 million.
+    The sum is computed in pieces. On the CPU, torch's norm of a whole tensor is one running float32
+    sum; its square was too small by a relative 7e-4 at 10 million elements and 4e-3 at 33 million.
     """
-    flat, dtype = values.reshape(-1), torch.promote_types(values.dtype, torch.float32)
+    flat = values.reshape(-1)
+    dtype = torch.promote_types(values.dtype, torch.float32)
     whole = len(flat) // _NORM_PIECE * _NORM_PIECE
     pieces = flat[:whole].view(-1, _NORM_PIECE).norm(dim=1, dtype=dtype).square().sum()
     return pieces + flat[whole:].norm(dtype=dtype).square()
@@ -112,6 +119,11 @@ def square_sum(values: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def renormalise_(W_dec: torch.Tensor, skipped: torch.Tensor) -> None:
-    """Brings rows [n, D] back to unit norm, in place; leaves them alone after a skipped update."""
+    """Scale rows to unit norm, in place, unless the update was skipped.
+
+    Args:
+        W_dec: [n, D] decoder rows.
+        skipped: scalar, 1 if the update was skipped.
+    """
     norm = W_dec.norm(dim=1, keepdim=True).clamp_min(1e-12)
     W_dec.mul_(torch.where(skipped > 0, 1.0, 1.0 / norm))

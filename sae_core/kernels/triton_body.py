@@ -1,5 +1,6 @@
-"""The body for NVIDIA GPUs, written in Triton and cut for Hopper."""
+"""Triton kernels for NVIDIA GPUs, with tile sizes for Hopper."""
 
+# Triton ships no types.
 # mypy: disable-error-code="import-untyped, import-not-found"
 
 from __future__ import annotations
@@ -29,20 +30,21 @@ _LARGEST_LATENT = 1 << 31
 
 
 class TritonKernels:
-    """See `Kernels`. Selects by value, ties to the lowest latent; the same input, the same bits.
+    """Implementation in Triton; see `Kernels`. Results are reproducible bit for bit.
 
-    The pre-activations' sums are float32, and so are the selected values and all gradients. The
-    host waits for the device once in encoding, to see whether any row has to be run again (twice
-    with the prefilter), and once in `row_gradients`; nowhere else.
+    Pre-activations are summed in float32; the selected values and all gradients are float32 too.
+    The host waits for the device in two operations only: encoding, to learn whether any row has to
+    be run again (once, or twice with the prefilter), and `row_gradients` (once).
 
     Args:
         compute_dtype: dtype of the encoder product's inputs.
-        precision: "ieee" or "tf32", how float32 inputs are multiplied.
-        float8_prefilter: whether encoding looks at all latents in float8 only, and computes what
-            comes out of that exactly.
+        precision: how float32 inputs are multiplied, "ieee" or "tf32".
+        float8_prefilter: find candidate latents with a float8 product, then compute only these
+            exactly.
 
     Raises:
-        ConfigError: triton or a CUDA device is missing, or the dtype cannot be computed in.
+        ConfigError: If triton or a CUDA device is missing, or `compute_dtype` or `precision` is not
+            supported.
     """
 
     name = "triton"
@@ -61,7 +63,7 @@ class TritonKernels:
 
         self.compute_dtype = compute_dtype
         self.copy_dtype = compute_dtype if compute_dtype != torch.float32 else None
-        # float16 has no room for small errors.
+        # Small errors would underflow in float16.
         self.gather_dtype = compute_dtype if compute_dtype == torch.bfloat16 else None
         self.interpreted = interpreted
         self.prefilter = (
@@ -75,9 +77,10 @@ class TritonKernels:
     def encode_topk(
         self, x: torch.Tensor, W_enc: torch.Tensor, b_enc: torch.Tensor, k: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        # k 0: a shard without dead latents takes part in AuxK.
+        """See `Kernels.encode_topk`."""
+        # k is 0 where a shard without dead latents takes part in AuxK.
         if self.prefilter is not None and k and x.shape[0]:
-            # Rescored as the whole product sees them: rounded first, summed in float32.
+            # Candidates are rescored as in the full product: inputs rounded, sums in float32.
             rounded = x.to(self.compute_dtype).float()
             W_enc = W_enc.to(self.compute_dtype)
             return prefiltered_topk(self.prefilter, self, rounded, W_enc, b_enc, k)
@@ -86,7 +89,7 @@ class TritonKernels:
     def exact_topk(
         self, x: torch.Tensor, W_enc: torch.Tensor, b_enc: torch.Tensor, k: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """`encode_topk` without a prefilter."""
+        """Run `encode_topk` without a prefilter."""
         self._check(x, W_enc, b_enc)
         if _nothing(x.shape[0], W_enc.shape[0], k):
             shape = (x.shape[0], k)
@@ -96,29 +99,34 @@ class TritonKernels:
     def bounded_topk(
         self, x: SplitRows, W: SplitRows, b: torch.Tensor, count: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The `count` largest of every row of the product of split rows, bounds included.
+        """Select the `count` largest upper bounds of every row from the product of split rows.
 
-        The device adds float8 products with fewer bits than float32 has (about 14 on sm_90), which
-        the bounds allow for. NaN in a row of x, or of W, is selected on a GPU.
+        The device adds float8 products with fewer bits than float32 has (about 14 on sm_90); the
+        bounds allow for this. On a GPU, latents whose value is NaN are selected.
 
         Args:
-            x: B rows.
-            W: L rows.
+            x: B split rows.
+            W: L split rows.
             b: [L].
-            count: at most L.
+            count: number to select; at most L.
 
         Returns:
             values [B, count] float32, descending, and latents [B, count] int64.
 
         Raises:
-            ConfigError: the device has no float8.
-            ShapeError: `count` or a tensor cannot be taken.
+            ConfigError: If the device does not support float8.
+            ShapeError: If `count` is out of range, or a tensor's device or dtype is unsupported.
         """
         self._check(x.scales, W.scales, b)
         device = x.scales.device
         if not self.interpreted and torch.cuda.get_device_capability(device) < (8, 9):
             name = torch.cuda.get_device_name(device)
-            raise ConfigError("device", name, "compute capability 8.9", "leave the prefilter off")
+            raise ConfigError(
+                "device",
+                name,
+                "compute capability 8.9 or higher for float8",
+                "use train.prefilter=none",
+            )
         from sae_core.kernels.triton_quantise import FP8
 
         B, L = len(x.scales), len(W.scales)
@@ -127,6 +135,7 @@ class TritonKernels:
         return _encoder(FP8, "ieee", self.interpreted).topk_of(x, W, b, count)
 
     def decode(self, active: SparseLatents, W_dec: torch.Tensor) -> torch.Tensor:
+        """See `Kernels.decode`."""
         self._check(W_dec)
         recon: torch.Tensor = self._sparse.decode(active, W_dec)
         return recon
@@ -134,6 +143,7 @@ class TritonKernels:
     def decoder_dot(
         self, vectors: torch.Tensor, active: SparseLatents, matrix: torch.Tensor
     ) -> torch.Tensor:
+        """See `Kernels.decoder_dot`."""
         self._check(vectors, matrix)
         dot: torch.Tensor = self._sparse.decoder_dot(vectors, active, matrix)
         return dot
@@ -141,6 +151,7 @@ class TritonKernels:
     def decode_error(
         self, target: torch.Tensor, active: SparseLatents, W_dec: torch.Tensor
     ) -> Decoded:
+        """See `Kernels.decode_error`."""
         self._check(target, W_dec)
         decoded: Decoded = self._sparse.decode_error(target, active, W_dec)
         return decoded
@@ -148,11 +159,13 @@ class TritonKernels:
     def row_gradients(
         self, active: SparseLatents, dvalues: torch.Tensor, x: torch.Tensor, error: torch.Tensor
     ) -> RowGradients:
+        """See `Kernels.row_gradients`."""
         self._check(x, error)
         gradients: RowGradients = self._segments.row_gradients(active, dvalues, x, error)
         return gradients
 
     def row_update(self, gradient: SparseGradient, W_dec: torch.Tensor) -> RowUpdate:
+        """See `Kernels.row_update`."""
         self._check(gradient.x, gradient.error, W_dec)
         update: RowUpdate = self._update.TritonRowUpdate(gradient, W_dec)
         return update
@@ -161,18 +174,22 @@ class TritonKernels:
         for tensor in tensors:
             if tensor.device.type != "cuda" and not self.interpreted:
                 raise ShapeError(
-                    f"a tensor on {tensor.device}: the triton kernels take CUDA tensors; "
+                    f"tensor is on {tensor.device}: the triton kernels need CUDA tensors; "
                     "use kernels=stock on this device"
                 )
             if tensor.dtype not in _DTYPES:
                 raise ShapeError(
-                    f"a tensor of {tensor.dtype}: the triton kernels take bfloat16, float16 and "
-                    "float32; use kernels=reference for float64"
+                    f"tensor has dtype {tensor.dtype}: the triton kernels need bfloat16, float16 "
+                    "or float32; use kernels=reference for float64"
                 )
 
 
 def _nothing(B: int, L: int, k: int) -> bool:
-    """Whether there is nothing to select."""
+    """Check the sizes, and return True if there is nothing to select.
+
+    Raises:
+        ShapeError: If k or L is out of range.
+    """
     if not 0 <= k <= L < _LARGEST_LATENT:
         raise ShapeError(f"k={k}, L={L}: expected 0 <= k <= L < 2**31")
     return not B or not k
@@ -186,24 +203,32 @@ def _encoder(dtype: torch.dtype, precision: str, interpreted: bool) -> Encoder:
 
 
 def _check_triton() -> bool:
-    """Whether the kernels are interpreted."""
+    """Check that triton can run, and return True if it runs in its interpreter."""
     try:
         import triton
     except ImportError as error:
         raise ConfigError(
-            "kernels", "triton", "triton installed", "pip install triton, or kernels=stock"
+            "kernels",
+            "triton",
+            "triton to be installed",
+            "run pip install triton, or use kernels=stock",
         ) from error
     interpreted = bool(triton.knobs.runtime.interpret)
     if not interpreted and not torch.cuda.is_available():
         raise ConfigError(
-            "kernels", "triton", "a CUDA device", "kernels=stock, or TRITON_INTERPRET=1 for tests"
+            "kernels",
+            "triton",
+            "a CUDA device",
+            "use kernels=stock, or set TRITON_INTERPRET=1 in tests",
         )
     return interpreted
 
 
 def _check_dtype(compute_dtype: torch.dtype, precision: str, interpreted: bool) -> None:
     if compute_dtype not in _DTYPES:
-        raise ConfigError("compute dtype", compute_dtype, "bfloat16, float16 or float32 for triton")
+        raise ConfigError(
+            "compute dtype", compute_dtype, "bfloat16, float16 or float32 for kernels=triton"
+        )
     if precision not in ("ieee", "tf32"):
         raise ConfigError("precision", precision, "ieee or tf32")
     if interpreted and compute_dtype == torch.bfloat16:
@@ -211,5 +236,5 @@ def _check_dtype(compute_dtype: torch.dtype, precision: str, interpreted: bool) 
             "compute dtype",
             compute_dtype,
             "float16 or float32 under TRITON_INTERPRET",
-            "the interpreter multiplies bfloat16 as raw bit patterns",
+            "unset TRITON_INTERPRET (the interpreter multiplies bfloat16 as raw bit patterns)",
         )

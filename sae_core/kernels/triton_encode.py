@@ -1,16 +1,17 @@
-"""Encoder and TopK in one: which latents a row keeps, without the [B, L] pre-activations.
+"""Fused encoder and TopK, without writing the [B, L] pre-activations.
 
-A row has a pool of keys. The first latents fill it; after each segment of latents `select` leaves
-the k largest and the row's threshold, the k-th value so far. The next segment, three times as wide
-as all before it, appends what is above. Since segments ascend, a later latent that only equals the
-threshold loses the tie, so "above" is exact. A row that was offered more keys than its pool holds
-is run again with every key kept.
+Each row has a pool of selection keys. The first latents fill it. The remaining latents follow in
+segments, each three times as wide as all latents before it. After each segment `select` reduces the
+pool to its k largest keys and sets the row's threshold to the k-th value so far; the next segment
+appends only keys of values above the threshold. Latents come in ascending order, so a value equal
+to the threshold would lose the tie to an earlier latent, and a strict comparison is exact. A row
+with more keys than its pool can hold is run again with all of its keys kept.
 
-The prefilter's rows come split: columns in float8, some in bfloat16, and a scale. The selection is
-that of their product: candidates, for somebody to compute exactly.
+A prefilter passes split rows: float8 columns, bfloat16 columns and a scale. The latents selected
+from their product are candidates, which the prefilter then rescores exactly.
 """
 
-# Triton has no types.
+# Triton ships no types.
 # mypy: disable-error-code="import-untyped, import-not-found"
 
 from __future__ import annotations
@@ -28,52 +29,59 @@ from sae_core.kernels.triton_quantise import FP8
 from sae_core.kernels.triton_select import pool_width, select
 
 _GROWTH = 4
-"""Latents seen after a segment, over those seen before it."""
+"""Ratio of the latents seen after a segment to those seen before it."""
 _RERUN_KEYS = 1 << 26
-"""Keys written at once (512 MiB) for rows that are run again."""
+"""Keys per piece of latents (512 MiB) for rows that are run again."""
 
 
 @dataclass(frozen=True)
 class TileConfig:
-    """How one program's tile is cut."""
+    """Size of one program's tile and its launch options."""
 
     BM: int
     """Batch rows."""
     BN: int
     """Latents."""
     BK: int
-    """Columns of d_model per load."""
+    """Columns of d_model loaded at a time."""
     num_warps: int
     num_stages: int
     GROUP: int = 8
-    """Row blocks whose programs run side by side, so that they share the latents' rows in L2."""
+    """Row blocks whose programs run at the same time, to share rows of W_enc in the L2 cache."""
 
     def options(self) -> dict[str, int]:
-        """Keyword arguments of a launch."""
+        """Return the keyword arguments of a launch."""
         return {**vars(self), **FP_FUSION}
 
     def grid(self, n_rows: int, n_latents: int) -> tuple[int]:
-        """Programs that cover so many rows and latents."""
+        """Return the launch grid that covers this many rows and latents."""
         return (triton.cdiv(n_rows, self.BM) * triton.cdiv(n_latents, self.BN),)
 
 
 @dataclass(frozen=True)
 class Tiles:
-    """The tiles of one dtype."""
+    """Tile configurations for one dtype."""
 
     few: TileConfig
-    """Where a row has at most about one key to append per tile: nearly all of the product."""
+    """For segments in which a row appends at most about one key per tile: nearly all the work."""
     many: TileConfig
-    """Where it has more, or every key is written. Same BK: the same order of summation."""
+    """For segments with more keys, or where every key is written.
+
+    BK must be that of `few`, so that sums are added in the same order.
+    """
 
 
 INTERPRETER_TILES = Tiles(TileConfig(32, 64, 32, 4, 1, GROUP=2), TileConfig(32, 32, 32, 4, 1))
-"""Small, so that the tests' sizes span several tiles."""
+"""Tiles for Triton's interpreter: small, so that the tests' sizes span several tiles."""
 
 
 def tiles(dtype: torch.dtype, precision: str) -> Tiles:
-    """The tiles for sm_90: two programs per multiprocessor, so that one's epilogue runs beside the
-    other's product, and no spills. Compiled and read, not yet timed."""
+    """Return the tiles for sm_90.
+
+    Two programs fit on a multiprocessor, so that the epilogue of one overlaps with the product of
+    the other, and no registers spill. The sizes were chosen from the compiler's output and have not
+    been timed.
+    """
     if dtype == FP8:
         return Tiles(TileConfig(128, 128, 128, 4, 3), TileConfig(128, 64, 128, 4, 3))
     if dtype != torch.float32:
@@ -86,13 +94,13 @@ def tiles(dtype: torch.dtype, precision: str) -> Tiles:
 
 @dataclass(frozen=True)
 class Encoder:
-    """Encodes in one dtype.
+    """Encoder product and TopK in one dtype.
 
     Args:
-        dtype: of the product's inputs; sums are float32. `FP8` takes split rows only.
-        precision: "ieee" or "tf32", for float32 inputs.
-        tiles: how programs are cut.
-        interpreted: whether Triton's interpreter runs it, which cannot multiply float8.
+        dtype: dtype of the product's inputs; sums are float32. `FP8` takes split rows only.
+        precision: how float32 inputs are multiplied, "ieee" or "tf32".
+        tiles: tile configurations.
+        interpreted: True if kernels run in Triton's interpreter, which cannot multiply float8.
     """
 
     dtype: torch.dtype
@@ -103,15 +111,18 @@ class Encoder:
     def topk(
         self, x: torch.Tensor, W_enc: torch.Tensor, b_enc: torch.Tensor, k: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """See `Kernels.encode_topk`; within a row descending, ties by ascending latent."""
+        """See `Kernels.encode_topk`; values descend within a row, and tied latents ascend."""
         return self.topk_of(self._plain(x), self._plain(W_enc), b_enc, k)
 
     def topk_of(
         self, x: SplitRows, W_enc: SplitRows, b_enc: torch.Tensor, k: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """`topk` of rows as the product takes them: float8 ones, or those of `_plain`."""
-        (B, D), L, width = x.low.shape, len(W_enc.low), pool_width(k)
-        device, b_enc = x.low.device, b_enc.float().contiguous()
+        """Run `topk` on rows in the product's format: split rows, or those made by `_plain`."""
+        B, D = x.low.shape
+        L = len(W_enc.low)
+        width = pool_width(k)
+        device = x.low.device
+        b_enc = b_enc.float().contiguous()
         pool = torch.empty(B, width, dtype=torch.int64, device=device)
         stop = min(width, L)
         counts = torch.full((B,), stop, dtype=torch.int32, device=device)
@@ -121,8 +132,10 @@ class Encoder:
         select(pool, counts, threshold, overflow, k)
         while stop < L:
             start, stop = stop, min(_GROWTH * stop, L)
-            W, b = _taken(W_enc, slice(start, stop)), b_enc[start:stop]
-            # The expected number of a row's keys in a tile: k of `start` were above so far.
+            W = _taken(W_enc, slice(start, stop))
+            b = b_enc[start:stop]
+            # k of the `start` latents seen so far reached a row's threshold, so a tile is expected
+            # to bring k * BN / start keys per row.
             many = k * self.tiles.few.BN > start
             tile = self.tiles.many if many else self.tiles.few
             filter_kernel[tile.grid(B, stop - start)](
@@ -140,8 +153,19 @@ class Encoder:
     def _run_again(
         self, x: SplitRows, W_enc: SplitRows, b_enc: torch.Tensor, k: int
     ) -> torch.Tensor:
-        """[R, k] keys of rows whose pool was too small: all keys, a piece of latents at a time."""
-        R, device = len(x.low), x.low.device
+        """Select again for rows whose pool overflowed, keeping every key of a piece of latents.
+
+        Args:
+            x: the R rows.
+            W_enc: L rows.
+            b_enc: [L] float32.
+            k: number to select.
+
+        Returns:
+            [R, k] int64 keys, descending.
+        """
+        R = len(x.low)
+        device = x.low.device
         best = torch.full((R, k), EMPTY_KEY, dtype=torch.int64, device=device)
         size = max(k, _RERUN_KEYS // R)
         for start in range(0, len(W_enc.low), size):
@@ -155,7 +179,9 @@ class Encoder:
     def _write_keys(
         self, x: SplitRows, W: SplitRows, b: torch.Tensor, first: int, out: torch.Tensor
     ) -> None:
-        tile, (n_rows, D) = self.tiles.many, x.low.shape
+        """Write the keys of all rows and of latents from `first` on to `out`."""
+        tile = self.tiles.many
+        n_rows, D = x.low.shape
         keys_kernel[tile.grid(n_rows, len(b))](
             x.low, W.low, b, x.side, W.side, x.scales, W.scales, out, n_rows, len(b), first, D,
             x.side.shape[1], x.low.stride(0), W.low.stride(0), out.stride(0),
@@ -168,10 +194,11 @@ class Encoder:
         return {"PRECISION": self.precision, **flags, **tile.options()}
 
     def _plain(self, matrix: torch.Tensor) -> SplitRows:
-        """All in one part; no kernel reads the others."""
+        """Wrap a matrix as `SplitRows`, with empty side and scales that no kernel reads."""
         none = torch.empty(len(matrix), 0, device=matrix.device)
         return SplitRows(plain_rows(matrix.to(self.dtype)), none, none)
 
 
 def _taken(rows: SplitRows, which: slice | torch.Tensor) -> SplitRows:
+    """Return some of the rows."""
     return SplitRows(*(part[which] for part in rows))

@@ -1,9 +1,10 @@
-"""Encoder product whose epilogue keeps only what can still be selected: [B, L] is never written.
+"""Encoder product whose epilogue keeps only values that can still be selected.
 
-All kernels share one tile product, so a pre-activation has the same bits whichever computed it.
+The [B, L] pre-activations are never written. All kernels compute a tile with the same function, so
+a pre-activation has the same bits in each of them.
 """
 
-# Triton has no types, and a kernel's arguments none that mypy knows.
+# Triton ships no types, and kernel arguments have none that mypy understands.
 # mypy: disable-error-code="no-untyped-def, import-untyped, import-not-found"
 
 from __future__ import annotations
@@ -20,7 +21,10 @@ _SIDE = tl.constexpr(SIDE_STEP)
 
 @triton.jit
 def _block_of(pid, n_rows, n_latents, BM: tl.constexpr, BN: tl.constexpr, GROUP: tl.constexpr):
-    """(row block, latent block): GROUP row blocks walk over the latents together."""
+    """Return a program's (row block, latent block).
+
+    GROUP row blocks go through the latent blocks in step, so that they share W's rows in L2.
+    """
     row_blocks = tl.cdiv(n_rows, BM)
     per_group = GROUP * tl.cdiv(n_latents, BN)
     first = (pid // per_group) * GROUP
@@ -36,13 +40,16 @@ def _tile_pre_acts(
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
     SPLIT: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
-    """[BM, BN] fp32 pre-activations; what lies outside is to be masked by the caller.
+    """Compute a tile of pre-activations, [BM, BN] float32.
 
-    SPLIT: row r of x stands for x_scales[r] times itself and has more columns in x_side, whose
-    number `_SIDE` divides; likewise of W. WIDEN: both to float16 and float32 before the products,
-    exactly, for the interpreter.
+    The caller must mask elements outside the matrix.
+
+    SPLIT: rows of x and W are split (see `SplitRows`). They have `side_columns` more columns, a
+    multiple of `_SIDE`, in x_side and W_side, and the product is scaled by x_scales and W_scales.
+    WIDEN: convert float8 to float16 and bfloat16 to float32 before multiplying. This is exact, and
+    needed because the interpreter can multiply neither float8 nor bfloat16.
     """
-    # int64: a row times its stride passes 2**31 in a dictionary of a million latents.
+    # int64: a row index times its stride exceeds 2**31 in a dictionary of a million latents.
     row = tl.where(rows < n_rows, rows, 0).to(tl.int64)[:, None]
     latent = tl.where(columns < n_latents, columns, 0).to(tl.int64)[None, :]
     x_rows, W_rows = x + row * x_stride, W + latent * W_stride
@@ -57,7 +64,8 @@ def _tile_pre_acts(
         acc = tl.dot(x_tile, W_tile, acc, input_precision=PRECISION)
     bias = tl.load(b + columns, mask=columns < n_latents, other=0.0)[None, :]
     if SPLIT:
-        # Last: the float8 units cut sums off at 14 bits of the largest, these at nearly 24.
+        # Add the bfloat16 products last. Float8 units truncate sums to about 14 bits of the largest
+        # term and would lose bits of these products; bfloat16 units keep nearly 24.
         x_rows, W_rows = x_side + row * side_columns, W_side + latent * side_columns
         depth = tl.arange(0, _SIDE)
         for start in range(0, side_columns, _SIDE):
@@ -68,7 +76,7 @@ def _tile_pre_acts(
             acc = tl.dot(x_tile, W_tile, acc, input_precision=PRECISION)
         acc *= tl.load(x_scales + rows, mask=rows < n_rows, other=0.0)[:, None]
         scale = tl.load(W_scales + columns, mask=columns < n_latents, other=0.0)[None, :]
-        # Spelled out: left to the compiler, one kernel might fuse what another does not.
+        # An explicit fma: the compiler might fuse these in one kernel and not in another.
         return tl.fma(acc, tl.broadcast_to(scale, (BM, BN)), tl.broadcast_to(bias, (BM, BN)))
     return acc + bias
 
@@ -80,7 +88,7 @@ def keys_kernel(
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
     PRECISION: tl.constexpr, SPLIT: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
-    """Every key of a narrow segment: out [n_rows, n_latents] int64."""
+    """Write the keys of all pairs of a narrow segment to out, [n_rows, n_latents] int64."""
     row_block, block = _block_of(tl.program_id(0), n_rows, n_latents, BM, BN, GROUP)
     rows = row_block * BM + tl.arange(0, BM)
     columns = block * BN + tl.arange(0, BN)
@@ -95,13 +103,13 @@ def keys_kernel(
 
 @triton.jit
 def _halves(tile, BM: tl.constexpr, BN: tl.constexpr):
-    """The left and the right half of a tile's columns."""
+    """Split a tile's columns into a left and a right half."""
     return tl.split(tl.permute(tl.reshape(tile, (BM, 2, BN // 2)), (0, 2, 1)))
 
 
 @triton.jit
 def _quarters(tile, BM: tl.constexpr, BN: tl.constexpr):
-    """A tile's columns in four parts, from left to right."""
+    """Split a tile's columns into four parts, from left to right."""
     left, right = _halves(tile, BM, BN)
     first, second = _halves(left, BM, BN // 2)
     third, fourth = _halves(right, BM, BN // 2)
@@ -112,7 +120,7 @@ def _quarters(tile, BM: tl.constexpr, BN: tl.constexpr):
 def _append_all(
     tile, rows, columns, limit, pool, counts, n_rows, n_latents, first_latent, WIDTH: tl.constexpr
 ):
-    """Appends what is above, every place of the tile on its own; for tiles with many such."""
+    """Append the keys of all values above the limit at once, for tiles with many."""
     hit = (tile <= limit[:, None]) == 0
     hit = hit & (rows < n_rows)[:, None] & (columns < n_latents)[None, :]
     counters = counts + rows[:, None] + tl.zeros_like(columns)[None, :]
@@ -126,8 +134,8 @@ def _append_all(
 def _append_few(
     tile, rows, columns, limit, pool, counts, n_rows, n_latents, first_latent, WIDTH: tl.constexpr
 ):
-    """Appends what is above, one column per row and turn; for tiles with hardly any."""
-    # A latent outside is "none", and so is every latent of a row outside.
+    """Append the keys of values above the limit, one per row at a time, for tiles with few."""
+    # Columns past the last latent become "none"; so do all columns of rows past the last row.
     column = tl.where(columns < n_latents, columns, _NONE)[None, :]
     found = _first_above(tile, column, limit, rows < n_rows)
     while tl.min(found, 0) < _NONE:
@@ -137,13 +145,14 @@ def _append_few(
         slot = tl.atomic_add(counts + rows, 1, mask=hit, sem="relaxed")
         place = pool + rows.to(tl.int64) * WIDTH + slot
         tl.store(place, pack_key(value, first_latent + found), mask=hit & (slot < WIDTH))
-        # Taken out of the tile: a memory of what was above would cost as many registers again.
+        # Remove the value from the tile: remembering it otherwise would need twice the registers.
         tile = tl.where(here, float("-inf"), tile)
         found = _first_above(tile, column, limit, rows < n_rows)
 
 
 @triton.jit
 def _first_above(tile, column, limit, inside):
+    """Return each row's first column with a value above the limit, or `_NONE`."""
     first = tl.min(tl.where(tile <= limit[:, None], _NONE, column), 1)
     return tl.where(inside, first, _NONE)
 
@@ -156,11 +165,13 @@ def filter_kernel(
     BK: tl.constexpr, GROUP: tl.constexpr, PRECISION: tl.constexpr, SPLIT: tl.constexpr,
     WIDEN: tl.constexpr,
 ):  # fmt: skip
-    """Appends to pool [n_rows, WIDTH] what is above threshold [n_rows]; counts [n_rows] goes on
-    counting past WIDTH, which marks the row as lost.
+    """Append the keys of values above threshold [n_rows] to pool [n_rows, WIDTH].
 
-    Which slot a key gets is a race; which keys there are is not, and `select` heeds no slot.
-    "Above" is "not at most": NaN has to pass, a maximum would drop it without a word.
+    counts [n_rows] counts the keys; a count above WIDTH means that the row lost keys.
+
+    The slot that a key gets depends on the order in which programs run, but the set of keys does
+    not, and the result of `select` does not depend on slots. "Above" is computed as "not at most",
+    so that NaN is appended; a maximum would silently drop it.
     """
     row_block, block = _block_of(tl.program_id(0), n_rows, n_latents, BM, BN, GROUP)
     rows = row_block * BM + tl.arange(0, BM)
@@ -171,7 +182,7 @@ def filter_kernel(
     )  # fmt: skip
     limit = tl.load(threshold + rows, mask=rows < n_rows, other=float("inf"))
     if MANY:
-        # In quarters, so that the slots and addresses of one need not live beside all others.
+        # In quarters, to limit the registers that hold slots and addresses.
         quarters = _quarters(acc, BM, BN)
         for i in tl.static_range(4):
             part = block * BN + i * (BN // 4) + tl.arange(0, BN // 4)

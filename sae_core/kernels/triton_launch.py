@@ -1,6 +1,6 @@
-"""How programs that hold whole rows of d_model in registers are cut; what every launch sets."""
+"""Launch options of all Triton kernels, and sizes of those that hold whole rows in registers."""
 
-# Triton has no types.
+# Triton ships no types.
 # mypy: disable-error-code="import-untyped, import-not-found"
 
 from __future__ import annotations
@@ -11,31 +11,37 @@ import triton
 from sae_core.errors import ShapeError
 
 FP_FUSION = {"enable_fp_fusion": True}
-"""Set at every launch: a product and a sum become one FMA, as they always did. Triton 3.10 turns
-its default around, and results may not change with the version of a compiler."""
+"""Options of every launch: fuse a product and a sum into one FMA.
+
+Triton 3.10 changes the default to False. Setting it keeps results independent of Triton's version.
+"""
 LARGEST_ROW = 8192
-"""Widest d_model: `_MOST_COLUMNS` for every thread of a program of 16 warps, the largest that has
-128 registers a thread."""
+"""Largest supported d_model: `_MOST_COLUMNS` for each thread of a program of 16 warps.
+
+Larger programs would have fewer than 128 registers per thread.
+"""
 _MOST_COLUMNS = 16
+"""Most columns of a row per thread."""
 _USUAL_WARPS = 8
+"""Warps of a program, unless a row is too wide for them."""
 
 
 def row_shape(D: int, per_thread: int, in_flight: int) -> dict[str, int]:
-    """Compile-time sizes of a program that works on tiles [PAIRS, BD] of whole rows.
+    """Return the compile-time sizes of a program that works on tiles [PAIRS, BD] of whole rows.
 
     Args:
         D: d_model.
-        per_thread: columns that a thread should hold, where at most 8 warps allow it. Few make
-            programs large, so that fewer of them share an L1 cache.
-        in_flight: numbers of a tile that a thread loads at once. The largest program has half the
-            registers for them.
+        per_thread: desired columns per thread; more are used if they would need more than 8 warps.
+            Fewer columns per thread mean larger programs, so that fewer of them share an L1 cache.
+        in_flight: elements of a tile that a thread loads at once; halved for programs with more
+            than 8 warps, which have half the registers per thread.
 
     Raises:
-        ShapeError: the row does not fit a program's registers.
+        ShapeError: If a row does not fit in a program's registers.
     """
     if D > LARGEST_ROW:
         raise ShapeError(
-            f"d_model={D}: the triton kernels take at most {LARGEST_ROW}; use kernels=stock"
+            f"d_model={D}: the triton kernels support at most {LARGEST_ROW}; use kernels=stock"
         )
     BD = max(16, triton.next_power_of_2(D))
     warps = max(1, min(BD // (32 * per_thread), _USUAL_WARPS), BD // (32 * _MOST_COLUMNS))
@@ -46,5 +52,5 @@ def row_shape(D: int, per_thread: int, in_flight: int) -> dict[str, int]:
 
 
 def plain_rows(matrix: torch.Tensor) -> torch.Tensor:
-    """Rows may lie anywhere, a row's columns side by side."""
+    """Return the matrix with contiguous columns in each row, copying it only if needed."""
     return matrix if matrix.stride(1) == 1 else matrix.contiguous()

@@ -1,6 +1,6 @@
-"""Rows for the prefilter's product: float8 and bfloat16 parts, a scale and the bounds of each."""
+"""Split rows for the float8 prefilter: float8 and bfloat16 parts, scales and error bounds."""
 
-# Triton has no types, and a kernel's arguments none that mypy knows.
+# Triton ships no types, and kernel arguments have none that mypy understands.
 # mypy: disable-error-code="no-untyped-def, import-untyped, import-not-found"
 
 from __future__ import annotations
@@ -14,33 +14,38 @@ from sae_core.kernels.prefilter_float8 import RowWeights, SplitRows, side_width
 from sae_core.kernels.triton_launch import plain_rows, row_shape
 
 FP8 = torch.float8_e4m3fn
-_MAX, _TINY = tl.constexpr(prefilter_float8.LARGEST), tl.constexpr(prefilter_float8.TINY)
-_UP, _SMALLEST = tl.constexpr(prefilter_float8.UP), tl.constexpr(prefilter_float8.SMALLEST)
+_MAX = tl.constexpr(prefilter_float8.LARGEST)
+_TINY = tl.constexpr(prefilter_float8.TINY)
+_UP = tl.constexpr(prefilter_float8.UP)
+_SMALLEST = tl.constexpr(prefilter_float8.SMALLEST)
 _STEP_MAGIC = tl.constexpr(1.5 * 2**20)
 
 
 @triton.jit
 def _power_of(value):
-    """The power of two at or below a positive fp32."""
+    """Return the largest power of two that is at most a positive float32."""
     return (value.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def _round_to_float8(value):
-    """fp32 up to 448 to the nearest that float8_e4m3fn holds, ties to even.
+    """Round a float32 up to 448 to the nearest float8_e4m3fn number, ties to even.
 
-    The cast is exact after it: that of Triton's interpreter forgets to carry into the exponent.
+    The result is a float32, whose cast to float8 is exact. Triton's interpreter cannot do the
+    rounding in the cast, because it does not carry into the exponent.
     """
-    # A sum of this size has no room for less than power / 8; below 2**-6 float8 is subnormal.
+    # Adding a number this large rounds the sum to a multiple of power / 8, float8's resolution.
+    # Below 2**-6 float8 is subnormal and its resolution constant.
     large = tl.maximum(_power_of(value), 2.0**-6) * _STEP_MAGIC
     return (value + large) - large
 
 
 @triton.jit
 def _round_to_bfloat16(value):
-    """fp32 to the nearest that bfloat16 holds, ties to even; the interpreter's cast cuts off.
+    """Round a float32 to the nearest bfloat16 number, ties to even, as a float32.
 
-    An infinity may become NaN; either spoils the row's bounds.
+    The cast of Triton's interpreter would truncate. An infinity may become NaN; this is harmless,
+    as both make the row's bounds useless.
     """
     bits = value.to(tl.int32, bitcast=True)
     bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000
@@ -52,9 +57,9 @@ def split_kernel(
     matrix, channels, moved, squares, low, side, scales, deviations, sums, n_rows, D, n_side,
     width, side_columns, stride, PAIRS: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    """PAIRS rows per program, read once. See `prefilter_float8.split_rows`.
+    """Split PAIRS rows per program; see `prefilter_float8.split_rows`. Each row is read once.
 
-    low: [n_rows, width]; side: [n_rows, side_columns], zeros before.
+    low: [n_rows, width]; side: [n_rows, side_columns], initialised to zeros.
     """
     rows = tl.program_id(0).to(tl.int64) * PAIRS + tl.arange(0, PAIRS)
     columns = tl.arange(0, BD)
@@ -75,7 +80,7 @@ def split_kernel(
     bound = deviations * tl.sqrt_rn(tl.sqrt_rn(tl.sum(terms * terms, 1))) * inverse * _UP
     lost = sums * tl.sqrt_rn(tl.sum(part * part, 1)) * inverse * _UP
     where = low + rows[:, None] * width + columns[None, :]
-    # Past the float8 channels: zeros, up to the width.
+    # Columns from the last float8 channel up to the width become zeros.
     tl.store(
         where,
         tl.where(is_low[None, :], rounded, 0.0).to(low.dtype.element_ty),
@@ -93,22 +98,26 @@ def split_kernel(
 
 
 def split_shape(D: int) -> dict[str, int]:
-    """Of a program that rounds rows, each read once."""
+    """Return the compile-time sizes of `split_kernel`; see `row_shape`."""
     return row_shape(D, per_thread=8, in_flight=32)
 
 
 def split_rows(matrix: torch.Tensor, weights: RowWeights) -> SplitRows:
-    """`prefilter_float8.split_rows` on the device, its bounds up to the order of float32 sums.
+    """Run `prefilter_float8.split_rows` on the device.
+
+    The bounds differ from those of that function by the order in which float32 sums are added.
 
     Args:
         matrix: [n, D] bfloat16, float16 or float32.
-        weights: how to split.
+        weights: as returned by `row_weights` for this matrix.
 
     Raises:
-        ShapeError: D does not fit a program's registers.
+        ShapeError: If a row does not fit in a program's registers.
     """
-    (n, D), n_side = matrix.shape, weights.n_side
-    width, side_columns = -(-(D - n_side) // 16) * 16, side_width(D)
+    n, D = matrix.shape
+    n_side = weights.n_side
+    width = -(-(D - n_side) // 16) * 16
+    side_columns = side_width(D)
     out = SplitRows(
         torch.empty(n, width, dtype=FP8, device=matrix.device),
         torch.zeros(n, side_columns, dtype=torch.bfloat16, device=matrix.device),

@@ -1,12 +1,13 @@
 """Sums over the pairs of each dictionary row, in the order of the batch rows.
 
-Pairs are sorted by slot: a latent, or its place among the used ones. One program sums one slot's
-pairs with a whole row of d_model in registers. A hot slot, of more than `PIECE` pairs, is summed
-in pieces by several programs, and these sums are added in order: no atomic addition, so the same
-input gives the same bits. All sizes are bounds known to the host; nothing is read back.
+Pairs are sorted by slot. A slot is a latent, or a latent's position among the used ones. One
+program sums the pairs of one slot and holds a whole row of d_model in registers. A hot slot, with
+more than `PIECE` pairs, is summed in pieces by several programs, whose sums are then added in
+order. There are no atomic additions, so results are reproducible bit for bit. Buffers are sized by
+upper bounds that the host knows, so it need not wait for the device.
 """
 
-# Triton has no types, and a kernel's arguments none that mypy knows.
+# Triton ships no types, and kernel arguments have none that mypy understands.
 # mypy: disable-error-code="no-untyped-def, import-untyped, import-not-found"
 
 from __future__ import annotations
@@ -21,36 +22,36 @@ from sae_core.kernels.interface import RowGradients, SparseLatents
 from sae_core.kernels.triton_launch import plain_rows, row_shape
 
 PIECE = 512
-"""Pairs that one program sums."""
+"""Most pairs that one program sums."""
 
 
 class Segments(NamedTuple):
     """Pairs sorted by slot, and the sums of the hot slots' pieces."""
 
     rows: torch.Tensor
-    """[N] int64: into `x` and `error`."""
+    """[N] int64: row of `x` and `error` of each pair."""
     values: torch.Tensor
     """[N]: weights of `error`."""
     dvalues: torch.Tensor
     """[N]: weights of `x`."""
     edges: torch.Tensor
-    """[S + 1] int64: slot s has the pairs from edges[s] to edges[s + 1]."""
+    """[S + 1] int64: slot s has the pairs [edges[s], edges[s + 1])."""
     piece_ends: torch.Tensor
-    """[S] int64: pieces of all hot slots up to and with this one."""
+    """[S] int64: number of pieces of all hot slots up to and including this one."""
     dec: torch.Tensor
-    """[P, D] fp32 sums of error per piece; P bounds their number from above."""
+    """[P, D] float32: each piece's weighted sum of `error`. P is an upper bound on their number."""
     enc: torch.Tensor
-    """[P, D] likewise of x."""
+    """[P, D] float32: each piece's weighted sum of `x`."""
     bias: torch.Tensor
-    """[P]"""
+    """[P] float32: each piece's sum of `dvalues`."""
     x: torch.Tensor
-    """[R, D]"""
+    """[R, D] centred inputs."""
     error: torch.Tensor
-    """[R, D]"""
+    """[R, D] reconstruction errors."""
 
     @property
     def arguments(self) -> tuple[torch.Tensor | int, ...]:
-        """What `slot_sum` and its callers take, in their order."""
+        """Arguments of the kernels that call `slot_sum`, in their order."""
         return (*self, self.x.shape[1], self.x.stride(0), self.error.stride(0))
 
 
@@ -59,7 +60,7 @@ def _pair_sum(
     rows, weights, matrix, stride, begin, end, columns, inside,
     PAIRS: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    """([BD] sum of weight * matrix[row], sum of the weights) over sorted pairs."""
+    """Sum weight * matrix[row], [BD], and the weights, over the sorted pairs [begin, end)."""
     acc = tl.zeros((BD,), tl.float32)
     total = tl.zeros((), tl.float32)
     for first in range(begin, end, PAIRS):
@@ -79,13 +80,14 @@ def slot_sum(
     rows, weights, matrix, stride, edges, piece_ends, piece_sums, piece_bias, slot, D,
     columns, inside, PIECE: tl.constexpr, PAIRS: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    """([BD] sum of weight * matrix[row], sum of the weights) of a slot, hot or not.
+    """Sum weight * matrix[row], [BD], and the weights, over a slot's pairs, hot or not.
 
-    A hot slot's sum of weights is the pieces' `piece_bias`, hence that of dvalues.
+    For a hot slot the second sum is that of `piece_bias`, so it is correct only if the weights are
+    dvalues.
     """
     begin, end = tl.load(edges + slot), tl.load(edges + slot + 1)
     hot = end - begin > PIECE
-    # One of the two loops has no turn.
+    # One of the two loops below is empty: the first for a hot slot, the second for any other.
     stop = tl.where(hot, begin, end)
     acc, total = _pair_sum(
         rows, weights, matrix, stride, begin, stop, columns, inside, PAIRS, BD
@@ -104,7 +106,7 @@ def piece_kernel(
     rows, values, dvalues, edges, piece_ends, dec, enc, bias, x, error, D, x_stride, error_stride,
     PIECE: tl.constexpr, PAIRS: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    """Sums one piece of a hot slot; programs past the last piece have no owner."""
+    """Sum one piece of a hot slot; programs past the last piece have no owner and do nothing."""
     piece = tl.program_id(0).to(tl.int64)
     slot = tl.load(owners + piece)
     if slot < n_slots:
@@ -131,7 +133,7 @@ def sum_kernel(
     rows, values, dvalues, edges, piece_ends, dec, enc, bias, x, error, D, x_stride, error_stride,
     PIECE: tl.constexpr, PAIRS: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    """Writes a slot's sums: dW_dec, dW_enc [S, D], db_enc [S], fp32."""
+    """Write a slot's sums to dW_dec and dW_enc, [S, D] float32, and db_enc, [S] float32."""
     slot = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BD)
     inside = columns < D
@@ -149,14 +151,23 @@ def sum_kernel(
 
 
 def sum_shape(D: int) -> dict[str, int]:
-    """Of a program that sums pairs. Rows are read once; with more of them in flight the update
-    spills."""
+    """Return the compile-time sizes of a program that sums pairs; see `row_shape`.
+
+    Each row is read once. With more elements in flight, the update kernel would spill registers.
+    """
     return row_shape(D, per_thread=8, in_flight=32)
 
 
 def sort_by_latent(latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(latents ascending, int32; order [N] int64): a latent's pairs stay in row order."""
-    # Half the width is half the passes of the device's radix sort; latents are below 2**31.
+    """Sort pairs by latent; a latent's pairs stay in row order.
+
+    Args:
+        latents: [N] int64, below 2**31.
+
+    Returns:
+        The latents in ascending order, [N] int32, and the indices that sort them, [N] int64.
+    """
+    # int32 needs half as many passes of the device's radix sort as int64.
     by_latent, order = latents.to(torch.int32).sort(stable=True)
     return by_latent, order
 
@@ -169,20 +180,23 @@ def segments(
     order: torch.Tensor,
     edges: torch.Tensor,
 ) -> Segments:
-    """Sorts the pairs and sums the pieces of hot slots, without waiting for the device.
+    """Sort the pairs by slot and sum the pieces of hot slots, without waiting for the device.
 
     Args:
         pairs: N active pairs.
         dvalues: [N] gradients of their pre-activations.
-        x: [R, D], any float dtype the kernels take.
-        error: [R, D] likewise.
-        order: [N] int64, the pairs sorted by slot.
-        edges: [S + 1] int64, where each slot begins in that order.
+        x: [R, D] centred inputs, in any float dtype that the kernels take.
+        error: [R, D] reconstruction errors, in any float dtype that the kernels take.
+        order: [N] int64, indices that sort the pairs by slot.
+        edges: [S + 1] int64, start of each slot's pairs in that order, and N.
     """
-    N, D, device = len(order), x.shape[1], x.device
+    N = len(order)
+    D = x.shape[1]
+    device = x.device
     counts = edges.diff()
     per_slot = torch.where(counts > PIECE, (counts + PIECE - 1) // PIECE, 0)
-    # A hot slot has at most count / PIECE pieces and one more, and more than PIECE pairs.
+    # Upper bound: a hot slot has at most count / PIECE + 1 pieces, and there are at most
+    # N / (PIECE + 1) hot slots, as each has more than PIECE pairs.
     n_pieces = N // PIECE + N // (PIECE + 1) if N > PIECE else 0
     made = Segments(
         pairs.rows[order],
@@ -206,11 +220,13 @@ def segments(
 def row_gradients(
     active: SparseLatents, dvalues: torch.Tensor, x: torch.Tensor, error: torch.Tensor
 ) -> RowGradients:
-    """See `Kernels.row_gradients`; float32. Waits once for the device: for the number of rows."""
+    """See `Kernels.row_gradients`; float32. The host waits once, for the number of used latents."""
     by_latent, order = sort_by_latent(active.latents)
     latents, counts = by_latent.unique_consecutive(return_counts=True)
-    U, D = len(latents), x.shape[1]
-    dW_dec, dW_enc = (torch.empty(U, D, device=x.device) for _ in range(2))
+    U = len(latents)
+    D = x.shape[1]
+    dW_dec = torch.empty(U, D, device=x.device)
+    dW_enc = torch.empty(U, D, device=x.device)
     db_enc = torch.empty(U, device=x.device)
     if U:
         edges = torch.cat((counts.new_zeros(1), counts.cumsum(0)))

@@ -1,10 +1,10 @@
 """Decoder, its error and its gradient over active pairs only.
 
-All sums run in a fixed order inside one program, in fp32: no atomic addition and nothing of size
-[B, K, D], so the same input gives the same bits.
+Each sum is computed in float32 by one program in a fixed order. There are no atomic additions, so
+results are reproducible bit for bit, and no [B, K, D] tensor exists.
 """
 
-# Triton has no types, and a kernel's arguments none that mypy knows.
+# Triton ships no types, and kernel arguments have none that mypy understands.
 # mypy: disable-error-code="no-untyped-def, import-untyped, import-not-found"
 
 from __future__ import annotations
@@ -17,16 +17,17 @@ from sae_core.kernels.interface import Decoded, SparseLatents
 from sae_core.kernels.triton_launch import FP_FUSION, plain_rows, row_shape
 
 PAIRS = 8
-"""Pairs whose rows are loaded together, so that several loads are in flight."""
+"""Pairs whose dictionary rows are loaded together, to have several loads in flight."""
 
 
 def column_block(D: int, most: int) -> int:
-    """Columns of d_model that one program works on."""
+    """Return the number of columns of d_model per tile: a power of two, or `most`."""
     return min(most, triton.next_power_of_2(D))
 
 
 @triton.jit
 def _row_end(offsets, row, B, n_pairs):
+    """Return the index past a row's last pair."""
     end = tl.zeros((), tl.int64) + n_pairs
     if row + 1 < B:
         end = tl.load(offsets + row + 1)
@@ -35,7 +36,7 @@ def _row_end(offsets, row, B, n_pairs):
 
 @triton.jit
 def _dictionary_rows(latents, pairs, live, W, W_stride, columns, inside):
-    """fp32 tile: the rows of W that the pairs name."""
+    """Load the rows of W of some pairs as a float32 tile."""
     latent = tl.load(latents + pairs, mask=live, other=0)
     where = W + latent[:, None] * W_stride + columns[None, :]
     return tl.load(where, mask=live[:, None] & inside[None, :], other=0.0).to(tl.float32)
@@ -46,7 +47,7 @@ def decode_kernel(
     latents, values, offsets, W, out, B, n_pairs, D, W_stride,
     PAIRS: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    """out[row] = sum of value * W[latent]; one program per (row, column block)."""
+    """Compute out[row] = sum of value * W[latent]; one program per (row, column block)."""
     row = tl.program_id(0)
     columns = tl.program_id(1) * BD + tl.arange(0, BD)
     inside = columns < D
@@ -67,7 +68,7 @@ def decoder_dot_kernel(
     grad, latents, offsets, W, out, B, n_pairs, D, grad_stride, W_stride,
     PAIRS: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    """out[pair] = grad[row] . W[latent]; one program per row, whose gradient stays in L1."""
+    """Compute out[pair] = grad[row] . W[latent]; one program per row, whose grad stays in L1."""
     row = tl.program_id(0)
     begin = tl.load(offsets + row)
     end = _row_end(offsets, row, B, n_pairs)
@@ -90,10 +91,11 @@ def decode_error_kernel(
     target, latents, values, offsets, W, error, dots, B, n_pairs, D, target_stride, W_stride,
     PAIRS: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    """error[row] = target[row] - sum of value * W[latent], dots[pair] = error[row] . W[latent].
+    """Compute each row's error and its dot products with the row's decoder rows.
 
-    One program per row. The error stays in registers, and the second look at the dictionary rows
-    finds them in a cache.
+    error[row] = target[row] - sum of value * W[latent]; dots[pair] = error[row] . W[latent].
+    One program per row. The error stays in registers. The decoder rows are read twice, the second
+    time from a cache.
     """
     row = tl.program_id(0)
     columns = tl.arange(0, BD)
@@ -118,15 +120,19 @@ def decode_error_kernel(
 
 
 def decode_shape(D: int) -> dict[str, int]:
-    """Of a program that decodes a row. Large ones, few per multiprocessor, else the dictionary rows
-    that they read twice would push each other out of L1."""
+    """Return the compile-time sizes of `decode_error_kernel`; see `row_shape`.
+
+    Programs are large, so that few run on a multiprocessor: the decoder rows that each reads twice
+    must fit in the L1 cache together.
+    """
     return row_shape(D, per_thread=4, in_flight=64)
 
 
 def decode(active: SparseLatents, W_dec: torch.Tensor) -> torch.Tensor:
-    """See `Kernels.decode`; dtype of the values, sums in fp32."""
+    """See `Kernels.decode`; the result has the dtype of the values, sums are float32."""
     W_dec = plain_rows(W_dec)
-    B, D = len(active.offsets), W_dec.shape[1]
+    B = len(active.offsets)
+    D = W_dec.shape[1]
     out = torch.empty(B, D, dtype=active.values.dtype, device=W_dec.device)
     BD = column_block(D, 512)
     if B:
@@ -138,9 +144,12 @@ def decode(active: SparseLatents, W_dec: torch.Tensor) -> torch.Tensor:
 
 
 def decoder_dot(grad: torch.Tensor, active: SparseLatents, W_dec: torch.Tensor) -> torch.Tensor:
-    """See `Kernels.decoder_dot`; dtype of grad, sums in fp32."""
-    grad, W_dec = plain_rows(grad), plain_rows(W_dec)
-    B, n_pairs, D = len(active.offsets), len(active.latents), W_dec.shape[1]
+    """See `Kernels.decoder_dot`; the result has the dtype of `grad`, sums are float32."""
+    grad = plain_rows(grad)
+    W_dec = plain_rows(W_dec)
+    B = len(active.offsets)
+    n_pairs = len(active.latents)
+    D = W_dec.shape[1]
     out = torch.empty(n_pairs, dtype=grad.dtype, device=grad.device)
     if n_pairs:
         decoder_dot_kernel[(B,)](
@@ -151,9 +160,12 @@ def decoder_dot(grad: torch.Tensor, active: SparseLatents, W_dec: torch.Tensor) 
 
 
 def decode_error(target: torch.Tensor, active: SparseLatents, W_dec: torch.Tensor) -> Decoded:
-    """See `Kernels.decode_error`; float32."""
-    target, W_dec = plain_rows(target), plain_rows(W_dec)
-    B, n_pairs, D = len(active.offsets), len(active.latents), W_dec.shape[1]
+    """See `Kernels.decode_error`; the results are float32."""
+    target = plain_rows(target)
+    W_dec = plain_rows(W_dec)
+    B = len(active.offsets)
+    n_pairs = len(active.latents)
+    D = W_dec.shape[1]
     error = torch.empty(B, D, device=target.device)
     dots = torch.empty(n_pairs, device=target.device)
     if B:

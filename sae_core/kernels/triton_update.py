@@ -1,11 +1,12 @@
-"""The fused update: from sorted pairs to the dictionary's new rows in one program per latent.
+"""The fused row update in Triton: one program per latent turns sorted pairs into updated rows.
 
-A latent's gradient exists in the registers of its program alone. Clipping takes two passes and is
-exact: `square` sums every latent's gradient and keeps its squared norm, `apply` sums it again.
-Holding a whole row, a program projects before it squares, so nothing cancels.
+A latent's gradient exists only in the registers of its program. Clipping is exact and takes two
+passes: `square` sums every latent's gradient and keeps its squared norm, and `apply` sums it again.
+A program holds a whole row, so it can project the gradient before squaring it, which avoids
+cancellation.
 """
 
-# Triton has no types, and a kernel's arguments none that mypy knows.
+# Triton ships no types, and kernel arguments have none that mypy understands.
 # mypy: disable-error-code="no-untyped-def, import-untyped, import-not-found"
 
 from __future__ import annotations
@@ -26,16 +27,19 @@ from sae_core.kernels.triton_segments import (
     sum_shape,
 )
 
-_ROW, _COLUMN = tl.constexpr(rounding.ROW), tl.constexpr(rounding.COLUMN)
-_MIX_1, _MIX_2 = tl.constexpr(rounding.MIX_1), tl.constexpr(rounding.MIX_2)
+_ROW = tl.constexpr(rounding.ROW)
+_COLUMN = tl.constexpr(rounding.COLUMN)
+_MIX_1 = tl.constexpr(rounding.MIX_1)
+_MIX_2 = tl.constexpr(rounding.MIX_2)
 _SALT = tl.constexpr(rounding.SALT)
 
 
 @triton.jit
 def round_stochastically(value, row, columns, salt):
-    """`rounding.round_stochastically_`, bit for bit: fp32 that bfloat16 can hold.
+    """Round a float32 to a bfloat16 number, bit for bit as `rounding.round_stochastically_`.
 
-    row: int32 scalar, global; columns: int32; salt: int32 scalar of `salt_of`.
+    The result is float32. row: int32 scalar, global index; columns: int32; salt: int32 scalar from
+    `salt_of`.
     """
     mixed = (row * _ROW + salt) ^ (columns * _COLUMN)
     mixed = (mixed ^ ((mixed >> 15) & 0x1FFFF)) * _MIX_1
@@ -48,13 +52,13 @@ def round_stochastically(value, row, columns, salt):
 
 @triton.jit
 def salt_of(step, ARRAY: tl.constexpr):
-    """`rounding.salt_of` of a fp32 step."""
+    """Return `rounding.salt_of` for a float32 step."""
     return (step.to(tl.int32) * 8 + ARRAY) * _SALT
 
 
 @triton.jit
 def _moments(m, v, g, lerp, beta2, weight2, FROM_GRAD: tl.constexpr):
-    """Both moments after one step, operation by operation as torch's fused Adam."""
+    """Return both moments after one step, with the same operations as torch's fused Adam."""
     base = m
     if FROM_GRAD:
         base = g
@@ -63,12 +67,13 @@ def _moments(m, v, g, lerp, beta2, weight2, FROM_GRAD: tl.constexpr):
 
 @triton.jit
 def _moved(w, m, v, step_size, root, eps):
-    """A parameter after one step."""
+    """Return a parameter after one step."""
     return w - tl.div_rn(step_size * m, tl.div_rn(tl.sqrt_rn(v), root) + eps)
 
 
 @triton.jit
 def _store_moment(moment, at, inside, value, row, columns, step, ARRAY: tl.constexpr):
+    """Store a moment of array ARRAY, rounded stochastically if it is kept in bfloat16."""
     if moment.dtype.element_ty == tl.bfloat16:
         value = round_stochastically(value, row, columns, salt_of(step, ARRAY))
     tl.store(moment + at, value.to(moment.dtype.element_ty), mask=inside)
@@ -79,14 +84,14 @@ def _adam_row(
     W, g, m_rows, v_rows, at, inside, row, columns, step, numbers, lerp, beta2, weight2, eps,
     ARRAY: tl.constexpr, FROM_GRAD: tl.constexpr,
 ):  # fmt: skip
-    """A row after the step, not yet written; its moments are written."""
+    """Return a row after one step, without storing it; its moments are stored."""
     g = tl.div_rn(g, tl.load(numbers + 2))
     m = tl.load(m_rows + at, mask=inside, other=0.0).to(tl.float32)
     v = tl.load(v_rows + at, mask=inside, other=0.0).to(tl.float32)
     m, v = _moments(m, v, g, lerp, beta2, weight2, FROM_GRAD)
     _store_moment(m_rows, at, inside, m, row, columns, step, ARRAY)
     _store_moment(v_rows, at, inside, v, row, columns, step, ARRAY + 3)
-    # Only now, for the second time or not: a row that stayed in registers would not fit them.
+    # Load the row only now, even if it was loaded before: keeping it would need too many registers.
     w = tl.load(W + at, mask=inside, other=0.0)
     return _moved(w, m, v, tl.load(numbers), tl.load(numbers + 1), eps)
 
@@ -97,7 +102,7 @@ def square_kernel(
     rows, values, dvalues, edges, piece_ends, dec, enc, bias, x, error, D, x_stride, error_stride,
     PIECE: tl.constexpr, PAIRS: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    """squares[latent] = squared norm of its gradient, that of W_dec projected; 0 if unused."""
+    """Compute each latent's squared gradient norm, with W_dec's part projected; 0 if unused."""
     slot = tl.program_id(0).to(tl.int64)
     square = tl.zeros((), tl.float32)
     if tl.load(edges + slot) < tl.load(edges + slot + 1):
@@ -126,9 +131,9 @@ def update_kernel(
     COPIES: tl.constexpr, FROM_GRAD: tl.constexpr,
     PIECE: tl.constexpr, PAIRS: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    """Adam on one latent's rows and bias, used or not, then unit norm for its row of W_dec.
+    """Apply Adam to one latent's rows and bias, used or not, and normalise its row of W_dec.
 
-    numbers: fp32 [3], lr over the first bias correction, root of the second, divisor.
+    numbers: [3] float32, see `_numbers`.
     """
     if tl.load(skip) > 0:
         return
@@ -148,7 +153,7 @@ def update_kernel(
         W_dec, g, m_dec, v_dec, at, inside, row, columns, count, numbers, lerp, beta2, weight2, eps,
         1, FROM_GRAD,
     )  # fmt: skip
-    w = tl.where(inside, w, 0.0)  # with an eps of 0 it is NaN outside
+    w = tl.where(inside, w, 0.0)  # columns past D are NaN if eps is 0
     w = w * tl.div_rn(1.0, tl.maximum(tl.sqrt_rn(tl.sum(w * w, 0)), 1e-12))
     tl.store(W_dec + at, w, mask=inside)
     if COPIES:
@@ -175,14 +180,15 @@ def update_kernel(
 
 
 class TritonRowUpdate:
-    """See `RowUpdate`. Neither [L, D] nor [U, D] gradients exist, and nothing waits for the device.
+    """Update of dictionary rows in Triton; see `RowUpdate`.
 
-    Held until the update: the sorted pairs, and sums of hot latents' pieces, at most
-    2 N / 512 rows of both matrices.
+    It builds neither [L, D] nor [U, D] gradients, and the host never waits for the device. It keeps
+    the sorted pairs and the sums of hot latents' pieces until the update. These sums have at most
+    2 N / 512 rows for each of the two matrices.
 
     Args:
-        gradient: of the rows; x and error in any float dtype the kernels take.
-        W_dec: [L, D] float32 masters.
+        gradient: sparse gradient of the rows; x and error in any float dtype the kernels take.
+        W_dec: [L, D] float32 master rows.
     """
 
     def __init__(self, gradient: SparseGradient, W_dec: torch.Tensor) -> None:
@@ -194,6 +200,7 @@ class TritonRowUpdate:
         self.segments: Segments = segments(pairs, dvalues, x, error, order, edges)
 
     def square(self) -> torch.Tensor:
+        """See `RowUpdate.square`."""
         L, D = self.W_dec.shape
         squares = torch.empty(L, device=self.W_dec.device)
         if L:
@@ -204,12 +211,14 @@ class TritonRowUpdate:
         return squares.sum()
 
     def apply(self, state: RowState, adam: AdamStep) -> None:
+        """See `RowUpdate.apply`."""
         L, D = state.W_dec.shape
         if not L:
             return
         masters = (state.W_enc, state.W_dec, state.b_enc)
+        # Without copies the masters are passed in their place, and the kernel does not touch them.
         written = (*masters, *state.exp_avg, *state.exp_avg_sq, *(state.copies or masters[:2]))
-        # torch's lerp starts from the nearer end.
+        # torch's lerp computes from whichever end is nearer, which affects rounding.
         from_grad = 1 - adam.beta1 >= 0.5
         lerp = -adam.beta1 if from_grad else 1 - adam.beta1
         update_kernel[(L,)](
@@ -221,7 +230,11 @@ class TritonRowUpdate:
 
 
 def _numbers(adam: AdamStep) -> torch.Tensor:
-    """[3] float32 on the device, computed in float64 as torch's fused Adam does."""
+    """Return the step size, the root of the second bias correction, and the divisor, [3] float32.
+
+    The step size is lr over the first bias correction. All are computed on the device in float64,
+    as in torch's fused Adam.
+    """
     step = adam.step.double()
     step_size = adam.lr / (1 - adam.beta1**step)
     root = (1 - adam.beta2**step).sqrt()
@@ -230,9 +243,10 @@ def _numbers(adam: AdamStep) -> torch.Tensor:
 
 
 def _whole(tensor: torch.Tensor) -> torch.Tensor:
+    """Return the tensor if it is contiguous, else raise `ShapeError`."""
     if not tensor.is_contiguous():
         raise ShapeError(
-            f"a dictionary or its moments with shape {tuple(tensor.shape)} and strides "
-            f"{tensor.stride()}: the fused update takes contiguous tensors; call .contiguous()"
+            f"dictionary tensor has shape {tuple(tensor.shape)} and strides {tensor.stride()}: "
+            "the fused update needs contiguous tensors; call .contiguous()"
         )
     return tensor

@@ -39,5 +39,7 @@ def test_a_machine_without_triton_or_gpu_is_told_what_to_do(monkeypatch):
     with pytest.raises(ConfigError, match="kernels=stock"):
         TritonKernels()
     monkeypatch.setitem(sys.modules, "triton", None)
-    with pytest.raises(ConfigError, match="expected triton installed; pip install triton"):
+    with pytest.raises(
+        ConfigError, match="expected triton to be installed; run pip install triton"
+    ):
         TritonKernels()
