@@ -281,7 +281,8 @@ def test_what_cannot_be_harvested_is_told_as_it_is(tmp_path: Path) -> None:
         harvest.run(config, tmp_path / "run")
     config = make_config(tmp_path)
     config.cluster.harvest_workers, config.cluster.placement_timeout_s = 9, 2.0
-    with pytest.raises(PlacementError, match="cluster.harvest_workers=9: only [0-3] workers were placed"):
+    expected = "cluster.harvest_workers=9: only [0-3] workers were placed"
+    with pytest.raises(PlacementError, match=expected):
         harvest.run(config, tmp_path / "run")
 
 
