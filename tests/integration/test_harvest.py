@@ -256,7 +256,7 @@ def test_a_store_of_a_persons_own_rows_is_refused(tmp_path: Path) -> None:
     writer.write_item(0, {"model.layers.1": np.ones((SHARD, 5), np.float32)})
     writer.finalise()
     config.store.path = str(tmp_path / "own")
-    with pytest.raises(StoreMismatchError, match="holds other rows, of {'model.layers.1': 5}"):
+    with pytest.raises(StoreMismatchError, match="with the arrays {'model.layers.1': 5}"):
         harvest.run(config, tmp_path / "run")
 
 
