@@ -27,7 +27,7 @@ def built_once(folder: Path, build: Callable[[Path], None]) -> Path:
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
     with _locked(folder.with_name(f"{folder.name}.lock")):
-        if folder.is_dir():
+        if folder.is_dir():  # another process built it while this one waited
             return folder
         for leftover in folder.parent.glob(f"{folder.name}.*.tmp"):
             shutil.rmtree(leftover)

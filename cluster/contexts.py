@@ -206,7 +206,7 @@ def plan_items(split: Split, seed: int, tokens: int, shard_tokens: int) -> ItemP
     n_contexts = 0
     for start in range(0, len(order), PLAN_CONTEXTS):
         rows = n_rows + np.cumsum(split.kept(order[start : start + PLAN_CONTEXTS]).sum(axis=1))
-        enough = int(np.searchsorted(rows, tokens))
+        enough = int(np.searchsorted(rows, tokens))  # first context that reaches `tokens` rows
         n_contexts = start + min(enough + 1, len(rows))
         n_rows = int(rows[n_contexts - start - 1])
         if n_rows >= tokens:

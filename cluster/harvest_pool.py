@@ -143,6 +143,7 @@ class WorkerPool:
                 yield None
 
     def _result(self, task: Any) -> Any:
+        """Wait for a task and return its result; raise ClusterError if workers keep dying."""
         import ray
 
         starts = self._starts()
@@ -156,6 +157,7 @@ class WorkerPool:
                 raise error.cause from error
 
     def _starts(self) -> int:
+        """Return how often workers have started so far, restarts included."""
         return sum(1 for _ in self._spec.starts_dir.iterdir())
 
     def _refuse_endless_restarts(self, starts_at_last_progress: int) -> None:

@@ -227,7 +227,7 @@ def _require_whole(outputs: dict[str, Tensor]) -> None:
     import torch
     import torch.distributed as dist
 
-    # Compare with rank 0. Complete outputs may still differ by rounding, hence the tolerance.
+    # Compare with rank 0, with a tolerance of 1% as complete outputs may differ by rounding.
     for name, hidden in outputs.items():
         first = hidden.float().clone(memory_format=torch.contiguous_format)
         dist.broadcast(first, 0)

@@ -250,6 +250,7 @@ def capture(model: nn.Module, hookpoints: Sequence[str], input_ids: Tensor) -> d
     outputs: dict[str, Tensor] = {}
 
     def keep(name: str, output: Any) -> None:
+        # If a module runs more than once, its first output counts.
         outputs.setdefault(name, _hidden(name, output, input_ids.shape))
         if len(outputs) == len(hookpoints):
             raise _Captured

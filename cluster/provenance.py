@@ -76,7 +76,7 @@ def matching_store(path: str, config: RunConfig, provenance: dict[str, Any]) -> 
         return None
     store = open_store(path)
     there = {
-        "model_shards": 1,  # stores from before this key existed lack it
+        "model_shards": 1,  # the value for stores that were written before this key existed
         **(store.header.provenance or {}),
         "store.dtype": store.header.dtype,
         "store.shard_tokens": store.header.shard_tokens,

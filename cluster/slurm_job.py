@@ -101,6 +101,7 @@ class Attempt:
         return waiting.returncode == 0
 
     def _drive(self, command: list[str]) -> int:
+        """Run the driver, send it one SIGUSR1 if Slurm signals, and return its exit code."""
         with blocked(signal.SIGTERM):
             driver = subprocess.Popen(command)
         told = False

@@ -65,7 +65,7 @@ def ray_node(address: str, head: bool = False) -> Iterator[subprocess.Popen[byte
         address: Address of the head node, IP:PORT.
         head: True to start the head node; False to join the head at `address`.
     """
-    # Use /tmp, not TMPDIR: Ray puts sockets into the folder, whose paths may have 107 bytes only.
+    # Use /tmp, not TMPDIR: Ray creates sockets in it, and their paths may have at most 107 bytes.
     folder = tempfile.mkdtemp(prefix=f"ray-{os.environ['SLURM_JOB_ID']}-", dir="/tmp")
     ip, _, port = address.rpartition(":")
     where = ["--head", f"--node-ip-address={ip}", f"--port={port}", "--include-dashboard=false"]

@@ -164,4 +164,5 @@ def _elsewhere(config: RunConfig, overrides: list[str]) -> list[str]:
 
 
 def _without(overrides: list[str], *prefixes: str) -> list[str]:
+    """Return the overrides that begin with none of the prefixes."""
     return [override for override in overrides if not override.startswith(prefixes)]

@@ -86,6 +86,7 @@ class TextSource:
         with _open(file) as stream:
             top = _parse(stream.read(), str(file))
         if isinstance(top, dict):
+            # An object with the text field is one document; otherwise its values are the documents.
             single = isinstance(top.get(self.text_field), str)
             top = [top] if single else list(top.values())
         if not isinstance(top, list):
