@@ -1,1 +1,1 @@
-"""Ray: harvest workers, trainer ranks, sessions and placement; the language model and its text."""
+"""Harvest workers, trainer ranks and job submission on Ray; the language model and its text."""

@@ -1,4 +1,4 @@
-"""Things that are made once and kept: folders built under a lock, and file hashes."""
+"""A cache on disk: folders that are built once under a lock, and hashes of files."""
 
 from __future__ import annotations
 
@@ -17,16 +17,17 @@ from sae_core.atomic import fsync_path, write_json
 
 
 def built_once(folder: Path, build: Callable[[Path], None]) -> Path:
-    """Returns `folder`, which `build(temporary folder)` fills if it does not exist yet.
+    """Return `folder`, calling `build(temporary_folder)` first if it does not exist yet.
 
-    Several processes may ask at once: one builds, the others wait for it. The folder appears by a
-    rename, so one that exists is whole; what a killed builder left behind is removed.
+    If several processes call this at once, one builds and the others wait for it. The finished
+    temporary folder is renamed to `folder`, so a folder that exists is complete. Temporary folders
+    of killed builders are removed.
     """
     if folder.is_dir():
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
     with _locked(folder.with_name(f"{folder.name}.lock")):
-        if folder.is_dir():
+        if folder.is_dir():  # another process built it while this one waited
             return folder
         for leftover in folder.parent.glob(f"{folder.name}.*.tmp"):
             shutil.rmtree(leftover)
@@ -45,7 +46,7 @@ def built_once(folder: Path, build: Callable[[Path], None]) -> Path:
 
 
 def file_sha256(path: Path, cache_dir: Path) -> str:
-    """SHA-256 of a whole file, remembered in `cache_dir` until its size or time stamp changes."""
+    """Return the SHA-256 of a file, cached in `cache_dir` until its size or mtime changes."""
     real = path.resolve()
     stat = real.stat()
     identity = f"{real}|{stat.st_size}|{stat.st_mtime_ns}|{stat.st_ino}"
@@ -60,22 +61,22 @@ def file_sha256(path: Path, cache_dir: Path) -> str:
 
 
 def digest(value: object) -> str:
-    """SHA-256 of a value's canonical JSON: the key under which something is cached."""
+    """Return the SHA-256 of a value's canonical JSON, for use as a cache key."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    # flock, not an exclusively created file: the kernel releases it when its holder is killed.
+    # Use flock rather than an exclusively created file: the kernel releases it if the holder dies.
     with path.open("w") as stream:
         fcntl.flock(stream, fcntl.LOCK_EX)
         yield
 
 
 def find_package(name: str) -> ModuleSpec | None:
-    """Where an installed package lies, without running any of it; None when it is not installed."""
+    """Find an installed package without importing it; return None if it is not installed."""
     try:
         return importlib.util.find_spec(name)
-    except ModuleNotFoundError:  # of a parent in a dotted name
+    except ModuleNotFoundError:  # raised if the parent of a dotted name is missing
         return None

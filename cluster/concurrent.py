@@ -1,9 +1,10 @@
-"""Harvest and train at once: the trainer reads what has been committed so far.
+"""Concurrent mode: harvest and train at the same time, on the items committed so far.
 
-Epoch 0 visits the items in their order and opens a window when it is whole, so batches do not
-depend on how fast either side is: the weights are those of harvesting first. Harvesting stops
-`cluster.max_lead_items` ahead of the trainer; what the trainer and its checkpoints have passed may
-be deleted. The harvest runs in a thread of the driver; its work happens in Ray workers.
+Epoch 0 reads the items in order and waits until a window of items is complete. Batches therefore
+do not depend on the speed of either side, and training gives the same weights as in sequential
+mode. The harvest pauses when it is `cluster.max_lead_items` ahead of the trainer. Items that the
+trainer and its checkpoints no longer need may be deleted. A thread of the driver controls the
+harvest; Ray workers compute it.
 """
 
 from __future__ import annotations
@@ -32,11 +33,13 @@ _POLL_S = 0.2
 
 
 def run(config: RunConfig, run_dir: Path) -> None:
-    """Fills the store and trains on it; returns when both are done.
+    """Fill the store and train on it; return when both are finished.
 
-    Raises as both stages do, and:
-        ConfigError: deletion is asked for, but the text does not last for one pass.
-        PlacementError: harvest and ranks together need more GPUs than there are.
+    Raises the errors of `cluster.harvest.run` and `cluster.train.run` as well.
+
+    Raises:
+        ConfigError: If consumed rows are to be deleted, but training needs more than one pass.
+        PlacementError: If harvest workers and ranks together need more GPUs than the cluster has.
     """
     from rich.console import Console
 
@@ -47,7 +50,7 @@ def run(config: RunConfig, run_dir: Path) -> None:
         return
     _check_one_pass(config, job)
     if job.resuming:
-        job.claim.take()  # before anything is started
+        job.claim.take()  # fail before Ray and the ranks are started
     with job.claim, ray_session(config.cluster, min_cpus=config.cluster.harvest_workers):
         _check_gpus(config)
         background = _Harvest(job)
@@ -67,8 +70,9 @@ def _check_one_pass(config: RunConfig, job: HarvestJob) -> None:
         raise ConfigError(
             "cluster.retention",
             config.cluster.retention,
-            f"keep: the text gives {job.plan.n_rows} rows, train.tokens={config.train.tokens}",
-            f"train.tokens={most * config.train.batch_tokens} sees every row once",
+            f"keep, as train.tokens={config.train.tokens} needs more than the {job.plan.n_rows} "
+            "rows of the text",
+            f"or set train.tokens={most * config.train.batch_tokens} to train on every row once",
         )
 
 
@@ -80,18 +84,18 @@ def _check_gpus(config: RunConfig) -> None:
     wanted = workers * shards + config.parallel.n_ranks
     if gpus and config.train.device != "cpu" and wanted > gpus:
         raise PlacementError(
-            f"cluster.mode=concurrent: harvest and trainer ranks want {wanted} GPUs together, the "
-            f"cluster has {gpus}; use train.device=cpu, fewer cluster.harvest_workers, or "
-            "cluster.mode=sequential"
+            f"cluster.mode=concurrent: harvest workers and trainer ranks need {wanted} GPUs in "
+            f"total, but the cluster has {gpus}; use train.device=cpu, lower "
+            "cluster.harvest_workers, or use cluster.mode=sequential"
         )
 
 
 class _Cancelled(Exception):
-    """The trainer failed: nobody needs more rows now."""
+    """Ends the harvest because the trainer failed and needs no more rows."""
 
 
 class _Harvest(threading.Thread):
-    """Fills the store beside the trainer, no further ahead of it than `max_lead_items`."""
+    """A thread that fills the store, at most `max_lead_items` ahead of the trainer."""
 
     def __init__(self, job: HarvestJob) -> None:
         super().__init__(name="harvest", daemon=True)
@@ -100,23 +104,23 @@ class _Harvest(threading.Thread):
         self._error: BaseException | None = None
 
     def run(self) -> None:
-        """The thread's body."""
+        """Fill the store; keep an error for `check`."""
         try:
             harvest.fill(self._job, self._may_start)
-        except BaseException as error:  # noqa: BLE001 - raised again in the driver's thread
+        except BaseException as error:  # `check` raises it again in the driver's thread
             self._error = error
 
     def check(self) -> None:
-        """Raises what ended the harvest, and deletes what is consumed if the run says so."""
+        """Raise the error that ended the harvest, if any; delete consumed items if configured."""
         if self._error is not None:
             raise self._error
-        # Only with the claim: one process at a time may delete.
+        # Delete only while this run holds the harvest lock: one process at a time may delete.
         if self._job.config.cluster.retention == "consumed" and self._job.claim.is_taken:
             self._job.claim.check()
             delete_consumed(self._job.store)
 
     def wait_for_rows(self) -> None:
-        """Returns once the first item is committed; raises what ended the harvest before."""
+        """Wait until the first item is committed; raise the error if the harvest ends before."""
         while not _has_rows(self._job.store):
             self.join(_POLL_S)
             if not self.is_alive():
@@ -124,12 +128,12 @@ class _Harvest(threading.Thread):
                 return
 
     def cancel(self) -> None:
-        """Ends the harvest if it still runs; items that are committed stay."""
+        """Stop the harvest if it is still running; committed items stay in the store."""
         self._cancelled.set()
         self.join()
 
     def _may_start(self, item: int | None) -> bool:
-        """Whether `item` is within the lead; None asks only whether to go on."""
+        """Return True if `item` is within the allowed lead; raise if the harvest was cancelled."""
         if self._cancelled.is_set():
             raise _Cancelled
         most = self._job.config.cluster.max_lead_items
@@ -137,14 +141,18 @@ class _Harvest(threading.Thread):
             return True
         states = consumers(self._job.store).values()
         if not states and train.finished(self._job.config, self._job.run_dir):
-            return True
+            return True  # no trainer is left to wait for
         slowest = min((state.next_item for state in states), default=0)
         return item < slowest + most or not self._can_be_sampled()
 
     def _can_be_sampled(self) -> bool:
-        """Whether whole windows hold the rows that the trainer asks for before it begins."""
+        """Return True if the complete windows have the rows that the trainer samples at its start.
+
+        Until then the lead must not stop the harvest, or both sides would wait for each other.
+        """
         config = self._job.config
-        valid_rows, window = open_store(self._job.store).valid_rows, config.store.window_items
+        valid_rows = open_store(self._job.store).valid_rows
+        window = config.store.window_items
         in_windows = valid_rows[: len(valid_rows) // window * window].sum()
         return bool(in_windows >= config.train.sample_tokens)
 
@@ -153,6 +161,6 @@ def _has_rows(path: str) -> bool:
     try:
         return store_exists(path) and open_store(path).n_items > 0
     except MissingDataError:
-        # In an object store the object that makes it a store comes before the rest of its
-        # metadata. Should something be missing for good, the harvest's writer says so.
+        # In an object store, the object that marks a store is written before the rest of its
+        # metadata. If some of it stays missing, the harvest's writer reports that.
         return False

@@ -1,9 +1,10 @@
-"""Contexts of tokens: documents are split by a hash of their text, tokenised, joined and cut.
+"""Contexts of tokens, cut from the documents of a text.
 
-The stream of a split is its documents, each followed by a separator token. A context is the BOS
-token and the next `context_tokens - 1` tokens of the stream; what remains at the end is left out.
-The streams are kept in the cache as plain memory-mapped files, so every process that needs them
-opens the same pages.
+A hash of its text assigns each document to the train or held-out split. The documents of a split
+are tokenised and joined into one stream, each followed by a separator token. A context is the BOS
+token followed by the next `context_tokens - 1` tokens of the stream; an incomplete context at the
+end is dropped. The streams are cached as memory-mapped files, so that all processes on a machine
+share the same pages.
 """
 
 from __future__ import annotations
@@ -32,76 +33,89 @@ COLUMNS: dict[str, np.dtype[Any]] = {
     "position": np.dtype("<i4"),
 }
 BATCH_CHARACTERS = 4_000_000
-"""Text handed to the tokenizer at once; bounds memory."""
+"""Characters of text passed to the tokenizer in one call; bounds memory."""
 PLAN_CONTEXTS = 4096
-"""Contexts whose rows are counted at once; bounds memory."""
+"""Contexts whose rows are counted in one step; bounds memory."""
 
 
 @dataclass(frozen=True)
 class Split:
-    """Contexts of one split; C contexts of T tokens, BOS included but not kept in the files."""
+    """The C contexts of one split, T tokens each.
+
+    T counts the BOS token, but the arrays leave it out.
+    """
 
     token_id: NDArray[np.int32]
-    """[C, T-1]"""
+    """Token ids, [C, T-1]."""
     document: NDArray[np.int64]
-    """[C, T-1] number of the document among all documents of the text."""
+    """Number of each token's document among all documents of the text, [C, T-1]."""
     position: NDArray[np.int32]
-    """[C, T-1] index of the token within its document."""
+    """Index of each token within its document, [C, T-1]."""
     bos_id: int
+    """Id of the token that begins every context."""
     dropped_ids: tuple[int, ...]
-    """Tokens whose rows are not stored."""
+    """Ids of the tokens whose rows are not stored."""
 
     def __len__(self) -> int:
         return len(self.token_id)
 
     def input_ids(self, contexts: NDArray[np.int64]) -> NDArray[np.int64]:
-        """[n, T] what the model reads, BOS first, for the contexts of these numbers."""
+        """Return the model's input [n, T], BOS first, for n contexts given by number."""
         tokens = self.token_id[contexts].astype(np.int64)
         return np.pad(tokens, ((0, 0), (1, 0)), constant_values=self.bos_id)
 
     def kept(self, contexts: NDArray[np.int64]) -> NDArray[np.bool_]:
-        """[n, T-1] which rows are stored; position 0 of a context never is, and has no column."""
+        """Return a mask [n, T-1] of the rows that are stored, for n contexts given by number.
+
+        Position 0 of a context (BOS) is never stored and has no column in the mask.
+        """
         return np.isin(self.token_id[contexts], self.dropped_ids, invert=True)
 
 
 @dataclass(frozen=True)
 class Contexts:
-    """Both splits of a text under one tokenizer."""
+    """Both splits of a text, tokenised by one tokenizer."""
 
     folder: Path
+    """Cache folder with the memory-mapped files."""
     context_tokens: int
+    """Tokens per context, BOS included."""
     n_documents: int
+    """Number of documents in both splits together."""
     bos_id: int
+    """Id of the token that begins every context."""
     separator_id: int
+    """Id of the token that follows every document."""
     train: Split
     heldout: Split
 
 
 @dataclass(frozen=True)
 class ItemPlan:
-    """Which contexts each work item holds: a pure function of (text, tokenizer, data, seed)."""
+    """The contexts of each work item: a pure function of (text, tokenizer, data, seed)."""
 
     order: NDArray[np.int64]
-    """[contexts] numbers of the training contexts that are stored, in the order of the items."""
+    """Numbers of the training contexts to harvest, in the order of the items, [contexts]."""
     contexts_per_item: int
+    """Contexts in each work item, except that the last one may have fewer."""
     n_rows: int
-    """Rows stored in all, dropped ones not counted."""
+    """Total number of stored rows, without the dropped ones."""
 
     @property
     def n_items(self) -> int:
-        """Work items; the last one may hold fewer contexts."""
+        """Number of work items; the last one may have fewer contexts."""
         return -(-len(self.order) // self.contexts_per_item)
 
     def contexts(self, item: int) -> NDArray[np.int64]:
-        """[contexts_per_item] or fewer: the contexts of a work item."""
+        """Return the numbers of the contexts in a work item, at most [contexts_per_item]."""
         return self.order[item * self.contexts_per_item : (item + 1) * self.contexts_per_item]
 
 
 def prepare_contexts(data: DataConfig, tokenizer: Any, cache_dir: Path) -> Contexts:
-    """Tokenises the text into the cache, once, and opens it.
+    """Tokenise the text into the cache, unless it is there already, and open it.
 
     Raises:
-        TextError: The text cannot be read, or the tokenizer has no token that can begin a context.
+        TextError: If the text cannot be read, or the tokenizer has neither BOS nor EOS token.
     """
     source = find_text(data)
     bos_id, separator_id = boundary_ids(tokenizer)
@@ -133,64 +147,75 @@ def prepare_contexts(data: DataConfig, tokenizer: Any, cache_dir: Path) -> Conte
 
 
 def boundary_ids(tokenizer: Any) -> tuple[int, int]:
-    """The token that begins a context, and the one that separates documents.
+    """Return the id of the token that begins a context and of the one that separates documents.
 
-    `<|endoftext|>` is both where the vocabulary has it: models of that family were pre-trained so,
-    and their chat versions name other tokens as BOS and EOS. Otherwise BOS and EOS, each standing
-    in for the other where one is missing.
+    If the vocabulary has `<|endoftext|>`, it is used for both: these models were pre-trained with
+    it, although their chat versions declare other tokens as BOS and EOS. Otherwise the tokens are
+    BOS and EOS; if one is missing, the other is used for both.
 
     Raises:
-        TextError: The tokenizer has none of them.
+        TextError: If the tokenizer has none of these tokens.
     """
     end_of_text = tokenizer.get_vocab().get("<|endoftext|>")
     if end_of_text is not None:
         return int(end_of_text), int(end_of_text)
     bos_id, eos_id = tokenizer.bos_token_id, tokenizer.eos_token_id
     if bos_id is None and eos_id is None:
-        raise TextError("the tokenizer has neither a BOS nor an EOS token; give it one and save it")
+        raise TextError(
+            "the tokenizer has neither a BOS nor an EOS token; set one of them in the model's "
+            "tokenizer and save it"
+        )
     return int(eos_id if bos_id is None else bos_id), int(bos_id if eos_id is None else eos_id)
 
 
 def is_heldout(text: str, fraction: float) -> bool:
-    """Decides a document's split from its text alone: copies of a document land together."""
+    """Return True if a document belongs to the held-out split.
+
+    The decision depends on the text alone, so that copies of a document are in the same split.
+    """
     head = hashlib.sha256(text.encode()).digest()[:8]
     return int.from_bytes(head, "big") < fraction * 2**64
 
 
 def plan_items(split: Split, seed: int, tokens: int, shard_tokens: int) -> ItemPlan:
-    """Takes contexts in a seeded random order until `tokens` rows are reached, or all of them.
+    """Choose contexts in a seeded random order until they hold `tokens` rows, or take all of them.
 
     Args:
         split: The training contexts.
         seed: Seed of the run.
-        tokens: Rows wanted.
-        shard_tokens: Rows that fit into one work item.
+        tokens: Number of rows to store.
+        shard_tokens: Number of rows that fit into one work item.
 
     Raises:
-        TextError: No context of training text, or one context does not fit into an item.
+        TextError: If the split is empty, a context does not fit into an item, or no row would be
+            stored.
     """
     if not len(split):
         raise TextError(
-            "data.path: the training part of the text is shorter than one context; "
+            "data.path: the training split of the text is shorter than one context; "
             "add text, or lower data.context_tokens or data.heldout_fraction"
         )
     rows_per_context = split.token_id.shape[1]
     if rows_per_context > shard_tokens:
         raise TextError(
-            f"store.shard_tokens={shard_tokens}: expected at least the {rows_per_context} rows of "
-            "a context; raise it, or lower data.context_tokens"
+            f"store.shard_tokens={shard_tokens}: expected at least {rows_per_context}, the number "
+            "of rows in a context; raise it, or lower data.context_tokens"
         )
     order = np.random.default_rng([seed, 0]).permutation(len(split))
-    n_rows, n_contexts = 0, 0
+    n_rows = 0
+    n_contexts = 0
     for start in range(0, len(order), PLAN_CONTEXTS):
         rows = n_rows + np.cumsum(split.kept(order[start : start + PLAN_CONTEXTS]).sum(axis=1))
-        enough = int(np.searchsorted(rows, tokens))
+        enough = int(np.searchsorted(rows, tokens))  # first context that reaches `tokens` rows
         n_contexts = start + min(enough + 1, len(rows))
         n_rows = int(rows[n_contexts - start - 1])
         if n_rows >= tokens:
             break
     if not n_rows:
-        raise TextError("data.path: the text holds nothing but special tokens")
+        raise TextError(
+            "data.path: the text consists of special tokens only; expected other text, or set "
+            "data.drop_special_tokens=false"
+        )
     return ItemPlan(order[:n_contexts], shard_tokens // rows_per_context, n_rows)
 
 
@@ -201,6 +226,7 @@ def _write_streams(
     heldout_fraction: float,
     target: Path,
 ) -> dict[str, Any]:
+    """Write the token streams of both splits to `target`; return the counts for `meta.json`."""
     files = {
         (split, column): (target / f"{split}.{column}.bin").open("wb")
         for split in SPLITS
@@ -238,7 +264,8 @@ def _batches(documents: Iterator[str]) -> Iterator[list[str]]:
         characters += len(text)
         if characters >= BATCH_CHARACTERS:
             yield batch
-            batch, characters = [], 0
+            batch = []
+            characters = 0
     if batch:
         yield batch
 
@@ -251,7 +278,7 @@ def _open_split(
         file = folder / f"{name}.{column}.bin"
         width = context_tokens - 1
         shape = (file.stat().st_size // dtype.itemsize // width, width)
-        # An empty file cannot be mapped.
+        # An empty file cannot be memory-mapped.
         columns[column] = (
             np.memmap(file, dtype, "r", shape=shape) if shape[0] else np.zeros(shape, dtype)
         )

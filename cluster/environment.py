@@ -1,4 +1,4 @@
-"""What a figure was measured on: hardware, versions, commit and command."""
+"""The environment of a measurement: hardware, package versions, commit and command."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ PACKAGES = ("torch", "triton", "deepspeed", "ray", "zarr", "tensorstore", "numpy
 
 
 def hardware() -> dict[str, Any]:
-    """CPU, cores, memory and GPUs of this machine; neither its name nor its addresses."""
+    """Return CPU, cores, memory and GPUs of this machine, without its name and addresses."""
     return {
         "cpu": _cpu_model(),
         "cores": len(os.sched_getaffinity(0))
@@ -29,7 +29,7 @@ def hardware() -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    """Python's version and that of each installed package a figure may depend on."""
+    """Return the versions of Python and of the installed packages that affect measurements."""
     found = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
@@ -40,7 +40,10 @@ def versions() -> dict[str, str]:
 
 
 def commit() -> str:
-    """Commit of this checkout, `-dirty` when tracked files differ; "unknown" outside git."""
+    """Return the commit of this checkout, or "unknown" outside git.
+
+    The suffix `-dirty` means that tracked files were changed.
+    """
     try:
         head = _git("rev-parse", "HEAD")
         changed = _git("status", "--porcelain", "--untracked-files=no")
@@ -50,18 +53,18 @@ def commit() -> str:
 
 
 def command() -> str:
-    """The command line of this process, with `python` in place of the interpreter's path."""
+    """Return the command line of this process, with `python` for the interpreter's path."""
     return shlex.join(["python", *sys.orig_argv[1:]])
 
 
 def threads() -> int | None:
-    """Threads torch uses inside an operation; None when torch is not loaded in this process."""
+    """Return torch's number of threads per operation, or None if torch is not imported."""
     torch = sys.modules.get("torch")
     return int(torch.get_num_threads()) if torch is not None else None
 
 
 def environment() -> dict[str, Any]:
-    """All of the above: what a run or a benchmark was made on."""
+    """Return hardware, versions, commit and command of this process in one dictionary."""
     return {
         "hardware": {**hardware(), "threads": threads()},
         "versions": versions(),
@@ -89,7 +92,7 @@ def _cpu_model() -> str:
 
 
 def memory_bytes() -> int | None:
-    """Memory of this machine; None where it cannot be told."""
+    """Return the size of this machine's memory, or None if the system does not report it."""
     try:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, ValueError, OSError):
@@ -97,7 +100,7 @@ def memory_bytes() -> int | None:
 
 
 def _gpus() -> list[str]:
-    """Names of the GPUs torch sees; a benchmark that never loaded torch used none."""
+    """Return the names of the GPUs that torch sees; none if the process has not imported torch."""
     torch = sys.modules.get("torch")
     if torch is None or not torch.cuda.is_available():
         return []

@@ -1,43 +1,43 @@
-"""What can go wrong in and between the stages; each says the value, what was expected, a remedy."""
+"""Errors of the stages. Each text gives the value, what was expected, and a remedy."""
 
 from __future__ import annotations
 
 
 class ClusterError(Exception):
-    """Base of every error this package raises on purpose."""
+    """Base class of the errors that this package raises on purpose."""
 
 
 class ModelError(ClusterError):
-    """The language model or its tokenizer cannot be loaded, or has no such hookpoint."""
+    """The language model or its tokenizer could not be loaded, or a hookpoint was not found."""
 
 
 class TextError(ClusterError):
-    """The text cannot be read, or there is too little of it."""
+    """The text could not be read, or there is too little of it."""
 
 
 class NonFiniteRowsError(ClusterError):
-    """The language model gave activations that are NaN or infinite; they were not stored."""
+    """The language model produced NaN or infinite activations, which were not stored."""
 
 
 class RunDirError(ClusterError):
-    """The run folder is in use, or belongs to another config."""
+    """The run folder is in use by another process, or belongs to a run with another config."""
 
 
 class PlacementError(ClusterError):
-    """The cluster cannot give the ranks what they ask for."""
+    """The cluster does not have the resources that workers or ranks need."""
 
 
 class RankFailedError(ClusterError):
-    """Trainer ranks died more often than the config allows."""
+    """Trainer ranks failed more often than `cluster.max_failures` allows."""
 
 
 class SweepFailedError(ClusterError):
-    """Some cells of a sweep failed; the others are done."""
+    """Some cells of a sweep failed; the other cells are finished."""
 
 
 class PreemptedError(ClusterError):
-    """Somebody asked the trainer ranks to stop; they have saved, and the same command resumes."""
+    """Training was preempted after saving a checkpoint; rerun the command to resume."""
 
 
 class SchedulerError(ClusterError):
-    """The scheduler is not there, does not answer, or refuses what it was asked."""
+    """The scheduler was not found, did not answer, or refused a request."""

@@ -1,7 +1,7 @@
-"""The harvest stage: text through the language model into the activation store.
+"""The harvest stage: run text through the language model and store the activations.
 
-The driver tokenises, plans the work items and creates the store; Ray workers compute the items. It
-never loads the model's weights. Running it again does only the items that are missing.
+The driver tokenises the text, plans the work items and creates the store, but never loads the
+model's weights. Ray workers compute the items. A rerun computes only the items that are missing.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class HarvestJob:
-    """One harvest, planned and ready to run."""
+    """A harvest that is planned and ready to run."""
 
     config: RunConfig
     run_dir: Path
@@ -35,32 +35,34 @@ class HarvestJob:
     plan: ItemPlan
     provenance: dict[str, Any]
     claim: Claim
-    """Of this run to the store; taken before the first item, released by whoever has planned."""
+    """This run's harvest lock on the store. Taken before the first item; the caller of `prepare`
+    releases it."""
     resuming: bool
-    """The store exists already."""
+    """True if the store already exists."""
     console: Console
     live: bool
-    """Whether progress may take the terminal's live line."""
+    """True if progress may use the terminal's live line."""
 
 
 MayStart = Callable[[int | None], bool]
-"""Whether an item may be begun; None: only whether to go on."""
+"""Called with an item number: return True if that item may start now. Called with None when no
+item is being considered; the result is then ignored. It raises to end the harvest."""
 
 
 def run(config: RunConfig, run_dir: Path) -> None:
-    """Fills the store with `data.tokens` rows per hookpoint; returns at once if it is full already.
+    """Fill the store with `data.tokens` rows per hookpoint; do nothing if it is already full.
 
-    Leaves `harvest.json` in the run folder: tokens, items, seconds and tokens_per_s (of this
-    session, from the start of Ray to the finalised store; null when nothing was left to do),
-    workers, hookpoints and store_bytes.
+    Writes `harvest.json` to the run folder with the keys tokens, items, seconds, tokens_per_s,
+    workers, hookpoints and store_bytes. `seconds` and `tokens_per_s` cover this session only, from
+    the start of Ray to the finalised store; `tokens_per_s` is null if no item was left to compute.
 
     Raises:
-        StoreMismatchError: The store holds other rows than these; raised before any work.
-        ModelError: No such model or hookpoint.
-        TextError: The text cannot be read, or there is none.
-        PlacementError: The cluster has no room for the workers.
-        ConfigError: The model cannot be split into `model.shards`.
-        StoreBusyError: Another run is harvesting this store; names it.
+        StoreMismatchError: If the store holds rows of other settings; raised before any work.
+        ModelError: If the model or a hookpoint does not exist.
+        TextError: If the text is missing, empty or unreadable.
+        PlacementError: If the cluster has no room for the workers.
+        ConfigError: If the model cannot be split into `model.shards` parts.
+        StoreBusyError: If another run is harvesting this store; the error names it.
     """
     job = prepare(config, run_dir)
     if job is not None:
@@ -71,13 +73,23 @@ def run(config: RunConfig, run_dir: Path) -> None:
 def prepare(
     config: RunConfig, run_dir: Path, console: Console | None = None, live: bool = True
 ) -> HarvestJob | None:
-    """Tokenises and plans; None when the store is full already. Raises as `run`.
+    """Tokenise the text and plan the harvest.
 
     Args:
-        config: of the run.
-        run_dir: its folder.
-        console: where progress is shown.
-        live: as one live line on a terminal; False where somebody else has that line.
+        config: Configuration of the run.
+        run_dir: Folder of the run.
+        console: Where progress is shown; None: a new console on standard output.
+        live: Show progress as one live line on a terminal. Use False when another progress
+            display already has that line.
+
+    Returns:
+        The planned harvest, or None if the store is already full.
+
+    Raises:
+        StoreMismatchError: If the store holds rows of other settings.
+        ModelError: If the model does not exist.
+        TextError: If the text is missing, empty or unreadable.
+        ConfigError: If the model cannot be split into `model.shards` parts.
     """
     from rich.console import Console
 
@@ -94,7 +106,7 @@ def prepare(
     provenance = describe(config, tokenizer, cache_dir)
     existing = matching_store(path, config, provenance)
     if existing and existing.finalised:
-        console.print(f"harvest: {path} holds all {existing.n_tokens:,} rows already")
+        console.print(f"harvest: {path} already holds all {existing.n_tokens:,} rows")
         if not (run_dir / "harvest.json").is_file():
             _write_summary(config, run_dir, path, {"seconds": 0.0, "tokens_per_s": None})
         return None
@@ -102,7 +114,7 @@ def prepare(
     plan = plan_items(contexts.train, config.seed, config.data.tokens, config.store.shard_tokens)
     if plan.n_rows < config.data.tokens:
         console.print(
-            f"harvest: the text gives {plan.n_rows:,} rows, fewer than data.tokens="
+            f"harvest: the text yields only {plan.n_rows:,} rows, fewer than data.tokens="
             f"{config.data.tokens:,}; storing all of them"
         )
     claim = Claim(path, consumer_name(config, run_dir))
@@ -110,11 +122,12 @@ def prepare(
 
 
 def fill(job: HarvestJob, may_start: MayStart = lambda _: True) -> None:
-    """Computes the missing items, finalises the store and leaves the summary.
+    """Compute the missing items, finalise the store and write `harvest.json`.
 
     Args:
-        job: of `prepare`.
-        may_start: holds workers back while it says no; what it raises ends the harvest.
+        job: The harvest that `prepare` planned.
+        may_start: Items wait while this returns False; an exception that it raises ends the
+            harvest.
     """
     session = _fill(job, may_start)
     _write_summary(job.config, job.run_dir, job.store, session)
@@ -129,7 +142,7 @@ def _fill(job: HarvestJob, may_start: MayStart) -> dict[str, Any]:
 
     config = job.config
     if job.resuming:
-        job.claim.take()  # before anything is started
+        job.claim.take()  # fail before Ray and the workers are started
     started = time.monotonic()
     shards = config.model.shards
     with ray_session(config.cluster, min_cpus=config.cluster.harvest_workers * shards):
@@ -165,10 +178,14 @@ def _workers(wanted: int, shards: int, console: Console) -> tuple[int, str]:
     room = gpus // shards
     if not room:
         raise PlacementError(
-            f"model.shards={shards}: expected as many GPUs, the cluster has {gpus}; lower it"
+            f"model.shards={shards}: expected at most {gpus}, the number of GPUs in the cluster; "
+            "lower model.shards or add GPUs"
         )
     if room < wanted:
-        console.print(f"harvest: {room} workers for {gpus} GPUs (cluster.harvest_workers={wanted})")
+        console.print(
+            f"harvest: using {room} workers, as {gpus} GPUs have room for no more "
+            f"(cluster.harvest_workers={wanted})"
+        )
     return min(wanted, room), "cuda"
 
 
@@ -192,26 +209,31 @@ def _create(job: HarvestJob, pool: WorkerPool) -> StoreWriter:
 
 
 def _run_items(job: HarvestJob, pool: WorkerPool, writer: StoreWriter, may_start: MayStart) -> int:
-    """Returns the rows computed now."""
+    """Compute the missing items and return the number of rows computed in this session."""
     from cluster.progress import ProgressLine, duration
 
-    plan, committed = job.plan, writer.committed_items()
+    plan = job.plan
+    committed = writer.committed_items()
     todo = [item for item in range(plan.n_items) if item not in committed]
     if committed:
-        job.console.print(f"harvest: {len(committed)} of {plan.n_items} items are there already")
-    rows, finished = 0, 0
+        job.console.print(
+            f"harvest: {len(committed)} of {plan.n_items} items are already committed"
+        )
+    rows = 0
+    finished = 0
 
     def may_go_on(item: int | None) -> bool:
-        job.claim.check()
+        job.claim.check()  # stop writing as soon as another run holds the harvest lock
         return may_start(item)
 
     started = time.monotonic()
     with ProgressLine(job.console, live=job.live) as line:
         for new_rows in pool.run(((item, plan.contexts(item)) for item in todo), may_go_on):
             if new_rows is not None:
-                rows, finished = rows + new_rows, finished + 1
+                rows += new_rows
+                finished += 1
             seconds = time.monotonic() - started
-            # Calibration computed the first item already: it says nothing about the rate.
+            # Calibration already computed the first item, so its time says nothing about the rate.
             known = finished > 1
             eta = duration(seconds / finished * (len(todo) - finished)) if known else "?"
             rate = f"{rows / seconds:,.0f}" if known else "?"

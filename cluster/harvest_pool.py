@@ -1,4 +1,4 @@
-"""A pool of harvest workers: placed or refused, kept busy with a bounded number of items each."""
+"""A pool of harvest workers, each of which has a bounded number of items in flight."""
 
 from __future__ import annotations
 
@@ -17,20 +17,23 @@ from cluster.harvest_worker import HarvestWorker, WorkerSpec
 
 POLL_S = 0.5
 STARTS_WITHOUT_PROGRESS = 5
-"""Starts per worker, with no item finished between them, after which the harvest gives up."""
+"""The harvest gives up after this many starts per worker without a finished item in between."""
 
 Work = tuple[int, NDArray[np.int64]]
-"""Item number and the contexts it holds."""
+"""Item number, and the numbers of the contexts in that item."""
 
 
 class WorkerPool:
-    """Ray actors that restart by themselves; use as a context manager inside a ray_session."""
+    """Ray actors that Ray restarts when they die.
+
+    Use as a context manager inside a `ray_session`.
+    """
 
     def __init__(self, spec: WorkerSpec, n_workers: int, config: ClusterConfig) -> None:
-        """Places the workers.
+        """Start the workers and wait until Ray has placed all of them.
 
         Raises:
-            PlacementError: Not all of them within `config.placement_timeout_s`.
+            PlacementError: If some are not placed within `config.placement_timeout_s`.
         """
         import ray
 
@@ -49,9 +52,9 @@ class WorkerPool:
         if missing:
             self.close()
             raise PlacementError(
-                f"cluster.harvest_workers={n_workers}: {len(ready)} were placed within "
-                f"cluster.placement_timeout_s={config.placement_timeout_s:g}; the cluster has "
-                f"{ray.cluster_resources()} and each needs {slots} on one node; lower "
+                f"cluster.harvest_workers={n_workers}: only {len(ready)} workers were placed "
+                f"within cluster.placement_timeout_s={config.placement_timeout_s:g}; the cluster "
+                f"has {ray.cluster_resources()} and each worker needs {slots} on one node; lower "
                 "cluster.harvest_workers or model.shards"
             )
 
@@ -62,7 +65,7 @@ class WorkerPool:
         self.close()
 
     def close(self) -> None:
-        """Ends the workers."""
+        """Stop the workers."""
         import ray
 
         for worker in self.workers:
@@ -70,7 +73,7 @@ class WorkerPool:
         shutil.rmtree(self._spec.starts_dir, ignore_errors=True)
 
     def calibrate(self, work: Work) -> dict[str, Any]:
-        """Has the first worker measure every hookpoint while the others load the model."""
+        """Measure every hookpoint with the first worker while the others load the model."""
         loading = [worker.warm_up.remote() for worker in self.workers[1:]]
         moments: dict[str, Any] = self._result(self.workers[0].calibrate.remote(*work))
         for reference in loading:
@@ -80,22 +83,25 @@ class WorkerPool:
     def run(
         self, work: Iterable[Work], may_start: Callable[[int | None], bool] = lambda _: True
     ) -> Iterator[int | None]:
-        """Runs every item; yields the rows of each finished one, and None while none has finished.
+        """Run every item and report progress at least every `POLL_S` seconds.
 
         Args:
-            work: the items, in the order in which they are begun.
-            may_start: whether an item may be begun; asked again and again, with None when there
-                is none to begin. What it raises ends the run.
+            work: The items, in the order in which they start.
+            may_start: Called with the next item's number until it returns True, and with None
+                once per poll. An exception that it raises ends the run.
+
+        Yields:
+            The number of rows of each item as it finishes, or None if a poll saw none finish.
 
         Raises:
-            ClusterError: Workers keep dying without finishing an item.
+            ClusterError: If workers keep dying without finishing an item.
         """
         import ray
 
         queue = iter(work)
         upcoming = next(queue, None)
-        free = deque(self.workers * self._in_flight)
-        pending: dict[Any, tuple[Any, Work]] = {}  # task -> the worker that has it, and the item
+        free = deque(self.workers * self._in_flight)  # one entry for each free place of a worker
+        pending: dict[Any, tuple[Any, Work]] = {}  # task -> its worker and its item
         patience = _Patience(self._placement_timeout_s)
         finished: set[int] = set()
         starts = self._starts()
@@ -104,7 +110,7 @@ class WorkerPool:
             if upcoming is None and not open_items:
                 return
             if not open_items:
-                patience.reset()  # nobody has anything to do
+                patience.reset()  # idle time must not count as a stall
             may_start(None)
             while upcoming is not None and free and may_start(upcoming[0]):
                 worker = free.popleft()
@@ -121,14 +127,15 @@ class WorkerPool:
                 free.append(worker)
                 starts = self._starts()
                 patience.reset()
-                if item not in finished:
+                if item not in finished:  # a reassigned item finishes twice
                     finished.add(item)
                     yield rows
             if not done:
                 self._refuse_endless_restarts(starts)
                 if patience.lost():
-                    # A worker whose node is lost waits for a place, perhaps for ever, and a frozen
-                    # one never answers. Two workers on one item do no harm: their bytes are equal.
+                    # A frozen worker never answers, and one whose node is lost may never be
+                    # placed again. Give their items to idle workers as well: two workers may
+                    # safely compute the same item because they produce the same bytes.
                     idle = [w for w in free if free.count(w) == self._in_flight]
                     for worker, again in zip(idle, open_items, strict=False):
                         free.remove(worker)
@@ -136,6 +143,7 @@ class WorkerPool:
                 yield None
 
     def _result(self, task: Any) -> Any:
+        """Wait for a task and return its result; raise ClusterError if workers keep dying."""
         import ray
 
         starts = self._starts()
@@ -145,40 +153,48 @@ class WorkerPool:
             except ray.exceptions.GetTimeoutError:
                 self._refuse_endless_restarts(starts)
             except ray.exceptions.RayTaskError as error:
-                # Ours, as the worker raised it, without the wrapping that repeats its traceback.
+                # Raise the worker's own error: Ray's wrapper repeats the traceback in its text.
                 raise error.cause from error
 
     def _starts(self) -> int:
+        """Return how often workers have started so far, restarts included."""
         return sum(1 for _ in self._spec.starts_dir.iterdir())
 
     def _refuse_endless_restarts(self, starts_at_last_progress: int) -> None:
         starts = self._starts() - starts_at_last_progress
         if starts > STARTS_WITHOUT_PROGRESS * len(self.workers):
             raise ClusterError(
-                f"harvest workers died {starts} times without finishing an item: they are killed "
-                "from outside or crash, most often for lack of memory; lower "
-                "cluster.harvest_workers"
+                f"harvest workers died {starts} times without finishing an item: they crash or "
+                "are killed, most often for lack of memory; lower cluster.harvest_workers"
             )
 
 
 class _Patience:
-    """Runs out when no item has been finished for far longer than any took before."""
+    """A timeout for stalled items that adapts to how long items take.
+
+    It runs out after three times the longest wait for a finished item so far, and not before
+    `least_s` seconds.
+    """
 
     def __init__(self, least_s: float) -> None:
-        self._least_s, self._longest_s = least_s, 0.0
-        self._since, self._ran_out = time.monotonic(), False
+        self._least_s = least_s
+        self._longest_s = 0.0
+        self._since = time.monotonic()
+        self._ran_out = False
 
     def reset(self) -> None:
-        """An item was finished, or none is under way."""
+        """Restart the timeout because an item finished or none is in flight."""
         now = time.monotonic()
-        if not self._ran_out:
+        if not self._ran_out:  # a stall says nothing about how long items normally take
             self._longest_s = max(self._longest_s, now - self._since)
-        self._since, self._ran_out = now, False
+        self._since = now
+        self._ran_out = False
 
     def lost(self) -> bool:
-        """Whether it has run out; it then begins anew."""
+        """Return True if the timeout has run out, and restart it in that case."""
         now = time.monotonic()
         if now - self._since <= max(self._least_s, 3 * self._longest_s):
             return False
-        self._since, self._ran_out = now, True
+        self._since = now
+        self._ran_out = True
         return True

@@ -1,7 +1,7 @@
-"""One harvest worker: runs the language model over work items and commits them to the store.
+"""The harvest worker: run the language model over work items and commit them to the store.
 
-An item is a pure function of (text, tokenizer, model, data, seed, item number), so Ray may restart
-the worker and run an item again at any moment: the second attempt gives the same bytes.
+An item is a pure function of (text, tokenizer, model, data, seed, item number). Ray may therefore
+restart the worker and run an item again at any time: the second attempt gives the same bytes.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class WorkerSpec:
-    """All that a worker needs to start, and to start again after it was killed."""
+    """Everything a worker needs to start, and to start again after it was killed."""
 
     model: ModelConfig
     data: DataConfig
@@ -38,16 +38,17 @@ class WorkerSpec:
     store_path: str
     cache_dir: Path
     device: str
-    """cpu or cuda."""
+    """Device of the model: cpu or cuda."""
     starts_dir: Path
-    """Folder where each start leaves a file: how the driver sees that workers keep dying."""
+    """Folder in which each start of a worker creates a file. The driver counts the files to notice
+    workers that keep dying."""
 
 
 class HarvestWorker:
-    """A Ray actor; holds nothing that a restart could not rebuild from its WorkerSpec."""
+    """A Ray actor whose whole state can be rebuilt from its WorkerSpec after a restart."""
 
     def __init__(self, spec: WorkerSpec) -> None:
-        # Before torch is imported: threads that spin while they wait slow the other workers down.
+        # Set before torch is imported: threads that spin while waiting slow other workers down.
         os.environ["OMP_WAIT_POLICY"] = "passive"
         os.environ["TOKENIZERS_PARALLELISM"] = "false"
         self.spec = spec
@@ -56,30 +57,38 @@ class HarvestWorker:
         (spec.starts_dir / start).touch()
 
     def ready(self) -> None:
-        """Returns as soon as Ray has placed the worker; nothing heavy is loaded by then."""
+        """Return as soon as Ray has placed the worker, before anything heavy is loaded."""
 
     def warm_up(self) -> None:
-        """Loads what items need, so that an impossible model or text is told before any item."""
+        """Load the model and the text, so that errors in either show up before the first item."""
         _ = self._forward, self._split
 
     def calibrate(self, item: int, contexts: NDArray[np.int64]) -> dict[str, Calibration]:
-        """Mean, standard deviation and norm of every hookpoint over the rows of one item.
+        """Compute mean, standard deviation and norm of every hookpoint over the rows of one item.
 
         The norm is the mean Euclidean distance of a row from the mean row.
+
+        Args:
+            item: Number of the work item.
+            contexts: [n] numbers of the contexts in the item.
         """
         from activation_store import Calibration
 
         rows, sidecars = self._compute(item, contexts)
-        self._computed = (item, rows, sidecars)  # the next thing asked for is this very item
+        self._computed = (item, rows, sidecars)  # `run_item` is called for this item next
         return {
             name: Calibration(*_moments(values.astype(np.float64))) for name, values in rows.items()
         }
 
     def run_item(self, item: int, contexts: NDArray[np.int64]) -> int:
-        """Computes the rows of an item, commits them, and returns how many there are.
+        """Compute the rows of an item, commit them, and return how many there are.
+
+        Args:
+            item: Number of the work item.
+            contexts: [n] numbers of the contexts in the item.
 
         Raises:
-            NonFiniteRowsError: Some are not finite; the item is not committed.
+            NonFiniteRowsError: If some rows are not finite; the item is then not committed.
         """
         if self._computed and self._computed[0] == item:
             rows, sidecars = self._computed[1:]
@@ -101,7 +110,7 @@ class HarvestWorker:
             column: getattr(self._split, column)[contexts][kept]
             for column in ("token_id", "document", "position")
         }
-        # Pools are permuted before they are written: a chunk then mixes the item's documents.
+        # Permute the rows of the item, so that every chunk mixes rows of many documents.
         order = np.random.default_rng([self.spec.seed, 1, item]).permutation(kept.sum())
         return (
             {name: values[order] for name, values in rows.items()},
@@ -119,7 +128,10 @@ class HarvestWorker:
 
     @cached_property
     def _forward(self) -> Callable[[NDArray[np.int64]], dict[str, Tensor]]:
-        """Input ids [contexts, context_tokens] to the hookpoints' outputs; loads the model."""
+        """Function from input ids [contexts, context_tokens] to the hookpoints' outputs.
+
+        The first access loads the model.
+        """
         import torch
 
         from cluster.model_shards import ModelShards
@@ -149,7 +161,7 @@ class HarvestWorker:
 
 
 def to_numpy(rows: Tensor) -> NDArray[Any]:
-    """[n, D] on the CPU: bfloat16 stays bfloat16 (ml_dtypes), everything else becomes float32."""
+    """Copy rows [n, D] to the CPU: bfloat16 stays bfloat16 (ml_dtypes), the rest become float32."""
     import ml_dtypes
     import torch
 
@@ -161,9 +173,18 @@ def to_numpy(rows: Tensor) -> NDArray[Any]:
 def require_finite(
     item: int, rows: dict[str, NDArray[Any]], sidecars: dict[str, NDArray[Any]]
 ) -> None:
-    """Raises: NonFiniteRowsError: naming the item, the array and the first such row's origin.
+    """Check that all values are finite before the item is committed.
 
-    Here and not where they are read: a trainer beside the harvest would already have met them.
+    A later check would be too late: a concurrent trainer reads items as soon as they are committed.
+
+    Args:
+        item: Number of the work item, for the error text.
+        rows: [n, D] for each hookpoint.
+        sidecars: [n] `document` and `position` of each row, for the error text.
+
+    Raises:
+        NonFiniteRowsError: If a value is NaN or infinite; the error names the item, the array and
+            the origin of the first such row.
     """
     for name, values in rows.items():
         bad = ~np.isfinite(values)
@@ -171,14 +192,15 @@ def require_finite(
             row = int(bad.any(axis=1).argmax())
             document, position = (int(sidecars[key][row]) for key in ("document", "position"))
             raise NonFiniteRowsError(
-                f"item {item}: {name} holds {int(bad.sum())} numbers that are not finite in "
+                f"item {item}: {name} has {int(bad.sum())} values that are not finite in "
                 f"{int(bad.any(axis=1).sum())} rows, the first at document {document}, position "
-                f"{position}: expected finite activations; the item is not stored; float16 "
-                "overflows in many models: try model.dtype=bfloat16 or float32 in a new store"
+                f"{position}; expected finite activations. The item was not stored. float16 "
+                "overflows in many models: use model.dtype=bfloat16 or float32 and a new store"
             )
 
 
 def _moments(rows: NDArray[np.float64]) -> tuple[NDArray[Any], NDArray[Any], float]:
+    """Return mean [D], standard deviation [D] and mean distance from the mean of rows [n, D]."""
     mean = rows.mean(axis=0)
     norm = float(np.linalg.norm(rows - mean, axis=1).mean())
     return mean, rows.std(axis=0), norm

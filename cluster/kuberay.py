@@ -1,4 +1,4 @@
-"""A run as a RayJob of KubeRay's: a Ray cluster of its own, which goes when the run is over."""
+"""Write a run as a RayJob of KubeRay, with its own Ray cluster that is deleted after the run."""
 
 from __future__ import annotations
 
@@ -15,27 +15,28 @@ from cluster.submit_config import SubmitConfig
 from cluster.submitted import dns_name
 
 _AFTER_GRACE_S = 30
-"""For Ray's processes to end, once the last checkpoint is saved."""
-_HEAD_CPUS, _HEAD_MEMORY = 4, "16Gi"
+"""Seconds for Ray's processes to end after the last checkpoint is saved."""
+_HEAD_CPUS = 4
+_HEAD_MEMORY = "16Gi"
 _NOT_PLAIN = re.compile(r"[$`\"'\\&|;<>()*?#~!\n]")
 
 
 def submit_command(_config: SubmitConfig, path: Path) -> str:
-    """What submits the file."""
+    """Return the shell command that submits the file."""
     return f"kubectl create -f {shlex.quote(str(path))}"
 
 
 def render(config: SubmitConfig, name: str, command: list[str], grace_s: float) -> str:
-    """The RayJob, as YAML.
+    """Return the RayJob as YAML.
 
     Args:
-        config: of the job.
-        name: of the run.
-        command: the driver's, in the image.
-        grace_s: seconds that the run takes for its last checkpoint (`checkpoint.grace_s`).
+        config: Settings of the job.
+        name: Name of the run.
+        command: Command of the driver inside the image.
+        grace_s: Seconds that the run may take for its last checkpoint (`checkpoint.grace_s`).
 
     Raises:
-        SchedulerError: KubeRay could not pass the command on.
+        SchedulerError: If the command has characters that KubeRay would not pass on unchanged.
     """
     end_s = int(grace_s) + _AFTER_GRACE_S
     labels = {"app.kubernetes.io/name": "latent-foundry", "app.kubernetes.io/instance": _dns(name)}
@@ -50,7 +51,7 @@ def render(config: SubmitConfig, name: str, command: list[str], grace_s: float) 
         "apiVersion": "ray.io/v1",
         "kind": "RayJob",
         "metadata": {
-            # Not `name`: a second submission of a run is a job of its own, and resumes it.
+            # Not `name`, so that the file can be submitted again: the new job resumes the run.
             "generateName": f"{_dns(name)}-",
             "namespace": config.namespace,
             "labels": labels,
@@ -65,12 +66,12 @@ def render(config: SubmitConfig, name: str, command: list[str], grace_s: float) 
                 {"env_vars": {"PYTHONUNBUFFERED": "1", "RAY_JOB_STOP_WAIT_TIME_S": str(end_s)}}
             ),
             "rayClusterSpec": {
-                "rayVersion": version("ray"),  # without it the operator refuses a token
-                # The nodes know each other by a token that the operator makes.
+                "rayVersion": version("ray"),  # the operator requires it for authentication
+                # The nodes authenticate each other with a token that the operator creates.
                 "authOptions": {"mode": "token"},
                 "headGroupSpec": {
                     # The driver runs here; ranks and harvest workers do not.
-                    "rayStartParams": {"dashboard-host": "0.0.0.0", "num-cpus": "0"},  # noqa: S104
+                    "rayStartParams": {"dashboard-host": "0.0.0.0", "num-cpus": "0"},
                     "template": _pod("ray-head", config, head, end_s),
                 },
                 "workerGroupSpecs": [
@@ -86,12 +87,12 @@ def render(config: SubmitConfig, name: str, command: list[str], grace_s: float) 
             },
         },
     }
-    header = f"# Of `python launch.py stage=submit submit=kuberay name={name}`.\n"
+    header = f"# Written by `python launch.py stage=submit submit=kuberay name={name}`.\n"
     return header + yaml.safe_dump(job, sort_keys=False, width=100)
 
 
 def _pod(container: str, config: SubmitConfig, resources: dict[str, str], end_s: int) -> Any:
-    """Pod template whose one container may use `resources`, no less and no more."""
+    """Return a pod template with one container that is given exactly `resources`."""
     return {
         "spec": {
             "terminationGracePeriodSeconds": end_s,
@@ -111,7 +112,7 @@ def _pod(container: str, config: SubmitConfig, resources: dict[str, str], end_s:
             ],
             "volumes": [
                 {"name": "runs", "persistentVolumeClaim": {"claimName": config.volume}},
-                # Ray's object store and torch's workers; a container has 64 MB unless told.
+                # Ray's object store and torch's workers need more than the default 64 MB.
                 {"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": config.shm}},
             ],
         }
@@ -119,16 +120,20 @@ def _pod(container: str, config: SubmitConfig, resources: dict[str, str], end_s:
 
 
 def _dns(name: str) -> str:
-    """The name of a run as KubeRay allows names: a letter first, and room for what it appends."""
+    """Convert a run's name to a DNS label that is short enough for the suffixes KubeRay adds."""
     return dns_name(name)[:36].strip("-")
 
 
 def _plain(command: list[str]) -> list[str]:
-    """Raises: SchedulerError: a word would not come through the two shells on the way."""
+    """Return the command unchanged after checking that its words survive two shells.
+
+    Raises:
+        SchedulerError: If a word has characters that a shell interprets.
+    """
     for word in command:
         if _NOT_PLAIN.search(word):
             raise SchedulerError(
-                f"{word!r}: expected no characters that a shell takes for more than themselves; "
-                "KubeRay passes the command through two; put the value into the image's conf/"
+                f"{word!r}: expected no characters that a shell interprets, because KubeRay passes "
+                "the command through two shells; put the value into conf/ of the image"
             )
     return command

@@ -1,12 +1,11 @@
-"""A language model split over several processes of one harvest worker, which is rank 0 of them.
+"""A language model split over several processes; the harvest worker that owns them is rank 0.
 
-The split is the tensor parallelism that transformers plans for the architecture: every process
-holds a slice of each large matrix, and what a block hands on is whole on all of them.
+The split follows the tensor-parallel plan that transformers has for the architecture: every
+process holds a slice of each large matrix, and the output of a block is complete on all of them.
 
-The other ranks are child processes, not Ray actors of their own: Ray can meet one request for
-several GPUs on one node only, and the group lives and dies as the one actor that the pool knows.
-The death of any member ends all of them, and the actor that Ray starts anew begins with a whole
-group.
+The other ranks are child processes of the worker, not Ray actors. One actor can thus ask Ray for
+all GPUs on one node, and the group fails as a whole: when any member dies, all of them are killed,
+and the actor that Ray then restarts begins with a complete group.
 """
 
 from __future__ import annotations
@@ -39,19 +38,20 @@ if TYPE_CHECKING:
     from torch.distributed import Store  # type: ignore[attr-defined]
 
 _TIMEOUT_S = 600
-"""For one collective; a member that is frozen for longer ends its group."""
+"""Time limit for one collective; if a member is frozen for longer, the group ends."""
 _POLL_S = 0.2
 _LAST_WORDS_S = 5.0
-"""For rank 0 to say itself what went wrong, once a member is gone."""
-_DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG
+"""Time that rank 0 has to report the error itself after a member has died."""
+_DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG of prctl(2)
 
 
 def require_shardable(cfg: ModelConfig, cache_dir: Path) -> None:
-    """Refuses what transformers cannot split evenly; reads no weights.
+    """Check that transformers can split the model evenly, without reading its weights.
 
     Raises:
-        ConfigError: the architecture has no plan, or its heads or widths do not divide.
-        ModelError: no such model.
+        ConfigError: If the architecture has no tensor-parallel plan, or `cfg.shards` does not
+            divide its number of heads or its widths.
+        ModelError: If the model does not exist.
     """
     if cfg.shards == 1:
         return
@@ -60,32 +60,40 @@ def require_shardable(cfg: ModelConfig, cache_dir: Path) -> None:
         raise ConfigError(
             "model.shards",
             cfg.shards,
-            f"1: transformers has no tensor-parallel plan for {config.model_type}",
-            "more cluster.harvest_workers hold more whole copies",
+            f"1, as transformers has no tensor-parallel plan for {config.model_type}",
+            "raise cluster.harvest_workers to run more whole copies of the model",
         )
     for name in ("num_attention_heads", "num_key_value_heads", "intermediate_size"):
         size = getattr(config, name, None)
         if isinstance(size, int) and size % cfg.shards:
-            raise ConfigError("model.shards", cfg.shards, f"a divisor of the model's {name}={size}")
+            raise ConfigError(
+                "model.shards",
+                cfg.shards,
+                f"a divisor of the model's {name}={size}",
+                "use such a number, or 1",
+            )
 
 
 class ModelShards:
-    """Rank 0 of the group: starts the others, and runs the model with them.
+    """Rank 0 of the group: start the other ranks and run the model together with them.
 
     Args:
-        cfg: of the model; `cfg.shards` processes, one GPU each where there are any.
-        cache_dir: as for `load_language_model`.
+        cfg: Configuration of the model; `cfg.shards` is the number of processes. On cuda each
+            process uses one GPU.
+        cache_dir: Folder that keeps converted models.
         device: cpu or cuda.
 
     Raises:
-        ModelError: The model cannot be loaded.
+        ModelError: If the model cannot be loaded.
     """
 
     def __init__(self, cfg: ModelConfig, cache_dir: Path, device: str) -> None:
         import torch.distributed as dist
 
-        self._hookpoints, self._device, self._checked = cfg.hookpoints, device, False
-        # What is converted once is converted before anybody looks for it.
+        self._hookpoints = cfg.hookpoints
+        self._device = device
+        self._checked = False
+        # Convert a GGUF model now, so that the ranks do not wait for each other's conversion.
         prepared_folder(cfg, cache_dir)
         store = dist.TCPStore(  # type: ignore[attr-defined]
             "127.0.0.1", 0, cfg.shards, is_master=True, wait_for_workers=False
@@ -101,13 +109,17 @@ class ModelShards:
             raise
 
     def capture(self, input_ids: NDArray[np.int64]) -> dict[str, Tensor]:
-        """As `cluster.models.capture`, with the hookpoints of the config.
+        """Return the outputs of the config's hookpoints; see `cluster.models.capture`.
 
         Args:
-            input_ids: [contexts, context_tokens].
+            input_ids: [contexts, context_tokens] int64.
+
+        Returns:
+            For each hookpoint a tensor [contexts, context_tokens, D] in the model's dtype.
 
         Raises:
-            ModelError: also where a hookpoint's output is split over the processes.
+            ModelError: If a module does not exist, did not run, or has an output that is of another
+                shape or is split over the processes.
         """
         header = np.array(input_ids.shape, dtype=np.int64).tobytes()
         try:
@@ -147,16 +159,20 @@ class ModelShards:
         return any(member.poll() is not None for member in self._members)
 
     def _watch(self) -> None:
-        """Ends the group once a member is gone: a collective without it may wait for ever."""
+        """End the group once a member has died, as a collective might wait for it forever."""
         while not self._member_is_gone():
             time.sleep(_POLL_S)
         time.sleep(_LAST_WORDS_S)
         self._leave("a process of the group died")
 
     def _leave_if_broken(self, error: Exception) -> None:
-        """Ray is to start the worker anew where it was the group that failed, not the model."""
+        """End this worker if the group failed, so that Ray restarts it.
+
+        Do nothing if the error came from the model itself: a restart would only repeat it.
+        """
         import torch.distributed as dist
 
+        # A member may take a moment to die after the collective failed.
         deadline = time.monotonic() + 1.0
         while not self._member_is_gone() and time.monotonic() < deadline:
             time.sleep(_POLL_S / 10)
@@ -164,7 +180,7 @@ class ModelShards:
             self._leave(str(error))
 
     def _leave(self, reason: str) -> NoReturn:
-        print(f"model.shards: {reason}; the worker starts anew", file=sys.stderr, flush=True)
+        print(f"model.shards: {reason}; restarting the worker", file=sys.stderr, flush=True)
         for member in self._members:
             with contextlib.suppress(ProcessLookupError):
                 member.kill()
@@ -201,10 +217,17 @@ def _capture(
 
 
 def _require_whole(outputs: dict[str, Tensor]) -> None:
-    """Raises: ModelError: on all ranks alike, where they hold different parts of an output."""
+    """Check that every rank holds the complete output of each hookpoint.
+
+    All ranks must call this together, and all of them raise or none.
+
+    Raises:
+        ModelError: If the ranks hold different values of an output.
+    """
     import torch
     import torch.distributed as dist
 
+    # Compare with rank 0, with a tolerance of 1% as complete outputs may differ by rounding.
     for name, hidden in outputs.items():
         first = hidden.float().clone(memory_format=torch.contiguous_format)
         dist.broadcast(first, 0)
@@ -213,19 +236,23 @@ def _require_whole(outputs: dict[str, Tensor]) -> None:
         dist.all_reduce(worst, dist.ReduceOp.MAX)
         if torch.any(worst > 0.01):
             raise ModelError(
-                f"model.hookpoints: with model.shards each process holds a part of {name!r}; "
-                "expected outputs that are whole, as those of blocks, of attention and of MLPs; "
-                "name such a module, or set model.shards=1"
+                f"model.hookpoints: with model.shards > 1 each process has only a part of the "
+                f"output of {name!r}; expected modules with complete outputs, such as blocks, "
+                "attention and MLPs; choose such a module, or set model.shards=1"
             )
 
 
 def _follow(member: dict[str, Any]) -> None:
-    """The life of a member: loads its part, then goes along with every pass of rank 0."""
+    """Run one of the other ranks: load its part of the model, then join every pass of rank 0.
+
+    Rank 0 sends the input ids of each pass on standard input, and closes it to end this process.
+    """
     import torch.distributed as dist
 
-    # Not left behind with a GPU's memory when rank 0 is killed, even while frozen itself.
+    # Have the kernel kill this process when rank 0 dies, even if it is frozen: otherwise it would
+    # keep its GPU memory.
     ctypes.CDLL(None).prctl(_DIE_WITH_PARENT, signal.SIGKILL, 0, 0, 0)
-    if os.getppid() != member["parent"]:
+    if os.getppid() != member["parent"]:  # rank 0 died before the call above
         return
     cfg, device = ModelConfig(**member["model"]), member["device"]
     store = dist.TCPStore(  # type: ignore[attr-defined]

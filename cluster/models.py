@@ -1,4 +1,4 @@
-"""The language model: its files and their hashes, loading it, reading and replacing activations."""
+"""The language model: find and hash its files, load it, and read or replace its activations."""
 
 from __future__ import annotations
 
@@ -18,26 +18,27 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
-# Weights only as safetensors: pickled ones are not even downloaded.
+# Weights only as safetensors. Pickled weights can run code when loaded, so never download them.
 HUB_FILES = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
 
 
 @dataclass(frozen=True)
 class ModelFiles:
-    """Where a model lies on this machine."""
+    """The files of a model on this machine."""
 
     name: str
-    """What people call it: the hub name, the folder, or package/file."""
+    """Name for people: the Hub name, the folder, or package/file."""
     revision: str | None
-    """Commit of a hub model."""
+    """Commit of a Hub model; None for local files."""
     folder: Path
     gguf_file: str | None
+    """Name of the GGUF file in `folder`; None for safetensors weights."""
 
     def weights_sha256(self, cache_dir: Path) -> str:
-        """Hash over every weight file and the model's configuration.
+        """Return one hash over all weight files and the model's configuration.
 
         Raises:
-            ModelError: There is no weight file of a kind we read.
+            ModelError: If the folder has neither safetensors weights nor the named GGUF file.
         """
         if self.gguf_file:
             files = [self.folder / self.gguf_file]
@@ -46,7 +47,7 @@ class ModelFiles:
         expected = self.gguf_file or "config.json and *.safetensors"
         if (len(files) < 2 and not self.gguf_file) or not all(file.is_file() for file in files):
             raise ModelError(
-                f"model.path: {self.folder} holds no {expected}; "
+                f"model.path: expected {expected} in {self.folder}, not found; "
                 "convert the model with save_pretrained(safe_serialization=True), or set "
                 "model.gguf_file"
             )
@@ -54,10 +55,10 @@ class ModelFiles:
 
 
 def locate_model(cfg: ModelConfig) -> ModelFiles:
-    """Finds the model's files; a hub name is downloaded unless HF_HUB_OFFLINE says no.
+    """Find the model's files; download a Hub model unless HF_HUB_OFFLINE is set.
 
     Raises:
-        ModelError: No such package, folder or hub model.
+        ModelError: If the package, folder or Hub model does not exist.
     """
     if cfg.package:
         spec = find_package(cfg.package)
@@ -85,17 +86,20 @@ def _from_hub(cfg: ModelConfig) -> ModelFiles:
     except (OSError, ValueError, HFValidationError) as error:
         offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE") else ""
         raise ModelError(
-            f"model.path={cfg.path!r} is neither a folder here nor a hub model that can be had"
+            f"model.path={cfg.path!r} is neither a local folder nor a model the Hub can provide"
             f"{offline}: {str(error).splitlines()[0]}; set model.path to a local folder"
         ) from error
     return ModelFiles(cfg.path, folder.name, folder, cfg.gguf_file)
 
 
 def load_tokenizer(cfg: ModelConfig, cache_dir: Path) -> Any:
-    """The model's tokenizer; never reads the weights, save the vocabulary inside a GGUF file.
+    """Load the model's tokenizer without reading weights.
+
+    The tokenizer of a GGUF model is stored inside its weight file; it is extracted once into
+    `cache_dir`.
 
     Raises:
-        ModelError: The files are missing or hold no fast tokenizer.
+        ModelError: If the files are missing or contain no fast tokenizer.
     """
     from transformers import AutoTokenizer
 
@@ -109,22 +113,28 @@ def load_tokenizer(cfg: ModelConfig, cache_dir: Path) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError) as error:
-        raise ModelError(f"model.path: no tokenizer in {folder}: {error}") from error
+        raise ModelError(
+            f"model.path: could not load a tokenizer from {folder}: {error}"
+        ) from error
     if not tokenizer.is_fast:
-        raise ModelError(f"model.path: {folder} has no fast tokenizer (tokenizer.json); save one")
+        raise ModelError(
+            f"model.path: expected a fast tokenizer (tokenizer.json) in {folder}; save one there"
+        )
     return tokenizer
 
 
 def tokenizer_sha256(tokenizer: Any) -> str:
-    """Hash over all that decides how text becomes tokens."""
+    """Return a hash over everything that decides how text becomes tokens."""
     return digest([tokenizer.backend_tokenizer.to_str(), tokenizer.special_tokens_map])
 
 
 def prepared_folder(cfg: ModelConfig, cache_dir: Path) -> Path:
-    """The model's folder; a GGUF file is dequantised once into `cache_dir`.
+    """Return a folder that transformers can load the model from.
+
+    A GGUF file is dequantised once into `cache_dir`.
 
     Raises:
-        ModelError: The files are missing.
+        ModelError: If the files are missing.
     """
     files = locate_model(cfg)
     if not files.gguf_file:
@@ -138,16 +148,17 @@ def prepared_folder(cfg: ModelConfig, cache_dir: Path) -> Path:
 def load_language_model(
     cfg: ModelConfig, cache_dir: Path, device: str = "cpu", shards: int = 1
 ) -> nn.Module:
-    """The causal language model in `cfg.dtype`, in evaluation mode, without gradients.
+    """Load the causal language model in `cfg.dtype`, in evaluation mode and without gradients.
 
     Args:
-        cfg: of the model.
-        cache_dir: where models that need conversion are kept; later loads take under a second.
+        cfg: Configuration of the model.
+        cache_dir: Folder that keeps converted models; they load in under a second the next time.
         device: cpu or cuda.
-        shards: ranks of the default process group, each of which loads its part of the weights.
+        shards: Number of ranks in the default process group. Each rank loads its part of the
+            weights.
 
     Raises:
-        ModelError: The files are missing, damaged or of an architecture that transformers lacks.
+        ModelError: If the files are missing or damaged, or transformers lacks the architecture.
     """
     import torch
     from transformers import AutoModelForCausalLM
@@ -168,7 +179,9 @@ def load_language_model(
                 **options,
             )
         except (OSError, ValueError) as error:
-            raise ModelError(f"model.path: {folder} cannot be loaded: {error}") from error
+            raise ModelError(
+                f"model.path: could not load the model in {folder}: {error}"
+            ) from error
     loaded: nn.Module = model.to(device).eval().requires_grad_(False)
     return loaded
 
@@ -185,7 +198,8 @@ def _convert_weights(files: ModelFiles, dtype: str, target: Path) -> None:
     import torch
     import transformers
 
-    # Newer releases leave GGUF weights packed, which is slow on CPU and cannot be saved.
+    # Newer releases of transformers keep GGUF weights packed, but packed weights are slow on CPUs
+    # and cannot be saved.
     gguf_config = getattr(transformers, "GgufConfig", None)
     options = {"quantization_config": gguf_config(dequantize=True)} if gguf_config else {}
     with quiet_transformers():
@@ -197,7 +211,7 @@ def _convert_weights(files: ModelFiles, dtype: str, target: Path) -> None:
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Keeps transformers' bars and remarks off the screen; errors still raise."""
+    """Hide transformers' progress bars and warnings during the block; errors still raise."""
     from transformers.utils import logging
 
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
@@ -212,28 +226,31 @@ def quiet_transformers() -> Iterator[None]:
 
 
 class _Captured(Exception):
-    """Raised inside the forward pass once the last hookpoint has its output."""
+    """Ends the forward pass once the outputs of all hookpoints are known."""
 
 
 def capture(model: nn.Module, hookpoints: Sequence[str], input_ids: Tensor) -> dict[str, Tensor]:
-    """Outputs of the named modules, from one pass that stops after the last of them.
+    """Return the outputs of the named modules from one forward pass.
+
+    The pass stops as soon as the last of these modules has run.
 
     Args:
         model: A causal language model.
-        hookpoints: Module names, as `model.layers.9`.
+        hookpoints: Module names such as `model.layers.9`.
         input_ids: [contexts, context_tokens] int64, on the model's device.
 
     Returns:
-        For each hookpoint [contexts, context_tokens, D] in the model's dtype.
+        For each hookpoint a tensor [contexts, context_tokens, D] in the model's dtype.
 
     Raises:
-        ModelError: No module has that name, it never ran, or its output is not such a tensor.
+        ModelError: If a module does not exist, did not run, or has an output of another shape.
     """
     import torch
 
     outputs: dict[str, Tensor] = {}
 
     def keep(name: str, output: Any) -> None:
+        # If a module runs more than once, its first output counts.
         outputs.setdefault(name, _hidden(name, output, input_ids.shape))
         if len(outputs) == len(hookpoints):
             raise _Captured
@@ -252,18 +269,21 @@ def capture(model: nn.Module, hookpoints: Sequence[str], input_ids: Tensor) -> d
         for handle in handles:
             handle.remove()
     missing = sorted(set(hookpoints) - set(outputs))
-    raise ModelError(f"model.hookpoints: {missing} took no part in the forward pass; name others")
+    raise ModelError(
+        f"model.hookpoints: the forward pass did not run {missing}; choose modules that it runs"
+    )
 
 
 @contextmanager
 def splice(model: nn.Module, hookpoint: str, replace: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """While the block runs, `hookpoint` outputs `replace(x)` at every position but the first.
+    """Replace the output of `hookpoint` at every position but the first during the block.
 
-    Position 0, an attention sink, is never touched. `replace` gets and returns
-    [contexts, context_tokens - 1, D]; the result is cast to the dtype of x.
+    Position 0, an attention sink, is left as it is. `replace` takes and returns
+    [contexts, context_tokens - 1, D]; its result is cast back to the dtype of the module's output.
 
     Raises:
-        ModelError: No module has that name.
+        ModelError: If the module does not exist, or (from the forward pass) if its output is not
+            [contexts, context_tokens, D].
     """
 
     def hook(_module: nn.Module, _inputs: Any, output: Any) -> Any:
@@ -280,22 +300,26 @@ def splice(model: nn.Module, hookpoint: str, replace: Callable[[Tensor], Tensor]
 
 
 def find_module(model: nn.Module, name: str) -> nn.Module:
-    """The module of that name.
+    """Return the module with the given name.
 
     Raises:
-        ModelError: There is none; lists the names that come closest.
+        ModelError: If there is none; the error lists similar names.
     """
     modules = dict(model.named_modules())
     if name in modules and name:
         return modules[name]
     close = difflib.get_close_matches(name, modules, n=5, cutoff=0.5) or list(modules)[1:9]
     raise ModelError(
-        f"model.hookpoints: {type(model).__name__} has no module {name!r}; close names: "
+        f"model.hookpoints: module {name!r} not found in {type(model).__name__}; similar names: "
         f"{', '.join(close)}"
     )
 
 
 def _hidden(name: str, output: Any, expected: torch.Size | None = None) -> Tensor:
+    """Return the hidden states in a module's output, which may be a tuple that begins with them.
+
+    `expected` is the shape [contexts, context_tokens] that the output must begin with.
+    """
     import torch
 
     hidden = output[0] if isinstance(output, tuple) else output
@@ -303,17 +327,17 @@ def _hidden(name: str, output: Any, expected: torch.Size | None = None) -> Tenso
     if not is_tensor or hidden.ndim != 3 or hidden.shape[:2] != (expected or hidden.shape[:2]):
         raise ModelError(
             f"model.hookpoints: the output of {name!r} is "
-            f"{list(hidden.shape) if is_tensor else type(hidden).__name__}; expected "
-            "[contexts, context_tokens, width]"
+            f"{list(hidden.shape) if is_tensor else type(hidden).__name__}; expected a tensor "
+            "[contexts, context_tokens, width]; choose another module"
         )
     return cast("Tensor", hidden)
 
 
 def model_config(cfg: ModelConfig, cache_dir: Path) -> Any:
-    """The model's configuration as transformers has it.
+    """Load the model's transformers configuration.
 
     Raises:
-        ModelError: No such model, or no usable configuration.
+        ModelError: If the model or a usable configuration is not found.
     """
     from transformers import AutoConfig
 
@@ -323,16 +347,20 @@ def model_config(cfg: ModelConfig, cache_dir: Path) -> Any:
             options = {"gguf_file": files.gguf_file} if files.gguf_file else {}
             return AutoConfig.from_pretrained(files.folder, trust_remote_code=False, **options)
         except (OSError, ValueError) as error:
-            raise ModelError(f"model.path: {files.folder} has no usable config: {error}") from error
+            raise ModelError(
+                f"model.path: could not load the config in {files.folder}: {error}"
+            ) from error
 
 
 def hidden_size(cfg: ModelConfig, cache_dir: Path) -> int:
-    """Width of the residual stream, from the model's configuration alone.
+    """Return the width of the residual stream, read from the model's configuration alone.
 
     Raises:
-        ModelError: No such model, or a configuration without a width.
+        ModelError: If the model is not found, or its configuration has no `hidden_size`.
     """
     try:
         return int(model_config(cfg, cache_dir).hidden_size)
     except AttributeError as error:
-        raise ModelError(f"model.path: {cfg.path} has no usable config: {error}") from error
+        raise ModelError(
+            f"model.path={cfg.path!r}: expected a config with hidden_size: {error}"
+        ) from error

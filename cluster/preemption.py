@@ -1,8 +1,8 @@
-"""SIGTERM and SIGUSR1: a scheduler wants the machine back, and says so some time before.
+"""Preemption: the signals with which a scheduler announces that it will take the machine back.
 
-The driver breaks off what it does, or, while trainer ranks run, asks them for a last checkpoint
-through a file in the run's folder. Ranks also take the signals themselves. Everything ends with
-exit code 75, and the same command resumes.
+SIGTERM and SIGUSR1 mean the same. On either one the driver stops its work or, while trainer ranks
+run, asks them through a file in the run folder to save a last checkpoint. Ranks also handle the
+signals themselves. The run then ends with exit code 75, and the same command resumes it.
 """
 
 from __future__ import annotations
@@ -18,28 +18,33 @@ from pathlib import Path
 from types import FrameType
 
 EXIT_PREEMPTED = 75
-"""EX_TEMPFAIL: run the same command again."""
+"""EX_TEMPFAIL in sysexits.h: rerun the same command to resume."""
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 _BLOCKED = (signal.SIGUSR1,)
-"""While Ray starts. Not SIGTERM: Ray ends its processes with it."""
+"""Signals that are blocked while Ray starts. SIGTERM is not: Ray stops its processes with it."""
 _REQUEST = "stop.request"
 
 
 class Interrupted(KeyboardInterrupt):
-    """The driver got the signal; like Ctrl-C it passes whatever handles errors."""
+    """The driver received a preemption signal.
+
+    It derives from KeyboardInterrupt so that `except Exception` does not catch it.
+    """
 
 
 @contextmanager
 def on_preemption(action: Callable[[str], None], grace_s: float) -> Iterator[None]:
-    """While the block runs, the first signal calls `action` with its name, in the main thread.
+    """Call `action` in the main thread on the first preemption signal during the block.
 
-    A second signal, or `grace_s` after the first one, ends the process at once with exit code 75.
-    A thread of its own sees to that, for the main thread may be in a collective that never
-    returns, where Python runs no handler. Does nothing in another thread than the main one.
+    A second signal, or `grace_s` seconds after the first, ends the process immediately with exit
+    code 75. A watcher thread does that, because the main thread may be stuck in a collective, where
+    Python runs no signal handlers. In threads other than the main thread this does nothing.
 
     Args:
-        action: what it raises is raised where the main thread is.
-        grace_s: seconds; counted on after the block.
+        action: Called with the signal's name. An exception that it raises propagates from whatever
+            the main thread is executing.
+        grace_s: Seconds from the first signal until the process is ended. The time limit remains
+            in force after the block has ended.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -57,7 +62,8 @@ def on_preemption(action: Callable[[str], None], grace_s: float) -> Iterator[Non
     threading.Thread(target=_watch, args=(reader, grace_s), daemon=True).start()
     outer_fd = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
     outer = {number: signal.signal(number, handle) for number in _SIGNALS}
-    mask = signal.pthread_sigmask(signal.SIG_UNBLOCK, _BLOCKED)  # a rank, see `signals_kept`
+    # Ranks inherit a mask that blocks SIGUSR1; see `signals_kept`.
+    mask = signal.pthread_sigmask(signal.SIG_UNBLOCK, _BLOCKED)
     try:
         yield
     finally:
@@ -69,17 +75,18 @@ def on_preemption(action: Callable[[str], None], grace_s: float) -> Iterator[Non
 
 
 def raise_interrupted(name: str) -> None:
-    """The action of a process that has nothing to save."""
+    """Raise `Interrupted`: the preemption action of a process that has nothing to save."""
     raise Interrupted(name)
 
 
 @contextmanager
 def signals_kept() -> Iterator[None]:
-    """Keeps this process's handlers while the block starts Ray, which installs its own.
+    """Restore this process's signal handlers after the block, which starts Ray.
 
-    The processes that Ray starts meanwhile have SIGUSR1 blocked until `on_preemption`: Slurm sends
-    it to all processes of a job step, and the ones that do not expect it would die of it, the
-    trainer ranks with them. Blocked, not ignored: one that comes in these seconds is heard after.
+    Ray installs its own handlers. The processes that it starts in the block inherit a blocked
+    SIGUSR1, which trainer ranks unblock in `on_preemption`: Slurm sends SIGUSR1 to all processes of
+    a job step, and it would kill those without a handler, and with them the ranks. It is blocked
+    rather than ignored, so that a signal that arrives during the block is delivered afterwards.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -95,44 +102,49 @@ def signals_kept() -> Iterator[None]:
 
 
 class StopRequest:
-    """The driver's word to rank 0, wherever that runs: a file that says which signal came.
+    """A file in the run folder through which the driver asks the ranks to save and stop.
 
-    It exists, empty, while nobody asked: ranks read it anew each time, and network file systems
-    show a file's newest content to who opens it, but may hide a new file for a minute.
+    It contains the name of the signal, and is empty while there is no request. The file always
+    exists, because network file systems may hide a new file for up to a minute but show a file's
+    newest content to every process that opens it.
 
     Args:
-        run_dir: the run's folder.
+        run_dir: Folder of the run.
     """
 
     def __init__(self, run_dir: Path) -> None:
         self._path = run_dir / _REQUEST
 
     def withdraw(self) -> None:
-        """The driver's first act: what an earlier one asked for is void."""
+        """Clear the request of an earlier driver; called before the ranks start."""
         self._path.write_text("")
 
     def make(self, name: str) -> None:
-        """Asks all ranks to save and leave."""
+        """Ask all ranks to save a checkpoint and exit."""
         self._path.write_text(name)
 
     @property
     def made(self) -> str:
-        """Name of the signal; empty while there was none."""
+        """Name of the signal that was requested to stop for, or an empty string."""
         try:
             return self._path.read_text()
-        except FileNotFoundError:  # ranks without a driver
+        except FileNotFoundError:  # the ranks were started without a driver
             return ""
 
 
 def leave_at_once(reason: str) -> None:
-    """Ends the process with exit code 75, whatever its threads are at."""
+    """End the process immediately with exit code 75, without waiting for its threads."""
     with contextlib.suppress(OSError, ValueError):
         print(f"preempted: {reason}; the same command resumes", file=sys.stderr, flush=True)
     os._exit(EXIT_PREEMPTED)
 
 
 def _watch(reader: int, grace_s: float) -> None:
-    """Reads the numbers of the signals that come, until the other end is closed."""
+    """End the process on a second signal or `grace_s` seconds after the first one.
+
+    Python's wakeup descriptor writes the number of each signal to the other end of this pipe. The
+    thread ends when that end is closed.
+    """
     came = 0
     with open(reader, "rb", buffering=0) as numbers:
         while number := numbers.read(1):
@@ -141,7 +153,7 @@ def _watch(reader: int, grace_s: float) -> None:
             came += 1
             if came == 1:
                 timer = threading.Timer(
-                    grace_s, leave_at_once, [f"not done within checkpoint.grace_s={grace_s:g}"]
+                    grace_s, leave_at_once, [f"not finished within checkpoint.grace_s={grace_s:g}"]
                 )
                 timer.daemon = True
                 timer.start()

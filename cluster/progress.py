@@ -1,4 +1,4 @@
-"""One line that lives on a terminal, and plain lines every few seconds where there is none."""
+"""Progress displays: one live line on a terminal, plain lines every few seconds elsewhere."""
 
 from __future__ import annotations
 
@@ -12,24 +12,27 @@ from rich.text import Text
 
 
 class Progress(Protocol):
-    """Shows how far trainer ranks have come, while a block runs that follows one group of them."""
+    """A context manager that shows the progress of one group of trainer ranks."""
 
     def __enter__(self) -> None: ...
 
     def show(self) -> None:
-        """Called twice a second."""
+        """Update the display; called twice a second."""
         ...
 
     def __exit__(self, *_: object) -> None: ...
 
 
 class ProgressLine:
-    """A context manager whose `show(text)` may be called as often as one likes.
+    """A context manager that shows a changing line of text.
+
+    `show` may be called at any rate. The last text is always shown.
 
     Args:
-        console: where; a terminal has one live line, lines printed beside it stand above.
-        plain_every_s: seconds between plain lines.
-        live: False prints plain lines on a terminal too.
+        console: Where to show the line. On a terminal, other lines that are printed to this console
+            appear above it. None: a new console on standard output.
+        plain_every_s: Seconds between plain lines.
+        live: False: print plain lines on a terminal as well.
     """
 
     def __init__(
@@ -47,7 +50,7 @@ class ProgressLine:
         return self
 
     def show(self, text: str) -> None:
-        """Replaces the line on a terminal; elsewhere prints it if the last one is old enough."""
+        """Replace the line on a terminal; elsewhere print it if the last one is old enough."""
         if self._live:
             self._live.update(Text(text))
         elif time.monotonic() - self._last_plain >= self._plain_every_s:
@@ -73,7 +76,7 @@ class ProgressLine:
 
 
 def duration(seconds: float) -> str:
-    """`75.2` becomes `1:15`, `4000` becomes `1:06:40`."""
+    """Format seconds as minutes and hours: `75.2` as `1:15`, `4000` as `1:06:40`."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

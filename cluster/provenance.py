@@ -1,4 +1,4 @@
-"""Where a store's rows come from, and whether a store that exists holds the rows of this run."""
+"""Provenance: describe where rows come from, and check that a store matches the run's settings."""
 
 from __future__ import annotations
 
@@ -13,21 +13,24 @@ if TYPE_CHECKING:
     from conf.schema import RunConfig
 
 NAMES = ("model", "revision", "dataset")
-"""Provenance that may differ between runs that share a store; the hashes beside it may not."""
+"""Provenance keys that may differ between runs that share a store, unlike the hashes."""
 
 
 def store_path(config: RunConfig, run_dir: Path) -> str:
-    """`store.path`, or `store/` in the run folder."""
+    """Return `store.path`, or `store/` in the run folder if it is not set."""
     return config.store.path or str(run_dir / "store")
 
 
 def consumer_name(config: RunConfig, run_dir: Path) -> str:
-    """Of a run among those that use its store: names of runs are unique in one folder only."""
+    """Return a run's name as a consumer of its store.
+
+    It includes a hash of the run folder, as run names are unique only within one parent folder.
+    """
     return f"{config.name}-{hashlib.sha256(str(run_dir.resolve()).encode()).hexdigest()[:8]}"
 
 
 def describe(config: RunConfig, tokenizer: Any, cache_dir: Path) -> dict[str, Any]:
-    """The provenance of the rows that this config harvests: all that decides one of their bytes."""
+    """Return the provenance of a config's rows: everything that affects a byte of them."""
     from cluster.contexts import boundary_ids
     from cluster.models import locate_model, tokenizer_sha256
     from cluster.texts import find_text
@@ -47,7 +50,7 @@ def describe(config: RunConfig, tokenizer: Any, cache_dir: Path) -> dict[str, An
         "dataset_sha256": find_text(config.data).sha256(cache_dir),
         "context_tokens": config.data.context_tokens,
         "batch_contexts": config.model.batch_contexts,
-        "model_shards": config.model.shards,  # partial sums round differently
+        "model_shards": config.model.shards,  # partial sums of another split round differently
         "heldout_fraction": config.data.heldout_fraction,
         "dropped_positions": [0],
         "dropped_special_tokens": config.data.drop_special_tokens,
@@ -57,21 +60,23 @@ def describe(config: RunConfig, tokenizer: Any, cache_dir: Path) -> dict[str, An
 
 
 def matching_store(path: str, config: RunConfig, provenance: dict[str, Any]) -> Store | None:
-    """The store at `path`, or None where there is none yet.
+    """Open the store at `path`; return None if there is none yet.
 
     Raises:
-        StoreMismatchError: It holds other rows; lists each difference.
+        StoreMismatchError: If the store was harvested with other settings; lists the differences.
     """
     from activation_store import open_store, store_exists
 
     if Path(path).is_file():
-        raise StoreMismatchError(f"store.path={path!r} is a file: expected a folder")
+        raise StoreMismatchError(
+            f"store.path={path!r} is a file; expected a folder; set store.path to a new folder"
+        )
     holds_files = Path(path).is_dir() and any(Path(path).iterdir())
     if not holds_files and not store_exists(path):
         return None
     store = open_store(path)
     there = {
-        "model_shards": 1,  # of stores older than the key
+        "model_shards": 1,  # the value for stores that were written before this key existed
         **(store.header.provenance or {}),
         "store.dtype": store.header.dtype,
         "store.shard_tokens": store.header.shard_tokens,
@@ -84,7 +89,8 @@ def matching_store(path: str, config: RunConfig, provenance: dict[str, Any]) -> 
     found = differences(there, wanted)
     if found:
         raise StoreMismatchError(
-            f"store.path={path!r} holds other rows, of {dict(store.arrays)}:\n"
+            f"store.path={path!r} holds rows of other settings, with the arrays "
+            f"{dict(store.arrays)}:\n"
             + "\n".join(f"  {line}" for line in found)
             + "\nset store.path to a new folder, or train on this one with stage=train"
         )
@@ -92,9 +98,9 @@ def matching_store(path: str, config: RunConfig, provenance: dict[str, Any]) -> 
 
 
 def differences(there: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
-    """A line for each setting in which a store differs from what is wanted; names do not count."""
-    return [
-        f"{key}: the store has {there.get(key)!r}, this run wants {value!r}"
-        for key, value in wanted.items()
-        if key not in NAMES and there.get(key) != value
-    ]
+    """Return a line for each setting that differs between a store and a run, ignoring `NAMES`."""
+    lines = []
+    for key, value in wanted.items():
+        if key not in NAMES and there.get(key) != value:
+            lines.append(f"{key}: the store has {there.get(key)!r}, this run wants {value!r}")
+    return lines

@@ -1,8 +1,8 @@
-"""Submits a run to a Ray cluster through its Jobs API, and asks what became of it.
+"""Submit a run to a Ray cluster through its Jobs API, and query the state of the job.
 
-The job is the driver; it joins the cluster, whose nodes share the run's folder. Ray stops a job
-with SIGTERM to the driver, upon which the run saves a checkpoint, and kills it
-`RAY_JOB_STOP_WAIT_TIME_S` later: a setting that the job brings with it.
+The job is the driver. It joins the cluster, whose nodes must share the run folder. To stop a job,
+Ray sends SIGTERM to the driver, on which the run saves a checkpoint, and kills it
+`RAY_JOB_STOP_WAIT_TIME_S` seconds later. The job sets that variable itself.
 """
 
 from __future__ import annotations
@@ -20,20 +20,23 @@ if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient
 
 _AFTER_GRACE_S = 15
-"""What a run may take to end, once its checkpoint is saved."""
+"""Seconds that a run may take to end after its checkpoint is saved."""
 
 
 def submit(config: SubmitConfig, name: str, run_dir: Path, command: list[str]) -> tuple[str, str]:
-    """The job's id, and how to follow it.
+    """Submit the job and record it in the run folder.
 
     Args:
-        config: of the job.
-        name: of the run.
-        run_dir: its folder.
-        command: what the job runs.
+        config: Settings of the job.
+        name: Name of the run.
+        run_dir: Folder of the run.
+        command: Command that the job runs.
+
+    Returns:
+        The job's id with the address of its cluster, and a command that follows the job's log.
 
     Raises:
-        SchedulerError: no Ray answers there, or it refuses.
+        SchedulerError: If no Ray cluster answers at `config.address`, or it refuses the job.
     """
     runtime_env: dict[str, Any] = {
         "env_vars": {
@@ -44,17 +47,19 @@ def submit(config: SubmitConfig, name: str, run_dir: Path, command: list[str]) -
     if config.working_dir is not None:
         runtime_env["working_dir"] = str(Path(config.working_dir).expanduser().resolve())
         runtime_env["excludes"] = [".git", ".venv", ".venv-peers", "runs"]
-    # The command was typed here: where the cluster has the code it also has this folder.
+    # Without working_dir the cluster shares the code's file system, so this folder exists there.
     here = [] if config.working_dir else [f"cd {shlex.quote(str(Path.cwd()))} || exit 1"]
     script = "\n".join([*here, *config.setup, f"exec {shlex.join(command)}"])
-    # Ray takes sh; the lines are bash's, as on every other scheduler.
+    # Ray runs the entrypoint with sh, but submit.setup holds lines for bash.
     entrypoint = f"exec bash -c {shlex.quote(script)}"
     try:
         job = connect(config.address).submit_job(
             entrypoint=entrypoint, runtime_env=runtime_env, metadata={"run": name}
         )
     except (RuntimeError, ValueError) as error:
-        raise SchedulerError(f"submit.address={config.address!r}: Ray refuses: {error}") from error
+        raise SchedulerError(
+            f"submit.address={config.address!r}: Ray refused the job: {error}"
+        ) from error
     record_job(run_dir, "ray", job, command, address=config.address)
     return (
         f"{job} on {config.address}",
@@ -63,32 +68,32 @@ def submit(config: SubmitConfig, name: str, run_dir: Path, command: list[str]) -
 
 
 def unfinished_state(row: dict[str, Any]) -> str | None:
-    """State of a submitted job while it waits or runs, as RUNNING.
+    """Return the state of a submitted job, such as RUNNING, or None if it has ended.
 
     Raises:
-        SchedulerError: no Ray answers: whether the job runs cannot be told.
+        SchedulerError: If no Ray cluster answers, so that the state is unknown.
     """
     info = _info(row)
     return None if info is None or info.status.is_terminal() else str(info.status.value)
 
 
 def describe(row: dict[str, Any], _run_dir: Path) -> str:
-    """A line or two on a submitted job.
+    """Describe a submitted job in one line, followed by a line with a command for its log.
 
     Raises:
-        SchedulerError: no Ray answers.
+        SchedulerError: If no Ray cluster answers.
     """
     info = _info(row)
     if info is None:
         return (
-            f"{row['job']} is unknown to the Ray at {row['address']}: that cluster was started "
-            "anew; stage=submit again resumes"
+            f"{row['job']} is unknown to the Ray cluster at {row['address']}, which was restarted "
+            "since; rerun stage=submit to resume"
         )
     text = f"{row['job']} {info.status.value}"
     if info.status.is_terminal() and info.status.value != "SUCCEEDED":
         code = info.driver_exit_code
         text += f", exit code {code}" if code is not None else ""
-        text += "; stage=submit again resumes"
+        text += "; rerun stage=submit to resume"
     return f"{text}\nlog ray job logs --address {row['address']} {row['job']}"
 
 
@@ -102,10 +107,10 @@ def _info(row: dict[str, Any]) -> Any:
 
 
 def connect(address: str) -> JobSubmissionClient:
-    """A client of the Jobs API, with the token that Ray's own processes would use.
+    """Return a client of the Jobs API that sends the same token as Ray's own processes would.
 
     Raises:
-        SchedulerError: no Ray answers there, or it does not know the token.
+        SchedulerError: If no Ray cluster answers at `address`, or it rejects the token.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     from ray.exceptions import AuthenticationError
@@ -117,19 +122,23 @@ def connect(address: str) -> JobSubmissionClient:
         return JobSubmissionClient(address, headers=headers)
     except AuthenticationError as error:
         raise SchedulerError(
-            f"submit.address={address!r}: expected the token of that cluster in RAY_AUTH_TOKEN or "
-            "in ~/.ray/auth_token"
+            f"submit.address={address!r}: the cluster rejected the token; expected its token in "
+            "RAY_AUTH_TOKEN or in ~/.ray/auth_token"
         ) from error
     except (ConnectionError, RuntimeError) as error:
         raise SchedulerError(
-            f"submit.address={address!r}: expected the dashboard of a running Ray cluster, as "
+            f"submit.address={address!r}: expected the dashboard of a running Ray cluster, such as "
             f"http://127.0.0.1:8265 ({error}); start its head with `ray start --head "
             "--include-dashboard=true`"
         ) from error
 
 
 def _token() -> str | None:
-    """Ray's client looks for one only where RAY_AUTH_MODE says so, its clusters by themselves."""
+    """Return the cluster's token, or None if there is none.
+
+    Ray's clusters find the token by themselves, but its client looks for one only if RAY_AUTH_MODE
+    is set.
+    """
     if "RAY_AUTH_TOKEN" in os.environ:
         return os.environ["RAY_AUTH_TOKEN"].strip()
     path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH", "~/.ray/auth_token")).expanduser()

@@ -1,4 +1,4 @@
-"""Ray, quietly and privately: started when nobody gave an address, joined otherwise."""
+"""Start a private Ray cluster, or join the one at `cluster.address`."""
 
 from __future__ import annotations
 
@@ -11,28 +11,28 @@ from cluster.errors import PlacementError
 from cluster.preemption import signals_kept
 
 OBJECT_STORE_BYTES = 128 << 20
-"""Only commit records and metrics pass through Ray; activations go straight to the store."""
+"""Small, because only row counts and metrics pass through Ray; activations bypass it."""
 
 
 @contextmanager
 def ray_session(config: ClusterConfig, min_cpus: int = 1) -> Iterator[None]:
-    """Gives the block a Ray cluster, and stops afterwards only what it started itself.
+    """Connect to a Ray cluster for the duration of the block.
 
-    Within a process that is already connected to Ray this does nothing. With `config.address` it
-    joins that cluster and leaves it at the end. Otherwise it starts one without dashboard, usage
-    statistics and log forwarding, which dies with this process. Ray's ports listen on all
-    interfaces, whatever address it is given; what keeps others out is its token authentication,
-    which it switches on for the clusters that it starts (token in `~/.ray/auth_token`).
+    If this process is already connected to Ray, do nothing. If `config.address` is set, join that
+    cluster and disconnect at the end. Otherwise start a private cluster, without dashboard, usage
+    statistics and log forwarding, that ends with the block or with this process. Ray listens on
+    all network interfaces, whichever address it is given. Its token authentication, which it
+    enables for clusters that it starts (token in `~/.ray/auth_token`), keeps other users out.
 
     Args:
-        config: Where the cluster is.
-        min_cpus: CPU slots that a private cluster offers at least, whatever the machine has, so
-            that more workers than cores share the cores instead of waiting for ever.
+        config: Settings of the cluster.
+        min_cpus: Least number of CPU slots of a private cluster. It may exceed the machine's cores:
+            workers then share the cores instead of waiting forever for a slot.
 
     Raises:
-        PlacementError: No Ray answers at `config.address`.
+        PlacementError: If no Ray cluster answers at `config.address`.
     """
-    # Ray reads these while it is imported and started; the processes that it starts inherit them.
+    # Ray reads these when it is imported and started; the processes that it starts inherit them.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     import ray

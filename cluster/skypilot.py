@@ -1,4 +1,4 @@
-"""A run as a managed job of SkyPilot's, on the cloud, Kubernetes or machines that it finds."""
+"""Write a run as a managed job of SkyPilot, which runs it on a cloud or on Kubernetes."""
 
 from __future__ import annotations
 
@@ -14,26 +14,29 @@ from cluster.submitted import dns_name
 
 _TOKEN = "RAY_AUTH_TOKEN"
 _PORT = 6390
-"""Not Ray's own 6379 nor SkyPilot's 6380: its runtime is a Ray cluster too."""
+"""Differs from Ray's default 6379 and from 6380, as SkyPilot's runtime is a Ray cluster too."""
 _NODES_TIMEOUT_S = 1200
-"""For all nodes to join: they pull an image first."""
+"""Time limit for all nodes to join; they have to pull an image first."""
 
 
 def submit_command(config: SubmitConfig, path: Path) -> str:
-    """What submits the file; secrets are taken from the environment of who submits."""
+    """Return the shell command that submits the file.
+
+    `sky` takes the values of secrets from the environment in which the command runs.
+    """
     names = [f" --secret {name}" for name in config.secrets]
     token = f' --secret {_TOKEN}="$(openssl rand -hex 32)"' if config.nodes > 1 else ""
     return f"sky jobs launch{''.join(names)}{token} {shlex.quote(str(path))}"
 
 
 def render(config: SubmitConfig, name: str, command: list[str], grace_s: float) -> str:
-    """The task, as YAML.
+    """Return the SkyPilot task as YAML.
 
     Args:
-        config: of the job.
-        name: of the run.
-        command: the driver's, in the image.
-        grace_s: seconds that the run takes for its last checkpoint (`checkpoint.grace_s`).
+        config: Settings of the job.
+        name: Name of the run.
+        command: Command of the driver inside the image.
+        grace_s: Seconds that the run may take for its last checkpoint (`checkpoint.grace_s`).
     """
     resources: dict[str, Any] = {
         "image_id": f"docker:{config.image}",
@@ -60,12 +63,12 @@ def render(config: SubmitConfig, name: str, command: list[str], grace_s: float) 
     if secrets:
         task["secrets"] = dict.fromkeys(secrets)
     task["run"] = _script(config, command, int(grace_s))
-    header = f"# Of `python launch.py stage=submit submit=skypilot name={name}`.\n"
+    header = f"# Written by `python launch.py stage=submit submit=skypilot name={name}`.\n"
     return header + _dump(task)
 
 
 def _script(config: SubmitConfig, command: list[str], grace_s: int) -> str:
-    """What each node runs; the first one starts Ray's head and the driver."""
+    """Return the script of each node; the first node starts Ray's head and the driver."""
     if config.nodes == 1:
         alone = [word for word in command if word != "cluster=join"]
         return "\n".join([*config.setup, f"exec {shlex.join(alone)}", ""])
@@ -79,20 +82,21 @@ def _script(config: SubmitConfig, command: list[str], grace_s: int) -> str:
             "export RAY_AUTH_MODE=token",
             'if [ "$SKYPILOT_NODE_RANK" != 0 ]; then',
             '  until ray health-check --address "$address"; do sleep 2; done',
-            f'  {start} --address="$address" || true  # ends with the head',
+            f'  {start} --address="$address" || true  # returns when the head ends',
             "  exit 0",
             "fi",
-            # What fails here ends the job: nodes cost money while others wait for them.
+            # Any failure here must end the job, as waiting nodes cost money.
             f'{start} --head --node-ip-address="$head" --port={_PORT} \\',
             "  --include-dashboard=false &",
             "ray_head=$!",
-            # Not `ray stop`: it would end SkyPilot's own Ray too.
+            # Do not use `ray stop`, which would stop SkyPilot's own Ray too.
             "trap 'kill \"$ray_head\"' EXIT",
             f'timeout {_NODES_TIMEOUT_S} {python} -m cluster.slurm_ray wait "$address" '
             f"{config.nodes} || exit 1",
             f'{shlex.join(command)} cluster.address="$address" &',
             "driver=$!",
-            f"# A signal ends the first wait; the checkpoint after it takes up to {grace_s} s.",
+            "# A signal interrupts the first wait; the last checkpoint then takes up to "
+            f"{grace_s} s.",
             "trap 'kill -TERM \"$driver\"' TERM",
             'wait "$driver"; code=$?',
             'if kill -0 "$driver" 2>/dev/null; then wait "$driver"; code=$?; fi',
@@ -103,7 +107,7 @@ def _script(config: SubmitConfig, command: list[str], grace_s: int) -> str:
 
 
 class _Dumper(yaml.SafeDumper):
-    """Writes scripts as blocks of lines."""
+    """A YAML dumper that writes text of several lines as a literal block."""
 
 
 def _text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:

@@ -1,4 +1,4 @@
-"""Slurm's own commands, and what they say of a job."""
+"""Call Slurm's commands, and describe the state of a job."""
 
 from __future__ import annotations
 
@@ -15,16 +15,17 @@ from cluster.submitted import FOLDER
 ATTEMPTS = "attempts.jsonl"
 _OVER = (
     *("COMPLETED", "CANCELLED", "FAILED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "DEADLINE"),
-    *("PREEMPTED", "BOOT_FAIL"),  # PreemptMode=CANCEL ends a job in the first
+    *("PREEMPTED", "BOOT_FAIL"),  # with PreemptMode=CANCEL a job ends as PREEMPTED
 )
+"""States of a job that has ended."""
 _TIMEOUT_S = 60.0
 
 
 def call(*command: str) -> str:
-    """Standard output of a command of Slurm's.
+    """Run one of Slurm's commands and return its standard output.
 
     Raises:
-        SchedulerError: it is not there, does not answer, or refuses.
+        SchedulerError: If the command is not found, does not answer in time, or fails.
     """
     try:
         done = subprocess.run(
@@ -32,49 +33,54 @@ def call(*command: str) -> str:
         )
     except FileNotFoundError as error:
         raise SchedulerError(
-            f"{command[0]}: not found; submit where Slurm's commands are, on a login node"
+            f"{command[0]}: command not found; run this on a machine with Slurm's commands, such "
+            "as a login node"
         ) from error
     except subprocess.TimeoutExpired as error:
-        raise SchedulerError(f"{command[0]}: no answer from Slurm in {_TIMEOUT_S:.0f} s") from error
+        raise SchedulerError(
+            f"{command[0]}: no answer from Slurm within {_TIMEOUT_S:.0f} s; try again later"
+        ) from error
     if done.returncode:
         raise SchedulerError(f"{command[0]}: {done.stderr.strip() or done.stdout.strip()}")
     return done.stdout
 
 
 def requeue(job: str) -> None:
-    """Queues a running job again under its id; Slurm then ends this attempt of it.
+    """Requeue a running job under the same id; Slurm then ends its current attempt.
 
-    Does nothing to a job that Slurm is ending already: one that it has queued again itself, or
-    that somebody cancelled, which would come to life again.
+    Do nothing if Slurm is already ending the job. Slurm may have requeued it itself; or a user may
+    have cancelled it, and requeueing would undo that.
 
     Raises:
-        SchedulerError: Slurm refuses.
+        SchedulerError: If Slurm does not answer or refuses.
     """
     if is_running(job):
         call("scontrol", "requeue", job)
 
 
 def is_running(job: str) -> bool:
-    """Whether the job runs and Slurm is not ending it.
+    """Return True if the job is running and Slurm is not ending it.
 
     Raises:
-        SchedulerError: Slurm does not answer.
+        SchedulerError: If Slurm does not answer.
     """
     fields = job_fields(job)
     return fields is not None and fields["JobState"] == "RUNNING"
 
 
 def requeue_sweep_cell() -> None:
-    """Queues this job again where it is one of Hydra's Slurm launcher, which does not itself."""
+    """Requeue this job if Hydra's Slurm launcher started it, as the launcher does not do so."""
     if os.environ.get("SUBMITIT_EXECUTOR") == "slurm":
         requeue(os.environ["SLURM_JOB_ID"])
 
 
 def job_fields(job: str) -> dict[str, str] | None:
-    """`scontrol show job` by field; None where Slurm has forgotten the job (minutes after its end).
+    """Return the fields of `scontrol show job`, or None if Slurm no longer knows the job.
+
+    Slurm drops a job's record minutes after the job has ended.
 
     Raises:
-        SchedulerError: Slurm does not answer.
+        SchedulerError: If Slurm does not answer.
     """
     try:
         text = call("scontrol", "show", "job", "--oneliner", job)
@@ -86,10 +92,10 @@ def job_fields(job: str) -> dict[str, str] | None:
 
 
 def unfinished_state(row: dict[str, Any]) -> str | None:
-    """State of a submitted job while it waits or runs, as PENDING.
+    """Return the state of a submitted job, such as PENDING, or None if it has ended.
 
     Raises:
-        SchedulerError: Slurm does not answer.
+        SchedulerError: If Slurm does not answer.
     """
     fields = job_fields(row["job"])
     if fields is None or fields["JobState"].startswith(_OVER):
@@ -98,10 +104,10 @@ def unfinished_state(row: dict[str, Any]) -> str | None:
 
 
 def describe(row: dict[str, Any], run_dir: Path) -> str:
-    """A line or two on a submitted job.
+    """Describe a submitted job in one line, followed by a line with its log file.
 
     Raises:
-        SchedulerError: Slurm does not answer.
+        SchedulerError: If Slurm does not answer.
     """
     job = row["job"]
     fields = job_fields(job)
@@ -117,23 +123,25 @@ def _known(job: str, fields: dict[str, str]) -> str:
     if state == "RUNNING":
         text += f" on {fields['NodeList']}, {fields['RunTime']} of {fields['TimeLimit']}"
     if fields.get("Restarts", "0") != "0":
-        text += f", queued again {fields['Restarts']} times"
+        text += f", requeued {fields['Restarts']} times"
     if state.startswith(_OVER) and state != "COMPLETED":
         code, _, number = fields.get("ExitCode", "0:0").partition(":")
         text += f", signal {number}" if number not in ("", "0") else f", exit code {code}"
-        text += "; stage=submit again resumes"
+        text += "; rerun stage=submit to resume"
     return text
 
 
 def _forgotten(job: str, run_dir: Path) -> str:
-    """What the job itself wrote down, once Slurm no longer knows it."""
+    """Describe a job that Slurm no longer knows, from what the job itself recorded."""
     path = run_dir / FOLDER / ATTEMPTS
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     rows = [row for row in map(json.loads, lines) if row["job"] == job]
     if rows and rows[-1]["event"] == "end":
         code = rows[-1]["exit_code"]
-        return f"{job} ended with exit code {code}" + ("; stage=submit again resumes" * bool(code))
+        return f"{job} ended with exit code {code}" + (
+            "; rerun stage=submit to resume" * bool(code)
+        )
     return (
-        f"{job} is over, and left no exit code: it was killed before it could (cancelled, out of "
-        "memory, node lost); stage=submit again resumes"
+        f"{job} ended without recording an exit code: it was killed (cancelled, out of memory or "
+        "node lost); rerun stage=submit to resume"
     )

@@ -1,11 +1,15 @@
-"""Inside a Slurm job, on its first node: starts the driver, and passes on what Slurm says.
+"""The batch process of a Slurm job: start the driver, and forward Slurm's signals to it.
 
-Slurm takes its machines back in three ways. It signals the batch process alone (the time limit is
-near: `--signal=B:USR1`). It sends SIGTERM to all job steps (preemption with a grace period). It
-sends SIGTERM to every process of the job and kills them `KillWait` seconds later (scancel, requeue,
-preemption without grace). In each the driver is to hear of it once, as SIGUSR1, and Ray not at all:
-so a job step that does nothing else stands by for the second, and the driver is started with
-SIGTERM blocked, which its children inherit.
+It runs on the job's first node. Slurm ends a job in one of three ways:
+
+- It signals only the batch process: the time limit is near (`--signal=B:USR1`).
+- It sends SIGTERM to all job steps: preemption with a grace period.
+- It sends SIGTERM to every process of the job, and kills them `KillWait` seconds later: scancel,
+  requeue, or preemption without a grace period.
+
+In each case the driver must receive exactly one SIGUSR1, and Ray no signal at all. A job step
+(`cluster.slurm_ray.stand_by`) therefore waits for the second kind, and the driver starts with
+SIGTERM blocked, which its child processes inherit.
 """
 
 from __future__ import annotations
@@ -33,11 +37,11 @@ _NODES_TIMEOUT_S = 300
 
 
 class Attempt:
-    """One run of the job; Slurm may start another under the same id.
+    """One attempt of the job; after a requeue Slurm starts another one under the same id.
 
     Args:
-        run_dir: the run's folder.
-        command: the driver's.
+        run_dir: Folder of the run.
+        command: Command of the driver.
     """
 
     def __init__(self, run_dir: Path, command: list[str]) -> None:
@@ -45,7 +49,8 @@ class Attempt:
         self.restarts = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
         self.n_nodes = int(os.environ["SLURM_JOB_NUM_NODES"])
         self.asked = False
-        self._run_dir, self._command = run_dir, command
+        self._run_dir = run_dir
+        self._command = command
         for number in (signal.SIGUSR1, signal.SIGTERM):
             signal.signal(number, self._ask)
 
@@ -53,7 +58,10 @@ class Attempt:
         self.asked = True
 
     def run(self) -> int:
-        """The driver's exit code; 75 also where it never came to take the signal."""
+        """Run the driver and return its exit code.
+
+        The code is 75 (preempted) as well if a signal came before the driver could handle it.
+        """
         self._note("start", nodes=os.environ.get("SLURM_JOB_NODELIST"))
         with ExitStack() as stack:
             command = self._command
@@ -69,28 +77,31 @@ class Attempt:
                 code = EXIT_PREEMPTED if self.asked else self._drive(command)
             elif self.asked:
                 code = EXIT_PREEMPTED
-            # Before Ray's end: Slurm may kill what is left of the job while that takes its time.
+            # Record this before Ray is stopped: that takes time, and Slurm may kill the job first.
             self._note("end", exit_code=code)
         return code
 
     def _note(self, event: str, **more: Any) -> None:
-        """A row for `stage=status`, for when Slurm has forgotten the job."""
+        """Append a row to the attempts file, which `stage=status` reads for jobs Slurm forgot."""
         row = {"time": time.time(), "job": self.job, "restart": self.restarts, "event": event}
         with open(self._run_dir / FOLDER / slurm.ATTEMPTS, "a", encoding="utf-8") as file:
             file.write(json.dumps(row | more) + "\n")
 
     def _nodes_came(self, address: str) -> bool:
+        """Wait until all nodes have joined Ray; return False on a signal or after a timeout."""
+        # Wait in a separate process, which can be killed, unlike a blocking call into Ray here.
         wait = [sys.executable, "-m", "cluster.slurm_ray", "wait", address, str(self.n_nodes)]
         waiting = subprocess.Popen(wait)
         deadline = time.monotonic() + _NODES_TIMEOUT_S
         while waiting.poll() is None:
             if self.asked or time.monotonic() > deadline:
-                print(f"job: gave up waiting for Ray on {self.n_nodes} nodes", flush=True)
+                print(f"job: stopped waiting for Ray on {self.n_nodes} nodes", flush=True)
                 waiting.kill()
             time.sleep(_POLL_S)
         return waiting.returncode == 0
 
     def _drive(self, command: list[str]) -> int:
+        """Run the driver, send it one SIGUSR1 if Slurm signals, and return its exit code."""
         with blocked(signal.SIGTERM):
             driver = subprocess.Popen(command)
         told = False
@@ -100,15 +111,15 @@ class Attempt:
                 told = True
             time.sleep(_POLL_S)
         if told and driver.returncode == -signal.SIGUSR1:
-            return EXIT_PREEMPTED  # it had not begun
+            return EXIT_PREEMPTED  # the signal came before the driver had installed its handler
         return driver.returncode
 
 
 @contextmanager
 def _steps(address: str | None, n_nodes: int) -> Iterator[None]:
-    """A process per node, until the block ends: see `cluster.slurm_ray.stand_by`."""
+    """Run `cluster.slurm_ray.stand_by` on each node until the block ends."""
     srun = ["srun", "--overlap", f"--nodes={n_nodes}", f"--ntasks={n_nodes}", "--ntasks-per-node=1"]
-    # All that the job has on each node; one node's end is not to end the others.
+    # Give the step all of the job's memory and cores, and keep the other nodes when one fails.
     srun += ["--mem=0", "--cpu-bind=none", "--kill-on-bad-exit=0", "--wait=0"]
     if "SLURM_CPUS_PER_TASK" in os.environ:
         srun.append(f"--cpus-per-task={os.environ['SLURM_CPUS_PER_TASK']}")
@@ -118,7 +129,7 @@ def _steps(address: str | None, n_nodes: int) -> Iterator[None]:
     try:
         yield
     finally:
-        step.stdin.close()  # the steps' sign to end
+        step.stdin.close()  # tells the processes on all nodes to end
         try:
             step.wait(timeout=30)
         except subprocess.TimeoutExpired:
@@ -126,7 +137,7 @@ def _steps(address: str | None, n_nodes: int) -> Iterator[None]:
 
 
 def main() -> None:
-    """`python -m cluster.slurm_job RUN_DIR MAX_REQUEUES -- COMMAND...`, of the batch script."""
+    """Run `python -m cluster.slurm_job RUN_DIR MAX_REQUEUES -- COMMAND...` for the batch script."""
     run_dir, max_requeues, _, *command = sys.argv[1:]
     attempt = Attempt(Path(run_dir), command)
     code = attempt.run()
@@ -135,7 +146,7 @@ def main() -> None:
         try:
             slurm.requeue(attempt.job)
         except SchedulerError as error:
-            print(f"job: cannot be queued again: {error}; submit it again to resume", flush=True)
+            print(f"job: could not requeue: {error}; rerun stage=submit to resume", flush=True)
     sys.exit(code)
 
 

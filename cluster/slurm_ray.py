@@ -1,7 +1,7 @@
-"""Ray on the nodes of a Slurm job: a cluster of the job's own, which ends with it.
+"""A private Ray cluster on the nodes of a Slurm job, which ends with the job.
 
-`ray symmetric-run` would do for a job that has its nodes to itself: it finishes by stopping every
-Ray of the user's on the node. Here each job has ports, folder and token of its own.
+`ray symmetric-run` would suit only jobs with exclusive nodes: at the end it stops every Ray process
+of the user on the node. Here each job has its own ports, folder and token.
 """
 
 from __future__ import annotations
@@ -26,7 +26,10 @@ _SIGNALS = {signal.SIGTERM, signal.SIGUSR1}
 
 
 def ray_environment() -> dict[str, str]:
-    """What all processes of this job's Ray share; srun hands it on to the other nodes."""
+    """Return environment variables for all Ray processes of this job, with a new token.
+
+    srun passes them to the other nodes.
+    """
     return {
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
@@ -36,7 +39,7 @@ def ray_environment() -> dict[str, str]:
 
 
 def head_address() -> str:
-    """This node's address, and a port that is free now."""
+    """Return this node's IP address with a port that is currently free, as IP:PORT."""
     import ray
 
     with socket.socket() as free:
@@ -46,7 +49,7 @@ def head_address() -> str:
 
 @contextmanager
 def blocked(*signals: signal.Signals) -> Iterator[None]:
-    """Processes started in the block never see these signals, nor do those that they start."""
+    """Block these signals in processes that are started in the block, and in their children."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
     try:
         yield
@@ -56,13 +59,13 @@ def blocked(*signals: signal.Signals) -> Iterator[None]:
 
 @contextmanager
 def ray_node(address: str, head: bool = False) -> Iterator[subprocess.Popen[bytes]]:
-    """A Ray node on this machine while the block runs; gone with all its processes afterwards.
+    """Run a Ray node on this machine during the block; kill all its processes afterwards.
 
     Args:
-        address: of the head, IP:PORT.
-        head: this node is the head; others join it.
+        address: Address of the head node, IP:PORT.
+        head: True to start the head node; False to join the head at `address`.
     """
-    # Not TMPDIR: the path of a socket in it may be 107 bytes long.
+    # Use /tmp, not TMPDIR: Ray creates sockets in it, and their paths may have at most 107 bytes.
     folder = tempfile.mkdtemp(prefix=f"ray-{os.environ['SLURM_JOB_ID']}-", dir="/tmp")
     ip, _, port = address.rpartition(":")
     where = ["--head", f"--node-ip-address={ip}", f"--port={port}", "--include-dashboard=false"]
@@ -72,7 +75,7 @@ def ray_node(address: str, head: bool = False) -> Iterator[subprocess.Popen[byte
         f"--temp-dir={folder}",
         f"--num-cpus={os.environ.get('SLURM_CPUS_ON_NODE', os.cpu_count())}",
         f"--object-store-memory={128 << 20}",
-        # Any free ports: another job's Ray may be on this node.
+        # Use any free ports: the Ray of another job may run on this node.
         *("--min-worker-port=0", "--max-worker-port=0", "--dashboard-agent-listen-port=0"),
         *("--include-log-monitor=false", "--log-style=record", "--log-color=false"),
     ]
@@ -80,13 +83,13 @@ def ray_node(address: str, head: bool = False) -> Iterator[subprocess.Popen[byte
         process = subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,  # advice on other nodes; errors go to stderr
+            stdout=subprocess.DEVNULL,  # hints on how to join the cluster; errors go to stderr
             start_new_session=True,
         )
     try:
         yield process
     finally:
-        # Its daemons are in its process group, and the workers end with their raylet.
+        # Ray's daemons are in this process group; its workers end when their raylet does.
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
@@ -94,18 +97,19 @@ def ray_node(address: str, head: bool = False) -> Iterator[subprocess.Popen[byte
 
 
 def stand_by(address: str | None) -> None:
-    """The job's process on each node, until its standard input ends.
+    """Run the job's process on each node until standard input is closed.
 
-    On the first node it tells the batch process when Slurm signals the job's steps: on preemption
-    with a grace period Slurm signals only those. On the others it holds a Ray node.
+    On the first node, forward Slurm's signals to the batch process: on preemption with a grace
+    period Slurm signals the job steps only. On the other nodes, run a Ray node.
 
     Args:
-        address: of Ray's head; None where the job has one node.
+        address: Address of Ray's head; None if the job has one node.
     """
     signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
     over = threading.Event()
     threading.Thread(target=_at_end_of_input, args=[over.set], daemon=True).start()
-    job, first = os.environ["SLURM_JOB_ID"], os.environ["SLURM_NODEID"] == "0"
+    job = os.environ["SLURM_JOB_ID"]
+    first = os.environ["SLURM_NODEID"] == "0"
     with ExitStack() as stack:
         node = None
         if address is not None and not first:
@@ -113,11 +117,13 @@ def stand_by(address: str | None) -> None:
         while not over.is_set():
             if signal.sigtimedwait(_SIGNALS, _POLL_S) is not None and first:
                 if not is_running(job):
-                    return  # Slurm is ending all of it, and has told the batch process too
+                    return  # Slurm is ending the whole job and has signalled the batch process too
                 tell = ["scancel", "--batch", "--signal=USR1", job]
                 subprocess.run(tell, check=False)
             if node is not None and node.poll() is not None:
-                sys.exit(f"job: Ray on {socket.gethostname()} ended with {node.returncode}")
+                sys.exit(
+                    f"job: Ray on {socket.gethostname()} ended with exit code {node.returncode}"
+                )
 
 
 def _at_end_of_input(action: Callable[[], None]) -> None:
@@ -126,7 +132,7 @@ def _at_end_of_input(action: Callable[[], None]) -> None:
 
 
 def wait_for_nodes(address: str, n_nodes: int) -> None:
-    """Returns once the cluster has that many nodes."""
+    """Wait until the Ray cluster at `address` has `n_nodes` nodes."""
     import ray
 
     while True:
@@ -140,7 +146,7 @@ def wait_for_nodes(address: str, n_nodes: int) -> None:
 
 
 def main() -> None:
-    """`python -m cluster.slurm_ray stand_by [ADDRESS]` or `wait ADDRESS N`."""
+    """Run `python -m cluster.slurm_ray stand_by [ADDRESS]` or `wait ADDRESS N`."""
     what, *arguments = sys.argv[1:]
     if what == "wait":
         wait_for_nodes(arguments[0], int(arguments[1]))

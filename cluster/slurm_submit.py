@@ -1,8 +1,8 @@
-"""Submits a run to Slurm: a batch script of our own.
+"""Submit a run to Slurm with a generated batch script.
 
-Not submitit's executor: a person can read the script, change it and hand it to `sbatch`; nothing is
-pickled; and it leaves the job's own process the decision what to do with a signal and with exit
-code 75, which is to queue the job again under its id.
+submitit's executor is not used, for three reasons: a person can read the script, edit it and pass
+it to `sbatch`; nothing is pickled; and the job's own process decides how to react to a signal and
+to exit code 75, namely by requeueing the job under the same id.
 """
 
 from __future__ import annotations
@@ -20,16 +20,19 @@ _ROOT = Path(__file__).resolve().parents[1]
 
 
 def submit(config: SubmitConfig, name: str, run_dir: Path, command: list[str]) -> tuple[str, str]:
-    """The job's id, and how to follow it.
+    """Write the batch script, submit it, and record the job in the run folder.
 
     Args:
-        config: of the job.
-        name: of the run.
-        run_dir: its folder.
-        command: what the job runs, on its first node.
+        config: Settings of the job.
+        name: Name of the run.
+        run_dir: Folder of the run.
+        command: Command that the job runs on its first node.
+
+    Returns:
+        The job's id with the path of its script, and a command that follows the job's log.
 
     Raises:
-        SchedulerError: Slurm is not there or refuses.
+        SchedulerError: If Slurm is not found, does not answer, or refuses the job.
     """
     path = run_dir / FOLDER / SCRIPT
     path.write_text(script(config, name, run_dir, command), encoding="utf-8")
@@ -40,20 +43,20 @@ def submit(config: SubmitConfig, name: str, run_dir: Path, command: list[str]) -
 
 
 def script(config: SubmitConfig, name: str, run_dir: Path, command: list[str]) -> str:
-    """The batch script.
+    """Return the text of the batch script.
 
     Args:
-        config: of the job.
-        name: of the run.
-        run_dir: its folder.
-        command: what the job runs, on its first node.
+        config: Settings of the job.
+        name: Name of the run.
+        run_dir: Folder of the run.
+        command: Command that the job runs on its first node.
     """
     log = str(run_dir / FOLDER / "slurm-").replace("%", "%%") + "%j.log"
     options = {
         "job-name": name,
         "output": shlex.quote(log),
         "open-mode": "append",
-        # Only to the batch process: Ray's processes are not to hear of it.
+        # B: signals the batch process only, as Ray's processes must not receive the signal.
         "signal": f"B:USR1@{config.signal_lead_s}",
         "nodes": config.nodes,
         "ntasks-per-node": 1,
@@ -71,7 +74,7 @@ def script(config: SubmitConfig, name: str, run_dir: Path, command: list[str]) -
     return "\n".join(
         [
             "#!/bin/bash",
-            f"# Of `python launch.py stage=submit name={name}`.",
+            f"# Written by `python launch.py stage=submit name={name}`.",
             *(f"#SBATCH {line}" for line in lines),
             "",
             f"cd {shlex.quote(str(Path.cwd()))} || exit 1",

@@ -1,6 +1,6 @@
-"""The submit stage: the same command elsewhere, as a job of Slurm or Ray, or as a file to submit.
+"""The submit stage: run the same command as a job of Slurm or Ray, or write a job file to submit.
 
-Returns at once.
+The stage does not wait for the job.
 """
 
 from __future__ import annotations
@@ -33,16 +33,17 @@ _FILES = {"kuberay": "rayjob.yaml", "skypilot": "skypilot.yaml"}
 
 
 def run(config: RunConfig, run_dir: Path, overrides: list[str]) -> None:
-    """Submits the run as a job, or writes the file that does, and prints how to go on.
+    """Submit the run as a job, or write a job file, and print the next command to use.
 
     Args:
-        config: of the run.
-        run_dir: its folder; `submit/` in it gets what was submitted and the job's id.
-        overrides: arguments of the command line; the job repeats them with `submit.stage`.
+        config: Configuration of the run.
+        run_dir: Folder of the run. What was submitted and the job's id are stored in its `submit/`.
+        overrides: Arguments of the command line. The job uses the same ones, but runs
+            `submit.stage`.
 
     Raises:
-        RunDirError: the run is in use, has a job already, or was started with another config.
-        SchedulerError: the scheduler is not there or refuses.
+        RunDirError: If the run is in use, already has a job, or was started with another config.
+        SchedulerError: If the scheduler is not found, does not answer, or refuses the job.
     """
     console = Console(soft_wrap=True, highlight=False)
     folder = run_dir / FOLDER
@@ -57,30 +58,33 @@ def run(config: RunConfig, run_dir: Path, overrides: list[str]) -> None:
         )
         path.write_text(text, encoding="utf-8")
         module = kuberay if config.submit.scheduler == "kuberay" else skypilot
-        console.print(f"submit: wrote {path}; nothing has been sent")
-        console.print(f"submit it: {module.submit_command(config.submit, path)}")
+        console.print(f"submit: wrote {path}; nothing has been submitted yet")
+        console.print(f"submit it with: {module.submit_command(config.submit, path)}")
         return
     earlier = unfinished_job(run_dir)
     if earlier is not None:
         job, scheduler = earlier
         raise RunDirError(
-            f"{run_dir} has job {job}; follow it with stage=status, or end it with "
+            f"{run_dir} already has job {job}; follow it with stage=status, or end it with "
             f"{_END[scheduler]}"
         )
+    # Check and write the run folder's config, then release its lock before the job can start.
     with open_run(config):
-        pass  # claimed and its config written; the lock is free again before the job can start
+        pass
     folder.mkdir(exist_ok=True)
     command = _command(config.submit, _for_the_job(config, overrides))
     job, follow = _SUBMIT[config.submit.scheduler](config.submit, config.name, run_dir, command)
     console.print(f"submit: job {job}")
-    console.print(f"follow: python launch.py stage=status name={config.name}; {follow}")
+    console.print(f"follow it with: python launch.py stage=status name={config.name}; {follow}")
 
 
 def unfinished_job(run_dir: Path) -> tuple[str, str] | None:
-    """The run's newest job while it waits or runs, as `12 (PENDING)`, and its scheduler.
+    """Return the run's newest job, such as `12 (PENDING)`, and its scheduler.
+
+    Return None if no job was submitted or the newest one has ended.
 
     Raises:
-        SchedulerError: the scheduler does not answer.
+        SchedulerError: If the scheduler does not answer.
     """
     jobs = submitted_jobs(run_dir)
     if not jobs:
@@ -91,7 +95,7 @@ def unfinished_job(run_dir: Path) -> tuple[str, str] | None:
 
 
 def describe_job(run_dir: Path) -> str | None:
-    """A line or two on the run's newest job; None where none was submitted."""
+    """Describe the run's newest job in one or two lines; return None if none was submitted."""
     jobs = submitted_jobs(run_dir)
     if not jobs:
         return None
@@ -102,10 +106,11 @@ def describe_job(run_dir: Path) -> str | None:
 
 
 def _scheduler(row: dict[str, Any]) -> str:
-    return str(row.get("scheduler", "slurm"))  # rows of older runs do not name it
+    return str(row.get("scheduler", "slurm"))  # older rows lack the key; all of those are Slurm's
 
 
 def _command(config: SubmitConfig, arguments: list[str]) -> list[str]:
+    """Return the driver's command; it joins the job's Ray cluster, except on Slurm."""
     here = [sys.executable, str(_ROOT / "launch.py")]
     start = config.launch or (["python", "launch.py"] if config.working_dir else here)
     joins = config.scheduler != "slurm" and not any(
@@ -115,9 +120,11 @@ def _command(config: SubmitConfig, arguments: list[str]) -> list[str]:
 
 
 def _for_the_job(config: RunConfig, overrides: list[str]) -> list[str]:
+    """Return the job's arguments for a job that sees this machine's folders."""
     places = {"runs_dir": str(Path(config.runs_dir).expanduser().resolve())}
     if config.submit.scheduler == "ray" and config.submit.working_dir is not None:
-        # The job starts in another folder; launch.py has made these absolute where they are paths.
+        # The job starts in another folder, so relative paths would not work. launch.py has already
+        # made these settings absolute if they are paths.
         paths = {
             "cache_dir": config.cache_dir,
             "store.path": config.store.path,
@@ -137,18 +144,18 @@ def _for_the_job(config: RunConfig, overrides: list[str]) -> list[str]:
 
 
 def _quoted(text: str) -> str:
-    """As Hydra reads it: only backslashes before a quote are doubled."""
+    """Quote a string for Hydra, which unescapes only backslashes that precede a quote."""
     escaped = re.sub(r'(\\+)(?="|$)', r"\1\1", text).replace('"', '\\"')
     return f'"{escaped}"'
 
 
 def _elsewhere(config: RunConfig, overrides: list[str]) -> list[str]:
-    """Arguments where this machine's folders are not: runs and caches lie on the job's volume."""
+    """Return the job's arguments for a container, with runs and caches on the mounted volume."""
     for override in overrides:
         if override.startswith("--config-dir="):
             raise SchedulerError(
-                f"{override}: expected a config that the image has; put its values on the command "
-                "line, or its files into conf/ of the image"
+                f"{override}: expected a config that is in the image; give its values on the "
+                "command line, or add its files to conf/ of the image"
             )
     kept = _without(overrides, "stage=", "name=", "runs_dir=", "cache_dir=", "submit=", "submit.")
     mount = config.submit.mount
@@ -157,4 +164,5 @@ def _elsewhere(config: RunConfig, overrides: list[str]) -> list[str]:
 
 
 def _without(overrides: list[str], *prefixes: str) -> list[str]:
+    """Return the overrides that begin with none of the prefixes."""
     return [override for override in overrides if not override.startswith(prefixes)]

@@ -1,17 +1,18 @@
-"""Text from files: which documents there are, in which order, and the hash that names them all.
+"""Read documents from text files in a fixed order, and hash them all.
 
-What counts as one document:
+Each source is split into documents as follows:
 
 | source | document |
 |---|---|
 | a folder of `.txt`/`.md` files | each file |
 | one `.txt`/`.md` file | each block between blank lines |
-| `.jsonl` | each line, its `text_field` (or the line itself, when it is a JSON string) |
-| `.json` | each element of a list, or each value of an object: a string, or its `text_field` |
-| `.parquet`, a saved Hugging Face dataset (`.arrow`) | each row's `text_field` |
+| `.jsonl` | the `text_field` of each line, or the line itself if it is a JSON string |
+| `.json` | each element of a list or value of an object: a string, or an object's `text_field` |
+| `.parquet`, a saved Hugging Face dataset (`.arrow`) | the `text_field` of each row |
 
-Text and JSON Lines may be gzipped (`.jsonl.gz`). A folder is read in the order of its names.
-Empty documents are skipped. All but `.json` are read piece by piece, so memory stays small.
+All except `.parquet` and `.arrow` may be gzipped (`.jsonl.gz`). The files of a folder are read in
+the order of their names. Empty documents are skipped. JSON Lines, `.parquet`, `.arrow` and a single
+text file are streamed, so that they may be larger than memory.
 """
 
 from __future__ import annotations
@@ -34,27 +35,29 @@ ROWS_PER_READ = 1024
 
 @dataclass(frozen=True)
 class TextSource:
-    """The files that hold the text, in reading order."""
+    """The files of a text, in the order in which they are read."""
 
     root: Path
+    """The folder that contains the files, or the file itself if there is only one."""
     files: tuple[Path, ...]
     text_field: str
+    """Field or column with the text."""
 
     def sha256(self, cache_dir: Path) -> str:
-        """Names the documents: changes with any file's name or content and with `text_field`."""
+        """Return a hash that changes with `text_field` and any file's name or content."""
         named = [(self._name(file), file_sha256(file, cache_dir)) for file in self.files]
         return digest({"files": named, "text_field": self.text_field})
 
     def documents(self) -> Iterator[str]:
-        """Every document that is not blank, in a fixed order.
+        """Yield every document that is not blank, in a fixed order.
 
         Raises:
-            TextError: A file cannot be read, or has no `text_field`.
+            TextError: If a file cannot be read or lacks the `text_field`.
         """
         for file in self.files:
             for text in self._documents_of(file):
                 if text.strip():
-                    # JSON may hold lone surrogates, which no tokenizer takes.
+                    # JSON may contain lone surrogates, which tokenizers reject.
                     yield text.encode("utf-8", "replace").decode("utf-8")
 
     def _documents_of(self, file: Path) -> Iterator[str]:
@@ -69,9 +72,9 @@ class TextSource:
             else:
                 yield from self._columns(file, kind)
         except UnicodeDecodeError as error:
-            raise TextError(f"{file} is not UTF-8 text ({error}); convert it first") from error
+            raise TextError(f"{file} is not UTF-8 text ({error}); convert it to UTF-8") from error
         except (OSError, EOFError, _arrow_invalid()) as error:
-            raise TextError(f"{file} cannot be read: {error}") from error
+            raise TextError(f"could not read {file}: {error}") from error
 
     def _json_lines(self, file: Path) -> Iterator[str]:
         with _open(file) as lines:
@@ -83,10 +86,13 @@ class TextSource:
         with _open(file) as stream:
             top = _parse(stream.read(), str(file))
         if isinstance(top, dict):
+            # An object with the text field is one document; otherwise its values are the documents.
             single = isinstance(top.get(self.text_field), str)
             top = [top] if single else list(top.values())
         if not isinstance(top, list):
-            raise TextError(f"{file}: expected a JSON list or object of documents")
+            raise TextError(
+                f"{file}: expected a JSON list or object of documents, not {type(top).__name__}"
+            )
         for value in top:
             yield self._text_of(value, file)
 
@@ -101,8 +107,8 @@ class TextSource:
             return text
         fields = sorted(value) if isinstance(value, dict) else type(value).__name__
         raise TextError(
-            f"{file}: a document has no text in data.text_field={self.text_field!r}; "
-            f"it has {fields}"
+            f"{file}: expected text in the field data.text_field={self.text_field!r} of each "
+            f"document; found one with {fields}"
         )
 
     def _name(self, file: Path) -> str:
@@ -110,30 +116,36 @@ class TextSource:
 
 
 def find_text(data: DataConfig) -> TextSource:
-    """The files that `data` names.
+    """Find the text files that `data.package` and `data.path` refer to.
 
     Raises:
-        TextError: The package or path does not exist, or there is nothing in it that we can read.
+        TextError: If the package or path does not exist, or has no file of a supported format.
     """
     root = _root(data)
     if root.is_file():
         if _suffix(root) not in READABLE:
-            raise TextError(f"data.path={str(root)!r}: expected one of {', '.join(READABLE)}")
+            raise TextError(
+                f"data.path={str(root)!r}: expected a file of one of the formats "
+                f"{', '.join(READABLE)}"
+            )
         return TextSource(root, (root,), data.text_field)
     if not root.is_dir():
-        raise TextError(f"data.path={str(root)!r} does not exist; expected a file or a folder")
+        raise TextError(f"data.path={str(root)!r} not found; expected a file or a folder")
     files = _dataset_files(root) or tuple(
         sorted(file for file in root.rglob("*") if file.is_file() and _suffix(file) in READABLE)
     )
     if not files:
-        raise TextError(f"data.path={str(root)!r} holds no file of {', '.join(READABLE)}")
+        raise TextError(
+            f"data.path={str(root)!r}: expected a folder with files of the formats "
+            f"{', '.join(READABLE)}; found none"
+        )
     return TextSource(root, files, data.text_field)
 
 
 def _root(data: DataConfig) -> Path:
     if data.package is None:
         return Path(data.path).expanduser()
-    # find_spec does not run the package: its dependencies need not be installed.
+    # `find_package` does not import the package, so its dependencies need not be installed.
     spec = find_package(data.package)
     if spec is None or not spec.submodule_search_locations:
         raise TextError(
@@ -144,12 +156,15 @@ def _root(data: DataConfig) -> Path:
 
 
 def _dataset_files(folder: Path) -> tuple[Path, ...]:
-    """Arrow files of a folder that `datasets.Dataset.save_to_disk` wrote, else none."""
+    """Return the Arrow files of a folder written by `save_to_disk` of Hugging Face datasets.
+
+    Of a folder with several splits, the train split is used. Other folders have no such files.
+    """
     if (folder / "dataset_dict.json").is_file():
         splits = json.loads((folder / "dataset_dict.json").read_text())["splits"]
         if "train" not in splits and len(splits) != 1:
             raise TextError(
-                f"{folder} has the splits {splits}: set data.path to one of its folders"
+                f"{folder} has the splits {splits}; set data.path to the folder of one split"
             )
         root = folder / ("train" if "train" in splits else splits[0])
         return _dataset_files(root)
@@ -185,7 +200,7 @@ def _parse(text: str, where: str) -> Any:
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
-        raise TextError(f"{where} is not JSON: {error}") from error
+        raise TextError(f"{where}: expected JSON: {error}") from error
 
 
 def _parquet_batches(file: Path, field: str) -> Iterator[list[str | None]]:
@@ -210,14 +225,16 @@ def _require_column(field: str, schema: Any, file: Path) -> None:
     import pyarrow
 
     if field not in schema.names:
-        raise TextError(f"{file} has no column data.text_field={field!r}; it has {schema.names}")
+        raise TextError(
+            f"{file}: column data.text_field={field!r} not found; it has the columns {schema.names}"
+        )
     kind = schema.field(field).type
     if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
-        raise TextError(f"{file}: column {field!r} is {kind}; expected strings")
+        raise TextError(f"{file}: column {field!r} has the type {kind}; expected strings")
 
 
 def _arrow_invalid() -> type[Exception]:
-    """What pyarrow raises on a file that is not what its name says."""
+    """Return the error that pyarrow raises if a file's content is not what its name says."""
     from pyarrow import ArrowInvalid
 
     invalid: type[Exception] = ArrowInvalid

@@ -255,5 +255,5 @@ def test_a_signal_while_it_harvests(tmp_path):
     assert not open_store(store).finalised
     process = start(*arguments)
     output, _ = process.communicate(timeout=100)
-    assert process.returncode == 0 and "items are there already" in output, output
+    assert process.returncode == 0 and "items are already committed" in output, output
     assert open_store(store).finalised

@@ -256,7 +256,7 @@ def test_a_store_of_a_persons_own_rows_is_refused(tmp_path: Path) -> None:
     writer.write_item(0, {"model.layers.1": np.ones((SHARD, 5), np.float32)})
     writer.finalise()
     config.store.path = str(tmp_path / "own")
-    with pytest.raises(StoreMismatchError, match="holds other rows, of {'model.layers.1': 5}"):
+    with pytest.raises(StoreMismatchError, match="with the arrays {'model.layers.1': 5}"):
         harvest.run(config, tmp_path / "run")
 
 
@@ -272,7 +272,7 @@ def test_a_text_that_runs_out_is_stored_whole(
 def test_what_cannot_be_harvested_is_told_as_it_is(tmp_path: Path) -> None:
     config = make_config(tmp_path)
     config.model.hookpoints = ["model.layer.1"]
-    with pytest.raises(ModelError, match="close names: model.layers.1"):
+    with pytest.raises(ModelError, match="similar names: model.layers.1"):
         harvest.run(config, tmp_path / "run")
     (tmp_path / "short.txt").write_text("w1 w2")
     config = make_config(tmp_path)
@@ -281,7 +281,8 @@ def test_what_cannot_be_harvested_is_told_as_it_is(tmp_path: Path) -> None:
         harvest.run(config, tmp_path / "run")
     config = make_config(tmp_path)
     config.cluster.harvest_workers, config.cluster.placement_timeout_s = 9, 2.0
-    with pytest.raises(PlacementError, match="cluster.harvest_workers=9: [0-3] were placed"):
+    expected = "cluster.harvest_workers=9: only [0-3] workers were placed"
+    with pytest.raises(PlacementError, match=expected):
         harvest.run(config, tmp_path / "run")
 
 

@@ -123,7 +123,7 @@ def test_a_job_is_stopped_with_a_checkpoint_and_resumed(tmp_path: Path, dashboar
     saved = int(list_checkpoints(run / "checkpoints")[0].name.removeprefix("step-"))
     assert 20 < saved < STEPS and saved % EVERY, saved  # of the signal, not of the clock
     status = launch(tmp_path, "status", dashboard)
-    assert f"{row['job']} STOPPED; stage=submit again resumes" in " ".join(status.stdout.split())
+    assert f"{row['job']} STOPPED; rerun stage=submit to resume" in " ".join(status.stdout.split())
 
     assert launch(tmp_path, "submit", dashboard).returncode == 0
     row = json.loads((run / "submit" / "jobs.json").read_text())[-1]

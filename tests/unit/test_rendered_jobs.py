@@ -117,7 +117,7 @@ def test_what_cannot_be_rendered(change: dict[str, Any], expected: str) -> None:
 
 @pytest.mark.parametrize("word", ["data.path=a;b", "data.path=${runs_dir}/t", "name='x'", "a|b"])
 def test_a_rayjob_takes_no_word_that_a_shell_would_change(word: str) -> None:
-    with pytest.raises(SchedulerError, match="no characters that a shell takes for more"):
+    with pytest.raises(SchedulerError, match="no characters that a shell interprets"):
         kuberay.render(KUBERAY, "one", [*COMMAND, word], 120.0)
 
 

