@@ -80,7 +80,11 @@ class Member:
             write_record(self.run_dir, error)
         except OSError as refused:
             # For example a full disk. The cell stays unfinished; the other cells continue.
-            print(f"sweep: {self.run_dir.name}: {error} ({refused})", file=sys.stderr, flush=True)
+            print(
+                f"sweep: {self.run_dir.name}: {error}; could not record this ({refused})",
+                file=sys.stderr,
+                flush=True,
+            )
 
 
 def train_members(
@@ -95,7 +99,7 @@ def train_members(
         members: runs whose configs differ only in `sae`, `optim`, `seed` and `train.tokens`.
         device: device of this rank.
         stop_requested: see `Trainer`.
-        watchdog: watchdog of this rank; it is told the members' progress.
+        watchdog: watchdog of this rank, to which the members' progress is reported.
 
     Returns:
         The outcome of each member, in the order of `members`.
@@ -184,6 +188,7 @@ def _make_ready(
 def _source(
     config: RunConfig, store: Store, array: str, mesh: Mesh, device: torch.device
 ) -> StoreSource | MixtureSource:
+    """Open the row stream that all members share: one store, or a mixture of several."""
     order = (
         array,
         config.seed,

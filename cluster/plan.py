@@ -152,8 +152,14 @@ def _show_details(config: RunConfig, layout: Layout, hardware: Hardware) -> None
 
 
 def _check_disk(config: RunConfig, store_bytes: int) -> None:
+    """Check that the store fits `plan.disk_tib`, or by default the free space of its disk.
+
+    Raises:
+        ConfigError: If the store is too large.
+    """
     if config.plan.disk_tib is not None:
-        room, where = config.plan.disk_tib * 2**40, "planned for the store (plan.disk_tib)"
+        room = config.plan.disk_tib * 2**40
+        where = "plan.disk_tib"
     else:
         path = Path(config.store.path)
         if config.plan.hardware != "local" or "://" in config.store.path or path.exists():
@@ -162,7 +168,8 @@ def _check_disk(config: RunConfig, store_bytes: int) -> None:
             return
         while not path.exists():
             path = path.parent
-        room, where = shutil.disk_usage(path).free, f"free at {path}"
+        room = shutil.disk_usage(path).free
+        where = f"free at {path}"
     if store_bytes > room:
         raise ConfigError(
             "data.tokens",

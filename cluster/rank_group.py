@@ -63,7 +63,7 @@ def _wait_until_ready(ranks: list[Any], timeout_s: float) -> None:
     placed, missing = ray.wait(ready, num_returns=len(ranks), timeout=timeout_s)
     if missing:
         raise PlacementError(
-            f"{len(placed)} of {len(ranks)} ranks were placed within {timeout_s:.0f} s; "
+            f"only {len(placed)} of {len(ranks)} ranks were placed within {timeout_s:.0f} s; "
             "lower parallel.latent or parallel.data, or raise cluster.placement_timeout_s"
         )
     try:
@@ -93,7 +93,7 @@ def _gpu_group(config: RunConfig, n_ranks: int) -> Any:
     have = int(ray.cluster_resources().get("GPU", 0))
     what = f"parallel.latent x parallel.data = {n_ranks} ranks"
     if config.cluster.address is None and have < n_ranks:
-        # A private cluster does not grow, so waiting for more GPUs is no use.
+        # A private cluster does not grow, so waiting for more GPUs would not help.
         raise PlacementError(
             f"{what} with train.device={config.train.device!r}: expected one GPU per rank, but "
             f"this machine has {have}; use fewer ranks, train.device=cpu, or cluster=join"

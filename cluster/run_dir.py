@@ -74,6 +74,11 @@ def _has_results(run_dir: Path) -> bool:
 
 
 def _agree_on_config(config: RunConfig, run_dir: Path) -> None:
+    """Save the config, unless the run already has results made with a different one.
+
+    Raises:
+        RunDirError: If it has; the error lists the differences.
+    """
     path = run_dir / CONFIG
     saved = saved_config(run_dir)
     if saved is not None and _has_results(run_dir):

@@ -96,6 +96,11 @@ def _by_cell(overrides: list[str]) -> dict[str, list[str]]:
 
 
 def _overridden(cell: RunConfig, name: str, settings: list[str]) -> RunConfig:
+    """Return the cell's config with its KEY=VALUE overrides applied.
+
+    Raises:
+        ConfigError: If a key may not be overridden, a key is unknown, or a value is invalid.
+    """
     for setting in settings:
         if not setting.startswith(_MAY_DIFFER) or setting.startswith(_MAY_NOT):
             raise ConfigError(

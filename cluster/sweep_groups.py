@@ -39,7 +39,7 @@ def group_size(config: RunConfig, cells: dict[str, RunConfig]) -> int:
             "sweep.saes_per_process",
             None,
             "a number, because this machine cannot see the ranks' memory",
-            "set it, or set plan.hardware",
+            "set a number, or set plan.hardware",
         )
     store = open_store(config.store.path)
     d_model = store.arrays[config.sae.hookpoint or next(iter(store.arrays))]

@@ -91,6 +91,7 @@ class Watchdog:
             return seen or (0, 0)
 
     def _watch(self) -> None:
+        """Run the thread's loop: compare progress, rewrite the heartbeat, end a hung process."""
         seen: tuple[int, int] | None = None
         since = time.monotonic()
         limit_s = self._startup_timeout_s

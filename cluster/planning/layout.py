@@ -161,6 +161,7 @@ def cannot_fit(layout: Layout, config: RunConfig) -> ConfigError:
 
 
 def _smaller(layout: Layout, config: RunConfig) -> str:
+    """Return the changes that would reduce the memory for the SAE itself, as text."""
     remedies = ["use fewer latents"]
     if layout.work.on_gpu:
         remedies.append(f"more GPUs (parallel.latent above {layout.parallel.latent})")
@@ -174,6 +175,7 @@ def _smaller(layout: Layout, config: RunConfig) -> str:
 
 
 def _meshes(config: RunConfig, n: int) -> Iterator[ParallelConfig]:
+    """Yield the meshes of `n` ranks that are valid for the config, with and without ZeRO 1."""
     for latent in range(1, n + 1):
         if n % latent:
             continue

@@ -81,8 +81,8 @@ def _local_gpu(plan: PlanConfig, name: str, measure: bool) -> Hardware:
             plan.hardware,
             "h100, h200 or a100, because the ranks train on GPUs and only CPUs are measured (this "
             f"machine has {name or 'no GPU'})",
-            "name the most similar GPU, and correct its numbers with plan.tflops, plan.memory_gib "
-            "and the settings after them",
+            "name the most similar GPU, and override its numbers with plan.tflops, plan.memory_gib "
+            "and so on",
         )
     memory = torch.cuda.get_device_properties(0).total_memory if name else 0
     if not kinds:

@@ -68,7 +68,17 @@ def grown(config: RunConfig, n_ranks: int) -> RunConfig:
 def _at(
     config: RunConfig, d_model: int, hardware: Hardware, n_ranks: int, share_s: float
 ) -> Simulated:
-    scaled, plan = grown(config, n_ranks), config.plan
+    """Simulate the plan at `n_ranks`.
+
+    Args:
+        config: config of the planned run.
+        d_model: width of the activations.
+        hardware: hardware of one rank.
+        n_ranks: number of ranks to simulate.
+        share_s: seconds of a rank's computations in the plan, the reference for efficiency.
+    """
+    scaled = grown(config, n_ranks)
+    plan = config.plan
     layout = plan_layout(scaled, d_model, hardware, scaled.parallel)
     noise = Noise(plan.jitter, plan.slow_ranks, plan.slow_factor)
     mesh = scaled.parallel

@@ -121,13 +121,18 @@ def simulate_run(n_steps: int, step_s: float, cadence: Cadence, seed: int = 0) -
     pause = max(cadence.pause_s, cadence.write_s - every * step_s)
     interval_s = every * step_s + pause
     random = np.random.default_rng(seed)
-    done, elapsed, failures, lost = 0, 0.0, 0, 0.0
+    done = 0
+    elapsed = 0.0
+    failures = 0
+    lost = 0.0
     while True:
+        # Seconds that the remaining steps and saves would take without another failure.
         wanted = (total - done) * step_s + (total - done) // every * pause
         until_failure = float(random.exponential(cadence.mtbf_s))
         if until_failure >= wanted:
             saves = total // every
             return RunCost(elapsed + wanted, failures, lost, saves * pause)
+        # Steps up to the last checkpoint that was on disk at the failure; later ones are repeated.
         kept = int(max(0.0, until_failure - cadence.write_s) // interval_s) * every
         lost += until_failure - kept // every * interval_s
         done += kept
