@@ -1,7 +1,8 @@
-"""The runs that one group of ranks trains at once on one stream: one, or several cells of a sweep.
+"""Training group: the runs that one set of ranks trains at the same time from one row stream.
 
-Each has a folder, checkpoints, metrics and an end of its own, and the weights that it would have
-alone. What fails one of them leaves the others going.
+A group is one ordinary run, or several cells of a sweep. Each member has its own folder,
+checkpoints, metrics and end, and gets the same weights as if it were trained alone. If one member
+fails, the others continue.
 """
 
 from __future__ import annotations
@@ -39,41 +40,51 @@ from sae_core.trainer import Trainer
 
 @dataclass(frozen=True)
 class Member:
-    """One run of the group."""
+    """One run of the training group."""
 
     run_dir: Path
+    """The run's folder."""
     config: RunConfig
+    """The run's config."""
     sinks: MetricSinks | None
-    """Of rank 0."""
+    """Where rank 0 writes metrics; None on the other ranks."""
     limits: SweepConfig | None = None
-    """When it has diverged; None where it is no cell of a sweep."""
+    """Settings of the sweep, with the divergence limits; None if the run is not a sweep cell."""
 
     def report(self, row: dict[str, Any]) -> None:
-        """Writes a row, and judges it: on all ranks alike, for they have the same numbers.
+        """Write a row of metrics and check it for divergence.
+
+        All ranks have the same numbers, so all of them come to the same decision.
 
         Raises:
-            DivergedError: the cell is to stop.
+            DivergedError: If the FVU is above `sweep.diverged_fvu` or not finite.
         """
         if self.sinks is not None:
             self.sinks.write(row)
         limits = self.limits
         if limits is None or limits.diverged_fvu is None:
             return
+        # `not <=` rather than `>`: a NaN has diverged too.
         if row["tokens"] > limits.diverged_grace_tokens and not row["fvu"] <= limits.diverged_fvu:
             raise DivergedError(
                 f"FVU {row['fvu']:.4g} at step {row['step']}, above "
-                f"sweep.diverged_fvu={limits.diverged_fvu:g}: delete the cell's folder and give it "
-                "a lower learning rate, with sweep.overrides"
+                f"sweep.diverged_fvu={limits.diverged_fvu:g}; delete the cell's folder and set a "
+                "lower learning rate for it with sweep.overrides"
             )
 
     def record(self, error: SAEError) -> None:
-        """Leaves word of what ended a cell, while the others still train."""
+        """Write the error that ended a cell into its folder, while the other cells still train."""
         if self.sinks is None or self.limits is None:
             return
         try:
             write_record(self.run_dir, error)
-        except OSError as refused:  # a full disk: the cell stays open, the others go on
-            print(f"sweep: {self.run_dir.name}: {error} ({refused})", file=sys.stderr, flush=True)
+        except OSError as refused:
+            # For example a full disk. The cell stays unfinished; the other cells continue.
+            print(
+                f"sweep: {self.run_dir.name}: {error}; could not record this ({refused})",
+                file=sys.stderr,
+                flush=True,
+            )
 
 
 def train_members(
@@ -82,16 +93,20 @@ def train_members(
     stop_requested: Callable[[], bool],
     watchdog: Watchdog,
 ) -> list[Outcome]:
-    """Trains all of them to their ends, from the newest valid checkpoint of each; collective.
+    """Train all members to their ends, each from its newest valid checkpoint; collective.
 
     Args:
-        members: their configs differ in `sae`, `optim`, `seed` and `train.tokens` at most.
-        device: of this rank.
+        members: runs whose configs differ only in `sae`, `optim`, `seed` and `train.tokens`.
+        device: device of this rank.
         stop_requested: see `Trainer`.
-        watchdog: learns how far they have come.
+        watchdog: watchdog of this rank, to which the members' progress is reported.
+
+    Returns:
+        The outcome of each member, in the order of `members`.
 
     Raises:
-        StoreError, ConfigError: the store does not serve them.
+        StoreError: If the store cannot be read.
+        ConfigError: If the store does not fit the config.
     """
     config = members[0].config
     mesh = Mesh.create(device.type, config.parallel.latent, config.parallel.data)
@@ -99,12 +114,12 @@ def train_members(
     array = check_store(config)
     source = _source(config, store, array, mesh, device)
     watchdog.waits = lambda: source.waits
-    # Before the sample: what it reads must not be deleted by others meanwhile.
+    # Registered before the calibration sample is read, so that its rows are not deleted meanwhile.
     cursor = _cursor(members[0], source) if isinstance(source, StoreSource) else None
     try:
         trainers: dict[int, Trainer] = {}
         outcomes: dict[int, Outcome] = {}
-        # Each that is ready is progress: many take longer than one.
+        # Each trainer that is ready counts as progress: setting up many takes longer than one.
         watchdog.waits = lambda: source.waits + len(trainers) + len(outcomes)
         _make_ready(
             members, mesh, FanOut(source, device), array, stop_requested, trainers, outcomes
@@ -121,7 +136,8 @@ def train_members(
             if members[index].sinks is not None:
                 write_json(members[index].run_dir / COSTS, trainer.costs)
         if cursor is not None and outcomes[0].finished:
-            source.seek(trainers[0].source.position)  # it may have resumed at its end
+            # A run that resumed at its last step has read nothing, so the source is still at 0.
+            source.seek(trainers[0].source.position)
             cursor.finish()
         return [outcomes[index] for index in range(len(members))]
     finally:
@@ -137,9 +153,14 @@ def _make_ready(
     trainers: dict[int, Trainer],
     outcomes: dict[int, Outcome],
 ) -> None:
-    """Fills in calibrated or resumed trainers, and outcomes of those that cannot be, by index."""
+    """Create each member's trainer and calibrate or resume it; collective.
+
+    Fills `trainers` with those that are ready and `outcomes` with those that failed, both keyed by
+    the member's index.
+    """
     for index, member in enumerate(members):
-        config, checkpoints = member.config, member.run_dir / "checkpoints"
+        config = member.config
+        checkpoints = member.run_dir / "checkpoints"
         try:
             trainer = Trainer(
                 replace(config.trainer, sae=replace(config.sae, hookpoint=array)),
@@ -157,7 +178,8 @@ def _make_ready(
             else:
                 trainer.resume(newest)
             trainers[index] = trainer
-        except SAEError as error:  # the same on all ranks: of config, checkpoint or sample
+        except SAEError as error:
+            # Errors of config, checkpoint or sample are raised on all ranks alike.
             member.record(error)
             outcomes[index] = Outcome(False, error)
     fan_out.forget_sample()
@@ -166,6 +188,7 @@ def _make_ready(
 def _source(
     config: RunConfig, store: Store, array: str, mesh: Mesh, device: torch.device
 ) -> StoreSource | MixtureSource:
+    """Open the row stream that all members share: one store, or a mixture of several."""
     order = (
         array,
         config.seed,
@@ -181,13 +204,16 @@ def _source(
         stores = [store, *map(open_store, config.store.paths[1:])]
         weights = config.store.weights
         return MixtureSource(stores, weights, *order, share=share, order_seed=order_seed)
-    # The driver sees when a harvest beside the trainer fails, and ends the ranks.
+    # In concurrent mode the driver stops the ranks if the harvest fails, so they may wait.
     wait_timeout_s = math.inf if config.cluster.mode == "concurrent" else WAIT_TIMEOUT_S
     return StoreSource(store, *order, wait_timeout_s, share=share, order_seed=order_seed)
 
 
 def _cursor(member: Member, source: StoreSource) -> RunCursor | None:
-    """Of rank 0, on a growing store; a sweep waits until the store is whole."""
+    """Register the run as a consumer of its growing store.
+
+    Returns None on ranks other than 0 and when the store does not grow during training.
+    """
     config = member.config
     if member.sinks is None or config.cluster.mode != "concurrent":
         return None
@@ -203,7 +229,11 @@ def _cursor(member: Member, source: StoreSource) -> RunCursor | None:
 
 
 def _look_for_the_cause(outcomes: dict[int, Outcome], store: Store, array: str) -> None:
-    """Rows that came after the start may be the cause, which says more than the loss does."""
+    """Check the store for non-finite rows if a loss was not finite.
+
+    Rows that were harvested after training started have not been checked yet. An error that names
+    them says more than one about the loss.
+    """
     if any(isinstance(outcome.error, NonFiniteLossError) for outcome in outcomes.values()):
         store.refresh()
         require_finite(store, array)

@@ -1,4 +1,4 @@
-"""Batches gathered on the device: a block of rows goes there once, as stored, and stays a while."""
+"""Gathering of batches on the device, from blocks of stored rows that are uploaded once."""
 
 from __future__ import annotations
 
@@ -12,19 +12,21 @@ from cluster.tensors import to_torch
 
 
 class DeviceRows:
-    """The rows of one array of a store, on a device.
+    """The current block of one array's rows, held on a device.
 
-    The host does not wait for a block's copy, the device's work after it does; int8 rows are
-    dequantised after the gather, on the device, so that half the bytes cross the bus.
+    The copy of a block is asynchronous: the host does not wait for it, later work on the device
+    does. int8 rows are dequantised on the device after the gather, so that half as many bytes cross
+    the bus as with bfloat16.
 
     Args:
-        store: its codec says how rows are stored.
-        array: hookpoint.
-        device: where batches are to be.
+        store: the store; its codec says how rows are stored.
+        array: name of the array (a hookpoint).
+        device: device on which batches are wanted.
     """
 
     def __init__(self, store: Store, array: str, device: torch.device) -> None:
-        self._array, self._device = array, device
+        self._array = array
+        self._device = device
         self._block: Any = None
         self._stored: dict[str, torch.Tensor] = {}
         self._order = torch.empty(0, dtype=torch.int64)
@@ -38,7 +40,7 @@ class DeviceRows:
             )
 
     def pick(self, batch: StagedBatch) -> dict[str, torch.Tensor]:
-        """[B, ...] rows of a batch on the device, each array as stored: `decode` takes them."""
+        """Return the rows of a batch on the device, as stored: `{array: [B, ...]}` for `decode`."""
         parts = []
         for part in batch.parts:
             self._upload(part.block)
@@ -50,7 +52,7 @@ class DeviceRows:
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
     def decode(self, stored: dict[str, torch.Tensor]) -> torch.Tensor:
-        """[B, d_model] rows from what is stored of them; int8 ones as float32."""
+        """Return rows [B, d_model] from their stored form; int8 rows become float32."""
         rows = stored[self._array]
         if self._scaling is None:
             return rows
@@ -61,7 +63,7 @@ class DeviceRows:
         if self._block is block:
             return
         if self._copied is not None:
-            self._copied.synchronize()  # the old block's memory is about to be used again
+            self._copied.synchronize()  # the stream is about to overwrite the old block's memory
         self._stored = {
             name: to_torch(rows).to(self._device, non_blocking=True)
             for name, rows in block.arrays.items()
@@ -70,9 +72,9 @@ class DeviceRows:
         if self._device.type == "cuda":
             self._copied = torch.cuda.Event()
             self._copied.record()
-        self._block = block  # held: its memory must not be written while it is copied
+        self._block = block  # keep a reference: its memory must not be reused during the copy
 
 
 def pinned(n_bytes: int) -> NDArray[Any]:
-    """Page-locked memory of that size, from which a GPU copies by itself."""
+    """Return `n_bytes` of page-locked memory, from which a GPU can copy asynchronously."""
     return torch.empty(max(n_bytes, 1), dtype=torch.uint8, pin_memory=True).numpy()

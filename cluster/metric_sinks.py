@@ -1,4 +1,4 @@
-"""Where rank 0's metrics go: `metrics.jsonl` always, wandb when it can, the console when asked."""
+"""Sinks of rank 0's metrics: always `metrics.jsonl`, optionally wandb and the console."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from conf.schema import RunConfig
 
 _WANDB_ID = "wandb_id"
 _WANDB_TIMEOUT_S = 30.0
-"""For its start and for its end; what is not sent by then lies in the run's folder."""
+"""Time limit for wandb's start and for its end. Rows not sent by then stay in the run's folder."""
 
 
 class MetricSinks:
-    """Takes metric rows; nothing that fails here but the disk stops training.
+    """Writer of metric rows. Only a failure of the disk stops training; one of wandb does not.
 
     Args:
-        config: run and logging.
+        config: config of the run, with its name and logging settings.
         run_dir: the run's folder.
-        console: also print a progress line.
+        console: whether to print a progress line as well.
     """
 
     def __init__(self, config: RunConfig, run_dir: Path, console: bool) -> None:
@@ -36,8 +36,8 @@ class MetricSinks:
         self._line = TrainingLine(config.train.n_steps, Console()) if console else None
 
     def write(self, row: dict[str, Any]) -> None:
-        """Appends one row, whole, and shows it."""
-        # JSON has no NaN or infinity; null is what a reader of another language can take.
+        """Append one row to the file, flush it, and pass it to wandb and the console."""
+        # JSON has no NaN or infinity; parsers of every language accept null.
         clean = {
             key: None if isinstance(value, float) and not math.isfinite(value) else value
             for key, value in row.items()
@@ -51,7 +51,7 @@ class MetricSinks:
             self._line.show(clean)
 
     def close(self) -> None:
-        """Ends the sinks."""
+        """Close all sinks."""
         self._file.close()
         self._tell_wandb(lambda run: run.finish())
         if self._line is not None:
@@ -62,22 +62,25 @@ class MetricSinks:
             return
         try:
             action(self._wandb)
-        except Exception as error:  # a dead network or a broken wandb never stops training
+        except Exception as error:  # a network failure or a wandb bug must not stop training
             print(f"wandb is off: {type(error).__name__}: {error}", file=sys.stderr)
             self._wandb = None
 
 
 def _open_for_append(path: Path) -> TextIO:
-    """The log, at the beginning of a line: a killed rank may have left half of one."""
+    """Open the file for appending, ending a partial last line that a killed rank left."""
     torn = path.exists() and path.stat().st_size > 0 and not path.read_bytes().endswith(b"\n")
-    file = open(path, "a", encoding="utf-8")  # noqa: SIM115, the sinks close it
+    file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - MetricSinks.close closes it
     if torn:
         file.write("\n")
     return file
 
 
 def _start_wandb(config: RunConfig, run_dir: Path) -> Any:
-    """A wandb run that a restarted rank continues under the same id, or None."""
+    """Start a wandb run, or continue the one whose id is in the run's folder; None if disabled.
+
+    Returns None as well if wandb fails to start.
+    """
     mode: Any = config.logging.wandb
     if mode == "auto":
         mode = "online" if os.environ.get("WANDB_API_KEY") else "offline"
@@ -95,17 +98,17 @@ def _start_wandb(config: RunConfig, run_dir: Path) -> Any:
             name=config.name,
             id=id_file.read_text(),
             resume="allow",
-            reinit="create_new",  # cells of a sweep have one each, in one process
+            reinit="create_new",  # each cell of a sweep has a wandb run, all in one process
             dir=run_dir,
             mode=mode,
             settings=wandb.Settings(
                 init_timeout=_WANDB_TIMEOUT_S,
-                # By default `finish` waits for a network that is gone for as long as it is gone.
+                # By default `finish` waits without limit for a network that is down.
                 finish_timeout=_WANDB_TIMEOUT_S,
                 console="off",
                 disable_git=True,
             ),
         )
-    except Exception as error:  # a dead network or a broken wandb never stops training
+    except Exception as error:  # a network failure or a wandb bug must not stop training
         print(f"wandb is off: {type(error).__name__}: {error}", file=sys.stderr)
         return None

@@ -1,4 +1,4 @@
-"""Several finished stores as the trainer's one source."""
+"""Activation source that mixes batches from several finished stores."""
 
 from __future__ import annotations
 
@@ -20,26 +20,26 @@ from sae_core.source import Batch
 class MixtureSource:
     """One data replica's batches of one array of several stores; an `ActivationSource`.
 
-    Rows are gathered, and decoded, on the host. `next` and `sample` are collective over the ranks
+    Rows are gathered and decoded on the host. `next` and `sample` are collective over the ranks
     that share the replica's rows.
 
     Args:
-        stores: finished; `array` has one width and type in all of them.
-        weights: their shares of every batch; see `MixtureStream`.
-        array: whose rows to train on.
-        seed: fixes the order, the same on all ranks.
+        stores: finished stores; `array` has the same width and dtype in all of them.
+        weights: each store's share of every batch; see `MixtureStream`.
+        array: name of the array to train on.
+        seed: seed of the row order; the same on all ranks.
         batch_tokens: rows of the global batch.
         replica: index of this data replica.
         n_replicas: replicas that share a global batch; divides `batch_tokens`.
-        window_items: work items of a store shuffled together.
+        window_items: work items of a store that are shuffled together.
         buffer_tokens: rows permuted together in memory, divided among the stores.
-        device: where batches are to be.
-        share: the ranks of this replica, each of which gathers its part of the rows.
-        order_seed: fixes the order instead of `seed`, and is then part of the identity.
+        device: device on which batches are returned; None: the CPU.
+        share: shared reads of this replica's ranks, each of which gathers a part of the rows.
+        order_seed: seed of the row order instead of `seed`; it becomes part of the identity.
     """
 
     waits = 0
-    """Nothing is waited for: see `StoreSource.waits`."""
+    """Constant, because finished stores are never waited for; see `StoreSource.waits`."""
 
     def __init__(
         self,
@@ -58,9 +58,13 @@ class MixtureSource:
     ) -> None:
         self.d_in = self.d_out = stores[0].arrays[array]
         seed, order_of = order_name(seed, order_seed, window_items, buffer_tokens)
-        self._stores, self._weights, self._array = list(stores), list(weights), array
-        self._share, self._device = share or RowShare(), device or torch.device("cpu")
-        self._batch_tokens, self._n_rows = batch_tokens, batch_tokens // n_replicas
+        self._stores = list(stores)
+        self._weights = list(weights)
+        self._array = array
+        self._share = share or RowShare()
+        self._device = device or torch.device("cpu")
+        self._batch_tokens = batch_tokens
+        self._n_rows = batch_tokens // n_replicas
         self._first = replica * self._n_rows
         self._order: dict[str, Any] = {
             "seed": seed,
@@ -82,18 +86,19 @@ class MixtureSource:
         return self._stream.position
 
     def seek(self, position: int) -> None:
-        """Makes batch `position` the next one."""
+        """Make batch `position` the next one."""
         self._stream.seek(position)
 
     def next(self) -> Batch:
-        """This replica's rows of the batch at `position`, [batch_tokens / n_replicas, d_in]."""
+        """Return this replica's rows of the next batch, [batch_tokens / n_replicas, d_in]."""
         first_row = self.position * self._batch_tokens + self._first
         return Batch(self._read(self._stream, self._n_rows), None, first_row)
 
     def sample(self, n: int) -> torch.Tensor:
-        """`n` rows of the order's beginning, or as many as all stores hold; the same on all ranks.
+        """Return the first `n` rows of the order, [n, d_in], the same on all ranks.
 
-        In equal batches: fewer rows than batches are left out at the end.
+        If the stores hold fewer rows, all of them are returned. The sample is read in equal
+        batches, so it may lack the few rows that do not divide evenly among them.
         """
         n_batches, size = equal_batches(min(n, sum(store.n_tokens for store in self._stores)))
         stream = self._open(size, 0, size)
@@ -103,7 +108,7 @@ class MixtureSource:
             stream.close()
 
     def close(self) -> None:
-        """Ends the background readers."""
+        """Stop the background readers."""
         self._stream.close()
 
     def _open(self, batch_rows: int, lo: int, hi: int) -> MixtureStream:
@@ -118,6 +123,6 @@ class MixtureSource:
         )
 
     def _read(self, stream: MixtureStream, n_rows: int) -> torch.Tensor:
-        """All of the replica's rows of the next batch, [n_rows, d_in] on the device."""
+        """Return all of the replica's rows of the next batch, [n_rows, d_in] on the device."""
         batch = self._share.read(stream.next)
         return self._share.gather(to_torch(batch.arrays[self._array]).to(self._device), n_rows)

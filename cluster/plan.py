@@ -1,4 +1,4 @@
-"""The plan stage: what the run will take, by arithmetic alone, and what cannot fit."""
+"""The plan stage: estimate a run's memory, time, traffic and cost without running it."""
 
 from __future__ import annotations
 
@@ -20,19 +20,22 @@ from conf.schema import RunConfig
 from sae_core.errors import ConfigError
 
 _SIDECAR_BYTES_PER_TOKEN = 4 + 8 + 4
+"""Bytes that the store's sidecar arrays take for each token, beside the activations."""
 
 
 def run(config: RunConfig, run_dir: Path) -> None:
-    """Prints memory, time, traffic and cost; refuses what the planned machines cannot hold.
+    """Print memory, time, traffic and cost, and check that the run fits the planned machines.
 
-    Within a pipeline nothing is measured: where this machine was not before, times are left out.
+    As the first stage of a pipeline it measures nothing. If this machine has not been measured
+    before, the times are left out.
 
     Raises:
-        ConfigError: naming the setting to change.
+        ConfigError: If the run does not fit; the error names the setting to change.
     """
     d_model = _d_model(config)
     alone = config.stage == "plan"
-    if not alone:  # what training would refuse after a long harvest
+    if not alone:
+        # Training would refuse these stores only after a long harvest, so check them now.
         others(config, config.sae.hookpoint or config.model.hookpoints[0])
     hardware = planned_hardware(config, measure=alone)
     show = Console().print
@@ -56,7 +59,13 @@ def run(config: RunConfig, run_dir: Path) -> None:
 
 
 def planned_hardware(config: RunConfig, *, measure: bool) -> Hardware:
-    """What `plan.hardware` says; `measure`: this machine, where it was not measured before."""
+    """Return the hardware that `plan.hardware` names.
+
+    Args:
+        config: config of the run.
+        measure: whether to measure this machine if plan.hardware=local and it has not been
+            measured before.
+    """
     if config.plan.hardware != "local":
         return gpu(config.plan)
     cache_dir = Path(config.cache_dir).expanduser()
@@ -64,14 +73,19 @@ def planned_hardware(config: RunConfig, *, measure: bool) -> Hardware:
 
 
 def store_bytes_total(config: RunConfig, d_model: int) -> int:
-    """Bytes of all arrays and sidecars; of codec blosc as many as without, which is the most.
+    """Return the most bytes that the store takes at once: all arrays and sidecars.
 
-    Where what is consumed is deleted: of what the harvest may be ahead, the windows in use, and
-    what was read since the oldest checkpoint that is kept. By tokens: by the clock they may come
-    more often, never more seldom.
+    Codec blosc is counted as uncompressed, which is an upper bound.
+
+    If consumed items are deleted, the store holds only the harvest's lead over training, the
+    windows in use, and the rows read since the oldest checkpoint kept. Checkpoints are counted by
+    tokens alone: `checkpoint.every_minutes` can only make them more frequent.
     """
-    tokens, cluster, checkpoint = config.data.tokens, config.cluster, config.checkpoint
-    milestones = checkpoint.keep_every_tokens is not None  # the first of them is kept for ever
+    tokens = config.data.tokens
+    cluster = config.cluster
+    checkpoint = config.checkpoint
+    # The first milestone is kept permanently, so nothing after it is ever deleted.
+    milestones = checkpoint.keep_every_tokens is not None
     if cluster.retention == "consumed" and cluster.max_lead_items is not None and not milestones:
         items = cluster.max_lead_items + 2 * config.store.window_items
         held = (checkpoint.keep + 1) * checkpoint.every_tokens
@@ -81,10 +95,10 @@ def store_bytes_total(config: RunConfig, d_model: int) -> int:
 
 
 def read_bytes_per_rank(config: RunConfig, d_model: int) -> int:
-    """What each rank reads in the whole run: all of them read every row once between them.
+    """Return the bytes that each rank reads in the whole run.
 
-    Of a mixture each reads all. Where the parts of two ranks meet in a chunk both read it: that is
-    not counted.
+    The ranks share the reads, so that each row is read once. In a mixture every rank reads every
+    row. A chunk at the border of two ranks' parts is read by both; that is not counted.
     """
     parts = 1 if config.store.mixture else config.parallel.n_ranks
     return config.train.tokens * stored_row_bytes(config, d_model) // parts
@@ -104,7 +118,8 @@ def _summary(config: RunConfig, d_model: int, layout: Layout, hardware: Hardware
     if config.store.mixture:
         epochs = f", on {len(config.store.paths)} stores"
     mesh = config.parallel
-    rank_bytes, host_bytes = layout.device_total, sum(layout.host.values())
+    rank_bytes = layout.device_total
+    host_bytes = sum(layout.host.values())
     store_bytes = store_bytes_total(config, d_model)
     rows = {
         "hardware": hardware.name if hardware.timed else f"{hardware.name}, not measured",
@@ -114,12 +129,12 @@ def _summary(config: RunConfig, d_model: int, layout: Layout, hardware: Hardware
         "mesh": f"{mesh.latent} latent x {mesh.data} data, ZeRO {mesh.zero_stage} "
         f"(parallel.latent={mesh.latent} parallel.data={mesh.data} "
         f"parallel.zero_stage={mesh.zero_stage})",
-        "memory per rank": f"{rank_bytes / GIB:.2f} GiB; {host_bytes / GIB:.2f} GiB more on the "
-        "host while a checkpoint is written",
+        "memory per rank": f"{rank_bytes / GIB:.2f} GiB; another {host_bytes / GIB:.2f} GiB on "
+        "the host while a checkpoint is written",
         "store": f"{config.data.tokens:,} tokens, at most {store_bytes / GIB:,.2f} GiB at once",
         "training": f"{config.train.n_steps:,} steps of {config.train.batch_tokens:,} tokens"
         + epochs,
-        "reading": f"{read_bytes_per_rank(config, d_model) / GIB:,.2f} GiB by each rank",
+        "reading": f"{read_bytes_per_rank(config, d_model) / GIB:,.2f} GiB per rank",
     }
     for key, value in rows.items():
         table.add_row(key, value)
@@ -137,19 +152,29 @@ def _show_details(config: RunConfig, layout: Layout, hardware: Hardware) -> None
 
 
 def _check_disk(config: RunConfig, store_bytes: int) -> None:
+    """Check that the store fits `plan.disk_tib`, or by default the free space of its disk.
+
+    Raises:
+        ConfigError: If the store is too large.
+    """
     if config.plan.disk_tib is not None:
-        room, where = config.plan.disk_tib * 2**40, "planned for the store (plan.disk_tib)"
+        room = config.plan.disk_tib * 2**40
+        where = "plan.disk_tib"
     else:
         path = Path(config.store.path)
         if config.plan.hardware != "local" or "://" in config.store.path or path.exists():
-            return  # what is still missing is at most what was planned when it was begun
+            # Remote disks cannot be checked from here. A store that exists was checked when it was
+            # created, and needs no more than was planned then.
+            return
         while not path.exists():
             path = path.parent
-        room, where = shutil.disk_usage(path).free, f"free at {path}"
+        room = shutil.disk_usage(path).free
+        where = f"free at {path}"
     if store_bytes > room:
         raise ConfigError(
             "data.tokens",
             config.data.tokens,
-            f"at most {room / GIB:.0f} GiB {where}, the store needs {store_bytes / GIB:.0f} GiB",
-            "store fewer tokens or put store.path on a larger disk",
+            f"a store of at most {room / GIB:.0f} GiB ({where}), but these tokens need "
+            f"{store_bytes / GIB:.0f} GiB",
+            "store fewer tokens, or set store.path to a folder on a larger disk",
         )

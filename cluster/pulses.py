@@ -1,4 +1,7 @@
-"""What the driver reads from the pulses that ranks leave in the run's folder once a second."""
+"""Heartbeats of trainer ranks: files in the run's folder, as the driver reads them.
+
+Each rank rewrites its file about once a second (`cluster.watchdog`).
+"""
 
 from __future__ import annotations
 
@@ -8,21 +11,21 @@ from pathlib import Path
 from cluster.watchdog import HUNG, LAST_WORDS_S
 
 _MARGIN_S = 3 * LAST_WORDS_S
-"""How much longer than a rank's own watchdog the driver waits: the ranks shall tell first."""
+"""Seconds that the driver waits beyond a rank's own watchdog, so that the rank can report first."""
 
 
 def pulse_file(run_dir: Path, rank: int) -> Path:
-    """Where a rank leaves its pulse."""
+    """Return the path of a rank's heartbeat file."""
     return run_dir / "logs" / f"rank-{rank}.pulse"
 
 
 class Pulses:
-    """The pulses of one group of ranks; those of an earlier group are removed.
+    """Heartbeats of one group of ranks. The files of an earlier group are removed.
 
     Args:
         run_dir: the run's folder.
-        n_ranks: ranks in the group.
-        timeout_s: a rank whose pulse stands still for longer, and a margin, is frozen.
+        n_ranks: number of ranks in the group.
+        timeout_s: seconds without a heartbeat, plus a margin, after which a rank counts as frozen.
     """
 
     def __init__(self, run_dir: Path, n_ranks: int, timeout_s: float) -> None:
@@ -33,23 +36,24 @@ class Pulses:
         self._seen: dict[int, tuple[int, float]] = {}  # rank -> (mtime, when it was new)
 
     def frozen(self) -> list[int]:
-        """Ranks whose pulse stands still. By this machine's clock: others' may differ."""
+        """Return the ranks whose heartbeat has stopped."""
+        # Compare times of this machine's clock only: the clocks of other machines may differ.
         now = time.monotonic()
         return [rank for rank in range(len(self._files)) if self._stands_still(rank, now)]
 
     def hung(self) -> list[int]:
-        """Ranks that ended themselves for want of progress."""
+        """Return the ranks that ended themselves because they made no progress."""
         return [rank for rank in range(len(self._files)) if self._text(rank) == HUNG]
 
     def steps_taken(self) -> int:
-        """Training steps of this group, as rank 0 said last."""
+        """Return how many steps this group has trained, by rank 0's last heartbeat."""
         text = self._text(0)
         return int(text) if text.isdigit() else 0
 
     def _stands_still(self, rank: int, now: float) -> bool:
         try:
             changed = self._files[rank].stat().st_mtime_ns
-        except FileNotFoundError:  # not begun, or done
+        except FileNotFoundError:  # not started yet, or finished
             self._seen.pop(rank, None)
             return False
         if self._seen.get(rank, (None,))[0] != changed:

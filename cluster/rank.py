@@ -1,4 +1,6 @@
-"""One trainer rank. No Ray here: actors, torchrun and the deepspeed launcher all call `run_rank`.
+"""Entry point of one trainer rank, for Ray actors, torchrun and the deepspeed launcher alike.
+
+This file does not import Ray. To start ranks by hand:
 
 torchrun --nproc-per-node 4 -m cluster.rank runs/demo
 """
@@ -37,35 +39,42 @@ from sae_core.errors import ConfigError, SAEError
 from sae_core.memory import keep_freed_memory
 
 _ENVIRONMENT = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+"""Variables that give this rank's place among all ranks, as torchrun sets them."""
 
 
 def run_rank(run_dir: Path, console: bool = False, cells: Sequence[str] = ()) -> None:
-    """Trains to the end of the run, resuming from its newest valid checkpoint.
+    """Train to the end of the run, resuming from its newest valid checkpoint.
 
-    Of a sweep, to the ends of some cells, at once on one stream; what ends one of them before is
-    in its folder (`cluster.sweep_record`).
+    In a sweep, train a group of cells at the same time from one row stream. If a cell ends early,
+    the reason is in its folder (`cluster.sweep_record`).
 
-    Where this rank stands comes from RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT.
+    The rank's place among all ranks is read from the environment: RANK, WORLD_SIZE, LOCAL_RANK,
+    MASTER_ADDR, MASTER_PORT.
 
     Args:
         run_dir: the run's folder with its `config.yaml`, on a file system that all ranks share.
-        console: there is no driver: rank 0 prints the progress line itself, and nobody's request
-            to stop counts but the signals that ranks get.
-        cells: folders in `run_dir`, which is then that of a sweep.
+        console: whether the ranks run without a driver. Rank 0 then prints the progress line
+            itself, and only a signal to a rank can stop training.
+        cells: names of the cells to train; `run_dir` is then the sweep's folder.
 
     Raises:
-        ClusterError: the environment does not say where this rank stands.
-        PreemptedError: this rank or another was asked to stop; there is a checkpoint.
-        SAEError, StoreError: config, store, loss or checkpoints are at fault.
+        ClusterError: If one of these variables is not set.
+        PreemptedError: If this rank or another was asked to stop; a checkpoint has been saved.
+        SAEError: If the config, the loss or the checkpoints are at fault.
+        StoreError: If the store is at fault.
     """
     missing = [name for name in _ENVIRONMENT if name not in os.environ]
     if missing:
-        raise ClusterError(f"{', '.join(missing)} not set: start ranks with launch.py or torchrun")
+        raise ClusterError(
+            f"environment variables not set: {', '.join(missing)}; "
+            "start ranks with launch.py or torchrun"
+        )
     folders = [run_dir / cell for cell in cells] or [run_dir]
     configs = [load_config(folder / CONFIG) for folder in folders]
     limits = load_config(run_dir / CONFIG).sweep if cells else None
     config = configs[0]
-    rank, local_rank = int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"])
+    rank = int(os.environ["RANK"])
+    local_rank = int(os.environ["LOCAL_RANK"])
     device = _device(config.train.device, local_rank)
     torch.set_num_threads(_threads(config))
     keep_freed_memory()
@@ -87,7 +96,7 @@ def run_rank(run_dir: Path, console: bool = False, cells: Sequence[str] = ()) ->
         )
         members = []
         try:
-            if console and rank == 0:  # elsewhere the driver does it
+            if console and rank == 0:  # with a driver, the driver does this
                 for folder in folders:
                     forget(folder)
             for folder, own in zip(folders, configs, strict=True):
@@ -99,7 +108,7 @@ def run_rank(run_dir: Path, console: bool = False, cells: Sequence[str] = ()) ->
             watchdog.stop()
             dist.destroy_process_group()
         finally:
-            # After the barrier: a wandb that takes its time must not keep the others waiting.
+            # After the barrier, so that a slow wandb does not keep the other ranks waiting.
             for member in members:
                 if member.sinks is not None:
                     member.sinks.close()
@@ -144,7 +153,7 @@ def _device(name: str, local_rank: int) -> torch.device:
 
 
 def _threads(config: RunConfig) -> int:
-    """Configured, or the machine's cores shared evenly among its ranks."""
+    """Return `train.threads_per_rank`, or an even share of the machine's cores if it is null."""
     if config.train.threads_per_rank is not None:
         return config.train.threads_per_rank
     local = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]))
@@ -153,10 +162,11 @@ def _threads(config: RunConfig) -> int:
 
 
 def main() -> None:
-    """`python -m cluster.rank RUN_DIR [CELL ...]`, once per rank."""
+    """Run one rank from the command line: `python -m cluster.rank RUN_DIR [CELL ...]`."""
     if len(sys.argv) < 2 or not (Path(sys.argv[1]) / CONFIG).is_file():
         sys.exit(
-            f"usage: python -m cluster.rank RUN_DIR [CELL ...], a folder that holds a {CONFIG}"
+            "usage: python -m cluster.rank RUN_DIR [CELL ...], where RUN_DIR is a folder that "
+            f"contains {CONFIG}"
         )
     try:
         run_rank(Path(sys.argv[1]).resolve(), console=True, cells=sys.argv[2:])
@@ -175,7 +185,7 @@ def _say(message: str, code: int) -> int:
 
 
 def _leave(code: int) -> None:
-    """Without the interpreter's tidying up: it may wait for a save whose other ranks are gone."""
+    """Exit without the interpreter's cleanup, which may wait for a save that other ranks left."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

@@ -1,4 +1,4 @@
-"""Trainer ranks as Ray actors: all placed or none, all gone at the end."""
+"""Trainer ranks as Ray actors, which are placed all or none and killed together at the end."""
 
 from __future__ import annotations
 
@@ -16,13 +16,16 @@ from conf.schema import RunConfig
 
 @contextmanager
 def rank_group(config: RunConfig, run_dir: Path) -> Iterator[list[Any]]:
-    """Actor handles of all ranks, rank 0 first; killed, and their GPUs given back, at the end.
+    """Start an actor for each rank; kill them and release their GPUs when the block ends.
 
-    On the CPU ranks ask Ray for no resource: how many share the cores is the user's choice.
+    CPU ranks reserve no resources in Ray, because the user decides how many ranks share the cores.
+
+    Yields:
+        The actor handles of all ranks, rank 0 first.
 
     Raises:
-        PlacementError: not all of them came up in time, or one cannot start.
-        RayActorError: one died while it started, or its node did.
+        PlacementError: If the ranks were not all placed in time, or one of them failed to start.
+        RayActorError: If a rank's process or node died while it started.
     """
     import ray
     from ray.util.placement_group import remove_placement_group
@@ -60,7 +63,7 @@ def _wait_until_ready(ranks: list[Any], timeout_s: float) -> None:
     placed, missing = ray.wait(ready, num_returns=len(ranks), timeout=timeout_s)
     if missing:
         raise PlacementError(
-            f"{len(placed)} of {len(ranks)} ranks were placed within {timeout_s:.0f} s; "
+            f"only {len(placed)} of {len(ranks)} ranks were placed within {timeout_s:.0f} s; "
             "lower parallel.latent or parallel.data, or raise cluster.placement_timeout_s"
         )
     try:
@@ -69,39 +72,39 @@ def _wait_until_ready(ranks: list[Any], timeout_s: float) -> None:
         if not _failed_to_start(error):
             raise
         raise PlacementError(
-            f"a rank cannot start: {error}; the run folder must lie on a file system that all "
+            f"a rank failed to start: {error}; the run folder must be on a file system that all "
             "nodes share"
         ) from error
 
 
 def _failed_to_start(error: Any) -> bool:
-    """Whether the actor's own constructor raised; else its process or its node was killed.
+    """Return whether the actor's own constructor raised, and not its process or node died.
 
-    Ray has no other sign of it than the text.
+    Only the text of Ray's error tells the two apart.
     """
     return "error raised in its creation task" in str(error)
 
 
 def _gpu_group(config: RunConfig, n_ranks: int) -> Any:
-    """A placement group with one GPU per rank, as close together as there is room."""
+    """Reserve one GPU per rank, on as few nodes as possible."""
     import ray
     from ray.util.placement_group import placement_group, remove_placement_group
 
     have = int(ray.cluster_resources().get("GPU", 0))
     what = f"parallel.latent x parallel.data = {n_ranks} ranks"
     if config.cluster.address is None and have < n_ranks:
-        # A private cluster will not grow: no need to wait for what it does not have.
+        # A private cluster does not grow, so waiting for more GPUs would not help.
         raise PlacementError(
-            f"{what} with train.device={config.train.device!r}: expected as many GPUs, this "
-            f"machine has {have}; use fewer ranks, train.device=cpu, or cluster=join"
+            f"{what} with train.device={config.train.device!r}: expected one GPU per rank, but "
+            f"this machine has {have}; use fewer ranks, train.device=cpu, or cluster=join"
         )
     timeout_s = config.cluster.placement_timeout_s
     group = placement_group([{"GPU": 1}] * n_ranks, strategy="PACK")
     if not ray.wait([group.ready()], timeout=timeout_s)[0]:
         remove_placement_group(group)
         raise PlacementError(
-            f"{what}: expected as many GPUs free within {timeout_s:.0f} s, the cluster has {have}; "
-            "wait for them, or use fewer ranks"
+            f"{what}: expected one free GPU per rank within {timeout_s:.0f} s, but the cluster "
+            f"has {have} GPUs in all; wait until they are free, or use fewer ranks"
         )
     return group
 
@@ -115,22 +118,32 @@ def _wants_gpus(config: RunConfig) -> bool:
 
 
 class RankActor:
-    """The actor: a process of its own that becomes one trainer rank."""
+    """Ray actor whose process becomes one trainer rank.
+
+    Args:
+        run_dir: the run's folder; output goes to `logs/rank-<rank>.log` in it.
+        rank: index of this rank.
+        n_ranks: number of ranks.
+        alone: see `waiting_variables`.
+    """
 
     def __init__(self, run_dir: str, rank: int, n_ranks: int, alone: bool) -> None:
-        self.run_dir, self.rank, self.n_ranks = Path(run_dir), rank, n_ranks
+        self.run_dir = Path(run_dir)
+        self.rank = rank
+        self.n_ranks = n_ranks
         os.environ.update(waiting_variables(alone))
+        # Left open until the process ends, so there is no `with`. Replacing the descriptors also
+        # redirects the output of native libraries.
         log = open(self.run_dir / "logs" / f"rank-{rank}.log", "ab", buffering=0)  # noqa: SIM115
-        # For the whole life of the process, native libraries included.
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
 
     def ready(self) -> int:
-        """Process id, once the actor runs."""
+        """Return the process id, once the actor runs."""
         return os.getpid()
 
     def address(self) -> tuple[str, int]:
-        """Where rank 0 listens: this node's address and a port that is free now."""
+        """Return this node's address and a free port, for rank 0 to listen on."""
         import socket
 
         import ray
@@ -140,7 +153,13 @@ class RankActor:
             return ray.util.get_node_ip_address(), free.getsockname()[1]
 
     def run(self, host: str, port: int, cells: Sequence[str]) -> None:
-        """Trains; of a sweep, these cells."""
+        """Train the run, or these cells if it is a sweep.
+
+        Args:
+            host: address of rank 0.
+            port: port of rank 0.
+            cells: names of the sweep's cells to train; empty for an ordinary run.
+        """
         os.environ.update(
             RANK=str(self.rank),
             WORLD_SIZE=str(self.n_ranks),

@@ -1,4 +1,4 @@
-"""The run's folder: one driver at a time, one config for good, and what the machine was like."""
+"""The run's folder: its locks, its saved config and a record of the environment."""
 
 from __future__ import annotations
 
@@ -25,17 +25,21 @@ _OLD_RANKS_TIMEOUT_S = 60.0
 def open_run(
     config: RunConfig, read_only: bool = False, must_exist: bool = False
 ) -> Iterator[Path]:
-    """The run's folder, held for this driver alone while the block runs.
+    """Create the run's folder if needed, and lock it for this driver while the block runs.
 
-    The lock is the kernel's (`flock`), so one that a killed driver held is free again.
+    The kernel holds the lock (`flock`), so it is released even if the driver is killed.
 
     Args:
-        config: composed and valid; written to `config.yaml` on the first call.
-        read_only: the stage only looks; nothing is locked or written.
-        must_exist: the stage needs what an earlier one left.
+        config: the composed and validated config; written to `config.yaml` on the first call.
+        read_only: whether the stage only reads; then nothing is locked or written.
+        must_exist: whether the stage needs the results of an earlier one.
+
+    Yields:
+        The run's folder.
 
     Raises:
-        RunDirError: another driver has the run, or the run was started with another config.
+        RunDirError: If another driver has the lock, the run was started with another config, it
+            must exist and does not, or its folder is not writable.
     """
     run_dir = Path(config.runs_dir).expanduser().resolve() / config.name
     if must_exist and not (run_dir / CONFIG).exists():
@@ -47,7 +51,9 @@ def open_run(
         run_dir.mkdir(parents=True, exist_ok=True)
         (run_dir / "logs").mkdir(exist_ok=True)
     except OSError as error:
-        raise RunDirError(f"runs_dir={config.runs_dir}: cannot be written ({error})") from error
+        raise RunDirError(
+            f"runs_dir={config.runs_dir}: expected a writable folder ({error})"
+        ) from error
     with _driver_lock(run_dir):
         _agree_on_config(config, run_dir)
         if not (run_dir / ENVIRONMENT).exists():
@@ -56,18 +62,23 @@ def open_run(
 
 
 def saved_config(run_dir: Path) -> RunConfig | None:
-    """The config that the run was started with; None before its first start."""
+    """Return the config that the run was started with, or None if it was never started."""
     path = run_dir / CONFIG
     return load_config(path) if path.exists() else None
 
 
 def _has_results(run_dir: Path) -> bool:
-    """Whether the run holds anything that another config would not have made."""
+    """Return whether the run has results that depend on its config."""
     made = ("metrics.jsonl", "harvest.json", "checkpoints", "store")
     return any((run_dir / name).exists() for name in made)
 
 
 def _agree_on_config(config: RunConfig, run_dir: Path) -> None:
+    """Save the config, unless the run already has results made with a different one.
+
+    Raises:
+        RunDirError: If it has; the error lists the differences.
+    """
     path = run_dir / CONFIG
     saved = saved_config(run_dir)
     if saved is not None and _has_results(run_dir):
@@ -78,6 +89,7 @@ def _agree_on_config(config: RunConfig, run_dir: Path) -> None:
                 f"{run_dir} was started with another config:{diff}\n"
                 "use another name=..., restore the values, or delete the folder"
             )
+    # Written to a temporary file and renamed, so that a reader never sees half a config.
     temporary = path.with_suffix(".yaml.tmp")
     save_config(config, temporary)
     os.replace(temporary, path)
@@ -92,7 +104,7 @@ def _driver_lock(run_dir: Path) -> Iterator[None]:
             lock.seek(0)
             raise RunDirError(
                 f"{run_dir} is in use by {lock.read().strip() or 'another driver'}; "
-                "wait for it or end it, or use another name=..."
+                "wait for it to finish, stop it, or use another name=..."
             ) from error
         lock.truncate(0)
         lock.write(f"process {os.getpid()} on {socket.gethostname()}")
@@ -102,12 +114,13 @@ def _driver_lock(run_dir: Path) -> Iterator[None]:
 
 @contextmanager
 def rank_lock(run_dir: Path, rank: int) -> Iterator[None]:
-    """Held by every trainer rank for as long as it may write to the run.
+    """Hold a trainer rank's lock on the run for as long as the rank may write to it.
 
-    Shared among the ranks of a group; rank 0 also keeps a second group out, whoever started it.
+    All ranks of a group share one lock. Rank 0 also takes an exclusive lock, so that no second
+    group can train the run, however it was started.
 
     Raises:
-        RunDirError: rank 0 of another group is training this run.
+        RunDirError: If rank 0 of another group is training this run.
     """
     with (
         open(run_dir / _RANKS_LOCK, "a", encoding="utf-8") as shared,
@@ -119,19 +132,20 @@ def rank_lock(run_dir: Path, rank: int) -> Iterator[None]:
                 fcntl.flock(alone, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
                 raise RunDirError(
-                    f"{run_dir} is being trained by another group of ranks; wait for it or end it"
+                    f"{run_dir} is being trained by another group of ranks; wait for it to finish, "
+                    "or stop it"
                 ) from error
         yield
 
 
 def wait_for_old_ranks(run_dir: Path) -> None:
-    """Returns once no rank of an earlier attempt is alive any more.
+    """Wait until no rank of an earlier attempt is alive.
 
-    A driver that is killed leaves its ranks running for a moment; two sets of ranks must not
-    write checkpoints into one folder.
+    The ranks of a killed driver run on for a moment, and two groups of ranks must not write
+    checkpoints into the same folder.
 
     Raises:
-        RunDirError: they are still there after a minute.
+        RunDirError: If some are still alive after a minute.
     """
     deadline = time.monotonic() + _OLD_RANKS_TIMEOUT_S
     with open(run_dir / _RANKS_LOCK, "a", encoding="utf-8") as lock:
@@ -142,7 +156,7 @@ def wait_for_old_ranks(run_dir: Path) -> None:
             except BlockingIOError as error:
                 if time.monotonic() > deadline:
                     raise RunDirError(
-                        f"{run_dir}: trainer ranks of an earlier attempt still run after "
-                        f"{_OLD_RANKS_TIMEOUT_S:.0f} s; end them, then run the command again"
+                        f"{run_dir}: trainer ranks of an earlier attempt are still running after "
+                        f"{_OLD_RANKS_TIMEOUT_S:.0f} s; stop them, then rerun the command"
                     ) from error
             time.sleep(0.2)

@@ -1,4 +1,4 @@
-"""The store as the trainer's source."""
+"""Activation source that reads batches from one store."""
 
 from __future__ import annotations
 
@@ -22,30 +22,33 @@ from sae_core.source import Batch
 T = TypeVar("T")
 
 SAMPLE_BATCH = 4096
+"""Most rows of a batch in which a sample is read."""
 WAIT_TIMEOUT_S = 600.0
-"""How long a growing store may not have the rows that are asked for."""
+"""Default time limit for a growing store to get the rows that were requested."""
 _POLL_S = 0.2
+"""Seconds between two looks at a growing store."""
 
 
 class StoreSource:
     """One data replica's batches of one array of a store; an `ActivationSource`.
 
-    The store may still be growing: then batches and samples wait for their rows. `next` and
-    `sample` are collective over the ranks that share the replica's rows.
+    If the store is still growing, batches and samples wait for their rows. `next` and `sample` are
+    collective over the ranks that share the replica's rows.
 
     Args:
-        store: open, with at least one committed item.
-        array: whose rows to train on.
-        seed: fixes the order, the same on all ranks.
+        store: an open store with at least one committed item.
+        array: name of the array to train on.
+        seed: seed of the row order; the same on all ranks.
         batch_tokens: rows of the global batch.
         replica: index of this data replica.
         n_replicas: replicas that share a global batch; divides `batch_tokens`.
-        window_items: work items shuffled together.
+        window_items: work items that are shuffled together.
         buffer_tokens: rows permuted together in memory.
-        device: where batches are to be; on cuda they are gathered there.
-        wait_timeout_s: how long a growing store may lack the rows that are asked for.
-        share: the ranks of this replica, each of which reads its part of the rows.
-        order_seed: fixes the order instead of `seed`, and is then part of the identity.
+        device: device on which batches are returned; on cuda they are also gathered there. None:
+            the CPU.
+        wait_timeout_s: time limit for a growing store to get the rows that were requested.
+        share: shared reads of this replica's ranks, each of which reads a part of the rows.
+        order_seed: seed of the row order instead of `seed`; it becomes part of the identity.
     """
 
     def __init__(
@@ -66,11 +69,15 @@ class StoreSource:
         self.d_in = self.d_out = store.arrays[array]
         seed, order_of = order_name(seed, order_seed, window_items, buffer_tokens)
         self.identity = f"{array}-{store_digest(store)}-{order_of}"
-        self._store, self._array, self._seed = store, array, seed
+        self._store = store
+        self._array = array
+        self._seed = seed
         self._wait_timeout_s = wait_timeout_s
-        self._window_items, self._buffer_tokens = window_items, buffer_tokens
+        self._window_items = window_items
+        self._buffer_tokens = buffer_tokens
         self._share = share or RowShare()
-        self._batch_tokens, self._n_rows = batch_tokens, batch_tokens // n_replicas
+        self._batch_tokens = batch_tokens
+        self._n_rows = batch_tokens // n_replicas
         self._first = replica * self._n_rows
         order: dict[str, Any] = {
             "seed": seed,
@@ -81,7 +88,7 @@ class StoreSource:
             "wait_timeout_s": wait_timeout_s,
         }
         self.before_next: Callable[[], None] = lambda: None
-        """Called on this rank before every batch is waited for; what it raises, all ranks raise."""
+        """Called on this rank before it waits for a batch. If it raises, all ranks raise."""
         self._device = device or torch.device("cpu")
         self._waiting = False
         self._device_rows: DeviceRows | None = None
@@ -98,11 +105,11 @@ class StoreSource:
         return self._stream.position
 
     def seek(self, position: int) -> None:
-        """Makes batch `position` the next one."""
+        """Make batch `position` the next one."""
         self._stream.seek(position)
 
     def next(self) -> Batch:
-        """This replica's rows of the batch at `position`, [batch_tokens / n_replicas, d_in]."""
+        """Return this replica's rows of the next batch, [batch_tokens / n_replicas, d_in]."""
         first_row = self.position * self._batch_tokens + self._first
         if self._device_rows is None:
             x = self._gather(self._read_shared(self._read))
@@ -131,9 +138,10 @@ class StoreSource:
 
     @property
     def waits(self) -> int:
-        """A number that moves on while the trainer waits for rows of a growing store.
+        """A number that changes while the trainer waits for rows of a growing store.
 
-        Not while only the background reader waits: the trainer may hang meanwhile.
+        It is 0 while only the background reader waits, so that a hang of the trainer itself is
+        still noticed.
         """
         return self._store.refreshes if self._waiting else 0
 
@@ -146,9 +154,11 @@ class StoreSource:
             self._waiting = False
 
     def sample(self, n: int) -> torch.Tensor:
-        """`n` rows of the order's beginning, or all of a smaller store; the same on all ranks.
+        """Return the first `n` rows of the order, [n, d_in], the same on all ranks.
 
-        In equal batches of at most `SAMPLE_BATCH`: fewer rows than batches are left out at the end.
+        If the store holds fewer rows, all of them are returned. The sample is read in equal batches
+        of at most `SAMPLE_BATCH` rows, so it may lack the few rows that do not divide evenly among
+        them.
         """
         with self._wait():
             return self._sample(n)
@@ -174,7 +184,7 @@ class StoreSource:
         return torch.cat([self._share.gather(part.to(self._device), size) for part in parts])
 
     def first_item_needed(self, position: int) -> int:
-        """First item of the store that batches from `position` on may need."""
+        """Return the first item of the store that batches from `position` on may need."""
         return self._stream.first_item_needed(position)
 
     def _wait_for_rows(self, n: int) -> None:
@@ -182,38 +192,45 @@ class StoreSource:
         while not self._store.finalised and self._store.n_tokens < n:
             if time.monotonic() > deadline:
                 raise IncompleteStoreError(
-                    f"{self._store.path} has {self._store.n_tokens} rows after "
-                    f"{self._wait_timeout_s:.0f} s: a sample needs {n}; is its writer still alive?"
+                    f"{self._store.path} has {self._store.n_tokens} rows after waiting "
+                    f"{self._wait_timeout_s:.0f} s, but a sample needs {n}; check that its writer "
+                    "is still alive"
                 )
             time.sleep(_POLL_S)
             self._store.refresh()
 
     def close(self) -> None:
-        """Ends the background reader."""
+        """Stop the background reader."""
         self._stream.close()
 
 
 def order_name(
     seed: int, order_seed: int | None, window_items: int, buffer_tokens: int
 ) -> tuple[int, str]:
-    """The seed of the order, and all that positions depend on beside seed and batch.
+    """Return the seed of the row order and a name for the order, for a source's identity.
 
-    These two a checkpoint keeps by itself; an `order_seed` instead of the seed it does not.
+    The name covers everything that determines the rows of batch i, except for the run's seed and
+    the batch size: checkpoints record those two separately. An `order_seed`, which replaces the
+    run's seed, is not recorded elsewhere and so is part of the name.
     """
     name = f"{ORDER}-w{window_items}-b{buffer_tokens}"
     return (seed, name) if order_seed is None else (order_seed, f"{name}-s{order_seed}")
 
 
 def equal_batches(n_rows: int) -> tuple[int, int]:
-    """How many batches of how many rows a sample is read in, at most `SAMPLE_BATCH` each."""
+    """Return the number and size of the batches in which a sample of `n_rows` rows is read.
+
+    A batch has at most `SAMPLE_BATCH` rows.
+    """
     n_batches = -(-n_rows // SAMPLE_BATCH)
     return n_batches, n_rows // n_batches
 
 
 def store_digest(store: Store) -> str:
-    """Sixteen hex digits of what a store was made to hold, wherever it lies and however full.
+    """Return 16 hex digits that identify a store's content, whatever its path and fill level.
 
-    Of the header's fixed part, provenance among it, and the checksums of item 0.
+    The digest covers the fixed part of the header, including provenance, and the checksums of
+    item 0.
     """
     header = store.header
     content = [header.arrays, header.dtype, header.codec, header.shard_tokens, header.provenance]

@@ -1,8 +1,9 @@
-"""The sweep stage: a grid of SAEs over one store, several on each stream, each a run of its own.
+"""The sweep stage: train a grid of SAEs on one store, several at the same time per row stream.
 
-A cell is an ordinary run folder, `<sweep>/<cell>/`: `stage=train` on it alone gives the same bits,
-and evaluate, export, status and fit work on it. Cells that are done are skipped. One that fails
-leaves the reason in its folder (`cluster.sweep_record`) and the others going.
+A cell of the grid is an ordinary run with the folder `<sweep>/<cell>/`. Training it alone with
+`stage=train` gives the same bits, and evaluate, export, status and fit work on it. Finished cells
+are skipped. If a cell fails, the reason is written to its folder (`cluster.sweep_record`) and the
+others continue.
 """
 
 from __future__ import annotations
@@ -26,21 +27,22 @@ from conf.schema import RunConfig
 
 
 def run(config: RunConfig, run_dir: Path) -> None:
-    """Trains every cell of the grid that is not done yet.
+    """Train every cell of the grid that is not finished yet.
 
     Raises:
-        ConfigError, StoreConfigError: a cell cannot be, or the store does not serve them.
-        RunDirError: a cell was begun with another config, or is being trained.
-        PreemptedError: a signal asked for the end; all cells have saved.
-        SweepFailedError: some cells failed; the others have trained to their ends. Cells that were
-            stopped because they diverged do not count.
+        ConfigError: If a cell's config is invalid or does not fit the store.
+        StoreConfigError: If the store is missing or unsuitable.
+        RunDirError: If a cell was started with another config or is being trained now.
+        PreemptedError: If a signal stopped the sweep; all cells have saved a checkpoint.
+        SweepFailedError: If some cells failed; the others have trained to their ends. Cells that
+            were stopped because they diverged do not count as failed.
     """
     console = Console(soft_wrap=True)
     cells = cells_of(config, run_dir)
     _check_store(config)
     with ExitStack() as stack:
         for cell in cells.values():
-            # Held for the whole sweep: nobody else may train, evaluate or export a cell meanwhile.
+            # Locked for the whole sweep, so that no other driver can work on a cell meanwhile.
             stack.enter_context(open_run(cell))
         _train(config, run_dir, cells, console)
 
@@ -57,7 +59,7 @@ def _train(config: RunConfig, run_dir: Path, cells: dict[str, RunConfig], consol
             table.set_state(name, DONE)
     groups = cohorts(todo, group_size(config, todo)) if todo else []
     console.print(
-        f"sweep: {len(cells)} cells, {len(cells) - len(todo)} of them settled, "
+        f"sweep: {len(cells)} cells, {len(cells) - len(todo)} of them finished or stopped before, "
         f"{len(groups)} passes over the store"
     )
     if todo:
@@ -69,13 +71,16 @@ def _train(config: RunConfig, run_dir: Path, cells: dict[str, RunConfig], consol
     failed = [name for name, state in table.states().items() if state == FAILED]
     if failed:
         raise SweepFailedError(
-            f"{len(failed)} of {len(cells)} cells failed: {', '.join(failed)}; the reasons are in "
-            f"sweep.json of their folders in {run_dir}; the same command tries them again"
+            f"{len(failed)} of {len(cells)} cells failed: {', '.join(failed)}; see sweep.json in "
+            f"their folders in {run_dir} for the reasons, and rerun the command to try them again"
         )
 
 
 def _train_group(run_dir: Path, cells: dict[str, RunConfig], table: SweepTable) -> None:
-    """Cells that train at once; what ends their ranks for good fails those that are not done."""
+    """Train a group of cells at the same time.
+
+    If their ranks fail too often, the cells that are not finished are recorded as failed.
+    """
 
     def still_open() -> list[str]:
         return [name for name, cell in cells.items() if _is_open(run_dir / name, cell)]
@@ -93,5 +98,5 @@ def _is_open(run_dir: Path, cell: RunConfig) -> bool:
 
 
 def _check_store(config: RunConfig) -> None:
-    # A sweep makes as many passes as it has groups: it trains on a store that is whole.
+    # A sweep makes one pass over the store per group of cells, so the store must be complete.
     check_store(replace(config, cluster=replace(config.cluster, mode="sequential")))

@@ -1,4 +1,4 @@
-"""The cells of a sweep: their names and configs. No heavy import here."""
+"""The cells of a sweep: their names and configs. This file has no heavy imports."""
 
 from __future__ import annotations
 
@@ -17,15 +17,23 @@ from conf.schema import RunConfig
 from sae_core.errors import ConfigError
 
 _MAY_DIFFER = ("sae.", "optim.", "train.tokens=")
-"""What a cell may have of its own: the stream, and who trains on it, are the group's."""
+"""Prefixes of the settings that an override may change for one cell.
+
+The cells of a group share the row stream and the ranks, so settings of those must be the same.
+"""
 _MAY_NOT = ("sae.hookpoint=", "sae.n_latents=", "sae.k=", "sae.architecture=")
+"""Exceptions: the hookpoint is shared, and the others are axes of the sweep."""
 
 
 def cells_of(config: RunConfig, run_dir: Path) -> dict[str, RunConfig]:
-    """Cell name -> the config of an ordinary run in `run_dir/<cell>`; the smallest n first.
+    """Return the sweep's cells, smallest dictionary first.
+
+    Returns:
+        `{cell name: config of an ordinary run in run_dir/<cell>}`.
 
     Raises:
-        ConfigError: a cell cannot be, or an override is of no cell or of what all share.
+        ConfigError: If a cell's config is invalid, two cells get the same name, or an override
+            names an unknown cell or a setting that it may not change.
     """
     sweep = config.sweep
     axes = (
@@ -53,6 +61,7 @@ def cells_of(config: RunConfig, run_dir: Path) -> dict[str, RunConfig]:
         cell = _overridden(cell, name, own.get(name, []))
         cell.trainer.validate()
         if name in cells:
+            # Names contain the learning rate with 6 digits.
             raise ConfigError("sweep.lr", sweep.lr, "rates that differ in their first 6 digits")
         cells[name] = cell
     unknown = sorted(set(own) - set(cells))
@@ -64,7 +73,10 @@ def cells_of(config: RunConfig, run_dir: Path) -> dict[str, RunConfig]:
 def _name(
     sweep: SweepConfig, n_latents: int, k: int, lr: float | None, seed: int, architecture: str
 ) -> str:
-    """`n1024-k32-lr0.001-seed1-topk`; the last three only where the sweep has such an axis."""
+    """Return a name like `n1024-k32-lr0.001-seed1-topk`.
+
+    Its last three parts are there only if the sweep sets values for these axes.
+    """
     parts = [f"n{n_latents}", f"k{k}"]
     parts += [f"lr{'auto' if lr is None else f'{lr:g}'}"] if sweep.lr else []
     parts += [f"seed{seed}"] if sweep.seed else []
@@ -73,6 +85,7 @@ def _name(
 
 
 def _by_cell(overrides: list[str]) -> dict[str, list[str]]:
+    """Return `{cell name: its KEY=VALUE settings}` from texts of the form CELL:KEY=VALUE."""
     found: dict[str, list[str]] = {}
     for text in overrides:
         cell, colon, setting = text.partition(":")
@@ -83,13 +96,18 @@ def _by_cell(overrides: list[str]) -> dict[str, list[str]]:
 
 
 def _overridden(cell: RunConfig, name: str, settings: list[str]) -> RunConfig:
+    """Return the cell's config with its KEY=VALUE overrides applied.
+
+    Raises:
+        ConfigError: If a key may not be overridden, a key is unknown, or a value is invalid.
+    """
     for setting in settings:
         if not setting.startswith(_MAY_DIFFER) or setting.startswith(_MAY_NOT):
             raise ConfigError(
                 "sweep.overrides",
                 f"{name}:{setting}",
-                "KEY=VALUE of sae, optim or train.tokens, but not what the cell is named after "
-                "nor sae.hookpoint, which all share",
+                "KEY=VALUE with a key of sae, optim or train.tokens, except those in the cell's "
+                "name and sae.hookpoint",
             )
     try:
         merged: Any = OmegaConf.merge(
@@ -98,4 +116,4 @@ def _overridden(cell: RunConfig, name: str, settings: list[str]) -> RunConfig:
         return cast(RunConfig, OmegaConf.to_object(merged))
     except OmegaConfBaseException as error:
         what = str(error).splitlines()[0]
-        raise ConfigError("sweep.overrides", settings, f"known keys ({what})") from error
+        raise ConfigError("sweep.overrides", settings, f"known keys and values ({what})") from error

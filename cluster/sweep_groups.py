@@ -1,4 +1,4 @@
-"""Which cells of a sweep train together: as many as memory holds."""
+"""Division of a sweep's cells into groups that train at the same time, as many as fit in memory."""
 
 from __future__ import annotations
 
@@ -10,21 +10,25 @@ from conf.schema import RunConfig
 from sae_core.errors import ConfigError
 
 _SHARE_OF_MEMORY = 0.8
+"""Share of the memory that the cells may fill; the rest allows for errors of the estimate."""
 _ONCE = ("process", "loader", "loader, pinned")
-"""Parts of a rank's memory that are there once, however many SAEs train on the stream."""
+"""Parts of a rank's memory that exist once, however many SAEs train on the stream."""
 
 
 def cohorts(cells: dict[str, RunConfig], size: int) -> list[list[str]]:
-    """The names, in groups of at most `size` that train together: a pass over the stream each."""
+    """Return the cells' names in training groups of at most `size`.
+
+    Each group makes a pass over the store.
+    """
     names = list(cells)
     return [names[i : i + size] for i in range(0, len(names), size)]
 
 
 def group_size(config: RunConfig, cells: dict[str, RunConfig]) -> int:
-    """`sweep.saes_per_process`, or as many cells as fit in memory.
+    """Return `sweep.saes_per_process`, or if it is null the number of cells that fit in memory.
 
     Raises:
-        ConfigError: not even one fits, or the memory of the ranks cannot be told from here.
+        ConfigError: If no cell fits, or this machine cannot see the ranks' memory.
     """
     if config.sweep.saes_per_process is not None:
         return config.sweep.saes_per_process
@@ -34,7 +38,8 @@ def group_size(config: RunConfig, cells: dict[str, RunConfig]) -> int:
         raise ConfigError(
             "sweep.saes_per_process",
             None,
-            "a number, or plan.hardware, where the ranks' memory cannot be told from here",
+            "a number, because this machine cannot see the ranks' memory",
+            "set a number, or set plan.hardware",
         )
     store = open_store(config.store.path)
     d_model = store.arrays[config.sae.hookpoint or next(iter(store.arrays))]
@@ -42,15 +47,16 @@ def group_size(config: RunConfig, cells: dict[str, RunConfig]) -> int:
 
 
 def cells_that_fit(cells: dict[str, RunConfig], d_model: int, hardware: Hardware) -> int:
-    """How many of the largest cells the memory holds at once.
+    """Return how many cells fit in memory at the same time, if all were as large as the largest.
 
     Args:
-        cells: of `cells_of`.
+        cells: the cells, from `cells_of`.
         d_model: width of the activations.
-        hardware: a GPU's memory is one rank's, that of a machine without is all ranks'.
+        hardware: the planned hardware. The memory of a GPU belongs to one rank; that of a machine
+            without GPUs is shared by all ranks.
 
     Raises:
-        ConfigError: not even one.
+        ConfigError: If not even one cell fits.
     """
     layouts = [plan_layout(cell, d_model, hardware, cell.parallel) for cell in cells.values()]
     ranks = 1 if layouts[0].work.on_gpu else layouts[0].work.n_ranks
@@ -61,15 +67,15 @@ def cells_that_fit(cells: dict[str, RunConfig], d_model: int, hardware: Hardware
         raise ConfigError(
             "sweep.n_latents",
             largest,
-            f"cells that fit in {hardware.memory_bytes / 2**30:.1f} GiB, one takes "
+            f"cells that fit in {hardware.memory_bytes / 2**30:.1f} GiB, but one takes "
             f"{each * ranks / 2**30:.1f} GiB",
-            "use smaller cells, or set sweep.saes_per_process if that is wrong",
+            "use smaller cells, or set sweep.saes_per_process if this estimate is wrong",
         )
     return int(room // each)
 
 
 def _parts(layout: Layout) -> dict[str, float]:
-    """Of one rank, in the memory that is limited."""
+    """Return the parts of one rank's memory, in bytes, that count against the limit."""
     return layout.device if layout.work.on_gpu else layout.device | layout.host
 
 

@@ -1,4 +1,4 @@
-"""What a cell of a sweep leaves in its folder when it ends before its last step."""
+"""Record in a sweep cell's folder of why the cell ended before its last step."""
 
 from __future__ import annotations
 
@@ -13,36 +13,42 @@ STOPPED, FAILED = "stopped", "failed"
 
 
 class Record(NamedTuple):
-    """`stopped`: it diverged and was stopped on purpose; `failed`: an error ended it."""
+    """Why a cell ended early: `stopped` if it diverged, `failed` if any other error ended it."""
 
     state: str
     reason: str
 
 
 def write_record(run_dir: Path, error: BaseException) -> None:
-    """Leaves the state and the reason."""
+    """Write the state and the reason into the cell's folder."""
     state = STOPPED if isinstance(error, DivergedError) else FAILED
     write_json(run_dir / RECORD, {"state": state, "reason": str(error)})
 
 
 def read_record(run_dir: Path) -> Record | None:
-    """What was left; None of a cell that may go on."""
+    """Return the cell's record, or None if the cell has none and may be trained.
+
+    An unreadable record counts as a failure.
+    """
     try:
         found = read_json(run_dir / RECORD)
         return Record(str(found["state"]), str(found["reason"]))
     except FileNotFoundError:
         return None
     except (ValueError, KeyError, TypeError) as error:
-        return Record(FAILED, f"{RECORD} cannot be read: {error}")
+        return Record(FAILED, f"{RECORD} is not readable: {error}")
 
 
 def forget(run_dir: Path) -> None:
-    """Whoever trains a cell by itself decides anew how it ends."""
+    """Clear the cell's record, because the cell is about to be trained by itself."""
     (run_dir / RECORD).unlink(missing_ok=True)
 
 
 def forget_failure(run_dir: Path) -> None:
-    """A new command tries a failed cell again; one that diverged would diverge again."""
+    """Clear the record of a failed cell, so that it is tried again.
+
+    The record of a cell that diverged is kept, because it would diverge again.
+    """
     record = read_record(run_dir)
     if record is not None and record.state == FAILED:
         forget(run_dir)

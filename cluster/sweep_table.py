@@ -1,4 +1,4 @@
-"""How far the cells of a sweep are: a live table on a terminal, plain lines elsewhere."""
+"""Progress of a sweep's cells: a live table on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -16,20 +16,22 @@ from conf.schema import RunConfig
 
 DONE, RUNNING, WAITING = "done", "running", "waiting"
 _PLAIN_EVERY_S = 30.0
+"""Seconds between two plain lines of a running cell."""
 _COLUMNS = ("cell", "state", "step", "%", "tokens/s", "FVU", "L0", "dead")
 
 
 class SweepTable:
-    """A `Progress` over the cells that train now; the others keep the rows they had.
+    """A `Progress` that updates the cells in training; other cells keep their last row.
 
     Args:
         run_dir: the sweep's folder.
-        cells: of `cells_of`.
-        console: where.
+        cells: the cells, from `cells_of`.
+        console: console to print to.
     """
 
     def __init__(self, run_dir: Path, cells: dict[str, RunConfig], console: Console) -> None:
-        self._run_dir, self._console = run_dir, console
+        self._run_dir = run_dir
+        self._console = console
         self._n_steps = {name: cell.train.n_steps for name, cell in cells.items()}
         self._states = dict.fromkeys(cells, WAITING)
         self._newest: dict[str, dict[str, Any]] = {}
@@ -40,15 +42,15 @@ class SweepTable:
         self._look_at_records(list(cells))
 
     def set_state(self, name: str, state: str) -> None:
-        """Of a cell that is not trained now."""
+        """Set the state of a cell that is not in training."""
         self._states[name] = state
 
     def states(self) -> dict[str, str]:
-        """Cell name -> done, running, waiting, stopped or failed."""
+        """Return `{cell name: state}`: done, running, waiting, stopped or failed."""
         return dict(self._states)
 
     def begin(self, names: list[str]) -> None:
-        """These train from now on, the ones before no longer."""
+        """Follow these cells from now on, instead of those of the last call."""
         self._rows = {name: MetricRows(self._run_dir / name) for name in names}
         self._states |= dict.fromkeys(names, RUNNING)
 
@@ -59,7 +61,7 @@ class SweepTable:
             self._live.start()
 
     def show(self) -> None:
-        """Takes what the ranks have written since."""
+        """Read the rows that the ranks have written since the last call, and show them."""
         before = dict(self._states)
         for name, rows in self._rows.items():
             for row in rows.new():
@@ -83,7 +85,7 @@ class SweepTable:
             self._live = None
 
     def finish(self) -> None:
-        """The table of all cells, and why some have no end."""
+        """Print the table of all cells, and the reasons of those that failed or were stopped."""
         self._look_at_records(list(self._states))
         self._console.print(self._table())
         for name, reason in self._reasons.items():

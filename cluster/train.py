@@ -1,7 +1,8 @@
-"""The train stage: trainer ranks as Ray actors, started anew together when one of them dies.
+"""The train stage: trainer ranks as Ray actors, all restarted when one of them dies.
 
-Ranks depend on each other in every step, so the first death ends all; fresh actors on a fresh port
-continue from the newest valid checkpoint. Errors that we raised on purpose are not tried again.
+Ranks depend on each other in every step, so the death of one ends them all. New actors on a new
+port then continue from the newest valid checkpoint. Errors that this project raises on purpose, for
+example for an invalid config, are not retried.
 """
 
 from __future__ import annotations
@@ -32,10 +33,14 @@ from sae_core.checkpoint.folder import newest_valid, read_state
 from sae_core.errors import SAEError
 
 _POLL_S = 0.5
+"""Seconds between two looks at the ranks."""
 _DIAGNOSED_TOKENS = 20_000_000
-"""Larger stores take long to look through; `python -m activation_store.diagnose` does it."""
+"""The shuffle of larger stores is not checked before training, because that takes too long.
+
+`python -m activation_store.diagnose` checks it on request.
+"""
 _SETTLE_S = 3.0
-"""After a first failure, how long to wait to learn whether some rank's process died."""
+"""Seconds to wait after a first failure, to learn whether the process of some rank died."""
 
 
 def run(
@@ -44,20 +49,21 @@ def run(
     console: Console | None = None,
     watch: Callable[[], None] = lambda: None,
 ) -> None:
-    """Trains to `train.tokens`, resuming from the newest valid checkpoint.
+    """Train to `train.tokens`, resuming from the newest valid checkpoint.
 
     Args:
-        config: of the run.
-        run_dir: its folder.
-        console: where progress is shown.
-        watch: called twice a second while ranks run, and when they have trained to the end; what
-            it raises ends them.
+        config: config of the run.
+        run_dir: the run's folder.
+        console: console on which progress is shown; None: stdout.
+        watch: called twice a second while ranks run, and once after they have finished; if it
+            raises, the ranks are stopped.
 
     Raises:
-        ConfigError, StoreConfigError: there is no store, or it does not fit the config.
-        PlacementError: the cluster cannot hold the ranks.
-        RankFailedError: ranks died more often than `cluster.max_failures`.
-        PreemptedError: a signal asked for the end; ranks that could have saved.
+        ConfigError: If the config does not fit the store.
+        StoreConfigError: If the store is missing or unsuitable.
+        PlacementError: If the cluster has no room for the ranks.
+        RankFailedError: If ranks died more often than `cluster.max_failures`.
+        PreemptedError: If a signal stopped training; ranks that were able to have saved.
     """
     console = console or Console()
     check_store(config)
@@ -70,7 +76,7 @@ def run(
     warn_of_a_poor_shuffle(config, console)
     forget(run_dir)
     train_ranks(config, run_dir, RunProgress(config, run_dir, console), watch)
-    watch()  # the last that this run's cursor says counts, too
+    watch()  # once more, for the last position that this run has published
     let_go(config, run_dir)
     newest = newest_valid(run_dir / "checkpoints", hashes=False)
     console.print(f"train: {training_costs(run_dir)}", soft_wrap=True)
@@ -84,17 +90,20 @@ def train_ranks(
     watch: Callable[[], None] = lambda: None,
     cells: Callable[[], Sequence[str]] | None = None,
 ) -> None:
-    """One group of ranks after the other, until one has come to the end.
+    """Start groups of ranks, one after the other, until one has trained to the end.
 
     Args:
-        config: of the run; of a sweep, that of any of its cells.
+        config: config of the run, or of any cell of a sweep.
         run_dir: the run's folder, or the sweep's.
-        progress: shows how far they have come.
+        progress: display of the training progress.
         watch: see `run`.
-        cells: of a sweep, which are still to be trained; asked before every attempt.
+        cells: for a sweep, a function that returns the cells that are still to be trained; called
+            before every attempt.
 
     Raises:
-        PlacementError, RankFailedError, PreemptedError: see `run`.
+        PlacementError: See `run`.
+        RankFailedError: See `run`.
+        PreemptedError: See `run`.
     """
     request = StopRequest(run_dir)
     request.withdraw()
@@ -106,27 +115,31 @@ def train_ranks(
         for failures in range(config.cluster.max_failures + 1):
             names = cells() if cells is not None else ()
             if cells is not None and not names:
-                break  # the last one failed before its ranks died
+                break  # the remaining cells finished or failed before their ranks died
             failure = _attempt(config, run_dir, progress, watch, failed_at, names)
             if failure is None:
                 break
             problem, failed_at = failure
             if request.made:
                 wait_for_old_ranks(run_dir)
-                raise PreemptedError(f"{problem} while it was to stop for {request.made}")
+                raise PreemptedError(f"{problem} while stopping for {request.made}")
             print(f"train: {problem}; attempt {failures + 1}", file=sys.stderr, flush=True)
             wait_for_old_ranks(run_dir)
         else:
             raise RankFailedError(
-                f"trainer ranks died {config.cluster.max_failures + 1} times, last: {problem}; "
-                f"see {run_dir / 'logs'}, then run the same command again to resume"
+                f"trainer ranks died {config.cluster.max_failures + 1} times; last problem: "
+                f"{problem}; see {run_dir / 'logs'}, then rerun the command to resume"
             )
-        if request.made:  # too late for the ranks; the stages after this one are not begun
-            raise PreemptedError(f"{request.made} came when training had ended")
+        if request.made:
+            # Too late to stop the ranks, but the stages after this one must not start.
+            raise PreemptedError(f"{request.made} arrived after training had ended")
 
 
 def warn_of_a_poor_shuffle(config: RunConfig, console: Console) -> None:
-    """Says so where batches mix documents badly, of a store that is soon looked through."""
+    """Print a warning if batches mix documents badly.
+
+    Stores that are growing or too large to check quickly are skipped.
+    """
     paths = config.store.paths
     for path in paths:
         store = open_store(path)
@@ -146,9 +159,10 @@ def warn_of_a_poor_shuffle(config: RunConfig, console: Console) -> None:
 
 
 def finished(config: RunConfig, run_dir: Path) -> Path | None:
-    """The valid checkpoint with which the run has ended; None before."""
+    """Return the valid checkpoint of the run's last step, or None if the run is not finished."""
     for hashes in (False, config.checkpoint.verify_hashes):
-        # Hashed only if it may be the last: the ranks hash what they resume from, all together.
+        # Verify hashes only of a checkpoint that may be the last. One that training resumes from is
+        # hashed by the ranks, which share the work.
         newest = newest_valid(run_dir / "checkpoints", hashes)
         if newest is None or read_state(newest).step < config.train.n_steps:
             return None
@@ -163,7 +177,19 @@ def _attempt(
     failed_at: float | None,
     cells: Sequence[str],
 ) -> tuple[str, float] | None:
-    """One group of ranks, to its end. Returns what killed it and when, None when it finished."""
+    """Run one group of ranks until it ends.
+
+    Args:
+        config: see `train_ranks`.
+        run_dir: see `train_ranks`.
+        progress: see `train_ranks`.
+        watch: see `train_ranks`.
+        failed_at: time (`time.monotonic`) at which the last attempt failed; None: no failure yet.
+        cells: names of the sweep's cells to train; empty for an ordinary run.
+
+    Returns:
+        The problem that ended the group and the time of it; None if it trained to the end.
+    """
     import ray
 
     pulses = Pulses(run_dir, config.parallel.n_ranks, config.train.hang_timeout_s)
@@ -180,7 +206,8 @@ def _attempt(
     except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError):
         return "a trainer rank died before it began", failed_at or time.monotonic()
     except PlacementError as error:
-        # A node that is lost takes a while to be missed; what fitted once may soon fit again.
+        # Ray takes a while to notice a lost node. After a failure the ranks may soon fit again;
+        # at the first attempt the error is final.
         if failed_at is None:
             raise
         return str(error), failed_at
@@ -193,9 +220,10 @@ def _follow(
     pulses: Pulses,
     failed_at: float | None,
 ) -> str | None:
-    """Shows progress until all ranks have finished or the first one has failed.
+    """Show progress until all ranks have finished or the first one has failed.
 
-    Returns what is wrong where no task tells it: ranks that are frozen.
+    Returns:
+        The problem if ranks are frozen, since no task reports that; otherwise None.
     """
     import ray
 
@@ -211,12 +239,12 @@ def _follow(
         if any(_error_of(task) is not None for task in done):
             return None
         if frozen := pulses.frozen():
-            return f"trainer ranks {frozen} hung: frozen, without a sign of life"
+            return f"trainer ranks {frozen} are frozen: no heartbeat"
     return None
 
 
 def _first_problem(tasks: list[Any], pulses: Pulses) -> str | None:
-    """What went wrong, or None; raises what no second attempt would mend."""
+    """Return what went wrong, or None; raise errors that a second attempt would not fix."""
     import ray
 
     if all(_is_done(task) and _error_of(task) is None for task in tasks):
@@ -234,13 +262,13 @@ def _first_problem(tasks: list[Any], pulses: Pulses) -> str | None:
             raise cause_of(error)
     for error in errors:
         if not isinstance(cause_of(error), RuntimeError):
-            raise error  # a defect of ours; its text carries the rank's traceback
-    # What torch raises when a collective breaks; nothing tells it from other RuntimeErrors.
+            raise error  # a bug in this project; its text has the rank's traceback
+    # torch raises a RuntimeError when a collective breaks, and it looks like any other.
     return f"a trainer rank failed: {str(cause_of(errors[0])).splitlines()[0][:200]}"
 
 
 def cause_of(error: Any) -> Any:
-    """What the rank raised; Ray's own error where it did not come through."""
+    """Return the error that the rank raised, or Ray's own error if that was not passed on."""
     return getattr(error, "cause", None) or error
 
 

@@ -1,4 +1,4 @@
-"""Whether a store can be trained on as the config says."""
+"""Checks that a store can be trained on with a config."""
 
 from __future__ import annotations
 
@@ -10,19 +10,21 @@ from sae_core.errors import ConfigError
 
 
 def check_store(config: RunConfig) -> str:
-    """The array to train on, once the store is known to serve the config.
+    """Check that the store fits the config and return the name of the array to train on.
 
-    Asked by the driver before it starts ranks, and by every rank, which torchrun starts alone.
+    The driver calls this before it starts ranks. Every rank calls it too, because torchrun starts
+    ranks without a driver.
 
     Raises:
-        ConfigError, StoreConfigError: naming what does not fit.
+        ConfigError: If a setting does not fit the store.
+        StoreConfigError: If the store is missing, unfinished or has non-finite rows.
     """
     if not store_exists(config.store.path):
         raise StoreConfigError(
             "store.path",
             config.store.path,
             "a store of activations",
-            "make one with stage=harvest or activation_store.StoreWriter",
+            "create one with stage=harvest or activation_store.StoreWriter",
         )
     store = open_store(config.store.path)
     growing = not store.finalised
@@ -31,8 +33,8 @@ def check_store(config: RunConfig) -> str:
             "store.path",
             config.store.path,
             "a finalised store",
-            "finish it with stage=harvest or StoreWriter.finalise(), or train while it grows with "
-            "stage=pipeline cluster.mode=concurrent",
+            "finish it with stage=harvest or StoreWriter.finalise(), or use stage=pipeline "
+            "cluster.mode=concurrent to train while it grows",
         )
     array = config.sae.hookpoint or next(iter(store.arrays))
     if array not in store.arrays:
@@ -48,10 +50,11 @@ def check_store(config: RunConfig) -> str:
 
 
 def others(config: RunConfig, array: str) -> list[Store]:
-    """The stores that are mixed in, each of which can be: finished, with finite rows.
+    """Open the stores of `store.mixture` and check that they are finished and their rows finite.
 
     Raises:
-        StoreConfigError, IncompleteStoreError: naming what does not fit.
+        StoreConfigError: If a store is missing, does not fit or has non-finite rows.
+        IncompleteStoreError: If a store is not finalised.
     """
     found = []
     for path in config.store.paths[1:]:
@@ -65,22 +68,22 @@ def others(config: RunConfig, array: str) -> list[Store]:
 
 
 def require_finite(store: Store, array: str, key: str = "store.path") -> None:
-    """That no committed row of an array holds NaN or infinities.
+    """Check that no committed row of an array holds NaN or infinities.
 
     Args:
-        store: whose rows.
-        array: of them.
-        key: the setting that names the store.
+        store: the store to check.
+        array: name of the array.
+        key: setting that gives the store's path, for the error.
 
     Raises:
-        StoreConfigError: naming the items that do.
+        StoreConfigError: If some do; the error names their items.
     """
     bad = store.non_finite_items(array)
     if bad:
         raise StoreConfigError(
             key,
             str(store.path),
-            f"finite activations, {array} holds {sum(bad.values())} numbers that are not, in "
+            f"finite activations, but {array} holds {sum(bad.values())} non-finite numbers in "
             f"items {shorten(list(bad))}",
-            "store it anew without them",
+            "store it again without them",
         )

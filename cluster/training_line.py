@@ -1,4 +1,4 @@
-"""The training progress line: from metric rows to one line of text."""
+"""The training progress line, rendered from metric rows."""
 
 from __future__ import annotations
 
@@ -13,22 +13,20 @@ from conf.schema import RunConfig
 from sae_core.atomic import read_json
 
 COSTS = "train.json"
-"""What `Trainer.costs` gives of the newest session, in the run's folder."""
-
-
+"""File in the run's folder with `Trainer.costs` of the last session."""
 METRICS = "metrics.jsonl"
-"""Rows as `Trainer` reports them, in the run's folder."""
+"""File in the run's folder with the metric rows that `Trainer` reports."""
 
 
 class MetricRows:
-    """Reads what is added to a run's rows after it was made."""
+    """Reader of the metric rows that a run adds from now on."""
 
     def __init__(self, run_dir: Path) -> None:
         self._path = run_dir / METRICS
         self._offset = self._path.stat().st_size if self._path.exists() else 0
 
     def new(self) -> list[dict[str, Any]]:
-        """Rows since the last call."""
+        """Return the rows added since the last call."""
         rows: list[dict[str, Any]] = []
         if not self._path.exists():
             return rows
@@ -36,19 +34,19 @@ class MetricRows:
             file.seek(self._offset)
             for raw in file:
                 if not raw.endswith(b"\n"):
-                    break  # rank 0 is in the middle of writing it
-                if raw.strip():  # blank where a killed rank's half line was ended
+                    break  # rank 0 is still writing this line
+                if raw.strip():  # skip blank lines, which a restart may leave
                     rows.append(json.loads(raw))
                 self._offset += len(raw)
         return rows
 
 
 class TrainingLine:
-    """Shows the newest metrics row; one live line on a terminal, plain lines elsewhere.
+    """Display of the newest metrics row: one live line on a terminal, plain lines elsewhere.
 
     Args:
         n_steps: optimiser steps of the whole run.
-        console: where.
+        console: console to print to.
     """
 
     def __init__(self, n_steps: int, console: Console) -> None:
@@ -57,26 +55,28 @@ class TrainingLine:
         self._line.__enter__()
 
     def show(self, row: dict[str, Any]) -> None:
-        """Renders a row as `Trainer` reports it."""
+        """Show a row that `Trainer` has reported."""
         self._line.show(render(row, self._n_steps))
 
     def close(self) -> None:
-        """Ends the line."""
+        """Stop the display."""
         self._line.__exit__(None, None, None)
 
 
 class RunProgress:
-    """The driver's `Progress` of one run: the newest row as a line."""
+    """The driver's `Progress` for a single run, which shows the newest metrics row as a line."""
 
     def __init__(self, config: RunConfig, run_dir: Path, console: Console) -> None:
-        self._n_steps, self._run_dir, self._console = config.train.n_steps, run_dir, console
+        self._n_steps = config.train.n_steps
+        self._run_dir = run_dir
+        self._console = console
 
     def __enter__(self) -> None:
         self._rows = MetricRows(self._run_dir)
         self._line = TrainingLine(self._n_steps, self._console)
 
     def show(self) -> None:
-        """Shows what rank 0 has written since."""
+        """Show the rows that rank 0 has written since the last call."""
         for row in self._rows.new():
             self._line.show(row)
 
@@ -85,7 +85,7 @@ class RunProgress:
 
 
 def render(row: dict[str, Any], n_steps: int) -> str:
-    """`train 300/683 44% · 21,034 tokens/s · FVU 0.2031 · L0 31.9 · dead 0.1% · … · ETA 0:41`."""
+    """Return a row as text, for example `train 300/683 44% · 21,034 tokens/s · … · ETA 0:41`."""
     rate = row["tokens_per_s"]
     tokens_left = (n_steps - row["step"]) * row["tokens"] / max(row["step"], 1)
     parts = [
@@ -104,12 +104,16 @@ def render(row: dict[str, Any], n_steps: int) -> str:
 
 
 def training_costs(run_dir: Path) -> str:
-    """`4 checkpoints paused 0.31 s of 101.2 s (0.3%), written in 1.9 s`."""
+    """Return the cost of checkpoints in the last session as text.
+
+    For example `4 checkpoints paused training for 0.31 s of 101.2 s (0.3%), written in 1.9 s`.
+    """
     costs = read_json(run_dir / COSTS)
     share = costs["checkpoint_pause_s"] / max(costs["seconds"], 1e-9)
     return (
-        f"{costs['checkpoints']} checkpoints paused {costs['checkpoint_pause_s']:.2f} s of "
-        f"{costs['seconds']:.1f} s ({share:.1%}), written in {costs['checkpoint_writing_s']:.1f} s"
+        f"{costs['checkpoints']} checkpoints paused training for "
+        f"{costs['checkpoint_pause_s']:.2f} s of {costs['seconds']:.1f} s ({share:.1%}), "
+        f"written in {costs['checkpoint_writing_s']:.1f} s"
     )
 
 

@@ -1,9 +1,9 @@
-"""Notices that a trainer rank makes no progress any more, writes its stacks and ends it.
+"""Watchdog of a trainer rank: if the rank makes no progress, write its stacks and end its process.
 
-A rank that hangs stops all the others within one step: they wait for it in a collective. So every
-rank's own watchdog fires at about the same time, and the logs of all of them say where they stand.
-A process that is frozen whole (SIGSTOP, a disk that never answers) can neither write its stacks nor
-end; a driver sees that its pulse stands still (`cluster.pulses`), and kills it.
+A rank that hangs stops all others within one step, because they wait for it in a collective. So the
+watchdogs of all ranks fire at about the same time, and each rank's log shows where it was. A
+process that is frozen as a whole (by SIGSTOP, or a disk that never answers) can neither write its
+stacks nor exit. The driver notices that its heartbeat has stopped (`cluster.pulses`) and kills it.
 """
 
 from __future__ import annotations
@@ -19,44 +19,51 @@ from contextlib import suppress
 from pathlib import Path
 
 HUNG = "hung"
-"""In the pulse of a rank that ends itself."""
+"""Content of the heartbeat file of a rank that is about to end itself."""
 LAST_WORDS_S = 3.0
-"""Between the stacks and the end: the death of one rank ends the others, who write theirs first."""
+"""Seconds between writing the stacks and exiting.
+
+The exit of one rank ends the others, so this gives them time to write their stacks first.
+"""
 _TICK_S = 1.0
+"""Most seconds between two heartbeats."""
 _STDERR = 2
-"""The descriptor, as `faulthandler` needs one whatever `sys.stderr` has become."""
+"""File descriptor of stderr. `faulthandler` needs one, and `sys.stderr` may have been replaced."""
 
 
 class Watchdog:
-    """Watches this process from a thread while the block runs.
+    """Thread that watches the progress of this process while the block runs.
 
-    It asks for the progress about once a second, so it costs a training step nothing. Until the
-    first step is done (imports, compilation, calibration, loading a checkpoint) `startup_timeout_s`
-    holds instead of `timeout_s`. Should the interpreter itself be stuck, with its lock held, a
-    timer of `faulthandler`, which needs no lock, writes the stacks and ends the process a little
-    later.
+    It looks about once a second, outside the training step, which it does not slow down. Until the
+    first step is done (imports, compilation, calibration, loading of a checkpoint) the limit is
+    `startup_timeout_s` instead of `timeout_s`. If the interpreter itself is stuck and holds the
+    GIL, this thread cannot run. A timer of `faulthandler`, which does not need the GIL, then writes
+    the stacks and ends the process a little later.
 
     Args:
-        pulse: file that is rewritten about once a second, for a driver on another machine: steps
-            taken by this process, or `HUNG`.
-        timeout_s: without progress for so long, the process ends with exit code 1.
-        startup_timeout_s: the same before the first step.
+        pulse: heartbeat file, rewritten about once a second for a driver that may be on another
+            machine. It holds the number of steps taken by this process, or `HUNG`.
+        timeout_s: seconds without progress after which the process ends with exit code 1.
+        startup_timeout_s: the same before the first step; at least `timeout_s` is used.
     """
 
     def __init__(self, pulse: Path, timeout_s: float, startup_timeout_s: float) -> None:
         self.waits: Callable[[], int] = lambda: 0
-        """A number that changes while the rank rightly waits: for rows of a growing store, or for
-        a checkpoint."""
+        """Returns a number that changes while the rank has a reason to wait, for rows of a growing
+        store or for a checkpoint."""
         self._step: Callable[[], int] | None = None
         self._first_step = 0
-        self._pulse, self._timeout_s = pulse, timeout_s
+        self._pulse = pulse
+        self._timeout_s = timeout_s
         self._startup_timeout_s = max(startup_timeout_s, timeout_s)
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
     def training_begins(self, step: Callable[[], int]) -> None:
-        """From now on, progress is that `step`, which gives the steps taken, moves on."""
-        self._first_step, self._step = step(), step
+        """Count an increase of `step()`, the number of steps taken, as progress from now on."""
+        # In this order: the watchdog's thread uses `_first_step` as soon as `_step` is set.
+        self._first_step = step()
+        self._step = step
 
     def __enter__(self) -> Watchdog:
         self._thread.start()
@@ -66,7 +73,7 @@ class Watchdog:
         self.stop()
 
     def stop(self) -> None:
-        """Training is over: what comes now may take its time."""
+        """Stop watching, because training is over and the rest may take any time."""
         self._stop.set()
         self._thread.join()
         faulthandler.cancel_dump_traceback_later()
@@ -79,18 +86,22 @@ class Watchdog:
         try:
             return self._steps_taken(), self.waits()
         except Exception:
-            # Without this the thread would end, and the timer then kill a healthy rank.
+            # An error here must not end the thread: the timer would then kill a healthy rank.
             traceback.print_exc()
             return seen or (0, 0)
 
     def _watch(self) -> None:
+        """Run the thread's loop: compare progress, rewrite the heartbeat, end a hung process."""
         seen: tuple[int, int] | None = None
-        since, limit_s = time.monotonic(), self._startup_timeout_s
+        since = time.monotonic()
+        limit_s = self._startup_timeout_s
         while True:
             now = self._progress(seen)
             if now != seen:
-                seen, since = now, time.monotonic()
+                seen = now
+                since = time.monotonic()
                 limit_s = self._timeout_s if now[0] else self._startup_timeout_s
+                # Restart the timer that ends the process should this thread be stuck.
                 late_s = limit_s + 2 * LAST_WORDS_S
                 faulthandler.dump_traceback_later(late_s, exit=True, file=_STDERR)
             elif time.monotonic() - since > limit_s:
@@ -103,8 +114,8 @@ class Watchdog:
         self._beat(HUNG)
         print(
             f"{time.strftime('%Y-%m-%d %H:%M:%S')} no progress for {limit_s:g} s "
-            "(train.hang_timeout_s; before the first step train.timeout_s): this rank hangs, or "
-            "one that it waits for; the stacks of its threads:",
+            "(train.hang_timeout_s; before the first step train.timeout_s): this rank, or one it "
+            "is waiting for, is hung. Thread stacks:",
             file=sys.stderr,
             flush=True,
         )
@@ -113,5 +124,5 @@ class Watchdog:
         os._exit(1)
 
     def _beat(self, text: str) -> None:
-        with suppress(OSError):  # a full disk is told by the checkpoint that fails on it
+        with suppress(OSError):  # if the disk is full, the next checkpoint reports it
             self._pulse.write_text(text)

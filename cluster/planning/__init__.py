@@ -1,1 +1,1 @@
-"""Arithmetic of the plan stage: memory, step time, traffic, layouts, a simulation of many ranks."""
+"""Arithmetic of the plan stage: memory, step time, traffic, layouts, simulation of many ranks."""

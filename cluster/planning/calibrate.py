@@ -1,7 +1,7 @@
-"""Measures this machine's kernels, the link between two ranks, and its disk, in a few seconds.
+"""Measurement of this machine's kernels, the link between two ranks and the disk, in seconds.
 
-The training step's own kernels run one after the other on a shape that no cache holds; each part's
-rate is its count of work over its time.
+The kernels of a training step run one after the other, on a shape too large for any cache. The rate
+of each part is its amount of work divided by its time.
 """
 
 from __future__ import annotations
@@ -29,18 +29,26 @@ from sae_core.kernels.stock_encode import streamed_topk
 from sae_core.memory import keep_freed_memory
 
 _L, _D, _B, _K = 32768, 512, 1024, 32
+"""Shape of the measured step: latents, d_model, batch rows, active latents per row."""
 _DEPTH = {"bfloat16x3": 3, "bfloat16": 1}
+"""Bfloat16 parts of each weight in the product, by prefilter."""
 _ROUNDS = 9
+"""Repetitions of each measurement; the median counts."""
 _LINK_ELEMENTS = 2 << 20
+"""float32 elements that a rank contributes to a measured collective."""
 _FILE_BYTES = 64 << 20
+"""Size of the file with which the disk is measured."""
 _STEP_S = 6e-3
-"""Fixed cost of a step of two threads: about 200 calls, DeepSpeed's bookkeeping, metrics."""
+"""Fixed cost of a step with two threads: about 200 calls, DeepSpeed's bookkeeping, metrics."""
 
 
 def main() -> None:
-    """`python -m cluster.planning.calibrate FILE`: writes what it found to FILE, as JSON."""
+    """Measure this machine and write the results as JSON.
+
+    Usage: `python -m cluster.planning.calibrate FILE`.
+    """
     answer = Path(sys.argv[1])
-    keep_freed_memory()  # as a rank does
+    keep_freed_memory()  # trainer ranks do the same
     rates, prefilter, peak_flops = _rates()
     found = {
         "rates": asdict(rates),
@@ -54,11 +62,14 @@ def main() -> None:
 
 @torch.no_grad()
 def _rates() -> tuple[Rates, str, float]:
-    """Rates of the stock kernels, the prefilter that they take, bfloat16 FLOP/s."""
+    """Return the rates of the stock kernels, the prefilter that they use, and bfloat16 FLOP/s."""
     rehearsal = _Rehearsal()
-    rounds = [rehearsal.step() for _ in range(1 + _ROUNDS)][1:]  # the first touches the memory
+    # The first round is dropped: it also pays for the first touch of the memory.
+    rounds = [rehearsal.step() for _ in range(1 + _ROUNDS)][1:]
     taken = {part: statistics.median(one[part] for one in rounds) for part in rounds[0]}
-    depth, pairs, used = rehearsal.depth, _B * _K, rehearsal.used
+    depth = rehearsal.depth
+    pairs = _B * _K
+    used = rehearsal.used
     split_bytes = float("inf")
     if rehearsal.prefilter != "none":
         split_bytes = _L * _D * (4 + 2 * depth) / taken["split"]
@@ -80,19 +91,22 @@ def _rates() -> tuple[Rates, str, float]:
 
 
 class _Rehearsal:
-    """A training step's kernels, one after the other as in a step, each timed.
+    """The kernels of a training step, run in the order of a step and timed one by one.
 
-    Alone and repeated, each would find its data in a cache that a step empties.
+    If each kernel was repeated on its own, it would find its data in a cache; in a real step the
+    other kernels evict it.
     """
 
     def __init__(self) -> None:
         generator = torch.Generator().manual_seed(0)
         kernels: Any = get_kernels("stock", torch.float32, prefilter="auto")
-        self.kernels, prefilter = kernels, kernels.prefilter
+        self.kernels = kernels
+        prefilter = kernels.prefilter
         self.prefilter = "none" if prefilter is None else prefilter.name
         self.depth = _DEPTH.get(self.prefilter, 1)
         self.W_enc = torch.randn(_L, _D, generator=generator) / _D**0.5
-        self.bias, self.norms = torch.zeros(_L), torch.zeros(_L)
+        self.bias = torch.zeros(_L)
+        self.norms = torch.zeros(_L)
         self.x = torch.randn(_B, _D, generator=generator)
         latents = torch.randint(_L, (_B, _K), generator=generator)
         self.active = compact(torch.ones(_B, _K), latents)
@@ -112,10 +126,11 @@ class _Rehearsal:
         self.taken: dict[str, float] = {}
 
     def step(self) -> dict[str, float]:
-        """Seconds by part."""
+        """Run the kernels once and return the seconds of each part."""
         self.taken = dict.fromkeys(("split", "product", "select", "rescore"), 0.0)
         with self._clock("select"):
             streamed_topk(self._product, _B, _L, self.count, self.x.device)
+        # `streamed_topk` calls `_product`, whose own parts are not part of the selection.
         self.taken["select"] -= self.taken["split"] + self.taken["product"]
         if self.prefilter != "none":
             with self._clock("rescore"):
@@ -134,6 +149,7 @@ class _Rehearsal:
         return self.taken
 
     def _product(self, start: int, stop: int) -> torch.Tensor:
+        """Return pre-activations [B, stop - start] of latents [start, stop), timing both parts."""
         weights = self.W_enc[start:stop]
         if self.prefilter != "none":
             with self._clock("split"):
@@ -156,7 +172,7 @@ class _Rehearsal:
 
 
 def _seconds(call: Callable[[], object]) -> float:
-    """The median, as of training steps, after a first call, which touches the memory."""
+    """Return the median time of a call, after a first call that touches the memory."""
     call()
     taken = []
     for _ in range(_ROUNDS):
@@ -167,8 +183,8 @@ def _seconds(call: Callable[[], object]) -> float:
 
 
 def _link() -> Link:
-    """gloo between two ranks of this machine: two threads here, over the loopback."""
-    c10d: Any = dist  # its stubs do not know what the objects can do
+    """Measure Gloo between two ranks of this machine: two threads here, over the loopback."""
+    c10d: Any = dist  # torch's stubs lack some methods of these objects
     store, groups = c10d.HashStore(), {}
 
     def join(rank: int) -> None:
@@ -205,7 +221,10 @@ def _link() -> Link:
 
 
 def _disk(folder: Path) -> float:
-    """Bytes a second of a file that the page cache does not hold, where the system can be asked."""
+    """Return bytes per second of reading a file that is not in the page cache.
+
+    On systems without `posix_fadvise` the file may be cached, and the rate too high.
+    """
     path = folder / f"read-{os.getpid()}.tmp"
     try:
         with open(path, "wb") as file:

@@ -1,7 +1,7 @@
-"""The machines that a plan is for: what one rank computes, moves and costs.
+"""Models of the machines to plan for: what one rank computes, moves and costs.
 
-Rates of GPUs are peaks of data sheets times the share that is reached in practice; none of it was
-measured by this project. `local` is measured (`local.py`).
+Rates of GPUs are peaks from data sheets times the share that is reached in practice; this project
+has not measured them. The hardware `local` is measured (`local.py`).
 """
 
 from __future__ import annotations
@@ -12,85 +12,95 @@ from cluster.planning.config import PlanConfig
 
 GIB = 2**30
 _PRODUCT_SHARE = 0.8
-"""Of a GPU's peak in a large bfloat16 product: 790 of 989 TFLOP/s, as cuBLAS gives it on Hopper."""
+"""Share of peak in a large bfloat16 product: cuBLAS reaches 790 of 989 TFLOP/s on Hopper."""
 _MEMORY_SHARE = 0.9
 _NVLINK_SHARE = 0.8
 """NCCL's all-reduce reaches about 360 of 450 GB/s inside an H100 node."""
 _NETWORK_SHARE = 0.9
 _EPILOGUE = 1.2
-"""Encoder over bare product; benchmarks/NOTES-kernels.md predicts 1.1 to 1.35."""
+"""Time of the encoder over that of its bare product; benchmarks/NOTES-kernels.md predicts 1.1 to
+1.35."""
 
 
 @dataclass(frozen=True)
 class Rates:
-    """What one rank does in a second, and what a call costs beside its work."""
+    """Work that one rank does per second, and its fixed costs in seconds."""
 
     product_flops: float
-    """Of the encoder, its filter included."""
+    """FLOP/s of the encoder's product, including its filter."""
     split_bytes: float
-    """Bringing the encoder into the product's low-precision form; of a prefilter only."""
+    """Bytes per second of converting the encoder to the low precision of a prefilter."""
     select: float
-    """Pre-activations looked at; GPUs do that within the product."""
+    """Pre-activations per second that the selection examines; infinite on GPUs, where the
+    product's kernel does it."""
     row_s: float
-    """Seconds for each batch row's final selection."""
+    """Seconds for the final selection of one batch row."""
     gather_bytes: float
-    """Dictionary rows fetched for pairs, and their sums."""
+    """Bytes per second of fetching the dictionary rows of active pairs and adding them up."""
     sum_bytes: float
-    """Summing pairs into row gradients."""
+    """Bytes per second of summing active pairs into row gradients."""
     update_bytes: float
-    """Adam over all rows."""
+    """Bytes per second of Adam over all rows."""
     stream_bytes: float
-    """Elementwise work."""
+    """Bytes per second of elementwise work."""
     pair_s: float
-    """Seconds for sorting one pair."""
+    """Seconds for sorting one active pair."""
     step_s: float
-    """Fixed cost of a step: launches, the engine, scalars."""
+    """Fixed cost of a step in seconds: kernel launches, the engine, scalars."""
 
 
 @dataclass(frozen=True)
 class Link:
-    """Between ranks."""
+    """Speed of the collectives over one kind of connection between ranks."""
 
     bytes_per_s: float
-    """That a rank sends in an all-reduce, one direction."""
+    """Bytes per second that a rank sends in an all-reduce, in one direction."""
     gather_bytes_per_s: float
-    """That a rank receives in an all-gather."""
+    """Bytes per second that a rank receives in an all-gather."""
     exchange_bytes_per_s: float
-    """That a rank sends in an all-to-all."""
+    """Bytes per second that a rank sends in an all-to-all."""
     latency_s: float
-    """Of one round of a collective."""
+    """Seconds of latency of one round of a collective."""
 
 
 @dataclass(frozen=True)
 class Hardware:
-    """One rank's share of its machine; bytes and seconds."""
+    """The hardware of one rank, in bytes and seconds."""
 
     name: str
+    """Name as in `plan.hardware`."""
     device: str
     """cuda or cpu."""
     rates: Rates
+    """Speed of computation."""
     memory_bytes: float
-    """Of a GPU; of the whole machine for local, whose ranks share it."""
+    """Memory of a GPU; for local CPU ranks that of the whole machine, which they share."""
     node: Link
+    """Connection between ranks of a node."""
     network: Link
+    """Connection between nodes."""
     disk_bytes_per_s: float
-    """Of one node."""
+    """Bytes per second that the disks give to one node."""
     price_per_hour: float
+    """US dollars per rank and hour; 0: unknown."""
     ranks_per_node: int
+    """Most ranks in a node."""
     process_bytes: float
-    """What a rank's process holds before it trains: on a GPU, context and NCCL."""
+    """Bytes that a rank's process holds before it trains; on a GPU the CUDA context and NCCL."""
     prefilter: str = "none"
-    """What `train.prefilter=auto` is there."""
+    """The prefilter that `train.prefilter=auto` selects on this device."""
     shared: bool = False
-    """Rates and links are the machine's, and its ranks share them."""
+    """Whether rates and links are those of the machine, divided among its ranks."""
     peak_flops: float = 0.0
-    """Dense bfloat16, for the language model."""
+    """Peak dense bfloat16 FLOP/s, for the language model."""
     timed: bool = True
-    """False: the rates are not known, only what decides about memory."""
+    """Whether the rates are known; if not, only memory can be planned."""
 
 
 @dataclass(frozen=True)
 class _Gpu:
+    """Peaks of a GPU; the fields are named as in `PlanConfig`, which may override them."""
+
     tflops: float
     memory_gib: float
     memory_gb_per_s: float
@@ -99,22 +109,23 @@ class _Gpu:
     price_per_hour: float
 
 
-# Peaks: NVIDIA's data sheets of the SXM modules (dense bfloat16, without sparsity; NVLink: half of
-# the bidirectional figure). Network: the DGX of that generation, one ConnectX per GPU at 400 Gb/s
-# (A100: 200 Gb/s). Prices: the order of what on-demand clouds ask; plan.price_per_hour sets yours.
+# Peaks are from NVIDIA's data sheets of the SXM modules (dense bfloat16 without sparsity; NVLink
+# at half of the bidirectional figure). The network is that of the DGX of that generation, one
+# ConnectX per GPU at 400 Gb/s (A100: 200 Gb/s). Prices are typical of on-demand clouds; set
+# plan.price_per_hour to your own.
 _GPUS = {
     "h100": _Gpu(989, 79.6, 3350, 450, 50, 3.0),
     "h200": _Gpu(989, 139.8, 4800, 450, 50, 3.8),
     "a100": _Gpu(312, 79.3, 2039, 300, 25, 1.8),
 }
 _DISK_GB_PER_S = 10.0
-"""Of a node: a few NVMe disks, or its part of a parallel file system. An assumption."""
+"""Assumed read bandwidth of a node: a few NVMe disks, or its share of a parallel file system."""
 _GPU_PROCESS_BYTES = 1.5 * GIB
-"""CUDA context, NCCL's buffers, cuBLAS' workspace. An assumption."""
+"""Assumed size of the CUDA context, NCCL's buffers and cuBLAS' workspace."""
 
 
 def gpu(plan: PlanConfig) -> Hardware:
-    """The hardware that `plan.hardware` names, with the numbers that the user knows better."""
+    """Return the GPU that `plan.hardware` names, with the user's overrides."""
     table = _GPUS[plan.hardware]
     changed = {name: getattr(plan, name) for name in vars(table) if getattr(plan, name) is not None}
     chip = replace(table, **changed)
@@ -128,7 +139,8 @@ def gpu(plan: PlanConfig) -> Hardware:
             product_flops=chip.tflops * 1e12 * _PRODUCT_SHARE / _EPILOGUE,
             split_bytes=memory,
             select=float("inf"),
-            # Issue slots of `select` on Hopper, scaled by the clock's product; NOTES-kernels.md.
+            # Issue slots of the selection on Hopper (benchmarks/NOTES-kernels.md), scaled to other
+            # GPUs by their peak.
             row_s=0.4e-3 / 32768 * 989 / chip.tflops,
             gather_bytes=memory,
             sum_bytes=memory,
@@ -149,14 +161,18 @@ def gpu(plan: PlanConfig) -> Hardware:
 
 
 def shared_among(hardware: Hardware, n_ranks: int) -> Hardware:
-    """The hardware as each of `n_ranks` ranks of one machine sees it; a GPU is nobody else's."""
+    """Return the hardware as each of `n_ranks` ranks of one machine sees it.
+
+    The ranks of a CPU machine share its rates and links. A GPU belongs to one rank, so its numbers
+    do not change.
+    """
     if not hardware.shared or n_ranks == 1:
         return hardware
     rates = {
         name: value * n_ranks if name.endswith("_s") else value / n_ranks
         for name, value in vars(hardware.rates).items()
     }
-    # The links were measured between two ranks.
+    # The links were measured with two ranks, so two ranks get their full speed.
     pairs = n_ranks / 2
     link = Link(
         hardware.node.bytes_per_s / pairs,

@@ -1,8 +1,8 @@
-"""What a mesh costs, whether it fits, and which one of N ranks is the fastest.
+"""Layouts: what a mesh of ranks costs, whether it fits, and which mesh of N ranks is the fastest.
 
-The trainer has no micro-batches: a replica's rows go through one step at once. So the search is
-over latent x data, and over what replicas send to each other: what the gradient is made of (the
-fused update), or dense gradients with ZeRO 1.
+The trainer has no micro-batches: all rows of a replica go through a step at once. So the search is
+over latent x data, and over the gradients that replicas exchange: sparse ones with the fused
+update, or dense ones with ZeRO 1.
 """
 
 from __future__ import annotations
@@ -19,22 +19,27 @@ from sae_core.config import ParallelConfig
 from sae_core.errors import ConfigError
 
 _ROOM = 0.95
-"""Of the memory: allocators leave gaps."""
+"""Share of the memory that a plan may fill, because allocators leave gaps."""
 
 
 @dataclass(frozen=True)
 class Layout:
-    """One mesh, planned."""
+    """The plan of one mesh."""
 
     parallel: ParallelConfig
+    """The mesh."""
     work: Work
+    """The work of rank 0, whose shard is the largest."""
     device: dict[str, float]
-    """Bytes by part; see `memory.device_bytes`."""
+    """A rank's bytes on its device, by part; see `memory.device_bytes`."""
     host: dict[str, float]
+    """A rank's other bytes on the host, by part; see `memory.host_bytes`."""
     limit_bytes: float
-    """Of what a rank takes on its device; on the CPU of what all ranks of a machine take."""
+    """Memory of the device; on the CPU that of the machine, for all its ranks; 0: unknown."""
     phases: list[Phase]
+    """Computations and collectives of a step, in order."""
     read_s: float
+    """Seconds for reading a rank's part of a batch."""
 
     @property
     def device_total(self) -> float:
@@ -43,19 +48,19 @@ class Layout:
 
     @property
     def needed_bytes(self) -> float:
-        """What is held against `limit_bytes`: on the CPU, ranks and their host copies together."""
+        """Bytes to compare with `limit_bytes`; on the CPU those of all ranks with host copies."""
         if self.work.on_gpu:
             return self.device_total
         return (self.device_total + sum(self.host.values())) * self.work.n_ranks
 
     @property
     def fits(self) -> bool:
-        """Whether there is room."""
+        """Whether the layout fits in memory; true if the limit is unknown."""
         return self.limit_bytes <= 0 or self.needed_bytes <= _ROOM * self.limit_bytes
 
     @property
     def exchange(self) -> str:
-        """The gradients that replicas send to each other."""
+        """Kind of gradients that replicas send to each other."""
         if self.work.data == 1:
             return "none"
         if self.work.fused:
@@ -64,19 +69,19 @@ class Layout:
 
     @property
     def step_s(self) -> float:
-        """Of a step; reading goes on beside it."""
+        """Seconds of a step, or of reading a batch if that is slower, because the two overlap."""
         return max(step_seconds(self.phases), self.read_s)
 
 
 def plan_layout(
     config: RunConfig, d_model: int, hardware: Hardware, parallel: ParallelConfig
 ) -> Layout:
-    """One mesh.
+    """Plan one mesh.
 
     Args:
-        config: of the run.
-        d_model: D.
-        hardware: of one rank.
+        config: config of the run.
+        d_model: width D of the activations.
+        hardware: hardware of one rank.
         parallel: the mesh.
     """
     work = work_of(
@@ -98,27 +103,29 @@ def plan_layout(
 
 
 def layouts(config: RunConfig, d_model: int, hardware: Hardware, n: int) -> list[Layout]:
-    """Every mesh of `n` ranks with each exchange, the fastest that fits first.
+    """Plan every mesh of `n` ranks with each kind of exchange.
 
-    Those that do not fit come last. The config's own `parallel` is one of them only by its ranks.
+    Returns:
+        The layouts that fit, fastest first, then those that do not fit. `config.parallel` is
+        ignored.
     """
     found = [plan_layout(config, d_model, hardware, mesh) for mesh in _meshes(config, n)]
-    # Where all wait for the disks alike: the one that leaves them the most time.
+    # If the disks limit several layouts equally, prefer the one with the shortest computation.
     return sorted(found, key=lambda one: (not one.fits, one.step_s, step_seconds(one.phases)))
 
 
 def best_layout(found: list[Layout], config: RunConfig) -> Layout:
-    """The first one that fits.
+    """Return the fastest layout that fits: the first of `layouts`.
 
     Raises:
-        ConfigError: none fits, or there is no mesh of so many ranks.
+        ConfigError: If none fits, or no mesh has this number of ranks.
     """
     if not found:
         raise ConfigError(
             "plan.n_gpus",
             config.plan.n_gpus,
-            f"a number latent x data, where data divides train.batch_tokens="
-            f"{config.train.batch_tokens} and each latent shard holds some of "
+            f"a product latent x data in which data divides train.batch_tokens="
+            f"{config.train.batch_tokens} and latent is at most "
             f"sae.n_latents={config.sae.n_latents}",
         )
     if not found[0].fits:
@@ -127,16 +134,17 @@ def best_layout(found: list[Layout], config: RunConfig) -> Layout:
 
 
 def cannot_fit(layout: Layout, config: RunConfig) -> ConfigError:
-    """What to say of a layout that is too large: the largest part decides what to change."""
-    need, room = layout.needed_bytes / GIB, _ROOM * layout.limit_bytes / GIB
+    """Return the error for a layout that is too large; its remedy depends on the largest part."""
+    need = layout.needed_bytes / GIB
+    room = _ROOM * layout.limit_bytes / GIB
     whose = "a rank needs" if layout.work.on_gpu else f"{layout.work.n_ranks} ranks need"
-    where = "of its device" if layout.work.on_gpu else "of this machine"
+    where = "per GPU" if layout.work.on_gpu else "on this machine"
     parts = sorted(layout.device.items(), key=lambda part: -part[1])
     largest = ", ".join(f"{name} {size / GIB:.1f}" for name, size in parts[:3])
     mesh = layout.parallel
     expected = (
-        f"at most {room:.1f} GiB {where}, {whose} {need:.1f} GiB at latent {mesh.latent} x data "
-        f"{mesh.data} (of a rank: {largest})"
+        f"at most {room:.1f} GiB {where}, but {whose} {need:.1f} GiB with latent {mesh.latent} x "
+        f"data {mesh.data} (largest parts of a rank, in GiB: {largest})"
     )
     if parts[0][0] == "step":
         return ConfigError(
@@ -153,6 +161,7 @@ def cannot_fit(layout: Layout, config: RunConfig) -> ConfigError:
 
 
 def _smaller(layout: Layout, config: RunConfig) -> str:
+    """Return the changes that would reduce the memory for the SAE itself, as text."""
     remedies = ["use fewer latents"]
     if layout.work.on_gpu:
         remedies.append(f"more GPUs (parallel.latent above {layout.parallel.latent})")
@@ -166,11 +175,12 @@ def _smaller(layout: Layout, config: RunConfig) -> str:
 
 
 def _meshes(config: RunConfig, n: int) -> Iterator[ParallelConfig]:
+    """Yield the meshes of `n` ranks that are valid for the config, with and without ZeRO 1."""
     for latent in range(1, n + 1):
         if n % latent:
             continue
         data = n // latent
-        for zero_stage in (0, 1) if data > 1 else (0,):  # one replica has nothing to share
+        for zero_stage in (0, 1) if data > 1 else (0,):  # ZeRO needs at least two replicas
             mesh = ParallelConfig(latent, data, zero_stage)
             try:
                 mesh.validate(config.sae.n_latents, config.train.batch_tokens)

@@ -1,8 +1,8 @@
-"""Collectives of a step: bytes that a rank sends, and seconds on the links of its mesh.
+"""Collectives of a step: the bytes that a rank sends and the seconds that each takes on the mesh.
 
-Ranks of a latent group are neighbours; those of a data group lie `latent` apart. A ring inside a
-node runs at NVLink's rate. Across nodes all members in a node share their network adapters, as
-NCCL's rings do. Most collectives cost latency in rounds that grow with the logarithm of the group.
+Ranks of a latent group have adjacent indices; those of a data group are `latent` apart. A ring
+within a node runs at the rate of NVLink. Across nodes, the members in a node pool their network
+adapters, as in NCCL's rings. The latency of most collectives grows with the logarithm of the group.
 """
 
 from __future__ import annotations
@@ -15,30 +15,33 @@ from cluster.planning.work import Work
 from sae_core.topk import sent_bytes
 
 _KEY_BYTES = 8
+"""Bytes of a selection key, a pre-activation with its latent."""
 _PAIR_BYTES = 8 + 8 + 4 + 4
-"""Row, latent, value and gradient of a pair, as replicas exchange it."""
+"""Bytes of an active pair that replicas exchange: row, latent, value and gradient."""
 _MESSAGE_S = 1e-6
-"""A peer of an all-to-all adds that much."""
+"""Seconds that each peer adds to an all-to-all."""
 
 
 @dataclass(frozen=True)
 class Collective:
-    """One call."""
+    """One call of a collective operation."""
 
     what: str
+    """Data that is exchanged."""
     group: str
-    """latent, data or all."""
+    """Group of ranks that exchange it: latent, data or all."""
     kind: str
     """all-reduce, all-gather or all-to-all."""
     sent_bytes: float
-    """By each rank (of an all-gather: received)."""
+    """Bytes that each rank sends; in an all-gather, bytes that each rank receives."""
 
 
 def collectives(work: Work) -> dict[str, list[Collective]]:
-    """All calls of a step by the part of the step that they end.
+    """Return all collectives of a step, grouped by the part of the step that they end.
 
-    `load` brings the rows, `select` the k-th keys, `decode` the reconstruction, `backward` the
-    bias' gradient and the flags, `exchange` the replicas' gradients, `norm` the gradient's norm.
+    The parts exchange: `load` the rows, `select` the k-th keys, `decode` the reconstruction,
+    `backward` the bias gradient and the flags, `exchange` the gradients of the replicas, and
+    `norm` the gradient norm.
     """
     G, B, D = work.latent, work.rows, work.d_model
     calls: dict[str, list[Collective]] = {}
@@ -70,6 +73,7 @@ def collectives(work: Work) -> dict[str, list[Collective]]:
 
 
 def _selection(what: str, rows: int, width: int, n_ranks: int) -> list[Collective]:
+    """Return the calls of one top-k selection over the latent group (`sae_core.topk`)."""
     largest = -(-rows // n_ranks)
     thresholds = _KEY_BYTES * largest * (n_ranks - 1)
     keys = sent_bytes(rows, width, n_ranks, 0) - thresholds
@@ -80,6 +84,7 @@ def _selection(what: str, rows: int, width: int, n_ranks: int) -> list[Collectiv
 
 
 def _exchange(work: Work) -> list[Collective]:
+    """Return the calls with which data replicas exchange their gradients."""
     others = work.data - 1
     bias = Collective("bias", "data", "all-reduce", 2 * others / work.data * work.d_model * 4)
     if not work.fused:
@@ -95,7 +100,7 @@ def _exchange(work: Work) -> list[Collective]:
 
 
 def seconds(call: Collective, work: Work, hardware: Hardware) -> float:
-    """How long it takes once all ranks are there."""
+    """Return the seconds that a call takes once all its ranks have reached it."""
     size, stride = {
         "latent": (work.latent, 1),
         "data": (work.data, work.latent),
@@ -106,7 +111,7 @@ def seconds(call: Collective, work: Work, hardware: Hardware) -> float:
     if n_nodes == 1:
         rate = _rate(hardware.node, call.kind)
     elif call.kind == "all-to-all":
-        # Only what goes to other nodes crosses the network; each rank has its own adapter.
+        # Only the bytes for other nodes cross the network, and each rank has its own adapter.
         outside = (size - in_node) / (size - 1)
         rate = _rate(hardware.network, call.kind) / outside
     else:
@@ -121,13 +126,13 @@ def seconds(call: Collective, work: Work, hardware: Hardware) -> float:
 
 
 def crosses_nodes(group: str, work: Work, ranks_per_node: int) -> bool:
-    """Whether a group's ranks lie in several nodes."""
+    """Return whether the ranks of a latent or data group are in more than one node."""
     size, stride = {"latent": (work.latent, 1), "data": (work.data, work.latent)}[group]
     return _members_in_node(size, stride, ranks_per_node) < size
 
 
 def _members_in_node(size: int, stride: int, ranks_per_node: int) -> int:
-    """Members of a group of `size` ranks, `stride` apart, that share a node; at least 1."""
+    """Return how many of a group's `size` ranks, `stride` apart, share a node; at least 1."""
     return max(1, min(size, ranks_per_node // stride))
 
 

@@ -1,4 +1,4 @@
-"""This machine as hardware: measured once (`calibrate`), kept by processor and torch version."""
+"""This machine as hardware: measured once (`calibrate`), cached by processor and torch version."""
 
 from __future__ import annotations
 
@@ -23,25 +23,27 @@ from sae_core.atomic import write_json
 from sae_core.errors import ConfigError
 
 _VERSION = 3
-"""Rises when something else is measured."""
+"""Version of the measurements; raise it when they change."""
 _ALL_RANKS = 1 << 20
-"""Of a plan: they all share this machine."""
+"""Ranks per node: more than any plan has, because all ranks share this machine."""
 _PROCESS_BYTES = 0.45 * GIB
-"""Of a rank: 308 MiB once all is imported; the rest, engine, oneDNN's scratch, store and checkpoint
-writer, as it was found beside the parts that are counted (benchmarks/NOTES-plan.md)."""
+"""Fixed memory of a rank: 308 MiB after all imports. The rest is the engine, oneDNN's scratch
+memory, the store and the checkpoint writer, measured as the remainder after all counted parts
+(benchmarks/NOTES-plan.md)."""
 
 
 def local(plan: PlanConfig, cache_dir: Path, device: str, *, measure: bool) -> Hardware:
-    """This machine, from the cache or measured now.
+    """Return this machine, from the cache or measured now.
 
     Args:
-        plan: numbers that the user knows better.
-        cache_dir: keeps what was measured.
+        plan: settings of the plan, which may override measured numbers.
+        cache_dir: folder in which measurements are cached.
         device: `train.device`.
-        measure: measure where nothing is kept; else hardware that is not `timed` is given.
+        measure: whether to measure this machine if the cache has no measurement; if not, hardware
+            without times (`timed` is False) is returned.
 
     Raises:
-        ConfigError: with `measure`, where the ranks would train on GPUs of an unknown kind.
+        ConfigError: If `measure` is set and the ranks would train on GPUs of an unknown kind.
     """
     has_gpu = torch.cuda.is_available()
     if device == "cuda" or (device == "auto" and has_gpu):
@@ -68,15 +70,19 @@ def local(plan: PlanConfig, cache_dir: Path, device: str, *, measure: bool) -> H
 
 
 def _local_gpu(plan: PlanConfig, name: str, measure: bool) -> Hardware:
-    """GPUs are not measured: this one's kind from the data sheets, with the memory that it has."""
+    """Return the data sheet numbers of this machine's GPU with its actual memory.
+
+    GPUs are not measured.
+    """
     kinds = [kind for kind in HARDWARE if kind.upper() in name]
     if not kinds and measure:
         raise ConfigError(
             "plan.hardware",
             plan.hardware,
-            f"h100, h200 or a100: only CPUs are measured, and this machine has "
-            f"{name or 'no GPU'} while the ranks train on one",
-            "name the GPU that is nearest; plan.tflops and its neighbours set its numbers",
+            "h100, h200 or a100, because the ranks train on GPUs and only CPUs are measured (this "
+            f"machine has {name or 'no GPU'})",
+            "name the most similar GPU, and override its numbers with plan.tflops, plan.memory_gib "
+            "and so on",
         )
     memory = torch.cuda.get_device_properties(0).total_memory if name else 0
     if not kinds:
@@ -85,7 +91,10 @@ def _local_gpu(plan: PlanConfig, name: str, measure: bool) -> Hardware:
 
 
 def _untimed(device: str, memory: float) -> Hardware:
-    """What is known of a machine without measuring it; prefilter: the one that takes the most."""
+    """Return hardware for planning memory alone, of a machine that was not measured.
+
+    The prefilter is assumed to be the one that takes the most memory.
+    """
     inf = float("inf")
     rates = Rates(**{f.name: 0.0 if f.name.endswith("_s") else inf for f in fields(Rates)})
     link = Link(inf, inf, inf, 0.0)
@@ -107,20 +116,20 @@ def _untimed(device: str, memory: float) -> Hardware:
 
 
 def measured(folder: Path) -> Hardware:
-    """Runs the measurements in a process that waits for its threads as a lone rank does.
+    """Measure this machine in a new process with the OpenMP settings of a lone rank.
 
     Args:
-        folder: for the answer; a file of 64 MiB is written to it for a moment.
+        folder: folder for the results; a file of 64 MiB is temporarily written to it.
 
     Raises:
-        ClusterError: the process failed.
+        ClusterError: If the process failed.
     """
     answer = folder / f"measured-{os.getpid()}.json"
     command = [sys.executable, "-m", "cluster.planning.calibrate", str(answer)]
     environment = os.environ | waiting_variables(alone=True)
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise ClusterError(f"measuring this machine failed: {done.stderr[-2000:]}")
+        raise ClusterError(f"measuring this machine failed; its output: {done.stderr[-2000:]}")
     found = json.loads(answer.read_text())
     answer.unlink()
     link = Link(**found["link"])

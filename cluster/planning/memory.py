@@ -1,4 +1,4 @@
-"""Memory of one rank by part, counted from what the code holds at once."""
+"""Memory of one rank by part, counted from the arrays that the code holds at the same time."""
 
 from __future__ import annotations
 
@@ -7,33 +7,35 @@ from cluster.planning.work import Work
 from sae_core.kernels.stock_encode import PIECE_ELEMENTS
 
 _SELECT_COPIES = 2
-"""Of a piece: the product and what is looked at of it."""
+"""Copies of a piece of pre-activations: the product, and the part of it that is selected from."""
 _PACKED_COPIES = 2
-"""Of a piece's weights in low precision: ours, and oneDNN's in its own order."""
+"""Copies of a piece's weights in low precision: ours, and oneDNN's in its own memory order."""
 _PAIR_BYTES = 12 * 8
-"""Of an active pair: keys, candidates, row, latent, value, their sorted copies."""
+"""Bytes of an active pair: keys, candidates, row, latent, value and their sorted copies."""
 _ZERO_BUCKET = 500_000_000
-"""Elements of DeepSpeed's reduce bucket, its default; allocated on first use."""
+"""Elements of DeepSpeed's reduce bucket (its default), which is allocated on first use."""
 _SAMPLE_COPIES = 4
-"""Raw rows, normalised ones, and two of the geometric median's temporaries."""
+"""Copies of the calibration sample: raw rows, normalised rows, and two temporaries of the geometric
+median."""
 
 
 def device_bytes(work: Work, hardware: Hardware) -> dict[str, float]:
-    """What the rank's peak is made of: on the GPU, or in the process that trains on the CPU.
+    """Return the parts of a rank's peak memory, on the GPU or in the process of a CPU rank.
 
     Args:
-        work: the rank's.
-        hardware: says what the process holds before.
+        work: the rank's work.
+        hardware: the rank's hardware, with the fixed memory of a process.
 
     Returns:
-        `{part: bytes}`; the sum is the peak. The calibration sample, which comes before the first
-        step, is in it only by what it exceeds the step.
+        `{part: bytes}`, whose sum is the peak. The calibration sample is freed before the first
+        step, so it counts only if it is larger than what the steps need.
     """
     zero_share = work.data if work.zero_stage else 1
     loader: float = 3 * (work.buffer_rows + work.rows // work.latent) * work.row_bytes
-    if work.on_gpu:  # the block that is used and the next one while it comes
+    if work.on_gpu:  # the current block, and the next one while it is uploaded
         loader = 0 if work.mixture else 2 * work.buffer_rows * work.stored_row_bytes
-    # A sum: on the CPU the allocator keeps the encoder's pieces when the update wants others.
+    # A sum, not a maximum: on the CPU the allocator keeps the encoder's memory, and the update,
+    # which needs other sizes, does not reuse it.
     step = _batch_bytes(work) + _encode_bytes(work) + _update_bytes(work)
     sample = _SAMPLE_COPIES * work.sample_rows * work.d_model * 4
     parts = {
@@ -43,7 +45,7 @@ def device_bytes(work: Work, hardware: Hardware) -> dict[str, float]:
         "gradients": 0 if work.fused else 4 * work.parameters,
         "low-precision copies": 2 * work.matrix * work.copy_bytes,
         "ZeRO's masters and bucket": _zero_bytes(work),
-        "latents' ages": 8 * work.shard,
+        "tokens since fired": 8 * work.shard,
         "loader": loader,
         "step": max(step, sample - _held_later(work)),
     }
@@ -51,9 +53,10 @@ def device_bytes(work: Work, hardware: Hardware) -> dict[str, float]:
 
 
 def host_bytes(work: Work) -> dict[str, float]:
-    """What the rank holds on the host besides: for checkpoints, and on a GPU also for loading.
+    """Return a rank's other memory on the host: `{part: bytes}` for checkpoints and GPU loading.
 
-    The writer puts a file, one matrix's rows, together in memory: that twice.
+    The checkpoint writer assembles each file, the rows of one matrix, in memory. That takes twice
+    the size of the file.
     """
     rows = -(-work.shard // work.data)
     copies = 2 * rows * work.d_model * (4 + 2 * work.moment_bytes)
@@ -66,19 +69,20 @@ def host_bytes(work: Work) -> dict[str, float]:
 
 
 def _batch_bytes(work: Work) -> float:
-    """[B, D] arrays that live from the encoder to the update."""
-    own = work.d_model * 4 * (work.rows * 4 + work.aux_rows * 2)  # x, centred, recon, error; aux
+    """Return the bytes of the [B, D] arrays that live from the encoder to the update."""
+    # Four arrays of all rows (x, centred x, recon, error) and two of the auxiliary loss' rows.
+    own = work.d_model * 4 * (work.rows * 4 + work.aux_rows * 2)
     raw = work.row_bytes * work.rows
     gathered: float = 2 * work.gathered_rows * work.d_model * work.gather_bytes
-    if work.fused and work.data > 1:  # this replica's part exists beside all replicas'
+    if work.fused and work.data > 1:  # this replica's own part, in addition to the gathered whole
         gathered += gathered / work.data
     return own + raw + gathered + work.update_pairs * _PAIR_BYTES
 
 
 def _encode_bytes(work: Work) -> float:
-    """The product's inputs and outputs, on top of the batch."""
+    """Return the bytes of the encoder product's inputs and outputs, without the batch."""
     if work.on_gpu:
-        pools = work.rows * 8 * (256 + 224)  # the epilogue's room for keys
+        pools = work.rows * 8 * (256 + 224)  # buffers in which the kernel's epilogue collects keys
         dead = 2 * work.dead * work.d_model * work.product_bytes
         return work.rows * work.d_model * work.product_bytes + pools + dead
     depth, item = {"bfloat16x3": (3, 2), "bfloat16": (1, 2)}.get(work.prefilter, (1, 4))
@@ -90,23 +94,27 @@ def _encode_bytes(work: Work) -> float:
 
 
 def _update_bytes(work: Work) -> float:
-    """Summed row gradients of the stock update; Triton's has none."""
+    """Return the bytes of the update's temporaries: the stock update's summed row gradients.
+
+    Triton's update has no such sums, only scratch rows for latents with many pairs.
+    """
     if work.on_gpu:
-        return 2 * work.update_pairs / 512 * work.d_model * 4  # scratch rows of hot latents
+        return 2 * work.update_pairs / 512 * work.d_model * 4
     return work.used * (2 * work.d_model + 1) * 4
 
 
 def _zero_bytes(work: Work) -> float:
+    """Return the bytes that ZeRO 1 adds: master weights, gradients and the reduce bucket."""
     if not work.zero_stage:
         return 0
     bucket = 4 * _ZERO_BUCKET
-    if not work.on_gpu:  # pages count when they are touched
+    if not work.on_gpu:  # the OS provides host memory only when it is first touched
         bucket = min(bucket, 4 * work.parameters)
-    # Masters of the rank's part, and its gradients, flattened and as they were collected.
+    # Master weights of the rank's part, and two copies of its gradients: collected and flattened.
     return 3 * 4 * work.parameters / work.data + bucket
 
 
 def _held_later(work: Work) -> float:
-    """What the first step allocates and the calibration sample does not stand beside."""
+    """Return the bytes that the first step allocates, after the calibration sample is freed."""
     moments = 2 * work.moment_bytes * work.parameters / (work.data if work.zero_stage else 1)
     return moments + (0 if work.fused else 4 * work.parameters)

@@ -1,4 +1,4 @@
-"""Weak scaling by simulation: the plan at more ranks, each with the share that it has now."""
+"""Weak scaling by simulation: the plan at other numbers of ranks, with the same work per rank."""
 
 from __future__ import annotations
 
@@ -17,10 +17,12 @@ _RANKS = (8, 16, 64, 256, 1024, 4096)
 
 
 def weak_scaling(config: RunConfig, d_model: int, hardware: Hardware) -> list[Simulated]:
-    """One row for each of `plan.simulate_ranks`, by default of those that are possible.
+    """Simulate the plan at each of `plan.simulate_ranks`.
+
+    By default, these are the numbers of ranks in `_RANKS` to which the mesh can be scaled.
 
     Raises:
-        ConfigError: a number of ranks that the plan's mesh cannot be scaled to.
+        ConfigError: If the plan's mesh does not scale to one of `plan.simulate_ranks`.
     """
     planned = plan_layout(config, d_model, hardware, config.parallel)
     share_s = compute_seconds(planned.phases)
@@ -37,12 +39,13 @@ def _can_be(config: RunConfig, n_ranks: int) -> bool:
 
 
 def grown(config: RunConfig, n_ranks: int) -> RunConfig:
-    """The config at `n_ranks`, a rank's share as it is: dictionary or batch grow, or shrink.
+    """Return the config for `n_ranks`, with dictionary or batch scaled to keep a rank's share.
 
     Raises:
-        ConfigError: the share would not stay whole.
+        ConfigError: If the scaled mesh does not divide the dictionary or batch evenly.
     """
-    mesh, latents = config.parallel, config.plan.grow == "latents"
+    mesh = config.parallel
+    latents = config.plan.grow == "latents"
     fixed = mesh.data if latents else mesh.latent
     grows = mesh.latent if latents else mesh.data
     total = config.sae.n_latents if latents else config.train.batch_tokens
@@ -51,8 +54,8 @@ def grown(config: RunConfig, n_ranks: int) -> RunConfig:
         raise ConfigError(
             "plan.simulate_ranks",
             n_ranks,
-            f"multiples of parallel.{'data' if latents else 'latent'}={fixed}, at which a rank's "
-            "share stays whole",
+            f"multiples of parallel.{'data' if latents else 'latent'}={fixed} at which a rank's "
+            "share is a whole number",
         )
     scaled = total * part // grows
     if latents:
@@ -65,11 +68,22 @@ def grown(config: RunConfig, n_ranks: int) -> RunConfig:
 def _at(
     config: RunConfig, d_model: int, hardware: Hardware, n_ranks: int, share_s: float
 ) -> Simulated:
-    scaled, plan = grown(config, n_ranks), config.plan
+    """Simulate the plan at `n_ranks`.
+
+    Args:
+        config: config of the planned run.
+        d_model: width of the activations.
+        hardware: hardware of one rank.
+        n_ranks: number of ranks to simulate.
+        share_s: seconds of a rank's computations in the plan, the reference for efficiency.
+    """
+    scaled = grown(config, n_ranks)
+    plan = config.plan
     layout = plan_layout(scaled, d_model, hardware, scaled.parallel)
     noise = Noise(plan.jitter, plan.slow_ranks, plan.slow_factor)
     mesh = scaled.parallel
-    # What replicas compute once more is no use; what more shards spare a rank is no credit.
+    # Work that every replica repeats is not useful work. And if more shards leave a rank with less
+    # to compute, that must not count as a higher efficiency.
     useful_s = min(share_s, compute_seconds(layout.phases))
     step_s = simulate_step(
         layout.phases,
@@ -80,7 +94,7 @@ def _at(
         steps=plan.simulate_steps,
         seed=config.seed,
     )
-    # The length of the plan's own run, whatever the batch has grown to.
+    # The number of steps of the plan itself, also if the batch has grown.
     n_steps = config.train.n_steps
     cadence = _cadence(scaled, layout, hardware, step_s)
     cost = simulate_run(n_steps, step_s, cadence, config.seed)
@@ -95,8 +109,13 @@ def _at(
 
 
 def _cadence(config: RunConfig, layout: Layout, hardware: Hardware, step_s: float) -> Cadence:
-    """A save comes by tokens or by the clock, whichever is first."""
-    checkpoint, plan, work = config.checkpoint, config.plan, layout.work
+    """Return how often the run saves and what that costs.
+
+    A save is due after `every_tokens` or `every_minutes`, whichever comes first.
+    """
+    checkpoint = config.checkpoint
+    plan = config.plan
+    work = layout.work
     every = max(1, checkpoint.every_tokens // config.train.batch_tokens)
     if checkpoint.every_minutes is not None:
         every = min(every, max(1, int(60 * checkpoint.every_minutes / step_s)))
@@ -110,4 +129,4 @@ def _cadence(config: RunConfig, layout: Layout, hardware: Hardware, step_s: floa
 
 
 _PCIE_BYTES_PER_S = 20e9
-"""Of a GPU's copy to pinned host memory, PCIe 4 or better; an assumption."""
+"""Assumed speed of a GPU's copy to pinned host memory, with PCIe 4 or better."""

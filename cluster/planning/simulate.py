@@ -1,7 +1,8 @@
-"""A simulation of many ranks: steps with their collectives and stragglers, then the run's failures.
+"""Simulation of many ranks: steps with collectives and stragglers, then a run with failures.
 
-Time runs per rank. A computation moves a rank's clock; a collective sets the clocks of its group to
-the latest of them plus its own time; reading runs one batch ahead on a clock of its own.
+Every rank has a clock. A computation advances the clock of its rank. A collective sets the clocks
+of its group to the latest of them plus its own time. Reading runs one batch ahead, on its own
+clock.
 """
 
 from __future__ import annotations
@@ -15,45 +16,50 @@ from numpy.typing import NDArray
 from cluster.planning.step_time import Phase
 
 Clock = NDArray[np.float64]
+"""Seconds on each rank's clock, [data, latent]."""
 
 
 @dataclass(frozen=True)
 class Noise:
-    """How ranks differ."""
+    """Differences between ranks and between steps."""
 
     jitter: float
-    """Standard deviation of a computation's time from step to step, as a share of it."""
+    """Standard deviation of a computation's time from step to step, as a share of its mean."""
     slow_ranks: float
-    """Share of ranks that are slow all the time; at least one when it is above 0."""
+    """Share of ranks that are permanently slow; at least one rank if the share is above 0."""
     slow_factor: float
-    """Times as long as the others."""
+    """Time of a computation on a slow rank, as a multiple of the others' time."""
 
 
 @dataclass(frozen=True)
 class RunCost:
-    """A run with failures."""
+    """Time of a run with failures."""
 
     seconds: float
+    """Duration of the whole run."""
     failures: int
+    """Number of failures."""
     lost_s: float
-    """Work done twice."""
+    """Seconds of work that was lost in failures and repeated."""
     paused_s: float
-    """For checkpoints."""
+    """Seconds for which training waited for checkpoints."""
 
 
 @dataclass(frozen=True)
 class Cadence:
-    """What surrounds the steps of a run."""
+    """Frequency and cost of checkpoints and failures."""
 
     save_every_steps: int
+    """Steps between two checkpoints."""
     pause_s: float
-    """Training waits for the copy of a checkpoint."""
+    """Seconds for which training waits while a checkpoint is copied."""
     write_s: float
-    """Until it is on disk and counts; beside training, but a save waits for the one before."""
+    """Seconds until a checkpoint is on disk and usable. Training continues meanwhile, but the next
+    save waits for it."""
     restart_s: float
-    """From a failure to the first step of the new attempt."""
+    """Seconds from a failure to the first step of the new attempt."""
     mtbf_s: float
-    """Between failures of the whole job; infinite: there are none."""
+    """Mean seconds between failures of the whole job; infinite: no failures."""
 
 
 def simulate_step(
@@ -66,7 +72,17 @@ def simulate_step(
     steps: int = 50,
     seed: int = 0,
 ) -> float:
-    """Seconds of a step in the mean over `steps`, on a mesh of `latent` x `data` ranks."""
+    """Return the mean seconds of a step on a mesh of `latent` x `data` ranks.
+
+    Args:
+        phases: computations and collectives of a step, in order.
+        latent: ranks of a latent group.
+        data: number of data replicas.
+        noise: differences between ranks.
+        read_s: seconds for reading a batch.
+        steps: number of steps to simulate.
+        seed: seed of the random numbers.
+    """
     random = np.random.default_rng(seed)
     slow = _slow_factors(latent * data, noise, random).reshape(data, latent)
     clock: Clock = np.zeros((data, latent))
@@ -74,10 +90,11 @@ def simulate_step(
     for _ in range(steps):
         loaded = loaded + read_s
         clock = np.maximum(clock, loaded)
-        # A block is read while the one before is used: the reader waits for it to be begun.
+        # A batch is read while the one before it is used, so its read starts no earlier than that.
         loaded = np.maximum(loaded, clock)
         for phase in phases:
             if phase.group is None:
+                # A log-normal factor with mean 1.
                 drawn = random.standard_normal((data, latent))
                 factor = np.exp(noise.jitter * drawn - noise.jitter**2 / 2)
                 clock = clock + phase.seconds * slow * factor
@@ -87,34 +104,52 @@ def simulate_step(
 
 
 def simulate_run(n_steps: int, step_s: float, cadence: Cadence, seed: int = 0) -> RunCost:
-    """A whole run: after a failure it goes on from the newest checkpoint that was written.
+    """Simulate a whole run, which resumes after each failure from the newest written checkpoint.
+
+    Args:
+        n_steps: steps of the run.
+        step_s: seconds of a step.
+        cadence: frequency and cost of checkpoints and failures.
+        seed: seed of the random numbers.
 
     Raises:
-        ValueError: failures come so fast that it never gets on.
+        ValueError: If failures are so frequent that the run makes no progress.
     """
-    every, total = cadence.save_every_steps, n_steps
-    # A save waits for the one before to be written.
+    every = cadence.save_every_steps
+    total = n_steps
+    # A save waits until the previous one has been written.
     pause = max(cadence.pause_s, cadence.write_s - every * step_s)
     interval_s = every * step_s + pause
     random = np.random.default_rng(seed)
-    done, elapsed, failures, lost = 0, 0.0, 0, 0.0
+    done = 0
+    elapsed = 0.0
+    failures = 0
+    lost = 0.0
     while True:
+        # Seconds that the remaining steps and saves would take without another failure.
         wanted = (total - done) * step_s + (total - done) // every * pause
         until_failure = float(random.exponential(cadence.mtbf_s))
         if until_failure >= wanted:
             saves = total // every
             return RunCost(elapsed + wanted, failures, lost, saves * pause)
+        # Steps up to the last checkpoint that was on disk at the failure; later ones are repeated.
         kept = int(max(0.0, until_failure - cadence.write_s) // interval_s) * every
         lost += until_failure - kept // every * interval_s
         done += kept
         failures += 1
         elapsed += until_failure + cadence.restart_s
         if failures > 100_000:
-            raise ValueError(f"{failures} failures and {done} of {total} steps: it never gets on")
+            raise ValueError(
+                f"{failures} failures after {done} of {total} steps: the run makes no progress; "
+                "save more often or use fewer ranks"
+            )
 
 
 def _slow_factors(n_ranks: int, noise: Noise, random: np.random.Generator) -> Clock:
-    """The same ranks are slow at every share that holds them: more stragglers contain fewer."""
+    """Draw the slow ranks and return each rank's factor, [n_ranks].
+
+    For the same random numbers, a larger share of slow ranks includes those of a smaller one.
+    """
     order = random.permutation(n_ranks)
     n_slow = int(np.ceil(noise.slow_ranks * n_ranks))
     factors = np.ones(n_ranks)
@@ -123,7 +158,7 @@ def _slow_factors(n_ranks: int, noise: Noise, random: np.random.Generator) -> Cl
 
 
 def _latest(clock: Clock, group: str) -> Clock:
-    """[data, latent]: the group's latest clock, for all its members."""
+    """Return the latest clock of each rank's group, [data, latent]."""
     axis = {"latent": 1, "data": 0, "all": None}[group]
     latest = clock.max(axis=axis, keepdims=True)
     return np.broadcast_to(latest, clock.shape)

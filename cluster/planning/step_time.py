@@ -1,7 +1,8 @@
-"""The step as a sequence of computations and collectives, with the seconds of each.
+"""Time of a step, as a sequence of computations and collectives with the seconds of each.
 
 Bytes and operations of the kernels are counted as in benchmarks/NOTES-kernels.md and NOTES-cpu.md.
-Nothing of a step overlaps with a collective: the code waits for each. Loading does.
+Computations do not overlap with collectives, because the code waits for each collective. Reading
+overlaps with the whole step.
 """
 
 from __future__ import annotations
@@ -13,33 +14,37 @@ from cluster.planning.links import collectives, seconds
 from cluster.planning.work import Work
 
 _FLOAT8_SPEED = 2.0
+"""Speed of the product in float8 over that in bfloat16."""
 _ZERO_WHOLE, _ZERO_PART = 44, 32
-"""Bytes that ZeRO 1 moves for each weight of the shard and of the rank's part: gradients zeroed,
-flattened and copied, parameters copied twice; averaged, measured, clipped, Adam. From a profile of
-two CPU ranks (benchmarks/NOTES-plan.md)."""
+"""Bytes that ZeRO 1 moves for each weight of the shard (zeroing, flattening and copying gradients,
+copying parameters twice), and for each weight of the rank's part (averaging, norm, clipping, Adam).
+From a profile of two CPU ranks (benchmarks/NOTES-plan.md)."""
 _ENCODER_PARTS = {"bfloat16x3": 3, "bfloat16": 1}
-"""Times the depth of the product behind a prefilter of the CPU."""
+"""Depth of the product of a CPU prefilter, as a multiple of d_model."""
 
 
 @dataclass(frozen=True)
 class Phase:
-    """One stretch of a step."""
+    """One computation or collective of a step."""
 
     what: str
+    """Name, as printed."""
     group: str | None
-    """Whose ranks wait for each other at its end; None: a computation."""
+    """Group whose ranks wait for each other at the end; None for a computation."""
     seconds: float
+    """Duration."""
 
 
 def schedule(work: Work, hardware: Hardware) -> list[Phase]:
-    """A step of one rank, in order.
+    """Return the phases of a step of one rank, in order.
 
     Args:
-        work: the rank's.
-        hardware: of one rank, or of a machine whose ranks share it.
+        work: the rank's work.
+        hardware: hardware of one rank, or of a machine that its ranks share.
     """
     here = shared_among(hardware, min(work.n_ranks, hardware.ranks_per_node))
-    computing, calls = _computations(work, here), collectives(work)
+    computing = _computations(work, here)
+    calls = collectives(work)
     phases = []
     for part in ("load", "encode", "select", "decode", "backward", "exchange", "norm", "update"):
         for what, taken in computing.get(part, {}).items():
@@ -50,17 +55,17 @@ def schedule(work: Work, hardware: Hardware) -> list[Phase]:
 
 
 def step_seconds(phases: list[Phase]) -> float:
-    """Without stragglers."""
+    """Return the seconds of a step without stragglers."""
     return sum(phase.seconds for phase in phases)
 
 
 def compute_seconds(phases: list[Phase]) -> float:
-    """Of the computations alone."""
+    """Return the seconds of the computations of a step, without collectives."""
     return sum(phase.seconds for phase in phases if phase.group is None)
 
 
 def read_seconds(work: Work, hardware: Hardware) -> float:
-    """Until the disks have given a rank its part of a batch; beside the step."""
+    """Return the seconds for reading a rank's part of a batch, while all ranks of a node read."""
     ranks = min(work.n_ranks, hardware.ranks_per_node)
     rows = work.rows * work.data if work.mixture else work.rows / work.latent
     part = rows * work.stored_row_bytes
@@ -68,7 +73,7 @@ def read_seconds(work: Work, hardware: Hardware) -> float:
 
 
 def _computations(work: Work, hardware: Hardware) -> dict[str, dict[str, float]]:
-    """Seconds by part of the step and name."""
+    """Return the seconds of each computation: `{part of the step: {name: seconds}}`."""
     rates, D, B = hardware.rates, work.d_model, work.rows
     item = 4 if not work.copy_bytes else work.copy_bytes
     looks = 1 if work.on_gpu and work.latent == 1 else 2
@@ -79,7 +84,7 @@ def _computations(work: Work, hardware: Hardware) -> dict[str, dict[str, float]]
         },
         "encode": _encoder(work, B, work.shard, work.k, hardware),
         "decode": {"decode": looks * work.pairs * D * item / rates.gather_bytes},
-        # The bias' gradient goes through the whole encoder.
+        # The gradient of the bias needs a pass over the whole encoder matrix.
         "backward": {"bias gradient": 4 * work.matrix / rates.stream_bytes},
         "update": _update(work, hardware),
     }
@@ -91,6 +96,7 @@ def _computations(work: Work, hardware: Hardware) -> dict[str, dict[str, float]]
 
 
 def _encoder(work: Work, rows: int, latents: int, k: int, hardware: Hardware) -> dict[str, float]:
+    """Return the seconds of encoding `rows` rows with top-k over `latents` latents, by part."""
     rates, D = hardware.rates, work.d_model
     product = 2 * rows * latents * D / rates.product_flops
     if work.on_gpu:
@@ -111,7 +117,7 @@ def _encoder(work: Work, rows: int, latents: int, k: int, hardware: Hardware) ->
 
 
 def _update(work: Work, hardware: Hardware) -> dict[str, float]:
-    """Sorting, summing the pairs, Adam on all rows."""
+    """Return the seconds of sorting and summing the pairs, and of Adam on all rows."""
     rates, D, N = hardware.rates, work.d_model, work.update_pairs
     sums: float = 2 * N * D * work.gather_bytes
     per_weight = 4 * 2 + 2 * work.moment_bytes * 2 + work.copy_bytes
@@ -121,12 +127,12 @@ def _update(work: Work, hardware: Hardware) -> dict[str, float]:
             sums = 2 * sums  # once for the norm, once for the update
             adam += 4 * work.matrix
     else:
-        # Written, projected, read by the norm and by Adam.
+        # Summed gradients are written, projected, and read by Adam and (if clipped) by the norm.
         sums += 2 * (4 if work.clip else 3) * work.used * D * 4
     if work.zero_stage:
         adam = 2 * work.matrix * (_ZERO_WHOLE + _ZERO_PART / work.data + work.copy_bytes)
     elif not work.fused:
-        adam += 3 * 2 * work.matrix * 4  # zeroed, written and read once more
+        adam += 3 * 2 * work.matrix * 4  # dense gradients are also zeroed, written and read
     return {
         "row gradients": sums / rates.sum_bytes + N * rates.pair_s,
         "update": adam / rates.update_bytes,

@@ -1,4 +1,4 @@
-"""The plan as tables that a person reads."""
+"""Tables in which the plan is printed."""
 
 from __future__ import annotations
 
@@ -17,15 +17,21 @@ class Simulated(NamedTuple):
     """One row of the weak-scaling table."""
 
     n_ranks: int
+    """Number of ranks."""
     mesh: str
+    """Mesh as text, latent x data."""
     step_s: float
+    """Seconds of a step, stragglers included."""
     step_efficiency: float
+    """Useful computation as a share of the step's time."""
     failures: int
+    """Failures in the whole run."""
     run_efficiency: float
+    """Useful computation as a share of the run's time, failures and checkpoints included."""
 
 
 def memory_table(layout: Layout) -> Table:
-    """Bytes of a rank by part."""
+    """Return the memory of a rank by part, in GiB."""
     where = "device" if layout.work.on_gpu else "process"
     table = _table("memory per rank", "part", "GiB", "where")
     for part, size in layout.device.items():
@@ -37,21 +43,21 @@ def memory_table(layout: Layout) -> Table:
 
 
 def step_table(layout: Layout) -> Table:
-    """Seconds of a step by part."""
+    """Return the time of a step by phase, in milliseconds."""
     table = _table("one step", "part", "ms", "share")
     total = sum(phase.seconds for phase in layout.phases)
     for phase in layout.phases:
         what = phase.what if phase.group is None else f"{phase.what} ({phase.group} group)"
         table.add_row(what, f"{phase.seconds * 1e3:.3f}", f"{phase.seconds / total:.1%}")
     table.add_row("step", f"{total * 1e3:.2f}", "", style="bold")
-    table.add_row("reading a batch, beside it", f"{layout.read_s * 1e3:.2f}", "")
+    table.add_row("reading a batch (overlapped)", f"{layout.read_s * 1e3:.2f}", "")
     return table
 
 
 def traffic_table(layout: Layout, hardware: Hardware) -> Table:
-    """Bytes of a step that a rank sends, by collective and link."""
+    """Return the bytes that a rank sends in a step, by collective and link."""
     here = shared_among(hardware, min(layout.work.n_ranks, hardware.ranks_per_node))
-    table = _table("traffic of a rank and step", "what", "collective", "MiB", "over", "ms")
+    table = _table("traffic per rank and step", "data", "collective", "MiB", "link", "ms")
     for calls in collectives(layout.work).values():
         for call in calls:
             if call.group == "all":
@@ -68,7 +74,7 @@ def traffic_table(layout: Layout, hardware: Hardware) -> Table:
 
 
 def layout_table(found: Sequence[Layout]) -> Table:
-    """What the search has compared."""
+    """Return the layouts that the search compared, one per row."""
     columns = ("gradients sent", "GiB per rank", "fits", "step ms", "tokens/s")
     table = _table("layouts", "latent x data", *columns)
     for layout in found:
@@ -85,30 +91,36 @@ def layout_table(found: Sequence[Layout]) -> Table:
 
 
 def run_table(layout: Layout, config: RunConfig, hardware: Hardware) -> Table:
-    """Duration, bandwidth, cost; of harvest and training together where they run at once."""
+    """Return duration, read bandwidth and cost of training.
+
+    In concurrent mode on GPUs, duration and cost include the harvest that runs at the same time.
+    """
     work, step_s = layout.work, layout.step_s
     n_nodes = -(-work.n_ranks // hardware.ranks_per_node)
     tokens_per_s = config.train.batch_tokens / step_s
-    hours, gpus = config.train.n_steps * step_s / 3600, work.n_ranks
+    hours = config.train.n_steps * step_s / 3600
+    gpus = work.n_ranks
     at_once = config.cluster.mode == "concurrent" and config.model.n_parameters is not None
     if at_once and not hardware.shared:
         tokens = min(config.train.tokens, config.data.tokens)
         harvest_s = tokens / harvest_tokens_per_s(layout, config, hardware)
-        hours, gpus = max(hours, harvest_s / 3600), gpus + _harvest_gpus(layout, config)
+        hours = max(hours, harvest_s / 3600)
+        gpus += _harvest_gpus(layout, config)
     need = tokens_per_s * work.stored_row_bytes / n_nodes
     give = hardware.disk_bytes_per_s
-    table = _table("training", "what", "is")
-    bound = "" if layout.read_s <= 0.95 * step_s else ": bound by it"
+    table = _table("training", "quantity", "value")
+    bound = "" if layout.read_s <= 0.95 * step_s else ", which limits training"
     if bound and config.store.codec != "int8":
-        bound += "; store.codec=int8 halves it"
+        bound += "; store.codec=int8 halves the bytes"
     rows = {
         "tokens/s": f"{tokens_per_s:,.0f}",
-        "reading": f"{need / 1e9:.3f} GB/s a node, the disks give {give / 1e9:.1f}{bound}",
-        "duration": f"{hours:,.2f} h for {config.train.n_steps:,} steps, checkpoints not counted",
+        "reading": f"{need / 1e9:.3f} GB/s per node, of {give / 1e9:.1f} GB/s from the disks"
+        + bound,
+        "duration": f"{hours:,.2f} h for {config.train.n_steps:,} steps, without checkpoints",
     }
     if hardware.price_per_hour:
         price = hours * gpus * hardware.price_per_hour
-        each = f"{gpus} GPUs at ${hardware.price_per_hour:.2f} an hour"
+        each = f"{gpus} GPUs at ${hardware.price_per_hour:.2f} per hour"
         rows["cost"] = f"${price:,.0f}: {each}"
     rows["harvest"] = _harvest(layout, config, hardware)
     for key, value in rows.items():
@@ -117,9 +129,9 @@ def run_table(layout: Layout, config: RunConfig, hardware: Hardware) -> Table:
 
 
 def scaling_table(rows: Sequence[Simulated], grows: str) -> Table:
-    """Weak scaling: a rank's share stays, `grows` grows with the ranks."""
+    """Return simulated weak scaling, in which `grows` grows and a rank's share stays the same."""
     table = _table(
-        f"simulated weak scaling ({grows} grow with the ranks)",
+        f"simulated weak scaling (in proportion to the ranks: {grows})",
         *("ranks", "latent x data", "step ms", "efficiency", "failures", "with failures"),
     )
     for row in rows:
@@ -136,25 +148,27 @@ def scaling_table(rows: Sequence[Simulated], grows: str) -> Table:
 
 def _harvest(layout: Layout, config: RunConfig, hardware: Hardware) -> str:
     if config.model.n_parameters is None:
-        return "not planned: model.n_parameters is not set"
+        return "not planned, because model.n_parameters is not set"
     tokens_per_s = harvest_tokens_per_s(layout, config, hardware)
     row_bytes = layout.work.stored_row_bytes * len(config.model.hookpoints)
     gpus = 1 if hardware.shared else _harvest_gpus(layout, config)
     what = "" if hardware.shared else f" on {gpus} GPUs (cluster.harvest_workers)"
     return (
         f"about {tokens_per_s:,.0f} tokens/s{what}, "
-        f"{config.data.tokens / tokens_per_s / 3600:,.2f} h, writes "
+        f"{config.data.tokens / tokens_per_s / 3600:,.2f} h, writing "
         f"{tokens_per_s * row_bytes / 1e9:.2f} GB/s"
     )
 
 
 def harvest_tokens_per_s(layout: Layout, config: RunConfig, hardware: Hardware) -> float:
-    """A lower bound: the forward pass ends after the last hookpoint, this counts all layers.
+    """Return the tokens per second of all harvest workers together.
+
+    This is a lower bound: it counts all layers, but the forward pass ends after the last hookpoint.
 
     Args:
-        layout: of the ranks.
-        config: whose `model.n_parameters` is set.
-        hardware: of one GPU, or this machine, which all harvest workers share.
+        layout: layout of the trainer ranks.
+        config: config of the run; `model.n_parameters` must be set.
+        hardware: one GPU, or this machine, which all harvest workers share.
     """
     assert config.model.n_parameters is not None
     gpus = 1 if hardware.shared else _harvest_gpus(layout, config)
@@ -163,7 +177,11 @@ def harvest_tokens_per_s(layout: Layout, config: RunConfig, hardware: Hardware) 
 
 
 def _harvest_gpus(layout: Layout, config: RunConfig) -> int:
-    """GPUs of all harvest workers: beside the ranks', or before them on at most as many."""
+    """Return the number of GPUs of all harvest workers.
+
+    In concurrent mode these are additional to the trainer ranks' GPUs. Otherwise the harvest runs
+    before training, on at most as many GPUs as training uses (but enough for one worker).
+    """
     wanted = config.cluster.harvest_workers * config.model.shards
     at_once = config.cluster.mode == "concurrent"
     return wanted if at_once else max(config.model.shards, min(wanted, layout.work.n_ranks))

@@ -1,6 +1,7 @@
-"""What one rank has to do in a step: the sizes that memory, time and traffic are counted from.
+"""Work of one rank in a step: the sizes from which memory, time and traffic are computed.
 
-Shapes: B rows of a replica's batch, l rows of the largest shard, D d_model, N pairs.
+Shapes: B rows of a replica's batch, l rows of the largest shard, D d_model, N active pairs. An
+active pair is a batch row with one of its active latents.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from sae_core.mesh import row_range
 
 ITEM_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 _SCALE_BYTES = 4
-"""Of a row of codec int8."""
+"""Bytes of the scale of a row with codec int8."""
 
 
 @dataclass(frozen=True)
@@ -23,55 +24,70 @@ class Work:
     """One rank's share of a step."""
 
     d_model: int
+    """D, width of the activations."""
     n_latents: int
+    """Latents of the whole dictionary."""
     rows: int
-    """B."""
+    """B, batch rows of this rank's replica."""
     shard: int
-    """l."""
+    """l, latents of this rank's shard."""
     k: int
+    """Active latents per row."""
     auxk: int
-    """Selected among the dead; 0: the auxiliary loss is off or nothing is dead."""
+    """Dead latents selected per row; 0: the auxiliary loss is off or no latent is dead."""
     aux_rows: int
+    """Rows on which the auxiliary loss is computed."""
     dead: int
-    """Of the shard."""
+    """Dead latents of the shard."""
     latent: int
+    """Ranks of a latent group."""
     data: int
+    """Data replicas."""
     zero_stage: int
+    """ZeRO stage, 0 or 1."""
     fused: bool
+    """Whether the update is the fused one."""
     clip: bool
+    """Whether gradients are clipped."""
     moment_bytes: int
+    """Bytes of an element of Adam's moments."""
     copy_bytes: int
-    """Of a weight's copy in the kernels' dtype; 0: there is none."""
+    """Bytes of a weight's copy in the kernels' dtype; 0: no copy."""
     gather_bytes: int
-    """Of an element of the inputs and errors that the row gradients gather."""
+    """Bytes of an element of the inputs and errors that the row gradients gather."""
     product_bytes: int
-    """Of an element of the product's inputs."""
+    """Bytes of an element of the encoder product's inputs."""
     prefilter: str
+    """Prefilter of the encoder; none: no prefilter."""
     row_bytes: int
-    """Of one row as readers get it."""
+    """Bytes of a row after decoding."""
     stored_row_bytes: int
-    """Of one row as stored."""
+    """Bytes of a row as stored."""
     buffer_rows: int
-    """Of a block of the shuffle, this rank's part."""
+    """Rows of this rank's part of a shuffle block."""
     sample_rows: int
+    """Rows of the calibration sample."""
     asynchronous_save: bool
+    """Whether checkpoints are written while training continues."""
     on_gpu: bool
+    """Whether the rank trains on a GPU."""
     mixture: bool
-    """Of several stores: every rank reads all rows, and the host gathers and decodes its own."""
+    """Whether rows come from several stores. Then every rank reads all rows, and the host gathers
+    and decodes the rank's own."""
 
     @property
     def host_row_bytes(self) -> int:
-        """Of one row as ranks exchange it and a GPU's host holds it: a mixture's is decoded."""
+        """Bytes of a row on a GPU's host and between ranks; decoded in a mixture, else stored."""
         return self.row_bytes if self.mixture else self.stored_row_bytes
 
     @property
     def n_ranks(self) -> int:
-        """Of the mesh."""
+        """Ranks of the mesh."""
         return self.latent * self.data
 
     @property
     def parameters(self) -> int:
-        """Of this rank: both matrices, both biases."""
+        """Parameters of this rank: both matrices and both biases."""
         return self.shard * (2 * self.d_model + 1) + self.d_model
 
     @property
@@ -81,22 +97,25 @@ class Work:
 
     @property
     def pairs(self) -> int:
-        """Active pairs of this rank on its replica's rows; shards share them evenly in the mean."""
+        """Active pairs of this rank on its replica's rows, assuming equal shares of all shards."""
         return -(-(self.rows * self.k + self.aux_rows * self.auxk) // self.latent)
 
     @property
     def update_pairs(self) -> int:
-        """Pairs that this rank's update sums: the fused one gets those of all replicas."""
+        """Active pairs that this rank's update sums; if it is fused, those of all replicas."""
         return self.pairs * (self.data if self.fused else 1)
 
     @property
     def used(self) -> float:
-        """Latents with at least one of the update's pairs, were all equally likely: the most."""
+        """Expected number of latents with at least one of the update's pairs.
+
+        All latents are assumed equally likely, which gives an upper bound.
+        """
         return self.shard * -math.expm1(-self.update_pairs / self.shard)
 
     @property
     def gathered_rows(self) -> int:
-        """Inputs (and errors) that the row gradients gather from."""
+        """Rows of inputs (and of errors) from which the row gradients gather."""
         own = self.rows + (self.aux_rows if self.auxk else 0)
         return own * (self.data if self.fused else 1)
 
@@ -109,14 +128,15 @@ def work_of(
     prefilter: str = "none",
     parallel: ParallelConfig | None = None,
 ) -> Work:
-    """The work of rank 0, whose shard is the largest.
+    """Return the work of rank 0, whose shard is the largest.
 
     Args:
-        config: of the run.
-        d_model: D.
-        on_gpu: Triton's kernels, bfloat16 copies; else stock torch.
-        prefilter: what `train.prefilter=auto` is on that device.
-        parallel: another mesh than the config's.
+        config: config of the run.
+        d_model: width D of the activations.
+        on_gpu: whether ranks train on GPUs, with Triton's kernels and bfloat16 copies; if not, with
+            stock torch.
+        prefilter: the prefilter that `train.prefilter=auto` selects on the device.
+        parallel: mesh to use instead of the config's.
     """
     sae, optim, train = config.sae, config.optim, config.train
     mesh = parallel or config.parallel
@@ -147,7 +167,7 @@ def work_of(
         prefilter=prefilter if train.prefilter == "auto" else train.prefilter,
         row_bytes=d_model * ITEM_BYTES[config.store.dtype],
         stored_row_bytes=stored_row_bytes(config, d_model),
-        # A mixture's ranks all read whole blocks.
+        # In a mixture, every rank reads whole blocks.
         buffer_rows=-(-config.store.buffer_tokens // (1 if config.store.mixture else mesh.n_ranks)),
         sample_rows=train.sample_tokens,
         asynchronous_save=config.checkpoint.asynchronous or on_gpu,
@@ -157,7 +177,10 @@ def work_of(
 
 
 def stored_row_bytes(config: RunConfig, d_model: int) -> int:
-    """Of one row of one array, as stored; of codec blosc as without, which is the most."""
+    """Return the bytes of one row of one array as stored.
+
+    Codec blosc is counted as uncompressed, which is an upper bound.
+    """
     if config.store.codec == "int8":
         return d_model + _SCALE_BYTES
     return d_model * ITEM_BYTES[config.store.dtype]

@@ -158,7 +158,7 @@ def test_ranks_that_hang(folder):
     output, _ = process.communicate(timeout=150)
     assert process.returncode == 0, output
     assert "a trainer rank hung; stacks are in the logs of ranks [0]" in output
-    assert re.search(r"trainer ranks \[[01](, 1)?\] hung: frozen", output), output
+    assert re.search(r"trainer ranks \[[01](, 1)?\] are frozen: no heartbeat", output), output
     assert (mine / "run" / "logs" / "rank-0.log").read_text().count("process ") == began + 1
     same_end(folder / "clean", mine)
 

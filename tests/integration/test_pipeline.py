@@ -115,4 +115,4 @@ def test_more_gpus_than_there_are(tmp_path):
         "sae.hookpoint=null",
     )
     assert done.returncode == 2
-    assert "expected as many GPUs, this machine has 0" in done.stderr
+    assert "expected one GPU per rank, but this machine has 0" in done.stderr

@@ -51,9 +51,9 @@ def test_a_sweep_that_grows(tmp_path: Path) -> None:
     bad = "sweep.overrides=['n60-k8:optim.lr=1e30']"
     first = launch(tmp_path, "sweep.k=[4,8]", bad)
     assert first.returncode == 1, first.stdout + first.stderr
-    assert "4 cells, 0 of them settled, 2 passes over the store" in first.stdout
+    assert "4 cells, 0 of them finished or stopped before, 2 passes over the store" in first.stdout
     assert "sweep: n60-k8 failed: acts: loss" in first.stdout and "is not finite" in first.stdout
-    assert first.stderr.endswith("the same command tries them again\n")
+    assert first.stderr.endswith("rerun the command to try them again\n")
     assert "error: 1 of 4 cells failed: n60-k8" in first.stderr
     grid = tmp_path / "grid"
     record = json.loads((grid / "n60-k8" / "sweep.json").read_text())
@@ -70,7 +70,7 @@ def test_a_sweep_that_grows(tmp_path: Path) -> None:
 
     more = launch(tmp_path, "sweep.k=[4,8,6]", bad)
     assert more.returncode == 1, more.stdout + more.stderr
-    assert "6 cells, 3 of them settled, 2 passes over the store" in more.stdout
+    assert "6 cells, 3 of them finished or stopped before, 2 passes over the store" in more.stdout
     for name in ("n40-k6", "n60-k6"):
         assert step_of(list_checkpoints(grid / name / "checkpoints")[0]) == STEPS
     for name, before in ends.items():

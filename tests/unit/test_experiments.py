@@ -27,6 +27,6 @@ def test_plan(tmp_path, experiment):
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    for words in ("memory per rank", "GiB by each rank", "tokens/s", "duration"):
+    for words in ("memory per rank", "GiB per rank", "tokens/s", "duration"):
         assert words in done.stdout
     assert list(tmp_path.iterdir()) == []

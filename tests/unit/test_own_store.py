@@ -81,7 +81,7 @@ def test_what_ranks_would_stumble_over_is_said_before(tmp_path):
         check_store(config)
     with pytest.raises(StoreConfigError, match="finalise"):
         check_store(own_store(tmp_path / "open", finalise=False))
-    with pytest.raises(StoreConfigError, match="acts holds 3 numbers that are not, in items .0.;"):
+    with pytest.raises(StoreConfigError, match="acts holds 3 non-finite numbers in items .0.;"):
         check_store(own_store(tmp_path / "bad", bad=3))
     assert non_finite(str(tmp_path / "bad")) == ["acts: 3 numbers are not finite, in items [0]"]
     assert non_finite(str(tmp_path / "s")) == []
@@ -122,7 +122,7 @@ def test_the_items_with_rows_that_are_not_finite_are_named(tmp_path):
     store = open_store(tmp_path / "s")
     assert store.non_finite_items("a") == {1: 3, 3: 1} and store.non_finite_items("b") == {}
     require_finite(store, "b")
-    with pytest.raises(StoreConfigError, match=r"a holds 4 numbers .* in items \[1, 3\]"):
+    with pytest.raises(StoreConfigError, match=r"a holds 4 non-finite numbers in items \[1, 3\]"):
         require_finite(store, "a")
 
 
@@ -164,4 +164,4 @@ def test_rows_that_come_later_and_are_not_finite_are_named_by_the_trainer(tmp_pa
     finally:
         rank.kill()
     assert rank.returncode == 1
-    assert "acts holds 1 numbers that are not, in items [2]" in output.splitlines()[-1]
+    assert "acts holds 1 non-finite numbers in items [2]" in output.splitlines()[-1]

@@ -51,7 +51,7 @@ def test_state_is_what_a_weight_takes_times_the_weights_of_the_largest_shard():
     assert parts["weights"] == 4 * weights
     assert parts["moments"] == 8 * weights
     assert parts["low-precision copies"] == 2 * 2 * 17 * 16
-    assert parts["latents' ages"] == 8 * 17
+    assert parts["tokens since fired"] == 8 * 17
     assert "gradients" not in parts
 
 
@@ -234,7 +234,7 @@ def refusal(config: RunConfig, d_model: int, hardware: Hardware = H100, n: int =
 def test_a_dictionary_that_is_too_large_is_refused():
     text = refusal(config_of(n_latents=1 << 22, k=32), 4096)
     assert "sae.n_latents" in text and "4194304" in text
-    assert "at most 75.6 GiB of its device" in text
+    assert "at most 75.6 GiB per GPU" in text
     assert "parallel.latent above 1" in text and "optim.moments=bfloat16" in text
 
 
@@ -335,6 +335,6 @@ def test_the_command(tmp_path):
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    for words in ("layouts", "8 x 1", "traffic of a rank", "weak scaling", "4,096", "cost"):
+    for words in ("layouts", "8 x 1", "traffic per rank", "weak scaling", "4,096", "cost"):
         assert words in done.stdout
     assert list(tmp_path.iterdir()) == []

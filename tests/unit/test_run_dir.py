@@ -36,6 +36,9 @@ def test_a_second_group_of_ranks_is_refused(tmp_path):
 
 def test_ranks_of_an_earlier_attempt_are_waited_for(tmp_path, monkeypatch):
     monkeypatch.setattr(run_dir, "_OLD_RANKS_TIMEOUT_S", 0.3)
-    with rank_lock(tmp_path, 1), pytest.raises(RunDirError, match="earlier attempt still run"):
+    with (
+        rank_lock(tmp_path, 1),
+        pytest.raises(RunDirError, match="earlier attempt are still running"),
+    ):
         wait_for_old_ranks(tmp_path)
     wait_for_old_ranks(tmp_path)

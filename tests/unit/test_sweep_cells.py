@@ -59,14 +59,14 @@ def test_the_rule_of_the_learning_rate_and_a_cell_that_breaks_it() -> None:
     ("sweep", "said"),
     [
         ({"overrides": ["n1-k1:optim.lr=1"]}, "a cell's name, one of"),
-        ({"overrides": ["n4096-k32:train.batch_tokens=64"]}, "which all share"),
-        ({"overrides": ["n4096-k32:sae.hookpoint=x"]}, "which all share"),
+        ({"overrides": ["n4096-k32:train.batch_tokens=64"]}, "except .* sae.hookpoint"),
+        ({"overrides": ["n4096-k32:sae.hookpoint=x"]}, "except .* sae.hookpoint"),
         ({"overrides": ["n4096-k32:optim.colour=red"]}, "known keys"),
         ({"overrides": ["n4096-k32"]}, "CELL:KEY=VALUE"),
         ({"n_latents": [16], "k": [32]}, "sae.k=32"),
         ({"architecture": ["transformer"]}, "sae.architecture"),
         ({"lr": [1.0000001e-3, 1e-3]}, "sweep.lr=.*first 6 digits"),
-        ({"overrides": ["n4096-k32:sae.k=16"]}, "what the cell is named after"),
+        ({"overrides": ["n4096-k32:sae.k=16"]}, "except those in the cell's name"),
     ],
 )
 def test_cells_that_cannot_be(sweep: dict[str, object], said: str) -> None:
