@@ -92,6 +92,7 @@ def run(config: RunConfig, run_dir: Path) -> None:
     hookpoint = sae.config.hookpoint or next(iter(store.arrays))
     _check_width(sae, store, hookpoint)
     checkpoint = str(sae.metadata.get("checkpoint", f"step-{sae.step}"))
+    # Everything that the metrics depend on. If it is unchanged, the metrics are up to date.
     inputs = {
         "eval": asdict(config.eval),
         "data": asdict(config.data),
@@ -160,7 +161,11 @@ def _why_not_heldout(evaluation: Evaluation) -> str | None:
     found = differences(provenance, {key: wanted[key] for key in SAME_TEXT})
     if found:
         return f"the store was harvested with other settings ({'; '.join(found)})"
-    return next(filter(None, (_may_hold(path, wanted) for path in config.store.paths[1:])), None)
+    for path in config.store.paths[1:]:
+        reason = _may_hold(path, wanted)
+        if reason is not None:
+            return reason
+    return None
 
 
 def _may_hold(path: str, wanted: dict[str, Any]) -> str | None:
@@ -216,6 +221,7 @@ def _spliced(evaluation: Evaluation, firings: FiringPass) -> dict[str, Any]:
     tokenizer = load_tokenizer(config.model, cache_dir)
     split = prepare_contexts(config.data, tokenizer, cache_dir).heldout
     wanted = max(1, config.eval.tokens // config.data.context_tokens)
+    # A random sample of the held-out contexts, which depends only on the seed.
     order = np.random.default_rng([config.seed, 2]).permutation(len(split))[:wanted]
     if not len(order):
         raise TextError(

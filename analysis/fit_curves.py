@@ -42,9 +42,11 @@ class Curve:
         """
         if not len(self.x):
             return self
+        # The window of each row is [first, last), where last includes the row itself.
         first = np.searchsorted(self.x, self.x - WINDOW * self.x[-1], side="right")
         last = np.arange(1, len(self.x) + 1)
         means = [_sums(v, first, last) / (last - first) for v in (self.x, self.y)]
+        # A curve that is shorter than a window keeps its last point.
         whole = self.x >= min(self.x[0] + WINDOW * self.x[-1], self.x[-1])
         return Curve(means[0][whole], means[1][whole])
 
@@ -71,6 +73,7 @@ def converged_at(curve: Curve) -> float | None:
     if not len(smooth.x):
         return None
     first = int(np.argmax(smooth.y <= (1 + TOLERANCE) * smooth.y[-1]))
+    # `first` is the index of the first smoothed value within the tolerance.
     reached = float(smooth.x[first])
     return reached if first > 0 and reached <= SETTLED * curve.x[-1] else None
 

@@ -98,7 +98,8 @@ class Law:
             theta: [..., P] unknowns.
             x: [N, V] positive values.
         """
-        parts, first = [], 0
+        parts = []
+        first = 0
         for features in self.features(x):
             last = first + features.shape[1]
             parts.append(theta[..., first:last] @ features.T)
@@ -329,6 +330,7 @@ class _Problem:
         pairs = [np.linalg.qr(features) for features in law.features(x)]
         self._q = [q for q, _ in pairs]
         self._r = [r for _, r in pairs]
+        # Slice of each term's unknowns in the vector of all unknowns.
         ends = np.cumsum([q.shape[1] for q in self._q])
         self._parts = [slice(end - q.shape[1], end) for q, end in zip(self._q, ends, strict=True)]
 

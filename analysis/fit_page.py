@@ -93,6 +93,7 @@ def _layers(result: Result) -> list[Layer]:
     for colour, (name, members) in enumerate(_groups(result).items()):
         x, y = result.x[members], result.y[members]
         points = _pairs(x[:, 0], y)
+        # The curve runs over the first variable; a second one is constant within the group.
         grid = np.geomspace(x[:, 0].min() / 1.2, x[:, 0].max() * _BEYOND, _SAMPLES)
         inputs = np.stack([grid, *(np.full_like(grid, value) for value in x[0, 1:])], axis=1)
         value, low, high = result.fit.curve(inputs)

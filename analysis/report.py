@@ -192,14 +192,12 @@ def _metric_rows(metrics: dict[str, Any] | None) -> list[tuple[str, str, str]] |
         for key, value in metrics.items()
         if key not in METRIC_NAMES and not isinstance(value, dict | list) and value is not None
     ]
-    return [
-        (
-            key,
-            value_text(metrics.get(key)) if metrics.get(key) is not None else "–",
-            str(definitions.get(key, "")),
-        )
-        for key in (*METRIC_NAMES, *others)
-    ]
+    rows = []
+    for key in (*METRIC_NAMES, *others):
+        value = metrics.get(key)
+        text = "–" if value is None else value_text(value)
+        rows.append((key, text, str(definitions.get(key, ""))))
+    return rows
 
 
 def _frequency(data: dict[str, Any] | None) -> dict[str, Any] | None:

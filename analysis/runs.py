@@ -48,7 +48,7 @@ def as_trained(config: RunConfig) -> RunConfig:
     except StoreError:
         if not config.store.mixture:
             return config  # the store was moved away after training: nothing to compare with
-        found = [{}]
+        found = [{}]  # a store of a mixture is missing or damaged: name no model and no text
     unknown = "unknown"
     if not all("model" in one and "dataset" in one for one in found):
         return replace(config, model=ModelConfig(path=unknown), data=DataConfig(path=unknown))
@@ -113,6 +113,7 @@ def read_training_log(path: Path) -> TrainingLog:
                 if row is None:
                     unreadable += 1
                 else:
+                    # A later row of the same step replaces the earlier one.
                     by_sae[str(row.get("sae", "sae"))][row["step"]] = row
     rows = {name: [steps[step] for step in sorted(steps)] for name, steps in by_sae.items()}
     return TrainingLog(rows, unreadable)

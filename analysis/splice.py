@@ -116,6 +116,7 @@ def _divergence(clean: Tensor, other: Tensor) -> float:
     total = 0.0
     for p, q in zip(clean, other, strict=True):
         log_p, log_q = p.float().log_softmax(-1), q.float().log_softmax(-1)
+        # kl_div(input, target) is KL(target || input).
         total += float(nn.functional.kl_div(log_q, log_p, reduction="sum", log_target=True))
     return total
 

@@ -55,7 +55,9 @@ class Axis:
 
     def px(self, value: float) -> float:
         """Return the pixel position of a value; values outside the range are placed at its end."""
-        low, high, at = (self._scaled(v) for v in (self.low, self.high, value))
+        low = self._scaled(self.low)
+        high = self._scaled(self.high)
+        at = self._scaled(value)
         share = min(max((at - low) / (high - low), 0.0), 1.0)
         return self.start_px + share * (self.end_px - self.start_px)
 
@@ -114,6 +116,7 @@ def histogram(edges: Sequence[float], counts: Sequence[int], *, label: str, x_la
         return ""
     x_axis = Axis(edges[0], edges[-1], LEFT, WIDTH - RIGHT)
     y_axis = Axis(0, _linear_ticks(0, max(counts) * 1.08)[-1] or 1, HEIGHT - BOTTOM, TOP)
+    # The highest tick may be lower than the highest bar.
     if y_axis.high < max(counts):
         y_axis = Axis(0, max(counts) * 1.05, HEIGHT - BOTTOM, TOP)
     body = [_frame(x_axis, y_axis, x_label)]
@@ -161,6 +164,7 @@ def thin(points: Sequence[Point], limit: int = MAX_POINTS) -> list[Point]:
     if len(points) <= limit:
         return list(points)
     kept: list[Point] = []
+    # Each interval contributes up to two points.
     size = math.ceil(len(points) / (limit // 2))
     for first in range(0, len(points), size):
         part = points[first : first + size]

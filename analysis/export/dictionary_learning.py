@@ -68,6 +68,7 @@ def _laid_out(path: Path, sae: StoredSAE) -> dict[str, Entry]:
         }
     with torch.serialization.skip_data(materialize_fake_tensors=True):
         torch.save(empty, path)
+    # Loading into fake tensors reads no values, but records the offset of each storage in the file.
     with FakeTensorMode():
         laid: dict[str, Any] = torch.load(path, weights_only=True)
     return {
@@ -82,6 +83,9 @@ def _correct_sums(path: Path) -> None:
     torch ignores them, but any other zip reader would report the file as damaged.
     """
     with zipfile.ZipFile(path) as archive, open(path, "r+b") as file:
+        # The numbers below are offsets of the zip format. A local header has 30 bytes before its
+        # name and extra field. A central directory entry has 46 before its name, extra field and
+        # comment.
         entry = archive.start_dir
         for part in archive.infolist():
             file.seek(part.header_offset + 26)
@@ -102,7 +106,8 @@ def _crc32(file: IO[bytes], begin: int, n_bytes: int) -> int:
     file.seek(begin)
     crc = 0
     while data := file.read(min(n_bytes, BLOCK_BYTES)):
-        crc, n_bytes = zlib.crc32(data, crc), n_bytes - len(data)
+        crc = zlib.crc32(data, crc)
+        n_bytes -= len(data)
     return crc
 
 

@@ -25,7 +25,8 @@ def replaced_folder(path: Path) -> Iterator[Path]:
     Yields:
         The empty folder to fill.
     """
-    new, old = (path.with_name(f".{path.name}.{part}.tmp") for part in ("new", "old"))
+    new = path.with_name(f".{path.name}.new.tmp")
+    old = path.with_name(f".{path.name}.old.tmp")
     for leftover in (new, old):
         shutil.rmtree(leftover, ignore_errors=True)
     new.mkdir(parents=True)
@@ -35,6 +36,7 @@ def replaced_folder(path: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(new, ignore_errors=True)
         raise
+    # A folder that is not empty cannot be replaced by a rename, so move the old one away first.
     if path.exists():
         os.rename(path, old)
     os.rename(new, path)
