@@ -1,1 +1,1 @@
-"""Reads what the other stages wrote: evaluation, export and the report of a run."""
+"""Read the output of the other stages: evaluate, export, report and fit scaling laws."""

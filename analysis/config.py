@@ -1,4 +1,4 @@
-"""What a user may set about evaluation, resharding and scaling laws. No torch import here."""
+"""Settings for evaluation, resharding and scaling laws. This module does not import torch."""
 
 from __future__ import annotations
 
@@ -9,14 +9,19 @@ from sae_core.errors import ConfigError
 
 @dataclass
 class EvalConfig:
-    """Held-out evaluation with the SAE spliced into the language model."""
+    """Evaluation on held-out text with the SAE spliced into the language model."""
 
     tokens: int = 32_768
-    """Held-out tokens; whole contexts, at least one."""
+    """Held-out tokens to evaluate on, rounded down to whole contexts (at least one context)."""
     batch_contexts: int = 8
+    """Contexts per forward pass of the language model."""
 
     def validate(self) -> None:
-        """Raises: ConfigError: naming the setting that cannot be."""
+        """Validate all fields.
+
+        Raises:
+            ConfigError: If a setting is invalid.
+        """
         for name in ("tokens", "batch_contexts"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"eval.{name}", getattr(self, name), "at least 1")
@@ -24,19 +29,26 @@ class EvalConfig:
 
 @dataclass
 class FitConfig:
-    """Scaling laws over the runs of a sweep."""
+    """Scaling laws fitted to the runs of a sweep."""
 
     runs: str | None = None
-    """A folder of runs, or a pattern of run folders (quote its `*`); stage=fit needs it."""
+    """Runs to fit: a folder of run folders, or a glob pattern of run folders (quote its `*`).
+    Required by stage=fit."""
     metric: str = "fvu"
-    """fvu or loss (mean of the last 5% of the training log), or heldout_fvu (of stage=evaluate)."""
+    """Metric to fit: fvu or loss (mean over the last 5% of the training log), or heldout_fvu (the
+    FVU on held-out text, measured by stage=evaluate)."""
     hold_out: str = "largest"
-    """largest: fit again without the largest n and forecast it; none."""
+    """Check of the laws. largest: fit them again without the cells of the largest n and forecast
+    those cells; none: no check."""
     bootstrap: int = 1000
-    """Replicates behind each interval."""
+    """Bootstrap replicates behind each interval; at least 100."""
 
     def validate(self) -> None:
-        """Raises: ConfigError: naming the setting that cannot be."""
+        """Validate all fields.
+
+        Raises:
+            ConfigError: If a setting is invalid.
+        """
         metrics = ("fvu", "loss", "heldout_fvu")
         if self.metric not in metrics:
             raise ConfigError("fit.metric", self.metric, f"one of {', '.join(metrics)}")
@@ -48,14 +60,18 @@ class FitConfig:
 
 @dataclass
 class ReshardConfig:
-    """Rewriting the newest checkpoint with another number of files."""
+    """Rewriting of the newest checkpoint with a different number of files."""
 
     shards: int = 1
-    """Files for weights, and as many for the optimiser's moments."""
+    """Number of files for the weights, and the same number for the optimiser's moments."""
     to: str | None = None
-    """Folder that gets `step-N/`; null: `resharded/` in the run's folder."""
+    """Folder in which to write `step-N/`; null: `resharded/` in the run folder."""
 
     def validate(self) -> None:
-        """Raises: ConfigError: naming the setting that cannot be."""
+        """Validate all fields.
+
+        Raises:
+            ConfigError: If a setting is invalid.
+        """
         if self.shards < 1:
             raise ConfigError("reshard.shards", self.shards, "at least 1")

@@ -1,19 +1,19 @@
-"""What can go wrong when a run is evaluated, exported or reported."""
+"""Errors raised when a run is evaluated, exported, fitted or reported."""
 
 from __future__ import annotations
 
 
 class AnalysisError(Exception):
-    """Base of every error this package raises on purpose."""
+    """Base class of all errors that this package raises."""
 
 
 class ExportError(AnalysisError, ValueError):
-    """Something about the SAE that another library's folder cannot hold."""
+    """The SAE cannot be written in another library's format."""
 
 
 class RunFileError(AnalysisError):
-    """A file of the run folder that is there but cannot be read: names it."""
+    """A file of the run folder exists but cannot be read; the message names it."""
 
 
 class FitError(AnalysisError, ValueError):
-    """A sweep whose cells allow no scaling law: says what they lack."""
+    """No scaling law can be fitted to a sweep; the message says what is missing."""

@@ -1,8 +1,8 @@
-"""The evaluate stage: what the dictionary keeps of held-out text, and how often its latents fire.
+"""Evaluate stage: measure the SAE on held-out text and count how often its latents fire.
 
-With the language model at hand the SAE is spliced into it over held-out contexts. A store that was
-not harvested by this config, such as a person's own arrays, has no held-out text: then only
-reconstruction is measured, on the stored rows, and metrics.json says so.
+The SAE is spliced into the language model while it runs on held-out contexts. A store that was not
+harvested by this config, such as a user's own arrays, has no held-out text. In that case only the
+reconstruction is measured, on the stored rows, and metrics.json gives the reason.
 """
 
 from __future__ import annotations
@@ -33,29 +33,37 @@ SAME_TEXT = (
     "heldout_fraction",
     "dropped_special_tokens",
 )
-"""What the store and the config must agree on for the held-out text to be held out."""
+"""Provenance keys that must match between store and config.
+
+If one differs, the store may hold rows of another model, or rows of contexts that this config holds
+out.
+"""
 SPLICED = ("ce_clean", "ce_recon", "ce_zero", "ce_mean", "ce_recovered", "ce_recovered_mean", "kl")
 DEFINITIONS = {
-    "fvu": "sum |x - recon|^2 / sum |x - mean|^2, raw activation units, mean of the same rows; the "
-    "rows are those a store keeps (no position 0, no special tokens if they are dropped)",
-    "mse": "mean of (x - recon)^2 over those rows and all dimensions, raw activation units",
-    "l0": "mean number of latents above 0 in those rows",
-    "dead_fraction": "latents above 0 on none of one pass over the training rows of store.path "
-    "that are still stored (all of them, unless cluster.retention=consumed)",
-    "ce_clean": "next-token cross-entropy in nats, predictions from position 1 on",
-    "ce_recon": "the same with the SAE spliced in at every position but 0",
-    "ce_zero": "the same with zeros spliced in",
-    "ce_mean": "the same with the mean of the training rows stored at store.path spliced in",
+    "fvu": "fraction of variance unexplained: sum |x - recon|^2 / sum |x - mean|^2 in raw "
+    "activation units, where mean is the mean of the same rows; counts the rows that a store keeps "
+    "(not position 0, and no special tokens if data.drop_special_tokens is set)",
+    "mse": "mean of (x - recon)^2 over the same rows and all dimensions, in raw activation units",
+    "l0": "mean number of latents above 0 per row, over the same rows",
+    "dead_fraction": "fraction of latents that are above 0 on none of the training rows stored at "
+    "store.path (with cluster.retention=consumed: on none of the rows not yet deleted)",
+    "ce_clean": "next-token cross-entropy of the unmodified model in nats, over predictions from "
+    "position 1 on",
+    "ce_recon": "cross-entropy with the SAE spliced in at every position except 0",
+    "ce_zero": "cross-entropy with zeros spliced in at the same positions",
+    "ce_mean": "cross-entropy with the mean of the training rows stored at store.path spliced in "
+    "at the same positions",
     "ce_recovered": "(ce_zero - ce_recon) / (ce_zero - ce_clean)",
     "ce_recovered_mean": "(ce_mean - ce_recon) / (ce_mean - ce_clean)",
-    "kl": "mean over predictions of KL(clean || recon), nats",
-    "tokens": "tokens of the contexts that were run, BOS included; without held-out text, rows",
+    "kl": "mean over predictions of KL(clean || recon), in nats",
+    "tokens": "number of tokens evaluated, including BOS; without held-out text, the number of "
+    "stored rows",
 }
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """One SAE, the store it was trained on, and where to report."""
+    """Inputs of one evaluation: the SAE, its config and store, and the console to print to."""
 
     config: RunConfig
     sae: SAE
@@ -65,11 +73,12 @@ class Evaluation:
 
 
 def run(config: RunConfig, run_dir: Path) -> None:
-    """Writes `eval/metrics.json` and `eval/frequency.json`; nothing to do if they are up to date.
+    """Write `eval/metrics.json` and `eval/frequency.json`, unless they are up to date.
 
     Raises:
-        CheckpointError: The run has no valid checkpoint.
-        StoreError: The store cannot be read, or is of another width.
+        CheckpointError: If the run has no valid checkpoint.
+        StoreError: If the store cannot be read, or its rows do not have the SAE's width.
+        TextError: If the held-out text is shorter than one context.
     """
     from rich.console import Console
 
@@ -83,6 +92,7 @@ def run(config: RunConfig, run_dir: Path) -> None:
     hookpoint = sae.config.hookpoint or next(iter(store.arrays))
     _check_width(sae, store, hookpoint)
     checkpoint = str(sae.metadata.get("checkpoint", f"step-{sae.step}"))
+    # Everything that the metrics depend on. If it is unchanged, the metrics are up to date.
     inputs = {
         "eval": asdict(config.eval),
         "data": asdict(config.data),
@@ -95,7 +105,7 @@ def run(config: RunConfig, run_dir: Path) -> None:
     }
     file = run_dir / "eval" / "metrics.json"
     if file.is_file() and json.loads(file.read_text()).get("inputs") == inputs:
-        console.print(f"evaluate: {file} is of {checkpoint} already")
+        console.print(f"evaluate: {file} is up to date with {checkpoint}")
         return
     evaluation = Evaluation(config, sae.to(_device(config)), store, hookpoint, console)
     metrics, counts, n_rows = _evaluate(evaluation)
@@ -113,7 +123,7 @@ def run(config: RunConfig, run_dir: Path) -> None:
 
 
 def _evaluate(evaluation: Evaluation) -> tuple[dict[str, Any], list[int], int]:
-    """Metrics, how often each latent fired, and on how many rows that was counted."""
+    """Return the metrics, each latent's number of firings, and the number of rows counted."""
     reason = _why_not_heldout(evaluation)
     firings = _count_firings(evaluation, with_errors=reason is not None)
     if reason is None:
@@ -135,35 +145,48 @@ def _evaluate(evaluation: Evaluation) -> tuple[dict[str, Any], list[int], int]:
 
 
 def _why_not_heldout(evaluation: Evaluation) -> str | None:
-    """Why there is no held-out text for this store under this config; None when there is."""
+    """Return the reason why this store has no held-out text under this config, or None if it has.
+
+    Rows that were mixed in are checked as well: they must not come from the held-out text.
+    """
     config, provenance = evaluation.config, evaluation.store.header.provenance or {}
     if not provenance.get("weights_sha256"):
         return "the store's provenance names no language model"
     if evaluation.hookpoint not in config.model.hookpoints:
-        return f"model.hookpoints={config.model.hookpoints} lacks {evaluation.hookpoint!r}"
+        return f"model.hookpoints={config.model.hookpoints} does not list {evaluation.hookpoint!r}"
     from cluster.models import load_tokenizer
 
     cache_dir = Path(config.cache_dir).expanduser()
     wanted = describe(config, load_tokenizer(config.model, cache_dir), cache_dir)
     found = differences(provenance, {key: wanted[key] for key in SAME_TEXT})
     if found:
-        return f"the store was harvested otherwise ({'; '.join(found)})"
-    return next(filter(None, (_may_hold(path, wanted) for path in config.store.paths[1:])), None)
+        return f"the store was harvested with other settings ({'; '.join(found)})"
+    for path in config.store.paths[1:]:
+        reason = _may_hold(path, wanted)
+        if reason is not None:
+            return reason
+    return None
 
 
 def _may_hold(path: str, wanted: dict[str, Any]) -> str | None:
-    """Why rows that were mixed in may be of the held-out text; None when they are not."""
+    """Return the reason why the mixed-in store may contain held-out text, or None if it does not.
+
+    A store of another text does not. Neither does one of the same text with the same split.
+    """
     from activation_store import open_store
 
     provenance = open_store(path).header.provenance or {}
     text = provenance.get("dataset_sha256")
     if text is None:
-        return f"the provenance of {path}, which was mixed in, names no text"
+        return f"the provenance of the mixed-in store {path} names no text"
     if text != wanted["dataset_sha256"]:
         return None
     found = differences(provenance, {key: wanted[key] for key in SAME_TEXT})
+    if not found:
+        return None
     return (
-        f"{path}, mixed in, holds the same text otherwise ({'; '.join(found)})" if found else None
+        f"the mixed-in store {path} has rows of the same text, harvested with other settings "
+        f"({'; '.join(found)})"
     )
 
 
@@ -198,16 +221,17 @@ def _spliced(evaluation: Evaluation, firings: FiringPass) -> dict[str, Any]:
     tokenizer = load_tokenizer(config.model, cache_dir)
     split = prepare_contexts(config.data, tokenizer, cache_dir).heldout
     wanted = max(1, config.eval.tokens // config.data.context_tokens)
+    # A random sample of the held-out contexts, which depends only on the seed.
     order = np.random.default_rng([config.seed, 2]).permutation(len(split))[:wanted]
     if not len(order):
         raise TextError(
-            "data.heldout_fraction: the held-out part of the text is shorter than one context; "
-            "raise it, or add text"
+            f"data.heldout_fraction={config.data.heldout_fraction}: the held-out text is shorter "
+            "than one context; raise the fraction, or use a longer text"
         )
     if len(order) < wanted:
         evaluation.console.print(
-            f"evaluate: {len(order)} held-out contexts, fewer than eval.tokens="
-            f"{config.eval.tokens:,} asks for"
+            f"evaluate: the text has only {len(order)} held-out contexts, fewer than eval.tokens="
+            f"{config.eval.tokens:,} requires"
         )
     model = load_language_model(config.model, cache_dir, _device(config))
     spliced = SplicedEvaluation(model, evaluation.sae, evaluation.hookpoint, firings.sums.mean)
@@ -229,8 +253,8 @@ def _check_width(sae: SAE, store: Store, hookpoint: str) -> None:
 
     if store.arrays.get(hookpoint) != sae.d_model:
         raise StoreMismatchError(
-            f"store.path: the SAE was trained on {hookpoint!r} of width {sae.d_model}; the store "
-            f"holds {dict(store.arrays)}; set store.path to the store of this run"
+            f"store.path: expected the SAE's training array {hookpoint!r} of width {sae.d_model}, "
+            f"found {dict(store.arrays)}; set store.path to the store of this run"
         )
 
 

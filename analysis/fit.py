@@ -1,4 +1,4 @@
-"""Fit stage: scaling laws of a sweep, as tables, coefficients, figures and a page."""
+"""Fit stage: fit scaling laws to a sweep and write tables, coefficients, figures and a page."""
 
 from __future__ import annotations
 
@@ -18,32 +18,33 @@ if TYPE_CHECKING:
     from conf.schema import RunConfig
 
 DEFINITIONS = {
-    "fvu, loss": "of a cell: mean over the last 5% of its training tokens, as logged",
-    "heldout_fvu": "of a cell: fvu of eval/metrics.json, measured on held-out text",
-    "fit": "Huber's loss on log residuals, linear beyond 1.345 robust standard deviations, the "
-    "best of several starts",
-    "interval": "95%, percentiles of the bootstrap over the cells' residuals, stretched by "
-    "Student's t over the normal's quantile for the cells that are spare; L(C): the residuals of a "
-    "cell stay together (wild bootstrap, Webb weights), and with few cells on the frontier the "
-    "interval is a rough one",
-    "held_out": "the law fitted again without the cells of the largest n; the interval is that of "
-    "a new cell, noise included",
-    "L(C)": "lower envelope of the cells' smoothed curves over training FLOPs, all cells of one k, "
-    "from a tenth of each cell's tokens on",
-    "flops": "2 L D + 8 k D a token: the dense encoder and the sparse rest; without the auxiliary "
-    "loss and the language model",
-    "T(n)": "tokens at which the smoothed loss first comes within 1% of its final level, that "
-    "before the learning rate decays; left out where it is at once, or in the last fifth",
-    "cells": "of runs with the same n, k and seed, the one with the lowest final value; L(C) takes "
-    "them all",
+    "fvu, loss": "mean of the logged values over the last 5% of a cell's training tokens",
+    "heldout_fvu": "fvu from a cell's eval/metrics.json, measured on held-out text",
+    "fit": "Huber's loss on log residuals, linear beyond 1.345 robust standard deviations; best of "
+    "several start points",
+    "interval": "95% interval: percentiles of a bootstrap over the residuals of the cells, "
+    "stretched by the quantile of Student's t over that of the normal distribution to correct for "
+    "few degrees of freedom. For L(C) the residuals of each cell are kept together (wild "
+    "bootstrap, Webb weights); with few cells on the frontier this interval is rough",
+    "held_out": "cells of the largest n, forecast by a fit without them; the interval is for a new "
+    "cell and includes its noise",
+    "L(C)": "fit to the lower envelope of the smoothed curves of all cells of one k over training "
+    "FLOPs, without the warm-up and the first tenth of each cell's tokens",
+    "flops": "2 L D + 8 k D per token: the dense encoder and the sparse operations. The auxiliary "
+    "loss and the language model are not counted",
+    "T(n)": "fit to the tokens at which the smoothed loss first comes within 1% of its level at "
+    "the end of the constant learning rate; cells that converge within the first 5% or in the last "
+    "fifth of these tokens are left out",
+    "cells": "of the runs with the same n, k and seed, only the one with the lowest final value is "
+    "used; L(C) uses all of them",
 }
 
 
 def run(config: RunConfig, run_dir: Path) -> None:
-    """Writes `<sweep>/fit/`: cells.csv, points.csv, fit.json, figures, index.html.
+    """Write cells.csv, points.csv, fit.json, the figures and index.html to `<sweep>/fit/`.
 
     Raises:
-        FitError: there are no runs, or their cells allow no law.
+        FitError: If no runs are found, or if no law can be fitted to their cells.
     """
     options = config.fit
     sweep = read_sweep(options.runs or str(run_dir), options.metric)
@@ -53,14 +54,17 @@ def run(config: RunConfig, run_dir: Path) -> None:
     for name, reason in sweep.left_out.items():
         print(f"fit: left out {name}: {reason}")
     for title, reason in study.not_fitted.items():
-        print(f"fit: no {title}: {reason}")
+        print(f"fit: did not fit {title}: {reason}")
     for result in study.results:
         print(f"fit: {summary(result)}")
     print(f"fit: {folder / 'index.html'}")
 
 
 def summary(result: Result) -> str:
-    """`L(n) at k = 32: a 2.01 [1.92, 2.1], b …; n65536 forecast 0.10 [0.09, 0.11], …`."""
+    """Summarise a law in one line, with its coefficients, intervals and forecasts.
+
+    For example `L(n) at k = 32: a 2.01 [1.92, 2.1], b …; n65536 forecast 0.10 [0.09, 0.11], …`.
+    """
     parts = [
         f"{name} {found.value:.4g} [{found.low:.4g}, {found.high:.4g}]"
         for name, found in result.fit.coefficients().items()
@@ -75,7 +79,10 @@ def summary(result: Result) -> str:
 
 
 def write_study(study: Study, folder: Path) -> None:
-    """All files of the study; the page last, so that it never shows figures that are not there."""
+    """Write all files of the study.
+
+    The page is written last, so that it never describes files that do not exist yet.
+    """
     from analysis.fit_page import figures, render
     from analysis.png import to_png
 
@@ -90,7 +97,7 @@ def write_study(study: Study, folder: Path) -> None:
 
 
 def as_json(study: Study) -> dict[str, Any]:
-    """Coefficients, intervals and what was left out, as plain values."""
+    """Return the content of fit.json: coefficients, intervals, and what was left out and why."""
     return {
         "metric": study.metric,
         "interval_level": LEVEL,
@@ -125,7 +132,7 @@ def _law_json(result: Result) -> dict[str, Any]:
 
 
 def _plain(found: Interval) -> dict[str, float | None]:
-    """JSON has no infinity: null where an end is not known."""
+    """Convert an interval for JSON, which has no infinity: an unknown end becomes null."""
     return {key: value if math.isfinite(value) else None for key, value in asdict(found).items()}
 
 

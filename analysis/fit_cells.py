@@ -1,4 +1,4 @@
-"""Reads the cells of a sweep: finished runs, with their sizes, curves and final losses."""
+"""Read the cells of a sweep: finished runs with their sizes, curves and final losses."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ CONFIG = "config.yaml"
 TRAINING_METRICS = ("fvu", "loss")
 HELDOUT_FVU = "heldout_fvu"
 _RISE = 1.25
-"""A final level this many times the lowest one means that training went wrong on the way."""
+"""A run whose final loss exceeds its lowest loss by more than this factor counts as diverged."""
 _EARLIEST = 0.1
-"""Share of a run's tokens before which it is no point of the compute frontier."""
+"""Fraction of a run's tokens at the start that is excluded from the compute frontier."""
 
 
 @dataclass(frozen=True)
@@ -38,43 +38,48 @@ class Cell:
     n_latents: int
     k: int
     lr: float
-    """Peak."""
+    """Peak learning rate."""
     seed: int
     tokens: int
-    """Trained on."""
+    """Number of tokens the run was trained on."""
     warmup_tokens: int
     decay_tokens: int
     d_model: int | None
-    """None when the run kept no checkpoint."""
+    """Width of the rows; None if the run has no readable checkpoint."""
     source: str | None
-    """Identity of the rows it was trained on; None when the run kept no checkpoint."""
+    """Identity of the training rows; None if the run has no readable checkpoint."""
     curves: dict[str, Curve]
     """Metric -> values over training tokens, as logged."""
     heldout_fvu: float | None
-    """On held-out text, from `eval/metrics.json`; None where that was not measured."""
+    """FVU on held-out text, from `eval/metrics.json`; None if it was not measured."""
 
     def level(self, metric: str) -> float:
-        """The final value: mean over the last 5% of the tokens, or what the evaluation measured."""
+        """Return the final value of a metric.
+
+        This is the mean over the last 5% of the tokens, or for `heldout_fvu` the value that the
+        evaluation measured (NaN if it did not).
+        """
         if metric == HELDOUT_FVU:
             return math.nan if self.heldout_fvu is None else self.heldout_fvu
         return float(self.curves[metric].smooth().y[-1])
 
     def steady(self, metric: str) -> Curve:
-        """The curve at the constant learning rate: after the warm-up, before the decay."""
+        """Return the part of the curve at the constant learning rate, between warm-up and decay."""
         return self.training_curve(metric).between(
             self.warmup_tokens, self.tokens - self.decay_tokens
         )
 
     def training_curve(self, metric: str) -> Curve:
-        """Of the metric; of the training FVU where the metric is the held-out one."""
+        """Return the logged curve of the metric; for `heldout_fvu`, that of the training FVU."""
         return self.curves["fvu" if metric == HELDOUT_FVU else metric]
 
     @property
     def flops_per_token(self) -> int | None:
-        """2 L D for the encoder, and 2 k D each for the reconstruction and three sparse gradients.
+        """Training FLOPs per token, 2 L D + 8 k D; None if d_model is unknown.
 
-        Dense autograd would take 12 L D: where k is small against L, six times as much, which
-        moves L(C) along the axis and leaves its exponent alone. The auxiliary loss and the
+        The encoder takes 2 L D; the reconstruction and the three sparse gradients take 2 k D each.
+        Dense autograd would take 12 L D, six times as much when k is much smaller than L. That
+        would shift L(C) along the axis but not change its exponent. The auxiliary loss and the
         language model are not counted.
         """
         if self.d_model is None:
@@ -82,7 +87,10 @@ class Cell:
         return 2 * self.n_latents * self.d_model + 8 * self.k * self.d_model
 
     def over_compute(self, metric: str) -> Curve:
-        """The smoothed curve over training FLOPs, without its first tenth and the warm-up."""
+        """Return the smoothed curve over training FLOPs, without the first tenth and the warm-up.
+
+        `d_model` must be known.
+        """
         assert self.flops_per_token is not None
         first = max(_EARLIEST * self.tokens, self.warmup_tokens)
         smooth = self.training_curve(metric).smooth().between(first, math.inf)
@@ -91,29 +99,29 @@ class Cell:
 
 @dataclass(frozen=True)
 class Sweep:
-    """The cells that can be fitted, and why the others cannot."""
+    """The cells of a sweep that can be fitted, and the reasons why other runs cannot."""
 
     folder: Path
     cells: tuple[Cell, ...]
     left_out: dict[str, str]
-    """Name -> reason."""
+    """Name of each unusable run -> reason."""
 
 
 class _Unusable(Exception):
-    """Why a run is no cell; never leaves this module."""
+    """The reason why a run cannot be used as a cell; caught within this module."""
 
 
 def read_sweep(runs: str, metric: str) -> Sweep:
-    """The cells under a folder, or those that a glob pattern matches.
+    """Read the cells in a folder of runs, or those that match a glob pattern.
 
-    Unfinished, diverged and unreadable runs are left out with the reason.
+    Unfinished, diverged and unreadable runs are left out; `Sweep.left_out` gives the reasons.
 
     Args:
-        runs: `fit.runs`.
-        metric: `fit.metric`, which a cell must have.
+        runs: The setting `fit.runs`: a folder of run folders, or a glob pattern of run folders.
+        metric: The setting `fit.metric`; a run without this metric is left out.
 
     Raises:
-        FitError: there is no run, or the cells were trained on different rows.
+        FitError: If no run is found, or if the cells were trained on different rows.
     """
     folder, found = _run_folders(runs)
     cells, left_out = [], {}
@@ -131,16 +139,18 @@ def read_sweep(runs: str, metric: str) -> Sweep:
         shown = ", ".join(f"{name} on {source}" for source, name in sources.items())
         raise FitError(
             f"fit.runs={runs!r}: expected cells trained on the same activations, found {shown}; "
-            "give a pattern that matches one store's cells"
+            "use a pattern that matches only the cells of one store"
         )
     return Sweep(folder, tuple(cells), left_out)
 
 
 def best_of_each(cells: Sequence[Cell], metric: str) -> tuple[list[Cell], dict[str, str]]:
-    """Of cells that differ only in learning rate or tokens, the one with the lowest final value.
+    """Select the cell with the lowest final value for each combination of n, k and seed.
+
+    Cells with the same n, k and seed differ only in settings such as learning rate or tokens.
 
     Returns:
-        Those cells, sorted by n and k, and name -> reason of the others.
+        The selected cells, sorted by n, k and seed; and name -> reason for each of the others.
     """
     best: dict[tuple[int, int, int], Cell] = {}
     worse = {}
@@ -154,8 +164,9 @@ def best_of_each(cells: Sequence[Cell], metric: str) -> tuple[list[Cell], dict[s
 
 
 def _run_folders(runs: str) -> tuple[Path, list[Path]]:
-    """(the sweep's folder, the runs in it)."""
+    """Return the folder of the sweep and the run folders in it."""
     path = Path(runs).expanduser().absolute()
+    # The sweep's folder is the part of the path before the first wildcard.
     fixed = path
     while glob.has_magic(str(fixed)):
         fixed = fixed.parent
@@ -164,8 +175,8 @@ def _run_folders(runs: str) -> tuple[Path, list[Path]]:
     found = [folder for folder in found if (folder / CONFIG).is_file()]
     if not found:
         raise FitError(
-            f"fit.runs={runs!r}: expected a folder of runs, or a pattern of run folders; none of "
-            f"what matches {pattern} holds a {CONFIG}"
+            f"fit.runs={runs!r}: expected a folder of runs, or a pattern of run folders; no folder "
+            f"that matches {pattern} contains {CONFIG}"
         )
     return fixed, found
 
@@ -175,14 +186,14 @@ def _read_cell(run_dir: Path, name: str, metric: str) -> Cell:
         config = load_config(run_dir / CONFIG)
         evaluation = read_optional_json(run_dir / "eval" / "metrics.json") or {}
     except (ConfigError, RunFileError, OSError) as error:
-        raise _Unusable(f"cannot be read: {str(error).splitlines()[0]}") from error
+        raise _Unusable(f"unreadable: {str(error).splitlines()[0]}") from error
     record = read_record(run_dir)
     if record is not None:
         raise _Unusable(f"{record.state}: {record.reason}")
     curves = _curves(run_dir, config)
     heldout = evaluation.get("fvu") if evaluation.get("heldout") else None
     if metric == HELDOUT_FVU and not (isinstance(heldout, float) and heldout > 0):
-        raise _Unusable("no FVU of held-out text: run stage=evaluate on it")
+        raise _Unusable("no FVU on held-out text: run stage=evaluate on this run")
     d_model, source = _checkpoint_facts(run_dir)
     return Cell(
         name=name,
@@ -203,16 +214,20 @@ def _read_cell(run_dir: Path, name: str, metric: str) -> Cell:
 def _curves(run_dir: Path, config: RunConfig) -> dict[str, Curve]:
     saes = read_training_log(run_dir / "metrics.jsonl").rows
     if len(saes) != 1:
-        raise _Unusable(f"metrics.jsonl holds {len(saes)} SAEs, expected 1")
+        raise _Unusable(f"metrics.jsonl contains {len(saes)} SAEs, expected 1")
     (rows,) = saes.values()
     step, wanted = rows[-1]["step"], config.train.n_steps
     if step < wanted:
-        raise _Unusable(f"unfinished: step {step} of {wanted}; the same command resumes it")
+        raise _Unusable(f"unfinished: step {step} of {wanted}; rerun its command to resume it")
     return {metric: _checked(metric, rows) for metric in TRAINING_METRICS}
 
 
 def _checked(metric: str, rows: list[dict[str, Any]]) -> Curve:
-    """The curve, of a run that did not diverge."""
+    """Return the curve of a metric.
+
+    Raises:
+        _Unusable: If the run diverged, or if its final value is not positive.
+    """
     tokens = np.array([_number(row.get("tokens")) for row in rows])
     values = np.array([_number(row.get(metric)) for row in rows])
     known = np.isfinite(tokens) & np.isfinite(values)
@@ -221,9 +236,10 @@ def _checked(metric: str, rows: list[dict[str, Any]]) -> Curve:
     smooth = Curve(tokens[known], values[known]).smooth()
     last, lowest = smooth.y[-1], smooth.y.min()
     if last <= 0:
-        raise _Unusable(f"its final {metric} is {last:.4g}, expected more than 0")
+        raise _Unusable(f"final {metric} is {last:.4g}, expected more than 0")
+    # An SAE that always outputs the mean of the rows has an FVU of 1.
     if last >= 1 or last > _RISE * lowest:
-        raise _Unusable(f"diverged: {metric} ended at {last:.4g}, its lowest was {lowest:.4g}")
+        raise _Unusable(f"diverged: {metric} ended at {last:.4g}; its lowest was {lowest:.4g}")
     return Curve(tokens[known], values[known])
 
 
@@ -232,11 +248,11 @@ def _number(value: Any) -> float:
 
 
 def _checkpoint_facts(run_dir: Path) -> tuple[int | None, str | None]:
-    """(d_model, identity of the rows) of the newest checkpoint that can be read."""
+    """Return d_model and the identity of the rows from the newest readable checkpoint."""
     for folder in list_checkpoints(run_dir / "checkpoints"):
         try:
             state = read_state(folder)
         except CheckpointError:
-            continue  # the weights are not needed here, and any of the checkpoints will do
+            continue  # d_model and the rows are the same in all checkpoints of a run
         return state.d_model, state.source_identity
     return None, None

@@ -1,8 +1,8 @@
-"""Scaling laws as sums of exponentials, fitted robustly, with bootstrap intervals. No I/O here.
+"""Robust fits of scaling laws, which are sums of exponentials, with bootstrap intervals. No I/O.
 
-Every law is L(x) = sum_j exp(features_j(x) . theta_j), where the features are 1, ln n, ln k and
-their product. The unknowns theta are what is fitted; what people read (a floor, an exponent) is a
-function of one of them each.
+Every law has the form L(x) = sum_j exp(features_j(x) . theta_j), where the features are 1, ln n,
+ln k and ln n ln k. The unknowns theta are fitted. Each reported coefficient, such as a floor or an
+exponent, is a function of one unknown.
 """
 
 from __future__ import annotations
@@ -18,27 +18,38 @@ from scipy.stats import norm, t
 Array = NDArray[np.float64]
 
 HUBER_SCALES = 1.345
-"""Where Huber's loss turns linear, in residual scales: 95% efficient for Gaussian noise."""
+"""Residual at which Huber's loss becomes linear, in robust standard deviations.
+
+This value makes the fit 95% efficient for Gaussian noise.
+"""
 LEVEL = 0.95
+"""Probability with which an interval contains the true value."""
 _SMALLEST_SCALE = 1e-6
-"""Of log residuals. Data without noise would otherwise have a Huber loss of width 0."""
+"""Lower limit of the scale of log residuals; without noise, Huber's loss would have width 0."""
 _FAR = 1e6
+"""Limit of the absolute value of an inner unknown."""
 _VANISHED = 1e-3
-"""A term that nowhere takes a larger share leaves no slope for a search to find it again by."""
+"""A term whose share of the loss is nowhere above this value counts as vanished.
+
+Its gradient is then too small for a search to recover the term.
+"""
 _START_FLOORS = (0.02, 0.1, 0.3, 0.5, 0.7, 0.85, 0.95)
-"""Shares of the lowest loss that the last term takes where the searches begin."""
+"""Fractions of the lowest loss that the last term takes at the start of each search."""
 
 
 @dataclass(frozen=True)
 class Coefficient:
-    """One number of a law, as people read it: `after(before(unknown))`.
+    """One reported number of a law: `after(before(unknown))`.
 
-    In between it may be any real number, and that is where its interval is made.
+    The interval is computed for `before(unknown)`, which may be any real number. Its ends are then
+    mapped by `after`.
     """
 
     name: str
     before: Callable[[Array], Array] = np.positive
+    """Applied to the unknown before its interval is computed."""
     after: Callable[[Array], Array] = np.positive
+    """Applied to the value and to the ends of its interval."""
 
 
 def _not_negative(value: Array) -> Array:
@@ -50,11 +61,12 @@ class Law:
     """A scaling law.
 
     Attributes:
-        name: short, for files and headings.
-        formula: as people write it.
-        variables: names of the columns of x.
-        terms: for every exponential, the columns of its features in `Law.features`.
-        coefficients: one for every unknown, in the order of the terms.
+        name: Short name for files and headings.
+        formula: The law as a readable formula.
+        variables: Names of the V columns of x.
+        terms: The features of each exponential, as indices into 1, ln of each variable, and the
+            product of the two logarithms.
+        coefficients: One reported number per unknown, in the order of the terms.
     """
 
     name: str
@@ -65,14 +77,14 @@ class Law:
 
     @property
     def n_unknowns(self) -> int:
-        """How many numbers are fitted."""
+        """Number of fitted unknowns, P."""
         return sum(len(term) for term in self.terms)
 
     def features(self, x: Array) -> list[Array]:
-        """Of every term, [N, its unknowns].
+        """Return the features of each term, [N, number of its unknowns].
 
         Args:
-            x: [N, V] positive values: one variable, or n and k.
+            x: [N, V] positive values of one variable, or of n and k.
         """
         logs = [np.ones(len(x)), *np.log(x).T]
         if len(self.variables) == 2:
@@ -80,13 +92,14 @@ class Law:
         return [np.stack([logs[column] for column in term], axis=1) for term in self.terms]
 
     def log_loss(self, theta: Array, x: Array) -> Array:
-        """ln L, [..., N].
+        """Return ln L, [..., N].
 
         Args:
             theta: [..., P] unknowns.
-            x: [N, V].
+            x: [N, V] positive values.
         """
-        parts, first = [], 0
+        parts = []
+        first = 0
         for features in self.features(x):
             last = first + features.shape[1]
             parts.append(theta[..., first:last] @ features.T)
@@ -102,7 +115,8 @@ FLOOR_LAW = Law(
     (
         Coefficient("a", after=np.exp),
         Coefficient("b", before=np.negative),
-        # Not as a logarithm: a floor that cannot be told from 0 has one of minus anything.
+        # The interval is that of e, not of ln e: if the data does not distinguish e from 0, then
+        # ln e has no lower bound.
         Coefficient("e", before=np.exp, after=_not_negative),
     ),
 )
@@ -132,7 +146,7 @@ TOKENS_LAW = Law(
 
 @dataclass(frozen=True)
 class Interval:
-    """A value and the interval that holds the truth with probability `LEVEL`."""
+    """An estimate and the interval that contains the true value with probability `LEVEL`."""
 
     value: float
     low: float
@@ -145,42 +159,43 @@ class Fit:
 
     law: Law
     theta: Array
-    """[P] unknowns."""
+    """[P] fitted unknowns."""
     replicates: Array
-    """[R, P] unknowns of the bootstrap's fits."""
+    """[R, P] unknowns fitted to the bootstrap replicates."""
     residuals: Array
     """[N] ln(measured) - ln(fitted)."""
     spare: int
-    """Independent observations above the number of unknowns."""
+    """Degrees of freedom: independent observations minus unknowns, or groups minus 1."""
 
     @property
     def noise(self) -> Array:
-        """[N] residuals, enlarged by what the fit took out of them, around 0."""
+        """Residuals [N], centred on 0 and enlarged to correct for the fitted unknowns."""
         enlarged = self.residuals * np.sqrt(len(self.residuals) / max(self.spare, 1))
         return np.asarray(enlarged - enlarged.mean())
 
     def coefficients(self) -> dict[str, Interval]:
-        """What people read, by name."""
+        """Return each reported coefficient by name, with its interval."""
         found = {}
         for i, coefficient in enumerate(self.law.coefficients):
             value = coefficient.before(self.theta[i])
             low, high = self._ends(value, coefficient.before(self.replicates[:, i]))
-            with np.errstate(over="ignore"):  # nothing is known of it, and infinity says so
+            with np.errstate(over="ignore"):  # an end that overflows is unknown: infinity is right
                 ends = coefficient.after(np.array([value, low, high]))
             found[coefficient.name] = Interval(*map(float, ends))
         return found
 
     def curve(self, x: Array) -> tuple[Array, Array, Array]:
-        """(fitted, low, high) of the law itself at x [N, V], each [N]."""
+        """Return the fitted law at x [N, V] and the ends of its interval, each [N]."""
         value = self.law.log_loss(self.theta, x)
         low, high = self._ends(value, self.law.log_loss(self.replicates, x))
-        with np.errstate(over="ignore"):  # far from the data, where nothing is known
+        with np.errstate(over="ignore"):  # far from the data the interval may be infinite
             return np.exp(value), np.exp(low), np.exp(high)
 
     def forecast(self, x: Array, rng: np.random.Generator) -> list[Interval]:
-        """What a new cell at each row of x [N, V] will measure: the law's interval and the noise's.
+        """Forecast the measurement of a new cell at each row of x [N, V].
 
-        The noise of a new cell is drawn from the enlarged residuals of the fitted ones.
+        The interval covers the uncertainty of the law and the noise of the new cell. The noise is
+        drawn from the enlarged residuals of the fitted cells.
         """
         value = self.law.log_loss(self.theta, x)
         spread = self.law.log_loss(self.replicates, x)
@@ -189,14 +204,15 @@ class Fit:
         return [Interval(*map(float, row)) for row in np.exp(np.stack([value, low, high], axis=1))]
 
     def _ends(self, value: Array | float, spread: Array) -> tuple[Array, Array]:
-        """Percentiles over axis 0, stretched around the value by Student's t over the normal's z.
+        """Return the interval's ends: percentiles of `spread` over axis 0, stretched around value.
 
-        Plain percentiles are too narrow by that factor when few observations are spare.
+        The stretch is the quantile of Student's t over that of the normal distribution. Plain
+        percentiles are too narrow by this factor when there are few degrees of freedom.
         """
         tail = (1 - LEVEL) / 2
         stretch = t.isf(tail, self.spare) / norm.isf(tail) if self.spare > 0 else np.inf
         low, high = np.quantile(spread - value, (tail, 1 - tail), axis=0)
-        # The value lies within, even where nearly all replicates are on one side of it.
+        # Keep the value inside the interval, even if nearly all replicates are on one side of it.
         return value + stretch * np.minimum(low, 0), value + stretch * np.maximum(high, 0)
 
 
@@ -208,38 +224,44 @@ def fit(
     rng: np.random.Generator,
     groups: NDArray[np.int64] | None = None,
 ) -> Fit:
-    """Fits a law to measurements by Huber's loss on log residuals, from several starts.
+    """Fit a law to measurements with Huber's loss on log residuals, from several start points.
 
-    The bootstrap keeps x and resamples the cells' residuals: with a handful of cells, resampling
-    the cells themselves would often leave too few different n to fit anything.
+    The bootstrap keeps x and resamples the residuals of the cells. Resampling the cells themselves
+    would often leave too few different n to fit the law, as there are only a handful of cells.
 
     Args:
-        law: to be fitted.
-        x: [N, V] positive.
-        y: [N] positive.
-        n_boot: bootstrap replicates.
-        rng: of the bootstrap.
-        groups: [N] which observations share their noise; each has its own when None. The residuals
-            of a group then stay together and are multiplied by one random weight (wild bootstrap).
+        law: The law to fit.
+        x: [N, V] positive values of the variables.
+        y: [N] positive measurements.
+        n_boot: Number of bootstrap replicates.
+        rng: Random generator of the bootstrap.
+        groups: [N] group of each observation; observations of a group share their noise. The
+            bootstrap multiplies all residuals of a group by the same random weight (wild
+            bootstrap). None if all observations are independent.
 
     Raises:
-        ValueError: fewer observations than unknowns.
+        ValueError: If there are fewer observations than unknowns.
     """
     if len(y) < law.n_unknowns:
-        raise ValueError(f"{law.name}: {len(y)} observations for {law.n_unknowns} unknowns")
+        raise ValueError(
+            f"{law.name}: {len(y)} observations for {law.n_unknowns} unknowns; expected at least "
+            "as many observations"
+        )
     log_y = np.log(y)
     problem = _Problem(law, x)
     starts = [problem.inner(start) for start in _starts(law, x, y)]
     middle = starts[len(starts) // 2]
-    # Nearly the absolute loss first, as its residuals show how wide the noise is; then Huber's.
+    # First fit with a loss that is almost the absolute one. Its residuals give the scale of the
+    # noise, which sets the width of Huber's loss for the final fit.
     rough = problem.best(starts, log_y, width=1e-3)
     width = HUBER_SCALES * _scale(log_y - problem.predict(rough), law.n_unknowns)
     best = problem.best([rough, *starts], log_y, width)
     fitted = problem.predict(best)
     n_independent = len(y) if groups is None else len(np.unique(groups))
-    # Coefficients of a curve through clustered points: clusters less one, as is usual there.
+    # For clustered observations the usual number of degrees of freedom is clusters minus one.
     spare = n_independent - (law.n_unknowns if groups is None else 1)
     centre = Fit(law, problem.outer(best), np.empty((0, law.n_unknowns)), log_y - fitted, spare)
+    # Start each replicate at the best fit, unless one of its terms has vanished.
     origin = best if problem.smallest_share(best) > _VANISHED else middle
     replicates = [
         problem.outer(problem.best([origin], fitted + noise, width))
@@ -251,30 +273,39 @@ def fit(
 def _resampled(
     fitted: Fit, n_boot: int, rng: np.random.Generator, groups: NDArray[np.int64] | None
 ) -> Array:
-    """[n_boot, N] noise of the bootstrap's data sets."""
+    """Draw the noise of the bootstrap replicates, [n_boot, N]."""
     n = len(fitted.residuals)
     if groups is None:
         return rng.choice(fitted.noise, size=(n_boot, n))
     _, member = np.unique(groups, return_inverse=True)
-    # Webb's six weights: mean 0, variance 1, and enough of them for few groups.
+    # Webb's six weights have mean 0 and variance 1. Two weights would give too few different
+    # replicates when there are few groups.
     six = np.sqrt([0.5, 1.0, 1.5])
     weights = rng.choice(np.concatenate([six, -six]), size=(n_boot, member.max() + 1))
     return np.asarray(weights[:, member] * fitted.residuals)
 
 
 def _scale(residuals: Array, n_unknowns: int) -> float:
-    """Robust standard deviation: an absolute-loss fit passes through as many as its unknowns."""
+    """Estimate the standard deviation robustly from the residuals of an absolute-loss fit.
+
+    Such a fit passes through as many points as it has unknowns, so that many of the smallest
+    residuals are dropped.
+    """
     sizes = np.sort(np.abs(residuals))[n_unknowns:]
     return max(float(np.median(sizes)) * 1.4826, _SMALLEST_SCALE) if len(sizes) else _SMALLEST_SCALE
 
 
 def _starts(law: Law, x: Array, y: Array) -> list[Array]:
-    """[P] each: the last term takes a share of the lowest loss, the first one explains the rest."""
+    """Return start points for the search, unknowns [P] each.
+
+    In each of them the last term takes a fraction of the lowest loss, and the first term is fitted
+    to the rest.
+    """
     first, *rest = law.features(x)
     if not rest:
         return [np.asarray(np.linalg.lstsq(first, np.log(y), rcond=None)[0], np.float64)]
     (last,) = rest
-    # The lowest loss among the cells that the last term cannot tell apart.
+    # The lowest loss among the cells for which the last term has the same value.
     _, member = np.unique(last.round(9), axis=0, return_inverse=True)
     lowest = np.full(member.max() + 1, np.inf)
     np.minimum.at(lowest, member.ravel(), y)
@@ -288,40 +319,42 @@ def _starts(law: Law, x: Array, y: Array) -> list[Array]:
 
 
 class _Problem:
-    """Least squares for one law and one set of x, in unknowns that are scaled and uncorrelated.
+    """Least squares for one law at fixed x, in scaled and uncorrelated unknowns.
 
-    ln n and ln k are far from 0, which makes the columns of features nearly parallel; each term's
-    are replaced by orthonormal ones (QR), whose unknowns are called inner here.
+    ln n and ln k are far from 0, so the columns of the features are nearly parallel. The columns of
+    each term are replaced by orthonormal ones (QR). Their unknowns are called inner, those of the
+    law outer.
     """
 
     def __init__(self, law: Law, x: Array) -> None:
         pairs = [np.linalg.qr(features) for features in law.features(x)]
         self._q = [q for q, _ in pairs]
         self._r = [r for _, r in pairs]
+        # Slice of each term's unknowns in the vector of all unknowns.
         ends = np.cumsum([q.shape[1] for q in self._q])
         self._parts = [slice(end - q.shape[1], end) for q, end in zip(self._q, ends, strict=True)]
 
     def inner(self, theta: Array) -> Array:
-        """Inner unknowns of a law's."""
+        """Convert the law's unknowns [P] to inner unknowns [P]."""
         return np.concatenate([r @ theta[p] for r, p in zip(self._r, self._parts, strict=True)])
 
     def outer(self, inner: Array) -> Array:
-        """A law's unknowns."""
+        """Convert inner unknowns [P] to the law's unknowns [P]."""
         pairs = zip(self._r, self._parts, strict=True)
         return np.concatenate([np.linalg.solve(r, inner[part]) for r, part in pairs])
 
     def smallest_share(self, inner: Array) -> float:
-        """Of the law's terms, the least that one takes where it takes most."""
+        """Return the smallest share of a term, where each term counts at its largest share."""
         shares = np.exp(self._logs(inner) - self.predict(inner))
         return float(shares.max(axis=1).min())
 
     def predict(self, inner: Array) -> Array:
-        """ln L, [N]."""
+        """Return ln L, [N]."""
         return np.asarray(np.logaddexp.reduce(self._logs(inner), axis=0))
 
     def best(self, starts: list[Array], log_y: Array, width: float) -> Array:
-        """The inner unknowns with the lowest loss that the searches from these starts find."""
-        # MINPACK may try NaN once a term has vanished; it does not accept what NaN follows from.
+        """Search from each start and return the inner unknowns with the lowest loss found."""
+        # Once a term has vanished, MINPACK may try unknowns that give NaN. It rejects such steps.
         with np.errstate(invalid="ignore"):
             found = [
                 least_squares(
@@ -332,12 +365,12 @@ class _Problem:
         return np.asarray(min(found, key=lambda result: result.cost).x)
 
     def _logs(self, inner: Array) -> Array:
-        # A floor of 0 is minus infinity here, where sums turn into NaN.
+        # A floor of 0 corresponds to minus infinity, and sums with infinities give NaN.
         inner = np.clip(inner, -_FAR, _FAR)
         return np.stack([q @ inner[p] for q, p in zip(self._q, self._parts, strict=True)])
 
     def _residuals(self, inner: Array, log_y: Array, width: float) -> Array:
-        """[N], whose squares are twice Huber's loss: MINPACK knows nothing but squares."""
+        """Return [N] values whose squares are twice Huber's loss: MINPACK sums squares only."""
         raw = log_y - self.predict(inner)
         size = np.abs(raw)
         tail = np.sign(raw) * np.sqrt(np.maximum(2 * width * size - width**2, 0))
@@ -349,6 +382,7 @@ class _Problem:
         shares = np.exp(logs - total)
         columns = [share[:, None] * q for share, q in zip(shares, self._q, strict=True)]
         size = np.abs(log_y - total)
+        # The maximum keeps the root positive where the loss is quadratic; the slope is 1 there.
         tail = width / np.sqrt(np.maximum(2 * width * size - width**2, width**2))
         slope = np.where(size <= width, 1.0, tail)
         return -slope[:, None] * np.concatenate(columns, axis=1)

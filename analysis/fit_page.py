@@ -1,4 +1,4 @@
-"""Figures of a study of scaling laws, and the offline page that shows them."""
+"""Draw the figures of a scaling-law study and render the offline page that shows them."""
 
 from __future__ import annotations
 
@@ -17,31 +17,36 @@ from analysis.svg import N_COLOURS, Layer, Point, fit_chart, number, standalone,
 
 TEMPLATES = Path(__file__).parent / "templates"
 _SAMPLES = 80
+"""Number of x values at which a fitted curve is drawn."""
 _BEYOND = 2.0
-"""How far past the data a curve is drawn, as a factor."""
+"""Factor by which a curve is drawn beyond the largest x, and beyond the range of y."""
 _X_LABELS = {"n": "latents", "C": "training FLOPs"}
 
 
 @dataclass(frozen=True)
 class Section:
-    """One law on the page."""
+    """Contents of the page's section about one law."""
 
     title: str
     formula: str
     note: str
+    """Number of points and of coefficients."""
     svg: str
+    """Chart of the points and the fit."""
     residuals_svg: str
+    """Chart of the residuals."""
     legend: list[tuple[int, str]]
-    """(colour, what it is)."""
+    """Rows of (number of the colour, label)."""
     coefficients: list[tuple[str, str, str]]
-    """(name, value, interval)."""
+    """Rows of (name, value, interval)."""
     held_out: list[tuple[str, str, str, str, str]]
-    """(cell, measured, forecast, interval, error)."""
+    """Rows of (cell, measured, forecast, interval, error)."""
     not_held_out: str | None
+    """Reason why no cell was held out."""
 
 
 def figures(study: Study) -> dict[str, str]:
-    """File name without suffix -> SVG file, two for each law."""
+    """Draw two figures for each law; return file name without suffix -> SVG file."""
     css = (TEMPLATES / "figure.css").read_text(encoding="utf-8")
     found: dict[str, str] = {}
     for result in study.results:
@@ -52,7 +57,7 @@ def figures(study: Study) -> dict[str, str]:
 
 
 def render(study: Study, definitions: Mapping[str, str]) -> str:
-    """The page's HTML. Every name and value goes through the template's escaping."""
+    """Render the page as HTML. The template escapes all names and values."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     environment = Environment(
@@ -72,7 +77,7 @@ def render(study: Study, definitions: Mapping[str, str]) -> str:
 
 
 def chart(result: Result) -> str:
-    """Points and curve of a law; the joint law's over n, one curve for each k."""
+    """Draw the points and the curve of a law; for L(n, k), one curve over n for each k."""
     layers = [
         Layer(name, 5, line=thin(_pairs(curve.x, curve.y)), style="faint")
         for name, curve in result.curves
@@ -82,15 +87,18 @@ def chart(result: Result) -> str:
 
 
 def _layers(result: Result) -> list[Layer]:
-    """One for each k: points, the curve through them and somewhat beyond, its interval."""
+    """Return one layer for each group: its points, the fitted curve and the curve's interval."""
     held_out = {cell.name for cell in result.held_out}
     layers = []
     for colour, (name, members) in enumerate(_groups(result).items()):
         x, y = result.x[members], result.y[members]
         points = _pairs(x[:, 0], y)
+        # The curve runs over the first variable; a second one is constant within the group.
         grid = np.geomspace(x[:, 0].min() / 1.2, x[:, 0].max() * _BEYOND, _SAMPLES)
         inputs = np.stack([grid, *(np.full_like(grid, value) for value in x[0, 1:])], axis=1)
         value, low, high = result.fit.curve(inputs)
+        # Cut the curve off where it is far above or below the points. They would otherwise be
+        # squeezed into a small part of the chart.
         near = (value > y.min() / _BEYOND) & (value < y.max() * _BEYOND)
         grid, value, low, high = grid[near], value[near], low[near], high[near]
         is_out = [result.names[i] in held_out for i in members]
@@ -110,7 +118,7 @@ def _layers(result: Result) -> list[Layer]:
 
 
 def _residuals(result: Result) -> str:
-    """Per cent by which each point lies above the fit."""
+    """Draw by how many per cent each point lies above the fit."""
     percent = 100 * np.expm1(result.fit.residuals)
     first = result.x[:, 0]
     ends = [(float(first.min()), 0.0), (float(first.max()), 0.0)]
@@ -122,7 +130,10 @@ def _residuals(result: Result) -> str:
 
 
 def _groups(result: Result) -> dict[str, list[int]]:
-    """What shares a colour -> its points: a k of the joint law, all points of another."""
+    """Group the points by colour; return label -> indices of the points.
+
+    The joint law has one group for each k, every other law a single group.
+    """
     if result.law is not JOINT_LAW:
         return {result.title: list(range(len(result.y)))}
     found: dict[str, list[int]] = {}
@@ -132,7 +143,7 @@ def _groups(result: Result) -> dict[str, list[int]]:
 
 
 def _section(result: Result) -> Section:
-    what = "points of the frontier" if result.law is COMPUTE_LAW else "cells"
+    what = "points on the frontier" if result.law is COMPUTE_LAW else "cells"
     groups = _groups(result) if result.law is JOINT_LAW else {}
     return Section(
         title=result.title,
@@ -160,16 +171,16 @@ def _section(result: Result) -> Section:
 
 
 def _tiles(study: Study) -> list[tuple[str, str, str]]:
-    """(title, value, note) of the figures on top."""
+    """Return (title, value, note) of the tiles at the top."""
     held = [cell for result in study.results for cell in result.held_out]
     worst = max((abs(cell.error) for cell in held), default=None)
     inside = sum(cell.forecast.low <= cell.measured <= cell.forecast.high for cell in held)
     left_out = len(study.sweep.left_out)
     return [
-        ("Cells", str(len(study.cells)), f"{left_out} left out, {len(study.worse)} not the best"),
+        ("Cells", str(len(study.cells)), f"{left_out} left out, {len(study.worse)} superseded"),
         ("Laws", str(len(study.results)), f"{len(study.not_fitted)} not fitted"),
         ("Metric", study.metric, "final value of each cell"),
-        ("Worst forecast", "–" if worst is None else f"{worst:.2%}", "of the cells held out"),
+        ("Worst forecast", "–" if worst is None else f"{worst:.2%}", "error on held-out cells"),
         ("Held out", f"{inside}/{len(held)}" if held else "–", "inside their 95% intervals"),
     ]
 
@@ -200,6 +211,6 @@ def _pairs(x: Any, y: Any) -> list[Point]:
 
 
 def _file_name(result: Result) -> str:
-    """`loss-n-k32` and the like."""
+    """Return the name of a figure's file without suffix, e.g. `loss-n-k32`."""
     name = {"L(n)": "loss-n", "L(n, k)": "loss-n-k", "L(C)": "loss-compute", "T(n)": "tokens-n"}
     return name[result.law.name] + ("" if result.k is None else f"-k{result.k}")

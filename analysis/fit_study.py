@@ -1,4 +1,4 @@
-"""Which laws a sweep's cells allow, fitted, with the check on the cells held out. No I/O here."""
+"""Fit every scaling law that a sweep's cells allow and check it on held-out cells. No I/O here."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ from analysis.fit_laws import (
 Array = NDArray[np.float64]
 
 LEAST_CELLS = {FLOOR_LAW.name: 4, JOINT_LAW.name: 8, TOKENS_LAW.name: 3, COMPUTE_LAW.name: 4}
-"""Cells a law needs: one more than its coefficients at least."""
+"""Law name -> cells that it requires: more than it has coefficients."""
 LEAST_SIZES = 3
-"""Different n for every law; different k for the joint one; cells on the frontier for L(C)."""
+"""Different n that every law requires; for L(n, k) also different k, for L(C) frontier cells."""
 
 
 @dataclass(frozen=True)
 class HeldOut:
-    """A cell that the law was not fitted to, forecast from the smaller ones."""
+    """A cell of the largest n, forecast by a fit to the smaller cells."""
 
     name: str
     measured: float
@@ -41,7 +41,7 @@ class HeldOut:
 
     @property
     def error(self) -> float:
-        """Forecast over measured, less 1."""
+        """Relative error of the forecast: forecast / measured - 1."""
         return self.forecast.value / self.measured - 1
 
 
@@ -51,59 +51,60 @@ class Result:
 
     law: Law
     k: int | None
-    """The k of all its cells; None for the joint law."""
+    """The k that all cells share; None for the joint law L(n, k)."""
     names: tuple[str, ...]
-    """Of the cell behind each point."""
+    """[N] name of the cell that each point comes from."""
     x: Array
-    """[N, V]."""
+    """[N, V] float64 variables of the law."""
     y: Array
-    """[N]."""
+    """[N] float64 measured values."""
     fit: Fit
     held_out: tuple[HeldOut, ...] = ()
     not_held_out: str | None = None
-    """Why no cell was held out."""
+    """Reason why no cell was held out; None for L(C) and T(n), which are never checked this way."""
     curves: tuple[tuple[str, Curve], ...] = ()
-    """L(C): the smoothed curves under whose lowest edge the frontier lies."""
+    """For L(C): (cell, smoothed curve) of all cells whose lower envelope is the frontier."""
 
     @property
     def title(self) -> str:
-        """The law, and at which k."""
+        """Name of the law, with the k of its cells: `L(n) at k = 32`."""
         return self.law.name if self.k is None else f"{self.law.name} at k = {self.k}"
 
 
 @dataclass(frozen=True)
 class Study:
-    """Everything that was found out about a sweep."""
+    """All results for one sweep."""
 
     metric: str
     sweep: Sweep
     cells: tuple[Cell, ...]
-    """What L(n) and L(n, k) were fitted to: the best of each n, k and seed."""
+    """Cells to which L(n) and L(n, k) were fitted: the best cell of each n, k and seed."""
     worse: dict[str, str]
-    """Name -> reason, of the finished cells that were not the best."""
+    """Name of each other finished cell -> reason why it was not used."""
     tokens_to_convergence: dict[str, float | None]
-    """Name -> tokens; None where the curve does not tell."""
+    """Cell name -> tokens; None if they cannot be determined from the curve."""
     results: tuple[Result, ...]
     not_fitted: dict[str, str]
-    """Title -> why this law was not fitted."""
+    """Title of each law that was not fitted -> reason."""
 
 
 class _TooFew(Exception):
-    """Why these cells do not allow a law; never leaves this module."""
+    """The reason why a law cannot be fitted to these cells; caught within this module."""
 
 
 def study_sweep(sweep: Sweep, metric: str, hold_out: str, n_boot: int, seed: int) -> Study:
-    """Fits every law that the cells allow.
+    """Fit every law that the cells allow.
 
     Args:
-        sweep: its cells.
-        metric: fvu, loss or heldout_fvu.
-        hold_out: largest, to fit again without the largest n and forecast it; or none.
-        n_boot: bootstrap replicates of each fit.
-        seed: of the bootstrap.
+        sweep: The cells of the sweep.
+        metric: `fvu`, `loss` or `heldout_fvu`.
+        hold_out: `largest` to fit again without the cells of the largest n and forecast them, or
+            `none`.
+        n_boot: Bootstrap replicates of each fit.
+        seed: Seed of the bootstrap.
 
     Raises:
-        FitError: the cells allow no law at all.
+        FitError: If no law can be fitted to the cells.
     """
     cells, worse = best_of_each(sweep.cells, metric)
     converged = {cell.name: converged_at(cell.steady(metric)) for cell in sweep.cells}
@@ -115,6 +116,7 @@ def study_sweep(sweep: Sweep, metric: str, hold_out: str, n_boot: int, seed: int
     results, not_fitted = [], {}
     for law, k, group in plans:
         try:
+            # L(C) uses all cells of this k, the other laws only the best cell of each n and seed.
             if law is COMPUTE_LAW:
                 every = [cell for cell in sweep.cells if cell.k == k]
                 results.append(fitter.compute(every, k))
@@ -134,20 +136,22 @@ def _nothing(sweep: Sweep, not_fitted: dict[str, str]) -> str:
     reasons = [f"{title}: {reason}" for title, reason in not_fitted.items()]
     reasons += [f"{name}: {reason}" for name, reason in sweep.left_out.items()]
     return (
-        f"{sweep.folder}: its {len(sweep.cells)} finished cells allow no law: "
+        f"{sweep.folder}: no scaling law can be fitted to the {len(sweep.cells)} finished cells: "
         f"{'; '.join(reasons)}; train more sizes at one k"
     )
 
 
 @dataclass(frozen=True)
 class _Fitter:
+    """Fits one law at a time; every method raises `_TooFew` if the cells do not allow the law."""
+
     metric: str
     hold_out: bool
     n_boot: int
     seed: int
 
     def levels(self, law: Law, cells: Sequence[Cell], k: int | None) -> Result:
-        """L(n) or L(n, k): the cells' final values."""
+        """Fit L(n) or L(n, k) to the final values of the cells."""
         _require(law, cells)
         x, y = _points(law, cells, self.metric)
         held_out, reason = self._held_out(law, cells, k)
@@ -157,13 +161,14 @@ class _Fitter:
     def tokens(
         self, cells: Sequence[Cell], k: int | None, converged: dict[str, float | None]
     ) -> Result:
-        """T(n): tokens after which the loss had converged."""
+        """Fit T(n) to the tokens at which the loss of each cell had converged."""
         reached = [(cell, converged[cell.name]) for cell in cells]
         known = [(cell, tokens) for cell, tokens in reached if tokens is not None]
         if len(known) < len(cells) and len(known) < LEAST_CELLS[TOKENS_LAW.name]:
             raise _TooFew(
-                f"{len(known)} of {len(cells)} cells converged within the first 80% of their "
-                "tokens at the constant learning rate, and not at once"
+                f"convergence was measured for only {len(known)} of {len(cells)} cells: it must "
+                "fall after the first 5% and within the first 80% of the tokens at the constant "
+                "learning rate"
             )
         _require(TOKENS_LAW, [cell for cell, _ in known])
         x = np.array([[cell.n_latents] for cell, _ in known], np.float64)
@@ -172,19 +177,23 @@ class _Fitter:
         return Result(TOKENS_LAW, k, names, x, y, self._fit(TOKENS_LAW, k, x, y))
 
     def compute(self, cells: Sequence[Cell], k: int | None) -> Result:
-        """L(C): the lower envelope of the cells' curves over training compute."""
+        """Fit L(C) to the lower envelope of the cells' curves over training compute."""
         unknown = [cell.name for cell in cells if cell.d_model is None]
         if unknown:
-            raise _TooFew(f"no checkpoint tells d_model, and so the compute, of {unknown[0]}")
+            raise _TooFew(
+                f"{unknown[0]} has no readable checkpoint, so its d_model and its compute are "
+                "unknown"
+            )
         _require(COMPUTE_LAW, cells)
         curves = [cell.over_compute(self.metric) for cell in cells]
         if not any(len(curve.x) for curve in curves):
-            raise _TooFew("no cell went on after its warm-up")
+            raise _TooFew("no cell was trained beyond its warm-up")
         envelope, owner = frontier(curves)
         on_it = len(np.unique(owner))
         if on_it < LEAST_SIZES:
             raise _TooFew(f"{on_it} cells lie on the frontier, expected at least {LEAST_SIZES}")
         x = envelope.x[:, None]
+        # Points from the same cell share its noise, so they are resampled as one group.
         found = self._fit(COMPUTE_LAW, k, x, envelope.y, groups=owner)
         names = tuple(cells[i].name for i in owner)
         shown = tuple((cell.name, curve) for cell, curve in zip(cells, curves, strict=True))
@@ -219,7 +228,10 @@ class _Fitter:
         return fit(law, x, y, self.n_boot, self._rng(law, k), groups)
 
     def _rng(self, law: Law, k: int | None) -> np.random.Generator:
-        """A law's own, so that its interval does not depend on which others were fitted."""
+        """Return a generator for one law.
+
+        Each law has its own, so that its interval does not depend on which other laws were fitted.
+        """
         return np.random.default_rng((self.seed, zlib.crc32(law.name.encode()), k or 0))
 
 
@@ -229,10 +241,15 @@ def _points(law: Law, cells: Sequence[Cell], metric: str) -> tuple[Array, Array]
 
 
 def _require(law: Law, cells: Sequence[Cell]) -> None:
-    """Raises: _TooFew: saying what these cells lack for the law."""
+    """Check that there are enough cells, n and k to fit the law.
+
+    Raises:
+        _TooFew: If there are not; the message says what is missing.
+    """
     sizes = {cell.n_latents for cell in cells}
     ks = {cell.k for cell in cells}
-    # Seeds are worth as much as sizes for a law of one variable; the joint one needs the grid.
+    # For a law of one variable, cells that differ only in their seed count as separate points. The
+    # joint law requires different points of the (n, k) grid.
     grid = {(cell.n_latents, cell.k) for cell in cells}
     n_cells = len(grid) if law is JOINT_LAW else len(cells)
     least = LEAST_CELLS[law.name]

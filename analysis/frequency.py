@@ -1,4 +1,4 @@
-"""One pass over the stored training rows: how often each latent fires."""
+"""Count how often each latent fires, in one pass over the stored training rows."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ ROWS_PER_READ = 2048
 
 
 class FiringPass(NamedTuple):
-    """What one pass over a store gives."""
+    """Result of one pass over a store."""
 
     counts: Tensor
-    """[L] int64 rows in which each latent is above 0."""
+    """[L] int64: number of rows in which each latent is above 0."""
     sums: ReconstructionSums
-    """Mean and variance of the rows; errors only if asked for."""
+    """Mean and variance of the rows. Holds reconstruction errors only with `with_errors=True`."""
 
     @property
     def dead_fraction(self) -> float | None:
-        """Share of latents that fired on no row; None without rows."""
+        """Fraction of latents that fired on no row; None without rows."""
         return float((self.counts == 0).double().mean()) if self.sums.rows else None
 
 
@@ -40,17 +40,18 @@ def count_firings(
     with_errors: bool,
     progress: Callable[[int], None] = lambda rows: None,
 ) -> FiringPass:
-    """Reads the rows of `array` once, in order, and encodes them; deleted ones are left out.
+    """Read the rows of `array` once, in order, and encode them; deleted rows are skipped.
 
     Args:
-        sae: The dictionary.
-        store: The store it was trained on.
-        array: Hookpoint.
-        with_errors: Also reconstruct, for fvu, mse and l0 on these rows.
-        progress: Told the number of rows done.
+        sae: The SAE whose latents are counted.
+        store: The store that the SAE was trained on.
+        array: Name of the array: the hookpoint.
+        with_errors: Also reconstruct the rows, to measure fvu, mse and l0 on them.
+        progress: Called with the number of rows read so far, after each batch.
     """
     counts = torch.zeros(sae.config.n_latents, dtype=torch.int64)
     sums = ReconstructionSums(sae.d_model)
+    # Consumed items are deleted from the front: skip the rows of all items below the mark.
     first = int(store.valid_rows[: store.read_watermark().below].sum())
     for start in range(first, store.n_tokens, ROWS_PER_READ):
         rows = store.read(array, start, min(start + ROWS_PER_READ, store.n_tokens))

@@ -1,23 +1,26 @@
-"""A figure as PNG, for where SVG cannot go; drawn alike on every machine."""
+"""Render figures as PNG, with the same pixels on every machine."""
 
 from __future__ import annotations
 
 
 def to_png(svg: str, zoom: float = 2.0) -> bytes:
-    """The PNG of an SVG file, lettered with a font that is installed with this package.
+    """Render an SVG file as PNG, with a font that is installed as a dependency.
 
     Args:
-        svg: a file of its own, as `analysis.svg.standalone` makes it.
-        zoom: pixels for each of its units.
+        svg: A standalone SVG file, as returned by `analysis.svg.standalone`.
+        zoom: Pixels per SVG unit.
+
+    Returns:
+        The PNG file's bytes.
 
     Raises:
-        ValueError: it is no SVG.
+        ValueError: If `svg` is not valid SVG.
     """
     import font_source_sans_pro
     import resvg_py
 
     family = "Source Sans Pro"
-    # Fonts of the system differ, and a container has none: the text would be missing.
+    # System fonts differ between machines. A container may have none, and would draw no text.
     lettered = svg.replace("system-ui", f'"{family}"')
     return bytes(
         resvg_py.svg_to_bytes(

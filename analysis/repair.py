@@ -1,4 +1,4 @@
-"""The repair stage: drops what is not committed or is damaged, and says what to redo."""
+"""Repair stage: remove uncommitted and damaged data from the stores and list the items to redo."""
 
 from __future__ import annotations
 
@@ -12,11 +12,14 @@ from conf.schema import RunConfig
 
 
 def run(config: RunConfig, run_dir: Path) -> None:
-    """Repairs the run's stores; the next harvest writes the items that are missing in its own.
+    """Repair all stores of the run.
+
+    The next harvest rewrites the items that are missing from `store.path`. It does not write to
+    the stores that are mixed in.
 
     Raises:
-        StoreBusyError: A writer or another repair holds the store.
-        StoreError: The store's own header is damaged.
+        StoreBusyError: If a writer or another repair holds the lock of a store.
+        StoreError: If the header of a store is damaged.
     """
     console = Console(soft_wrap=True)
     config = saved_config(run_dir) or config
@@ -24,4 +27,4 @@ def run(config: RunConfig, run_dir: Path) -> None:
         report = repair_store(path)
         console.print(f"repair: {path}: {report}")
         if report.redo and path == config.store.path:
-            console.print(f"repair: next, stage=harvest name={config.name} writes them again")
+            console.print(f"repair: to write them again, run stage=harvest name={config.name}")

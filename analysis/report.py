@@ -1,4 +1,4 @@
-"""Report stage: one offline HTML page of a run, from whatever its folder holds so far."""
+"""Report stage: render one offline HTML page for a run from the files written so far."""
 
 from __future__ import annotations
 
@@ -33,16 +33,20 @@ class Curve:
 
     title: str
     key: str
+    """Key of the value in a row of the log."""
     note: str
+    """Caption below the title."""
     log: bool = False
+    """Draw a logarithmic y axis."""
     scale: float = 1.0
+    """Factor from the logged value to the drawn one; 100 for per cent."""
 
 
 CURVES = (
     Curve("Loss", "loss", "FVU of the batch plus the weighted auxiliary loss", log=True),
     Curve("FVU", "fvu", "fraction of variance unexplained, training batches", log=True),
-    Curve("L0", "l0", "latents active per token"),
-    Curve("Dead latents", "dead_fraction", "% silent for sae.dead_after_tokens", scale=100),
+    Curve("L0", "l0", "active latents per token"),
+    Curve("Dead latents", "dead_fraction", "% not fired for sae.dead_after_tokens", scale=100),
     Curve("Throughput", "tokens_per_s", "training tokens per second"),
     Curve("Loader wait", "loader_wait_fraction", "% of time spent waiting for data", scale=100),
     Curve("Gradient norm", "grad_norm", "before clipping", log=True),
@@ -51,10 +55,12 @@ CURVES = (
 
 
 def run(config: RunConfig, run_dir: Path) -> None:
-    """Writes `report/index.html`: one file, no script, nothing fetched; missing parts say so.
+    """Write `report/index.html`: a single file without scripts or external resources.
+
+    Sections whose stage has not run say so, and name the command to run.
 
     Raises:
-        RunFileError: a JSON file of the run is there but cannot be read.
+        RunFileError: If a JSON file of the run exists but cannot be read.
     """
     folder = run_dir / "report"
     folder.mkdir(parents=True, exist_ok=True)
@@ -66,7 +72,7 @@ def run(config: RunConfig, run_dir: Path) -> None:
 
 
 def render(config: RunConfig, run_dir: Path) -> str:
-    """The page's HTML. Every name and value goes through the template's escaping."""
+    """Render the page as HTML. The template escapes all names and values."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     environment = Environment(
@@ -108,7 +114,7 @@ def _summary(config: RunConfig) -> str:
 def _tiles(
     metrics: dict[str, Any] | None, log: TrainingLog, harvest: dict[str, Any] | None
 ) -> list[tuple[str, str, str]]:
-    """(title, value, note) of the figures on top; a dash where the stage has not run."""
+    """Return (title, value, note) of the tiles at the top; a dash if the stage has not run."""
     metrics = metrics or {}
     steps = [rows[-1] for rows in log.rows.values() if rows]
     trained = max((row.get("tokens") or 0 for row in steps), default=0)
@@ -177,7 +183,7 @@ def _scaled(value: Any, scale: float) -> float:
 
 
 def _metric_rows(metrics: dict[str, Any] | None) -> list[tuple[str, str, str]] | None:
-    """(name, value, definition) of the metrics, then of whatever else the evaluation wrote."""
+    """Return (name, value, definition) of the known metrics, then of any other scalar entries."""
     if metrics is None:
         return None
     definitions = metrics.get("definitions", {})
@@ -186,22 +192,21 @@ def _metric_rows(metrics: dict[str, Any] | None) -> list[tuple[str, str, str]] |
         for key, value in metrics.items()
         if key not in METRIC_NAMES and not isinstance(value, dict | list) and value is not None
     ]
-    return [
-        (
-            key,
-            value_text(metrics.get(key)) if metrics.get(key) is not None else "–",
-            str(definitions.get(key, "")),
-        )
-        for key in (*METRIC_NAMES, *others)
-    ]
+    rows = []
+    for key in (*METRIC_NAMES, *others):
+        value = metrics.get(key)
+        text = "–" if value is None else value_text(value)
+        rows.append((key, text, str(definitions.get(key, ""))))
+    return rows
 
 
 def _frequency(data: dict[str, Any] | None) -> dict[str, Any] | None:
-    """Histogram of log10(firings per token); latents that never fired are counted apart."""
+    """Draw the histogram of log10(firings per token) and count the latents that never fired."""
     if data is None or not data.get("tokens"):
         return None
     tokens, counts = int(data["tokens"]), data["counts"]
     alive = [math.log10(count / tokens) for count in counts if count > 0]
+    # The x axis ends at 0, which is one firing per token, and spans four decades or more.
     low = min([math.floor(min(alive, default=-1.0)), -4])
     bins_per_decade = 8
     edges = [low + i / bins_per_decade for i in range(-low * bins_per_decade + 1)]
@@ -220,7 +225,7 @@ def _frequency(data: dict[str, Any] | None) -> dict[str, Any] | None:
 
 
 def _throughput(log: TrainingLog) -> list[tuple[str, str]]:
-    """(name, value) over the whole training log."""
+    """Return (name, value) of the throughput figures over the whole training log."""
     rows = [row for per_sae in log.rows.values() for row in per_sae]
     if not rows:
         return []

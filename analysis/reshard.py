@@ -1,7 +1,8 @@
-"""The reshard stage: the newest checkpoint with another number of files, beside the old one.
+"""Reshard stage: rewrite the newest checkpoint with a different number of files.
 
-For fewer, larger files to keep or to send, and for another run: `step-N/` in its `checkpoints/`
-is resumed from. Any mesh resumes from any number of files, so nothing else needs this stage.
+The original checkpoint is kept. Fewer, larger files are easier to archive or to transfer. The new
+`step-N/` can also be moved into the `checkpoints/` of another run, which then resumes from it.
+Resuming never needs this stage: any device mesh can resume from any number of files.
 """
 
 from __future__ import annotations
@@ -12,11 +13,11 @@ from conf.schema import RunConfig
 
 
 def run(config: RunConfig, run_dir: Path) -> None:
-    """Writes `reshard.to/step-N`, or `resharded/step-N` in the run's folder.
+    """Write `step-N` to the folder `reshard.to`, or to `resharded/` in the run folder.
 
     Raises:
-        CheckpointError: the run has no valid checkpoint, or that folder exists.
-        ConfigError: more shards than latents.
+        CheckpointError: If the run has no valid checkpoint, or if the target folder exists.
+        ConfigError: If `reshard.shards` exceeds the number of latents.
     """
     from sae_core.checkpoint.folder import newest_valid
     from sae_core.checkpoint.reshard import reshard_checkpoint
@@ -24,8 +25,8 @@ def run(config: RunConfig, run_dir: Path) -> None:
 
     source = newest_valid(run_dir / "checkpoints", config.checkpoint.verify_hashes)
     if source is None:
-        raise CheckpointError(f"{run_dir}: no valid checkpoint; train first with stage=train")
+        raise CheckpointError(f"{run_dir}: no valid checkpoint found; train with stage=train first")
     to = config.reshard.to
     root = Path(to).expanduser().resolve() if to else run_dir / "resharded"
     final = reshard_checkpoint(source, root, config.reshard.shards)
-    print(f"reshard: {final}, {config.reshard.shards} files each of weights and moments")
+    print(f"reshard: wrote {final}, with {config.reshard.shards} files each of weights and moments")

@@ -1,4 +1,4 @@
-"""Read what a run folder holds, whichever of its stages have run."""
+"""Read the files of a run folder, whichever stages of the run have finished."""
 
 from __future__ import annotations
 
@@ -31,14 +31,15 @@ METRIC_NAMES = (
     "kl",
     "tokens",
 )
-"""Of eval/metrics.json, in the order in which people read them."""
+"""Keys of eval/metrics.json, in the order in which pages and cards show them."""
 
 
 def as_trained(config: RunConfig) -> RunConfig:
-    """The config with model and text only if the store says that its rows come from them.
+    """Return the config with the model and text replaced by what the store's rows came from.
 
-    A person who trains on activations of their own leaves the config's model at its default, and
-    neither an export nor a report may then name it. Of a mixture all texts are named.
+    Users who train on their own activations leave the config's model at its default. Exports and
+    reports must not name that model, so both become "unknown" unless the provenance of every store
+    names a model and a text. With a mixture, `data.path` lists the texts of all stores.
     """
     from activation_store import open_store
 
@@ -46,8 +47,8 @@ def as_trained(config: RunConfig) -> RunConfig:
         found = [open_store(path).header.provenance or {} for path in config.store.paths]
     except StoreError:
         if not config.store.mixture:
-            return config  # nothing to compare with: the store was moved away after training
-        found = [{}]
+            return config  # the store was moved away after training: nothing to compare with
+        found = [{}]  # a store of a mixture is missing or damaged: name no model and no text
     unknown = "unknown"
     if not all("model" in one and "dataset" in one for one in found):
         return replace(config, model=ModelConfig(path=unknown), data=DataConfig(path=unknown))
@@ -64,39 +65,44 @@ def as_trained(config: RunConfig) -> RunConfig:
 
 
 def read_optional_json(path: Path) -> dict[str, Any] | None:
-    """The object in a JSON file; None when the file is not there, because its stage has not run.
+    """Read a JSON object from a file; return None if its stage has not written the file yet.
 
     Raises:
-        RunFileError: it is there, but is no JSON object.
+        RunFileError: If the file exists but does not contain a JSON object.
     """
     try:
         value = read_json(path)
     except FileNotFoundError:
         return None
     except ValueError as error:
-        raise RunFileError(f"{path}: expected JSON: {error}; run its stage again") from error
+        raise RunFileError(
+            f"{path}: expected JSON: {error}; run the stage that writes it again"
+        ) from error
     if not isinstance(value, dict):
-        raise RunFileError(f"{path}: expected a JSON object, found {type(value).__name__}")
+        raise RunFileError(
+            f"{path}: expected a JSON object, found {type(value).__name__}; run the stage that "
+            "writes it again"
+        )
     return value
 
 
 @dataclass(frozen=True)
 class TrainingLog:
-    """`metrics.jsonl`, by SAE."""
+    """Contents of `metrics.jsonl`, grouped by SAE."""
 
     rows: dict[str, list[dict[str, Any]]]
-    """SAE name -> rows in order of step, one a step."""
+    """SAE name -> rows in order of step, one row per logged step."""
     unreadable_lines: int
-    """Lines that are no JSON object: a kill in the middle of a write leaves one."""
+    """Number of lines that are not valid rows. A kill in the middle of a write leaves one."""
 
     def __bool__(self) -> bool:
         return any(self.rows.values())
 
 
 def read_training_log(path: Path) -> TrainingLog:
-    """Rows of a run's `metrics.jsonl`; empty when training has not begun.
+    """Read a run's `metrics.jsonl`; the result is empty if training has not started.
 
-    A resumed run repeats the steps after its checkpoint: the last row of a step counts.
+    A resumed run logs the steps after its checkpoint again. The last row of each step is used.
     """
     by_sae: dict[str, dict[int, dict[str, Any]]] = defaultdict(dict)
     unreadable = 0
@@ -107,6 +113,7 @@ def read_training_log(path: Path) -> TrainingLog:
                 if row is None:
                     unreadable += 1
                 else:
+                    # A later row of the same step replaces the earlier one.
                     by_sae[str(row.get("sae", "sae"))][row["step"]] = row
     rows = {name: [steps[step] for step in sorted(steps)] for name, steps in by_sae.items()}
     return TrainingLog(rows, unreadable)
@@ -127,13 +134,16 @@ class CheckpointEntry:
 
     name: str
     written: datetime
+    """Modification time of the folder, in UTC."""
     bytes: int
+    """Total size of the files."""
     files: int
+    """Number of files."""
     has_manifest: bool
 
 
 def checkpoint_entries(run_dir: Path) -> list[CheckpointEntry]:
-    """The run's checkpoints, newest first; sizes only, nothing is verified here."""
+    """List the run's checkpoints, newest first, without verifying their contents."""
     entries = []
     for folder in list_checkpoints(run_dir / "checkpoints"):
         sizes = [file.stat().st_size for file in folder.rglob("*") if file.is_file()]

@@ -1,4 +1,4 @@
-"""What the language model loses when its activations are replaced by their reconstructions."""
+"""Measure how much worse a language model predicts with reconstructed activations spliced in."""
 
 from __future__ import annotations
 
@@ -26,11 +26,13 @@ class SpliceSums:
     """Sums over predicted tokens; B contexts of T tokens give B * (T - 2) predictions."""
 
     loss: dict[str, float]
+    """Variant (`clean`, `recon`, `zero` or `mean`) -> sum of cross-entropies in nats."""
     kl: float = 0.0
+    """Sum of KL(clean || recon) in nats."""
     predictions: int = 0
 
     def metrics(self) -> dict[str, float | None]:
-        """Mean losses in nats, the divergence, and the shares recovered."""
+        """Return the mean losses and KL divergence in nats, and the fractions recovered."""
         ce = {name: loss / max(self.predictions, 1) for name, loss in self.loss.items()}
         return {
             **{f"ce_{name}": value for name, value in ce.items()},
@@ -41,22 +43,29 @@ class SpliceSums:
 
 
 class SplicedEvaluation:
-    """Runs held-out contexts clean, reconstructed, zeroed and mean-ablated.
+    """Run held-out contexts four times: clean, reconstructed, zeroed and mean-ablated.
 
-    Position 0 is never spliced, so what the model predicts there is the same in all four and is not
-    counted: losses and divergence are over predictions from position 1 on.
+    Position 0 is never spliced, so the model's prediction there is the same in all four passes.
+    Losses and divergence therefore count only the predictions from position 1 on.
+
+    Args:
+        model: The language model.
+        sae: The SAE to splice in.
+        hookpoint: The module whose output is replaced.
+        mean: [D], replaces every activation in the mean-ablated pass.
     """
 
     def __init__(self, model: nn.Module, sae: SAE, hookpoint: str, mean: Tensor) -> None:
-        """Args: mean: [D] what the mean ablation puts in place of every activation."""
-        self._model, self._sae, self._hookpoint = model, sae, hookpoint
+        self._model = model
+        self._sae = sae
+        self._hookpoint = hookpoint
         self._mean = mean
         self.rows = ReconstructionSums(sae.d_model)
         self.losses = SpliceSums(dict.fromkeys(("clean", *VARIANTS), 0.0))
 
     @torch.inference_mode()
     def add(self, split: Split, contexts: NDArray[np.int64]) -> None:
-        """Evaluates contexts of a split: four forward passes."""
+        """Evaluate the contexts with these indices in four forward passes, and add to the sums."""
         device = next(self._model.parameters()).device
         input_ids = torch.from_numpy(split.input_ids(contexts)).to(device)
         kept = torch.from_numpy(split.kept(contexts)).to(device)
@@ -81,10 +90,11 @@ class SplicedEvaluation:
     def _run(self, input_ids: Tensor, replace: Callable[[Tensor], Tensor]) -> Tensor:
         with splice(self._model, self._hookpoint, replace):
             logits: Tensor = self._model(input_ids=input_ids, use_cache=False).logits
+        # Position 0 predicts the same in all passes; the last position has no next token.
         return logits[:, 1:-1]
 
     def _reconstruct(self, x: Tensor, kept: Tensor) -> Tensor:
-        """[B, T-1, D] reconstructions; the rows that a store would keep are counted."""
+        """Return [B, T-1, D] reconstructions, and count the rows that a store would keep."""
         values, indices = self._sae.encode_topk(x)
         recon = self._sae.decode_topk(values, indices)
         self.rows.add_rows(x[kept])
@@ -93,7 +103,8 @@ class SplicedEvaluation:
 
 
 def _loss(logits: Tensor, input_ids: Tensor) -> float:
-    # A context at a time: float32 log-probabilities of a whole batch would be the largest tensor.
+    # One context at a time: the float32 log-probabilities of a whole batch would be the largest
+    # tensor of the evaluation.
     total = 0.0
     for context, ids in zip(logits, input_ids, strict=True):
         total += float(nn.functional.cross_entropy(context.float(), ids[2:], reduction="sum"))
@@ -101,14 +112,15 @@ def _loss(logits: Tensor, input_ids: Tensor) -> float:
 
 
 def _divergence(clean: Tensor, other: Tensor) -> float:
-    """Sum over predictions of KL(clean || other), in nats."""
+    """Return the sum over predictions of KL(clean || other), in nats."""
     total = 0.0
     for p, q in zip(clean, other, strict=True):
         log_p, log_q = p.float().log_softmax(-1), q.float().log_softmax(-1)
+        # kl_div(input, target) is KL(target || input).
         total += float(nn.functional.kl_div(log_q, log_p, reduction="sum", log_target=True))
     return total
 
 
 def _recovered(ablated: float, recon: float, clean: float) -> float | None:
-    """(ablated - recon) / (ablated - clean); None where ablation changes nothing."""
+    """Return (ablated - recon) / (ablated - clean), or None if ablation changes nothing."""
     return None if ablated == clean else (ablated - recon) / (ablated - clean)

@@ -1,4 +1,4 @@
-"""The status stage: how far a run has come, read from its folder."""
+"""Status stage: print a run's progress, read from its folder."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from sae_core.checkpoint.folder import list_checkpoints
 
 
 def run(config: RunConfig, run_dir: Path) -> None:
-    """Prints store, training, checkpoints and results."""
+    """Print a table of the run's store, training, checkpoints, evaluation, sweep cells and job."""
     config = saved_config(run_dir) or config
     table = Table(title=f"status: {config.name}", show_header=False, title_justify="left")
     table.add_column()
@@ -39,7 +39,7 @@ def run(config: RunConfig, run_dir: Path) -> None:
 
 
 def _cell(run_dir: Path) -> str:
-    """One line of a sweep's cell."""
+    """Describe one cell of a sweep in one line."""
     record, config = read_record(run_dir), saved_config(run_dir)
     assert config is not None
     training = _training(config, run_dir)
@@ -60,16 +60,17 @@ def _store(config: RunConfig) -> str:
             size = _size(mixed.path)
         except StoreError as error:
             size = str(error)
-        beside = f"weight {mixed.weight:g} beside {config.store.weight:g}"
-        lines.append(f"mixed in, {beside}: {mixed.path}, {size}")
+        weights = f"weight {mixed.weight:g} to {config.store.weight:g}"
+        lines.append(f"mixed in, {weights}: {mixed.path}, {size}")
     for name, consumer in consumers(config.store.path).items():
         lines.append(
-            f"consumer {name}: item {consumer.next_item}, keeps from item "
-            f"{consumer.keep_from_item}, last seen {time.time() - consumer.updated:.0f} s ago"
+            f"consumer {name}: next item {consumer.next_item}, needs items from "
+            f"{consumer.keep_from_item} on, last heartbeat "
+            f"{time.time() - consumer.updated:.0f} s ago"
         )
     lead = lead_items(config.store.path)
     if lead is not None:
-        lines.append(f"harvest is {lead} items ahead of the slowest")
+        lines.append(f"harvest is {lead} items ahead of the slowest consumer")
     return "\n".join(lines)
 
 
@@ -87,8 +88,9 @@ def _size(path: str) -> str:
 def _training(config: RunConfig, run_dir: Path) -> str:
     path = run_dir / METRICS
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    # A trainer that was killed in the middle of a write leaves an incomplete last line.
     whole = [line for line in lines if line.endswith("}")]
-    return render(json.loads(whole[-1]), config.train.n_steps) if whole else "not begun"
+    return render(json.loads(whole[-1]), config.train.n_steps) if whole else "not started"
 
 
 def _evaluation(run_dir: Path) -> str:

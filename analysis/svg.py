@@ -1,6 +1,7 @@
-"""Lines, histograms and fits as inline SVG, coloured by the page's CSS: they follow light and dark.
+"""Draw line charts, histograms and fits as inline SVG, coloured by the CSS of the page.
 
-Hand-made, because a plotting library's SVG has fixed colours and glyphs drawn as paths.
+Charts therefore follow the light or dark theme of the page. Plotting libraries are not used because
+their SVG has fixed colours and draws text as paths.
 """
 
 from __future__ import annotations
@@ -10,9 +11,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 
-WIDTH, HEIGHT = 560, 250
-LEFT, RIGHT, TOP, BOTTOM = 58, 14, 12, 34
+# Size of a chart and its margins, in px.
+WIDTH = 560
+HEIGHT = 250
+LEFT = 58
+RIGHT = 14
+TOP = 12
+BOTTOM = 34
 MAX_POINTS = 600
+"""Approximate limit of the points drawn per line."""
 N_COLOURS = 6  # .s0 to .s5 in the page's CSS
 
 Point = tuple[float, float]
@@ -20,24 +27,25 @@ Point = tuple[float, float]
 
 @dataclass(frozen=True)
 class Layer:
-    """What a chart of a fit shows in one colour, over a logarithmic x axis."""
+    """The elements of a fit chart that share one colour."""
 
     name: str
     colour: int
+    """Number of the colour, taken modulo `N_COLOURS`."""
     dots: Sequence[Point] = ()
-    """Measured."""
+    """Measured points."""
     rings: Sequence[Point] = ()
-    """Measured, and also forecast by a fit without them."""
+    """Measured points that were also forecast by a fit without them."""
     line: Sequence[Point] = ()
     band: Sequence[tuple[float, float, float]] = ()
-    """(x, low, high); what lies outside the axis, which the others span, is cut off."""
+    """(x, low, high), cut off at the ends of the axes, which span the dots, rings and lines."""
     style: str = ""
-    """Further CSS class of the line: faint or dashed."""
+    """Additional CSS class of the line: `faint` or `dashed`."""
 
 
 @dataclass(frozen=True)
 class Axis:
-    """A range of values on a span of pixels."""
+    """A mapping from a range of values to a range of pixels."""
 
     low: float
     high: float
@@ -46,8 +54,10 @@ class Axis:
     log: bool = False
 
     def px(self, value: float) -> float:
-        """Where a value lies; values outside the range are drawn at its end."""
-        low, high, at = (self._scaled(v) for v in (self.low, self.high, value))
+        """Return the pixel position of a value; values outside the range are placed at its end."""
+        low = self._scaled(self.low)
+        high = self._scaled(self.high)
+        at = self._scaled(value)
         share = min(max((at - low) / (high - low), 0.0), 1.0)
         return self.start_px + share * (self.end_px - self.start_px)
 
@@ -55,24 +65,27 @@ class Axis:
         return math.log10(max(value, self.low)) if self.log else value
 
     def ticks(self) -> list[float]:
-        """Round values within the range; logarithmic: decades, or steps within few decades."""
+        """Return round values within the range.
+
+        On a logarithmic axis these are powers of ten, with steps between them if there are few.
+        """
         return _log_ticks(self.low, self.high) if self.log else _linear_ticks(self.low, self.high)
 
 
 def line_chart(
     series: Mapping[str, Sequence[Point]], *, label: str, x_label: str, log: bool = False
 ) -> str:
-    """An `<svg>` with one line for each series.
+    """Draw an `<svg>` with one line for each series.
 
     Args:
-        series: name -> (x, y) in order of x. Points that are not finite, or not positive on a
-            logarithmic axis, are left out and break the line.
-        label: what the chart shows, for screen readers.
-        x_label: unit under the x axis.
-        log: logarithmic y axis.
+        series: Name -> points (x, y) in order of x. Points that are not finite, or not positive on
+            a logarithmic axis, are left out and interrupt the line.
+        label: Description of the chart for screen readers.
+        x_label: Label of the x axis.
+        log: Use a logarithmic y axis.
 
     Returns:
-        The SVG; the empty string when no point can be drawn.
+        The SVG, or an empty string if no point can be drawn.
     """
     runs = {name: _runs(points, log) for name, points in series.items()}
     points = [point for parts in runs.values() for part in parts for point in part]
@@ -88,11 +101,22 @@ def line_chart(
 
 
 def histogram(edges: Sequence[float], counts: Sequence[int], *, label: str, x_label: str) -> str:
-    """An `<svg>` of bars; `edges` has one value more than `counts`. Empty when all counts are 0."""
+    """Draw an `<svg>` with one bar for each count.
+
+    Args:
+        edges: Edges of the bins, one more than there are counts.
+        counts: Number of values in each bin.
+        label: Description of the chart for screen readers.
+        x_label: Label of the x axis.
+
+    Returns:
+        The SVG, or an empty string if all counts are 0.
+    """
     if not any(counts):
         return ""
     x_axis = Axis(edges[0], edges[-1], LEFT, WIDTH - RIGHT)
     y_axis = Axis(0, _linear_ticks(0, max(counts) * 1.08)[-1] or 1, HEIGHT - BOTTOM, TOP)
+    # The highest tick may be lower than the highest bar.
     if y_axis.high < max(counts):
         y_axis = Axis(0, max(counts) * 1.05, HEIGHT - BOTTOM, TOP)
     body = [_frame(x_axis, y_axis, x_label)]
@@ -103,16 +127,16 @@ def histogram(edges: Sequence[float], counts: Sequence[int], *, label: str, x_la
 
 
 def fit_chart(layers: Sequence[Layer], *, label: str, x_label: str, log: bool = True) -> str:
-    """An `<svg>` of points with the curves through them.
+    """Draw an `<svg>` of points with the curves fitted to them.
 
     Args:
-        layers: from back to front.
-        label: what the chart shows, for screen readers.
-        x_label: unit under the x axis, which is logarithmic.
-        log: logarithmic y axis.
+        layers: Layers in drawing order, from back to front.
+        label: Description of the chart for screen readers.
+        x_label: Label of the x axis, which is logarithmic.
+        log: Use a logarithmic y axis.
 
     Returns:
-        The SVG; the empty string when there is nothing to draw.
+        The SVG, or an empty string if there is nothing to draw.
     """
     points = [p for layer in layers for p in (*layer.dots, *layer.rings, *layer.line)]
     if not points:
@@ -126,17 +150,21 @@ def fit_chart(layers: Sequence[Layer], *, label: str, x_label: str, log: bool = 
 
 
 def standalone(svg: str, css: str) -> str:
-    """A chart as a file of its own."""
+    """Turn an inline chart into a standalone SVG file with its own CSS."""
     size = f'xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{HEIGHT}"'
     opening, body = svg.split(">", 1)
     return f"{opening.replace('<svg', f'<svg {size}', 1)}><style>{css}</style>{body}"
 
 
 def thin(points: Sequence[Point], limit: int = MAX_POINTS) -> list[Point]:
-    """At most about `limit` points: the lowest and highest of each stretch, so no spike is lost."""
+    """Reduce a line to about `limit` points.
+
+    The lowest and the highest point of each interval are kept, so that spikes stay visible.
+    """
     if len(points) <= limit:
         return list(points)
     kept: list[Point] = []
+    # Each interval contributes up to two points.
     size = math.ceil(len(points) / (limit // 2))
     for first in range(0, len(points), size):
         part = points[first : first + size]
@@ -146,7 +174,7 @@ def thin(points: Sequence[Point], limit: int = MAX_POINTS) -> list[Point]:
 
 
 def number(value: float, digits: int = 3) -> str:
-    """A short form of a value: 12k, 3.5M, 0.02, 1e-6."""
+    """Format a value briefly: 12k, 3.5M, 0.02, 1e-6."""
     if value == 0:
         return "0"
     size = abs(value)
@@ -157,7 +185,7 @@ def number(value: float, digits: int = 3) -> str:
 
 
 def _labels(ticks: Sequence[float]) -> list[str]:
-    """Labels with as many digits as it takes to tell them apart."""
+    """Format the ticks with as many digits as are needed to make all labels different."""
     for digits in (3, 4, 5):
         labels = [number(tick, digits) for tick in ticks]
         if len(set(labels)) == len(labels):
@@ -166,7 +194,7 @@ def _labels(ticks: Sequence[float]) -> list[str]:
 
 
 def _runs(points: Sequence[Point], log: bool) -> list[list[Point]]:
-    """Stretches without a gap, thinned."""
+    """Split a series at the points that cannot be drawn, and thin each part."""
     runs: list[list[Point]] = [[]]
     for x, y in points:
         if math.isfinite(x) and math.isfinite(y) and (y > 0 or not log):
@@ -185,12 +213,12 @@ def _y_range(values: Sequence[float], log: bool) -> tuple[float, float]:
     low, high = min(values), max(values)
     if log:
         return (low / 1.15, high * 1.15)
-    # A constant with a little noise is drawn as one: the axis spans a tenth of its value at least.
+    # The axis spans at least a tenth of the value, so that small noise on a constant looks flat.
     spread = (abs(high) * 0.1 or 1.0) - (high - low)
     if spread > 0:
         low, high = (low if low == 0 else low - spread / 2), high + spread / 2
     pad = (high - low) * 0.06
-    # A quantity that comes near zero is read against zero.
+    # If the values come close to zero, start the axis at zero.
     floor = 0.0 if 0 <= low < (high - low) * 0.5 else low - pad
     return floor, high + pad
 
@@ -210,7 +238,7 @@ def _log_ticks(low: float, high: float) -> list[float]:
         inside = [tick for tick in ticks if low <= tick <= high]
         if len(inside) >= 3:
             return inside[:: math.ceil(len(inside) / 7)]
-    # Less than a third of a decade: the axis is as good as linear.
+    # The range is so narrow that a logarithmic axis is almost linear.
     return _linear_ticks(low, high)
 
 
@@ -248,7 +276,8 @@ def _layer(layer: Layer, x_axis: Axis, y_axis: Axis) -> str:
     def place(x: float, y: float) -> str:
         return f"{x_axis.px(x):.1f},{y_axis.px(y):.1f}"
 
-    colour, parts = layer.colour % N_COLOURS, []
+    colour = layer.colour % N_COLOURS
+    parts = []
     if layer.band:
         low = [place(x, below) for x, below, _ in layer.band]
         high = [place(x, above) for x, _, above in reversed(layer.band)]

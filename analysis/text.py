@@ -1,4 +1,4 @@
-"""How values read on a page: numbers, byte counts, nested settings."""
+"""Format values for a page: numbers, byte counts, nested settings."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from typing import Any
 
 
 def tree(value: Any) -> Any:
-    """Nested config for the template: lists of (key, subtree | text)."""
+    """Convert a nested config for the template: lists of (key, subtree | text)."""
     if isinstance(value, dict):
         return [(str(key), tree(item)) for key, item in value.items()]
     return value_text(value)
 
 
 def flat(values: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
-    """Nested dicts as (dotted key, text)."""
+    """Flatten nested dicts into rows of (dotted key, text)."""
     rows: list[tuple[str, str]] = []
     for key, value in values.items():
         if isinstance(value, dict):
@@ -25,7 +25,7 @@ def flat(values: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
 
 
 def value_text(value: Any, key: str = "") -> str:
-    """How a value reads on the page; a number whose key ends in `_bytes` gets a binary unit."""
+    """Format a value for the page; a number whose key ends in `_bytes` gets a binary unit."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     if isinstance(value, list | tuple):
@@ -38,7 +38,7 @@ def value_text(value: Any, key: str = "") -> str:
 
 
 def bytes_text(count: float) -> str:
-    """Bytes in binary units."""
+    """Format a byte count in binary units: `512 B`, `1.5 MiB`."""
     units = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
     power = min(int(math.log2(count) // 10), len(units) - 1) if count >= 1 else 0
     return f"{count / 1024**power:.3g} {units[power]}"

@@ -1,4 +1,4 @@
-"""The verify stage: every file of the store and of the run's checkpoints against its checksum."""
+"""Verify stage: check the files of the stores and checkpoints against their checksums."""
 
 from __future__ import annotations
 
@@ -16,10 +16,11 @@ from sae_core.checkpoint.verify import checkpoint_problems
 
 
 def run(config: RunConfig, run_dir: Path) -> None:
-    """Names each damaged thing, or says that nothing is.
+    """Check all stores and checkpoints of the run and report each problem.
 
     Raises:
-        DamagedDataError: something is damaged.
+        DamagedDataError: If any file is damaged or missing, or if stored rows are not finite. The
+            message lists all problems.
     """
     console = Console()
     config = saved_config(run_dir) or config
@@ -32,25 +33,27 @@ def run(config: RunConfig, run_dir: Path) -> None:
         problems += checkpoint_problems(folder)
     for killed in sorted((run_dir / "checkpoints").glob("step-*.tmp")):
         console.print(
-            f"verify: {killed} is no checkpoint but a save that runs, or was killed; the next one "
-            "clears it",
+            f"verify: {killed} is an unfinished save, not a checkpoint; the next save removes it",
             soft_wrap=True,
         )
     if problems:
-        raise DamagedDataError("\n  ".join([f"{len(problems)} damaged:", *problems]))
+        raise DamagedDataError("\n  ".join([f"{len(problems)} problems found:", *problems]))
     stores = ", ".join(config.store.paths)
-    console.print(f"verify: {stores} and {len(checkpoints)} checkpoints are whole")
+    console.print(f"verify: {stores} and {len(checkpoints)} checkpoints are intact")
 
 
 def non_finite(path: str) -> list[str]:
-    """Arrays whose rows hold NaN or infinities, as they were committed; a trainer would stop."""
+    """List the arrays whose committed rows contain NaN or infinity, with the items they are in.
+
+    Such rows pass their checksum, but a trainer that reads them stops with an error.
+    """
     try:
         store = open_store(path)
         found = {name: store.non_finite_items(name) for name in store.arrays}
     except StoreError:
-        return []  # `verify_store` has named what is wrong
+        return []  # `verify_store` has already reported the problem
     return [
-        f"{name}: {sum(items.values())} numbers are not finite, in items {shorten(list(items))}"
+        f"{name}: {sum(items.values())} values are not finite, in items {shorten(list(items))}"
         for name, items in found.items()
         if items
     ]

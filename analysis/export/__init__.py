@@ -1,14 +1,14 @@
-"""Export stage: the trained SAE in the folders that other libraries load, with a model card.
+"""Export stage: write the trained SAE in the formats of other libraries, with a model card.
 
-    export/sae.safetensors, sae.json     ours: `sae_core.load_sae(export)`
+    export/sae.safetensors, sae.json     this project: `sae_core.load_sae(export)`
     export/saelens/                      SAELens 6
     export/sparsify/<hookpoint>/         sparsify
     export/dictionary_learning/          dictionary_learning
     export/README.md                     model card
 
-Everything is copied from the checkpoint's files by ranges of latents, so that an SAE of any size
-takes a few hundred MiB of memory. Only this package and `sae_core/peer_files.py` know the peers'
-names for things.
+The weights are copied from the checkpoint in blocks of latents, so an export needs a few hundred
+MiB of memory for an SAE of any size. Only this package and `sae_core/peer_files.py` use the other
+libraries' names for tensors and settings.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ if TYPE_CHECKING:
 
 
 def run(config: RunConfig, run_dir: Path) -> None:
-    """Writes `export/` of the newest valid checkpoint; one of an earlier run is replaced whole.
+    """Export the newest valid checkpoint to `export/`, replacing any earlier export as a whole.
 
     Raises:
-        CheckpointError: the run has no valid checkpoint.
-        ExportError: a hookpoint that cannot be a folder's name.
+        CheckpointError: If the run has no valid checkpoint.
+        ExportError: If the hookpoint is not usable as a folder name.
     """
     from analysis.export.card import model_card
     from analysis.export.dictionary_learning import write_dictionary_learning

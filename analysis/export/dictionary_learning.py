@@ -1,6 +1,7 @@
-"""dictionary_learning: `ae.pt`, `config.json`, for `AutoEncoderTopK.from_pretrained(ae.pt)`.
+"""Export for dictionary_learning: `ae.pt` and `config.json`.
 
-`ae.pt` is a pickle of tensors, as that library wants it; nobody needs to trust one to make it.
+`AutoEncoderTopK.from_pretrained(ae.pt)` loads the folder. The library requires `ae.pt` to be a
+pickle of tensors. Writing it does not unpickle any untrusted data.
 """
 
 from __future__ import annotations
@@ -24,8 +25,10 @@ if TYPE_CHECKING:
 
 
 def write_dictionary_learning(sae: StoredSAE, source: Source, folder: Path) -> None:
-    """Writes the folder: torch lays the file out with tensors that have no memory, then it is
-    filled in pieces. Its decoder is [D, L], a transpose of ours.
+    """Write the folder for dictionary_learning.
+
+    torch first writes `ae.pt` from fake tensors, which use no memory. The values are then copied
+    into the file in blocks. Its decoder has shape [D, L], the transpose of our W_dec.
     """
     folder.mkdir(parents=True)
     path = folder / "ae.pt"
@@ -35,7 +38,8 @@ def write_dictionary_learning(sae: StoredSAE, source: Source, folder: Path) -> N
         for name, value in (
             ("b_dec", sae.b_dec),
             ("k", torch.tensor(sae.config.k, dtype=torch.int32)),
-            ("threshold", torch.tensor(-1.0)),  # unset: the k largest count, whatever their value
+            # -1 marks the threshold as unset: by default the library keeps the k largest latents.
+            ("threshold", torch.tensor(-1.0)),
         ):
             write_at(fd, value, entries[name].offset_bytes)
         for ours, theirs in (("W_enc", "encoder.weight"), ("b_enc", "encoder.bias")):
@@ -51,7 +55,7 @@ def write_dictionary_learning(sae: StoredSAE, source: Source, folder: Path) -> N
 
 
 def _laid_out(path: Path, sae: StoredSAE) -> dict[str, Entry]:
-    """Makes the file with room for the data, and says where each tensor's goes."""
+    """Create the file with its full size and return the dtype, shape and offset of each tensor."""
     n_latents, width = sae.config.n_latents, sae.d_model
     with FakeTensorMode():
         empty = {
@@ -64,6 +68,7 @@ def _laid_out(path: Path, sae: StoredSAE) -> dict[str, Entry]:
         }
     with torch.serialization.skip_data(materialize_fake_tensors=True):
         torch.save(empty, path)
+    # Loading into fake tensors reads no values, but records the offset of each storage in the file.
     with FakeTensorMode():
         laid: dict[str, Any] = torch.load(path, weights_only=True)
     return {
@@ -73,17 +78,21 @@ def _laid_out(path: Path, sae: StoredSAE) -> dict[str, Entry]:
 
 
 def _correct_sums(path: Path) -> None:
-    """Puts the CRC-32 of what was filled in where the archive still has that of nothing.
+    """Replace the CRC-32 checksums in the archive, which were computed before the data was written.
 
-    torch does not look at them, but every other reader of zip files would call the file damaged.
+    torch ignores them, but any other zip reader would report the file as damaged.
     """
     with zipfile.ZipFile(path) as archive, open(path, "r+b") as file:
+        # The numbers below are offsets of the zip format. A local header has 30 bytes before its
+        # name and extra field. A central directory entry has 46 before its name, extra field and
+        # comment.
         entry = archive.start_dir
         for part in archive.infolist():
             file.seek(part.header_offset + 26)
             begin = part.header_offset + 30 + sum(struct.unpack("<HH", file.read(4)))
             crc = struct.pack("<I", _crc32(file, begin, part.file_size))
-            # After the data stands a descriptor, whose signature comes first.
+            # The checksum appears twice: in the descriptor after the data, behind its 4-byte
+            # signature, and in the central directory.
             for place in (begin + part.file_size + 4, entry + 16):
                 file.seek(place)
                 file.write(crc)
@@ -97,12 +106,13 @@ def _crc32(file: IO[bytes], begin: int, n_bytes: int) -> int:
     file.seek(begin)
     crc = 0
     while data := file.read(min(n_bytes, BLOCK_BYTES)):
-        crc, n_bytes = zlib.crc32(data, crc), n_bytes - len(data)
+        crc = zlib.crc32(data, crc)
+        n_bytes -= len(data)
     return crc
 
 
 def dictionary_learning_config(sae: StoredSAE, source: Source) -> dict[str, Any]:
-    """The content of `config.json`, as far as its loader and people look at it."""
+    """Return the content of `config.json`: the keys that the loader and people read."""
     return {
         "trainer": {
             "dict_class": "AutoEncoderTopK",

@@ -1,4 +1,4 @@
-"""Replace a folder as a whole, so that a reader never sees half an export."""
+"""Replace a folder as a whole, so that readers never see an incomplete export."""
 
 from __future__ import annotations
 
@@ -13,13 +13,20 @@ from sae_core.atomic import fsync_path
 
 @contextmanager
 def replaced_folder(path: Path) -> Iterator[Path]:
-    """Gives an empty folder, which takes the place of `path` when the block ends well.
+    """Yield an empty folder that replaces `path` when the block ends without an error.
 
-    When the block raises, `path` stays as it was. A folder that a killed process left half-made is
-    `.<name>.new.tmp` and is cleared by the next run; one caught between the two renames is
-    `.<name>.old.tmp`, with the whole new one beside it.
+    If the block raises, `path` is left unchanged. A killed process may leave its incomplete folder
+    as `.<name>.new.tmp`. If it was killed between the two renames, the previous folder is
+    `.<name>.old.tmp` and the complete new one is `.<name>.new.tmp`. The next call removes both.
+
+    Args:
+        path: The folder to replace; it need not exist.
+
+    Yields:
+        The empty folder to fill.
     """
-    new, old = (path.with_name(f".{path.name}.{part}.tmp") for part in ("new", "old"))
+    new = path.with_name(f".{path.name}.new.tmp")
+    old = path.with_name(f".{path.name}.old.tmp")
     for leftover in (new, old):
         shutil.rmtree(leftover, ignore_errors=True)
     new.mkdir(parents=True)
@@ -29,6 +36,7 @@ def replaced_folder(path: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(new, ignore_errors=True)
         raise
+    # A folder that is not empty cannot be replaced by a rename, so move the old one away first.
     if path.exists():
         os.rename(path, old)
     os.rename(new, path)

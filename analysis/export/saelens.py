@@ -1,4 +1,7 @@
-"""SAELens 6: `cfg.json`, `sae_weights.safetensors`, read back by `sae_lens.SAE.load_from_disk`."""
+"""Export for SAELens 6: `cfg.json` and `sae_weights.safetensors`.
+
+`sae_lens.SAE.load_from_disk` loads the folder.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ if TYPE_CHECKING:
     from sae_core.stored import StoredSAE
 
 FORMAT_VERSION = "6.54.12"
-"""The release this layout was checked against. Below 6 the loader drops the metadata silently."""
+"""The SAELens release this layout was tested with. Loaders before 6 silently drop the metadata."""
 
 _RESIDUAL = re.compile(
     r"(?:model\.layers|model\.decoder\.layers|transformer\.h|gpt_neox\.layers)\.(\d+)"
@@ -22,9 +25,10 @@ _RESIDUAL = re.compile(
 
 
 def write_saelens(sae: StoredSAE, source: Source, folder: Path) -> None:
-    """Writes the folder. W_enc becomes [d_in, d_sae]; all is float32, in raw activation units.
+    """Write the folder for SAELens.
 
-    Its maths is ours: h = (x - b_dec) @ W_enc + b_enc; relu(topk(h)) @ W_dec + b_dec.
+    W_enc is transposed to [d_in, d_sae]. All tensors are float32, in raw activation units. SAELens
+    computes the same function: h = (x - b_dec) @ W_enc + b_enc; relu(topk(h)) @ W_dec + b_dec.
     """
     folder.mkdir(parents=True)
     names = {name: name for name in ("W_enc", "W_dec", "b_enc", "b_dec")}
@@ -33,12 +37,12 @@ def write_saelens(sae: StoredSAE, source: Source, folder: Path) -> None:
 
 
 def saelens_config(sae: StoredSAE, source: Source) -> dict[str, Any]:
-    """The content of `cfg.json`."""
+    """Return the content of `cfg.json`."""
     return {
         "architecture": "topk",
         "d_in": sae.d_model,
         "d_sae": sae.config.n_latents,
-        "k": sae.config.k,  # left out, the loader takes 100 without a word
+        "k": sae.config.k,  # without this key the loader silently uses 100
         "dtype": "float32",
         "device": "cpu",
         "apply_b_dec_to_input": True,
@@ -47,7 +51,8 @@ def saelens_config(sae: StoredSAE, source: Source) -> dict[str, Any]:
         "rescale_acts_by_decoder_norm": False,  # decoder rows have unit norm
         "metadata": {
             "sae_lens_version": FORMAT_VERSION,
-            "sae_lens_training_version": None,  # else the loader claims its own version trained it
+            # Without this key the loader claims that its own version trained the SAE.
+            "sae_lens_training_version": None,
             "model_name": source.model,
             "hook_name": hook_name(source.hookpoint),
             "hf_hook_name": source.hookpoint,
@@ -59,6 +64,6 @@ def saelens_config(sae: StoredSAE, source: Source) -> dict[str, Any]:
 
 
 def hook_name(hookpoint: str) -> str:
-    """TransformerLens' name of a decoder layer's output; any other module keeps its own name."""
+    """Return TransformerLens' name for the output of a decoder layer; keep any other name."""
     layer = _RESIDUAL.fullmatch(hookpoint)
     return f"blocks.{layer[1]}.hook_resid_post" if layer else hookpoint

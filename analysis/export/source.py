@@ -1,4 +1,4 @@
-"""What an export says about the model and the text that its SAE was trained on."""
+"""Names of the model and the text that an exported SAE was trained on."""
 
 from __future__ import annotations
 
@@ -17,27 +17,30 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Source:
-    """Names only: paths of the machine that trained have no place in a file that is handed on."""
+    """The model, text and hookpoint of an SAE.
+
+    Holds names only: paths of the training machine must not appear in files that are distributed.
+    """
 
     model: str
     revision: str | None
     dataset: str
     hookpoint: str
-    """Module of the language model whose output the SAE reconstructs: `model.layers.9`."""
+    """Module of the language model whose output the SAE reconstructs, e.g. `model.layers.9`."""
     context_tokens: int
 
 
 def source_of(config: RunConfig, sae: StoredSAE) -> Source:
-    """Names of what the SAE was trained on, from the run's config.
+    """Return the names of what the SAE was trained on, from the run's config.
 
     Raises:
-        ExportError: the hookpoint cannot be a folder's name.
+        ExportError: If the hookpoint is not usable as a folder name.
     """
     hookpoint = sae.config.hookpoint or next(iter(config.model.hookpoints), "")
     if not re.fullmatch(r"\w[\w.\-]*", hookpoint):
         raise ExportError(
             f"sae.hookpoint={hookpoint!r}: expected letters, digits, dots, dashes and underscores; "
-            "rename the store's array"
+            "rename the array in the store"
         )
     return Source(
         model=model_name(config.model),
@@ -49,20 +52,20 @@ def source_of(config: RunConfig, sae: StoredSAE) -> Source:
 
 
 def model_name(model: ModelConfig) -> str:
-    """Hub name, `package/file`, or the last part of a local folder."""
+    """Return the Hub name, `package/file`, or the last part of a local path."""
     if model.package:
         return "/".join(part for part in (model.package, model.path, model.gguf_file) if part)
     return shareable(model.path)
 
 
 def dataset_name(data: DataConfig) -> str:
-    """`package/file`, or the last part of a local path."""
+    """Return `package/file`, the Hub name, or the last part of a local path."""
     if data.package:
         return "/".join(part for part in (data.package, data.path) if part)
     return shareable(data.path)
 
 
 def shareable(path: str) -> str:
-    """A hub name as it stands; of anything that is a path here, the last part."""
+    """Return a Hub name unchanged, but only the last part of a path on this machine."""
     local = path.startswith(("/", "~", ".")) or "\\" in path or Path(path).exists()
     return Path(path).name if local else path

@@ -1,4 +1,7 @@
-"""sparsify: `<hookpoint>/{cfg.json,sae.safetensors}`, for `SparseCoder.load_from_disk`."""
+"""Export for sparsify: `<hookpoint>/{cfg.json,sae.safetensors}`.
+
+`SparseCoder.load_from_disk` loads the folder of one hookpoint.
+"""
 
 from __future__ import annotations
 
@@ -14,9 +17,9 @@ if TYPE_CHECKING:
 
 
 def write_sparsify(sae: StoredSAE, source: Source, folder: Path) -> None:
-    """Writes `folder/<hookpoint>/`, so that `SparseCoder.load_many(folder, local=True)` finds it.
+    """Write `folder/<hookpoint>/`, where `SparseCoder.load_many(folder, local=True)` finds it.
 
-    All tensors are float32: the loader takes the dtype of the first one for all of them.
+    All tensors are float32, because the loader uses the dtype of the first tensor for all.
     """
     inside = folder / source.hookpoint
     inside.mkdir(parents=True)
@@ -31,7 +34,10 @@ def write_sparsify(sae: StoredSAE, source: Source, folder: Path) -> None:
 
 
 def sparsify_config(sae: StoredSAE) -> dict[str, Any]:
-    """The content of `cfg.json`; `num_latents` takes precedence over the whole-number factor."""
+    """Return the content of `cfg.json`.
+
+    `num_latents` takes precedence over `expansion_factor`, which must be a whole number.
+    """
     return {
         "activation": "topk",
         "expansion_factor": max(sae.config.n_latents // sae.d_model, 1),

@@ -185,11 +185,11 @@ def test_status_and_verify_tell_of_every_store(
     config.store.path = str(folder / "one")
     config.store.mixture = [MixedStore(str(tmp_path / "bad"), 2.0)]
     save_config(config, run_dir / "config.yaml")
-    with pytest.raises(DamagedDataError, match=f"{tmp_path / 'bad'}: acts: 3 numbers"):
+    with pytest.raises(DamagedDataError, match=f"{tmp_path / 'bad'}: acts: 3 values"):
         verify.run(config, run_dir)
     status.run(config, run_dir)
     printed = " ".join(capsys.readouterr().out.split())
-    assert "2,560 tokens in 5 items" in printed and "weight 2 beside 1" in printed
+    assert "2,560 tokens in 5 items" in printed and "weight 2 to 1" in printed
 
 
 @pytest.mark.parametrize(

@@ -174,7 +174,7 @@ def test_a_store_of_a_persons_own_rows(tmp_path: Path) -> None:
     [
         ({"dataset_sha256": "another text", "heldout_fraction": 0.01}, None),
         ({}, None),
-        ({"heldout_fraction": 0.01}, "holds the same text otherwise"),
+        ({"heldout_fraction": 0.01}, "has rows of the same text, harvested with other settings"),
         ({"dataset_sha256": None}, "names no text"),
     ],
 )
@@ -209,5 +209,5 @@ def test_a_store_of_another_width_is_refused(harvested: RunConfig, tmp_path: Pat
     config = SAEConfig(n_latents=4, k=2, hookpoint=HOOKPOINT)
     W = torch.eye(4, 3)
     SAE(config, W, W.clone(), torch.zeros(4), torch.zeros(3)).save(tmp_path)
-    with pytest.raises(StoreMismatchError, match="of width 3; the store holds .*16"):
+    with pytest.raises(StoreMismatchError, match="of width 3, found .*16"):
         evaluate.run(harvested, tmp_path)

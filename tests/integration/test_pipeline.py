@@ -84,7 +84,7 @@ def test_pipeline(tmp_path):
     status = launch(tmp_path, "stage=status")
     assert "finalised" in status.stdout and "step-00000050" in status.stdout
     verified = launch(tmp_path, "stage=verify")
-    assert "are whole" in verified.stdout, verified.stderr
+    assert "are intact" in verified.stdout, verified.stderr
     shard = run / "store" / "transformer.h.0" / "c.1.0"
     data = bytearray(shard.read_bytes())
     data[100] ^= 1

@@ -184,9 +184,9 @@ def test_unusable_runs_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[s
         "nan": "its last fvu is not finite",
         "risen": "diverged: fvu ended at 0.6",
         "nothing": "diverged: fvu ended at 1.5",
-        "torn": "cannot be read",
-        "foreign": "cannot be read",
-        "unlogged": "holds 0 SAEs",
+        "torn": "unreadable: ",
+        "foreign": "unreadable: ",
+        "unlogged": "contains 0 SAEs",
         worse.name: "n512 has the same n, k and seed",
     }
     assert found["left_out"].keys() == reasons.keys()
@@ -206,7 +206,7 @@ def test_too_few_cells(tmp_path: Path) -> None:
     with pytest.raises(FitError, match=r"L\(n\) at k = 8: 3 cells, expected at least 4"):
         fitted(tmp_path)
     shutil.rmtree(tmp_path / "n256" / "checkpoints")
-    with pytest.raises(FitError, match="no checkpoint tells d_model, and so the compute, of n256"):
+    with pytest.raises(FitError, match="n256 has no readable checkpoint, so its d_model and"):
         fitted(tmp_path)
 
 
@@ -218,7 +218,7 @@ def test_cells_that_ended_in_their_warm_up_have_no_frontier(tmp_path: Path) -> N
         config.optim.warmup_tokens = config.train.n_steps * config.train.batch_tokens + 1
         save_config(config, run / "config.yaml")
     reason = fitted(tmp_path)["not_fitted"]["L(C) at k = 8"]
-    assert "no cell went on after its warm-up" in reason
+    assert "no cell was trained beyond its warm-up" in reason
 
 
 def test_cells_of_different_activations_are_refused(tmp_path: Path) -> None:

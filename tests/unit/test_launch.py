@@ -51,7 +51,7 @@ def launch(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
         ("stage=report name=nosuchrun", "no such run"),
         ("stage=verify name=nosuchrun", "no such run"),
         ("stage=fit", "fit.runs=None: expected a folder of runs"),
-        ("stage=fit fit.runs=nosuch/*", "holds a config.yaml"),
+        ("stage=fit fit.runs=nosuch/*", "contains config.yaml"),
         ("fit.metric=mse", "fvu, loss, heldout_fvu"),
         ("reshard.shards=0", "at least 1"),
         ("stage=sweep sweep.n_latents=[16]", "sae.k=32: expected between 1 and"),

@@ -69,7 +69,7 @@ def test_full_page(tmp_path: Path) -> None:
     assert page.tags.count("svg") >= 5  # loss, fvu, l0, throughput, histogram
     for shown in ("0.1834", "2.80 → 3.10", "3,607", "1 MiB", "2 never fired", "step-00000039"):
         assert shown in text, shown
-    assert "run with <code>" not in text
+    assert "run <code>stage" not in text
 
 
 def test_empty_run_says_what_is_missing(tmp_path: Path) -> None:
@@ -77,10 +77,10 @@ def test_empty_run_says_what_is_missing(tmp_path: Path) -> None:
     for missing in (
         "No training metrics yet",
         "Not evaluated yet",
-        "No frequencies yet",
+        "No firing frequencies yet",
         "No harvest summary",
-        "None yet",
-        "env.json is not there",
+        "No checkpoints yet",
+        "env.json not found",
     ):
         assert missing in text, missing
 
