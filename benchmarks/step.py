@@ -52,7 +52,7 @@ _RESERVE = 0.05
 
 @dataclass(frozen=True)
 class Defaults:
-    """What is measured on a device when neither works nor a slope are given."""
+    """The measurements of a device if neither works nor a slope are given."""
 
     works: tuple[str, ...]
     slope: str | None

@@ -158,7 +158,7 @@ class _Ready:
     seconds: float
     """Duration of the second call."""
     peak_bytes: int | None
-    """Peak memory of the first call; None if it cannot be measured."""
+    """Peak memory of the first call; None if the system does not report it."""
 
 
 def _measure_block(

@@ -78,7 +78,7 @@ class Setup:
 
     @property
     def has_float8(self) -> bool:
-        """Whether the device multiplies float8 faster than bfloat16."""
+        """True if the device multiplies float8 faster than bfloat16."""
         return self.device.type == "cuda" and torch.cuda.get_device_capability() >= (9, 0)
 
     def synchronize(self) -> None:
@@ -105,7 +105,7 @@ class Inputs:
 
     @property
     def needs_bytes(self) -> int:
-        """Bytes of the tensors below."""
+        """Bytes of the tensors `raw`, `x`, `W` and `bias`."""
         work, size = self.work, self.setup.dtype.itemsize
         return work.B * work.D * (4 + size) + work.L * (work.D + 1) * size
 

@@ -49,7 +49,7 @@ class Mutation:
     fault: int
     """Number in `FAULTS`; from 101 on: a number for `--only` that is not in that table."""
     what: str
-    """What goes wrong without the protection."""
+    """The faulty behaviour without the protection."""
     edits: tuple[Edit, ...]
     """Edits that remove it."""
     tests: tuple[str, ...]

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 Fault = str | None
-"""What the proxy does to a request; None: forward it unchanged.
+"""A fault of one request; None: forward it unchanged.
 
 drop: close the connection without forwarding the request. 500, 403: return this status without
 forwarding it. lost: forward it, but do not return the reply. cut: return half of the reply. slow:
@@ -26,7 +26,7 @@ Rule = Callable[[str, str], Fault]
 
 @contextmanager
 def s3_server() -> Iterator[int]:
-    """Run a moto server during the block; yields its port."""
+    """Run a moto server during the block; yield its port."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

@@ -65,7 +65,7 @@ def why_not() -> str:
 
 @contextmanager
 def slurm_server() -> Iterator[Path]:
-    """Run a private Slurm during the block, with `SLURM_CONF` set; yields its folder, with logs."""
+    """Run a private Slurm during the block, with `SLURM_CONF` set; yield its folder, with logs."""
     with ExitStack() as stack:
         # munged rejects folders below one that others may write to, as pytest's are.
         folder = Path(tempfile.mkdtemp(prefix="slurm-"))

@@ -28,7 +28,7 @@ from tests.soak_run import STEPS, Clean, Episode, Verdict, harm_checkpoints
 
 PATIENCE_S = 400
 VICTIM_S = 10
-"""How long to wait for a process to kill; the harvest may already have ended."""
+"""Time to wait for a process to kill; the harvest may already have ended."""
 NODES = 3
 SLOTS = 1
 """Slots of a node: it runs one harvest worker; trainer ranks take no slot."""

@@ -81,7 +81,7 @@ class Verdict:
 
     @property
     def good(self) -> bool:
-        """Whether the run ended exactly as the clean run."""
+        """True if the run ended exactly as the clean run."""
         return not (self.rows_lost or self.rows_doubled) and self.store_equal and self.weights_equal
 
 
