@@ -1,1 +1,1 @@
-"""One command per table of figures; every table carries hardware, versions, commit and command."""
+"""Benchmarks, one command per table; each table records hardware, versions, commit and command."""

@@ -1,15 +1,18 @@
-"""What each codec costs and what it does to real activations, and to an SAE trained on them.
+"""Measure the cost of each codec, its loss on real activations and the FVU of SAEs trained on them.
 
     python -m benchmarks.codecs --store runs/demo/store [--heldout-items N] [--rounds N]
         [--tokens N] [--n-latents N] [--json FILE]
 
-The rows of a store are written anew with every codec, all but those of its last items, which are
-held out. A row tells of one codec: bytes, and the speed of writing and of reading in shuffled order
-(gathered by this CPU, or staged: gathering and dequantising are left to a device), as ratios to
-`none` in the same run, above 1 where it is smaller or faster; the fraction of variance that the
-codec itself loses in each channel (mean and largest over channels) and in all; and the FVU, on the
-held-out rows as they were before any codec, of an SAE trained on that store: same seed, same first
-dictionary, same batches.
+The rows of a store, except those of the last items, are rewritten with every codec. Each row of
+the table describes one codec:
+
+- Size, and the speed of writing and of shuffled reading, as ratios to `none` in the same run; above
+  1 means smaller or faster. "gathered": this CPU gathers and dequantises the rows. "staged": both
+  are left to a device.
+- The fraction of variance that the codec itself loses: mean and maximum over channels, and over
+  whole rows.
+- The FVU of an SAE trained on that store, measured on the original rows of the held-out items. All
+  SAEs have the same seed, initial dictionary and batches.
 """
 
 from __future__ import annotations
@@ -54,22 +57,25 @@ VARIANT = "stock, fused, prefilter"
 
 
 def main() -> None:
-    """Measures, trains, prints, writes."""
+    """Run the benchmark: print the table, and write it as JSON with `--json`."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--store", required=True, help="of codec none")
-    parser.add_argument("--heldout-items", type=int, default=5)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--tokens", type=int, default=1_000_000)
-    parser.add_argument("--n-latents", type=int, default=4096)
-    parser.add_argument("--folder", help="where to put the stores; default: a temporary folder")
-    parser.add_argument("--json", metavar="FILE")
+    parser.add_argument("--store", required=True, help="a finalised store with codec none")
+    parser.add_argument(
+        "--heldout-items", type=int, default=5, help="number of last items to evaluate on"
+    )
+    parser.add_argument("--rounds", type=int, default=5, help="timed epochs of each kind and codec")
+    parser.add_argument("--tokens", type=int, default=1_000_000, help="training tokens of each SAE")
+    parser.add_argument("--n-latents", type=int, default=4096, help="latents of each SAE")
+    parser.add_argument("--folder", help="folder for the stores; default: a temporary folder")
+    parser.add_argument("--json", metavar="FILE", help="also write the rows to this file")
     options = parser.parse_args()
     keep_freed_memory()
     source = open_store(options.store)
     n_items = source.n_items - options.heldout_items
     if not source.finalised or n_items < 1:
         parser.error(
-            f"{source.path} has {source.n_items} items: expected a finalised store of more"
+            f"{source.path} has {source.n_items} items: expected a finalised store with more than "
+            f"{options.heldout_items} items; finish the store or lower --heldout-items"
         )
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         rows = measure(source, n_items, Path(folder), options.rounds)
@@ -86,7 +92,17 @@ def main() -> None:
 
 
 def measure(source: Store, n_items: int, folder: Path, rounds: int) -> list[dict[str, Any]]:
-    """Writes the first items of `source` with every codec; a row of each, `none` first."""
+    """Write the first items of `source` with every codec and return one row per codec.
+
+    Args:
+        source: store to copy rows from.
+        n_items: number of items to copy.
+        folder: folder for the new stores, each named after its codec.
+        rounds: timed epochs of each kind and codec.
+
+    Returns:
+        One row per codec, `none` first.
+    """
     items = [_rows(source, item, item + 1) for item in range(n_items)]
     write_s = _write(source, items, folder)
     stores = {codec: open_store(folder / codec) for codec in CODECS}
@@ -118,7 +134,12 @@ def measure(source: Store, n_items: int, folder: Path, rounds: int) -> list[dict
 
 
 def lost_variance(items: list[NDArray[Any]], store: Store) -> dict[str, float]:
-    """How much of the variance of the rows a codec loses, by channel and in all, in float64."""
+    """Return the fraction of variance that a codec loses, per channel and in total, in float64.
+
+    Args:
+        items: original rows, [n, d_model] each.
+        store: the same rows, written with the codec.
+    """
     width = items[0].shape[1]
     total, square, error = (np.zeros(width) for _ in range(3))
     first = 0
@@ -139,7 +160,7 @@ def lost_variance(items: list[NDArray[Any]], store: Store) -> dict[str, float]:
 
 
 def trained(store: Store, heldout: NDArray[Any], options: argparse.Namespace) -> dict[str, float]:
-    """The FVU on held-out rows of an SAE trained on `store`, and what training itself saw."""
+    """Train an SAE on `store`; return its FVU on `heldout` [n, d_model] and training metrics."""
     base = base_config(options.n_latents, options.tokens, dead_after_tokens=200_000)
     trainer, row = train(store, base, VARIANT)
     return {
@@ -151,9 +172,10 @@ def trained(store: Store, heldout: NDArray[Any], options: argparse.Namespace) ->
 
 @torch.no_grad()
 def heldout_fvu(trainer: Trainer, rows: torch.Tensor) -> float:
-    """Sum |x - recon|^2 / sum |x - mean|^2 of `rows` [n, d_model], which have not been quantised.
+    """Return sum |x - recon|^2 / sum |x - mean|^2 over unquantised `rows` [n, d_model].
 
-    In the units of training: those are the raw ones but for a shift and one factor.
+    Computed on normalised rows. Normalising shifts and scales all rows alike, so the FVU is the
+    same as in raw units.
     """
     sae = trainer.engines[0].sae
     error = sum(float(sae(part).squared_error) for part in rows.split(BATCH_ROWS))
@@ -162,7 +184,7 @@ def heldout_fvu(trainer: Trainer, rows: torch.Tensor) -> float:
 
 
 def _write(source: Store, items: list[NDArray[Any]], folder: Path) -> dict[str, float]:
-    """Writes all items in every codec; seconds of the median item."""
+    """Write all items with every codec; return the median seconds per item of each."""
     array, header = _array(source), source.header
     seconds: dict[str, list[float]] = {codec: [] for codec in CODECS}
     itemsize = items[0].dtype.itemsize
@@ -173,7 +195,7 @@ def _write(source: Store, items: list[NDArray[Any]], folder: Path) -> dict[str, 
             dtype=header.dtype,
             codec=codec,
             shard_tokens=header.shard_tokens,
-            # Chunks of the same rows, for the order of the batches to be the same.
+            # The shuffle permutes chunks: equal rows per chunk give every codec the same batches.
             chunk_bytes=header.chunk_rows
             * header.arrays[array]
             * (1 if codec == "int8" else itemsize),
@@ -182,6 +204,7 @@ def _write(source: Store, items: list[NDArray[Any]], folder: Path) -> dict[str, 
         for codec in CODECS
     }
     for number, rows in enumerate(items):
+        # Start each item with another codec, so that none is always timed after the same neighbour.
         first = number % len(CODECS)
         for codec in CODECS[first:] + CODECS[:first]:
             start = time.perf_counter()
@@ -210,7 +233,7 @@ def _epoch(kind: type[ShuffledStream | StagedStream], store: Store) -> Callable[
     def call() -> None:
         for _ in range(stream.batches_per_epoch):
             stream.next()
-        stream.settle()  # so that nobody's reading ahead disturbs the others
+        stream.settle()  # finish the read-ahead here, so that it does not slow the next codec
 
     return call
 
@@ -220,7 +243,7 @@ def _array(store: Store) -> str:
 
 
 def _rows(store: Store, first_item: int, stop_item: int) -> NDArray[Any]:
-    """Rows of items [first, stop): [n, d_model]."""
+    """Return the rows of items [first_item, stop_item) as [n, d_model]."""
     ends = np.concatenate([[0], np.cumsum(store.valid_rows)]).tolist()
     return store.read(_array(store), ends[first_item], ends[stop_item])
 

@@ -1,8 +1,8 @@
-"""What the Triton kernels become on Hopper, without a GPU: registers, spills, instructions.
+"""Report registers, spills and instructions of the Triton kernels on Hopper, without a GPU.
 
     python -m benchmarks.compile_report [--json FILE]
 
-Compiles every configuration that `TritonKernels` launches for sm_90 and reads the machine code.
+Compiles every configuration that `TritonKernels` launches for sm_90 and inspects the machine code.
 """
 
 # mypy: disable-error-code="import-untyped, import-not-found"
@@ -51,22 +51,22 @@ _COUNTED = ("HGMMA", "QGMMA", "HMMA", "FFMA", "ATOMG", "LDGSTS", "LDG", "STG", "
 
 @dataclass(frozen=True)
 class Configuration:
-    """One kernel as it is launched."""
+    """One kernel with the types and sizes that it is launched with."""
 
     name: str
     kernel: Any
     types: dict[str, str]
-    """Triton type of every run-time argument."""
+    """Triton type of each run-time argument."""
     sizes: dict[str, Any]
-    """Compile-time arguments and the compiler's options."""
+    """Compile-time arguments and compiler options."""
     matrix: str = ""
-    """The tensor cores' asynchronous instructions that it is meant to use."""
+    """Asynchronous tensor-core instructions that the kernel should use, separated by spaces."""
     unaligned: set[str] = field(default_factory=set)
-    """Run-time arguments that are not multiples of 16."""
+    """Run-time arguments that need not be multiples of 16."""
 
 
 def configurations() -> Iterator[Configuration]:
-    """Every kernel in every dtype it runs in."""
+    """Yield every kernel in every dtype that it runs in."""
     for dtype, precision in (*((dtype, "ieee") for dtype in _TYPES), (torch.float32, "tf32")):
         yield from _encoders(dtype, precision)
     for k in (1, 32, 64, 128, 256, 512):
@@ -93,7 +93,7 @@ def configurations() -> Iterator[Configuration]:
 def _encoders(dtype: torch.dtype, precision: str) -> Iterator[Configuration]:
     tiles = triton_encode.tiles(dtype, precision)
     name = f"{_TYPES[dtype]} {precision}" if dtype == torch.float32 else _TYPES[dtype]
-    # The prefilter multiplies columns of both kinds.
+    # The float8 prefilter multiplies outlier columns in bfloat16 (HGMMA), the rest in float8.
     matrix = "HGMMA QGMMA" if dtype == _FP8 else "HGMMA"
     if dtype == torch.float32 and precision == "ieee":
         matrix = ""
@@ -192,7 +192,7 @@ def _configuration(
     matrix: str = "",
     unaligned: Iterable[str] = (),
 ) -> Configuration:
-    """Of all types and sizes, those that the kernel takes."""
+    """Make a configuration from the types and sizes that the kernel has arguments for."""
     names = kernel.arg_names
     types = {key: types[key] for key in names if key in types}
     sizes = {key: value for key, value in sizes.items() if key in (*names, *_OPTIONS)}
@@ -200,11 +200,11 @@ def _configuration(
 
 
 def compile_one(configuration: Configuration) -> dict[str, Any]:
-    """Compiles for sm_90 and reads the machine code.
+    """Compile a kernel for sm_90 and inspect its machine code.
 
     Returns:
-        One row of the report: name, registers per thread, spill bytes of stack and local memory,
-        shared memory in bytes, warps, programs per multiprocessor, instructions by kind.
+        One row of the report: name, registers per thread, bytes of stack and of local memory,
+        shared memory in bytes, warps, programs per multiprocessor, and instruction counts by kind.
     """
     names = configuration.kernel.arg_names
     options = {key: value for key, value in configuration.sizes.items() if key in _OPTIONS}
@@ -239,13 +239,13 @@ def compile_one(configuration: Configuration) -> dict[str, Any]:
 
 
 def spills(row: dict[str, Any]) -> bool:
-    """Whether registers went to local memory."""
+    """Return whether the compiler spilled registers to local memory."""
     used = row["instructions"]
     return bool(row["local_bytes"] or used.get("LDL") or used.get("STL"))
 
 
 def report() -> dict[str, Any]:
-    """All configurations, with what compiled them."""
+    """Compile all configurations; return their rows with the target and the versions used."""
     return {
         "target": "sm_90",
         "versions": {
@@ -258,7 +258,7 @@ def report() -> dict[str, Any]:
 
 
 def format_row(row: dict[str, Any]) -> str:
-    """One line for people."""
+    """Format a row of the report as one line of text."""
     used = ", ".join(f"{kind} {n}" for kind, n in row["instructions"].items())
     return (
         f"{row['name']:29} {row['registers']:4} registers  {row['num_warps']} warps  "
@@ -268,8 +268,8 @@ def format_row(row: dict[str, Any]) -> str:
 
 
 def _read(cubin: bytes) -> tuple[dict[str, int], dict[str, int]]:
-    """(resources, instructions by kind) of a kernel's machine code."""
-    # Triton's package carries NVIDIA's disassembler.
+    """Return (resource usage, instruction counts by kind) of a compiled kernel."""
+    # Triton's package ships NVIDIA's disassembler.
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
@@ -287,15 +287,20 @@ def _read(cubin: bytes) -> tuple[dict[str, int], dict[str, int]]:
 
 
 def _programs_per_sm(registers: int, warps: int, shared: int) -> int:
-    """Programs that fit a Hopper multiprocessor at once: 64 Ki registers, 227 KiB, 64 warps."""
+    """Return how many programs fit a Hopper multiprocessor at once.
+
+    The limits are 64 Ki registers, 227 KiB of shared memory, 64 warps and 32 programs.
+    """
+    # Registers are allotted in multiples of 8 per thread; each program reserves 1 KiB of shared
+    # memory beside its own.
     by_registers = 65536 // (-(-registers // 8) * 8 * 32 * warps)
     return min(by_registers, 232448 // max(shared + 1024, 1), 64 // warps, 32)
 
 
 def main() -> None:
-    """Compiles, prints, writes."""
+    """Compile all kernels, print the report and write it as JSON."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--json", type=Path, default=RESULT, metavar="FILE")
+    parser.add_argument("--json", type=Path, default=RESULT, metavar="FILE", help="report to write")
     options = parser.parse_args()
     result = report()
     for row in result["kernels"]:

@@ -1,11 +1,11 @@
-"""What can go wrong in a benchmark."""
+"""Errors that the benchmarks raise."""
 
 from __future__ import annotations
 
 
 class BenchmarkError(Exception):
-    """Base of every error the benchmarks raise on purpose."""
+    """Base class of all benchmark errors."""
 
 
 class PeerError(BenchmarkError):
-    """A peer's training step did not run in its environment: carries the end of what it said."""
+    """A peer's process failed or timed out; the message ends with the tail of its stderr."""

@@ -1,10 +1,10 @@
-"""Peak memory of exporting and resharding a checkpoint of any size, beside the bytes it holds.
+"""Measure the peak memory of exporting and resharding a checkpoint of any size.
 
     python -m benchmarks.export_memory --gib 4 --folder /big/disk --json FILE
 
-Makes a synthetic checkpoint (weights and moments of one SAE), exports and reshards it in a process
-each, removes everything again. A process's peak is its own high-water mark of resident memory
-(`VmHWM`); "baseline" does the same as "export" on a checkpoint of a few KiB.
+Makes a synthetic checkpoint (weights and moments of one SAE), exports and reshards it, each in a
+process of its own, and removes all files. The peak is the process's high-water mark of resident
+memory (`VmHWM`). "baseline" exports a checkpoint of a few KiB.
 """
 
 from __future__ import annotations
@@ -40,7 +40,11 @@ _ACTIONS = {
 
 
 def measure(run_dir: Path, *actions: str) -> tuple[int, float]:
-    """(peak resident bytes, seconds) of a process that does some of `_ACTIONS`."""
+    """Run some of `_ACTIONS` in a new process; return its (peak resident bytes, seconds).
+
+    Raises:
+        RuntimeError: If the process fails; the message is its stderr.
+    """
     code = "\n".join([_PREPARED, *(_ACTIONS[action] for action in actions), _PEAK])
     began = time.monotonic()
     done = subprocess.run(
@@ -57,7 +61,7 @@ def measure(run_dir: Path, *actions: str) -> tuple[int, float]:
 
 
 def table(run_dir: Path) -> list[dict[str, Any]]:
-    """A row for each action on the run's checkpoint."""
+    """Measure each action on the run's checkpoint; return one row per action."""
     files = (run_dir / "checkpoints").rglob("*.safetensors")
     size = sum(file.stat().st_size for file in files)
     make_checkpoint(run_dir / "tiny" / "checkpoints", 16, 16)
@@ -73,11 +77,13 @@ def table(run_dir: Path) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    """Makes, measures, prints, removes."""
+    """Make a checkpoint, measure, remove it, print the rows and write them with `--json`."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--gib", type=float, default=4.0, help="size of the checkpoint")
-    parser.add_argument("--folder", type=Path, help="where to make it; twice the size is needed")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--gib", type=float, default=4.0, help="size of the checkpoint in GiB")
+    parser.add_argument(
+        "--folder", type=Path, help="folder for the checkpoint; needs twice its size of free space"
+    )
+    parser.add_argument("--json", type=Path, help="also write the rows to this file")
     arguments = parser.parse_args()
     run_dir = Path(tempfile.mkdtemp(dir=arguments.folder))
     try:

@@ -1,6 +1,6 @@
 #!/bin/sh
-# Makes .venv-peers in the repository root: the peers' libraries, apart from the project's own environment.
-# Does nothing when it is already there and complete.   PYTHON=python3.12 benchmarks/make_peers_env.sh
+# Make .venv-peers in the repository root: the peers' libraries, separate from the project's own environment.
+# Does nothing if it is already complete. Usage: PYTHON=python3.12 benchmarks/make_peers_env.sh
 set -eu
 
 here=$(CDPATH='' cd -- "$(dirname -- "$0")" && pwd)
@@ -8,7 +8,7 @@ env_dir="$(dirname -- "$here")/.venv-peers"
 requirements="$here/requirements-peers.txt"
 python=${PYTHON:-python3}
 
-# The stamp is written last, so an interrupted install is done again.
+# The stamp is written last, so that an interrupted install is repeated.
 stamp="$env_dir/.complete"
 want=$("$python" -c 'import hashlib, sys
 print(hashlib.sha256(open(sys.argv[1], "rb").read()).hexdigest(), sys.version.split()[0])' "$requirements")
@@ -20,9 +20,10 @@ fi
 "$python" -m venv --clear "$env_dir"
 pip() { "$env_dir/bin/python" -m pip --disable-pip-version-check --quiet "$@"; }
 
-# torch with its own dependencies: a CUDA build needs its libraries, and only the index decides which build comes.
+# Install torch with its dependencies: a CUDA build needs its libraries, and the index decides which build it is.
 pip install --constraint "$requirements" torch
-# --no-deps keeps torchvision out: nnsight asks for it, it pulls another torch, and its operators break transformers.
+# --no-deps keeps torchvision out: nnsight requires it, but it pulls in another torch, and its operators break
+# transformers.
 pip install --no-deps --requirement "$requirements"
 pip uninstall --yes torchvision >/dev/null 2>&1 || true
 

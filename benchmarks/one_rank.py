@@ -1,4 +1,4 @@
-"""A process group of this process alone, which the trainer's mesh and DeepSpeed want."""
+"""A process group of a single rank, which the trainer's mesh and DeepSpeed require."""
 
 from __future__ import annotations
 
@@ -9,7 +9,11 @@ import torch.distributed as dist
 
 
 def start_one_rank(device_type: str = "cpu") -> None:
-    """Initialises it; `device_type` is cpu or cuda. The caller destroys it."""
+    """Initialise a process group of this process alone; the caller must destroy it.
+
+    Args:
+        device_type: "cpu" or "cuda".
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

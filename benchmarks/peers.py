@@ -1,4 +1,4 @@
-"""Rows of the peers' training steps, each measured in a process of its own inside `.venv-peers`."""
+"""Measure the peers' training steps, each in a process of its own inside `.venv-peers`."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ HOW_TO_MAKE = "make it with: benchmarks/make_peers_env.sh"
 
 
 def peers_available() -> bool:
-    """Whether the peers' environment was made, to its end."""
+    """Return whether the peers' environment was installed completely."""
     return (PEERS_PYTHON.parent.parent / ".complete").exists()
 
 
@@ -31,28 +31,29 @@ def peer_rows(
     rounds: int = 7,
     timeout_s: float = 900.0,
 ) -> list[dict[str, Any]]:
-    """One row for each peer: its trainer's own step beside the yardstick GEMM, float32 on the CPU.
+    """Time each peer's own training step beside the yardstick GEMM, in float32 on the CPU.
 
-    Every peer gets as many threads as torch has in this process; all cores when it is not loaded.
+    Each peer gets as many threads as torch uses in this process, or all cores if torch is not
+    loaded here.
 
     Args:
         work: L latents, D width, B batch rows, k active; `adam`: "fused" (default) or "stock", the
             peer's own choice. Other keys (dtype) are only repeated in the row.
         peers: package names out of `PEERS`.
         rounds: samples of the step and of each GEMM.
-        timeout_s: longest that one peer may take.
+        timeout_s: time limit for one peer.
 
     Returns:
-        Rows {work, system, op, median_s, ratio, tokens_per_s, peak_bytes, gemm_s, linear_s,
-        ratio_linear, version}; ratio is to the oneDNN GEMM timed in the same process, peak_bytes
-        what building and stepping added to resident memory. Empty, with the reason on stderr, when
-        the peers' environment was not made.
+        One row per peer: {work, system, op, median_s, ratio, tokens_per_s, peak_bytes, gemm_s,
+        linear_s, ratio_linear, version}. `ratio` is to the oneDNN GEMM timed in the same process;
+        `peak_bytes` is the resident memory added by building the trainer and stepping. Empty, with
+        the reason on stderr, if the peers' environment is missing.
 
     Raises:
-        PeerError: a peer's step failed or took too long.
+        PeerError: If a peer's step fails or takes too long.
     """
     if not peers_available():
-        print(f"no rows of the peers: .venv-peers is not there; {HOW_TO_MAKE}", file=sys.stderr)
+        print(f"peers skipped: .venv-peers is missing; {HOW_TO_MAKE}", file=sys.stderr)
         return []
     return [_row(peer, work, rounds, timeout_s) for peer in peers]
 
@@ -64,15 +65,15 @@ def _row(peer: str, work: dict[str, Any], rounds: int, timeout_s: float) -> dict
 
 
 def run_in_peers(what: str, arguments: Sequence[str], timeout_s: float) -> Any:
-    """The JSON that a module of ours writes to `--out`, run in the peers' environment.
+    """Run one of our modules in the peers' environment; return the JSON that it writes to `--out`.
 
     Args:
-        what: it measures, for messages.
+        what: name of the measurement, for error messages.
         arguments: the module and its arguments, without `--out`.
-        timeout_s: longest that it may take.
+        timeout_s: time limit.
 
     Raises:
-        PeerError: it failed or took too long.
+        PeerError: If the process fails or takes too long.
     """
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "out.json"
@@ -87,17 +88,17 @@ def run_in_peers(what: str, arguments: Sequence[str], timeout_s: float) -> Any:
                 check=False,
             )
         except subprocess.TimeoutExpired as error:
-            raise PeerError(f"{what}: not done within {timeout_s:.0f} s") from error
+            raise PeerError(f"{what}: not finished after {timeout_s:.0f} s") from error
         if done.returncode != 0:
             raise PeerError(f"{what}: exit code {done.returncode}:\n{done.stderr[-2000:]}")
         return json.loads(out.read_text())
 
 
 def peer_environment() -> dict[str, str]:
-    """Variables for a process in `.venv-peers`: quiet, offline, as many threads as here."""
+    """Return the variables for a process in `.venv-peers`: quiet, offline, same thread count."""
     environment = {
         **os.environ,
-        "SPARSIFY_DISABLE_TRITON": "1",  # its Triton decoder has no CPU body
+        "SPARSIFY_DISABLE_TRITON": "1",  # sparsify's Triton decoder does not run on a CPU
         "WANDB_MODE": "disabled",
         "HF_HUB_OFFLINE": "1",
         "TQDM_DISABLE": "1",

@@ -1,9 +1,8 @@
 """Time one peer's own training step. Runs inside `.venv-peers`; `benchmarks.peers` calls it.
 
-The step is the peer's code from end to end: its trainer's forward, loss, backward, clipping,
-optimiser, schedule, decoder normalisation and dead-latent bookkeeping; nothing of it is rebuilt.
-Adam is switched to torch's fused kernel, which all three could use and none does by default, unless
-`adam` is "stock".
+The step is entirely the peer's own code: its trainer's forward, loss, backward, clipping,
+optimiser, schedule, decoder normalisation and dead-latent bookkeeping. Adam is switched to torch's
+fused kernel unless `adam` is "stock": all three peers can use it, but none does by default.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from torch import Tensor, nn
 from benchmarks.timing import PeakMemory, interleaved
 from benchmarks.yardstick import encoder_gemms
 
-# A schedule longer than any benchmark: the step under the clock is one at full learning rate.
+# A schedule longer than any benchmark, so that the timed steps run at the full learning rate.
 STEPS = 1_000_000
 CONTEXT_TOKENS = 64
 WARMUP_STEPS = 2
@@ -33,7 +32,15 @@ Step = Callable[[], object]
 
 
 def saelens_step(work: dict[str, Any], x: Tensor) -> tuple[Step, list[Any]]:
-    """`SAETrainer.step` on a TopK training SAE with the package's defaults."""
+    """Make a call of `SAETrainer.step` on a TopK training SAE with the package's defaults.
+
+    Args:
+        work: sizes.
+        x: batch [B, D].
+
+    Returns:
+        The step, and the optimisers that it uses.
+    """
     from sae_lens import SAETrainer, TopKTrainingSAE, TopKTrainingSAEConfig
     from sae_lens.config import SAETrainerConfig
 
@@ -41,14 +48,14 @@ def saelens_step(work: dict[str, Any], x: Tensor) -> tuple[Step, list[Any]]:
     config = SAETrainerConfig(
         total_training_samples=STEPS * work["B"],
         train_batch_size_samples=work["B"],
-        lr_end=3e-5,  # must be given, though the default schedule is constant
+        lr_end=3e-5,  # required, although the default schedule is constant
     )
     trainer: Any = SAETrainer(config, sae, data_provider=iter(()))
     return lambda: trainer.step(x), [trainer.optimizer]
 
 
 def dictionary_learning_step(work: dict[str, Any], x: Tensor) -> tuple[Step, list[Any]]:
-    """`TopKTrainer.update` with the package's defaults."""
+    """Make a call of `TopKTrainer.update` with the package's defaults; see `saelens_step`."""
     from dictionary_learning.trainers.top_k import TopKTrainer
 
     trainer = TopKTrainer(
@@ -62,14 +69,14 @@ def dictionary_learning_step(work: dict[str, Any], x: Tensor) -> tuple[Step, lis
         seed=0,
         device="cpu",
     )
-    # Step 0 would set the bias to the geometric median, which is not part of a step.
+    # Step 0 would also set the bias to the geometric median, which is not part of a usual step.
     return lambda: trainer.update(1, x), [trainer.optimizer]
 
 
 def sparsify_step(work: dict[str, Any], x: Tensor) -> tuple[Step, list[Any]]:
-    """`Trainer.fit` over a data set of one batch, so that one call is one step.
+    """Make a call of `Trainer.fit` over a data set of one batch, so that one call is one step.
 
-    Its trainer takes activations from a hook in a language model; here a single module hands out x.
+    This trainer takes activations from a hook in a language model. Here, a single module returns x.
     """
     from sparsify import SparseCoderConfig, TrainConfig, Trainer
 
@@ -85,15 +92,20 @@ def sparsify_step(work: dict[str, Any], x: Tensor) -> tuple[Step, list[Any]]:
     )
     data = _OneBatch(work["B"] // context, context)
     trainer: Any = Trainer(config, data, _ActivationModel(x, context))
-    trainer.save = lambda: None  # fit saves at its end, which is not part of a step
+    trainer.save = lambda: None  # fit saves when it ends, which is not part of a step
     return trainer.fit, trainer.optimizers
 
 
 class _OneBatch(torch.utils.data.Dataset[dict[str, Tensor]]):
-    """Token ids of one batch [rows, context]; the trainer skips what it has seen with `select`."""
+    """Token ids of one batch [rows, context].
+
+    The trainer calls `select` to skip rows that it has seen. Here it keeps all, so that every call
+    of `fit` trains on the whole batch.
+    """
 
     def __init__(self, rows: int, context: int) -> None:
-        self.rows, self.context = rows, context
+        self.rows = rows
+        self.context = context
 
     def __len__(self) -> int:
         return self.rows
@@ -108,7 +120,7 @@ class _OneBatch(torch.utils.data.Dataset[dict[str, Tensor]]):
 
 
 class _ActivationModel(nn.Module):
-    """As much of a language model as the trainer looks at: one module, whose output is x [B, D]."""
+    """The parts of a language model that the trainer uses: one module whose output is x [B, D]."""
 
     def __init__(self, x: Tensor, context: int) -> None:
         super().__init__()
@@ -140,7 +152,7 @@ PEERS: dict[str, Callable[[dict[str, Any], Tensor], tuple[Step, list[Any]]]] = {
 
 
 def measure(peer: str, work: dict[str, Any], rounds: int) -> dict[str, Any]:
-    """One row: the peer's step beside the yardstick GEMM, interleaved in this process."""
+    """Time the peer's step and the yardstick GEMMs, interleaved; return one row."""
     torch.manual_seed(0)
     x = torch.randn(work["B"], work["D"])
     with PeakMemory() as memory:
@@ -152,7 +164,7 @@ def measure(peer: str, work: dict[str, Any], rounds: int) -> dict[str, Any]:
         for _ in range(WARMUP_STEPS):
             step()
     for optimizer in optimizers:
-        # A hook that did not fire or a loop that ended early would make for splendid figures.
+        # A hook that did not fire or a loop that ended early would make the peer look too fast.
         updates = {int(state["step"]) for state in optimizer.state.values()}
         assert updates == {WARMUP_STEPS}, f"{peer} made {updates} updates in {WARMUP_STEPS} steps"
     W_enc = torch.randn(work["L"], work["D"]) / work["D"] ** 0.5
@@ -176,12 +188,12 @@ def measure(peer: str, work: dict[str, Any], rounds: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Measure one peer and write its row as JSON to the file named."""
+    """Measure one peer and write its row as JSON to `--out`."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("peer", choices=sorted(PEERS))
     parser.add_argument("work", help='JSON: {"L": ..., "D": ..., "B": ..., "k": ...}')
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--rounds", type=int, default=7, help="samples of the step and each GEMM")
+    parser.add_argument("--out", type=Path, required=True, help="file to write the row to")
     arguments = parser.parse_args()
     with contextlib.redirect_stdout(io.StringIO()):  # sparsify prints on every call of fit
         row = measure(arguments.peer, json.loads(arguments.work), arguments.rounds)

@@ -1,9 +1,9 @@
-"""The plan's predictions beside what this machine does: step time, peak memory, weak scaling.
+"""Compare the plan's predictions with this machine: step time, peak memory, weak scaling.
 
     python -m benchmarks.plan --json plan.json
 
-Every row is a run of real ranks (`python -m cluster.rank`) over a real store; the plan's rates are
-measured in the same run. `ratio` is predicted over measured.
+Each case is a run of real ranks (`python -m cluster.rank`) over a real store. The rates that the
+plan uses are measured just before it. `ratio` and `peak_ratio` are predicted over measured.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ _REPORT_EVERY = 4
 
 @dataclass(frozen=True)
 class Case:
-    """One run."""
+    """Sizes and mesh of one run."""
 
     op: str
     L: int
@@ -58,12 +58,12 @@ class Case:
 
     @property
     def parallel(self) -> ParallelConfig:
-        """The mesh."""
+        """The mesh of the run."""
         return ParallelConfig(self.latent, self.data, self.zero_stage)
 
     @property
     def work(self) -> dict[str, int | str]:
-        """Of the row."""
+        """The row's `work` column: sizes and mesh."""
         mesh = f"{self.latent}x{self.data}"
         return {"L": self.L, "D": self.D, "B": self.B, "k": self.k, "mesh": mesh}
 
@@ -82,7 +82,16 @@ CASES = (
 
 
 def config_of(case: Case, store: Path, name: str, steps: int) -> RunConfig:
-    """A run of `steps` steps on a store of that width; nothing dies in so few."""
+    """Return the config of a run of `steps` steps.
+
+    Dead latents are not planned for: none can die in so few steps.
+
+    Args:
+        case: sizes and mesh.
+        store: path of a store with rows of width `case.D`.
+        name: name of the run.
+        steps: number of training steps; one checkpoint is saved halfway.
+    """
     return RunConfig(
         name=name,
         stage="train",
@@ -101,8 +110,12 @@ def config_of(case: Case, store: Path, name: str, steps: int) -> RunConfig:
 
 
 def make_store(folder: Path, d_model: int) -> Path:
-    """Sparse sums of fixed directions, so that latents have something to find."""
-    path, random = folder / f"store-{d_model}", np.random.default_rng(0)
+    """Write a store of sparse sums of fixed directions, unless it exists; return its path.
+
+    The SAE's latents can find these directions, so training behaves as on real activations.
+    """
+    path = folder / f"store-{d_model}"
+    random = np.random.default_rng(0)
     if path.exists():
         return path
     directions = random.standard_normal((256, d_model), dtype=np.float32)
@@ -116,10 +129,13 @@ def make_store(folder: Path, d_model: int) -> Path:
 
 
 def run_ranks(config: RunConfig, run_dir: Path) -> tuple[float, int]:
-    """Median seconds of a step, and the largest peak of resident memory of a rank.
+    """Run all ranks of a training run to their end.
+
+    Returns:
+        Median seconds of a step, and the largest peak resident memory of any rank in bytes.
 
     Raises:
-        BenchmarkError: a rank failed.
+        BenchmarkError: If a rank fails.
     """
     run_dir.mkdir(parents=True)
     save_config(config, run_dir / "config.yaml")
@@ -134,7 +150,7 @@ def run_ranks(config: RunConfig, run_dir: Path) -> tuple[float, int]:
         environment = {key: str(value) for key, value in place.items()}
         environment |= {"MASTER_ADDR": "127.0.0.1", "DS_ACCELERATOR": "cpu"}
         environment |= waiting_variables(alone=n_ranks == 1)
-        log = open(run_dir / f"rank-{rank}.txt", "w")  # noqa: SIM115 - the process keeps it
+        log = open(run_dir / f"rank-{rank}.txt", "w")  # noqa: SIM115 - the child keeps it open
         ranks.append(
             subprocess.Popen(command, env=os.environ | environment, stdout=log, stderr=log)
         )
@@ -145,7 +161,9 @@ def run_ranks(config: RunConfig, run_dir: Path) -> tuple[float, int]:
         peaks.append(usage.ru_maxrss * 1024)
         if status:
             text = (run_dir / f"rank-{rank}.txt").read_text()[-2000:]
-            raise BenchmarkError(f"rank {rank} of {config.name} failed: {text}")
+            raise BenchmarkError(
+                f"rank {rank} of {config.name} failed; its output ends with: {text}"
+            )
     lines = (run_dir / "metrics.jsonl").read_text().splitlines()
     speeds = [json.loads(line)["tokens_per_s"] for line in lines]
     steps = [config.train.batch_tokens / speed for speed in speeds[1:]]  # the first one warms up
@@ -153,7 +171,14 @@ def run_ranks(config: RunConfig, run_dir: Path) -> tuple[float, int]:
 
 
 def rows_of(case: Case, folder: Path, hardware: Hardware, steps: int) -> list[dict[str, Any]]:
-    """What was measured, then what was predicted."""
+    """Run one case and predict it; return the measured row, then the predicted one.
+
+    Args:
+        case: sizes and mesh.
+        folder: folder for stores and runs.
+        hardware: this machine's measured rates.
+        steps: number of training steps.
+    """
     store = make_store(folder, case.D)
     op = case.op.replace(",", "").replace(" ", "-")
     name = f"plan-{case.L}-{case.D}-{case.parallel.n_ranks}-{op}"
@@ -188,6 +213,7 @@ def rows_of(case: Case, folder: Path, hardware: Hardware, steps: int) -> list[di
 
 
 def _summed(layout: Layout) -> dict[str, float]:
+    """Return the predicted seconds of each kind of phase."""
     parts: dict[str, float] = {}
     for phase in layout.phases:
         parts[phase.what] = parts.get(phase.what, 0.0) + phase.seconds
@@ -195,22 +221,23 @@ def _summed(layout: Layout) -> dict[str, float]:
 
 
 def _simulated(layout: Layout) -> float:
+    """Return the seconds of a step in a simulation with 2% jitter and no slow ranks."""
     mesh = layout.parallel
     noise = Noise(jitter=0.02, slow_ranks=0.0, slow_factor=1.0)
     return simulate_step(layout.phases, mesh.latent, mesh.data, noise, read_s=layout.read_s)
 
 
 def main() -> None:
-    """The command line."""
+    """Run all cases, print the table and write it as JSON with `--json`."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--json", type=Path, help="also write the rows to this file")
+    parser.add_argument("--steps", type=int, default=40, help="training steps of each run")
     options = parser.parse_args()
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         for case in CASES:
-            # Before each: others may use the machine.
+            # Calibrate before each case: the load of a shared machine changes.
             hardware = measured(folder)
             rows.append({"op": "calibration", "system": "rates", **_rates(hardware)})
             rows += rows_of(case, folder, hardware, options.steps)

@@ -1,14 +1,18 @@
-"""Does a faster step train a worse SAE? The same activations, seed and schedule, other kernels.
+"""Compare the SAEs that different kernels and settings train from the same data, seed and schedule.
 
     python -m benchmarks.quality --store runs/demo/store [--n-latents N] [--tokens N]
         [--k N] [--lr RATE] [--dead-after N] [--weakened SHARE] [--variants NAME ...] [--json FILE]
 
-Every variant trains in this process from the same first dictionary on the same batches. A row tells
-the mean FVU of the last tenth of training, the share of dead latents at the end, and the curve;
-`fvu_ratio` is to the first variant. The prefilters are then asked for the TopK of real rows under
-the trained dictionary, float8 multiplied in float32: the same selection, not the same speed.
-With `--weakened` that share of the encoder's rows begins a quarter as long as the others: so these
-latents never fire, and what brings them back is the auxiliary loss.
+It answers whether a faster step trains a worse SAE. Every variant trains in this process, from the
+same initial dictionary on the same batches. A row gives the mean FVU of the last tenth of training,
+the fraction of dead latents at the end, and the training curve; `fvu_ratio` is relative to the
+first variant.
+
+Then each prefilter selects the TopK of real rows with the last trained dictionary. The float8
+product is emulated in float32: it selects the same latents, but not at the same speed.
+
+With `--weakened`, this share of the encoder's rows starts at a quarter of its length. These latents
+never fire at first, and only the auxiliary loss can revive them.
 """
 
 from __future__ import annotations
@@ -48,6 +52,7 @@ CHECKED_ROWS = 8192
 COLUMNS = ("system", "op", "fvu", "fvu_ratio", "dead_fraction", "tokens_per_s")
 CHECK_COLUMNS = ("system", "op", "certified", "equal_rows", "low_precision_equal_rows")
 
+# Name of a variant -> the settings in which it differs from the base config.
 VARIANTS: dict[str, dict[str, Any]] = {
     "reference": {"kernels": "reference", "prefilter": "none", "update": "dense"},
     "stock, dense update": {"prefilter": "none", "update": "dense"},
@@ -64,17 +69,29 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 
 def main() -> None:
-    """Trains, prints, writes."""
+    """Train all variants, check the prefilters, print both tables and write them with `--json`."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--store", required=True)
-    parser.add_argument("--n-latents", type=int, default=4096)
-    parser.add_argument("--k", type=int, default=32)
-    parser.add_argument("--lr", type=float, help="default: 2e-3 at 4096 latents, as 1/sqrt(n)")
-    parser.add_argument("--tokens", type=int, default=1_000_000)
-    parser.add_argument("--dead-after", type=int, default=200_000)
-    parser.add_argument("--weakened", type=float, default=0.0)
+    parser.add_argument("--store", required=True, help="path of the store")
+    parser.add_argument("--n-latents", type=int, default=4096, help="latents of each SAE")
+    parser.add_argument("--k", type=int, default=32, help="active latents per token")
+    parser.add_argument(
+        "--lr", type=float, help="default: 2e-3 at 4096 latents, scaled as 1/sqrt(n_latents)"
+    )
+    parser.add_argument("--tokens", type=int, default=1_000_000, help="training tokens of each SAE")
+    parser.add_argument(
+        "--dead-after",
+        type=int,
+        default=200_000,
+        help="a latent that has not fired for this many tokens is dead",
+    )
+    parser.add_argument(
+        "--weakened",
+        type=float,
+        default=0.0,
+        help="share of latents whose encoder row starts at a quarter of its length",
+    )
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS))
-    parser.add_argument("--json", metavar="FILE")
+    parser.add_argument("--json", metavar="FILE", help="also write the rows to this file")
     options = parser.parse_args()
     keep_freed_memory()
     start_one_rank()
@@ -96,7 +113,15 @@ def main() -> None:
 def base_config(
     n_latents: int, tokens: int, dead_after_tokens: int, k: int = 32, lr: float | None = None
 ) -> TrainerConfig:
-    """What every variant starts from; the rate falls with the root of the size unless it is set."""
+    """Return the config that every variant modifies.
+
+    Args:
+        n_latents: latents of the SAE.
+        tokens: training tokens.
+        dead_after_tokens: tokens without firing after which a latent counts as dead.
+        k: active latents per token.
+        lr: learning rate; None: 2e-3 at 4096 latents, scaled as 1/sqrt(n_latents).
+    """
     return TrainerConfig(
         SAEConfig(n_latents=n_latents, k=k, auxk=256, dead_after_tokens=dead_after_tokens),
         OptimConfig(
@@ -112,7 +137,17 @@ def base_config(
 def train(
     store: Store, base: TrainerConfig, name: str, weakened: float = 0.0
 ) -> tuple[Trainer, dict[str, Any]]:
-    """Trains one variant; returns its trainer and its row."""
+    """Train one variant on the first array of a store.
+
+    Args:
+        store: activations.
+        base: config that the variant modifies.
+        name: key of `VARIANTS`.
+        weakened: share of latents whose encoder row starts at a quarter of its length.
+
+    Returns:
+        The trainer, and the variant's row.
+    """
     config = _changed(base, VARIANTS[name])
     array = next(iter(store.arrays))
     source = StoreSource(
@@ -126,7 +161,7 @@ def train(
     with tempfile.TemporaryDirectory() as folder:
         mesh = Mesh.create("cpu", 1, 1)
         trainer = Trainer(config, mesh, source, Path(folder), SEED, keep, report_every=10)
-        # No setting: the Triton body's, tried on this one.
+        # Not a config key: the Triton kernels set it themselves. Here the stock kernels try it.
         kernels = trainer.engines[0].sae.plan.kernels
         kernels.gather_dtype = VARIANTS[name].get("gather_dtype")
         trainer.calibrate()
@@ -156,6 +191,7 @@ def train(
 
 
 def _weaken(trainer: Trainer, share: float) -> None:
+    """Scale the first `share` of the encoder's rows to a quarter."""
     for engine in trainer.engines:
         with torch.no_grad():
             engine.sae.W_enc[: int(share * len(engine.sae.W_enc))] /= 4
@@ -163,6 +199,7 @@ def _weaken(trainer: Trainer, share: float) -> None:
 
 
 def _changed(base: TrainerConfig, values: dict[str, Any]) -> TrainerConfig:
+    """Return `base` with each value set in whichever part of the config has that field."""
     parts = {}
     for part in ("sae", "optim", "train"):
         old = getattr(base, part)
@@ -171,8 +208,16 @@ def _changed(base: TrainerConfig, values: dict[str, Any]) -> TrainerConfig:
 
 
 def prefilter_rows(trainer: Trainer) -> list[dict[str, Any]]:
-    """How often each prefilter certifies real rows, and whether it then selects exactly."""
-    sae, exact = trainer.engines[0].sae, StockKernels(torch.float32)
+    """Measure how often each prefilter certifies real rows, and if it is then exact.
+
+    Returns:
+        One row per prefilter. `certified`: share of rows whose candidates are proven to hold the
+        exact TopK. `equal_rows`: share of the certified rows whose candidates do hold it; None if
+        no row is certified. `low_precision_equal_rows`: share of all rows whose low-precision TopK
+        is already exact.
+    """
+    sae = trainer.engines[0].sae
+    exact = StockKernels(torch.float32)
     x = (sae.normalise(trainer.source.sample(CHECKED_ROWS)) - sae.b_dec).detach()
     W, b, k = sae.W_enc.detach(), sae.b_enc.detach(), sae.config.k
     wanted_values, wanted = exact.exact_topk(x, W, b, k)
@@ -209,6 +254,7 @@ def prefilter_rows(trainer: Trainer) -> list[dict[str, Any]]:
 
 
 def _outliers(x: torch.Tensor) -> torch.Tensor:
+    """Return the largest root mean square of a channel over the median one; x [B, D]."""
     rms = x.square().mean(0).sqrt()
     return rms.max() / rms.median()
 

@@ -1,17 +1,18 @@
-"""One training step, ours and other trainers', against the bare encoder GEMM of the same shape.
+"""Time a training step, ours and other trainers', against the bare encoder GEMM of its shape.
 
     python -m benchmarks.step [--device cpu|cuda] [--work L,D,B,k ...] [--rounds N]
         [--slope L1,L2,L3] [--slope-work D,B,k] [--budget-s S] [--no-peers] [--json FILE]
 
-What is named is measured: works, a slope, or both; with neither, the device's defaults. Needs torch
-and NumPy, on cuda triton as well. Steps go through DeepSpeed where it is installed, else through
-the optimiser alone: `engine` in a step's row.
+Measures the works and the slope that are given; if neither is given, the device's defaults. Needs
+torch and NumPy, and triton on cuda. Steps run through DeepSpeed if it is installed, otherwise
+through the optimiser alone; `engine` in a step's row says which.
 
-Ours and the baselines are measured in this process, each of the peers' packages (on the CPU, where
-`.venv-peers` was made) in one of its own; every process times the GEMM beside the step, round by
-round, and ratios are within a process. On a CPU this process keeps the memory it frees, as a
-training run does. That spares the GEMM more page faults than the step, so it makes ratios larger;
-the peers' processes are left as their packages leave them, and so are the peers' ratios.
+Our steps and the baselines are measured in this process. Each peer package is measured in a process
+of its own, on the CPU only and only if `.venv-peers` exists. Every process times the GEMM beside
+the step, round by round, and ratios are always within one process. On a CPU, this process keeps the
+memory that it frees, as a training run does. That spares the GEMM more page faults than the step,
+so it makes our ratios larger. The peers' allocator settings are not changed, so their ratios are
+without this effect.
 """
 
 from __future__ import annotations
@@ -46,12 +47,12 @@ from sae_core.memory import keep_freed_memory
 _OPTIONAL_COLUMNS = ("mfu", "slope", "error")
 _PEER_TIMEOUT_S = 900.0
 _RESERVE = 0.05
-"""Share of the budget for what follows the last measurement."""
+"""Share of the time budget kept for the work after the last measurement."""
 
 
 @dataclass(frozen=True)
 class Defaults:
-    """What a device measures when nothing is named."""
+    """The measurements of a device if neither works nor a slope are given."""
 
     works: tuple[str, ...]
     slope: str | None
@@ -71,10 +72,10 @@ DEFAULTS = {
 
 
 def main() -> int:
-    """Measures, prints the table, writes it when asked.
+    """Run the benchmark, print the table and write it as JSON with `--json`.
 
     Returns:
-        Exit code: 0, or 2 when what was asked for cannot be measured here.
+        Exit code: 0, or 2 if an option is invalid or the device is not available.
     """
     options = _options()
     try:
@@ -97,16 +98,16 @@ def main() -> int:
 
 
 def plan(options: argparse.Namespace) -> tuple[list[Work], list[Work]]:
-    """The works to measure, and those of the slope.
+    """Return the works to measure, and the works of the slope.
 
     Args:
-        options: of the command line.
+        options: the parsed command line.
 
     Raises:
-        BenchmarkError: a value that cannot be, or a device that this machine lacks.
+        BenchmarkError: If an option is invalid or this machine lacks the device.
     """
     if options.device == "cuda" and not torch.cuda.is_available():
-        raise BenchmarkError("--device cuda: torch finds no CUDA device; use --device cpu")
+        raise BenchmarkError("--device cuda: torch found no CUDA device; use --device cpu")
     if options.rounds < 1:
         raise BenchmarkError(f"--rounds {options.rounds}: expected at least 1")
     if options.budget_s is not None and options.budget_s <= 0:
@@ -124,7 +125,7 @@ def _slope_works(slope: str | None, tail: str) -> list[Work]:
         return []
     latents = parse_sizes(slope, slope.count(",") + 1, "L1,L2,L3")
     if len(set(latents)) < 2:
-        raise BenchmarkError(f"--slope {slope}: expected at least two different L")
+        raise BenchmarkError(f"--slope {slope}: expected at least two different L values")
     parse_sizes(tail, 3, "D,B,k")
     return [Work.parse(f"{L},{tail}") for L in latents]
 
@@ -134,15 +135,25 @@ def _options() -> argparse.Namespace:
         prog="python -m benchmarks.step", description=__doc__.splitlines()[0]
     )
     parser.add_argument("--device", choices=sorted(DEFAULTS), default="cpu")
-    parser.add_argument("--work", nargs="+", metavar="L,D,B,k")
-    parser.add_argument("--slope", metavar="L1,L2,L3", help="log-log slope of the step over L")
-    parser.add_argument("--slope-work", metavar="D,B,k", help="the other sizes of the slope")
+    parser.add_argument(
+        "--work", nargs="+", metavar="L,D,B,k", help="latents, width, batch rows, active latents"
+    )
+    parser.add_argument(
+        "--slope", metavar="L1,L2,L3", help="measure the log-log slope of step time over these L"
+    )
+    parser.add_argument(
+        "--slope-work", metavar="D,B,k", help="width, batch rows and active latents of the slope"
+    )
     parser.add_argument("--rounds", type=int, default=15, help="samples of each row")
     parser.add_argument(
-        "--budget-s", type=float, help="cut rounds to end in so many seconds after start-up"
+        "--budget-s", type=float, help="run fewer rounds to finish within this many seconds"
     )
-    parser.add_argument("--no-peers", action="store_true", help="leave the peers' packages out")
-    parser.add_argument("--json", metavar="FILE", help="write the rows, part by part")
+    parser.add_argument(
+        "--no-peers", action="store_true", help="do not measure the peers' packages"
+    )
+    parser.add_argument(
+        "--json", metavar="FILE", help="write the rows to this file, again after each work"
+    )
     return parser.parse_args()
 
 
@@ -162,7 +173,7 @@ def _measure_all(
         )
 
     def keep() -> None:
-        # After every work: what was measured is not lost with a machine that is only lent.
+        # Write after every work, so that an interrupted run keeps what it has measured.
         if options.json:
             write_json(options.json, rows)
 
@@ -182,7 +193,7 @@ def _measure_all(
 
 def _peer_rows(work: dict[str, Any], rounds: int, budget: Budget) -> list[Row]:
     if not peers_available():
-        return peer_rows(work)  # says so
+        return peer_rows(work)  # prints why there are none
     found: list[Row] = []
     for peer in PEERS:
         head = {"work": work, "system": peer, "op": "train_step"}

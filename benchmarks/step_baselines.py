@@ -1,7 +1,7 @@
-"""Baselines of our own writing, after the maths of other trainers; they run on any device.
+"""Baselines that reimplement the maths of other trainers in plain torch, for any device.
 
 Both do the work of our "step + clip": forward, backward, clipping, fused Adam, unit decoder rows.
-Parameters are float32; on a GPU the products are in the benchmark's dtype, as elsewhere.
+Parameters are float32; on a GPU the products are in the benchmark's dtype, as in our step.
 """
 
 from __future__ import annotations
@@ -18,11 +18,12 @@ _CLIP_NORM = 1.0
 
 
 def baseline_cases(inputs: Inputs) -> list[Case]:
-    """Rows of system "baseline"."""
-    work, size = inputs.work, inputs.setup.dtype.itemsize
+    """Return the cases of system "baseline"."""
+    work = inputs.work
+    size = inputs.setup.dtype.itemsize
     state = 32 * work.L * work.D  # two matrices: float32 weights, gradients and both moments
     pre_acts = size * work.B * work.L
-    gathered = 3 * 4 * work.B * work.k * work.D  # the rows, and a gradient for either matrix
+    gathered = 3 * 4 * work.B * work.k * work.D  # float32 rows, and a gradient for each matrix
     needs = {"dense autograd": state + 3 * pre_acts, "sparse gather": state + pre_acts + gathered}
     bodies = {"dense autograd": dense_gradients, "sparse gather": sparse_gradients}
     return [
@@ -48,7 +49,7 @@ class Autoencoder:
 
     @torch.no_grad()
     def update(self) -> None:
-        """Clips, updates, brings decoder rows to unit norm, drops the gradients."""
+        """Clip the gradients, update, renormalise the decoder rows and clear the gradients."""
         torch.nn.utils.clip_grad_norm_(self.parameters, _CLIP_NORM)
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -56,10 +57,10 @@ class Autoencoder:
 
 
 def dense_gradients(model: Autoencoder, inputs: Inputs) -> None:
-    """Dense pre-activations and latents [B, L], a dense decoder product, all of it by autograd.
+    """Compute gradients by autograd through dense latents [B, L] and a dense decoder product.
 
     Args:
-        model: gets the gradients of the mean squared error.
+        model: receives the gradients of the mean squared error.
         inputs: batch and dtype of the products.
     """
     x, setup = inputs.raw, inputs.setup
@@ -73,13 +74,16 @@ def dense_gradients(model: Autoencoder, inputs: Inputs) -> None:
 
 @torch.no_grad()
 def sparse_gradients(model: Autoencoder, inputs: Inputs) -> None:
-    """A dense encoder product and `torch.topk`; then [B, k, D] decoder rows and `index_add_`.
+    """Compute gradients by hand: `torch.topk`, gathered decoder rows [B, k, D], `index_add_`.
+
+    Only the encoder product is dense.
 
     Args:
-        model: gets the gradients of the mean squared error.
+        model: receives the gradients of the mean squared error.
         inputs: batch and dtype of the encoder product.
     """
-    centred, dtype = inputs.raw - model.b_dec, inputs.setup.dtype
+    centred = inputs.raw - model.b_dec
+    dtype = inputs.setup.dtype
     operands = (centred.to(dtype), model.W_enc.to(dtype), model.b_enc.to(dtype))
     values, latents = F.linear(*operands).topk(inputs.work.k, dim=1)
     values = values.float().relu()
@@ -93,7 +97,8 @@ def sparse_gradients(model: Autoencoder, inputs: Inputs) -> None:
         pairs = (weights[:, :, None] * matrix[:, None]).view(-1, matrix.shape[1])
         return torch.zeros_like(model.W_dec).index_add_(0, flat, pairs)
 
-    model.W_dec.grad, model.W_enc.grad = summed(values, error), summed(dvalues, centred)
+    model.W_dec.grad = summed(values, error)
+    model.W_enc.grad = summed(dvalues, centred)
     model.b_enc.grad = torch.zeros_like(model.b_enc).index_add_(0, flat, dvalues.view(-1))
     model.b_dec.grad = error.sum(0) - model.b_enc.grad @ model.W_enc
 

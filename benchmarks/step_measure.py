@@ -1,4 +1,4 @@
-"""Measures the cases of a work side by side, within what memory and time there is."""
+"""Measure the cases of a work side by side, within the memory and the time available."""
 
 from __future__ import annotations
 
@@ -21,43 +21,43 @@ from sae_core.metrics import mfu
 Row = dict[str, Any]
 
 OUT_OF_TIME = "budget"
-"""`error` of a row for which no time was left."""
+"""The `error` of a row that the time budget did not allow."""
 SLOPE_OP = "step + clip"
-"""The operation whose cost is followed as L grows."""
+"""The operation whose scaling with L is measured."""
 _MEMORY_SHARE = 0.6
-"""Of what is free: cases that need no more together are timed side by side. The rest is for what
-they take while they run."""
+"""Share of the free memory that the cases timed together may need. The rest is for temporaries."""
 _ERROR_CHARACTERS = 300
 
 
 @dataclass(frozen=True)
 class Budget:
-    """When the benchmark has to be done; `until` in seconds of `time.monotonic`, inf for never."""
+    """A deadline for the benchmark."""
 
     until: float = math.inf
+    """The deadline in seconds of `time.monotonic`; inf: none."""
 
     def left_s(self) -> float:
-        """Seconds left, at least 0."""
+        """Return the seconds left, at least 0."""
         return max(0.0, self.until - time.monotonic())
 
     def share(self, parts: int) -> Budget:
-        """The first of so many equal parts of what is left."""
+        """Return the budget for one of `parts` equal parts of the time left."""
         return Budget(time.monotonic() + self.left_s() / parts)
 
 
 def work_cases(inputs: Inputs) -> list[Case]:
-    """Every row of a work: the yardstick first, ours, baselines."""
+    """Return all cases of a work: the yardstick first, then ours, then the baselines."""
     return yardstick_cases(inputs) + our_cases(inputs) + baseline_cases(inputs)
 
 
 def slope_cases(inputs: Inputs) -> list[Case]:
-    """The yardstick, and the step that is followed as L grows."""
+    """Return the yardstick and the step whose scaling with L is measured."""
     followed = [case for case in our_cases(inputs) if case.op == SLOPE_OP]
     return yardstick_cases(inputs)[:1] + followed
 
 
 def yardstick_cases(inputs: Inputs) -> list[Case]:
-    """Rows of system "torch": "gemm", and on a CPU "linear"."""
+    """Return the cases of system "torch": "gemm", and "linear" as well on a CPU."""
 
     def make(op: str) -> Call:
         return encoder_gemms(inputs.x, inputs.W, inputs.bias)[op]
@@ -75,22 +75,25 @@ def measure(
     budget: Budget,
     share: Budget,
 ) -> list[Row]:
-    """One row for every case of a work, in their order; what cannot run has an `error` instead.
+    """Measure all cases of a work.
 
-    Cases are timed in blocks, each as large as memory allows, the yardstick in every one of them: a
+    Cases are timed in blocks, each as large as memory allows. Every block includes the yardstick: a
     row's `gemm_s` and `ratio` are those of its own block.
 
     Args:
         work: sizes.
         setup: device and dtype.
-        cases_of: gives the cases; the first one is the yardstick.
-        rounds: samples of each case, fewer where time is short.
-        budget: no case is begun after it.
-        share: what rounds are cut to.
+        cases_of: returns the cases; the first one must be the yardstick.
+        rounds: samples of each case; fewer if time is short.
+        budget: deadline after which no case is started.
+        share: time for this work; the number of rounds is cut to fit.
+
+    Returns:
+        One row per case, in their order; a case that cannot run has an `error` instead of figures.
     """
     inputs = Inputs(work, setup)
     yardstick, *others = cases_of(inputs)
-    release(setup.device)  # of the work before
+    release(setup.device)  # memory of the previous work
     free = free_bytes(setup.device)
     room = math.inf if free is None else max(0.0, free - inputs.needs_bytes)
     fitting = [case for case in others if case.needs_bytes <= room]
@@ -104,16 +107,18 @@ def measure(
         part = share.share(len(blocks) - done)
         measured = _measure_block(inputs, [yardstick, *block], rounds, budget, part)
         if "median_s" in rows.get(yardstick.op, {}):
-            del measured[yardstick.op]
+            del measured[yardstick.op]  # report the yardstick of the first block that measured it
         rows |= measured
         release(setup.device)
     return [rows[case.op] for case in (yardstick, *others)]
 
 
 def slope_row(rows: Sequence[Row]) -> Row:
-    """`slope`: of log seconds over log L, by least squares, over all rows of `SLOPE_OP`.
+    """Fit log seconds over log L by least squares, over all rows of `SLOPE_OP`.
 
-    `gemm_slope` is the yardstick's.
+    Returns:
+        A row with `slope`, and `gemm_slope` for the yardstick; or with an `error` if a row of
+        `SLOPE_OP` lacks either time.
     """
     followed = [row for row in rows if row["op"] == SLOPE_OP]
     work = {**followed[0]["work"], "L": [row["work"]["L"] for row in followed]}
@@ -133,7 +138,7 @@ def _notes(row: Row) -> Row:
 
 
 def _pack(cases: Sequence[Case], room: float) -> list[list[Case]]:
-    """Blocks of neighbours that need no more than `room` bytes together; at least one each."""
+    """Group consecutive cases into blocks that need at most `room` bytes, or hold a single case."""
     blocks: list[list[Case]] = [[]]
     taken = 0.0
     for case in cases:
@@ -147,17 +152,19 @@ def _pack(cases: Sequence[Case], room: float) -> list[list[Case]]:
 
 @dataclass(frozen=True)
 class _Ready:
-    """A case that ran."""
+    """A case whose first two calls succeeded."""
 
     call: Call
     seconds: float
-    """Of its second call."""
+    """Duration of the second call."""
     peak_bytes: int | None
+    """Peak memory of the first call; None if the system does not report it."""
 
 
 def _measure_block(
     inputs: Inputs, cases: Sequence[Case], rounds: int, budget: Budget, share: Budget
 ) -> dict[str, Row]:
+    """Time some cases together, the yardstick first; return their rows by operation."""
     ready: dict[str, _Ready] = {}
     errors: dict[str, str] = {}
     for case in cases:
@@ -166,13 +173,13 @@ def _measure_block(
             continue
         try:
             ready[case.op] = _try(case, inputs.setup)
-        except Exception as error:  # whatever it is, it costs this row and no other
+        except Exception as error:  # a failure of any kind must cost only this row
             errors[case.op] = _text(error)
         if case.op in errors:
             release(inputs.setup.device)
     round_s = sum(one.seconds for one in ready.values())
     timings: dict[str, Timing] = {}
-    if 2 * round_s > budget.left_s():  # one to warm up, one that counts
+    if 2 * round_s > budget.left_s():  # too little time for one warm-up round and one timed round
         errors |= dict.fromkeys(ready, OUT_OF_TIME)
     elif ready:
         affordable = share.left_s() / round_s - 1
@@ -195,8 +202,9 @@ def _measure_block(
 
 
 def _try(case: Case, setup: Setup) -> _Ready:
-    """Two calls: the first compiles and allocates, the second tells what a round will cost."""
+    """Call a case twice: the first call compiles and allocates, the second predicts its cost."""
     case.prepare()
+    # A stateful case is made inside the block, so that its state counts as its memory.
     call = None if case.stateful else case.make()
     with peak_memory(setup.device) as peak:
         call = call or case.make()

@@ -1,4 +1,4 @@
-"""Memory of the device that a benchmark runs on: what is free, what a block adds at its peak."""
+"""Memory of the benchmark's device: how much is free, and how much a block adds at its peak."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from benchmarks.timing import PeakMemory
 
 
 class DevicePeak:
-    """Memory that a `with` block adds to torch's allocations on the GPU at its peak, in bytes."""
+    """Measure how much a `with` block adds to torch's GPU allocations at its peak."""
 
     bytes: int | None = None
+    """The result; None before the block ends."""
 
     def __enter__(self) -> DevicePeak:
         torch.cuda.synchronize()
@@ -26,19 +27,19 @@ class DevicePeak:
 
 
 def peak_memory(device: torch.device) -> PeakMemory | DevicePeak:
-    """The `with` block that measures on this device."""
+    """Return a context manager that measures the peak memory of a block on `device`."""
     return DevicePeak() if device.type == "cuda" else PeakMemory()
 
 
 def release(device: torch.device) -> None:
-    """Gives back what nothing refers to any more."""
-    gc.collect()  # DeepSpeed's engines refer to themselves
+    """Free all memory that is no longer referenced."""
+    gc.collect()  # DeepSpeed's engines are part of reference cycles
     if device.type == "cuda":
         torch.cuda.empty_cache()
 
 
 def free_bytes(device: torch.device) -> int | None:
-    """Bytes that can be taken at this moment; None where the system does not tell."""
+    """Return the bytes free at this moment; None if the system does not report them."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info()[0]
     try:

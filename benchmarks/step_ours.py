@@ -1,4 +1,4 @@
-"""Our rows of the step benchmark: each kernel, and whole training steps."""
+"""Our cases of the step benchmark: single kernels and whole training steps."""
 
 from __future__ import annotations
 
@@ -26,22 +26,26 @@ from sae_core.kernels import (
 from sae_core.mesh import Mesh
 
 DEAD_SHARE = 0.1
-"""Share of latents that the rows with AuxK take for dead."""
+"""Share of latents that are dead in the cases with AuxK."""
 _TINY = Work(L=64, D=16, B=16, k=2)
 _LR = 1e-6
-"""So small that the dictionary stays what it was, however many rounds there are."""
+"""Learning rate; so small that the dictionary stays the same over any number of rounds."""
 
 
 @dataclass(frozen=True)
 class Variant:
-    """What a whole step is made with; what is not said here is the default config's."""
+    """Settings of a whole step; everything else is as in the default config."""
 
     op: str
+    """Name of the row."""
     clip: bool = False
+    """Clip the gradient norm."""
     auxk_rows: float = 0.0
-    """Share of the batch rows; 0: no auxiliary loss."""
+    """Share of the batch rows that the auxiliary loss uses; 0: no auxiliary loss."""
     moments: str = "float32"
+    """Dtype of Adam's moments."""
     prefilter: str = "auto"
+    """Prefilter of the encoder, as in the training config."""
 
 
 VARIANTS: tuple[Variant, ...] = (
@@ -55,7 +59,7 @@ FLOAT8_VARIANT = Variant("step, float8 prefilter", prefilter="float8")
 
 
 def our_cases(inputs: Inputs) -> list[Case]:
-    """Rows of system "ours": kernels, then steps."""
+    """Return the cases of system "ours": kernels, then steps."""
     variants = VARIANTS
     if inputs.setup.has_float8:
         variants = (*VARIANTS, FLOAT8_VARIANT)
@@ -63,10 +67,10 @@ def our_cases(inputs: Inputs) -> list[Case]:
 
 
 def kernel_cases(inputs: Inputs) -> list[Case]:
-    """Each kernel by itself, on what the kernels before it give.
+    """Return a case for each kernel by itself, on the results of the kernels before it.
 
-    "encode + topk" is with the prefilter that the default config picks on this machine, which the
-    row's `prefilter` names.
+    "encode + topk" uses the prefilter that the default config picks on this machine; the row's
+    `prefilter` names it.
     """
     pairs = _Pairs(inputs)
     on_cuda = inputs.setup.device.type == "cuda"
@@ -77,7 +81,7 @@ def kernel_cases(inputs: Inputs) -> list[Case]:
         if inputs.setup.has_float8:
             cases.append(_encode_case(inputs, "encode + topk, float8 prefilter", "float8"))
         cases.append(_encode_case(inputs, "encode + topk, tf32", tf32=True))
-    few = 24 * inputs.work.B * inputs.work.k  # rows, latents, values, twice
+    few = 24 * inputs.work.B * inputs.work.k  # bytes of rows, latents and values, twice
     rest = partial(Case, "ours", encodes=False)
     cases.append(rest("decode + error + dots", pairs.decode, few))
     if not on_cuda:
@@ -88,14 +92,19 @@ def kernel_cases(inputs: Inputs) -> list[Case]:
 
 
 def state_bytes(inputs: Inputs, moments: str) -> int:
-    """Bytes of both matrices with their moments and the copies that the kernels want."""
+    """Return the bytes of both matrices, their moments and the copies that the kernels need.
+
+    Args:
+        inputs: sizes and setup.
+        moments: dtype of the moments.
+    """
     copy = 0 if inputs.setup.kernels == "stock" else inputs.setup.dtype.itemsize
     moment = getattr(torch, moments).itemsize
     return 2 * inputs.work.L * inputs.work.D * (4 + 2 * moment + copy)
 
 
 def _default_prefilter(inputs: Inputs) -> str:
-    """Only the stock kernels have one by default."""
+    """Return the name of the default prefilter; only the stock kernels can have one."""
     if inputs.setup.kernels != "stock":
         return "none"
     prefilter = get_kernels("stock", inputs.setup.dtype, prefilter="auto").prefilter  # type: ignore[attr-defined]
@@ -110,6 +119,15 @@ def _encode_case(
     tf32: bool = False,
     notes: dict[str, Any] | None = None,
 ) -> Case:
+    """Return the case of the encoder product and its TopK.
+
+    Args:
+        inputs: batch and sizes.
+        op: name of the row.
+        prefilter: as in the training config.
+        tf32: multiply float32 inputs in TF32, instead of inputs in the setup's dtype.
+        notes: further keys of the row.
+    """
     work, setup = inputs.work, inputs.setup
 
     def make() -> Call:
@@ -123,7 +141,7 @@ def _encode_case(
 
 
 class _Pairs:
-    """What the kernels after the encoder work on, made when the first of them is measured."""
+    """The inputs of the kernels after the encoder, computed when a case is made."""
 
     def __init__(self, inputs: Inputs) -> None:
         self.inputs = inputs
@@ -147,7 +165,10 @@ class _Pairs:
         return lambda: kernels.row_gradients(*gradient)
 
     def row_update(self) -> Call:
-        """From the gradient's parts to new rows, with moments that begin at zero."""
+        """Return a call that goes from the gradient's parts to updated rows.
+
+        The moments start at zero.
+        """
         kernels, gradient = self._kernels, self._gradient()
         state, adam = self._state(kernels.copy_dtype), self._adam()
         return lambda: kernels.row_update(gradient, state.W_dec).apply(state, adam)
@@ -155,7 +176,7 @@ class _Pairs:
     def _gradient(self) -> SparseGradient:
         x, active = self.inputs.raw, self._active
         decoded = self._kernels.decode_error(x, active, self.inputs.W)
-        weight = -2.0 / x.numel()  # of the squared error, in the mean over rows and channels
+        weight = -2.0 / x.numel()  # derivative of the mean squared error over rows and channels
         weighed = active._replace(values=weight * active.values)
         return SparseGradient(weighed, weight * decoded.dots, x, decoded.error)
 
@@ -179,7 +200,7 @@ class _Pairs:
 
 @cache
 def engine_name() -> str:
-    """Under what a step runs: "deepspeed", or "none" where that is not installed."""
+    """Return the engine that runs a step: "deepspeed", or "none" if it is not installed."""
     try:
         import deepspeed  # noqa: F401
     except ImportError:
@@ -189,7 +210,7 @@ def engine_name() -> str:
 
 @cache
 def load_engine(setup: Setup) -> None:
-    """Makes one tiny step: what the engine imports by then is not memory of the first row's step.
+    """Run one tiny step, so that the engine's imports do not count as memory of the first row.
 
     Args:
         setup: device and dtype.
@@ -210,11 +231,11 @@ def _step_case(inputs: Inputs, variant: Variant) -> Case:
 
 
 def make_step(inputs: Inputs, variant: Variant) -> Call:
-    """A whole training step: forward, backward, clip, Adam, renormalise, ages.
+    """Return a whole training step: forward, backward, clip, Adam, renormalise, update ages.
 
     Args:
         inputs: batch and sizes.
-        variant: what the step is made with.
+        variant: settings of the step.
     """
     work, setup = inputs.work, inputs.setup
     config = _trainer_config(inputs, variant)
@@ -225,7 +246,8 @@ def make_step(inputs: Inputs, variant: Variant) -> Call:
     ages[: int(work.L * DEAD_SHARE)] = config.sae.dead_after_tokens
 
     def call() -> object:
-        if variant.auxk_rows:  # those that fire would leave the dead, and the work would shrink
+        if variant.auxk_rows:
+            # Dead latents that fire would become alive, and the auxiliary loss would cost less.
             sae.tokens_since_fired.copy_(ages)
         return train(inputs.raw, 0)
 
@@ -253,18 +275,18 @@ def _trainer_config(inputs: Inputs, variant: Variant) -> TrainerConfig:
 
 @cache
 def _one_rank_mesh(device_type: str) -> Mesh:
-    """One for all steps: every mesh has process groups of its own."""
+    """Return one mesh shared by all steps, because each new mesh creates process groups."""
     return Mesh.create(device_type, 1, 1)
 
 
 def fresh_sae(config: SAEConfig, d_model: int, kernels: Kernels, device: torch.device) -> TopKSAE:
-    """An SAE with random unit rows, filled in on the device: the host may be too small for it.
+    """Make an SAE with random unit rows directly on the device: it may not fit host memory.
 
     Args:
         config: sizes.
-        d_model: D.
-        kernels: body of the step.
-        device: where it is to be.
+        d_model: width D.
+        kernels: kernels of the step.
+        device: device of the parameters.
     """
     mesh = _one_rank_mesh(device.type)
     with torch.device("meta"):
@@ -290,20 +312,22 @@ def _trainer(
 
 
 class PlainTrainer:
-    """The work of `SAEEngine.train_step` on one rank, without DeepSpeed.
+    """A trainer that does the work of `SAEEngine.train_step` on one rank, without DeepSpeed.
 
     Args:
-        sae: unsharded.
-        config: optimiser and batch.
+        sae: an unsharded SAE.
+        config: optimiser and batch size.
     """
 
     def __init__(self, sae: TopKSAE, config: TrainerConfig) -> None:
-        self.sae, self.batch_tokens = sae, config.train.batch_tokens
+        self.sae = sae
+        self.batch_tokens = config.train.batch_tokens
         self.optimizer = FusedRowAdam(sae, _LR, config.optim, config.optim.clip_norm)
 
     def train_step(self, raw: torch.Tensor, _step: int) -> None:
-        """Forward, backward, clip, update, renormalise, age; raw [B, D]."""
+        """Run forward, backward, clip, update and renormalise, and update ages; raw [B, D]."""
         out = self.sae(raw)
+        # As in the engine, a loss that is not finite makes the optimiser skip the step.
         flag = (~out.loss.detach().isfinite()).float()
         self.optimizer.found_inf = torch.maximum(self.optimizer.found_inf, flag)
         out.loss.backward()

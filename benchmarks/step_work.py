@@ -1,4 +1,4 @@
-"""What the step benchmark measures on: sizes, device and dtype, and the tensors they need."""
+"""Inputs of the step benchmark: sizes, device and dtype, shared tensors, and cases."""
 
 from __future__ import annotations
 
@@ -19,28 +19,39 @@ class Work:
     """Sizes of one measurement."""
 
     L: int
+    """Latents."""
     D: int
+    """Width of the activations (d_model)."""
     B: int
+    """Batch rows."""
     k: int
+    """Active latents per row."""
 
     @classmethod
     def parse(cls, text: str) -> Work:
-        """`L,D,B,k`.
+        """Parse `L,D,B,k`.
 
         Raises:
-            BenchmarkError: not four whole numbers of at least 1, or k above L.
+            BenchmarkError: If `text` is not four whole numbers of at least 1, or k is above L.
         """
         sizes = parse_sizes(text, 4, "L,D,B,k")
         if sizes[3] > sizes[0]:
-            raise BenchmarkError(f"work {text}: expected k of at most L={sizes[0]}; lower k")
+            raise BenchmarkError(
+                f"work {text}: k={sizes[3]} must be at most L={sizes[0]}; use a smaller k"
+            )
         return cls(*sizes)
 
 
 def parse_sizes(text: str, count: int, form: str) -> list[int]:
-    """Whole numbers between commas.
+    """Parse whole numbers separated by commas.
+
+    Args:
+        text: the numbers.
+        count: how many are expected.
+        form: their names, for error messages.
 
     Raises:
-        BenchmarkError: not `count` of them, or one below 1.
+        BenchmarkError: If there are not `count` numbers, or one is below 1.
     """
     parts = text.split(",")
     if len(parts) != count or not all(part.isdecimal() and int(part) for part in parts):
@@ -50,34 +61,34 @@ def parse_sizes(text: str, count: int, form: str) -> list[int]:
 
 @dataclass(frozen=True)
 class Setup:
-    """Where and in what a work is computed."""
+    """Device, kernels and dtype that a work is computed with."""
 
     device: torch.device
     kernels: str
-    """Body of our kernels."""
+    """Name of our kernels: "stock" or "triton"."""
     dtype: torch.dtype
-    """Inputs of the encoder product, ours and the yardstick's."""
+    """Dtype of the inputs of the encoder product, ours and the yardstick's."""
 
     @classmethod
     def of(cls, device_type: str) -> Setup:
-        """What the trainer takes there: stock float32 on the CPU, triton bfloat16 on cuda."""
+        """Return what the trainer uses: stock float32 on the CPU, triton bfloat16 on cuda."""
         if device_type == "cuda":
             return cls(torch.device("cuda"), "triton", torch.bfloat16)
         return cls(torch.device("cpu"), "stock", torch.float32)
 
     @property
     def has_float8(self) -> bool:
-        """Whether the device multiplies float8 faster than bfloat16."""
+        """True if the device multiplies float8 faster than bfloat16."""
         return self.device.type == "cuda" and torch.cuda.get_device_capability() >= (9, 0)
 
     def synchronize(self) -> None:
-        """Waits for the device."""
+        """Wait for the device to finish its work."""
         if self.device.type == "cuda":
             torch.cuda.synchronize()
 
 
 class Inputs:
-    """The tensors that all operations on one work share, made on the device when first asked for.
+    """The tensors that all operations on one work share, made on the device at first use.
 
     Args:
         work: sizes.
@@ -85,21 +96,22 @@ class Inputs:
     """
 
     def __init__(self, work: Work, setup: Setup) -> None:
-        self.work, self.setup = work, setup
+        self.work = work
+        self.setup = setup
 
     def row(self) -> dict[str, Any]:
-        """As the `work` of a benchmark row."""
+        """Return the `work` of a benchmark row."""
         return {**vars(self.work), "dtype": str(self.setup.dtype).removeprefix("torch.")}
 
     @property
     def needs_bytes(self) -> int:
-        """Bytes of the tensors below."""
+        """Bytes of the tensors `raw`, `x`, `W` and `bias`."""
         work, size = self.work, self.setup.dtype.itemsize
         return work.B * work.D * (4 + size) + work.L * (work.D + 1) * size
 
     @cached_property
     def raw(self) -> torch.Tensor:
-        """[B, D] float32, standard normal."""
+        """The batch, [B, D] float32, standard normal."""
         return torch.randn(self.work.B, self.work.D, device=self.setup.device)
 
     @cached_property
@@ -109,13 +121,13 @@ class Inputs:
 
     @cached_property
     def W(self) -> torch.Tensor:
-        """[L, D] rows of about unit norm, in the dtype of the encoder product."""
+        """The dictionary, [L, D], rows of about unit norm, in the dtype of the encoder product."""
         W = torch.empty(self.work.L, self.work.D, dtype=self.setup.dtype, device=self.setup.device)
         return W.normal_(std=self.work.D**-0.5)
 
     @cached_property
     def bias(self) -> torch.Tensor:
-        """[L] zeros, in the dtype of the encoder product."""
+        """The encoder's bias, [L] zeros, in the dtype of the encoder product."""
         return self.W.new_zeros(self.work.L)
 
 
@@ -124,17 +136,18 @@ class Case:
     """One row of the table, before it is measured."""
 
     system: str
-    """ours, torch, or baseline: written here after the maths of other trainers."""
+    """"ours", "torch", or "baseline" (see `benchmarks.step_baselines`)."""
     op: str
+    """Name of the operation."""
     make: Callable[[], Call]
-    """Gives what is timed."""
+    """Returns the function to time."""
     needs_bytes: int
-    """What it surely needs beside the inputs; more than is free, and it is not tried."""
+    """Least memory needed beside the inputs; a case that needs more than is free is not run."""
     stateful: bool = False
-    """Its peak memory counts what `make` builds: weights and moments."""
+    """Count the weights and moments that `make` builds as the row's memory."""
     prepare: Call = lambda: None
-    """Called before `make`, not timed, and none of what it leaves counts as the row's memory."""
+    """Called before `make`; neither its time nor its memory counts in the row."""
     encodes: bool = True
-    """It holds the encoder product, so that an MFU can be given."""
+    """The operation includes the encoder product, so its MFU can be computed."""
     notes: Mapping[str, Any] = field(default_factory=dict)
     """Further keys of the row."""

@@ -1,12 +1,15 @@
-"""Reading and writing activations, ours and the peers', against a raw file in the page cache.
+"""Time reading and writing of activations, ours and the peers', against a raw file.
 
     python -m benchmarks.store [--d-model 768 4096] [--mib 512] [--no-peers] [--json FILE]
 
-Every row is a whole pass over the same rows, round by round in one process (SAELens in its own,
-beside its own yardstick); checksums are always on, and `verify` reads every file of the store.
-Ratios are speeds: 1 is the yardstick, which for reads is a raw memmap copied into a buffer that is
-used again, for cold reads (the page cache emptied) plain reads into that buffer, for writes one raw
-file with an fsync, and for opening a store of 100,000 shards reading the bytes of its log.
+Every read row is a whole pass over the same data, round by round in one process; SAELens runs in a
+process of its own, beside its own yardstick. Our checksums are always on, and `verify` reads every
+file of the store. Ratios are speeds relative to a yardstick:
+
+- reads: a memmap of a raw file, copied into a reused buffer;
+- cold reads, after the page cache is emptied: plain reads into that buffer;
+- writes: one raw file with an fsync;
+- opening a store of 100,000 shards: reading the bytes of its log.
 """
 
 from __future__ import annotations
@@ -30,14 +33,20 @@ Key = tuple[str, str]
 
 
 def main() -> None:
-    """Measures, prints the table, writes it when asked."""
+    """Run the benchmark, print the table and write it as JSON with `--json`."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--d-model", type=int, nargs="+", default=[768, 4096])
-    parser.add_argument("--mib", type=int, default=512, help="size of the data, once")
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--folder", help="where to put the data; default: a temporary folder")
-    parser.add_argument("--no-peers", action="store_true")
-    parser.add_argument("--json", metavar="FILE")
+    parser.add_argument(
+        "--d-model", type=int, nargs="+", default=[768, 4096], help="widths of the activations"
+    )
+    parser.add_argument(
+        "--mib", type=int, default=512, help="size of the data in MiB; each format stores it once"
+    )
+    parser.add_argument("--rounds", type=int, default=7, help="samples of each row")
+    parser.add_argument("--folder", help="folder for the data; default: a temporary folder")
+    parser.add_argument(
+        "--no-peers", action="store_true", help="do not measure the peers' packages"
+    )
+    parser.add_argument("--json", metavar="FILE", help="also write the rows to this file")
     options = parser.parse_args()
     rows: list[dict[str, Any]] = []
     for d_model in options.d_model:
@@ -55,28 +64,28 @@ def main() -> None:
 
 
 def warm_rows(data: Data, rounds: int, peers: bool) -> list[dict[str, Any]]:
-    """Reads of data that lies in the page cache."""
+    """Time reads of data in the page cache, ours and, if `peers`, other packages'."""
     calls = read_calls(data)
     yardstick = next(iter(calls))
     rows = as_rows(data, interleaved(_named(calls), rounds=rounds, warmup=2), yardstick)
-    if peers:  # fewer rounds: they are slow, and beside a yardstick of their own
+    if peers:  # the peers are slow: fewer rounds, beside a yardstick timed again
         theirs = {yardstick: calls[yardstick], **peer_calls(data)}
         rows += as_rows(data, interleaved(_named(theirs), rounds=3, warmup=1), yardstick)[1:]
     return rows
 
 
 def cold_rows(data: Data, rounds: int) -> list[dict[str, Any]]:
-    """Reads of data that the page cache has let go of."""
+    """Time reads of data that is not in the page cache."""
     calls = cold_calls(data)
     timings = interleaved(_named(calls), rounds=rounds, warmup=1, prepare=data.drop_cache)
     return as_rows(data, timings, next(iter(calls)))
 
 
 def write_rows(data: Data, rounds: int) -> list[dict[str, Any]]:
-    """Writes of one item, durable when they return.
+    """Time writes of one item; each write is durable when it returns.
 
-    Into pages that the page cache has just let go of: in a virtual machine, pages that the host has
-    yet to give cost several times what the write does.
+    The page cache is emptied before each write, so that there are free pages: in a virtual machine,
+    getting new pages from the host costs several times as much as the write.
     """
     calls = write_calls(data)
     timings = interleaved(_named(calls), rounds=rounds, warmup=1, prepare=data.drop_cache)
@@ -86,7 +95,14 @@ def write_rows(data: Data, rounds: int) -> list[dict[str, Any]]:
 def as_rows(
     data: Data, timings: dict[str, Timing], yardstick: Key, n_rows: int | None = None
 ) -> list[dict[str, Any]]:
-    """Benchmark rows of timings named by `_named`, against one of them."""
+    """Return the benchmark rows of timings.
+
+    Args:
+        data: sizes of the data.
+        timings: by the names that `_named` gives.
+        yardstick: the timing that ratios are relative to.
+        n_rows: rows that each call handles; None: all rows of the data.
+    """
     n_rows = n_rows or data.n_rows
     base_s = timings[_name(yardstick)].median_s
     load = os.getloadavg()[0]

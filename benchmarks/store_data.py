@@ -1,4 +1,4 @@
-"""The same bfloat16 rows as a raw file, as a store of each codec and as safetensors shards."""
+"""The store benchmark's data: the same bfloat16 rows as a raw file, stores and safetensors."""
 
 from __future__ import annotations
 
@@ -23,25 +23,27 @@ BATCH_ROWS = 4096
 
 @dataclass(frozen=True)
 class Data:
-    """Where everything lies, and its sizes."""
+    """Location and sizes of the data."""
 
     folder: Path
     d_model: int
     n_items: int
     shard_rows: int
+    """Rows of each item."""
     calibration: Calibration
     item: NDArray[Any]
-    """[shard_rows, d_model] bfloat16, what is written."""
+    """[shard_rows, d_model] bfloat16; every item holds these same rows."""
     sidecars: dict[str, NDArray[np.int64]]
+    """Token ids, documents and positions of an item's rows, [shard_rows] each."""
 
     @property
     def row_bytes(self) -> int:
-        """Of a token."""
+        """Bytes of one row."""
         return self.d_model * BF16.itemsize
 
     @property
     def n_rows(self) -> int:
-        """Of the whole data."""
+        """Rows of all items."""
         return self.n_items * self.shard_rows
 
     @property
@@ -51,19 +53,19 @@ class Data:
 
     @property
     def raw(self) -> Path:
-        """All rows and nothing else."""
+        """Path of the raw file: all rows and nothing else."""
         return self.folder / "raw.bin"
 
     def store(self, codec: str = "none") -> Store:
-        """Our store of the data."""
+        """Open our store of the data that was written with `codec`."""
         return open_store(self.folder / codec)
 
     def shard(self, item: int) -> Path:
-        """A safetensors shard."""
+        """Return the path of an item's safetensors file."""
         return self.folder / f"{item}.safetensors"
 
     def drop_cache(self) -> None:
-        """Has the page cache let go of every file."""
+        """Drop every file from the page cache."""
         for path in self.folder.rglob("*"):
             if path.is_file():
                 fd = os.open(path, os.O_RDONLY)
@@ -72,7 +74,7 @@ class Data:
 
 
 def make_data(folder: Path, d_model: int, n_bytes: int) -> Data:
-    """Writes about `n_bytes` of rows, once in every form, durably."""
+    """Write about `n_bytes` of rows once in every format, and sync them to disk."""
     from safetensors.numpy import save_file
 
     shard_rows = SHARD_BYTES // (2 * d_model) // 512 * 512
@@ -102,7 +104,7 @@ def make_data(folder: Path, d_model: int, n_bytes: int) -> Data:
 
 
 def writer(data: Data, path: Path, codec: str) -> StoreWriter:
-    """An empty store of the data's shape."""
+    """Return a writer for a new store with the data's array, shard size and calibration."""
     return StoreWriter(
         path,
         {ARRAY: data.d_model},

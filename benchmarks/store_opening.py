@@ -1,4 +1,4 @@
-"""Opening a store of very many shards, whose log is read from its snapshots."""
+"""Time the opening of a store with very many shards, whose log is read from snapshots."""
 
 from __future__ import annotations
 
@@ -30,7 +30,10 @@ print(1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before))
 
 
 def large_log(path: Path) -> None:
-    """A growing store whose log names `N_SHARDS` items; no shard is there: opening reads none."""
+    """Make a growing store whose log lists `N_SHARDS` items.
+
+    No shard file exists except the first, because opening a store reads none.
+    """
     writer = StoreWriter(path, {"a": _WIDTH}, shard_tokens=_ROWS, chunk_bytes=48)
     record = writer.write_item(0, np.ones((_ROWS, _WIDTH), np.float32))
     table = np.zeros(log.SEGMENT_ITEMS, row_dtype(writer.header))
@@ -48,7 +51,7 @@ def large_log(path: Path) -> None:
 
 
 def peak_bytes(path: Path) -> int:
-    """Memory that opening a store adds at its peak, in a process of its own."""
+    """Return the peak memory that opening a store adds to a new process, in bytes."""
     done = subprocess.run(
         [sys.executable, "-c", _PEAK, str(path)],
         capture_output=True,
@@ -60,7 +63,7 @@ def peak_bytes(path: Path) -> int:
 
 
 def opening_rows(folder: str | None, rounds: int) -> list[dict[str, Any]]:
-    """A row of opening `N_SHARDS` shards, beside reading the bytes of their log."""
+    """Time opening a store of `N_SHARDS` shards beside reading the bytes of its log."""
     with tempfile.TemporaryDirectory(dir=folder) as made:
         path = Path(made) / "many"
         large_log(path)

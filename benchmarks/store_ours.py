@@ -1,4 +1,4 @@
-"""What the store benchmark times of ours, and the raw files it is measured against."""
+"""Our calls of the store benchmark, and the raw files that they are compared with."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _READ_BYTES = 8 << 20
 
 
 def read_calls(data: Data) -> Calls:
-    """The yardstick first; each call reads all rows once."""
+    """Return calls that each read all rows once, the yardstick first."""
     calls: Calls = {("raw file", "memmap copy"): _memmap_copy(data)}
     calls["ours", "sequential"] = _sequential(data)
     for codec in CODECS:
@@ -32,7 +32,7 @@ def read_calls(data: Data) -> Calls:
 
 
 def cold_calls(data: Data) -> Calls:
-    """The yardstick first; each call reads all rows once."""
+    """Return calls for an empty page cache that each read all rows once, the yardstick first."""
     return {
         ("raw file", "cold reads"): _plain_reads(data),
         ("ours", "cold, sequential"): _sequential(data),
@@ -42,7 +42,10 @@ def cold_calls(data: Data) -> Calls:
 
 
 def write_calls(data: Data) -> Calls:
-    """The yardstick first; each call writes one item, to a file or store of its own."""
+    """Return calls that each write one item and sync it to disk, the yardstick first.
+
+    The yardstick writes a new raw file each time; ours adds an item to one store per codec.
+    """
     numbers = itertools.count()
     memory = data.item.view(np.uint8).reshape(-1).data
 
@@ -69,7 +72,7 @@ def write_calls(data: Data) -> Calls:
 
 def _buffer() -> NDArray[np.uint8]:
     buffer = np.empty(BUFFER_BYTES, np.uint8)
-    buffer.fill(1)  # its pages are there before the clock runs
+    buffer.fill(1)  # touch its pages, so that page faults are not timed
     return buffer
 
 
@@ -133,8 +136,8 @@ def _epoch(data: Data, codec: str, *, staged: bool, prefetch: bool = True) -> Ca
     def call() -> None:
         for _ in range(stream.batches_per_epoch):
             stream.next()
-        # Blocks that were read ahead are paid for by the pass that read them, and disturb nobody:
-        # each pass begins with one ready and ends with one ready.
+        # Wait for the read-ahead, so that the pass that started it pays for it and it does not slow
+        # the next call. Each pass begins and ends with one block ready.
         stream.settle()
 
     return call

@@ -1,8 +1,9 @@
-"""The same rows read by other packages, shuffled as their users shuffle them.
+"""Read the same rows with other packages, shuffled as their users shuffle them.
 
-zarr-python and tensorstore read our own store (checksums included). The buffers of OpenMOSS'
-Language-Model-SAEs (refilled from safetensors files) and dictionary_learning (by a language model)
-are written anew here in their style; the former copies its whole buffer for every batch, ours not.
+zarr-python and tensorstore read our own store, checksums included. The buffers of OpenMOSS'
+Language-Model-SAEs and of dictionary_learning are reimplemented here in their style. The original
+of the first one is refilled from safetensors files, the second one by a language model. OpenMOSS
+copies its whole buffer for every batch; this version does not.
 """
 
 from __future__ import annotations
@@ -22,11 +23,11 @@ from benchmarks.store_data import ARRAY, BATCH_ROWS, Data
 
 Calls = dict[tuple[str, str], Callable[[], object]]
 Reader = Callable[[int, int], NDArray[Any]]
-"""Rows [start, stop) of the data."""
+"""Returns the rows [start, stop) of the data."""
 
 
 def peer_calls(data: Data) -> Calls:
-    """Each call reads all rows once."""
+    """Return calls of other packages that each read all rows once."""
     zarr, tensorstore = f"zarr-python {version('zarr')}", f"tensorstore {version('tensorstore')}"
     safetensors = f"safetensors {version('safetensors')}"
     shard, chunk = data.shard_rows, data.store().header.chunk_rows
@@ -37,7 +38,8 @@ def peer_calls(data: Data) -> Calls:
         (tensorstore, "sequential"): lambda: _sequential(data, by_tensorstore, shard),
         (tensorstore, "shuffled, gathered"): lambda: _shuffled(data, by_tensorstore, chunk),
         (safetensors, "sequential, no checksums"): lambda: _safetensors(data, shuffled=False),
-        # Not a peer's shuffle: rows of one shard never meet those of another.
+        # No peer shuffles like this: rows of different shards are never mixed. It is the least that
+        # reading and gathering once can cost.
         (safetensors, "shuffled in shards, no checksums"): lambda: _safetensors(
             data, shuffled=True
         ),
@@ -72,7 +74,7 @@ def _sequential(data: Data, read: Reader, step: int) -> None:
 
 
 def _shuffled(data: Data, read: Reader, chunk_rows: int) -> None:
-    """Our order by another reader: chunks in random places, then rows in a buffer."""
+    """Shuffle as our stream does, with another reader: random chunks, then rows in a buffer."""
     rng = np.random.default_rng()
     starts = rng.permutation(np.arange(0, data.n_rows, chunk_rows))
     buffer = np.empty((data.buffer_rows, data.d_model), data.item.dtype)
@@ -89,6 +91,7 @@ def _shuffled(data: Data, read: Reader, chunk_rows: int) -> None:
 
 
 def _safetensors(data: Data, shuffled: bool) -> None:
+    """Read shard by shard; if `shuffled`, in random order and with rows permuted per shard."""
     from safetensors.torch import load_file
 
     order = torch.randperm(data.n_items) if shuffled else torch.arange(data.n_items)
@@ -101,7 +104,7 @@ def _safetensors(data: Data, shuffled: bool) -> None:
 
 
 def _shuffle_buffer(data: Data) -> None:
-    """Shards join a buffer; once it is full all is permuted and given until half is left."""
+    """Fill a buffer from whole shards, permute all its rows, and use batches until half is left."""
     from safetensors.torch import load_file
 
     order = torch.randperm(data.n_items).tolist()
@@ -114,12 +117,12 @@ def _shuffle_buffer(data: Data) -> None:
         rows = rows[torch.randperm(len(rows))]
         left = 0 if item == order[-1] else data.buffer_rows // 2
         while len(rows) > left:
-            rows = rows[BATCH_ROWS:]  # a batch is a view: more than the original spares itself
+            rows = rows[BATCH_ROWS:]  # a view of the rest; the original copies its buffer here
         parts = [rows]
 
 
 def _mask_buffer(data: Data) -> None:
-    """A buffer with a mask of the rows that were given, refilled in order once half are."""
+    """Read through a buffer with a mask of used rows, refilled in order once half are used."""
     rows = torch.from_numpy(np.memmap(data.raw, np.uint16, "c")).view(torch.bfloat16)
     rows = rows.view(data.n_rows, data.d_model)
     for _ in _mask_batches(rows, data.buffer_rows):
@@ -141,13 +144,16 @@ def _mask_batches(rows: torch.Tensor, size: int) -> Iterator[torch.Tensor]:
 
 
 def saelens_rows(data: Data, timeout_s: float = 300.0) -> list[dict[str, Any]]:
-    """SAELens' cached activations, in the peers' environment; empty where that was not made.
+    """Time reading SAELens' cached activations, in the peers' environment.
+
+    Returns:
+        The rows. Empty, with the reason on stderr, if the peers' environment is missing.
 
     Raises:
-        PeerError: It failed or took too long.
+        PeerError: If the process fails or takes too long.
     """
     if not peers_available():
-        print(f"no rows of SAELens: .venv-peers is not there; {HOW_TO_MAKE}", file=sys.stderr)
+        print(f"SAELens skipped: .venv-peers is missing; {HOW_TO_MAKE}", file=sys.stderr)
         return []
     with tempfile.TemporaryDirectory(dir=data.folder) as folder:
         arguments = ["benchmarks.store_saelens", str(data.raw), str(data.d_model)]

@@ -1,9 +1,10 @@
 """Read SAELens' cached activations. Runs inside `.venv-peers`; `benchmarks.store_peers` calls it.
 
-The data set is made as `CacheActivationsRunner` makes it (an Array2D of each context) and read as
+The data set is written as `CacheActivationsRunner` writes it (one Array2D per context) and read as
 `ActivationsStore` reads it: slices of contexts in torch format, through the package's own
-`mixing_buffer`. Its files know no bfloat16: float16, which has as many bytes. A part of the rows is
-enough, for the speed is that of a row; the yardstick beside it copies the same part.
+`mixing_buffer`. Its files do not support bfloat16, so float16 is used, which has the same size.
+Only part of the rows is read, because the speed per row is what matters; the yardstick beside it
+copies the same number of bytes.
 """
 
 from __future__ import annotations
@@ -31,8 +32,8 @@ HOOK = "activations"
 
 
 def make_dataset(rows: np.ndarray[Any, Any], folder: Path) -> Any:
-    """`rows` [n * CONTEXT, d_model] float16 as SAELens keeps them."""
-    datasets: Any = import_module("datasets")  # only the peers' environment has it
+    """Save `rows` [n * CONTEXT, d_model] float16 as SAELens does; return the data set."""
+    datasets: Any = import_module("datasets")  # installed only in the peers' environment
     features = datasets.Features(
         {HOOK: datasets.Array2D(shape=(CONTEXT, rows.shape[1]), dtype="float16")}
     )
@@ -46,19 +47,19 @@ def make_dataset(rows: np.ndarray[Any, Any], folder: Path) -> Any:
 
 
 def loader(dataset: Any) -> Iterator[torch.Tensor]:
-    """Rows of a few contexts at a time, in order."""
+    """Yield the rows of a few contexts at a time, in order: [n * CONTEXT, d_model] float16."""
     for start in range(0, len(dataset), CONTEXTS_PER_READ):
         acts = dataset[start : start + CONTEXTS_PER_READ][HOOK]
         yield acts.reshape(-1, acts.shape[-1])
 
 
 def main() -> None:
-    """Measures and writes the rows."""
+    """Measure SAELens and write its rows as JSON to `--out`."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("raw")
-    parser.add_argument("d_model", type=int)
-    parser.add_argument("--folder", required=True)
-    parser.add_argument("--out", required=True)
+    parser.add_argument("raw", help="raw file that the yardstick copies")
+    parser.add_argument("d_model", type=int, help="width of the activations")
+    parser.add_argument("--folder", required=True, help="folder for the data set")
+    parser.add_argument("--out", required=True, help="file to write the rows to")
     options = parser.parse_args()
     from sae_lens.training.mixing_buffer import mixing_buffer
 

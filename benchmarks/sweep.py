@@ -1,12 +1,12 @@
-"""SAEs trained one after the other beside the same ones on one stream: bytes read, time of steps.
+"""Compare SAEs trained each on its own stream with the same SAEs sharing one stream.
 
     python -m benchmarks.sweep --store runs/demo/store --json FILE
 
-Both sides go once over the store, in rounds of a few steps that alternate, so that what else the
-machine does falls on both alike. Bytes are those that the store's file handles have given, without
-the calibration's; a stream reads a block (`store.buffer_tokens`) ahead, at the end of the pass into
-the next one, so that each reads a little more than one pass. At the end the weights of both sides
-must be the same bits. Checkpoints are not written.
+Measures the bytes read and the time of the steps. Both sides pass once over the store. They
+alternate in rounds of a few steps, so that other load on the machine affects both alike. Bytes are
+counted at the store's file handles, without those read for calibration. A stream reads one block
+(`store.buffer_tokens`) ahead, also across the end of the pass, so each reads a little more than one
+pass. At the end, the weights of both sides must agree bit for bit. No checkpoints are written.
 """
 
 from __future__ import annotations
@@ -40,18 +40,21 @@ CPU = torch.device("cpu")
 
 
 class CountingStorage(LocalStorage):
-    """A store's folder that knows how many bytes its open files have given."""
+    """Local storage that counts the bytes read through its open files."""
 
     n_bytes = 0
+    """Bytes read so far."""
 
     def open(self, name: str) -> ReadHandle:
-        """As `LocalStorage`, and counts."""
+        """Open a file whose reads are counted."""
         return _Counted(self, super().open(name))
 
 
 class _Counted(ReadHandle):
     def __init__(self, storage: CountingStorage, file: ReadHandle) -> None:
-        self._storage, self._file, self.size = storage, file, file.size
+        self._storage = storage
+        self._file = file
+        self.size = file.size
 
     def read_into(self, views: list[Bytes], offset: int) -> bool:
         self._storage.n_bytes += sum(len(view) for view in views)
@@ -59,12 +62,12 @@ class _Counted(ReadHandle):
 
 
 class Side:
-    """Some trainers on one stream.
+    """One or more trainers on one stream.
 
     Args:
-        path: of the store.
-        configs: a trainer each, in lockstep.
-        folder: for checkpoints, which are not written.
+        path: path of the store.
+        configs: configs of the trainers, which step in lockstep.
+        folder: checkpoint folder, which stays empty.
     """
 
     def __init__(self, path: Path, configs: list[TrainerConfig], folder: Path) -> None:
@@ -74,7 +77,8 @@ class Side:
         self.source = StoreSource(
             store, array, 0, BATCH_TOKENS, 0, 1, window_items=16, buffer_tokens=65_536
         )
-        fan_out, mesh = FanOut(self.source, CPU), Mesh.create("cpu", 1, 1)
+        fan_out = FanOut(self.source, CPU)
+        mesh = Mesh.create("cpu", 1, 1)
         self.trainers = [
             Trainer(config, mesh, fan_out.view(), folder, 0, lambda row: None, 10**9)
             for config in configs
@@ -85,14 +89,18 @@ class Side:
         self.sampled_bytes = self.storage.n_bytes
 
     def steps(self, n: int) -> None:
-        """Steps of all trainers, as `train_together` takes them."""
+        """Take `n` steps with all trainers, in the order of `train_together`."""
         for _ in range(n):
             for trainer in self.trainers:
                 trainer.take_step()
 
 
 def measure(path: Path, configs: list[TrainerConfig]) -> list[dict[str, Any]]:
-    """The rows: alone, and together."""
+    """Train all SAEs in both ways; return the rows "alone" and "together".
+
+    Raises:
+        RuntimeError: If the weights of the two sides differ.
+    """
     with tempfile.TemporaryDirectory() as folder:
         alone = [Side(path, [config], Path(folder)) for config in configs]
         together = Side(path, configs, Path(folder))
@@ -101,6 +109,7 @@ def measure(path: Path, configs: list[TrainerConfig]) -> list[dict[str, Any]]:
         for done in range(0, n_steps, ROUND_STEPS):
             n = min(ROUND_STEPS, n_steps - done)
             calls: list[tuple[str, list[Side]]] = [("alone", alone), ("together", [together])]
+            # Swap the order every round, so that neither side always runs with the other's caches.
             for name, sides in calls if done // ROUND_STEPS % 2 else reversed(calls):
                 taken[name].append(_seconds(sides, n))
         _require_same(alone, together)
@@ -138,7 +147,7 @@ def measure(path: Path, configs: list[TrainerConfig]) -> list[dict[str, Any]]:
 
 
 def _stored_bytes(store: Store) -> int:
-    """Of the one array's rows."""
+    """Return the bytes of all rows of the store's first array, uncompressed."""
     array, width = next(iter(store.arrays.items()))
     return int(store.n_tokens * width * store.read(array, 0, 1).dtype.itemsize)
 
@@ -151,6 +160,7 @@ def _seconds(sides: list[Side], n_steps: int) -> float:
 
 
 def _require_same(alone: list[Side], together: Side) -> None:
+    """Raise RuntimeError if a weight differs between the two sides."""
     for index, (side, trainer) in enumerate(zip(alone, together.trainers, strict=True)):
         other = dict(side.trainers[0].engines[0].sae.named_parameters())
         for name, tensor in trainer.engines[0].sae.named_parameters():
@@ -159,7 +169,7 @@ def _require_same(alone: list[Side], together: Side) -> None:
 
 
 def configs_of(n_latents: list[int], ks: list[int], tokens: int) -> list[TrainerConfig]:
-    """A config for every size and k."""
+    """Return a config for every combination of size and k, each for `tokens` training tokens."""
     return [
         TrainerConfig(
             SAEConfig(n_latents=n, k=k, dead_after_tokens=100_000),
@@ -173,13 +183,25 @@ def configs_of(n_latents: list[int], ks: list[int], tokens: int) -> list[Trainer
 
 
 def main() -> None:
-    """Measures, prints, writes."""
+    """Run the benchmark, print the table and write it as JSON with `--json`."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--store", type=Path, default=Path("runs/demo/store"))
-    parser.add_argument("--n-latents", type=int, nargs="+", default=[256, 512, 1024, 2048])
-    parser.add_argument("--k", type=int, nargs="+", default=[16, 32])
-    parser.add_argument("--tokens", type=int, help="of each; one pass over the store")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument(
+        "--store", type=Path, default=Path("runs/demo/store"), help="path of the store"
+    )
+    parser.add_argument(
+        "--n-latents",
+        type=int,
+        nargs="+",
+        default=[256, 512, 1024, 2048],
+        help="sizes of the SAEs",
+    )
+    parser.add_argument(
+        "--k", type=int, nargs="+", default=[16, 32], help="active latents; each with every size"
+    )
+    parser.add_argument(
+        "--tokens", type=int, help="training tokens of each SAE; default: one pass over the store"
+    )
+    parser.add_argument("--json", type=Path, help="also write the rows to this file")
     options = parser.parse_args()
     keep_freed_memory()
     start_one_rank()

@@ -1,4 +1,4 @@
-"""Checkpoints without training: the files that two ranks would write, with random numbers."""
+"""Make checkpoints without training: the files that two ranks would write, with random values."""
 
 from __future__ import annotations
 
@@ -21,7 +21,18 @@ Shapes = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
 def make_checkpoint(
     root: Path, n_latents: int, d_model: int, step: int = 7, empty: bool = False
 ) -> Path:
-    """`root/step-N` of one SAE, written in pieces; `empty`: of zeros, which is quicker."""
+    """Write a checkpoint of one SAE in blocks that fit memory.
+
+    Args:
+        root: folder of the checkpoint.
+        n_latents: latents L.
+        d_model: width D.
+        step: training step of the checkpoint.
+        empty: write zeros instead of random values, which is faster.
+
+    Returns:
+        The checkpoint's folder, `root/step-N`.
+    """
     folder = root / f"step-{step:08d}"
     matrix, column = (n_latents, d_model), (n_latents,)
     weights: Shapes = {
@@ -59,7 +70,7 @@ def make_checkpoint(
 
 
 def write_manifest(folder: Path) -> None:
-    """Makes a manifest that agrees with whatever the folder holds now."""
+    """Write a manifest that matches the current files of the folder."""
     files = {
         name: {"bytes": (folder / name).stat().st_size, "sha256": hash_file(folder / name)}
         for name in payload_files(folder)
@@ -68,6 +79,7 @@ def write_manifest(folder: Path) -> None:
 
 
 def _write_rank(folder: Path, tensors: Shapes, n_latents: int, rank: int, empty: bool) -> None:
+    """Write one rank's file: its half of the latents; rank 0 also has the unsharded tensors."""
     half = -(-n_latents // 2)
     shapes: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
     offsets: dict[str, dict[str, list[int]]] = {}

@@ -1,8 +1,9 @@
-"""Rows of figures -> an aligned text table, and the JSON that every benchmark writes.
+"""Format benchmark rows as an aligned text table and as JSON.
 
 A row is `{"work": {...}, "system": "ours" | <package>, "op": ..., "median_s": ..., "ratio": ...,
-"tokens_per_s": ..., "peak_bytes": ...}`; more keys are kept in the JSON and shown when asked for.
-What could not be measured keeps its row: `{"work": ..., "system": ..., "op": ..., "error": text}`.
+"tokens_per_s": ..., "peak_bytes": ...}`. Further keys are kept in the JSON and shown in the table
+only if named as columns. A measurement that failed has the row
+`{"work": ..., "system": ..., "op": ..., "error": text}`.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ Row = Mapping[str, Any]
 
 
 def format_table(rows: Sequence[Row], columns: Sequence[str] = COLUMNS) -> str:
-    """Aligned columns, numbers to the right; a value that a row lacks is shown as `-`."""
+    """Format rows as aligned columns, numbers to the right; missing values are shown as `-`."""
     titles = [_title(column) for column in columns]
     cells = [[_cell(column, row.get(column)) for column in columns] for row in rows]
     widths = [max(len(line[i]) for line in [titles, *cells]) for i in range(len(columns))]
@@ -38,12 +39,12 @@ def format_table(rows: Sequence[Row], columns: Sequence[str] = COLUMNS) -> str:
 
 
 def document(rows: Sequence[Row]) -> dict[str, Any]:
-    """The rows with hardware, versions, commit and command."""
+    """Return the rows together with hardware, versions, commit and command."""
     return {"rows": [dict(row) for row in rows], **environment()}
 
 
 def write_json(path: str | Path, rows: Sequence[Row]) -> None:
-    """Write `document(rows)`; the file appears whole or not at all."""
+    """Write `document(rows)` atomically: readers see either the old file or the whole new one."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")

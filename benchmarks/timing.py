@@ -1,6 +1,6 @@
 """Time several callables side by side in one process.
 
-Standard library only: it also runs in the peers' environment.
+Uses only the standard library, because it also runs in the peers' environment.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 
 class Timing(NamedTuple):
-    """Wall-clock seconds of one callable, one sample a round."""
+    """Wall-clock seconds of one callable, one sample per round."""
 
     median_s: float
     best_s: float
@@ -30,27 +30,27 @@ def interleaved(
     synchronize: Callable[[], object] | None = None,
     prepare: Callable[[], object] = lambda: None,
 ) -> dict[str, Timing]:
-    """Run every callable once a round, so that drift of the machine falls on all of them alike.
+    """Time every callable once per round, so that drift of the machine affects all of them alike.
 
-    Each pair of rounds starts with another callable, and its second round goes backwards: none
-    always runs with the caches, or on the tired disk, that its neighbour leaves.
+    Each pair of rounds starts with another callable, and its second round runs in reverse order.
+    So no callable always runs after the same neighbour, with its caches or its pending disk writes.
 
     Args:
-        callables: name -> what to time; the result is dropped.
+        callables: name -> callable to time; its result is ignored.
         rounds: samples per callable.
-        warmup: rounds that are not counted (allocator, autotuning, lazy optimiser state).
+        warmup: untimed rounds before (allocator, autotuning, lazy optimiser state).
         synchronize: called before each reading of the clock, `torch.cuda.synchronize` on a GPU.
         prepare: called before each callable, not timed.
 
     Returns:
-        name -> Timing, in the order given.
+        name -> Timing, in the order of `callables`.
 
     Raises:
-        ValueError: without callables or rounds there is nothing to time.
+        ValueError: If there are no callables or no rounds.
     """
     if not callables or rounds < 1:
         raise ValueError(
-            f"{len(callables)} callables, {rounds} rounds: at least 1 of each expected"
+            f"{len(callables)} callables, {rounds} rounds: expected at least 1 of each"
         )
     names = list(callables)
     samples: dict[str, list[float]] = {name: [] for name in names}
@@ -79,14 +79,14 @@ def _seconds(call: Callable[[], object], synchronize: Callable[[], object] | Non
 
 
 class PeakMemory:
-    """Resident memory that a `with` block adds at its peak, in bytes.
+    """Measure how much resident memory a `with` block adds at its peak.
 
-    What was freed before the block and kept by the C library is given back first: reused unseen, it
-    would be missing in the figure. `bytes` is None where the kernel does not give the figure
-    (anything but Linux).
+    Memory that was freed before the block but kept by the C library is returned to the system
+    first: the block could reuse it without adding to the figure.
     """
 
     bytes: int | None = None
+    """The result; None before the block ends, and on systems other than Linux."""
 
     def __enter__(self) -> PeakMemory:
         _give_back_freed()
@@ -117,7 +117,7 @@ def _status_bytes(field: str) -> int | None:
 
 
 def _reset_peak() -> None:
-    """Start the high-water mark anew; where that is refused, the whole process's mark stands."""
+    """Reset the process's high-water mark; if not permitted, it keeps its earlier peak."""
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:

@@ -1,4 +1,4 @@
-"""The bare encoder GEMM that every step is measured against."""
+"""The bare encoder GEMM that every step is compared with."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 _PIECE_ELEMENTS = 1 << 30
-"""Pre-activations that one product writes at most: their memory, and 32-bit offsets inside BLAS."""
+"""Most pre-activations of one product; limits memory, and keeps BLAS offsets within 32 bits."""
 
 
 def encoder_gemms(x: Tensor, W_enc: Tensor, b_enc: Tensor) -> dict[str, Callable[[], None]]:
-    """Callables that write the dense pre-activations [B, L] = x @ W_enc.T + b_enc, nothing else.
+    """Return callables that only compute the dense pre-activations x @ W_enc.T + b_enc, [B, L].
 
-    Where [B, L] has more than 2**30 elements it is computed in pieces of batch rows, each dropped
-    before the next: a call's time is that of all pieces, and [B, L] never exists.
+    If [B, L] has more than 2**30 elements, it is computed in pieces of batch rows. Each piece is
+    freed before the next: a call's time is that of all pieces, but [B, L] never exists as a whole.
 
     Args:
         x: [B, D], float32 or bfloat16.
@@ -24,8 +24,8 @@ def encoder_gemms(x: Tensor, W_enc: Tensor, b_enc: Tensor) -> dict[str, Callable
         b_enc: [L], dtype of x.
 
     Returns:
-        "gemm": the yardstick: oneDNN on a CPU, where it beats MKL by up to twofold; `F.linear` on
-        a GPU. "linear", on a CPU only: `F.linear`, that is MKL, which all the peers take.
+        "gemm", the yardstick: oneDNN on a CPU, where it is up to twice as fast as MKL; `F.linear`
+        on a GPU. "linear", on a CPU only: `F.linear`, which is MKL and what all the peers use.
     """
     pieces = x.split(max(1, _PIECE_ELEMENTS // W_enc.shape[0]))
 

@@ -1,4 +1,4 @@
-"""Damage to files, as disks and people do it."""
+"""Damage files in the ways that disks and people do."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ from pathlib import Path
 
 
 def flip(file: Path, rng: random.Random) -> None:
-    """One bit, somewhere."""
+    """Flip one random bit."""
     data = bytearray(file.read_bytes())
     data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
     file.write_bytes(data)
 
 
 def truncate(file: Path, rng: random.Random) -> None:
-    """Cut short, perhaps to nothing."""
+    """Cut the file to a random shorter length, possibly 0."""
     data = file.read_bytes()
     file.write_bytes(data[: rng.randrange(len(data))])
 
 
 def delete(file: Path, _: random.Random) -> None:
-    """Gone."""
+    """Delete the file."""
     file.unlink()
 
 
@@ -33,7 +33,7 @@ HARMS: dict[str, Callable[[Path, random.Random], None]] = {
 
 
 def swap(files: Sequence[Path], rng: random.Random) -> tuple[Path, Path] | None:
-    """Exchanges two files of different content; None when no two differ."""
+    """Exchange the contents of two files that differ; return None if all files are equal."""
     one = rng.choice(files)
     others = [file for file in files if file.read_bytes() != one.read_bytes()]
     if not others:
@@ -46,7 +46,7 @@ def swap(files: Sequence[Path], rng: random.Random) -> tuple[Path, Path] | None:
 
 
 def harm_some(files: Sequence[Path], how: str, rng: random.Random) -> list[Path]:
-    """Harms one of the files that are not empty, or two of them by `swap`; says which."""
+    """Damage one non-empty file, or two if `how` is "swap"; return the damaged files."""
     there = [file for file in files if file.stat().st_size]
     if not there:
         return []

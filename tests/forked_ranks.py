@@ -1,4 +1,4 @@
-"""Trainer ranks forked from a process that has imported everything: real ones, in no time."""
+"""Start real trainer ranks quickly, by forking a process that has already imported everything."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from pathlib import Path
 from typing import Any
 
 CHECKPOINT_FAILED = 3
-"""Exit code of a rank that a CheckpointError ended."""
+"""Exit code of a rank that ended with a CheckpointError."""
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["tests.forked_ranks", "deepspeed", "cluster.rank"])
 
 
 class Ranks:
-    """A group of ranks that run `body(*arguments)`, each with its place in the environment.
+    """A group of ranks that run `body(*arguments)`, each with its rank in the environment.
 
     Args:
-        folder: gets `rank-N.log`.
-        n_ranks: how many.
+        folder: folder for the logs, `rank-N.log`.
+        n_ranks: number of ranks.
         body: an importable function; its result is the exit code.
-        arguments: of the body; pickled.
+        arguments: arguments of the body; they are pickled.
     """
 
     def __init__(
@@ -53,18 +53,23 @@ class Ranks:
             self.processes.append(process)
 
     def codes(self, timeout_s: float = 120) -> list[int]:
-        """Exit codes, -N for signal N; one that still runs after `timeout_s` fails the test."""
+        """Wait for all ranks; return their exit codes, -N for signal N.
+
+        Raises:
+            AssertionError: If a rank still runs after `timeout_s`.
+        """
         try:
             for process in self.processes:
                 process.join(timeout_s)
-            assert all(p.exitcode is not None for p in self.processes), f"a hang: {self.logs()}"
+            ended = all(p.exitcode is not None for p in self.processes)
+            assert ended, f"a rank still runs after {timeout_s} s: {self.logs()}"
         finally:
             for process in self.processes:
                 process.kill()
         return [int(p.exitcode or 0) for p in self.processes]
 
     def logs(self) -> list[str]:
-        """What the ranks have printed."""
+        """Return the output of each rank so far."""
         paths = [self.folder / f"rank-{rank}.log" for rank in range(len(self.processes))]
         return [path.read_text() for path in paths]
 

@@ -1,7 +1,7 @@
-"""Faults by seed, injected into a run that is under way: who is hit, by pid, and what was done.
+"""Inject seeded faults into a running run: kill workers, ranks, nodes or the driver.
 
-The victims are found from outside, by what the run leaves in its folder, as an operator would find
-them. A node is a raylet with all its children, on a Ray cluster of several nodes on this machine.
+Victims are found from outside, from the files in the run's folder, as an operator would find them.
+A node is a raylet with all its children, on a Ray cluster of several nodes on this machine.
 """
 
 from __future__ import annotations
@@ -25,31 +25,32 @@ KINDS = ("worker", "rank", "node", "driver")
 
 @dataclass(frozen=True)
 class Fault:
-    """One fault that was injected."""
+    """One injected fault."""
 
     kind: str
     pid: int
-    """Of the victim: worker, rank, driver, or the node's raylet."""
+    """Process id of the victim: worker, rank, driver, or the node's raylet."""
     at_step: int
-    """Training step that the run had reported by then."""
+    """Last training step that the run had reported."""
 
 
 class Injector:
-    """Picks victims of one run by a seed, and keeps a record of what it did.
+    """Pick victims of one run by a seed, and record each fault.
 
     Args:
         run_dir: the run's folder.
-        seed: fixes every choice, given the same processes.
-        nodes: where `node` faults strike; None for a run on a private cluster.
+        seed: determines every choice, given the same processes.
+        nodes: cluster for `node` faults; None for a run on a private cluster.
     """
 
     def __init__(self, run_dir: Path, seed: int, nodes: Nodes | None = None) -> None:
-        self.run_dir, self.nodes = run_dir, nodes
+        self.run_dir = run_dir
+        self.nodes = nodes
         self.random = random.Random(seed)
         self.record: list[Fault] = []
 
     def strike(self, kind: str, timeout_s: float = 60.0) -> Fault:
-        """Kills one victim of `kind` as soon as there is one."""
+        """Kill one victim of `kind` as soon as one runs; fail after `timeout_s`."""
         deadline = time.monotonic() + timeout_s
         while not (pids := self.victims(kind)):
             assert time.monotonic() < deadline, f"no {kind} to kill within {timeout_s:.0f} s"
@@ -65,7 +66,10 @@ class Injector:
         return fault
 
     def victims(self, kind: str) -> list[int]:
-        """Living processes of a kind, in a fixed order; nodes: those that hold a rank or worker."""
+        """Return the running processes of a kind, in a fixed order.
+
+        For "node": the raylets of the nodes that run a rank or worker.
+        """
         if kind == "node":
             assert self.nodes is not None
             homes = {parent_of(pid) for pid in self.victims("rank") + self.victims("worker")}
@@ -78,19 +82,20 @@ class Nodes:
     """The nodes of a Ray cluster beside its head, on this machine."""
 
     def __init__(self, cluster: Any, cpus: int) -> None:
-        self._cluster, self._cpus = cluster, cpus
+        self._cluster = cluster
+        self._cpus = cpus
         self.address: str = cluster.address
 
     def add(self) -> None:
-        """One more node."""
+        """Add a node."""
         self._cluster.add_node(num_cpus=self._cpus, wait=False)
 
     def raylets(self) -> list[int]:
-        """Process ids, in the order in which the nodes came."""
+        """Return the process ids of the nodes' raylets, sorted."""
         return sorted(_raylet(node) for node in self._cluster.worker_nodes)
 
     def lose(self, raylet: int) -> None:
-        """The node is gone from one moment to the next, with everything that ran on it."""
+        """Kill a node at once, with all processes that run on it."""
         tree = [psutil.Process(raylet), *psutil.Process(raylet).children(recursive=True)]
         for process in tree:
             with suppress(psutil.NoSuchProcess):
@@ -101,7 +106,7 @@ class Nodes:
 
 @contextmanager
 def ray_nodes(count: int, cpus: int) -> Iterator[Nodes]:
-    """A head without room for anything, and `count` nodes of `cpus` slots each."""
+    """Start a Ray head without slots, and `count` nodes of `cpus` slots each."""
     from ray.cluster_utils import Cluster
 
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
@@ -117,7 +122,7 @@ def ray_nodes(count: int, cpus: int) -> Iterator[Nodes]:
 
 
 def rank_pids(run_dir: Path) -> list[int]:
-    """The newest process of every trainer rank."""
+    """Return the process id of the last start of every trainer rank, from its log."""
     starts = [
         re.findall(r"process (\d+)\n", log.read_text(errors="replace"))
         for log in sorted((run_dir / "logs").glob("rank-*.log"))
@@ -126,7 +131,7 @@ def rank_pids(run_dir: Path) -> list[int]:
 
 
 def worker_pids(run_dir: Path) -> list[int]:
-    """Every process that was a harvest worker of the harvest under way."""
+    """Return the process ids of all workers, running or ended, of the current harvest."""
     folder = run_dir / "logs" / "harvest-starts"
     try:
         names = sorted(path.name for path in folder.iterdir())
@@ -136,13 +141,13 @@ def worker_pids(run_dir: Path) -> list[int]:
 
 
 def driver_pids(run_dir: Path) -> list[int]:
-    """The process that holds the run."""
+    """Return the process id of the driver that holds the run's lock."""
     lock = run_dir / "driver.lock"
     return [int(pid) for pid in re.findall(r"process (\d+)", lock.read_text())] * lock.exists()
 
 
 def last_step(run_dir: Path) -> int:
-    """Newest step in the metrics; 0 before the first."""
+    """Return the last step in the metrics; 0 if there is none."""
     path = run_dir / "metrics.jsonl"
     steps = re.findall(r'"step": (\d+),', path.read_text()) if path.exists() else []
     return int(steps[-1]) if steps else 0
@@ -151,23 +156,23 @@ def last_step(run_dir: Path) -> int:
 def reach(
     run_dir: Path, step: int, driver: subprocess.Popen[bytes], timeout_s: float = 180
 ) -> None:
-    """Returns once the run has reported `step`."""
+    """Wait until the run has reported `step`; fail if the driver ends first, or on timeout."""
     deadline = time.monotonic() + timeout_s
     while last_step(run_dir) < step:
-        assert driver.poll() is None, f"ended with {driver.returncode} before step {step}"
-        assert time.monotonic() < deadline, f"no step {step} within {timeout_s:.0f} s"
+        assert driver.poll() is None, f"driver ended with {driver.returncode} before step {step}"
+        assert time.monotonic() < deadline, f"step {step} not reached within {timeout_s:.0f} s"
         time.sleep(0.05)
 
 
 def alive(pid: int) -> bool:
-    """Whether the process runs: a zombie does not."""
+    """Return whether a process runs; a zombie does not count as running."""
     with suppress(psutil.NoSuchProcess):
         return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
     return False
 
 
 def parent_of(pid: int) -> int:
-    """Parent's process id; 0 when the process is gone."""
+    """Return the parent's process id; 0 if the process has ended."""
     with suppress(psutil.NoSuchProcess):
         return int(psutil.Process(pid).ppid())
     return 0

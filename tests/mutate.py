@@ -1,12 +1,12 @@
-"""Takes each protection out in turn and demands that its test fails.
+"""Remove each protection from the code in turn, and check that its tests then fail.
 
     python -m tests.mutate --json FILE       the 22 faults of the fault table
     python -m tests.mutate --only 5,7        some of them
-    python -m tests.mutate --extra           protections beside those
+    python -m tests.mutate --extra           further protections
 
-Works on a copy of the checkout; the checkout itself is never edited. The chosen tests first have to
-pass on the copy as it is, else a broken test would count as one that notices. Exits with 1 when a
-protection could be taken out unnoticed.
+Works on a copy of the checkout; the checkout itself is never edited. The chosen tests must first
+pass on the unchanged copy: otherwise a broken test would seem to notice. Exits with 1 if a
+protection can be removed without a test failing.
 """
 
 from __future__ import annotations
@@ -39,10 +39,10 @@ from tests.mutations import EXTRA, FAULTS, MUTATIONS, Edit, Mutation
 
 ROOT = Path(__file__).resolve().parents[1]
 _FAILED = 1
-"""pytest's exit code when tests ran and some failed; others are errors of the call itself."""
+"""pytest's exit code if tests ran and some failed; other codes mean that pytest could not run."""
 _CLEAN_TIMEOUT_S = 600.0
 _SPARE_S = 60.0
-"""Beyond a test's own limit: imports and collection."""
+"""Time for imports and collection, beyond the time limits of the tests."""
 _PATH = re.compile(r"(?:/[\w.\-]+)+")
 _ADOPT_ORPHANS = 36
 """Linux's PR_SET_CHILD_SUBREAPER."""
@@ -50,17 +50,17 @@ _ADOPT_ORPHANS = 36
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the tests said of one protection that was taken out."""
+    """The result of the tests without one protection."""
 
     outcome: str
-    """noticed, survived or error: no test could say."""
+    """"noticed": a test failed; "survived": all passed; "error": the tests could not be run."""
     how: str
-    """First words of the failure."""
+    """The test that failed and the start of its message, or the end of pytest's output."""
     seconds: float
 
 
 def main() -> int:
-    """The command line; returns the exit code."""
+    """Run the command line; return the exit code."""
     arguments = _arguments()
     chosen = select(EXTRA if arguments.extra else MUTATIONS, arguments.only)
     _adopt_orphans()
@@ -71,10 +71,10 @@ def main() -> int:
         if not arguments.skip_clean:
             clean = run_tests(copied(pristine, "clean"), unique_tests(chosen), _CLEAN_TIMEOUT_S)
             if clean.outcome != "survived":
-                print(f"the tests do not pass on the code as it is: {clean.how}")
+                print(f"the tests fail on the unchanged code; fix them first: {clean.how}")
                 return 1
-            print(f"{len(unique_tests(chosen))} tests pass on the code as it is", flush=True)
-        print(f"{'fault':>5} {'s':>5}  {'outcome':<9} protection taken out")
+            print(f"{len(unique_tests(chosen))} tests pass on the unchanged code", flush=True)
+        print(f"{'fault':>5} {'s':>5}  {'outcome':<9} without the protection")
         for mutation in chosen:
             verdict = judge(mutation, pristine)
             rows.append((mutation, verdict))
@@ -91,18 +91,18 @@ def main() -> int:
 
 
 def select(mutations: Sequence[Mutation], only: str | None) -> list[Mutation]:
-    """Those of the faults in a list such as "5,7"; all without one."""
+    """Return the mutations of the faults in a list such as "5,7", or all if `only` is empty."""
     faults = {int(number) for number in only.split(",")} if only else None
     return [m for m in mutations if faults is None or m.fault in faults]
 
 
 def unique_tests(mutations: Sequence[Mutation]) -> list[str]:
-    """Each test once, in order."""
+    """Return the tests of all mutations in order, each once."""
     return list(dict.fromkeys(test for mutation in mutations for test in mutation.tests))
 
 
 def judge(mutation: Mutation, pristine: Path) -> Verdict:
-    """Takes the protection out of a fresh copy and runs its tests there."""
+    """Remove a protection from a fresh copy and run its tests there."""
     tree = copied(pristine, "mutant")
     try:
         for edit in mutation.edits:
@@ -114,14 +114,21 @@ def judge(mutation: Mutation, pristine: Path) -> Verdict:
 
 
 def mutated(text: str, edit: Edit) -> str:
-    """A file's text after an edit; ValueError unless what it replaces stands there once."""
+    """Return a file's text after an edit.
+
+    Raises:
+        ValueError: If the text to replace does not occur exactly once.
+    """
     if text.count(edit.old) != 1:
-        raise ValueError(f"{edit.file}: {text.count(edit.old)} times {edit.old!r}, expected once")
+        raise ValueError(
+            f"{edit.file}: {text.count(edit.old)} times {edit.old!r}, expected once; "
+            "update tests/mutations.py"
+        )
     return text.replace(edit.old, edit.new)
 
 
 def copy_checkout(folder: Path) -> Path:
-    """What git has or would have: tracked files, and new ones that it does not ignore."""
+    """Copy the checkout's tracked files, and new files that git does not ignore."""
     listed = subprocess.run(
         ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
         cwd=ROOT,
@@ -137,17 +144,20 @@ def copy_checkout(folder: Path) -> Path:
 
 
 def copied(pristine: Path, name: str) -> Path:
-    """A copy for one run of tests; edits of the checkout meanwhile do not get into it."""
+    """Copy the pristine copy for one run of tests; later edits of the checkout do not affect it."""
     return Path(shutil.copytree(pristine, pristine.with_name(name)))
 
 
 def run_tests(tree: Path, tests: Sequence[str], timeout_s: float) -> Verdict:
-    """Runs tests of a copy until the first failure; "survived" where all have passed.
+    """Run tests in a copy until the first failure.
 
     Args:
         tree: the copy.
         tests: pytest's ids.
-        timeout_s: for each test; one that takes longer has failed.
+        timeout_s: time limit of each test; a test that takes longer counts as failed.
+
+    Returns:
+        The verdict; "survived" if all tests pass.
     """
     report = tree / "report.xml"
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
@@ -169,7 +179,7 @@ def run_tests(tree: Path, tests: Sequence[str], timeout_s: float) -> Verdict:
 
 
 def _outcome(code: int, report: Path, said: str) -> tuple[str, str]:
-    """A mutation is noticed only by a test that ran and failed, not by one that could not start."""
+    """Return (outcome, how): only a test that ran and failed counts as noticing a mutation."""
     if code not in (0, _FAILED) or not report.exists():
         return "error", f"pytest ended with {code}: {said[-2000:]}"
     cases = list(ElementTree.parse(report).iter("testcase"))
@@ -181,17 +191,18 @@ def _outcome(code: int, report: Path, said: str) -> tuple[str, str]:
     skipped = [case for case in cases if case.find("skipped") is not None]
     if code == 0 and cases and not skipped:
         return "survived", ""
-    return "error", f"{len(skipped)} skipped, or set up in vain: {said[-2000:]}"
+    return "error", f"{len(skipped)} tests skipped, or an error in their setup: {said[-2000:]}"
 
 
 @contextmanager
 def _nothing_left() -> Iterator[None]:
-    """Ends what the block has started, be it frozen or orphaned: mutants leave such behind."""
+    """Kill all processes that the block started; mutants leave frozen and orphaned ones behind."""
     before = {process.pid for process in psutil.Process().children()}
     try:
         yield
     finally:
-        for _ in range(5):  # the children of those that end become ours
+        # Killing a process makes its children ours, so several passes may be needed.
+        for _ in range(5):
             new = [p for p in psutil.Process().children(recursive=True) if p.pid not in before]
             if not new:
                 break
@@ -202,13 +213,14 @@ def _nothing_left() -> Iterator[None]:
 
 
 def _adopt_orphans() -> None:
+    """Become the parent of orphaned descendants, and clean up on SIGTERM."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_ADOPT_ORPHANS, 1, 0, 0, 0)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
 
 
 def _faults(mutations: Sequence[Mutation], fault: int | None = None) -> list[int]:
-    """Their faults, each once; with `fault`, that one as often as it occurs."""
+    """Return the distinct faults in order; or, given `fault`, each of its occurrences."""
     if fault is not None:
         return [m.fault for m in mutations if m.fault == fault]
     return sorted({mutation.fault for mutation in mutations})
@@ -224,7 +236,7 @@ def _line(mutation: Mutation, verdict: Verdict) -> str:
 def _write(
     arguments: argparse.Namespace, rows: list[tuple[Mutation, Verdict]], made: dict[str, Any]
 ) -> None:
-    """The table as JSON; with `--only`, what the file says of other faults stays."""
+    """Write the table as JSON; with `--only`, keep the file's rows of other faults."""
     path: Path = arguments.json
     table = [
         {"fault": mutation.fault, "fault_text": FAULTS.get(mutation.fault, "")}
@@ -253,10 +265,14 @@ def _write(
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", type=Path, help="write the rows to this file")
-    parser.add_argument("--only", help="numbers of faults, such as 5,7; other rows of FILE stay")
-    parser.add_argument("--extra", action="store_true", help="the protections beside the 22 faults")
     parser.add_argument(
-        "--skip-clean", action="store_true", help="take for granted that the tests pass as it is"
+        "--only", help="numbers of faults, such as 5,7; other rows of the --json file are kept"
+    )
+    parser.add_argument(
+        "--extra", action="store_true", help="test further protections instead of the 22 faults"
+    )
+    parser.add_argument(
+        "--skip-clean", action="store_true", help="do not run the tests on the unchanged code first"
     )
     return parser.parse_args()
 

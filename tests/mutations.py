@@ -1,6 +1,6 @@
-"""The protections that `tests.mutate` takes out, and the tests that have to notice.
+"""The protections that `tests.mutate` removes, and the tests that must fail without them.
 
-Of several tests that notice, the fastest stands here.
+If several tests fail without a protection, the fastest one is listed.
 """
 
 from __future__ import annotations
@@ -8,34 +8,34 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 FAULTS = {
-    1: "killed in a save, at each stage",
-    2: "one rank killed in a save",
-    3: "the writer of a checkpoint raises",
-    4: "disk full",
-    5: "truncated, flipped, swapped, missing, stale files of a checkpoint",
-    6: "SIGTERM, SIGUSR1",
-    7: "kill and resume is the uninterrupted run, bit for bit",
-    8: "resume on another number of ranks, uneven n_latents",
-    9: "another config",
-    10: "NaN on one rank",
-    11: "a rank that hangs",
-    12: "two drivers, one run",
-    13: "harvest worker killed in a shard",
-    14: "missing or damaged chunk",
-    15: "malicious pickle, header, path, metadata",
-    16: "<script> in a name",
-    17: "Ray worker, rank, driver killed",
-    18: "retention and the last valid checkpoint",
-    19: "wandb or network down",
-    20: "secrets in config, logs, images",
-    21: "object store drops, reply lost",
-    22: "any order of save, kill, corrupt, prune, resume, reshard",
+    1: "all ranks are killed during a save, at each stage",
+    2: "one rank is killed during a save",
+    3: "the writer of a checkpoint raises an error",
+    4: "the disk is full",
+    5: "files of a checkpoint are truncated, flipped, swapped, missing or stale",
+    6: "SIGTERM or SIGUSR1 arrives",
+    7: "a killed and resumed run differs from an uninterrupted one",
+    8: "a run resumes on another number of ranks, with uneven n_latents",
+    9: "a run is resumed with another config",
+    10: "NaN appears on one rank",
+    11: "a rank hangs",
+    12: "two drivers start the same run",
+    13: "a harvest worker is killed while it writes a shard",
+    14: "a chunk is missing or damaged",
+    15: "a pickle, header, path or metadata is malicious",
+    16: "a name contains <script>",
+    17: "a Ray worker, a rank or the driver is killed",
+    18: "retention deletes the last valid checkpoint",
+    19: "wandb or the network is down",
+    20: "secrets get into config, logs or images",
+    21: "the object store drops connections or loses replies",
+    22: "save, kill, corrupt, prune, resume and reshard happen in any order",
 }
 
 
 @dataclass(frozen=True)
 class Edit:
-    """Text that stands once in a file, and what replaces it."""
+    """A text that must occur exactly once in a file, and its replacement."""
 
     file: str
     old: str
@@ -44,15 +44,18 @@ class Edit:
 
 @dataclass(frozen=True)
 class Mutation:
-    """A protection taken out."""
+    """The removal of one protection."""
 
     fault: int
-    """Number in `FAULTS`; from 101 on none of them, so that `--only` may name it."""
+    """Number in `FAULTS`; from 101 on: a number for `--only` that is not in that table."""
     what: str
+    """The faulty behaviour without the protection."""
     edits: tuple[Edit, ...]
+    """Edits that remove it."""
     tests: tuple[str, ...]
+    """Ids of the tests of which at least one must fail."""
     timeout_s: float = 150.0
-    """For each test: one that takes longer has failed."""
+    """Time limit of each test; a test that takes longer counts as failed."""
 
 
 def _one(fault: int, what: str, file: str, old: str, new: str, *tests: str) -> Mutation:
@@ -79,7 +82,7 @@ _YES = (
 MUTATIONS = (
     Mutation(
         1,
-        "a checkpoint is filled under its final name, and counts before it has a manifest",
+        "a checkpoint is written under its final name, and counts as valid without a manifest",
         (
             Edit(_SAVE, 'temporary = root / f"{final.name}.tmp"', "temporary = final"),
             Edit(_SAVE, "        shutil.rmtree(final)\n", "        pass\n"),
@@ -90,7 +93,7 @@ MUTATIONS = (
     ),
     _one(
         2,
-        "who cannot be asked has voted yes",
+        "a rank that does not answer counts as a yes vote",
         _SAVE,
         _VOTE,
         _YES,
@@ -98,7 +101,7 @@ MUTATIONS = (
     ),
     _one(
         3,
-        "a rank that has failed is outvoted",
+        "a save succeeds unless all ranks fail",
         _SAVE,
         "        if bad:\n",
         "        if len(bad) == len(votes):\n",
@@ -106,7 +109,7 @@ MUTATIONS = (
     ),
     _one(
         4,
-        "what the writer of tensors failed with is dropped",
+        "errors of the tensor writer are dropped",
         _SAVE,
         "return {rank: failure for rank, (failure, _) in error.failures.items()}",
         "return {}",
@@ -114,7 +117,7 @@ MUTATIONS = (
     ),
     _one(
         4,
-        "a file of a store that could not be written is taken for written",
+        "a store's file that could not be written counts as written",
         "activation_store/files.py",
         "        path.unlink()\n        raise\n",
         "        pass\n",
@@ -122,7 +125,7 @@ MUTATIONS = (
     ),
     _one(
         5,
-        "hashes of a checkpoint are not compared",
+        "hashes of a checkpoint's files are not compared",
         _FOLDER,
         'if hashed and hash_file(path) != entry.get("sha256"):',
         "if False:",
@@ -130,7 +133,7 @@ MUTATIONS = (
     ),
     _one(
         5,
-        "files that are missing from a checkpoint are not missed",
+        "missing files of a checkpoint are not detected",
         _FOLDER,
         "for name in sorted(set(expected) - found)]",
         "for name in ()]",
@@ -138,7 +141,7 @@ MUTATIONS = (
     ),
     _one(
         5,
-        "ranks take the newest checkpoint unchecked",
+        "ranks resume from the newest checkpoint without checking it",
         _LOAD,
         "        check_manifest(folder, hashes, (dist.get_rank(), dist.get_world_size()))\n",
         "",
@@ -146,7 +149,7 @@ MUTATIONS = (
     ),
     _one(
         6,
-        "ranks pay no heed to signals",
+        "ranks ignore signals",
         "cluster/rank.py",
         "return signalled.is_set() or (request is not None and bool(request.made))",
         "return False",
@@ -154,7 +157,7 @@ MUTATIONS = (
     ),
     _one(
         7,
-        "the source starts over at a resume",
+        "the source restarts from the beginning at a resume",
         "sae_core/trainer.py",
         "        self.source.seek(state.source_position)\n",
         "",
@@ -170,7 +173,7 @@ MUTATIONS = (
     ),
     _one(
         7,
-        "Adam counts its steps anew after a resume",
+        "Adam's step count restarts at a resume",
         _ENGINE,
         '            state["step"].fill_(float(step))\n',
         "            pass\n",
@@ -178,7 +181,7 @@ MUTATIONS = (
     ),
     _one(
         7,
-        "tokens_since_fired starts over at a resume",
+        "tokens_since_fired restarts from zero at a resume",
         _LOAD,
         '            buffer.copy_(local_part(weights[f"{engine.name}.{name}"]))\n',
         "            buffer.zero_()\n",
@@ -186,7 +189,7 @@ MUTATIONS = (
     ),
     _one(
         8,
-        "uneven shards lose the rows that are left over",
+        "uneven shards lose the remaining rows",
         "sae_core/mesh.py",
         "    size = -(-n_rows // n_shards)\n",
         "    size = n_rows // n_shards\n",
@@ -194,7 +197,7 @@ MUTATIONS = (
     ),
     _one(
         8,
-        "moments that ZeRO 1 owns are not loaded",
+        "moments owned by ZeRO 1 are not loaded",
         _ENGINE,
         "        safe_set_full_optimizer_state(parameter, value, moment)\n",
         "        pass\n",
@@ -202,7 +205,7 @@ MUTATIONS = (
     ),
     _one(
         9,
-        "a changed config goes through",
+        "a changed config is accepted",
         "cluster/run_dir.py",
         "        if changes:\n",
         "        if False:\n",
@@ -210,7 +213,7 @@ MUTATIONS = (
     ),
     _one(
         10,
-        "each rank minds its own loss alone",
+        "each rank checks only its own loss",
         _ENGINE,
         "        dist.all_reduce(flag, op=dist.ReduceOp.MAX)\n",
         "",
@@ -218,7 +221,7 @@ MUTATIONS = (
     ),
     _one(
         10,
-        "a loss that is not finite keeps nobody from the update",
+        "the update is applied despite a loss that is not finite",
         _ENGINE,
         "        self.optimizer.found_inf = torch.maximum(self.optimizer.found_inf, flag)\n"
         "        self.engine.backward(out.loss)\n",
@@ -227,7 +230,7 @@ MUTATIONS = (
     ),
     _one(
         10,
-        "a gradient that is not finite keeps nobody from the update",
+        "the update is applied despite a gradient that is not finite",
         "sae_core/optimizer.py",
         "self.found_inf = torch.maximum(self.found_inf, (~norm.isfinite()).float())",
         "pass",
@@ -235,7 +238,7 @@ MUTATIONS = (
     ),
     _one(
         11,
-        "nothing is done about a rank that makes no progress",
+        "a rank that makes no progress is not ended",
         "cluster/watchdog.py",
         "                self._end(limit_s)\n",
         "                pass\n",
@@ -243,7 +246,7 @@ MUTATIONS = (
     ),
     _one(
         11,
-        "nothing is done about an interpreter that is stuck",
+        "a process whose interpreter is stuck is not ended",
         "cluster/watchdog.py",
         "                faulthandler.dump_traceback_later(late_s, exit=True, file=_STDERR)\n",
         "                pass\n",
@@ -260,7 +263,7 @@ MUTATIONS = (
     ),
     _one(
         12,
-        "groups of ranks take no lock",
+        "training groups take no lock",
         "cluster/run_dir.py",
         "                fcntl.flock(alone, fcntl.LOCK_EX | fcntl.LOCK_NB)\n",
         "                pass\n",
@@ -268,7 +271,7 @@ MUTATIONS = (
     ),
     _one(
         13,
-        "a harvest worker that died stays dead",
+        "a harvest worker that dies is not restarted",
         "cluster/harvest_pool.py",
         "max_restarts=-1, max_task_retries=-1",
         "max_restarts=0, max_task_retries=0",
@@ -284,7 +287,7 @@ MUTATIONS = (
     ),
     _one(
         15,
-        "pickles are read whole",
+        "pickles are loaded with arbitrary objects",
         "sae_core/peer_files.py",
         'map_location="cpu", weights_only=True',
         'map_location="cpu", weights_only=False',
@@ -292,7 +295,7 @@ MUTATIONS = (
     ),
     _one(
         15,
-        "any file is part of a checkpoint",
+        "a checkpoint may contain any file",
         _FOLDER,
         "    if not _PAYLOAD.fullmatch(name):\n",
         "    if False:\n",
@@ -300,7 +303,7 @@ MUTATIONS = (
     ),
     _one(
         15,
-        "a header may be as long as it says",
+        "the length of a header is not limited",
         "sae_core/tensor_file.py",
         "fits = n_bytes <= min(_MAX_HEADER_BYTES, size - _LENGTH_BYTES)",
         "fits = True",
@@ -316,7 +319,7 @@ MUTATIONS = (
     ),
     _one(
         16,
-        "the report's template escapes nothing",
+        "the report's template does not escape text",
         "analysis/report.py",
         "autoescape=True",
         "autoescape=False",
@@ -348,7 +351,7 @@ MUTATIONS = (
     ),
     _one(
         18,
-        "damaged checkpoints count among those that are kept",
+        "damaged checkpoints count among the kept ones",
         _FOLDER,
         "        if _looks_whole(folder):\n            kept += 1",
         "        if True:\n            kept += 1",
@@ -356,7 +359,7 @@ MUTATIONS = (
     ),
     _one(
         19,
-        "wandb's failure to start ends training",
+        "training ends if wandb fails to start",
         "cluster/metric_sinks.py",
         "        )\n    except Exception as error:",
         "        )\n    except ZeroDivisionError as error:",
@@ -364,7 +367,7 @@ MUTATIONS = (
     ),
     _one(
         19,
-        "wandb's failure on the way ends training",
+        "training ends if wandb fails later",
         "cluster/metric_sinks.py",
         "            action(self._wandb)\n        except Exception as error:",
         "            action(self._wandb)\n        except ZeroDivisionError as error:",
@@ -372,7 +375,7 @@ MUTATIONS = (
     ),
     _one(
         20,
-        "addresses with a password go into the config",
+        "addresses with a password are accepted in the config",
         "conf/validate.py",
         "if isinstance(text, str) and _CREDENTIALS.search(text):",
         "if False:",
@@ -380,7 +383,7 @@ MUTATIONS = (
     ),
     _one(
         20,
-        "an object store's own words are repeated",
+        "an object store's own error text is shown",
         "activation_store/storage_object.py",
         "                problem = _summary(error)\n",
         "                problem = str(error)\n",
@@ -388,7 +391,7 @@ MUTATIONS = (
     ),
     _one(
         20,
-        "Ray's token goes into the images",
+        "Ray's token gets into the images",
         ".dockerignore",
         "docker/ray_token\n",
         "",
@@ -396,7 +399,7 @@ MUTATIONS = (
     ),
     _one(
         21,
-        "a commit whose answer was lost is another's",
+        "a commit whose reply was lost counts as another writer's",
         "activation_store/storage_object.py",
         'return self._ask("put", name, create) or self._holds(name, data)',
         'return self._ask("put", name, create)',
@@ -404,7 +407,7 @@ MUTATIONS = (
     ),
     _one(
         21,
-        "requests are not repeated",
+        "requests are not retried",
         "activation_store/storage_object.py",
         "        for number in range(TRIES):\n",
         "        for number in range(1):\n",
@@ -412,7 +415,7 @@ MUTATIONS = (
     ),
     Mutation(
         22,
-        "the newest checkpoint is taken unchecked",
+        "a run resumes from the newest checkpoint without checking it",
         (Edit(_FOLDER, _NO_CHECK, "        try:\n            read_state(folder)\n"),),
         ("tests/fault/test_state_machine.py",),
         timeout_s=600,
@@ -422,7 +425,7 @@ MUTATIONS = (
 EXTRA = (
     _one(
         101,
-        "one rank saves at its own signal, the others do not hear of it",
+        "a signal to one rank is not passed on to the others",
         "sae_core/agreement.py",
         "        dist.all_reduce(said, op=dist.ReduceOp.MAX, group=self._group)\n",
         "        dist.broadcast(said[3:], 0, group=self._group)\n",
@@ -430,7 +433,7 @@ EXTRA = (
     ),
     _one(
         102,
-        "an old checkpoint is deleted under its own name",
+        "an old checkpoint is deleted without renaming it first",
         _SAVE,
         "        os.rename(old, doomed)\n        shutil.rmtree(doomed)\n",
         "        shutil.rmtree(old)\n",
@@ -438,7 +441,7 @@ EXTRA = (
     ),
     _one(
         103,
-        "a save takes the tensors that training goes on with",
+        "a save writes the tensors that training keeps changing",
         "sae_core/checkpoint/staging.py",
         '        if not self._keep and tensor.device.type == "cpu":\n',
         '        if tensor.device.type == "cpu":\n',
@@ -446,7 +449,7 @@ EXTRA = (
     ),
     _one(
         104,
-        "a save that failed on one rank is not told to the others while they train",
+        "a failed save on one rank does not end the others' training",
         "sae_core/together.py",
         "        if agreed.failed:\n",
         "        if False:\n",
@@ -454,7 +457,7 @@ EXTRA = (
     ),
     _one(
         105,
-        "a driver pays no heed to signals while it harvests",
+        "a driver ignores signals during a harvest",
         "launch.py",
         "            on_preemption(raise_interrupted, config.checkpoint.grace_s),\n",
         "",
@@ -462,7 +465,7 @@ EXTRA = (
     ),
     _one(
         106,
-        "ranks that are frozen are waited for",
+        "frozen ranks are waited for",
         "cluster/train.py",
         "        if frozen := pulses.frozen():\n",
         "        if frozen := list[int]():\n",
@@ -486,7 +489,7 @@ EXTRA = (
     ),
     _one(
         109,
-        "every taker of a lease gets it",
+        "every process that tries to take over a lease gets it",
         "activation_store/lease.py",
         "            if not self._storage.put_if_absent(_name(number), [self._bytes()]):\n"
         "                continue\n",
@@ -495,7 +498,7 @@ EXTRA = (
     ),
     _one(
         110,
-        "rows of documents come in the order of the store",
+        "rows of documents are returned in the order of the store",
         "activation_store/lookup.py",
         "found[:, np.lexsort((found[2], found[1]))]",
         "found",
@@ -503,7 +506,7 @@ EXTRA = (
     ),
     _one(
         111,
-        "rows that a store does not have are read",
+        "row numbers outside the store are not rejected",
         "activation_store/lookup.py",
         "outside = wanted[(wanted < 0) | (wanted >= store.n_tokens)]",
         "outside = wanted[:0]",
@@ -527,7 +530,7 @@ EXTRA = (
     ),
     Mutation(
         114,
-        "nor has it in Triton",
+        "the scale of a row without a float8 part has no floor in the Triton kernel",
         (
             Edit(
                 "sae_core/kernels/triton_quantise.py",
@@ -540,7 +543,7 @@ EXTRA = (
     ),
     _one(
         115,
-        "seeds of a sweep move its stream",
+        "the seeds of a sweep change the order of its stream",
         "cluster/cohort.py",
         "config.train.timeout_s), config.store.order_seed\n",
         "config.train.timeout_s), None\n",
@@ -548,7 +551,7 @@ EXTRA = (
     ),
     _one(
         116,
-        "an error of one cell ends the others",
+        "an error in one cell ends the others",
         "sae_core/together.py",
         "            self._errors[index] = error\n",
         "            raise\n",
@@ -556,7 +559,7 @@ EXTRA = (
     ),
     _one(
         117,
-        "a signal saves none of the cells that train together",
+        "a signal does not make the cells that train in lockstep save",
         "sae_core/together.py",
         "trainer.save_if_due, agreed.save or agreed.stop)",
         "trainer.save_if_due, agreed.save)",

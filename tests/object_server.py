@@ -1,4 +1,4 @@
-"""An S3 server of our own on 127.0.0.1, and a proxy before it that can be told to fail."""
+"""A private S3 server on 127.0.0.1, and a proxy in front of it that can inject faults."""
 
 from __future__ import annotations
 
@@ -14,15 +14,19 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 Fault = str | None
-"""drop: no answer, nothing done. 500, 403: refused, nothing done. lost: done, but no answer.
-cut: half of the answer. slow: the answer a little at a time. strip: conditions are ignored."""
+"""A fault of one request; None: forward it unchanged.
+
+drop: close the connection without forwarding the request. 500, 403: return this status without
+forwarding it. lost: forward it, but do not return the reply. cut: return half of the reply. slow:
+return the reply in small pieces. strip: forward it without its `If-None-Match` condition.
+"""
 Rule = Callable[[str, str], Fault]
-"""Method, path -> what happens to this request."""
+"""Method, path -> fault for this request."""
 
 
 @contextmanager
 def s3_server() -> Iterator[int]:
-    """A moto server; gives its port."""
+    """Run a moto server during the block; yield its port."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -35,7 +39,9 @@ def s3_server() -> Iterator[int]:
                 urllib.request.urlopen(f"http://127.0.0.1:{port}/moto-api/", timeout=5).read()
                 break
             except OSError:
-                assert server.poll() is None and time.monotonic() < deadline, "no S3 server"
+                assert server.poll() is None and time.monotonic() < deadline, (
+                    "the S3 server did not start"
+                )
                 time.sleep(0.1)
         yield port
     finally:
@@ -49,7 +55,11 @@ def make_bucket(port: int, bucket: str) -> None:
 
 
 class Proxy:
-    """Stands before the server; `rule` decides what happens to each request."""
+    """A proxy in front of the server; `rule` chooses the fault of each request.
+
+    Args:
+        upstream: port of the server.
+    """
 
     def __init__(self, upstream: int) -> None:
         self.rule: Rule = lambda method, path: None
@@ -58,7 +68,7 @@ class Proxy:
 
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
-            # Small answers go at once: two packets would wait for an acknowledgement.
+            # Send small replies as one packet: a second one would wait for an acknowledgement.
             wbufsize = -1
             disable_nagle_algorithm = True
 

@@ -1,8 +1,9 @@
-"""Runs inside `.venv-peers`: loads exports with the peers' own loaders, writes what they compute.
+"""Load exports with the peers' own loaders and write their outputs; runs inside `.venv-peers`.
 
     python tests/peer_outputs.py CASE_FOLDER...
 
-A case folder holds `export/` and `x.safetensors`; `peers.safetensors` and `peers.json` are added.
+A case folder contains `export/` and `x.safetensors`; `peers.safetensors` and `peers.json` are
+added.
 """
 
 import json

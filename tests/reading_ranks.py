@@ -1,4 +1,4 @@
-"""Real gloo ranks that read one store together, without training."""
+"""Start real gloo ranks that read one store with shared reads, without training."""
 
 from __future__ import annotations
 
@@ -26,7 +26,17 @@ ARRAY = "a"
 
 
 def read_on_mesh(folder: Path, store: Path, latent: int, data: int) -> list[dict[str, Any]]:
-    """Reads one epoch, and a batch after a seek, on every rank; what each rank tells."""
+    """Read one epoch, and a batch after a seek, on every rank.
+
+    Args:
+        folder: new folder for the results.
+        store: path of the store.
+        latent: ranks in each latent group.
+        data: number of replicas.
+
+    Returns:
+        What each rank recorded: the chunks that it read, first rows, a sample, or its error.
+    """
     folder.mkdir()
     ranks = latent * data
     mp.spawn(_read, (str(folder), str(store), latent, data), nprocs=ranks)
@@ -34,7 +44,7 @@ def read_on_mesh(folder: Path, store: Path, latent: int, data: int) -> list[dict
 
 
 def batches_of(folder: Path, rank: int) -> np.ndarray:
-    """[batches, rows, width]: what a rank was given; the last one after the seek."""
+    """Return the batches of a rank, [batches, rows, width]; the last one is after the seek."""
     return np.load(folder / f"{rank}.npy")
 
 
@@ -47,7 +57,7 @@ def _read(rank: int, folder: str, store: str, latent: int, data: int) -> None:
     opened = open_store(store)
     order = (7, BATCH, mesh.data_rank, data, 4, 192)
     source = StoreSource(opened, ARRAY, *order, share=share)
-    source._stream._rows._prefetch = False  # or the next epoch's first block is counted, too
+    source._stream._rows._prefetch = False  # else the next epoch's first block is counted as well
     told: dict[str, Any] = {"exchanged": _exchange(share)}
     counted = _count_reads()
     try:
@@ -63,14 +73,15 @@ def _read(rank: int, folder: str, store: str, latent: int, data: int) -> None:
         told |= {"error": type(error).__name__, "text": str(error)}
         told["notes"] = getattr(error, "__notes__", [])
     Path(folder, f"{rank}.json").write_text(json.dumps(told))
-    # An error's traceback is a cycle that holds groups; one that outlives the interpreter aborts.
+    # An error's traceback is a reference cycle that keeps process groups alive. A group that is
+    # still alive when the interpreter ends aborts the process.
     del share, source
     gc.collect()
     dist.destroy_process_group()
 
 
 def _exchange(share: RowShare) -> list[bool]:
-    """Whether parts of seven rows, of every type that a store holds, come together again."""
+    """Return, for every type of a store, whether ranks gather their parts of seven rows exactly."""
     lo, hi = share.part(0, 7)
     rows = torch.arange(21).reshape(7, 3)
     wholes = [rows.to(dtype) for dtype in (torch.bfloat16, torch.int8, torch.float32)]
@@ -79,6 +90,7 @@ def _exchange(share: RowShare) -> list[bool]:
 
 
 def _count_reads() -> Counter[str]:
+    """Count from now on how often each chunk is read, as `FILE/CHUNK`."""
     counted: Counter[str] = Counter()
     read_run = OpenShard.read_run
 

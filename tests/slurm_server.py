@@ -1,7 +1,7 @@
-"""A private Slurm on 127.0.0.1: one controller, two nodes that are both this machine, preemption.
+"""A private Slurm on 127.0.0.1: one controller, two nodes on this machine, preemption.
 
-Nothing of the machine's own Slurm is read or written, if it has one: configuration, munge's key and
-socket, spools and logs lie in one folder, and all clients are pointed there by `SLURM_CONF`.
+It neither reads nor writes files of a Slurm that the machine may have: configuration, munge's key
+and socket, spools and logs are in one folder, and `SLURM_CONF` points all clients to it.
 """
 
 from __future__ import annotations
@@ -56,18 +56,18 @@ PartitionName=urgent Nodes=ALL PriorityTier=2 PreemptMode=off
 
 
 def why_not() -> str:
-    """Why no Slurm can be started here; empty where it can."""
+    """Return why Slurm cannot be started on this machine; empty if it can."""
     if os.geteuid():
         return "needs root to start a private Slurm"
     missing = [name for name in _NEEDED if shutil.which(name) is None]
-    return f"needs slurm-wlm and munge: no {', '.join(missing)}" if missing else ""
+    return f"needs slurm-wlm and munge; not found: {', '.join(missing)}" if missing else ""
 
 
 @contextmanager
 def slurm_server() -> Iterator[Path]:
-    """Starts it; `SLURM_CONF` names it while the block runs. Gives its folder, with its logs."""
+    """Run a private Slurm during the block, with `SLURM_CONF` set; yield its folder, with logs."""
     with ExitStack() as stack:
-        # munged refuses folders that others may write to; pytest's are under one.
+        # munged rejects folders below one that others may write to, as pytest's are.
         folder = Path(tempfile.mkdtemp(prefix="slurm-"))
         stack.callback(shutil.rmtree, folder, ignore_errors=True)
         folder.chmod(0o755)
@@ -88,10 +88,10 @@ def slurm_server() -> Iterator[Path]:
         _set_conf(str(conf))
         _start_munge(stack, folder)
         _daemon(stack, folder, "slurmctld", "-D", "-f", str(conf))
-        wait_until(lambda: "UP" in _output("scontrol", "ping"), "no slurmctld", folder)
+        wait_until(lambda: "UP" in _output("scontrol", "ping"), "slurmctld did not start", folder)
         for node in NODES:
             _daemon(stack, folder, "slurmd", "-D", "-N", node, "-f", str(conf))
-        wait_until(_nodes_idle, "the nodes do not come up", folder)
+        wait_until(_nodes_idle, "the nodes did not become idle", folder)
         stack.callback(_end_jobs)
         yield folder
 
@@ -99,7 +99,17 @@ def slurm_server() -> Iterator[Path]:
 def wait_until(
     condition: Callable[[], object], what: str, folder: Path | None = None, timeout_s: float = 300
 ) -> None:
-    """Fails with `what`, and the end of Slurm's logs, when the condition is not met in time."""
+    """Wait for a condition.
+
+    Args:
+        condition: returns a true value when it is met.
+        what: error text if it is not met in time.
+        folder: Slurm's folder; the ends of its logs are added to the error text.
+        timeout_s: time limit.
+
+    Raises:
+        AssertionError: If the condition is not met within `timeout_s`.
+    """
     deadline = time.monotonic() + timeout_s
     while not condition():
         if time.monotonic() > deadline:
@@ -123,7 +133,7 @@ def _start_munge(stack: ExitStack, folder: Path) -> None:
         for name, file in files.items()
     ]
     _daemon(stack, folder, "munged", "-F", *paths)
-    wait_until((folder / "munge.socket").exists, "munged does not start", folder)
+    wait_until((folder / "munge.socket").exists, "munged did not start", folder)
 
 
 def _daemon(stack: ExitStack, folder: Path, name: str, *arguments: str) -> None:
@@ -148,7 +158,7 @@ def _nodes_idle() -> bool:
 
 
 def _end_jobs() -> None:
-    """While the daemons are there to do it: jobs outlive them."""
+    """End all jobs while the daemons still run; jobs would outlive the daemons."""
     _output("scancel", "--signal=KILL", "--full", "--user=root")
     _output("scancel", "--user=root")
     deadline = time.monotonic() + 15

@@ -1,11 +1,12 @@
-"""Random faults, for as long as asked, in tiny runs that must end as if there had been none.
+"""Inject random faults into tiny runs, which must end as if there had been none.
 
     python -m tests.soak --minutes 20 --seed 0 --json FILE
 
-An episode is one run: its processes are killed, frozen or asked to stop, its files damaged and its
-disk is full; the same command goes on until it ends well. Then its store is compared row by row and
-its weights, moments and ages bit by bit with a run that nobody disturbed. The seed fixes what is
-drawn; what it hits depends on how far the processes are by then. Exit code 1 if anything was lost.
+An episode is one run: its processes are killed, frozen or asked to stop, its files are damaged and
+its disk is full. The same command is repeated until it succeeds. Then its store is compared row by
+row, and its weights, moments and ages bit by bit, with a run without faults. The seed determines
+which faults are drawn; what they hit depends on the timing of the processes. The exit code is 1 if
+anything was lost.
 """
 
 from __future__ import annotations
@@ -38,13 +39,22 @@ FAMILIES: dict[str, Callable[[Clean, Episode], Verdict]] = {
 }
 TURNS = ("ranks", "pipeline", "ranks", "pipeline", "link", "ranks", "pipeline")
 KILLS = ("killed", "node lost")
-"""What the names of faults that end processes hold."""
+"""The kind of every fault that ends a process contains one of these."""
 REPLIES = "reply"
-"""An object store's; far more frequent than all others, so they are not in the total."""
+"""Prefix of the kinds of an object store's faults; too frequent to include in the total."""
 
 
 def soak(work: Path, minutes: float, seed: int, families: tuple[str, ...]) -> list[dict[str, Any]]:
-    """Episodes until the time is up; the folder of one that went wrong stays."""
+    """Run episodes until the time is up; return a row for each.
+
+    The folder of a failed episode is kept.
+
+    Args:
+        work: folder for all runs.
+        minutes: no episode starts after this time.
+        seed: determines the faults that are drawn.
+        families: kinds of episodes, taken in turn.
+    """
     end = time.monotonic() + 60 * minutes
     clean = Clean(work)
     rows = []
@@ -63,12 +73,12 @@ def soak(work: Path, minutes: float, seed: int, families: tuple[str, ...]) -> li
 
 
 def run_episode(family: str, clean: Clean, episode: Episode) -> dict[str, Any]:
-    """One run under faults, and whether it ended as the clean one."""
+    """Run one episode; return its faults and how its end compares with the clean run's."""
     began = time.monotonic()
     verdict, problem = None, ""
     try:
         verdict = FAMILIES[family](clean, episode)
-    except Exception:  # the next episode shall run
+    except Exception:  # record any failure, so that the next episode runs
         problem = traceback.format_exc()
     return {
         "seconds": round(time.monotonic() - began, 1),
@@ -81,16 +91,16 @@ def run_episode(family: str, clean: Clean, episode: Episode) -> dict[str, Any]:
 
 
 def summary(row: dict[str, Any]) -> str:
-    """One line, or what went wrong."""
+    """Return one line about an episode; if it failed, also the traceback."""
     line = (
         f"episode {row['episode']}, {row['family']}: {len(row['faults'])} faults in "
-        f"{row['seconds']:.0f} s, {row['verdict'] or 'no end'}"
+        f"{row['seconds']:.0f} s, {row['verdict'] or 'did not finish'}"
     )
     return line if row["good"] else f"{line}\n{row['problem']}"
 
 
 def table(episodes: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """A row for each kind of fault, over the episodes in which it struck, and one for all."""
+    """Return a row for each kind of fault, over the episodes that had it, and two for totals."""
     kinds = sorted({fault["kind"] for row in episodes for fault in row["faults"]})
     rows = [_row(kind, episodes, lambda found, kind=kind: found == kind) for kind in kinds]
     rows.append(_row("process kills", episodes, lambda found: any(k in found for k in KILLS)))
@@ -115,13 +125,15 @@ def _row(
 
 
 def main() -> None:
-    """Prints the table and writes the JSON."""
+    """Run the soak, print the table and write it as JSON with `--json`."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--minutes", type=float, default=20.0)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--only", choices=FAMILIES, nargs="*", help="episodes of these kinds")
-    parser.add_argument("--folder", type=Path, help="where the runs are made")
+    parser.add_argument(
+        "--minutes", type=float, default=20.0, help="no episode starts after this time"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="determines the faults")
+    parser.add_argument("--json", type=Path, help="write the rows and episodes to this file")
+    parser.add_argument("--only", choices=FAMILIES, nargs="*", help="run only these episodes")
+    parser.add_argument("--folder", type=Path, help="parent of the folder for the runs")
     arguments = parser.parse_args()
     families = tuple(arguments.only or TURNS)
     work = Path(tempfile.mkdtemp(prefix="soak-", dir=arguments.folder))
@@ -130,13 +142,13 @@ def main() -> None:
     rows = table(episodes)
     print(format_table(rows, tuple(rows[0])))
     missed = sum((Counter(row["missed"]) for row in episodes), Counter())
-    print(f"aimed at what had ended by then, and not counted: {dict(missed)}")
+    print(f"not counted, because the target had already ended: {dict(missed)}")
     if arguments.json:
         seconds = round(time.monotonic() - began)
         found = {**environment(), "seed": arguments.seed, "seconds": seconds, "rows": rows}
         arguments.json.write_text(json.dumps({**found, "episodes": episodes}, indent=1) + "\n")
     if not all(row["good"] for row in episodes):
-        sys.exit(f"something was lost: see the episodes above and {work}")
+        sys.exit(f"at least one episode failed: see the lines above and the folders in {work}")
     shutil.rmtree(work)
 
 

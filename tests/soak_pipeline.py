@@ -1,4 +1,4 @@
-"""Episodes with Ray: harvest and train at once; nodes, workers, ranks and drivers are struck."""
+"""Soak episodes with Ray: harvest and train at once; nodes, workers, ranks and drivers fail."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ from tests.soak_run import STEPS, Clean, Episode, Verdict, harm_checkpoints
 
 PATIENCE_S = 400
 VICTIM_S = 10
-"""How long to wait for somebody to kill; the harvest may have ended."""
+"""Time to wait for a process to kill; the harvest may already have ended."""
 NODES = 3
 SLOTS = 1
-"""A node holds one harvest worker; trainer ranks take no slot."""
+"""Slots of a node: it runs one harvest worker; trainer ranks take no slot."""
 KINDS = {
     "worker": "worker killed",
     "rank": "rank killed",
@@ -45,59 +45,60 @@ SHARE_OF_REPLIES = 0.05
 
 
 class Driver:
-    """The same command, again and again.
+    """The driver of a run, started again with the same command each time it ends.
 
     Args:
-        episode: whose run it is.
+        episode: the episode of the run.
         argv: the command line.
     """
 
     def __init__(self, episode: Episode, argv: list[str]) -> None:
-        self._episode, self._argv = episode, argv
-        self._log = open(episode.folder / "driver.log", "ab")  # noqa: SIM115, outlives the block
+        self._episode = episode
+        self._argv = argv
+        self._log = open(episode.folder / "driver.log", "ab")  # noqa: SIM115, closed by close()
         self.process = self._start()
 
     def _start(self) -> subprocess.Popen[bytes]:
         return subprocess.Popen(self._argv, stdout=self._log, stderr=self._log)
 
     def again(self) -> None:
-        """After the process has ended."""
+        """Start the command again; the process must have ended."""
         assert self.process.returncode is not None
         self.process = self._start()
 
     def reached(self, step: int) -> bool:
-        """Waits for a step; False when the driver ended first."""
+        """Wait for a step; return False if the driver ends first."""
         deadline = time.monotonic() + PATIENCE_S
         while last_step(self._episode.run_dir) < step:
             if self.process.poll() is not None:
                 return False
-            assert time.monotonic() < deadline, f"no step {step}: {self.output()}"
+            assert time.monotonic() < deadline, f"step {step} not reached: {self.output()}"
             time.sleep(0.02)
         return True
 
     def stage(self, name: str) -> None:
-        """Runs one stage of the run."""
+        """Run one stage of the run to its end."""
         argv = [*self._argv, f"stage={name}"]
         done = subprocess.run(argv, stdout=self._log, stderr=self._log, check=False)
         assert done.returncode == 0, self.output()
 
     def finish(self) -> None:
-        """Until exit code 0."""
+        """Wait for the driver to end with exit code 0."""
         assert self.process.wait(PATIENCE_S) == 0, self.output()
 
     def output(self) -> str:
-        """All that was printed."""
+        """Return the end of all that the driver has printed."""
         return (self._episode.folder / "driver.log").read_text(errors="replace")[-20_000:]
 
     def close(self) -> None:
-        """Ends what still runs."""
+        """Kill the driver if it still runs."""
         self.process.kill()
         self.process.wait()
         self._log.close()
 
 
 def pipeline_episode(clean: Clean, episode: Episode) -> Verdict:
-    """On a Ray cluster of several nodes on this machine."""
+    """Run an episode on a Ray cluster of several nodes on this machine."""
     with ray_nodes(NODES, SLOTS) as nodes:
         argv = clean.command(
             episode.folder,
@@ -166,7 +167,7 @@ def _strike(kind: str, episode: Episode, driver: Driver, injector: Injector) -> 
 
 
 def _until(condition: Callable[[], bool], driver: Driver, patience_s: float = PATIENCE_S) -> bool:
-    """Whether it came true, before the driver ended and patience with it."""
+    """Wait for a condition; return False if the driver ends first, or after `patience_s`."""
     deadline = time.monotonic() + patience_s
     while not condition():
         if driver.process.poll() is not None or time.monotonic() > deadline:
@@ -176,11 +177,11 @@ def _until(condition: Callable[[], bool], driver: Driver, patience_s: float = PA
 
 
 def _harm_what_lies_there(episode: Episode, driver: Driver) -> None:
-    """Between two drivers: damages checkpoints and the store, and repairs the store."""
+    """Between two drivers, damage checkpoints and the store, then repair the store."""
     pids = [*rank_pids(episode.run_dir), *worker_pids(episode.run_dir)]
     deadline = time.monotonic() + PATIENCE_S
-    while any(alive(pid) for pid in pids):  # Ray ends them when it has seen the driver's end
-        assert time.monotonic() < deadline, f"outlive their driver: {pids}"
+    while any(alive(pid) for pid in pids):  # Ray ends them once it notices the driver's end
+        assert time.monotonic() < deadline, f"some processes outlive their driver: {pids}"
         time.sleep(0.1)
     harm_checkpoints(episode, most=2)
     store = episode.run_dir / "store"
@@ -192,19 +193,19 @@ def _harm_what_lies_there(episode: Episode, driver: Driver) -> None:
         harmed.append((how, [str(file.relative_to(store)) for file in files]))
     found = "\n".join(str(damage) for damage in verify_store(store))
     for how, names in harmed:
-        if any(name in found for name in names):  # else of an item that was never committed
+        if any(name in found for name in names):  # otherwise, the item was never committed
             episode.happened(f"store: {how}", ", ".join(names))
     driver.stage("repair")
     assert verify_store(store) == []
 
 
 def _files_of(store: Path) -> list[Path]:
-    """Shards and log records; not the header, which only a harvest from the beginning replaces."""
+    """Return shards and log records, but not the header: only a new harvest can replace it."""
     return sorted([*store.glob("*/c.*"), *store.glob("_log/*/*.json")])
 
 
 def link_episode(clean: Clean, episode: Episode) -> Verdict:
-    """The store lies in an object store whose replies fail; a driver is killed on the way."""
+    """Run an episode whose store is in an object store with failing replies; kill one driver."""
     rng = episode.random
     url = f"s3://bucket/{episode.folder.name}"
     with s3_server() as port:

@@ -1,4 +1,4 @@
-"""Episodes without Ray: two trainer ranks as torchrun would start them, struck again and again."""
+"""Soak episodes without Ray: two trainer ranks, started as torchrun would, with repeated faults."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ RANKS = 2
 PATIENCE_S = 240
 MOST_STARTS = 40
 NO_ROOM_BYTES = 4096
-"""The system lets a rank write no file beyond this: its part of a checkpoint is longer."""
+"""Size limit of files that makes a rank's disk seem full; its part of a checkpoint is larger."""
 KILLED = -signal.SIGKILL
 STRIKES = ("kill", "kill in a save", "stop", "hang", "no room", "in the way")
 
 
 def ranks_episode(clean: Clean, episode: Episode) -> Verdict:
-    """Starts the ranks until they end well; they read the clean run's store."""
+    """Start the ranks until they succeed, with one fault each time; they read the clean store."""
     _make_run(clean, episode.run_dir)
     order: list[str] = []
     for start in range(MOST_STARTS):
@@ -49,7 +49,7 @@ def ranks_episode(clean: Clean, episode: Episode) -> Verdict:
         ranks = Ranks(episode.folder / f"start-{start}", RANKS, _rank, str(episode.run_dir))
         try:
             if barrier is None and _reached(episode, before, ranks):
-                with suppress(ProcessLookupError):  # it came to its end a moment before
+                with suppress(ProcessLookupError):  # the process may end a moment before
                     _strike(strike, episode, ranks)
         finally:
             codes = ranks.codes(PATIENCE_S)
@@ -61,18 +61,19 @@ def ranks_episode(clean: Clean, episode: Episode) -> Verdict:
             barrier.unlink(missing_ok=True)
         if codes == [0] * RANKS:
             return clean.judge(episode.run_dir, clean.store)
-    raise AssertionError(f"no end after {MOST_STARTS} starts")
+    raise AssertionError(f"the ranks have not finished after {MOST_STARTS} starts")
 
 
 def _make_run(clean: Clean, run_dir: Path) -> None:
     (run_dir / "logs").mkdir(parents=True)
     config = load_config(clean.run_dir / "config.yaml")
-    config.runs_dir, config.store.path = str(run_dir.parent), str(clean.store)
+    config.runs_dir = str(run_dir.parent)
+    config.store.path = str(clean.store)
     save_config(config, run_dir / "config.yaml")
 
 
 def _rank(run_dir: str) -> int:
-    """`python -m cluster.rank RUN_DIR`."""
+    """Run what `python -m cluster.rank RUN_DIR` runs."""
     from cluster import rank
 
     sys.argv = ["rank", run_dir]
@@ -81,7 +82,7 @@ def _rank(run_dir: str) -> int:
 
 
 def _put_in_the_way(episode: Episode) -> Path:
-    """A file where the next checkpoint is to be written; a person would move it away."""
+    """Put a file where the next checkpoint's folder would be made; return its path."""
     root = episode.run_dir / "checkpoints"
     root.mkdir(exist_ok=True)
     for old in root.glob("step-*.tmp"):
@@ -94,13 +95,13 @@ def _put_in_the_way(episode: Episode) -> Path:
 
 
 def _reached(episode: Episode, before: int, ranks: Ranks) -> bool:
-    """Waits until training is some way beyond where it was; False when the ranks ended first.
+    """Wait until training is a random number of steps further; return False if it ends first.
 
     Args:
-        episode: whose ranks they are.
-        before: bytes of the metrics when they were started. What these say of later steps may be
-            of a start whose checkpoints were damaged since.
-        ranks: under way.
+        episode: the episode of the ranks.
+        before: size of the metrics file when the ranks were started. Until it grows, its last step
+            may be from an earlier start whose checkpoints were damaged since.
+        ranks: the running ranks.
     """
     target = last_step(episode.run_dir) + episode.random.randrange(10, 90)
     while _metrics_bytes(episode) == before or last_step(episode.run_dir) < min(target, STEPS - 5):
@@ -117,7 +118,7 @@ def _metrics_bytes(episode: Episode) -> int:
 
 
 def _strike(strike: str, episode: Episode, ranks: Ranks) -> None:
-    """One fault in ranks that train; kept when the exit codes or logs show that it struck."""
+    """Inject a fault into running ranks; record it if exit codes or logs show that it struck."""
     victim = episode.random.randrange(RANKS)
     process = ranks.processes[victim]
     assert process.pid is not None
@@ -155,14 +156,18 @@ def _wait_for_a_save(episode: Episode, ranks: Ranks) -> None:
 
 
 def _hang(victim: int, ranks: Ranks) -> bool:
-    """Freezes a rank; the others must tell and end. Whoever started them kills it then."""
+    """Freeze a rank and wait for the others to report it and end; then kill it, as torchrun would.
+
+    Returns:
+        Whether a log reports the hang.
+    """
     process = ranks.processes[victim]
     assert process.pid is not None
     os.kill(process.pid, signal.SIGSTOP)
     for other in ranks.processes:
         if other is not process:
             other.join(PATIENCE_S)
-            assert other.exitcode is not None, f"waits for ever: {ranks.logs()}"
+            assert other.exitcode is not None, f"a rank waits forever: {ranks.logs()}"
     process.kill()
     ranks.codes(PATIENCE_S)
     return any(f"no progress for {HANG_S} s" in log for log in ranks.logs())

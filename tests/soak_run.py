@@ -1,4 +1,4 @@
-"""What every episode of the soak does: one tiny run, and how it must end whatever befalls it."""
+"""Common parts of the soak's episodes: a tiny run, and its end compared with a clean run."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ SETTINGS = (
     "parallel.latent=2",
     "train.batch_tokens=16",
     f"train.hang_timeout_s={HANG_S}",
-    "checkpoint.timeout_s=20",  # a rank that is frozen in a save
+    "checkpoint.timeout_s=20",  # for ranks that are frozen during a save
     "train.timeout_s=120",
     f"checkpoint.every_tokens={16 * SAVE_EVERY}",
     "checkpoint.keep=3",
@@ -38,24 +38,25 @@ _SIDECARS = ("token_id", "document", "position")
 
 @dataclass(frozen=True)
 class Fault:
-    """One fault that happened; what hit nothing is not recorded."""
+    """One fault that took effect."""
 
     kind: str
     what: str
     """Process, file or signal."""
     at_step: int
-    """Newest training step that the run had reported."""
+    """Last training step that the run had reported."""
 
 
 @dataclass
 class Episode:
-    """One run under faults, and how it ended."""
+    """One run and its faults."""
 
     folder: Path
     random: random.Random
+    """Source of all random choices."""
     faults: list[Fault] = field(default_factory=list)
     missed: Counter[str] = field(default_factory=Counter)
-    """Aimed at a run that had ended by then, or at nothing."""
+    """Number of faults, by kind, that had no effect: the run or its target had already ended."""
 
     @property
     def run_dir(self) -> Path:
@@ -63,32 +64,32 @@ class Episode:
         return self.folder / "run"
 
     def happened(self, kind: str, what: str) -> None:
-        """Keeps a fault."""
+        """Record a fault."""
         self.faults.append(Fault(kind, what, last_step(self.run_dir)))
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """An episode's end beside that of the run that nobody disturbed."""
+    """The end of an episode, compared with the clean run."""
 
     rows_lost: int
     rows_doubled: int
     store_equal: bool
-    """Every row of every array, in order, and nothing that `verify_store` finds."""
+    """Every row of every array is equal, in order, and `verify_store` finds no damage."""
     weights_equal: bool
-    """Weights, moments and ages after the last step, bit for bit."""
+    """Weights, moments and ages after the last step are equal bit for bit."""
 
     @property
     def good(self) -> bool:
-        """Whether nothing was lost."""
+        """True if the run ended exactly as the clean run."""
         return not (self.rows_lost or self.rows_doubled) and self.store_equal and self.weights_equal
 
 
 class Clean:
-    """The run that nobody disturbs: harvests first, trains then.
+    """The clean run, without faults: first it harvests, then it trains.
 
     Args:
-        work: a folder for it, its model and its text.
+        work: folder for the run, its model and its text.
     """
 
     def __init__(self, work: Path) -> None:
@@ -103,13 +104,15 @@ class Clean:
         self._weights = final_tensors(self.run_dir)
 
     def command(self, folder: Path, *more: str) -> list[str]:
-        """The command line of a run in `folder`."""
+        """Return the command line of a run in `folder`."""
         return pipeline_command(self.work, folder.name, *SETTINGS, *more)
 
     def judge(self, run_dir: Path, store: str | Path) -> Verdict:
-        """Compares a finished run with this one."""
-        rows, expected = read_rows(open_store(store)), self._rows
-        keys, wanted = _keys(rows), _keys(expected)
+        """Compare a finished run with this one."""
+        rows = read_rows(open_store(store))
+        expected = self._rows
+        keys = _keys(rows)
+        wanted = _keys(expected)
         equal = rows.keys() == expected.keys() and all(
             np.array_equal(rows[name], expected[name]) for name in rows
         )
@@ -124,19 +127,19 @@ class Clean:
 
 
 def read_rows(store: Store) -> dict[str, Any]:
-    """Every column of a store."""
+    """Read every column of a store."""
     names = (*store.arrays, *_SIDECARS)
     return {name: store.read(name, 0, store.n_tokens) for name in names}
 
 
 def _keys(rows: dict[str, Any]) -> Counter[tuple[int, int]]:
-    """How often each token of the text is there."""
+    """Count how often each token of the text occurs, by (document, position)."""
     pairs = zip(rows["document"].tolist(), rows["position"].tolist(), strict=True)
     return Counter(pairs)
 
 
 def final_tensors(run_dir: Path) -> dict[str, torch.Tensor]:
-    """Of the checkpoint after the last step; empty when there is none."""
+    """Return the tensors of the checkpoint after the last step; {} if there is none."""
     found = list_checkpoints(run_dir / "checkpoints")
     if not found or step_of(found[0]) != STEPS:
         return {}
@@ -144,13 +147,13 @@ def final_tensors(run_dir: Path) -> dict[str, torch.Tensor]:
 
 
 def harm_checkpoints(episode: Episode, most: int) -> list[str]:
-    """Damages up to `most` of the newest checkpoints, each in one way; gives their names."""
+    """Damage up to `most` of the newest checkpoints, each in one way; return their names."""
     harmed = []
     count = episode.random.randint(0, most)
     for folder in list_checkpoints(episode.run_dir / "checkpoints")[:count]:
         files = sorted(folder.rglob("*.*"))
         how = episode.random.choice([*HARMS, "swap"])
-        if how == "flip":  # the manifest also says what nobody relies on
+        if how == "flip":  # a flipped bit of the manifest may be in a part that is not used
             files = [file for file in files if file.name != "manifest.json"]
         found = harm_some(files, how, episode.random)
         if found:
@@ -161,6 +164,6 @@ def harm_checkpoints(episode: Episode, most: int) -> list[str]:
 
 
 def assert_named(harmed: list[str], log: str) -> None:
-    """That a start has named each damaged checkpoint that it passed over."""
+    """Check that the log of a start names each damaged checkpoint that it skipped."""
     for name in harmed:
         assert re.search(f"skipping a damaged checkpoint: .*{name}", log), f"{name}: {log}"

@@ -1,4 +1,4 @@
-"""Small stores for tests, and what must be read from them."""
+"""Small stores for tests, and the rows that reading them must return."""
 
 from __future__ import annotations
 
@@ -18,14 +18,23 @@ Columns = dict[str, NDArray[Any]]
 
 
 def item_columns(item: int, n_rows: int, arrays: dict[str, int]) -> tuple[Columns, Columns]:
-    """Rows and sidecars of one item: a pure function of its number, as a harvester's are."""
+    """Return the rows and sidecars of an item, a pure function of its number as in a harvest.
+
+    Args:
+        item: number of the item.
+        n_rows: rows of the item.
+        arrays: array name -> width.
+
+    Returns:
+        (arrays [n_rows, width] float32, sidecars [n_rows]), each by name.
+    """
     rng = np.random.default_rng([7, item])
     rows = {
         name: rng.standard_normal((n_rows, width)).astype(np.float32)
         for name, width in arrays.items()
     }
     sidecars = {
-        "token_id": item * 100_000 + np.arange(n_rows),  # tells every row of a store apart
+        "token_id": item * 100_000 + np.arange(n_rows),  # different for every row of a store
         "document": np.full(n_rows, item) + 2**40,
         "position": np.arange(n_rows, dtype=np.int32),
     }
@@ -33,7 +42,7 @@ def item_columns(item: int, n_rows: int, arrays: dict[str, int]) -> tuple[Column
 
 
 def calibration(arrays: dict[str, int]) -> dict[str, Calibration]:
-    """About right for `item_columns`."""
+    """Return a calibration that roughly fits `item_columns`."""
     return {
         name: Calibration(np.linspace(-0.1, 0.1, width), np.linspace(0.9, 1.1, width), 1.0)
         for name, width in arrays.items()
@@ -48,7 +57,16 @@ def write_store(
     finalise: bool = True,
     **options: Any,
 ) -> StoreWriter:
-    """A store whose item i has valid_rows[i] rows, committed in `order`."""
+    """Write a store whose item i has valid_rows[i] rows.
+
+    Args:
+        path: path of the store.
+        valid_rows: rows of each item.
+        order: order in which items are committed; None: by number. Items left out stay missing.
+        arrays: array name -> width; None: one array of width 6.
+        finalise: finalise the store.
+        options: arguments of `StoreWriter`.
+    """
     arrays = arrays or {"model.layers.9": 6}
     writer = StoreWriter(path, arrays, **{"shard_tokens": 16, "chunk_bytes": 48, **options})
     for item in range(len(valid_rows)) if order is None else order:
@@ -59,7 +77,7 @@ def write_store(
 
 
 def expected(valid_rows: Sequence[int], arrays: dict[str, int], dtype: str = "bfloat16") -> Columns:
-    """All logical rows of such a store, by array."""
+    """Return all columns that reading such a store must give, by name."""
     parts = [item_columns(item, n_rows, arrays) for item, n_rows in enumerate(valid_rows)]
     names = {**arrays, "token_id": 0, "document": 0, "position": 0}
     merged = {
@@ -73,7 +91,7 @@ def expected(valid_rows: Sequence[int], arrays: dict[str, int], dtype: str = "bf
 
 
 def tree(path: Path) -> dict[str, bytes]:
-    """Every file of a store but those that are only there to be locked."""
+    """Return the contents of every file of a store, except its lock files."""
     return {
         str(file.relative_to(path)): file.read_bytes()
         for file in sorted(path.rglob("*"))

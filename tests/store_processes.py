@@ -1,4 +1,4 @@
-"""What processes that are to be killed do: light to import, so that each starts in milliseconds."""
+"""Bodies of processes that tests kill; cheap to import, so that each starts in milliseconds."""
 
 from __future__ import annotations
 
@@ -25,8 +25,9 @@ DIGEST_BYTES = 32
 
 @contextmanager
 def small_segments() -> Iterator[None]:
-    """So that snapshots of the log are written and read as well."""
-    before, log.SEGMENT_ITEMS = log.SEGMENT_ITEMS, SEGMENT_ITEMS
+    """Shorten the log's segments in the block, so that its snapshots are written and read too."""
+    before = log.SEGMENT_ITEMS
+    log.SEGMENT_ITEMS = SEGMENT_ITEMS
     try:
         yield
     finally:
@@ -38,16 +39,19 @@ def open_stream(path: Path) -> ShuffledStream:
 
 
 def next_digest(stream: ShuffledStream) -> bytes:
-    """Of every byte of the next batch, in its order."""
+    """Return the digest of the next batch's bytes, in order."""
     batch = stream.next()
     parts = (batch.arrays[name].tobytes() for name in ("a", "token_id"))
     return hashlib.sha256(b"".join(parts)).digest()
 
 
 def write_items(path: Path, begun: Path, most: int | None) -> None:
-    """Writes what is missing, in an order of its own; after `most` items waits to be killed.
+    """Write missing items in a random order that differs between processes.
 
-    A byte in `begun` for each item that it begins.
+    Args:
+        path: path of the store.
+        begun: file that gets one byte for each item that is started.
+        most: after this many items, sleep until killed; None: write all.
     """
     with small_segments(), begun.open("ab", buffering=0) as progress:
         writer = StoreWriter(path, ARRAYS, **LAYOUT)
@@ -64,9 +68,13 @@ def write_items(path: Path, begun: Path, most: int | None) -> None:
 
 
 def read_batches(path: Path, seen: Path, stop: int, most: int | None) -> None:
-    """Reads on to batch `stop` from where `seen` ends; after `most` batches waits to be killed.
+    """Read batches up to `stop`, continuing after those recorded in `seen`.
 
-    A digest in `seen` for each batch that it got.
+    Args:
+        path: path of the store; it may not exist yet.
+        seen: file that gets the digest of each batch.
+        stop: number of the batch to stop before.
+        most: after this many batches, sleep until killed; None: read all.
     """
     with small_segments(), seen.open("ab", buffering=0) as progress:
         while not store_exists(path):

@@ -1,4 +1,4 @@
-"""Runs of a sweep as their files say they went, without the training."""
+"""Write the files of a sweep's runs without training them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from conf.schema import RunConfig
 D_MODEL = 64
 STEPS, BATCH_TOKENS = 400, 1000
 GPT4 = np.array([-0.50, 0.26, -0.017, -0.042, -1.32, -0.085])
-"""alpha, beta_k, beta_n, gamma, zeta, eta of Gao et al. 2024 for GPT-4's activations."""
+"""alpha, beta_k, beta_n, gamma, zeta and eta of Gao et al. 2024 for GPT-4's activations."""
 
 
 def write_run(
@@ -33,10 +33,21 @@ def write_run(
     identity: str = "acts-0123",
     heldout: float | None = None,
 ) -> Path:
-    """A run whose FVU falls to `level`, with 1% of noise on every row.
+    """Write a run whose FVU falls to `level`, with 1% of noise on every row; return its folder.
 
     Args:
-        settles_tokens: the distance to the level falls by a factor e in this many.
+        folder: folder of the run.
+        n_latents: latents of the SAE.
+        k: active latents.
+        level: final FVU.
+        rng: source of the noise.
+        seed: seed in the run's config.
+        lr: learning rate in the run's config.
+        steps_done: last step; fewer than `STEPS` for an unfinished run.
+        decay_tokens: tokens of learning-rate decay in the run's config.
+        settles_tokens: the distance to `level` falls by a factor of e in this many tokens.
+        identity: identity of the training data in the checkpoint.
+        heldout: FVU of an evaluation on held-out rows; None: not evaluated.
     """
     (folder / "eval").mkdir(parents=True)
     save_config(_config(n_latents, k, seed, lr, decay_tokens), folder / "config.yaml")
@@ -55,7 +66,7 @@ def write_run(
 
 
 def write_rows(folder: Path, steps: NDArray[Any], values: NDArray[Any]) -> None:
-    """`metrics.jsonl`, the FVU as given; NaN as the trainer's sink writes it."""
+    """Write `metrics.jsonl` with these FVUs; NaN becomes null, as in the trainer's sink."""
     with (folder / "metrics.jsonl").open("w") as file:
         for step, value in zip(steps.tolist(), values.tolist(), strict=True):
             known = value if np.isfinite(value) else None
@@ -65,9 +76,12 @@ def write_rows(folder: Path, steps: NDArray[Any], values: NDArray[Any]) -> None:
 
 def _config(n_latents: int, k: int, seed: int, lr: float | None, decay_tokens: int) -> RunConfig:
     config = RunConfig(name="cell", seed=seed)
-    config.sae.n_latents, config.sae.k = n_latents, k
-    config.optim.lr, config.optim.decay_tokens = lr, decay_tokens
-    config.train.tokens, config.train.batch_tokens = STEPS * BATCH_TOKENS, BATCH_TOKENS
+    config.sae.n_latents = n_latents
+    config.sae.k = k
+    config.optim.lr = lr
+    config.optim.decay_tokens = decay_tokens
+    config.train.tokens = STEPS * BATCH_TOKENS
+    config.train.batch_tokens = BATCH_TOKENS
     return config
 
 

@@ -1,4 +1,4 @@
-"""Tiny random language models with a tokenizer of their own, saved as a Hugging Face folder."""
+"""Tiny random language models with their own tokenizer, saved as Hugging Face folders."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ VOCABULARY = {word: i for i, word in enumerate(["<s>", "</s>", "<unk>", *WORDS])
 
 
 def save_tokenizer(folder: Path) -> Any:
-    """A word-level tokenizer: `w0` is 3, `w1` is 4, ...; BOS 0, EOS 1, unknown 2."""
+    """Save a word-level tokenizer: `w0` is 3, `w1` is 4, ...; BOS 0, EOS 1, unknown 2."""
     backend = Tokenizer(models.WordLevel(VOCABULARY, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer = PreTrainedTokenizerFast(
@@ -31,7 +31,7 @@ def save_tokenizer(folder: Path) -> Any:
 
 
 def save_llama(folder: Path, kv_heads: int = 1) -> LlamaForCausalLM:
-    """Three layers of width 16, hookpoints `model.layers.0` to `model.layers.2`."""
+    """Save a Llama with three layers of width 16, hookpoints `model.layers.0` to `.2`."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=len(VOCABULARY),
@@ -50,7 +50,7 @@ def save_llama(folder: Path, kv_heads: int = 1) -> LlamaForCausalLM:
 
 
 def save_gpt2(folder: Path) -> GPT2LMHeadModel:
-    """Two blocks of width 12, hookpoints `transformer.h.0` and `transformer.h.1`."""
+    """Save a GPT-2 with two blocks of width 12, hookpoints `transformer.h.0` and `.1`."""
     torch.manual_seed(1)
     config = GPT2Config(
         vocab_size=len(VOCABULARY),
@@ -68,7 +68,7 @@ def save_gpt2(folder: Path) -> GPT2LMHeadModel:
 
 
 def write_text(file: Path, documents: int = 80) -> Path:
-    """A text file whose blank-line-separated documents hold 5 to 44 known words each."""
+    """Write a text file of documents of 5 to 44 known words, separated by blank lines."""
     generator = torch.Generator().manual_seed(2)
     blocks = []
     for number in range(documents):

@@ -1,4 +1,4 @@
-"""Real gloo ranks for the distributed tests: synthetic activations and a small SAE."""
+"""Start real gloo ranks for the distributed tests, with synthetic activations and a small SAE."""
 
 from __future__ import annotations
 
@@ -27,13 +27,21 @@ D, N_LATENTS, BATCH, STEPS = 24, 250, 48, 50
 
 
 class SyntheticSource:
-    """Sparse sums of fixed directions; batch i is a pure function of i."""
+    """A source of sparse sums of fixed directions; batch i is a pure function of i.
+
+    Args:
+        replica: which of the replicas' equal parts of each batch to return.
+        n_replicas: number of replicas.
+        poison: batch whose first value is NaN; None: no batch.
+    """
 
     d_in = d_out = D
     identity = "synthetic"
 
     def __init__(self, replica: int, n_replicas: int, poison: int | None = None) -> None:
-        self.position, self.replica, self.n_replicas = 0, replica, n_replicas
+        self.position = 0
+        self.replica = replica
+        self.n_replicas = n_replicas
         self.poison = poison
         self.directions = torch.randn(96, D, generator=torch.Generator().manual_seed(7))
 
@@ -60,7 +68,7 @@ class SyntheticSource:
 
 @dataclass
 class Job:
-    """What a group of ranks is to do; travels as JSON."""
+    """The job of a group of ranks; passed to them as JSON."""
 
     folder: str
     latent: int = 1
@@ -68,27 +76,28 @@ class Job:
     zero_stage: int = 0
     update: str = "auto"
     resume: str | None = None
-    """A checkpoint, or "newest": the one that the ranks agree on."""
+    """Checkpoint to resume from; "newest": the one that the ranks agree on; None: start new."""
     steps: int = STEPS
     save_every: int = 25
     breakage: str | None = None
-    """Feature to take out, so that a test can see its comparison fail."""
+    """Feature to disable, so that a test can show that its comparison then fails."""
     clip_norm: float = 0.3
     kernels: str = "stock"
     poison_gradient_step: int | None = None
-    """Step whose gradient, not loss, is made infinite on rank `poison_rank`."""
+    """Step whose gradient, but not loss, is made infinite on rank `poison_rank`."""
     poison_loss_step: int | None = None
-    """Step whose loss, not gradient, is infinite on rank `poison_rank`."""
+    """Step whose loss, but not gradient, is made infinite on rank `poison_rank`."""
     poison_step: int | None = None
+    """Step whose batch contains NaN on rank `poison_rank`."""
     poison_rank: int = 0
     overrides: dict[str, Any] = field(default_factory=dict)
-    """Of the SAE's config."""
+    """Values to set in the SAE's config."""
     moments: str = "float32"
     prefilter: str = "auto"
 
 
 def config_of(job: Job) -> TrainerConfig:
-    """The trainer's config of a job."""
+    """Return the trainer's config of a job."""
     sae = SAEConfig(n_latents=N_LATENTS, k=6, auxk=8, dead_after_tokens=8 * BATCH)
     for key, value in job.overrides.items():
         setattr(sae, key, value)
@@ -115,10 +124,10 @@ def config_of(job: Job) -> TrainerConfig:
 
 
 def run_job(job: Job, timeout_s: float = 120) -> list[dict[str, Any]]:
-    """Runs the job's ranks to their end; returns rank 0's metric rows.
+    """Run the job's ranks to their end; return the metric rows of rank 0.
 
     Raises:
-        RanksFailed: some rank ended with an error; its text is the message.
+        RanksFailed: If a rank ends with an error; the message has the output of all ranks.
     """
     Path(job.folder).mkdir(parents=True, exist_ok=True)
     with socket.socket() as free:
@@ -151,7 +160,7 @@ def run_job(job: Job, timeout_s: float = 120) -> list[dict[str, Any]]:
 
 
 class RanksFailed(Exception):
-    """Some rank ended with an error."""
+    """At least one rank ended with an error."""
 
 
 def _rank_main(job: Job) -> None:
@@ -182,7 +191,7 @@ def _rank_main(job: Job) -> None:
         chosen = agreed_checkpoint(checkpoints) if job.resume == "newest" else Path(job.resume)
         assert chosen is not None
         trainer.resume(chosen)
-        if job.steps == trainer.step:  # only re-save what was loaded
+        if job.steps == trainer.step:  # no step left: save the loaded state again
             trainer.save()
     trainer.train()
     if job.update != "dense" and job.zero_stage == 0:
@@ -195,7 +204,7 @@ def _rank_main(job: Job) -> None:
 
 
 def _take_out(feature: str | None) -> None:
-    """Breaks one thing on purpose."""
+    """Disable one feature on purpose."""
     import torch.distributed as dist
 
     from sae_core import autoencode, fused_update
@@ -239,7 +248,7 @@ def _without_mark(forward: Any) -> Any:
 
 
 def _poison_gradient(trainer: Any, job: Job) -> None:
-    """What an overflow in the backward makes, or one of the loss alone."""
+    """Make the gradient or the loss of a step infinite, as an overflow in either would."""
     engine = trainer.engines[0]
     train_step, forward = engine.train_step, engine.sae.forward
 
@@ -263,7 +272,7 @@ def _poison_gradient(trainer: Any, job: Job) -> None:
 
 
 def _compare_around(trainer: Any, bad_step: int) -> None:
-    """Says whether a step has left weights, ages and moments as they were."""
+    """Print whether step `bad_step` changed weights, ages or moments."""
     engine = trainer.engines[0]
     train_step = engine.train_step
 
@@ -283,10 +292,11 @@ def _compare_around(trainer: Any, bad_step: int) -> None:
 
 
 class _Without:
-    """A module with one function that does nothing."""
+    """A wrapper of a module in which one function does nothing."""
 
     def __init__(self, module: Any, name: str) -> None:
-        self._module, self._name = module, name
+        self._module = module
+        self._name = name
 
     def __getattr__(self, name: str) -> Any:
         return (lambda *_, **__: None) if name == self._name else getattr(self._module, name)
