@@ -239,7 +239,7 @@ MUTATIONS = (
         "cluster/watchdog.py",
         "                self._end(limit_s)\n",
         "                pass\n",
-        "tests/unit/test_watchdog.py::test_a_hang_is_told_with_its_stack[progress_nowhere]",
+        "tests/unit/test_watchdog.py::test_a_hang_is_reported_with_its_stack[progress_nowhere]",
     ),
     _one(
         11,
@@ -247,7 +247,7 @@ MUTATIONS = (
         "cluster/watchdog.py",
         "                faulthandler.dump_traceback_later(late_s, exit=True, file=_STDERR)\n",
         "                pass\n",
-        "tests/unit/test_watchdog.py::test_a_hang_is_told_with_its_stack[hold_the_interpreter]",
+        "tests/unit/test_watchdog.py::test_a_hang_is_reported_with_its_stack[hold_the_interpreter]",
     ),
     _one(
         12,
@@ -312,7 +312,7 @@ MUTATIONS = (
         "activation_store/header.py",
         'named = bool(_NAME.fullmatch(name)) and ".." not in name and name not in reserved',
         "named = True",
-        "tests/unit/test_store_format.py::test_metadata_in_front_of_a_reader_cannot_lead_it_astray",
+        "tests/unit/test_store_format.py::test_hostile_metadata_is_refused",
     ),
     _one(
         16,
@@ -392,7 +392,7 @@ MUTATIONS = (
         ".dockerignore",
         "docker/ray_token\n",
         "",
-        "tests/unit/test_docker.py::test_what_must_stay_out_of_an_image_is_ignored",
+        "tests/unit/test_docker.py::test_dockerignore_excludes_runs_and_secrets",
     ),
     _one(
         21,
@@ -507,7 +507,7 @@ EXTRA = (
         "activation_store/lookup.py",
         "outside = wanted[(wanted < 0) | (wanted >= store.n_tokens)]",
         "outside = wanted[:0]",
-        "tests/unit/test_store_lookup.py::test_what_is_not_there_is_told",
+        "tests/unit/test_store_lookup.py::test_missing_rows_and_arrays_are_named",
     ),
     _one(
         112,
