@@ -118,7 +118,7 @@ MUTATIONS = (
         "activation_store/files.py",
         "        path.unlink()\n        raise\n",
         "        pass\n",
-        "tests/fault/test_store_damage.py::test_a_disk_that_fails_leaves_a_store_that_can_go_on",
+        "tests/fault/test_store_damage.py::test_a_failing_disk_leaves_a_store_that_can_be_continued",
     ),
     _one(
         5,
@@ -142,7 +142,7 @@ MUTATIONS = (
         _LOAD,
         "        check_manifest(folder, hashes, (dist.get_rank(), dist.get_world_size()))\n",
         "",
-        "tests/fault/test_damaged_resume.py::test_a_run_goes_on_from_the_one_before",
+        "tests/fault/test_damaged_resume.py::test_a_run_resumes_from_the_checkpoint_before",
     ),
     _one(
         6,
@@ -360,7 +360,7 @@ MUTATIONS = (
         "cluster/metric_sinks.py",
         "        )\n    except Exception as error:",
         "        )\n    except ZeroDivisionError as error:",
-        "tests/fault/test_wandb_down.py::test_a_run_ends_as_if_wandb_were_not_there",
+        "tests/fault/test_wandb_down.py::test_an_unreachable_wandb_does_not_change_a_run",
     ),
     _one(
         19,
