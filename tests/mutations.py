@@ -272,7 +272,7 @@ MUTATIONS = (
         "cluster/harvest_pool.py",
         "max_restarts=-1, max_task_retries=-1",
         "max_restarts=0, max_task_retries=0",
-        "tests/integration/test_harvest.py::test_a_killed_worker_loses_and_doubles_nothing",
+        "tests/integration/test_harvest.py::test_a_killed_worker_loses_and_repeats_nothing",
     ),
     _one(
         14,
@@ -482,7 +482,7 @@ EXTRA = (
         "cluster/harvest_pool.py",
         "                if patience.lost():\n",
         "                if False:\n",
-        "tests/integration/test_harvest.py::test_a_frozen_worker_does_not_hold_the_harvest_up",
+        "tests/integration/test_harvest.py::test_a_frozen_worker_does_not_block_the_harvest",
     ),
     _one(
         109,
