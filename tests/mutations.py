@@ -94,7 +94,7 @@ MUTATIONS = (
         _SAVE,
         _VOTE,
         _YES,
-        f"{_KILLS}test_a_rank_killed_while_it_saves_takes_nobody_into_a_hang[False]",
+        f"{_KILLS}test_a_rank_killed_during_a_save_ends_the_others[False]",
     ),
     _one(
         3,
@@ -102,7 +102,7 @@ MUTATIONS = (
         _SAVE,
         "        if bad:\n",
         "        if len(bad) == len(votes):\n",
-        f"{_KILLS}test_a_rank_that_cannot_write_fails_all_of_them",
+        f"{_KILLS}test_a_rank_that_cannot_write_fails_all_ranks",
     ),
     _one(
         4,
@@ -110,7 +110,7 @@ MUTATIONS = (
         _SAVE,
         "return {rank: failure for rank, (failure, _) in error.failures.items()}",
         "return {}",
-        f"{_KILLS}test_a_rank_that_cannot_write_fails_all_of_them",
+        f"{_KILLS}test_a_rank_that_cannot_write_fails_all_ranks",
     ),
     _one(
         4,
@@ -231,7 +231,7 @@ MUTATIONS = (
         "sae_core/optimizer.py",
         "self.found_inf = torch.maximum(self.found_inf, (~norm.isfinite()).float())",
         "pass",
-        f"{_MESH}test_an_infinite_gradient_under_a_finite_loss_stops_too[0-0.3-fused]",
+        f"{_MESH}test_an_infinite_gradient_with_a_finite_loss_stops_training[0-0.3-fused]",
     ),
     _one(
         11,
@@ -304,7 +304,7 @@ MUTATIONS = (
         "sae_core/tensor_file.py",
         "fits = n_bytes <= min(_MAX_HEADER_BYTES, size - _LENGTH_BYTES)",
         "fits = True",
-        f"{_POISON}test_a_header_longer_than_its_file_or_than_any_is_not_read",
+        f"{_POISON}test_a_header_beyond_its_file_or_the_limit_is_not_read",
     ),
     _one(
         15,
@@ -384,7 +384,7 @@ MUTATIONS = (
         "activation_store/storage_object.py",
         "                problem = _summary(error)\n",
         "                problem = str(error)\n",
-        f"{_OBJECTS}test_what_does_not_answer_is_told_soon_and_without_secrets",
+        f"{_OBJECTS}test_a_server_that_does_not_answer_is_reported_soon_and_without_secrets",
     ),
     _one(
         20,
@@ -400,7 +400,7 @@ MUTATIONS = (
         "activation_store/storage_object.py",
         'return self._ask("put", name, create) or self._holds(name, data)',
         'return self._ask("put", name, create)',
-        f"{_OBJECTS}test_a_commit_whose_answer_is_lost_is_ours",
+        f"{_OBJECTS}test_a_commit_whose_answer_is_lost_succeeds",
     ),
     _one(
         21,
@@ -434,7 +434,7 @@ EXTRA = (
         _SAVE,
         "        os.rename(old, doomed)\n        shutil.rmtree(doomed)\n",
         "        shutil.rmtree(old)\n",
-        f"{_KILLS}test_a_kill_while_an_old_one_is_deleted_leaves_no_damaged_one",
+        f"{_KILLS}test_a_kill_during_pruning_leaves_no_damaged_checkpoint",
     ),
     _one(
         103,
@@ -491,7 +491,7 @@ EXTRA = (
         "            if not self._storage.put_if_absent(_name(number), [self._bytes()]):\n"
         "                continue\n",
         "            self._storage.put(_name(number), [self._bytes()])\n",
-        f"{_OBJECTS}test_a_lease_whose_holder_fell_silent_goes_to_one_of_its_takers",
+        f"{_OBJECTS}test_a_lease_without_heartbeat_goes_to_exactly_one_taker",
     ),
     _one(
         110,
@@ -544,7 +544,7 @@ EXTRA = (
         "cluster/cohort.py",
         "config.train.timeout_s), config.store.order_seed\n",
         "config.train.timeout_s), None\n",
-        f"{_COHORT}test_together_or_alone_gives_the_same_bits_from_one_read",
+        f"{_COHORT}test_lockstep_training_gives_the_same_bits_from_one_read",
     ),
     _one(
         116,
