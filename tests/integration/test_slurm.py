@@ -92,9 +92,11 @@ class Job:
     """The newest job of a run."""
 
     def __init__(self, folder: Path, name: str, slurm: Path) -> None:
-        self.run_dir, self._slurm = folder / "runs" / name, slurm
+        self.run_dir = folder / "runs" / name
+        self._slurm = slurm
         row = json.loads((self.run_dir / "submit" / "jobs.json").read_text())[-1]
-        self.id, self.log = row["job"], Path(row["log"])
+        self.id = row["job"]
+        self.log = Path(row["log"])
 
     @property
     def fields(self) -> dict[str, str]:
@@ -174,7 +176,7 @@ def test_preempted_jobs_save_and_requeue_and_end_with_the_same_weights(folder, s
     for job in jobs.values():
         job.wait_for("COMPLETED")
         assert job.attempts() == ["start", 75, "start", 0], job.log.read_text()
-        assert job.steps().count(5) == 1, "began anew, without a checkpoint"
+        assert job.steps().count(5) == 1, "restarted without a checkpoint"
         same_end(folder / "runs" / "clean", job.run_dir)
         job.wait_until_gone()
     status = launch(folder, "requeued", "stage=status")
@@ -193,7 +195,7 @@ def test_two_nodes_preempted_by_an_urgent_job(folder, slurm):
     subprocess.run([*urgent, "--wrap=sleep 1"], check=True, capture_output=True)
     job.wait_for("COMPLETED")
     assert job.attempts() == ["start", 75, "start", 0], job.log.read_text()
-    assert job.steps().count(5) == 1, "began anew, without a checkpoint"
+    assert job.steps().count(5) == 1, "restarted without a checkpoint"
     same_end(folder / "runs" / "clean", job.run_dir)
     job.wait_until_gone()
     assert set(Path("/tmp").glob("ray-*")) <= before
