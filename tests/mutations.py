@@ -97,7 +97,7 @@ MUTATIONS = (
         _SAVE,
         _VOTE,
         _YES,
-        f"{_KILLS}test_a_rank_killed_while_it_saves_takes_nobody_into_a_hang[False]",
+        f"{_KILLS}test_a_rank_killed_during_a_save_ends_the_others[False]",
     ),
     _one(
         3,
@@ -105,7 +105,7 @@ MUTATIONS = (
         _SAVE,
         "        if bad:\n",
         "        if len(bad) == len(votes):\n",
-        f"{_KILLS}test_a_rank_that_cannot_write_fails_all_of_them",
+        f"{_KILLS}test_a_rank_that_cannot_write_fails_all_ranks",
     ),
     _one(
         4,
@@ -113,7 +113,7 @@ MUTATIONS = (
         _SAVE,
         "return {rank: failure for rank, (failure, _) in error.failures.items()}",
         "return {}",
-        f"{_KILLS}test_a_rank_that_cannot_write_fails_all_of_them",
+        f"{_KILLS}test_a_rank_that_cannot_write_fails_all_ranks",
     ),
     _one(
         4,
@@ -121,7 +121,7 @@ MUTATIONS = (
         "activation_store/files.py",
         "        path.unlink()\n        raise\n",
         "        pass\n",
-        "tests/fault/test_store_damage.py::test_a_disk_that_fails_leaves_a_store_that_can_go_on",
+        "tests/fault/test_store_damage.py::test_a_failing_disk_leaves_a_store_that_can_be_continued",
     ),
     _one(
         5,
@@ -145,7 +145,7 @@ MUTATIONS = (
         _LOAD,
         "        check_manifest(folder, hashes, (dist.get_rank(), dist.get_world_size()))\n",
         "",
-        "tests/fault/test_damaged_resume.py::test_a_run_goes_on_from_the_one_before",
+        "tests/fault/test_damaged_resume.py::test_a_run_resumes_from_the_checkpoint_before",
     ),
     _one(
         6,
@@ -234,7 +234,7 @@ MUTATIONS = (
         "sae_core/optimizer.py",
         "self.found_inf = torch.maximum(self.found_inf, (~norm.isfinite()).float())",
         "pass",
-        f"{_MESH}test_an_infinite_gradient_under_a_finite_loss_stops_too[0-0.3-fused]",
+        f"{_MESH}test_an_infinite_gradient_with_a_finite_loss_stops_training[0-0.3-fused]",
     ),
     _one(
         11,
@@ -242,7 +242,7 @@ MUTATIONS = (
         "cluster/watchdog.py",
         "                self._end(limit_s)\n",
         "                pass\n",
-        "tests/unit/test_watchdog.py::test_a_hang_is_told_with_its_stack[progress_nowhere]",
+        "tests/unit/test_watchdog.py::test_a_hang_is_reported_with_its_stack[progress_nowhere]",
     ),
     _one(
         11,
@@ -250,7 +250,7 @@ MUTATIONS = (
         "cluster/watchdog.py",
         "                faulthandler.dump_traceback_later(late_s, exit=True, file=_STDERR)\n",
         "                pass\n",
-        "tests/unit/test_watchdog.py::test_a_hang_is_told_with_its_stack[hold_the_interpreter]",
+        "tests/unit/test_watchdog.py::test_a_hang_is_reported_with_its_stack[hold_the_interpreter]",
     ),
     _one(
         12,
@@ -275,7 +275,7 @@ MUTATIONS = (
         "cluster/harvest_pool.py",
         "max_restarts=-1, max_task_retries=-1",
         "max_restarts=0, max_task_retries=0",
-        "tests/integration/test_harvest.py::test_a_killed_worker_loses_and_doubles_nothing",
+        "tests/integration/test_harvest.py::test_a_killed_worker_loses_and_repeats_nothing",
     ),
     _one(
         14,
@@ -307,7 +307,7 @@ MUTATIONS = (
         "sae_core/tensor_file.py",
         "fits = n_bytes <= min(_MAX_HEADER_BYTES, size - _LENGTH_BYTES)",
         "fits = True",
-        f"{_POISON}test_a_header_longer_than_its_file_or_than_any_is_not_read",
+        f"{_POISON}test_a_header_beyond_its_file_or_the_limit_is_not_read",
     ),
     _one(
         15,
@@ -315,7 +315,7 @@ MUTATIONS = (
         "activation_store/header.py",
         'named = bool(_NAME.fullmatch(name)) and ".." not in name and name not in reserved',
         "named = True",
-        "tests/unit/test_store_format.py::test_metadata_in_front_of_a_reader_cannot_lead_it_astray",
+        "tests/unit/test_store_format.py::test_hostile_metadata_is_refused",
     ),
     _one(
         16,
@@ -363,7 +363,7 @@ MUTATIONS = (
         "cluster/metric_sinks.py",
         "        )\n    except Exception as error:",
         "        )\n    except ZeroDivisionError as error:",
-        "tests/fault/test_wandb_down.py::test_a_run_ends_as_if_wandb_were_not_there",
+        "tests/fault/test_wandb_down.py::test_an_unreachable_wandb_does_not_change_a_run",
     ),
     _one(
         19,
@@ -387,7 +387,7 @@ MUTATIONS = (
         "activation_store/storage_object.py",
         "                problem = _summary(error)\n",
         "                problem = str(error)\n",
-        f"{_OBJECTS}test_what_does_not_answer_is_told_soon_and_without_secrets",
+        f"{_OBJECTS}test_a_server_that_does_not_answer_is_reported_soon_and_without_secrets",
     ),
     _one(
         20,
@@ -395,7 +395,7 @@ MUTATIONS = (
         ".dockerignore",
         "docker/ray_token\n",
         "",
-        "tests/unit/test_docker.py::test_what_must_stay_out_of_an_image_is_ignored",
+        "tests/unit/test_docker.py::test_dockerignore_excludes_runs_and_secrets",
     ),
     _one(
         21,
@@ -403,7 +403,7 @@ MUTATIONS = (
         "activation_store/storage_object.py",
         'return self._ask("put", name, create) or self._holds(name, data)',
         'return self._ask("put", name, create)',
-        f"{_OBJECTS}test_a_commit_whose_answer_is_lost_is_ours",
+        f"{_OBJECTS}test_a_commit_whose_answer_is_lost_succeeds",
     ),
     _one(
         21,
@@ -437,7 +437,7 @@ EXTRA = (
         _SAVE,
         "        os.rename(old, doomed)\n        shutil.rmtree(doomed)\n",
         "        shutil.rmtree(old)\n",
-        f"{_KILLS}test_a_kill_while_an_old_one_is_deleted_leaves_no_damaged_one",
+        f"{_KILLS}test_a_kill_during_pruning_leaves_no_damaged_checkpoint",
     ),
     _one(
         103,
@@ -485,7 +485,7 @@ EXTRA = (
         "cluster/harvest_pool.py",
         "                if patience.lost():\n",
         "                if False:\n",
-        "tests/integration/test_harvest.py::test_a_frozen_worker_does_not_hold_the_harvest_up",
+        "tests/integration/test_harvest.py::test_a_frozen_worker_does_not_block_the_harvest",
     ),
     _one(
         109,
@@ -494,7 +494,7 @@ EXTRA = (
         "            if not self._storage.put_if_absent(_name(number), [self._bytes()]):\n"
         "                continue\n",
         "            self._storage.put(_name(number), [self._bytes()])\n",
-        f"{_OBJECTS}test_a_lease_whose_holder_fell_silent_goes_to_one_of_its_takers",
+        f"{_OBJECTS}test_a_lease_without_heartbeat_goes_to_exactly_one_taker",
     ),
     _one(
         110,
@@ -510,7 +510,7 @@ EXTRA = (
         "activation_store/lookup.py",
         "outside = wanted[(wanted < 0) | (wanted >= store.n_tokens)]",
         "outside = wanted[:0]",
-        "tests/unit/test_store_lookup.py::test_what_is_not_there_is_told",
+        "tests/unit/test_store_lookup.py::test_missing_rows_and_arrays_are_named",
     ),
     _one(
         112,
@@ -547,7 +547,7 @@ EXTRA = (
         "cluster/cohort.py",
         "config.train.timeout_s), config.store.order_seed\n",
         "config.train.timeout_s), None\n",
-        f"{_COHORT}test_together_or_alone_gives_the_same_bits_from_one_read",
+        f"{_COHORT}test_lockstep_training_gives_the_same_bits_from_one_read",
     ),
     _one(
         116,

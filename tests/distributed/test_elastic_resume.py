@@ -1,4 +1,4 @@
-"""A checkpoint goes from mesh to mesh and stays the same; so does the training that follows."""
+"""Test checkpoints that move from mesh to mesh: same state, and same training afterwards."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ HOPS = [
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of one rank with the fused update: checkpoints after 25 and 50 steps."""
+    """Train one rank with the fused update; return its checkpoints of steps 25 and 50."""
     folder = tmp_path_factory.mktemp("trained")
     run_job(Job(str(folder)))
     return folder / "checkpoints"
@@ -37,7 +37,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def moved(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """The first checkpoint, loaded and saved again by one mesh after the other."""
+    """Load and save the first checkpoint on one mesh after another; return all copies."""
     folder = tmp_path_factory.mktemp("moved")
     paths = [trained / f"step-{AT:08d}"]
     for number, (latent, data, zero, update) in enumerate(HOPS):
@@ -56,7 +56,7 @@ def test_the_state_is_the_same_bit_for_bit_on_every_mesh(moved: list[Path]):
             differing = [name for name in a if not torch.equal(a[name], b[name])]
             assert not differing, (hop, differing)
         assert len(read_layout(folder / "weights")["sae.W_enc"].pieces) == hop[0] * hop[1]
-        # Step and tokens, which the learning rate is a function of, and the source's position.
+        # The state has step, tokens (which set the learning rate) and the source's position.
         one, other = read_json(first / "state.json"), read_json(folder / "state.json")
         assert one | {"mesh": None} == other | {"mesh": None}
     moments = read_tensors(first / "optimizer")
@@ -66,7 +66,7 @@ def test_the_state_is_the_same_bit_for_bit_on_every_mesh(moved: list[Path]):
 
 
 @pytest.mark.slow
-def test_training_goes_on_as_on_the_first_mesh(moved: list[Path], tmp_path: Path):
+def test_training_continues_as_on_the_first_mesh(moved: list[Path], tmp_path: Path):
     stay = Job(str(tmp_path / "stay"), resume=str(moved[0]), steps=AT + 200, save_every=1000)
     rows = run_job(stay)
     resharded = reshard_checkpoint(moved[-1], tmp_path / "to", 5)
@@ -80,7 +80,7 @@ def test_training_goes_on_as_on_the_first_mesh(moved: list[Path], tmp_path: Path
 
 
 def test_ranks_share_the_check_and_agree_on_an_older_checkpoint(trained: Path, tmp_path: Path):
-    """Rank 0 passes over the checkpoint in which rank 1 alone has seen damage."""
+    """Rank 0 skips a checkpoint in which only rank 1 has found damage."""
     root = tmp_path / "checkpoints"
     root.mkdir()
     for folder in list_checkpoints(trained):
@@ -98,10 +98,10 @@ def test_ranks_share_the_check_and_agree_on_an_older_checkpoint(trained: Path, t
 
 
 @pytest.mark.parametrize("lost", ["state.json", "weights/*", "optimizer/*"])
-def test_what_one_rank_alone_cannot_read_fails_all_of_them(
+def test_a_checkpoint_that_one_rank_cannot_read_fails_all_ranks(
     trained: Path, tmp_path: Path, lost: str
 ):
-    """Rank 1 sees the folder without some files, as a network file system may show it for once."""
+    """Rank 1 sees the folder without some files, as can happen on a network file system."""
     whole, torn = trained / f"step-{AT:08d}", tmp_path / "torn"
     shutil.copytree(whole, torn)
     for path in torn.glob(lost):

@@ -1,4 +1,4 @@
-"""Trainers in lockstep on one stream: what one of them needs costs the others nothing."""
+"""Test trainers in lockstep on one stream: one trainer's state does not affect the others."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ STEPS, EVERY, WRITING_S = 20, 10, 2.0
 
 
 def make_trainers(folder: Path, steps: list[int], every: int, reports: list[Report]) -> Any:
-    """Calibrated ones on one stream, in folders 0, 1, ... of `folder`."""
+    """Yield calibrated trainers on one stream, in the folders 0, 1, ... of `folder`."""
     import torch.distributed as dist
 
     torch.set_num_threads(1)
@@ -41,20 +41,20 @@ def make_trainers(folder: Path, steps: list[int], every: int, reports: list[Repo
 
 
 def ignore(row: dict[str, Any]) -> None:
-    """A report that nobody reads."""
+    """Discard a report."""
 
 
 @pytest.mark.parametrize(("at", "n_steps"), [(STEPS, STEPS), (STEPS + 2, STEPS + 5)])
-def test_one_that_takes_no_step_makes_the_others_save_nothing(
+def test_an_idle_trainer_does_not_make_the_others_save(
     tmp_path: Path, at: int, n_steps: int
 ) -> None:
-    """It has finished, or waits for the stream; its last checkpoint is an hour old."""
-    rank = Ranks(tmp_path / "ranks", 1, _beside_an_idle_one, str(tmp_path), at, n_steps)
+    """The idle trainer has finished or waits for the stream; its last save began an hour ago."""
+    rank = Ranks(tmp_path / "ranks", 1, _train_beside_an_idle_one, str(tmp_path), at, n_steps)
     assert rank.codes() == [0], rank.logs()
-    assert "saves 1\n" in rank.logs()[0], "the last step's checkpoint, and no other"
+    assert "saves 1\n" in rank.logs()[0], "expected only the checkpoint of the last step"
 
 
-def _beside_an_idle_one(folder: str, at: int, n_steps: int) -> int:
+def _train_beside_an_idle_one(folder: str, at: int, n_steps: int) -> int:
     stepping, idle = make_trainers(Path(folder), [STEPS, n_steps], 1000, [ignore, ignore])
     idle.step = at
     idle.source.seek(at)
@@ -65,16 +65,16 @@ def _beside_an_idle_one(folder: str, at: int, n_steps: int) -> int:
     return 0
 
 
-def test_what_a_diverged_one_began_to_save_is_there_at_the_end(tmp_path: Path) -> None:
-    rank = Ranks(tmp_path / "ranks", 1, _beside_a_diverging_one, str(tmp_path))
+def test_the_last_save_of_a_diverged_trainer_is_completed(tmp_path: Path) -> None:
+    rank = Ranks(tmp_path / "ranks", 1, _train_beside_a_diverging_one, str(tmp_path))
     assert rank.codes() == [0], rank.logs()
     assert "[False, True] diverged\n" in rank.logs()[0], rank.logs()
     newest = newest_valid(tmp_path / "0" / "checkpoints")
     assert newest is not None and step_of(newest) == EVERY
 
 
-def _beside_a_diverging_one(folder: str) -> int:
-    """The first diverges a step after its checkpoint was begun, on a disk that is slow with it."""
+def _train_beside_a_diverging_one(folder: str) -> int:
+    """Train two; the first diverges one step after its save began, while a slow disk writes it."""
     from sae_core.checkpoint import save
 
     real = save._hash_share

@@ -1,4 +1,4 @@
-"""Sharded and replicated training gives the numbers of one process; broken collectives do not."""
+"""Test that sharded and replicated training matches one process, unless a part is broken."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def same_tensors(one: Path, other: Path) -> None:
 def test_a_mesh_trains_like_one_rank(alone, tmp_path, latent, data, zero, update):
     _, rows = alone
     assert rows[-1]["fvu"] < 0.85 * rows[0]["fvu"]
-    assert max(row["auxk_loss"] for row in rows) > 0  # the auxiliary path took part
+    assert max(row["auxk_loss"] for row in rows) > 0  # the auxiliary loss is active
     meshed = run_job(Job(str(tmp_path), latent, data, zero, update))
     assert deviation(rows, meshed) < 1e-4
     assert deviation(rows, meshed, "grad_norm") < 1e-3
@@ -59,7 +59,7 @@ def test_the_reference_kernels_train_the_same(alone, tmp_path):
     assert deviation(alone[1], run_job(Job(str(tmp_path), kernels="reference"))) < 1e-4
 
 
-def test_the_fused_update_is_the_dense_one(alone, tmp_path):
+def test_the_fused_update_equals_the_dense_one(alone, tmp_path):
     folder, rows = alone
     dense = run_job(Job(str(tmp_path), update="dense"))
     assert deviation(rows, dense) < 1e-6
@@ -77,7 +77,7 @@ def test_aux_rows_are_the_same_rows_on_a_mesh(alone, tmp_path, latent, data):
     meshed = run_job(Job(str(tmp_path / "mesh"), latent, data, overrides=part))
     assert deviation(rows, meshed) < 1e-4
     assert deviation(rows, meshed, "auxk_loss") < 1e-4
-    assert deviation(alone[1], rows) > 1e-4  # a quarter of the rows is another estimate
+    assert deviation(alone[1], rows) > 1e-4  # a quarter of the rows gives another estimate
 
 
 @pytest.mark.parametrize(("latent", "data"), [(1, 1), (2, 1), (2, 2)])
@@ -90,7 +90,7 @@ def test_bfloat16_moments_resume_exactly_and_on_other_meshes(tmp_path, latent, d
     resumed = run_job(job)
     if (latent, data) == (1, 1):
         assert [row["loss"] for row in resumed] == [row["loss"] for row in rows[25:]]
-    assert deviation(rows, resumed) < 1e-3  # a rounding that falls the other way is seen
+    assert deviation(rows, resumed) < 1e-3  # rounding differs between meshes
 
 
 def test_a_prefilter_trains_the_same(alone, tmp_path):
@@ -147,7 +147,7 @@ def test_a_checkpoint_of_a_mesh_opens_on_one_rank(alone, tmp_path):
     run_job(Job(str(tmp_path / "mesh"), 2, 2, 1, steps=25))
     checkpoint = tmp_path / "mesh" / "checkpoints" / "step-00000025"
     resumed = run_job(Job(str(tmp_path / "on"), resume=str(checkpoint)))
-    # The learning rate's decay knows the whole length, so the first half ends on another one.
+    # The decay depends on the run's length, so the 25-step run ends with another learning rate.
     assert abs(resumed[0]["loss"] / rows[25]["loss"] - 1) < 0.05
 
 
@@ -155,7 +155,7 @@ def test_a_checkpoint_of_a_mesh_opens_on_one_rank(alone, tmp_path):
     ("zero", "clip_norm", "update"),
     [(0, 0.3, "fused"), (0, 0.0, "fused"), (0, 0.0, "dense"), (1, 0.3, "auto"), (1, 0.0, "auto")],
 )
-def test_an_infinite_gradient_under_a_finite_loss_stops_too(tmp_path, zero, clip_norm, update):
+def test_an_infinite_gradient_with_a_finite_loss_stops_training(tmp_path, zero, clip_norm, update):
     job = Job(str(tmp_path), 1, 2, zero, update, clip_norm=clip_norm, poison_gradient_step=30)
     with pytest.raises(RanksFailed) as failed:
         run_job(job)
@@ -183,7 +183,7 @@ def test_a_bad_row_on_one_rank_stops_all_before_the_update(tmp_path, latent, dat
 def test_an_infinite_loss_on_one_rank_stops_all_before_the_update(
     tmp_path, latent, data, zero, update
 ):
-    """Its gradient is finite on every rank: only word of the loss can stop the other one."""
+    """All gradients are finite, so only the loss on rank 1 can stop the other rank."""
     job = Job(str(tmp_path), latent, data, zero, update, poison_loss_step=30, poison_rank=1)
     with pytest.raises(RanksFailed) as failed:
         run_job(job)

@@ -1,5 +1,4 @@
-"""A run on several stores: the batches of `MixtureStream`, on every mesh, after a kill, on top of
-what each store must be."""
+"""Test runs on several stores: batches, meshes, kills, and stores that must be refused."""
 
 from __future__ import annotations
 
@@ -32,7 +31,7 @@ pytestmark = pytest.mark.distributed
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two stores, and a run on one part of the first, three of the second."""
+    """Make two stores and a run with weight 1 on the first and 3 on the second."""
     folder = tmp_path_factory.mktemp("mixture")
     make_store(folder / "one")
     other_store(folder / "other")
@@ -48,7 +47,7 @@ def other_store(
     bad: bool = False,
     items: int = 3,
 ) -> None:
-    """Rows of another kind."""
+    """Write a store with rows of another distribution."""
     rng = np.random.default_rng(1)
     arrays = arrays or {"acts": D}
     writer = StoreWriter(path, arrays, dtype="float32", shard_tokens=256)
@@ -87,7 +86,7 @@ def _rank(run_dir: str) -> int:
     return 0
 
 
-def test_a_killed_run_ends_like_one_that_was_not(folder: Path) -> None:
+def test_a_killed_run_ends_like_an_undisturbed_one(folder: Path) -> None:
     run_dir = mixed_run(folder, "killed")
     ranks = Ranks(run_dir / "ranks", 1, _rank, str(run_dir))
     while not list_checkpoints(run_dir / "checkpoints"):
@@ -141,7 +140,7 @@ def test_replicas_and_the_sample_read_the_stream_of_the_mixture(folder: Path) ->
         source.close()
 
 
-def test_the_identity_tells_weights_and_order_but_not_their_scale(folder: Path) -> None:
+def test_the_identity_follows_weights_and_order_but_not_their_scale(folder: Path) -> None:
     stores = [open_store(folder / name) for name in ("one", "other")]
 
     def identity(weights: list[float], order_seed: int | None = None) -> str:
@@ -155,8 +154,8 @@ def test_the_identity_tells_weights_and_order_but_not_their_scale(folder: Path) 
     assert len(set(others)) == 3
 
 
-def test_the_identity_tells_how_many_rows_there_are(folder: Path, tmp_path: Path) -> None:
-    """Item 0 is the same: more of them are another order."""
+def test_the_identity_follows_the_number_of_rows(folder: Path, tmp_path: Path) -> None:
+    """Item 0 is the same in both stores, but more items give another order."""
     identities = []
     for items in (3, 6):
         other_store(tmp_path / str(items), items=items)
@@ -172,11 +171,11 @@ def test_a_pipeline_refuses_a_store_before_it_harvests(folder: Path, tmp_path: P
     config.model.hookpoints, config.model.d_model = ["acts"], D
     config.store.path = str(tmp_path / "not-yet")
     config.store.mixture = [MixedStore(str(tmp_path / "missing"))]
-    with pytest.raises(StoreConfigError, match="missing.*expected a store"):
+    with pytest.raises(StoreConfigError, match=r"missing.*expected a store"):
         plan.run(config, tmp_path)
 
 
-def test_status_and_verify_tell_of_every_store(
+def test_status_and_verify_cover_every_store(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     other_store(tmp_path / "bad", bad=True)

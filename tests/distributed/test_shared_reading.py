@@ -1,4 +1,4 @@
-"""Ranks read every chunk once between them, and are given the batches that one alone is given."""
+"""Test that ranks read every chunk once between them, and get the same batches as one rank."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Told = list[dict[str, Any]]
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Every block of 192 rows is 48 chunks of 4 rows: whole ones under the strips of any rank."""
+    """Write a store whose blocks of 192 rows are 48 chunks, so no chunk spans two ranks' strips."""
     path = tmp_path_factory.mktemp("shared") / "s"
     options: dict[str, Any] = {"shard_tokens": 48, "chunk_bytes": 96, "dtype": "float32"}
     write_store(path, [48] * 16, arrays={"a": 6}, **options)
@@ -53,9 +53,7 @@ def test_every_mesh_reads_the_same_batches_and_every_chunk_once(
     assert len(reads) == N_CHUNKS and set(reads.values()) == {1}
 
 
-def test_a_chunk_that_one_rank_cannot_read_ends_all_with_its_name(
-    store: Path, tmp_path: Path
-) -> None:
+def test_a_chunk_that_one_rank_cannot_read_fails_all_ranks(store: Path, tmp_path: Path) -> None:
     file = store / "a" / "c.6.0"
     original = file.read_bytes()
     try:
@@ -65,5 +63,5 @@ def test_a_chunk_that_one_rank_cannot_read_ends_all_with_its_name(
         file.write_bytes(original)
     assert [one["error"] for one in told] == ["DamagedDataError"] * 2
     assert all("c.6.0: chunk 0 fails its checksum" in one["text"] for one in told)
-    assert sorted(one["notes"] for one in told)[0] == []  # the rank that met it
+    assert sorted(one["notes"] for one in told)[0] == []  # the rank that found the damage
     assert "of the latent group" in sorted(one["notes"] for one in told)[1][0]

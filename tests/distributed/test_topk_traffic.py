@@ -1,4 +1,4 @@
-"""The global TopK hands to the network what the count says, and picks what one rank picks."""
+"""Test that the global TopK sends the predicted bytes and selects the same as one rank."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ L, K = 1000, 8
 
 
 def pre_acts(n_rows: int) -> torch.Tensor:
-    """Small integers: ties everywhere."""
+    """Return small integers [n_rows, L], which have many ties."""
     generator = torch.Generator().manual_seed(n_rows)
     return torch.randint(-50, 50, (n_rows, L), generator=generator).float()
 

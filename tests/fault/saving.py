@@ -1,4 +1,4 @@
-"""A rank that trains the tests' small SAE and is hurt at a chosen point of a chosen save."""
+"""A rank that trains the tests' small SAE and fails at a chosen point of a chosen save."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ STEPS, EVERY, HURT_STEP = 40, 10, 20
 
 @dataclass(frozen=True)
 class Hurt:
-    """What happens to rank `rank` in the save of step `step`."""
+    """A failure of rank `rank` in the save of step `step`."""
 
     point: str
     how: str = "kill"
-    """kill, raise or wait."""
+    """`kill`, `raise` or `wait`."""
     rank: int = 0
     step: int = HURT_STEP
 
@@ -38,7 +38,7 @@ def train(
     checkpoint: dict[str, Any] | None = None,
     step_s: float = 0.0,
 ) -> int:
-    """A rank's body: resumes, trains, exits 0; `step_s` makes every batch take so long."""
+    """Run one rank: resume, train and return 0. Every batch takes at least `step_s` seconds."""
     import torch.distributed as dist
 
     from sae_core.mesh import Mesh
@@ -85,7 +85,7 @@ class _Slow(SyntheticSource):
 
 
 def arm(hurt: Hurt) -> None:
-    """Puts the trap where `hurt.point` says; every point lies in the save of `hurt.step`."""
+    """Install the failure at `hurt.point` of the save of step `hurt.step`."""
     from sae_core.checkpoint import save, saver
 
     def spring() -> None:
@@ -114,7 +114,7 @@ def arm(hurt: Hurt) -> None:
 
         def trapped_save(self: Any, engines: Any, state: Any) -> None:
             if state.step == hurt.step:
-                self.wait()  # else the save before may die of it as well
+                self.wait()  # or the kill could hit the previous save as well
                 spring()
             trainer_save(self, engines, state)
 
@@ -141,7 +141,7 @@ def arm(hurt: Hurt) -> None:
 
 
 def _torn(folder: Path) -> bool:
-    """Of the second part, begins a file; the first one is written in peace."""
+    """Begin a file of the second part, and return whether `folder` is that part."""
     if folder.name != "optimizer":
         return False
     (folder / "shard-00001-model-00001-of-00001.safetensors").write_bytes(b"x" * 1000)
@@ -149,7 +149,7 @@ def _torn(folder: Path) -> bool:
 
 
 def _without_room(save: Any, is_it: Callable[..., bool]) -> None:
-    """The system lets this process write no file beyond 4 KiB while it saves."""
+    """Limit the files that this process may write during the save to 4 KiB."""
     real = save._save_tensors
 
     def limited(folder: Path, *more: Any) -> Any:

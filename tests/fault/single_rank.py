@@ -1,4 +1,4 @@
-"""A small run of one rank without a driver, as `python -m cluster.rank` trains it."""
+"""A small run of one rank without a driver, trained like `python -m cluster.rank`."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ STEPS, EVERY, BATCH, D = 60, 20, 64, 16
 
 
 def make_store(path: Path) -> None:
-    """Five items of synthetic activations."""
+    """Write a store with five items of synthetic activations."""
     rng = np.random.default_rng(0)
     directions = rng.normal(size=(64, D)).astype(np.float32)
     writer = StoreWriter(path, {"acts": D}, dtype="float32", shard_tokens=512)
@@ -32,7 +32,7 @@ def make_store(path: Path) -> None:
 
 
 def make_run(folder: Path, store: Path, wandb: str = "disabled") -> Path:
-    """A run's folder with its config."""
+    """Make a run folder with its config, and return it."""
     (folder / "logs").mkdir(parents=True)
     config = RunConfig(
         name=folder.name,
@@ -51,7 +51,7 @@ def make_run(folder: Path, store: Path, wandb: str = "disabled") -> Path:
 
 
 def train(run_dir: Path, **variables: str) -> str:
-    """Trains to the end, with these in the environment; what the rank has printed this time."""
+    """Train to the end with these environment variables; return what the rank printed."""
     log = run_dir / "ranks" / "rank-0.log"
     before = len(log.read_text()) if log.exists() else 0
     ranks = Ranks(run_dir / "ranks", 1, _rank, str(run_dir), variables)
@@ -71,14 +71,14 @@ def _rank(run_dir: str, variables: dict[str, str]) -> int:
 
 
 def last_state(run_dir: Path) -> dict[str, torch.Tensor]:
-    """Weights and moments of the end."""
+    """Read the weights and moments of the last checkpoint."""
     newest = list_checkpoints(run_dir / "checkpoints")[0]
     assert step_of(newest) == STEPS
     return read_tensors(newest / "weights") | read_tensors(newest / "optimizer")
 
 
 def same_end(one: Path, other: Path) -> None:
-    """That two runs have ended alike, bit for bit."""
+    """Check that two runs ended with the same weights and moments, bit for bit."""
     a, b = last_state(one), last_state(other)
     assert a.keys() == b.keys()
     for name, tensor in a.items():

@@ -1,4 +1,4 @@
-"""Saves that are killed, refused by the disk or overtaken: the one before stays, and is enough."""
+"""Test saves that are killed, fail on disk or are overtaken by training."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def same(one: Path, other: Path, step: int = STEPS) -> None:
 
 @pytest.fixture(scope="module")
 def clean(tmp_path_factory) -> Path:
-    """A run whose saves nobody disturbs, and which waits for each."""
+    """Make an undisturbed run that waits for each of its saves."""
     folder = tmp_path_factory.mktemp("clean")
     assert run(folder, checkpoint={"asynchronous": False})[0] == [0, 0]
     return folder
@@ -63,7 +63,7 @@ def test_a_kill_at_every_stage_of_a_save(clean, tmp_path, point, left):
     same(clean, tmp_path)
 
 
-def test_a_kill_while_an_old_one_is_deleted_leaves_no_damaged_one(clean, tmp_path):
+def test_a_kill_during_pruning_leaves_no_damaged_checkpoint(clean, tmp_path):
     codes, _ = run(tmp_path, 1, latent=1, hurt=Hurt("prune"))
     assert codes == [KILLED]
     root = tmp_path / "checkpoints"
@@ -74,8 +74,8 @@ def test_a_kill_while_an_old_one_is_deleted_leaves_no_damaged_one(clean, tmp_pat
 
 
 @pytest.mark.parametrize("asynchronous", [True, False])
-def test_a_rank_killed_while_it_saves_takes_nobody_into_a_hang(tmp_path, asynchronous):
-    settings = {"asynchronous": asynchronous}  # if not, only the save itself can notice the death
+def test_a_rank_killed_during_a_save_ends_the_others(tmp_path, asynchronous):
+    settings = {"asynchronous": asynchronous}  # when False, only the save can notice the death
     codes, logs = run(tmp_path, 4, hurt=Hurt("write", rank=1), checkpoint=settings)
     assert codes[1] == KILLED
     assert all(code not in (0, KILLED) for code in codes[:1] + codes[2:]), logs
@@ -83,7 +83,7 @@ def test_a_rank_killed_while_it_saves_takes_nobody_into_a_hang(tmp_path, asynchr
 
 
 @pytest.mark.parametrize("hurt", [Hurt("disk", "raise", rank=1), Hurt("no room", rank=1)])
-def test_a_rank_that_cannot_write_fails_all_of_them(tmp_path, hurt):
+def test_a_rank_that_cannot_write_fails_all_ranks(tmp_path, hurt):
     codes, logs = run(tmp_path, hurt=hurt, step_s=0.02)
     assert codes == [CHECKPOINT_FAILED] * 2, logs
     for log in logs:
@@ -99,7 +99,7 @@ def test_a_failed_save_ends_training_long_before_the_next_one(tmp_path):
     assert ends[0] == ends[1] and HURT_STEP <= ends[0] < STEPS, ends
 
 
-def test_a_file_where_the_folder_should_be(tmp_path):
+def test_a_file_in_place_of_the_checkpoint_folder(tmp_path):
     root = tmp_path / "checkpoints"
     root.mkdir()
     (root / f"step-{EVERY:08d}.tmp").write_text("not a folder")
@@ -120,10 +120,10 @@ def test_a_save_that_training_overtakes_holds_its_own_step(tmp_path, latent, zer
         same(tmp_path / "now", tmp_path / "later", step)
 
 
-def test_every_so_many_tokens_one_stays_and_the_clock_saves_too(tmp_path):
+def test_milestones_are_kept_and_saves_also_follow_the_clock(tmp_path):
     settings = {
         "every_tokens": 10**9,
-        "every_minutes": 1e-9,  # due whenever the ranks talk: every few steps, these are slow
+        "every_minutes": 1e-9,  # due whenever the ranks synchronise, every few steps
         "keep_every_tokens": TOKENS_PER_SAVE,
     }
     codes, logs = run(tmp_path, step_s=0.15, checkpoint=settings)

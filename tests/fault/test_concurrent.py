@@ -1,5 +1,4 @@
-"""Harvest and train at once: killed or not, held back or not, the weights are those of one after
-the other."""
+"""Test concurrent harvest and training: same weights as in sequence, also after kills."""
 
 from __future__ import annotations
 
@@ -74,7 +73,7 @@ def run(work: Path, runs: str, *more: str) -> str:
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Model and text, and the run that harvests first and trains then."""
+    """Make a model, a text, and a run that harvests first and trains afterwards."""
     work = tmp_path_factory.mktemp("concurrent")
     save_gpt2(work / "model")
     write_text(work / "text.txt", documents=700)
@@ -110,17 +109,17 @@ def test_trains_while_it_harvests_no_further_ahead_than_allowed(work):
         time.sleep(0.05)
     assert process.returncode == 0
     assert trained_growing
-    # The trainer's sample comes first: 4,000 rows are 10 items in whole windows, and up to 4 more
-    # are under way by then. After that the bound holds.
+    # The trainer's sample comes first: 4,000 rows need 10 items in complete windows, and up to 4
+    # more have started by then. After that the limit holds.
     caught_up = next(i for i, lead in enumerate(leads) if lead <= 5)
     assert max(leads[caught_up:]) <= 5, leads
     assert max(leads) <= 16 < open_store(folder / "store").n_items, leads
-    assert not consumers(folder / "store")  # a finished run holds nobody back
+    assert not consumers(folder / "store")  # a finished run is unregistered
     assert_same_end(work, "both")
     assert json.loads((folder / "eval" / "metrics.json").read_text())["dead_fraction"] is not None
 
 
-def test_consumed_shards_are_deleted_but_none_that_a_checkpoint_needs(work):
+def test_consumed_shards_are_deleted_except_those_a_checkpoint_needs(work):
     run(work, "deleted", *CONCURRENT, "cluster.retention=consumed")
     store = open_store(work / "deleted" / "run" / "store")
     kept = list((work / "deleted" / "run" / "store" / "transformer.h.1").glob("c.*"))
@@ -135,7 +134,7 @@ def test_killed(work, victim):
     folder = work / runs / "run"
     with open(work / f"{runs}.log", "w+") as log:
         process = subprocess.Popen(command(work, runs, *CONCURRENT), stdout=log, stderr=log)
-        if victim == "worker":  # soon: on a fast machine training and harvest end together
+        if victim == "worker":  # early: on a fast machine training ends soon after the harvest
             wait_for_items(folder, 3, process)
         else:
             wait_for_step(folder, 40, process)
@@ -197,7 +196,7 @@ def test_a_harvest_that_fails_ends_the_trainer_too(work):
         text=True,
     )
     wait_for_step(work / runs / "run", 10, process)
-    # Every worker that is started anew fails at once: the model is gone.
+    # Every restarted worker fails at once, because the model is missing.
     moved = (work / "model").rename(work / "moved")
     try:
         for start in (work / runs / "run" / "logs" / "harvest-starts").iterdir():
@@ -210,4 +209,4 @@ def test_a_harvest_that_fails_ends_the_trainer_too(work):
     assert process.returncode in (1, 2), output
     assert "model" in output and "Traceback" not in output
     with open(work / runs / "run" / "ranks.lock", "a", encoding="utf-8") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # no rank is left that holds it
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # no rank holds the lock any more

@@ -1,4 +1,4 @@
-"""The newest checkpoint is damaged: the same command names it, and ends with the same weights."""
+"""Test resuming from a damaged newest checkpoint: it is named, and the weights are the same."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ NEWEST, BEFORE = f"step-{STEPS:08d}", f"step-{STEPS - EVERY:08d}"
 
 @pytest.fixture(scope="module")
 def clean(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run that nothing happened to, beside its store."""
+    """Make an undisturbed run next to its store."""
     folder = tmp_path_factory.mktemp("damaged")
     make_store(folder / "store")
     run_dir = make_run(folder / "clean", folder / "store")
@@ -26,7 +26,7 @@ def clean(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def weights_of(folder: Path) -> list[Path]:
-    """Files of the tensors, the largest first."""
+    """List the files of the weights, the largest first."""
     files = (folder / "weights").glob("*.safetensors")
     return sorted(files, key=lambda path: path.stat().st_size, reverse=True)
 
@@ -52,7 +52,7 @@ def delete(folder: Path) -> str:
 
 
 def swap(folder: Path) -> str:
-    """With the file of the same name of the step before: whole, but of another time."""
+    """Replace a file by the same file of an earlier step: undamaged, but outdated."""
     path = weights_of(folder)[0]
     shutil.copy(folder.with_name(BEFORE) / "weights" / path.name, path)
     return f"{path.name}: SHA-256 differs"
@@ -64,22 +64,24 @@ def no_manifest(folder: Path) -> str:
 
 
 @pytest.mark.parametrize("harm", [flip, truncate, delete, swap, no_manifest])
-def test_a_run_goes_on_from_the_one_before(
+def test_a_run_resumes_from_the_checkpoint_before(
     clean: Path, tmp_path: Path, harm: Callable[[Path], str]
 ) -> None:
     run_dir = tmp_path / "run"
     shutil.copytree(clean, run_dir)
     root = run_dir / "checkpoints"
     said = harm(root / NEWEST)
-    (root / f"step-{STEPS + EVERY:08d}.tmp").mkdir()  # a save that was killed
+    (root / f"step-{STEPS + EVERY:08d}.tmp").mkdir()  # an unfinished save
     log = train(run_dir)
     assert "skipping a damaged checkpoint" in log and NEWEST in log and said in log
     steps = [int(line.split(",")[1].split(":")[1]) for line in rows_since(clean, run_dir)]
-    assert steps == list(range(STEPS - EVERY + 5, STEPS + 1, 5)), "from the checkpoint before"
+    assert steps == list(range(STEPS - EVERY + 5, STEPS + 1, 5)), (
+        "did not resume from the checkpoint before"
+    )
     same_end(clean, run_dir)
 
 
 def rows_since(clean: Path, run_dir: Path) -> list[str]:
-    """Metrics of the second attempt."""
+    """Return the metrics lines of the second attempt."""
     n_before = len((clean / "metrics.jsonl").read_text().splitlines())
     return (run_dir / "metrics.jsonl").read_text().splitlines()[n_before:]

@@ -1,4 +1,4 @@
-"""A run folder from somebody else: nothing in it is executed, resolved, or believed unchecked."""
+"""Test run folders from untrusted sources: nothing is executed, resolved or left unchecked."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ L, D = 8, 4
 
 
 class Payload:
-    """Unpickled, it makes a file."""
+    """An object that makes a folder when unpickled."""
 
     def __init__(self, marker: Path) -> None:
         self.marker = marker
@@ -58,7 +58,7 @@ def checkpoint(tmp_path: Path) -> Path:
 # ---- pickles ----
 
 
-def test_the_payload_is_live(marker: Path):
+def test_the_payload_works(marker: Path):
     pickle.loads(pickle.dumps(Payload(marker)))
     assert marker.exists()
 
@@ -70,15 +70,15 @@ def test_planted_pickles_are_never_read(checkpoint: Path, marker: Path):
     for path in planted:
         path.parent.mkdir(exist_ok=True)
         torch.save({"module": Payload(marker)}, path)
-    (root / "latest").write_text("global_step9")  # as DeepSpeed names its own
+    (root / "latest").write_text("global_step9")  # as DeepSpeed names its checkpoints
     assert torch.equal(load_sae(run, allow_pt=True).W_enc, expected.W_enc)
     assert newest_valid(root) == checkpoint
 
-    # What torch's own checkpoints keep beside their files, and unpickle.
+    # torch's own checkpoints keep this pickle next to their files.
     (checkpoint / "weights" / ".metadata").write_bytes(pickle.dumps(Payload(marker)))
     with pytest.raises(DamagedCheckpointError, match=r"\.metadata: not in the manifest"):
         load_sae(checkpoint)
-    write_manifest(checkpoint)  # the manifest is no secret
+    write_manifest(checkpoint)  # anyone can write a manifest
     with pytest.raises(DamagedCheckpointError, match=r"\.metadata: no file of a checkpoint"):
         load_sae(checkpoint)
     assert not marker.exists()
@@ -88,7 +88,7 @@ def test_planted_pickles_are_never_read(checkpoint: Path, marker: Path):
 def test_a_pt_file_is_read_on_request_and_never_runs(tmp_path: Path, marker: Path, name: str):
     torch.save({"encoder.weight": Payload(marker)}, tmp_path / name)
     path = tmp_path if name == "ae.pt" else tmp_path / name
-    with pytest.raises(CheckpointError, match="is a pickle.*allow_pt=True"):
+    with pytest.raises(CheckpointError, match=r"is a pickle.*allow_pt=True"):
         load_sae(path)
     with pytest.raises(CheckpointError, match="UnpicklingError"):
         load_sae(path, allow_pt=True)
@@ -108,7 +108,7 @@ def test_a_pt_file_is_read_on_request_and_never_runs(tmp_path: Path, marker: Pat
                 "encoder.bias": torch.zeros(1).expand(1 << 44),
                 "decoder.weight": torch.zeros(1, 1).expand(D, 1 << 44),
             },
-            "encoder.weight: expected a plain tensor",  # of a few bytes, which says 1 PiB
+            "encoder.weight: expected a plain tensor",  # a few bytes that claim to be 1 PiB
         ),
         ({"b_dec": torch.zeros(3)}, "W_enc of shape"),
         ({"encoder.bias": [1, 2]}, "TypeError|AttributeError"),
@@ -144,8 +144,8 @@ def entry(dtype: Any = "F32", shape: Any = (4,), offsets: Any = (0, 16)) -> Any:
 
 
 HEADERS: dict[str, Any] = {
-    "is no object": [1],
-    "is no JSON": b"{",
+    "is not an object": [1],
+    "is not JSON": b"{",
     "is nested": b"[" * 200_000,
     "holds NaN": b'{"a": NaN}',
     "has no shape": {"a": {"dtype": "F32", "data_offsets": [0, 16]}},
@@ -168,7 +168,7 @@ HEADERS: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("problem", HEADERS)
-def test_a_header_that_cannot_be_is_refused(tmp_path: Path, problem: str):
+def test_invalid_headers_are_refused(tmp_path: Path, problem: str):
     made = HEADERS[problem]
     raw = made if isinstance(made, bytes) else json.dumps(made).encode()
     path = with_header(tmp_path / "a.safetensors", raw)
@@ -177,7 +177,7 @@ def test_a_header_that_cannot_be_is_refused(tmp_path: Path, problem: str):
 
 
 @pytest.mark.parametrize("length", [1 << 62, 17 << 20, 100])
-def test_a_header_longer_than_its_file_or_than_any_is_not_read(tmp_path: Path, length: int):
+def test_a_header_beyond_its_file_or_the_limit_is_not_read(tmp_path: Path, length: int):
     path = with_header(tmp_path / "a.safetensors", b"{}", length=length)
     os.truncate(path, 20 << 20 if length == 17 << 20 else 26)
     with pytest.raises(DamagedCheckpointError, match="a header of"):
@@ -206,7 +206,7 @@ def test_any_bytes_are_a_header_or_a_typed_error(
 @pytest.mark.parametrize(
     "offsets", [[0, 0], [9, 0], [4, 1], [-4, 0], [4], ["4", 0], [True, 0], None, {}]
 )
-def test_row_ranges_that_make_no_whole_are_refused(checkpoint: Path, offsets: Any):
+def test_row_ranges_that_do_not_cover_a_tensor_are_refused(checkpoint: Path, offsets: Any):
     second = sorted((checkpoint / "weights").iterdir())[1]
     header = read_header(second)
     table = json.loads(header.metadata[SHARDING])
@@ -215,7 +215,7 @@ def test_row_ranges_that_make_no_whole_are_refused(checkpoint: Path, offsets: An
     second.unlink()
     with TensorFileWriter(second, shapes, {SHARDING: json.dumps(table)}):
         pass
-    with pytest.raises(DamagedCheckpointError, match="00002-model|twice or not at all"):
+    with pytest.raises(DamagedCheckpointError, match=r"00002-model|twice or not at all"):
         read_layout(checkpoint / "weights")
     write_manifest(checkpoint)
     assert checkpoint_problems(checkpoint)
@@ -225,7 +225,7 @@ def test_row_ranges_that_make_no_whole_are_refused(checkpoint: Path, offsets: An
 
 
 @pytest.mark.parametrize("name", ["../../outside.json", "/etc/hostname", "weights/../state.json"])
-def test_names_do_not_lead_out_of_the_folder(checkpoint: Path, name: str):
+def test_names_cannot_lead_out_of_the_folder(checkpoint: Path, name: str):
     (checkpoint.parent.parent / "outside.json").write_text("{}")
     manifest = read_json(checkpoint / "manifest.json")
     manifest["files"][name] = {"bytes": 2, "sha256": "0" * 64}
@@ -235,14 +235,14 @@ def test_names_do_not_lead_out_of_the_folder(checkpoint: Path, name: str):
 
 
 @pytest.mark.parametrize("what", ["a file", "a folder"])
-def test_links_are_no_part_of_a_checkpoint(checkpoint: Path, tmp_path: Path, what: str):
+def test_links_in_a_checkpoint_are_refused(checkpoint: Path, tmp_path: Path, what: str):
     target = checkpoint / "weights"
     if what == "a file":
         target = sorted(target.iterdir())[0]
     target.rename(tmp_path / "elsewhere")
     target.symlink_to(tmp_path / "elsewhere")
     write_manifest(checkpoint) if what == "a file" else None
-    with pytest.raises(DamagedCheckpointError, match="a link|not in the manifest"):
+    with pytest.raises(DamagedCheckpointError, match=r"a link|not in the manifest"):
         check_manifest(checkpoint)
 
 
@@ -262,7 +262,7 @@ def test_links_are_no_part_of_a_checkpoint(checkpoint: Path, tmp_path: Path, wha
         {"unknown": 1},
     ],
 )
-def test_a_state_that_cannot_be_is_refused(checkpoint: Path, change: dict[str, Any]):
+def test_invalid_states_are_refused(checkpoint: Path, change: dict[str, Any]):
     path = checkpoint / "state.json"
     path.write_text(json.dumps(read_json(path) | change))
     write_manifest(checkpoint)
@@ -275,7 +275,7 @@ def test_a_state_that_cannot_be_is_refused(checkpoint: Path, change: dict[str, A
 def test_sizes_that_contradict_the_tensors_are_refused(checkpoint: Path):
     path = checkpoint / "state.json"
     state = read_json(path)
-    state["saes"][NAME]["n_latents"] = 1 << 40  # would be 16 TiB
+    state["saes"][NAME]["n_latents"] = 1 << 40  # claims to be 16 TiB
     path.write_text(json.dumps(state))
     write_manifest(checkpoint)
     with pytest.raises(DamagedCheckpointError, match="W_enc of shape"):
@@ -302,8 +302,8 @@ CONFIGS = {
     "a bomb": "a: &a [1,1]\nb: &b [*a,*a]\nc: &c [*b,*b]\nd: [*c,*c]",
     "depth": "a: " + "[" * 5000 + "]" * 5000,
     "a wrong type": "seed: [1]",
-    "no mapping": "- 1",
-    "no YAML": "a: [",
+    "not a mapping": "- 1",
+    "not YAML": "a: [",
     "size": "name: " + "x" * (2 << 20),
 }
 
@@ -322,12 +322,12 @@ def test_a_saved_config_is_plain_values(tmp_path: Path, marker: Path, monkeypatc
 def test_a_config_larger_than_memory_is_refused(tmp_path: Path):
     path = tmp_path / "config.yaml"
     path.write_text("name: x")
-    os.truncate(path, 1 << 42)  # takes no room on the disk
+    os.truncate(path, 1 << 42)  # a sparse file, which takes no disk space
     with pytest.raises(ConfigError, match="more than 1048576 bytes"):
         load_config(path)
 
 
-def test_a_config_of_ours_is_read_back(tmp_path: Path):
+def test_a_saved_config_is_read_back(tmp_path: Path):
     config = RunConfig(name="x", seed=3)
     config.data.path, config.model.hookpoints = "a: *b & !c # {d}", ["layers.1", "'quoted'"]
     config.optim.lr = 1e-5

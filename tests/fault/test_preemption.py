@@ -1,4 +1,4 @@
-"""SIGTERM and SIGUSR1: a last checkpoint in time, exit code 75, and the same command resumes."""
+"""Test SIGTERM and SIGUSR1: a last checkpoint, exit code 75, and resuming."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ STEPS, BATCH = 600, 256
 
 
 def make_run(folder: Path, grace_s: float = 60.0) -> Path:
-    """A run folder with its config; the store lies beside it."""
+    """Make a run folder with its config; the store is in the parent of `folder`."""
     run_dir = folder / "run"
     (run_dir / "logs").mkdir(parents=True)
     config = RunConfig(
@@ -55,7 +55,7 @@ def make_run(folder: Path, grace_s: float = 60.0) -> Path:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A store of synthetic activations, and the run that nobody asked to stop."""
+    """Make a store of synthetic activations and an undisturbed run."""
     folder = tmp_path_factory.mktemp("preemption")
     rng = np.random.default_rng(0)
     directions = rng.normal(size=(128, 32)).astype(np.float32)
@@ -76,7 +76,7 @@ def ranks(run_dir: Path, trap: str = "") -> tuple[list[int], list[str]]:
 
 
 def _rank(run_dir: str, trap: str) -> int:
-    """The body of `python -m cluster.rank`; rank 1 is signalled where `trap` says."""
+    """Run `python -m cluster.rank`; rank 1 gets the signals of `trap` during a save."""
     from cluster import rank
     from sae_core.checkpoint import save
 
@@ -129,7 +129,7 @@ def test_a_signal_to_one_rank_in_the_middle_of_a_save(folder, name):
         ("SIGUSR1 again hang", 600.0, "a second signal"),
     ],
 )
-def test_no_time_left_leaves_at_once(folder, trap, grace_s, said):
+def test_a_rank_without_time_left_exits_at_once(folder, trap, grace_s, said):
     run_dir = make_run(folder / trap.replace(" ", "-"), grace_s)
     began = time.monotonic()
     codes, logs = ranks(run_dir, trap)
@@ -168,7 +168,7 @@ def test_signals_to_torchrun_and_to_one_of_its_ranks(folder):
         os.kill(process.pid if name == "SIGTERM" else ranks[-1], getattr(signal, name))
         output, _ = process.communicate(timeout=100)
         assert output.count("the same command resumes") == 2, output
-        if name == "SIGUSR1":  # an agent that is ended itself tells nothing of its ranks
+        if name == "SIGUSR1":  # an agent that is stopped itself does not report its ranks
             assert re.search(rf"exitcode\s*: {EXIT_PREEMPTED}\b", output), output
         newest = newest_valid(run_dir / "checkpoints")
         assert newest is not None
@@ -179,7 +179,7 @@ def test_signals_to_torchrun_and_to_one_of_its_ranks(folder):
 
 
 @pytest.mark.ray
-def test_signals_to_a_driver_and_to_all_that_it_started(folder):
+def test_signals_to_a_driver_and_to_its_process_group(folder):
     run_dir = make_run(folder / "driver")
     arguments = [
         "stage=train",

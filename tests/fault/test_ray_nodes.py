@@ -1,7 +1,7 @@
-"""The concurrent pipeline on a Ray cluster of several nodes, whose processes and nodes are killed.
+"""Kill processes and nodes under the concurrent pipeline on a Ray cluster of several nodes.
 
-Victims and moments are drawn by a seed. The run ends with the weights of harvesting first and
-training then on one machine; the store holds every item once.
+A seed draws victims and moments. The run must end with the same weights as harvesting first and
+training afterwards on one machine, and the store must contain every item once.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ pytestmark = [
     pytest.mark.ray,
     pytest.mark.slow,
     pytest.mark.distributed,
-    pytest.mark.timeout(900),  # four starts of everything; about 90 s on a quiet machine
+    pytest.mark.timeout(900),  # four full starts, about 90 s on an idle machine
 ]
 
 SEED = 11

@@ -1,4 +1,4 @@
-"""A save that takes longer than a step may is waited for: no hang, up to `checkpoint.timeout_s`."""
+"""Test that slow saves do not count as hangs within `checkpoint.timeout_s`."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def train(folder: Path, checkpoint: CheckpointConfig) -> tuple[int, str]:
 
 
 def _rank(run_dir: str) -> int:
-    """The body of `python -m cluster.rank`, on a disk that is slow with the last checkpoint."""
+    """Run `python -m cluster.rank` with a disk that is slow for checkpoints."""
     from cluster import rank
     from sae_core.checkpoint import save
 
@@ -60,14 +60,14 @@ def _rank(run_dir: str) -> int:
 
 
 @pytest.mark.parametrize("asynchronous", [True, False])
-def test_a_long_save_is_no_hang(tmp_path, asynchronous):
+def test_a_long_save_does_not_count_as_a_hang(tmp_path, asynchronous):
     code, log = train(tmp_path, CheckpointConfig(asynchronous=asynchronous))
     assert code == 0, log
     newest = newest_valid(tmp_path / "run" / "checkpoints")
     assert newest is not None and step_of(newest) == STEPS
 
 
-def test_one_that_takes_far_too_long_is(tmp_path):
+def test_a_save_beyond_its_timeout_counts_as_a_hang(tmp_path):
     code, log = train(tmp_path, CheckpointConfig(timeout_s=1.0))
     assert code == 1 and f"no progress for {HANG_S:g} s" in log, log
-    assert "in slow" in log, "the stack of the thread that writes"
+    assert "in slow" in log, "the stack of the writing thread is missing"

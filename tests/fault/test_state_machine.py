@@ -1,4 +1,4 @@
-"""Save, kill, damage, prune, resume on another mesh, reshard, in any order: what loads is right."""
+"""Save, kill, damage, prune, reshard and resume on any mesh in random order; check what loads."""
 
 from __future__ import annotations
 
@@ -36,22 +36,24 @@ from tests.trainer_ranks import Job, SyntheticSource, config_of
 pytestmark = [pytest.mark.slow, pytest.mark.distributed, pytest.mark.timeout(900)]
 
 MESHES = ((1, 1, 0), (2, 1, 0), (1, 2, 1))
-"""latent, data, ZeRO stage"""
+"""Latent shards, data replicas, ZeRO stage."""
 POINTS = ("copy", "write", "manifest", "rename", "latest", "prune")
 PATIENCE_S = 200
 Tensors = dict[str, torch.Tensor]
 
 
 class Group:
-    """Trainer ranks of one mesh that live on and do as they are told, one command at a time."""
+    """Long-lived trainer ranks of one mesh that execute one command at a time."""
 
     def __init__(self, folder: Path, mesh: tuple[int, int, int]) -> None:
-        self._folder, self._mesh, self._starts = folder, mesh, 0
+        self._folder = folder
+        self._mesh = mesh
+        self._starts = 0
         self._ranks: Ranks | None = None
         self._pipes: list[Connection] = []
 
     def __call__(self, *command: Any) -> Any:
-        """Rank 0's answer; None when the command killed a rank, and with it all of them."""
+        """Return rank 0's answer, or None if the command killed a rank and so ended the group."""
         if self._ranks is None:
             self._start()
         try:
@@ -59,7 +61,8 @@ class Group:
                 pipe.send(command)
             for pipe in self._pipes:
                 assert pipe.poll(PATIENCE_S), f"a hang in {command}"
-            return [pipe.recv() for pipe in self._pipes][0]
+            answers = [pipe.recv() for pipe in self._pipes]
+            return answers[0]
         except (EOFError, OSError):
             logs = self._ranks.logs()
             self.end()
@@ -71,12 +74,13 @@ class Group:
         ours, theirs = zip(*(Pipe() for _ in range(latent * data)), strict=True)
         folder = self._folder / f"{self._mesh}-{self._starts}"
         self._ranks = Ranks(folder, latent * data, _serve, theirs, str(folder), self._mesh)
-        self._pipes, self._starts = list(ours), self._starts + 1
+        self._pipes = list(ours)
+        self._starts += 1
         for end in theirs:
             end.close()
 
     def end(self) -> None:
-        """The ranks leave, if they have not."""
+        """Stop the ranks if they still run."""
         for pipe in self._pipes:
             pipe.close()
         if self._ranks is not None:
@@ -99,7 +103,7 @@ def _serve(pipes: tuple[Connection, ...], folder: str, mesh: tuple[int, int, int
 
 
 class _Rank:
-    """The commands, on one rank; each is collective."""
+    """The commands as one rank executes them; each is collective."""
 
     def __init__(self, folder: str, latent: int, data: int, zero: int) -> None:
         import torch.distributed as dist
@@ -117,7 +121,7 @@ class _Rank:
         self.trainer.calibrate()
 
     def resume(self, root: Path, shown: Path) -> tuple[str | None, list[str]]:
-        """What it resumes from, and what it warns of; shows what it has then."""
+        """Resume, save the state to `shown`, and return the checkpoint's name and the warnings."""
         from sae_core.checkpoint import agreed_checkpoint
 
         with warnings.catch_warnings(record=True) as caught:
@@ -132,7 +136,7 @@ class _Rank:
         return newest.name if newest else None, [str(warning.message) for warning in caught]
 
     def train(self, steps: int, shown: Path) -> int:
-        """Trains; shows what it has then."""
+        """Train, save the state to `shown`, and return the step."""
         for _ in range(steps):
             self.trainer.engines[0].train_step(self.trainer.source.next().x, self.trainer.step)
             self.trainer.step += 1
@@ -140,7 +144,7 @@ class _Rank:
         return self.trainer.step
 
     def save(self, root: Path, keep: int, point: str | None) -> bool:
-        """Saves, prunes, and is killed at `point`."""
+        """Save and prune; rank 0 is killed at `point` unless that is None."""
         import torch.distributed as dist
 
         from sae_core.checkpoint.saver import CheckpointSaver
@@ -158,16 +162,16 @@ class _Rank:
 
 @dataclass
 class Saved:
-    """What must be on disk under the name of a step."""
+    """The expected content of a step's checkpoint on disk."""
 
     tensors: Tensors | None
-    """None: damaged."""
+    """Tensors by name; None if the checkpoint is damaged."""
     sizes: dict[str, int]
-    """As it was written; pruning looks at nothing more."""
+    """Bytes of each file as written; pruning checks nothing else."""
 
 
 class Checkpoints(RuleBasedStateMachine):
-    """A folder of checkpoints beside a model of what must be in it."""
+    """A folder of checkpoints, compared with a model of its expected content."""
 
     groups: dict[tuple[int, int, int], Group]
     folder: Path
@@ -176,13 +180,14 @@ class Checkpoints(RuleBasedStateMachine):
         super().__init__()
         shutil.rmtree(self.folder, ignore_errors=True)
         self.folder.mkdir()
-        self.root, self.shown = self.folder / "checkpoints", self.folder / "shown"
+        self.root = self.folder / "checkpoints"
+        self.shown = self.folder / "shown"
         self.root.mkdir()
         self.there: dict[int, Saved] = {}
 
     @property
     def newest(self) -> int | None:
-        """Step of the newest valid one."""
+        """The step of the newest valid checkpoint, or None."""
         return max((step for step, saved in self.there.items() if saved.tensors), default=None)
 
     @rule(
@@ -204,24 +209,24 @@ class Checkpoints(RuleBasedStateMachine):
             assert_equal(self._take_shown(newest), self.there[newest].tensors)
         step = group("train", steps, self.shown)
         trained = self._take_shown(step)
-        left_over = any(self.root.glob("*.old.tmp"))  # cleared by the next save, first of all
+        left_over = any(self.root.glob("*.old.tmp"))  # the next save clears these first
         if group("save", self.root, keep, point):
             self._published(step, trained)
             self._prune(keep)
-            if point:  # there was nothing to prune, and the trap is still set
+            if point:  # nothing was pruned, so the kill is still pending
                 group.end()
         elif point == "latest" or (point == "prune" and not left_over):
             self._published(step, trained)
             self._prune(keep, most=1 if point == "prune" else 0)
         elif point == "rename":
-            self.there.pop(step, None)  # a damaged one of that step had to go first
+            self.there.pop(step, None)  # a damaged checkpoint of that step was removed first
 
     @precondition(lambda self: self.there)
     @rule(pick=st.integers(0, 9), how=st.sampled_from([*HARMS, "swap"]), seed=st.integers(0, 2**32))
     def damage(self, pick: int, how: str, seed: int) -> None:
         step = sorted(self.there)[-1 - pick % len(self.there)]
         files = sorted((self.root / checkpoint_name(step)).rglob("*.*"))
-        if how == "flip":  # the manifest also says what nobody relies on
+        if how == "flip":  # parts of the manifest are not checked
             files = [file for file in files if file.name != "manifest.json"]
         if harm_some(files, how, random.Random(seed)):
             self.there[step].tensors = None
@@ -260,7 +265,7 @@ class Checkpoints(RuleBasedStateMachine):
         self.there[step] = Saved(tensors, sizes(self.root / checkpoint_name(step)))
 
     def _prune(self, keep: int, most: int = 99) -> None:
-        """The newest that look whole stay, and what lies between them."""
+        """Model pruning: keep the newest `keep` that look undamaged, and all between them."""
         whole = 0
         for step in sorted(self.there, reverse=True):
             if whole == keep:
@@ -303,7 +308,7 @@ def test_whatever_happens_the_newest_valid_one_loads(tmp_path, groups):
             derandomize=True,
             database=None,
             deadline=None,
-            phases=[Phase.generate],  # to shrink would start ranks a hundred times
+            phases=[Phase.generate],  # shrinking would start ranks a hundred times
             suppress_health_check=list(HealthCheck),
         ),
     )

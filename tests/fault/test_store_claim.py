@@ -1,4 +1,4 @@
-"""One run at a time fills a store; one that died is out of the way by itself."""
+"""Test that one run at a time fills a store, and that a dead run does not block it."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def path(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def holder(path: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """A process that has the claim."""
+    """Start a process that holds the harvest lock."""
     process = subprocess.Popen(
         [sys.executable, "-c", HOLDER, str(path)],
         stdout=subprocess.PIPE,
@@ -44,7 +44,9 @@ def holder(path: Path) -> Iterator[subprocess.Popen[bytes]]:
         process.communicate()
 
 
-def test_a_claim_is_one_processs_until_it_dies(path: Path, holder: subprocess.Popen[bytes]) -> None:
+def test_a_process_holds_the_lock_until_it_dies(
+    path: Path, holder: subprocess.Popen[bytes]
+) -> None:
     two = Claim(path, "two")
     with pytest.raises(StoreBusyError, match=f"written by run one, process {holder.pid} on"):
         two.take()

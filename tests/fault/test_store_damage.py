@@ -1,4 +1,4 @@
-"""Whatever happens to a file of a store is noticed, by name; nothing is ever read as zeros."""
+"""Test that any damage to a file of a store is named and never read as wrong rows."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def pristine(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def read_all(path: Path) -> None:
-    """Opens and reads everything; right numbers, or an error."""
+    """Read everything in the store and compare it with what was written."""
     store = open_store(path)
     for name, rows in expected(ROWS, ARRAYS).items():
         np.testing.assert_array_equal(store.read(name, 0, store.n_tokens), rows)
@@ -52,7 +52,7 @@ def read_all(path: Path) -> None:
 
 
 def is_needed_to_read(name: str) -> bool:
-    # Loose records under a snapshot, and `valid_rows` (for other readers), say nothing new to us.
+    # Readers skip single records that a snapshot covers, and `valid_rows`, which others read.
     return not name.startswith(("_log/000000/", "valid_rows/c"))
 
 
@@ -72,7 +72,7 @@ def test_a_flipped_bit_is_named(pristine: Path, data: st.DataObject) -> None:
     file.write_bytes(bad)
     try:
         damages = verify_store(pristine)
-        # A flip that leaves JSON's meaning as it was (1e-07 to 1E-07) is none in Zarr's own files.
+        # In Zarr's own files, a flip that keeps the meaning of the JSON (1e-07, 1E-07) is harmless.
         if damages or not name.endswith("zarr.json"):
             assert {damage.file for damage in damages} & {name, "zarr.json"}, (name, damages)
         if damages and is_needed_to_read(name):
@@ -88,7 +88,7 @@ def check_read(path: Path, name: str, byte: int) -> None:
     except (DamagedDataError, StoreFormatError, MissingDataError) as error:
         assert name in str(error)
     else:
-        # The checksums between chunks are for other readers: we have our own table of them.
+        # Only other readers use the checksums between chunks; ours are in a table.
         array, file = name.split("/")
         assert file.startswith("c."), (name, byte)
         chunk_bytes = open_store(path).header.layout(array).chunk_bytes
@@ -112,7 +112,7 @@ def test_a_file_cut_short_grown_or_gone_is_named(pristine: Path, tmp_path: Path,
         HARMS[harm](path / name, good)
         damages = verify_store(path)
         assert name in str([(damage.file, damage.problem) for damage in damages])
-        # Without a snapshot, the loose records tell the same.
+        # A missing snapshot is harmless, because the single records say the same.
         if is_needed_to_read(name) and (harm, name) != ("gone", "_log/000000.json"):
             with pytest.raises(StoreError, match=name):
                 read_all(path)
@@ -157,7 +157,7 @@ def test_swapped_records_are_named(tmp_path: Path) -> None:
 
 
 def test_a_header_that_was_edited_is_refused(pristine: Path, tmp_path: Path) -> None:
-    """Values that could be, but are not what was written."""
+    """Change the header to valid values that differ from those written."""
     path = tmp_path / "s"
     shutil.copytree(pristine, path)
     text = (path / "zarr.json").read_text()
@@ -180,13 +180,13 @@ def test_a_record_that_contradicts_the_snapshot_is_named(pristine: Path, tmp_pat
 
 
 def test_swapped_chunks_of_one_shard_are_named(pristine: Path, tmp_path: Path) -> None:
-    """Each chunk with its checksum is whole: only its place is wrong."""
+    """Each chunk matches its own checksum; only its place is wrong."""
     path = tmp_path / "s"
     shutil.copytree(pristine, path)
     size = open_store(path).header.layout("a").chunk_bytes + 4
     data = (path / "a" / "c.0.0").read_bytes()
     (path / "a" / "c.0.0").write_bytes(data[size : 2 * size] + data[:size] + data[2 * size :])
-    with pytest.raises(DamagedDataError, match="c.0.0: chunk 0 fails its checksum"):
+    with pytest.raises(DamagedDataError, match=r"c.0.0: chunk 0 fails its checksum"):
         read_all(path)
     assert [(d.file, d.item, d.chunk) for d in verify_store(path)] == [
         ("a/c.0.0", 0, 0),
@@ -212,18 +212,20 @@ def test_a_chunk_that_fails_does_not_hide_the_others(pristine: Path, tmp_path: P
     store.read_chunks("a", [(1, last, 0), (1, last + 1, 0)], buffer)
     valid = 5 - last * chunk_rows
     np.testing.assert_array_equal(buffer[:valid], expected(ROWS, ARRAYS)["a"][21 - valid : 21])
-    np.testing.assert_array_equal(buffer[valid:], before[valid:])  # no padding is written
+    np.testing.assert_array_equal(
+        buffer[valid:], before[valid:]
+    )  # rows past the end are left as they were
     with pytest.raises(IncompleteStoreError, match="item 4"):
         store.read_chunks("a", [(4, 0, 0)], buffer)
 
 
 def file_bytes(layout: ShardLayout, rows: int) -> int:
-    """Of a shard that is not compressed."""
+    """Return the bytes of an uncompressed shard with `rows` rows."""
     return layout.chunks_with_rows(rows) * layout.most_stored_bytes + layout.tail_bytes
 
 
 def test_a_record_that_claims_too_much_is_refused(tmp_path: Path) -> None:
-    """The seal is no secret: values are checked as well."""
+    """Values are checked even if the checksum of the record is valid."""
     path = tmp_path / "s"
     write_store(path, [16], finalise=False)
     record = path / "_log" / "000000" / "000000000.json"
@@ -233,7 +235,7 @@ def test_a_record_that_claims_too_much_is_refused(tmp_path: Path) -> None:
     header = open_store(path).header
 
     def sized(rows: int) -> dict[str, object]:
-        """A record whose sizes agree with its rows."""
+        """Return the changes to a record whose sizes match its rows."""
         sizes = {key: file_bytes(header.layout(key), rows) for key in good["arrays"]}
         arrays = {key: {**good["arrays"][key], "bytes": size} for key, size in sizes.items()}
         return {"rows": rows, "arrays": arrays}
@@ -259,7 +261,7 @@ def test_a_record_that_claims_too_much_is_refused(tmp_path: Path) -> None:
         {"arrays": 7},
     ):
         record.write_bytes(seal({**good, **change}))
-        with pytest.raises(StoreFormatError, match="000000000.json"):
+        with pytest.raises(StoreFormatError, match=r"000000000.json"):
             open_store(path)
         assert [damage.item for damage in verify_store(path)] == [0]
     record.write_bytes(seal(good))
@@ -270,7 +272,7 @@ def test_a_record_that_claims_too_much_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("calls", range(13))
-def test_a_disk_that_fails_leaves_a_store_that_can_go_on(
+def test_a_failing_disk_leaves_a_store_that_can_be_continued(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, calls: int
 ) -> None:
     path = tmp_path / "s"
@@ -287,7 +289,7 @@ def test_a_disk_that_fails_leaves_a_store_that_can_go_on(
     with pytest.raises(OSError, match="no space left"):
         writer.write_item(2, *item_columns(2, 16, ARRAYS))
     monkeypatch.undo()
-    # The last call is for the folder that names the record already.
+    # The last call syncs the folder, when the record is already in it.
     assert open_store(path).n_items == (2 if calls < 12 else 3) and verify_store(path) == []
     writer.write_item(2, *item_columns(2, 16, ARRAYS))
     writer.write_item(3, *item_columns(3, 9, ARRAYS))
@@ -320,7 +322,7 @@ def test_a_finalise_that_is_killed_can_be_repeated(
         replace(root, file, parts)
 
     monkeypatch.setattr(store_files, "replace", killed)
-    # Snapshot, valid_rows and its metadata, five arrays: the group is the ninth and last.
+    # Snapshot, valid_rows and its metadata, and five arrays come first; the group is the ninth.
     with pytest.raises(KeyboardInterrupt):
         writer.finalise()
     monkeypatch.undo()

@@ -1,4 +1,4 @@
-"""Writers and readers that are killed at any moment lose, double and reorder nothing."""
+"""Test that killing writers and readers at any moment loses, repeats and reorders nothing."""
 
 from __future__ import annotations
 
@@ -32,16 +32,17 @@ from tests.store_processes import (
 SEED = 0
 WRITERS, READERS = 2, 2
 WRITER_KILLS, READER_KILLS = 36, 20
-MOST_A_LIFE = 4  # items begun or batches read before a victim only waits for its death
-CALL_S = 0.01  # about the time of a write
+MOST_A_LIFE = 4  # items or batches per life; then a victim waits to be killed
+CALL_S = 0.01  # about the duration of a write
 N_BATCHES = 3 * sum(ROWS) // (2 * STREAM["batch_rows"])  # half of the second epoch
 
 
 class Victim:
-    """A process that is killed and started anew, and the file in which it tells how far it is."""
+    """A process that is killed and restarted, and the file in which it reports its progress."""
 
     def __init__(self, start: Callable[[int | None], ForkServerProcess], told: Path) -> None:
-        self._start, self._told = start, told
+        self._start = start
+        self._told = told
         self._told.touch()
         self.begin(MOST_A_LIFE)
 
@@ -50,13 +51,13 @@ class Victim:
         self.process = self._start(most)
 
     def kill(self, rng: random.Random, step: int) -> None:
-        """At a random moment of a random call, or while it waits for rows that are not there."""
+        """Kill it at a random moment of a random call, or while it waits for rows."""
         wanted = self._before + step * rng.randrange(MOST_A_LIFE)
         patience = time.monotonic() + 0.4
         while self._told.stat().st_size < wanted and time.monotonic() < patience:
             time.sleep(0.001)
         time.sleep(rng.uniform(0, 2 * CALL_S))
-        assert self.process.exitcode is None, "it ended by itself"
+        assert self.process.exitcode is None, "the process ended before it was killed"
         self.process.kill()
         self.process.join()
         assert self.process.exitcode == -signal.SIGKILL
@@ -68,7 +69,7 @@ class Victim:
 
 @pytest.fixture
 def processes() -> Iterator[list[ForkServerProcess]]:
-    """All that a test started; none of them outlives it."""
+    """Collect the processes that a test starts, and kill them when it ends."""
     started: list[ForkServerProcess] = []
     yield started
     for process in started:
@@ -77,7 +78,7 @@ def processes() -> Iterator[list[ForkServerProcess]]:
 
 
 @pytest.mark.slow
-def test_killed_writers_and_readers_lose_and_double_nothing(
+def test_killed_writers_and_readers_lose_and_repeat_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, processes: list[ForkServerProcess]
 ) -> None:
     path, rng = tmp_path / "s", random.Random(SEED)
@@ -105,13 +106,13 @@ def test_killed_writers_and_readers_lose_and_double_nothing(
             victim = rng.choice(writers if kind == "writer" else readers)
             victim.kill(rng, 1 if kind == "writer" else DIGEST_BYTES)
             if (path / "zarr.json").exists():
-                store = open_store(path)  # at every moment a store that can be read
+                store = open_store(path)  # readable at any moment
                 store.read("a", 0, store.n_tokens)
             victim.begin(MOST_A_LIFE)
         committed = len(StoreWriter(path).committed_items())
-        assert 0 < committed < N_ITEMS, "the kills came before or after the work"
+        assert 0 < committed < N_ITEMS, "all kills came before or after the work"
         print(f"{len(victims)} kills while {committed} of {N_ITEMS} items were written")
-        for victim in (*writers, *readers):  # now each may go on to its end
+        for victim in (*writers, *readers):  # let each run to its end
             victim.process.kill()
             victim.process.join()
             victim.begin(None)
@@ -125,14 +126,14 @@ def test_killed_writers_and_readers_lose_and_double_nothing(
         for name, rows in expected(ROWS, ARRAYS).items():
             np.testing.assert_array_equal(store.read(name, 0, store.n_tokens), rows)
 
-        # The same files as a writer that nobody disturbed, but for who was first and what was left.
+        # The same files as from an undisturbed writer, except for _log (attempts) and _tmp.
         monkeypatch.setattr(files, "fsync_folder", lambda folder: None)
         write_store(tmp_path / "calm", ROWS, arrays=ARRAYS, **LAYOUT)
         calm, found = tree(tmp_path / "calm"), tree(path)
         assert {name for name in found if not name.startswith("_tmp/")} == set(calm)
         assert all(found[name] == data for name, data in calm.items() if "_log" not in name)
 
-        # Resumed where they were killed, readers saw what one sees that nobody disturbed.
+        # Readers that resumed where they were killed saw the same batches as an undisturbed one.
         stream = open_stream(tmp_path / "calm")
         order = b"".join(next_digest(stream) for _ in range(N_BATCHES))
         stream.close()

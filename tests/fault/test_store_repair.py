@@ -1,4 +1,4 @@
-"""Repair drops what is not committed, and lists what must be redone; the same rows come back."""
+"""Test that repair drops uncommitted files and lists the items to harvest again."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def path(pristine: Path, tmp_path: Path) -> Path:
 
 
 def redo(path: Path, items: list[int]) -> None:
-    """What the next harvest does: the items that are missing, then finalise."""
+    """Write the missing items and finalise, like the next harvest."""
     writer = StoreWriter(path)
     assert set(range(len(ROWS))) - writer.committed_items() == set(items)
     for item in items:
@@ -60,7 +60,7 @@ def redo(path: Path, items: list[int]) -> None:
 
 
 def check_whole(path: Path, pristine: Path) -> None:
-    """The very files of the store as it was, but for who wrote the items and what was moved."""
+    """Check that all files equal those before the damage, except for _log and _repaired."""
     assert verify_store(path) == []
     found, wanted = tree(path), tree(pristine)
     kept = {name for name in found if not name.startswith("_repaired/")}
@@ -71,7 +71,7 @@ def check_whole(path: Path, pristine: Path) -> None:
         np.testing.assert_array_equal(store.read(name, 0, store.n_tokens), rows)
 
 
-def test_nothing_is_done_to_a_store_that_is_whole(path: Path) -> None:
+def test_repair_leaves_an_undamaged_store_unchanged(path: Path) -> None:
     before = tree(path)
     assert repair_store(path) == RepairReport() and tree(path) == before
 
@@ -110,7 +110,7 @@ def test_damaged_items_are_redone_and_the_store_is_what_it_was(
 
 @settings(max_examples=40, deadline=None)
 @given(data=st.data())
-def test_any_few_files_may_be_harmed(
+def test_any_few_files_may_be_damaged(
     pristine: Path, tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
 ) -> None:
     names = [name for name in tree(pristine) if name != "zarr.json"]
@@ -125,8 +125,8 @@ def test_any_few_files_may_be_harmed(
     shutil.rmtree(path)
 
 
-def test_what_others_say_is_written_anew(path: Path, pristine: Path) -> None:
-    """No shard is harmed: the store stays finalised and nothing is redone."""
+def test_redundant_files_are_restored(path: Path, pristine: Path) -> None:
+    """No shard is damaged, so the store stays finalised and no item is redone."""
     names = ["a/zarr.json", "valid_rows/zarr.json", "valid_rows/c.0", "_log/000001.json"]
     names += ["_log/000000/000000001.json"]
     for name in names:
@@ -144,8 +144,8 @@ def test_the_header_cannot_be_repaired(path: Path) -> None:
         repair_store(path)
 
 
-def test_the_record_that_the_shards_agree_with_wins(path: Path, pristine: Path) -> None:
-    """Snapshot and loose record both whole, but one of them another attempt's."""
+def test_the_record_that_matches_the_shards_wins(path: Path, pristine: Path) -> None:
+    """Snapshot and single record are both undamaged, but of different attempts."""
     record = path / "_log" / "000000" / "000000001.json"
     good = record.read_bytes()
     wrong = unseal("", good)
@@ -156,7 +156,7 @@ def test_the_record_that_the_shards_agree_with_wins(path: Path, pristine: Path) 
     assert tree(path) == tree(pristine)
 
 
-def test_what_is_not_committed_is_dropped(tmp_path: Path) -> None:
+def test_uncommitted_files_are_dropped(tmp_path: Path) -> None:
     path = tmp_path / "s"
     write_store(path, ROWS[:2], arrays=ARRAYS, finalise=False)
     for name in ("a/c.5.0", "token_id/c.5"):
@@ -183,16 +183,14 @@ def test_a_store_without_a_plan_is_not_finished_without_its_last_item(tmp_path: 
     assert verify_store(path) == [] and open_store(path).n_items == len(ROWS)
 
 
-def test_deleted_items_are_no_damage(path: Path) -> None:
+def test_deleted_items_do_not_count_as_damage(path: Path) -> None:
     Consumer(path, "one").publish(next_item=3, keep_from_item=3, position=0)
     delete_consumed(path)
     (path / "a" / "c.4.0").unlink()
     assert repair_store(path).redo == [4]
 
 
-def test_a_disk_that_does_not_answer_is_no_damage(
-    path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_read_errors_do_not_count_as_damage(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = tree(path)
 
     def fails(*_: object) -> None:
@@ -209,7 +207,7 @@ def test_a_disk_that_does_not_answer_is_no_damage(
 def test_repair_waits_for_the_item_that_is_being_committed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its shards lie there without a record: they are not a dead writer's."""
+    """The item's shards have no record yet, but their writer is alive."""
     path = tmp_path / "s"
     writer = write_store(path, [], arrays=ARRAYS, finalise=False)
     placed, go_on = threading.Event(), threading.Event()

@@ -1,4 +1,4 @@
-"""A deletion that is killed at any step is ended by the next one; no reader is ever surprised."""
+"""Test that a killed deletion is completed by the next one, and readers see no damage."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ ROWS = [16, 5, 16, 9]
 
 
 @pytest.mark.parametrize("survivors", range(7))
-def test_a_deletion_that_is_killed_is_ended_by_the_next_one(
+def test_a_killed_deletion_is_completed_by_the_next_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, survivors: int
 ) -> None:
-    """Steps: announce, watermark, four shards of item 0, of item 1, the watermark again."""
+    """Steps: announcement, deletion mark, four shards of item 0, of item 1, the mark again."""
     path, left = tmp_path / "s", [survivors]
     write_store(path, ROWS, arrays=ARRAYS)
     Consumer(path, "one").publish(next_item=2, keep_from_item=2, position=0)
@@ -45,7 +45,7 @@ def test_a_deletion_that_is_killed_is_ended_by_the_next_one(
     with pytest.raises(KeyboardInterrupt):
         delete_consumed(path)
     monkeypatch.undo()
-    assert verify_store(path) == [], "never damage: the watermark came first"
+    assert verify_store(path) == [], "no damage: the deletion mark was written first"
     store = open_store(path)
     if survivors >= 2:
         with pytest.raises(DeletedDataError, match="item 0"):

@@ -1,7 +1,7 @@
-"""Every file of a store of every codec, harmed in every way: named, and never read as other rows.
+"""Damage every file of every kind of store in every way; it must be named, never read as rows.
 
-Where `test_store_damage.py` looks at single mechanisms, this one asks the question that a person
-has: can any file be harmed so that nobody is told?
+`test_store_damage.py` tests single mechanisms. This file asks whether any damage to any file goes
+unnoticed.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def make(path: Path, kind: str) -> None:
 
 
 def read_all(path: Path) -> dict[str, NDArray[Any]]:
-    """Everything that can be read of a store, in two ways."""
+    """Read everything from a store, directly and through a stream."""
     store = open_store(path)
     first = int(store.valid_rows[: store.read_watermark().below].sum())
     found = {name: store.read(name, first, store.n_tokens) for name in store.header.columns}
@@ -100,22 +100,22 @@ def path(kind: str, tmp_path: Path) -> Path:
 def names_it(file: str, problem: str, kind: str, harm: str) -> bool:
     if file in problem:
         return True
-    # Without the watermark, what it says is deleted is missing.
+    # Without the deletion mark, deleted items count as missing.
     return (file, harm) == ("_deleted.json", "gone") and "c.0" in problem
 
 
 def is_harmless(file: str, harm: str, good: bytes, bad: bytes | None) -> bool:
-    """Whether nothing is wrong after it."""
+    """Return whether the change leaves a valid store."""
     if bad == good or (file.startswith("_consumers/") and harm == "gone"):
-        return True  # a consumer may go at any time
-    try:  # Zarr's own JSON is not sealed: the same meaning is the same
+        return True  # a consumer may unregister at any time
+    try:  # Zarr's own JSON has no checksum: only its meaning counts
         return file.endswith("zarr.json") and bool(json.loads(bad or b"") == json.loads(good))
     except ValueError:
         return False
 
 
 def harmed(path: Path) -> Iterator[tuple[str, str, bool]]:
-    """Every file with every harm, one after the other: its name, the harm, whether it is none."""
+    """Damage each file in each way, one at a time; yield its name, the damage, and if harmless."""
     pristine = tree(path)
     for name, good in pristine.items():
         for harm, change in HARMS.items():
@@ -128,7 +128,7 @@ def harmed(path: Path) -> Iterator[tuple[str, str, bool]]:
 
 
 def check(path: Path, name: str, harm: str, kind: str, baseline: dict[str, Any]) -> bool:
-    """That harm to a file is named where anybody looks; whether a reader was stopped by it."""
+    """Check that damage is named by verify and readers; return whether it stopped a reader."""
     problems = str([str(damage) for damage in verify_store(path)])
     assert names_it(name, problems, kind, harm), (name, harm, problems)
     try:
@@ -143,7 +143,7 @@ def check(path: Path, name: str, harm: str, kind: str, baseline: dict[str, Any])
 
 
 def check_redone(path: Path, name: str, baseline: dict[str, Any]) -> None:
-    """Without its record an item of a growing store does not exist: the harvest does it again."""
+    """Check that the harvest redoes an item of a growing store whose record is missing."""
     item = int(name[-len("000000000.json") : -len(".json")])
     assert open_store(path).n_items == item
     writer = StoreWriter(path)
@@ -155,7 +155,7 @@ def check_redone(path: Path, name: str, baseline: dict[str, Any]) -> None:
 
 
 @pytest.mark.slow
-def test_no_harm_to_any_file_goes_unnoticed(path: Path, kind: str) -> None:
+def test_no_damage_to_any_file_goes_unnoticed(path: Path, kind: str) -> None:
     baseline, stopped, n_harms = read_all(path), set(), 0
     for name, harm, harmless in harmed(path):
         if kind == "growing" and harm == "gone" and name.startswith("_log/"):
@@ -165,7 +165,7 @@ def test_no_harm_to_any_file_goes_unnoticed(path: Path, kind: str) -> None:
             if check(path, name, harm, kind, baseline):
                 stopped.add(name.split("/")[0])
     assert n_harms > 200
-    # Every kind of file that a reader needs did stop one; `valid_rows` is for other readers.
+    # Damage to every kind of file stopped a reader, except `valid_rows`, which only others read.
     everything = {name.split("/")[0] for name in tree(path)}
     assert stopped >= everything - {"valid_rows"}, everything - stopped
     assert verify_store(path) == []

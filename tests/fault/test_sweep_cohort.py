@@ -1,4 +1,4 @@
-"""Cells that train together end with the bits of cells that train alone, whatever comes between."""
+"""Test that cells trained in lockstep end with the same bits as cells trained alone."""
 
 from __future__ import annotations
 
@@ -39,11 +39,11 @@ GRID = SweepConfig(
 )
 LAGGARD = "n90-k4-seed0"
 START_TIMEOUT_S, CELL_START_S = 6.0, 2.5
-"""The four cells of `GRID` together take longer to begin than a start may go without progress."""
+"""Start limit and start of one cell: all four cells of `GRID` together exceed the limit."""
 
 
 def make_sweep(folder: Path, store: Path, grid: SweepConfig) -> list[str]:
-    """The folders of a sweep and its cells, as the driver leaves them; the cells' names."""
+    """Make the folders of a sweep and its cells as the driver does; return the cells' names."""
     config = RunConfig(
         name=folder.name,
         stage="sweep",
@@ -71,7 +71,7 @@ def ranks(folder: Path, cells: list[str], trap: str = "") -> tuple[list[int], li
 
 
 def _rank(folder: str, cells: list[str], trap: str) -> int:
-    """The body of `python -m cluster.rank`; rank 1 is signalled where `trap` says."""
+    """Run `python -m cluster.rank`; rank 1 gets the signal `trap` during a save."""
     from cluster import rank
     from cluster.source import StoreSource
     from sae_core.checkpoint import save
@@ -85,7 +85,7 @@ def _rank(folder: str, cells: list[str], trap: str) -> int:
         if trap.startswith("SIG") and here and f"step-{step:08d}" in temporary.name:
             other = temporary.parents[2] / "n60-k4-seed0" / "checkpoints"
             while trap == "SIGKILL" and not (other / f"step-{step:08d}").exists():
-                time.sleep(0.01)  # so that it is ahead when all resume
+                time.sleep(0.01)  # so that another cell is ahead when all resume
             os.kill(os.getpid(), getattr(signal, trap))
             time.sleep(1)
         return real_hash(temporary, names)
@@ -109,7 +109,7 @@ def _rank(folder: str, cells: list[str], trap: str) -> int:
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A store, and every cell trained alone on it, by the ordinary path."""
+    """Make a store and train every cell alone on it, as an ordinary run."""
     folder = tmp_path_factory.mktemp("cohort")
     make_store(folder / "store")
     for name in make_sweep(folder / "alone", folder / "store", GRID):
@@ -132,7 +132,7 @@ def same_ends(one: Path, other: Path, names: list[str]) -> None:
             assert torch.equal(tensor, b[key]), f"{name}: {key}"
 
 
-def test_together_or_alone_gives_the_same_bits_from_one_read(alone: Path) -> None:
+def test_lockstep_training_gives_the_same_bits_from_one_read(alone: Path) -> None:
     mine = alone.parent / "together"
     names = make_sweep(mine, alone.parent / "store", GRID)
     codes, logs = ranks(mine, names)
@@ -167,7 +167,7 @@ def test_a_signal_saves_all_cells(alone: Path) -> None:
     same_ends(alone, mine, names)
 
 
-def test_many_cells_that_take_their_time_to_begin_are_no_hang(tmp_path: Path) -> None:
+def test_a_slow_start_of_many_cells_does_not_count_as_a_hang(tmp_path: Path) -> None:
     make_store(tmp_path / "store")
     names = make_sweep(tmp_path / "large", tmp_path / "store", GRID)
     assert len(names) * CELL_START_S > START_TIMEOUT_S > 2 * CELL_START_S
@@ -182,7 +182,7 @@ def test_many_cells_that_take_their_time_to_begin_are_no_hang(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("alone", [True, False])
-def test_cells_trained_without_a_driver_are_no_longer_held_for_diverged(
+def test_cells_retrained_without_a_driver_are_no_longer_marked_as_diverged(
     tmp_path: Path, alone: bool
 ) -> None:
     make_store(tmp_path / "store")

@@ -1,4 +1,4 @@
-"""A driver or rank that is killed or hangs: the run ends with the weights of an undisturbed one."""
+"""Test that a run whose driver or ranks die or hang ends with the weights of a clean run."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def run(folder: Path, *more: str) -> str:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A store of synthetic activations, and the run that nobody killed."""
+    """Make a store of synthetic activations and an undisturbed run."""
     folder = tmp_path_factory.mktemp("kills")
     rng = np.random.default_rng(0)
     directions = rng.normal(size=(128, 32)).astype(np.float32)
@@ -135,7 +135,7 @@ def test_a_killed_rank(folder, victim):
     assert "a trainer rank died" in output or "a trainer rank failed" in output
     gap_s = float(re.findall(r"train: resumed after ([\d.]+) s", output)[0])
     print(f"from the failure to the first new step: {gap_s} s")
-    assert gap_s < 75, "15 s on a quiet machine"
+    assert gap_s < 75, "takes 15 s on an idle machine"
     same_end(folder / "clean", mine)
 
 
@@ -145,15 +145,15 @@ def test_ranks_that_hang(folder):
     wait_until(lambda: trained_beyond(mine, 100), process)
     first = rank_pids(mine)
     os.kill(first[1], signal.SIGSTOP)
-    # Rank 0 waits for it in a collective: it tells, ends, and the frozen one is killed.
+    # Rank 0 waits for rank 1 in a collective: it reports and ends; the frozen rank is killed.
     wait_until(lambda: not set(first) & set(rank_pids(mine)), process)
     log = (mine / "run" / "logs" / "rank-0.log").read_text()
     assert "no progress for 8 s" in log and "most recent call first" in log
-    assert "in _train_step" in log, "the stack of the thread that trains"
+    assert "in _train_step" in log, "the stack of the training thread is missing"
     began = log.count("process ")
     again = rank_pids(mine)
     wait_until((mine / "run" / "logs" / "rank-0.pulse").exists, process)
-    for pid in again:  # nobody is left who could tell: the driver sees it
+    for pid in again:  # all ranks are frozen, so only the driver can notice
         os.kill(pid, signal.SIGSTOP)
     output, _ = process.communicate(timeout=150)
     assert process.returncode == 0, output
@@ -174,7 +174,7 @@ def test_two_drivers_in_one_run(folder):
     first.wait()
 
 
-def test_ranks_that_die_again_and_again_are_given_up(folder):
+def test_ranks_that_keep_dying_end_the_run(folder):
     mine = folder / "again"
     process = start(mine, "cluster.max_failures=1")
     killed: set[int] = set()
@@ -210,12 +210,12 @@ def test_torchrun_gives_the_same_weights(folder):
     same_end(folder / "clean", mine)
 
 
-def test_a_read_that_hangs_ends_ranks_that_nobody_watches(folder):
+def test_a_hanging_read_ends_ranks_without_a_driver(folder):
     mine = folder / "stuck"
     shutil.copytree(folder / "store", mine / "store")
-    shard = mine / "store" / "acts" / "c.12.0"  # not read before a few dozen steps are done
+    shard = mine / "store" / "acts" / "c.12.0"  # read only after a few dozen steps
     shard.unlink()
-    os.mkfifo(shard)  # a file whose opening never returns
+    os.mkfifo(shard)  # opening it never returns
     config = (folder / "clean" / "run" / "config.yaml").read_text()
     config = config.replace(str(folder / "store"), str(mine / "store"))
     config = config.replace("hang_timeout_s: 600.0", "hang_timeout_s: 5.0")
@@ -223,4 +223,4 @@ def test_a_read_that_hangs_ends_ranks_that_nobody_watches(folder):
     done = torchrun(mine / "run", config)
     assert done.returncode == 1
     assert done.stderr.count("no progress for 5 s") == 2, done.stderr
-    assert "in open_to_read" in done.stderr, "the stack of the thread that reads"
+    assert "in open_to_read" in done.stderr, "the stack of the reading thread is missing"

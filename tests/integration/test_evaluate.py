@@ -1,4 +1,4 @@
-"""Evaluation of hand-made dictionaries whose metrics are known, on a tiny harvested model."""
+"""Test the evaluation on hand-made dictionaries with known metrics and a tiny model."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ D, HOOKPOINT = 16, "model.layers.1"
 
 @pytest.fixture(scope="module")
 def harvested(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunConfig]:
-    """A store of a tiny random Llama; float32, so that equal activations give equal losses."""
+    """Harvest a tiny random Llama in float32, so that equal activations give equal losses."""
     folder = tmp_path_factory.mktemp("harvest")
     save_llama(folder / "model")
     config = RunConfig(
@@ -56,7 +56,7 @@ def harvested(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunConfig]:
 
 
 def save_sae(folder: Path, W: torch.Tensor, k: int, **biases: torch.Tensor) -> SAE:
-    """A dictionary [L, D] with W_enc = W_dec = W, saved as the run's."""
+    """Save an SAE with W_enc = W_dec = W [L, D] as the run's result, and return it."""
     zeros = {"b_enc": torch.zeros(len(W)), "b_dec": torch.zeros(W.shape[1])}
     config = SAEConfig(n_latents=len(W), k=k, hookpoint=HOOKPOINT)
     sae = SAE(config, W, W.clone(), **{**zeros, **biases}, step=7)
@@ -70,7 +70,7 @@ def metrics_of(config: RunConfig, run_dir: Path) -> dict[str, Any]:
 
 
 def plus_minus(scale: float = 1.0) -> torch.Tensor:
-    """[2D, D] rows e_i and -e_i: with k = D every activation is reconstructed exactly."""
+    """Return rows e_i and -e_i [2D, D], which reconstruct every activation exactly if k = D."""
     return torch.cat([torch.eye(D), -torch.eye(D)]) * scale
 
 
@@ -119,7 +119,7 @@ def test_metrics_agree_with_a_direct_computation(harvested: RunConfig, tmp_path:
     assert metrics["mse"] == pytest.approx(float(error.mean()), rel=1e-5)
     assert metrics["l0"] == pytest.approx(float((sae.encode(x) > 0).sum(1).double().mean()))
 
-    # The rest of the model, by hand, on the reconstruction at positions 1 and later.
+    # Run the rest of the model on the reconstruction at positions 1 and later.
     spliced = torch.cat([hidden[:, :1], sae(hidden[:, 1:])], dim=1)
     model.model.layers[1].register_forward_hook(lambda *_: spliced)
     recon = model(ids).logits[:, 1:-1].log_softmax(-1)
@@ -143,17 +143,17 @@ def test_firing_counts_are_those_of_the_stored_rows(harvested: RunConfig, tmp_pa
     assert 0 < metrics["dead_fraction"] == float((expected == 0).double().mean()) < 1
 
 
-def test_it_runs_again_only_for_something_new(harvested: RunConfig, tmp_path: Path) -> None:
+def test_it_runs_again_only_after_a_change(harvested: RunConfig, tmp_path: Path) -> None:
     save_sae(tmp_path, plus_minus(), k=3)
     first = metrics_of(harvested, tmp_path)
-    assert metrics_of(harvested, tmp_path) == first  # `seconds` too: nothing was measured
+    assert metrics_of(harvested, tmp_path) == first  # even `seconds`, so nothing was measured
     fewer = replace(harvested, eval=replace(harvested.eval, tokens=64))
     assert metrics_of(fewer, tmp_path)["tokens"] == 64
     save_sae(tmp_path, plus_minus(), k=4)
     assert metrics_of(fewer, tmp_path)["l0"] > first["l0"]
 
 
-def test_a_store_of_a_persons_own_rows(tmp_path: Path) -> None:
+def test_a_store_of_a_users_own_rows(tmp_path: Path) -> None:
     rows = np.random.default_rng(0).normal(size=(100, D)).astype(np.float32)
     writer = StoreWriter(tmp_path / "store", {HOOKPOINT: D}, dtype="float32", shard_tokens=64)
     writer.write_item(0, {HOOKPOINT: rows[:64]})
@@ -178,7 +178,7 @@ def test_a_store_of_a_persons_own_rows(tmp_path: Path) -> None:
         ({"dataset_sha256": None}, "names no text"),
     ],
 )
-def test_what_was_mixed_in_must_not_hold_the_heldout_text(
+def test_a_mixed_in_store_must_not_contain_the_heldout_text(
     harvested: RunConfig, tmp_path: Path, change: dict[str, Any], reason: str | None
 ) -> None:
     provenance = {**(open_store(harvested.store.path).header.provenance or {}), **change}
@@ -194,7 +194,7 @@ def test_what_was_mixed_in_must_not_hold_the_heldout_text(
     assert metrics["reason"] is None if reason is None else reason in metrics["reason"]
 
 
-def test_a_store_harvested_otherwise_has_no_heldout_text(
+def test_a_store_with_other_harvest_settings_has_no_heldout_text(
     harvested: RunConfig, tmp_path: Path
 ) -> None:
     save_sae(tmp_path, plus_minus(), k=3)
@@ -209,5 +209,5 @@ def test_a_store_of_another_width_is_refused(harvested: RunConfig, tmp_path: Pat
     config = SAEConfig(n_latents=4, k=2, hookpoint=HOOKPOINT)
     W = torch.eye(4, 3)
     SAE(config, W, W.clone(), torch.zeros(4), torch.zeros(3)).save(tmp_path)
-    with pytest.raises(StoreMismatchError, match="of width 3, found .*16"):
+    with pytest.raises(StoreMismatchError, match=r"of width 3, found .*16"):
         evaluate.run(harvested, tmp_path)

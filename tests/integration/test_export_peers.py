@@ -1,4 +1,4 @@
-"""Exports loaded by the real libraries give our outputs, to 1e-5 of the largest value."""
+"""Test that the peers' libraries load our exports and agree within 1e-5 of the largest value."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from sae_core.inference import SAE, load_sae
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(not peers_available(), reason=f".venv-peers is not there; {HOW_TO_MAKE}"),
+    pytest.mark.skipif(not peers_available(), reason=f".venv-peers not found; {HOW_TO_MAKE}"),
 ]
 SCRIPT = Path(__file__).parent.parent / "peer_outputs.py"
 PEERS = ["saelens", "sparsify", "dictionary_learning"]
@@ -30,7 +30,7 @@ ROWS = 48
 
 
 class Case(NamedTuple):
-    """A dictionary to export: L latents on width D, k active, activations of a size."""
+    """A dictionary to export: L latents, width D, k active, activations of size `scale`."""
 
     seed: int
     L: int
@@ -43,7 +43,8 @@ class Case(NamedTuple):
         return f"seed{self.seed}-L{self.L}-D{self.D}-k{self.k}-scale{self.scale:g}"
 
 
-# L = D would hide a matrix that was not transposed; k = 1 and k near L are the ends.
+# The cases include L = D, and k = 1 and k = L - 1 as the extremes. With L = D alone, a missing
+# transposition would go unnoticed.
 CASES = [
     Case(seed, L, D, k, scale)
     for seed, ((L, D, k), scale) in enumerate(
@@ -53,7 +54,7 @@ CASES = [
 
 
 def make_sae(case: Case) -> SAE:
-    """Random weights, with biases that matter: activations lie around b_dec, as real ones do."""
+    """Make an SAE with random weights and large biases, as for activations centred on b_dec."""
     torch.manual_seed(case.seed)
     W_enc = torch.randn(case.L, case.D)
     W_dec = torch.nn.functional.normalize(torch.randn(case.L, case.D), dim=1)
@@ -63,7 +64,7 @@ def make_sae(case: Case) -> SAE:
 
 
 def rows_without_ties(sae: SAE, case: Case) -> torch.Tensor:
-    """Rows whose k-th and next pre-activations are far apart: rounding must not choose latents."""
+    """Return rows with a gap after the k-th pre-activation, so that rounding selects nothing."""
     x = sae.b_dec + case.scale * torch.randn(8 * ROWS, case.D)
     exact = (x.double() - sae.b_dec) @ sae.W_enc.double().T + sae.b_enc
     top = exact.topk(case.k + 1, dim=1).values
@@ -73,7 +74,7 @@ def rows_without_ties(sae: SAE, case: Case) -> torch.Tensor:
 
 @pytest.fixture(scope="module")
 def cases(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder per case with its export and what the peers made of it; one process for all."""
+    """Export every case to its own folder and compute the peers' outputs in one process."""
     root = tmp_path_factory.mktemp("exports")
     config = RunConfig()
     config.model.path, config.data.path = "org/model", "org/text"
@@ -134,12 +135,12 @@ def test_peer_reads_the_settings(cases: Path, case: Case) -> None:
 
 @pytest.mark.parametrize("peer", PEERS)
 @pytest.mark.parametrize("case", CASES[::3], ids=lambda case: case.name)
-def test_what_peers_read_is_read_back_the_same(cases: Path, case: Case, peer: str) -> None:
+def test_exports_are_read_back_the_same(cases: Path, case: Case, peer: str) -> None:
     folder = cases / case.name / "export" / peer
     if peer == "sparsify":
         folder = folder / "model.layers.9"
     if peer == "dictionary_learning":
-        with pytest.raises(CheckpointError, match="is a pickle.*allow_pt=True"):
+        with pytest.raises(CheckpointError, match=r"is a pickle.*allow_pt=True"):
             load_sae(folder)
     again, sae = load_sae(folder, allow_pt=True), make_sae(case)
     assert (again.config.k, again.config.n_latents) == (case.k, case.L)

@@ -1,4 +1,4 @@
-"""Harvests of tiny models: rows are the model's; kills, restarts and workers change no byte."""
+"""Test harvests of tiny models: correct rows, and the same bytes after kills and restarts."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def _ray() -> Iterator[None]:
 
 
 def make_config(tmp_path: Path, architecture: str = "llama", **data: Any) -> RunConfig:
-    """A run over a text of about 2,000 words, 60 rows to an item."""
+    """Make the config of a run over about 2,000 words, with about 60 rows an item."""
     model = tmp_path / architecture
     if not model.exists():
         {"llama": save_llama, "gpt2": save_gpt2}[architecture](model)
@@ -80,14 +80,14 @@ def test_stored_rows_are_what_the_model_outputs(tmp_path: Path, architecture: st
     position = store.read("position", 0, store.n_tokens)
     rows = store.read(hookpoint, 0, store.n_tokens).astype(np.float32)
     assert 600 <= store.n_tokens < 600 + CONTEXT
-    assert columns["token_id"].min() > 2  # no BOS, EOS or unknown
+    assert columns["token_id"].min() > 2  # no BOS, EOS or unknown token
     words = [text.split() for text in (tmp_path / "text.txt").read_text().split("\n\n")]
     for document, place, token in zip(
         columns["document"], position, columns["token_id"], strict=True
     ):
         assert words[document][place] == f"w{token - 3}"
 
-    # Run whole contexts through the whole model, and find every row of one item among them.
+    # Run full contexts through the full model and compare the rows of one item.
     model = load_language_model(config.model, tmp_path / "cache")
     item = first_item(config)
     outputs: list[torch.Tensor] = []
@@ -104,14 +104,14 @@ def test_stored_rows_are_what_the_model_outputs(tmp_path: Path, architecture: st
 
 
 def first_item(config: RunConfig) -> NDArray[np.int64]:
-    """[contexts, context_tokens] of item 0."""
+    """Return the token ids [contexts, context_tokens] of item 0."""
     cache = Path(config.cache_dir)
     contexts = prepare_contexts(config.data, load_tokenizer(config.model, cache), cache)
     plan = plan_items(contexts.train, config.seed, config.data.tokens, SHARD)
     return contexts.train.input_ids(plan.contexts(0))
 
 
-def test_header_and_summary_say_what_was_done(tmp_path: Path) -> None:
+def test_header_and_summary_describe_the_harvest(tmp_path: Path) -> None:
     config = make_config(tmp_path)
     harvest.run(config, tmp_path / "run")
     store = open_store(tmp_path / "run" / "store")
@@ -139,14 +139,14 @@ def test_one_and_two_workers_write_the_same_bytes(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_killed_worker_loses_and_doubles_nothing(tmp_path: Path) -> None:
+def test_a_killed_worker_loses_and_repeats_nothing(tmp_path: Path) -> None:
     config = make_config(tmp_path, tokens=1200)
     harvest.run(config, tmp_path / "calm")
     config.cluster.harvest_workers = 2
     kills: list[int] = []
 
     def kill_workers() -> None:
-        """Kills all workers that run, when 2 items are committed and again when 7 are."""
+        """Kill all workers when 2 items are committed, and again when 7 are."""
         run = tmp_path / "run"
         for n_items in (2, 7):
             while len(list((run / "store" / "_log").glob("*/*.json"))) < n_items:
@@ -167,7 +167,7 @@ def test_a_killed_worker_loses_and_doubles_nothing(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_frozen_worker_does_not_hold_the_harvest_up(tmp_path: Path) -> None:
+def test_a_frozen_worker_does_not_block_the_harvest(tmp_path: Path) -> None:
     config = make_config(tmp_path, tokens=1200)
     harvest.run(config, tmp_path / "calm")
     config.cluster.harvest_workers, config.cluster.placement_timeout_s = 2, 20.0
@@ -228,13 +228,13 @@ def test_a_restart_does_only_the_missing_items(tmp_path: Path) -> None:
         harvest.run(config, tmp_path / "run")
     missing = set(range(items)) - committed
     assert submitted == sorted(submitted) and set(submitted) <= missing
-    # A worker that is being killed may still commit the item that it has in hand.
+    # A worker that is being killed may still commit its current item.
     assert len(missing) - len(submitted) <= config.cluster.harvest_workers
     assert shard_hashes(path) == shard_hashes(tmp_path / "whole" / "store")
     assert {name: (path / name).stat().st_mtime_ns for name in before} == before
 
 
-def test_a_full_store_is_left_alone_and_another_one_is_refused(tmp_path: Path) -> None:
+def test_a_complete_store_is_left_alone_and_another_one_is_refused(tmp_path: Path) -> None:
     config = make_config(tmp_path)
     harvest.run(config, tmp_path / "run")
     summary = (tmp_path / "run" / "harvest.json").read_text()
@@ -243,20 +243,20 @@ def test_a_full_store_is_left_alone_and_another_one_is_refused(tmp_path: Path) -
     assert time.monotonic() - started < 2
     assert (tmp_path / "run" / "harvest.json").read_text() == summary
     other_data = replace(config, data=replace(config.data, context_tokens=8))
-    with pytest.raises(StoreMismatchError, match="context_tokens: the store has 16, .* wants 8"):
+    with pytest.raises(StoreMismatchError, match=r"context_tokens: the store has 16, .* wants 8"):
         harvest.run(other_data, tmp_path / "run")
     other_model = make_config(tmp_path, "gpt2")
     with pytest.raises(StoreMismatchError, match="weights_sha256"):
         harvest.run(other_model, tmp_path / "run")
 
 
-def test_a_store_of_a_persons_own_rows_is_refused(tmp_path: Path) -> None:
+def test_a_store_of_a_users_own_rows_is_refused(tmp_path: Path) -> None:
     config = make_config(tmp_path)
     writer = StoreWriter(tmp_path / "own", {"model.layers.1": 5}, shard_tokens=SHARD)
     writer.write_item(0, {"model.layers.1": np.ones((SHARD, 5), np.float32)})
     writer.finalise()
     config.store.path = str(tmp_path / "own")
-    with pytest.raises(StoreMismatchError, match="with the arrays {'model.layers.1': 5}"):
+    with pytest.raises(StoreMismatchError, match=r"with the arrays {'model.layers.1': 5}"):
         harvest.run(config, tmp_path / "run")
 
 
@@ -269,10 +269,10 @@ def test_a_text_that_runs_out_is_stored_whole(
     assert open_store(tmp_path / "run" / "store").finalised
 
 
-def test_what_cannot_be_harvested_is_told_as_it_is(tmp_path: Path) -> None:
+def test_harvest_errors_keep_their_type_and_text(tmp_path: Path) -> None:
     config = make_config(tmp_path)
     config.model.hookpoints = ["model.layer.1"]
-    with pytest.raises(ModelError, match="similar names: model.layers.1"):
+    with pytest.raises(ModelError, match=r"similar names: model.layers.1"):
         harvest.run(config, tmp_path / "run")
     (tmp_path / "short.txt").write_text("w1 w2")
     config = make_config(tmp_path)
@@ -281,7 +281,7 @@ def test_what_cannot_be_harvested_is_told_as_it_is(tmp_path: Path) -> None:
         harvest.run(config, tmp_path / "run")
     config = make_config(tmp_path)
     config.cluster.harvest_workers, config.cluster.placement_timeout_s = 9, 2.0
-    expected = "cluster.harvest_workers=9: only [0-3] workers were placed"
+    expected = r"cluster.harvest_workers=9: only [0-3] workers were placed"
     with pytest.raises(PlacementError, match=expected):
         harvest.run(config, tmp_path / "run")
 
@@ -310,7 +310,7 @@ def test_workers_that_keep_dying_end_the_harvest(
     killer = threading.Thread(target=kill_every_start, daemon=True)
     killer.start()
     try:
-        with pytest.raises(ClusterError, match="died . times without finishing an item"):
+        with pytest.raises(ClusterError, match=r"died . times without finishing an item"):
             harvest.run(config, tmp_path / "run")
     finally:
         stop.set()

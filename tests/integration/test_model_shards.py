@@ -1,4 +1,4 @@
-"""A language model split over two processes of a worker: the rows of one, also when one dies."""
+"""Test a language model split over two processes: same rows as with one, also after a kill."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def _ray() -> Iterator[None]:
 
 
 def make_config(work: Path, shards: int, model: str = "llama") -> RunConfig:
-    """20 items of about 60 rows."""
+    """Make the config of a run with 20 items of about 60 rows."""
     config = RunConfig(
         cache_dir=str(work / "cache"),
         model=ModelConfig(
@@ -62,13 +62,13 @@ def make_config(work: Path, shards: int, model: str = "llama") -> RunConfig:
 
 
 def members() -> list[int]:
-    """Process ids of the ranks after rank 0."""
+    """Return the process ids of all ranks but rank 0."""
     found = []
     for folder in Path("/proc").glob("[0-9]*"):
         try:
             line = (folder / "cmdline").read_bytes()
         except OSError:
-            continue  # gone meanwhile
+            continue  # ended in the meantime
         if b"cluster.model_shards" in line:
             found.append(int(folder.name))
     return found
@@ -102,7 +102,7 @@ def test_two_ranks_store_what_one_does_also_when_one_is_killed(work: Path) -> No
         rows = [store.read(name, 0, one.n_tokens) for store in (one, two, struck)]
         assert rows[0].any()
         np.testing.assert_allclose(rows[1], rows[0], rtol=0, atol=1e-5)
-        assert (rows[1] != rows[0]).any()  # the sums were really split
+        assert (rows[1] != rows[0]).any()  # proves that the sums were split
         np.testing.assert_array_equal(rows[1], rows[2])
     with pytest.raises(StoreMismatchError, match="model_shards: the store has 2"):
         config = make_config(work, shards=1)
@@ -113,10 +113,10 @@ def test_two_ranks_store_what_one_does_also_when_one_is_killed(work: Path) -> No
 @pytest.mark.ray
 @pytest.mark.slow
 @pytest.mark.usefixtures("_ray")
-def test_a_hookpoint_of_which_each_rank_holds_a_part(work: Path) -> None:
+def test_a_hookpoint_that_is_split_over_ranks_is_refused(work: Path) -> None:
     config = make_config(work, shards=2)
     config.model.hookpoints = ["model.layers.0.mlp.act_fn"]
-    expected = "has only a part of the output of 'model.layers.0.mlp.act_fn'"
+    expected = r"has only a part of the output of 'model.layers.0.mlp.act_fn'"
     with pytest.raises(ModelError, match=expected):
         harvest.run(config, work / "part")
 

@@ -1,4 +1,4 @@
-"""The whole command, as a user types it, on a tiny model: every artefact, and nothing twice."""
+"""Run the whole command on a tiny model: every artefact exists, and nothing is done twice."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def test_pipeline(tmp_path):
     assert wider.returncode == 2 and "sae.n_latents: 64 -> 128" in wider.stderr
 
 
-def test_more_gpus_than_there_are(tmp_path):
+def test_more_gpus_than_the_machine_has(tmp_path):
     import torch
 
     if torch.cuda.is_available():

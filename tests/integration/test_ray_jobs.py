@@ -1,4 +1,4 @@
-"""A run as a job of a Ray cluster: submitted through the Jobs API, stopped, submitted again."""
+"""Test a run as a Ray job: submitted through the Jobs API, stopped, submitted again."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def free_ports(n: int) -> list[int]:
 
 @pytest.fixture
 def dashboard(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """Address of the dashboard of a Ray of its own, with all it started gone afterwards."""
+    """Start a separate Ray, yield the address of its dashboard, and kill all its processes."""
     monkeypatch.setenv("RAY_AUTH_MODE", "token")
     monkeypatch.setenv("RAY_AUTH_TOKEN", secrets.token_hex(32))
     port, page, agent = free_ports(3)
@@ -121,7 +121,7 @@ def test_a_job_is_stopped_with_a_checkpoint_and_resumed(tmp_path: Path, dashboar
     client.stop_job(row["job"])
     wait_for(lambda: client.get_job_status(row["job"]).is_terminal())
     saved = int(list_checkpoints(run / "checkpoints")[0].name.removeprefix("step-"))
-    assert 20 < saved < STEPS and saved % EVERY, saved  # of the signal, not of the clock
+    assert 20 < saved < STEPS and saved % EVERY, saved  # saved by the signal, not by the cadence
     status = launch(tmp_path, "status", dashboard)
     assert f"{row['job']} STOPPED; rerun stage=submit to resume" in " ".join(status.stdout.split())
 
@@ -130,11 +130,11 @@ def test_a_job_is_stopped_with_a_checkpoint_and_resumed(tmp_path: Path, dashboar
     wait_for(lambda: client.get_job_status(row["job"]).is_terminal())
     assert client.get_job_status(row["job"]).value == "SUCCEEDED", log()
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    assert [one["step"] for one in rows].count(5) == 1, "began anew, without the checkpoint"
+    assert [one["step"] for one in rows].count(5) == 1, "restarted without the checkpoint"
     assert list_checkpoints(run / "checkpoints")[0].name == f"step-{STEPS:08d}"
 
 
-def test_no_ray_there(tmp_path: Path) -> None:
+def test_a_missing_ray_is_an_error(tmp_path: Path) -> None:
     (port,) = free_ports(1)
     done = launch(tmp_path, "submit", f"http://127.0.0.1:{port}")
     assert done.returncode == 1 and "expected the dashboard of a running Ray" in done.stderr

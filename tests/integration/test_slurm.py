@@ -1,4 +1,4 @@
-"""Jobs on a real Slurm: submitted, preempted, queued again, killed; on two nodes; as an array."""
+"""Test jobs on a real Slurm: preempted, requeued, killed, on two nodes, as an array."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ OVERRIDES = (
     f"train.batch_tokens={BATCH}",
     "train.sample_tokens=2000",
     "train.threads_per_rank=1",
-    # No checkpoint but the one that the signal asks for, and the last.
+    # Save only on a signal and at the end.
     "checkpoint.every_tokens=1000000000",
     "store.window_items=3",
     "store.buffer_tokens=2048",
@@ -57,7 +57,7 @@ def slurm() -> Iterator[Path]:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A store of synthetic activations, and the run that nobody disturbed."""
+    """Make a store of synthetic activations and an undisturbed run."""
     folder = tmp_path_factory.mktemp("jobs")
     rng = np.random.default_rng(0)
     directions = rng.normal(size=(128, 32)).astype(np.float32)
@@ -92,9 +92,11 @@ class Job:
     """The newest job of a run."""
 
     def __init__(self, folder: Path, name: str, slurm: Path) -> None:
-        self.run_dir, self._slurm = folder / "runs" / name, slurm
+        self.run_dir = folder / "runs" / name
+        self._slurm = slurm
         row = json.loads((self.run_dir / "submit" / "jobs.json").read_text())[-1]
-        self.id, self.log = row["job"], Path(row["log"])
+        self.id = row["job"]
+        self.log = Path(row["log"])
 
     @property
     def fields(self) -> dict[str, str]:
@@ -126,7 +128,7 @@ class Job:
         return [row.get("exit_code", row["event"]) for row in map(json.loads, rows)]
 
     def steps(self) -> list[int]:
-        """Of all metrics rows of the run, those that were written twice included."""
+        """List the steps of all metrics rows, repeated ones included."""
         rows = (self.run_dir / "metrics.jsonl").read_text().splitlines()
         return [json.loads(row)["step"] for row in rows if row]
 
@@ -134,7 +136,7 @@ class Job:
         wait_until(lambda: not self.processes(), f"left of job {self.id}: {self.processes()}")
 
     def processes(self) -> dict[int, str]:
-        """Command lines of what runs in this job, by process id."""
+        """Return the command lines of the job's processes by process id."""
         mine, found = f"SLURM_JOB_ID={self.id}".encode(), {}
         for process in Path("/proc").glob("[0-9]*"):
             try:
@@ -158,8 +160,8 @@ def same_end(one: Path, other: Path) -> None:
         assert torch.equal(tensor, tensors[1][name]), name
 
 
-def test_preempted_jobs_save_are_queued_again_and_end_with_the_same_weights(folder, slurm):
-    """Two at once: warned as before the time limit, and preempted without grace."""
+def test_preempted_jobs_save_and_requeue_and_end_with_the_same_weights(folder, slurm):
+    """Warn one of two jobs as before its time limit, and preempt the other without grace."""
     jobs = {}
     commands = {"warned": "scancel --signal=USR1 --batch", "requeued": "scontrol requeue"}
     for name in commands:
@@ -174,7 +176,7 @@ def test_preempted_jobs_save_are_queued_again_and_end_with_the_same_weights(fold
     for job in jobs.values():
         job.wait_for("COMPLETED")
         assert job.attempts() == ["start", 75, "start", 0], job.log.read_text()
-        assert job.steps().count(5) == 1, "began anew, without a checkpoint"
+        assert job.steps().count(5) == 1, "restarted without a checkpoint"
         same_end(folder / "runs" / "clean", job.run_dir)
         job.wait_until_gone()
     status = launch(folder, "requeued", "stage=status")
@@ -182,7 +184,7 @@ def test_preempted_jobs_save_are_queued_again_and_end_with_the_same_weights(fold
 
 
 def test_two_nodes_preempted_by_an_urgent_job(folder, slurm):
-    """The grace period: Slurm signals the steps, which hold Ray, and not the batch process."""
+    """In the grace period Slurm signals the steps, which run Ray, but not the batch process."""
     before = set(Path("/tmp").glob("ray-*"))
     launch(folder, "nodes", "stage=submit", "parallel.latent=2", "submit.nodes=2")
     job = Job(folder, "nodes", slurm)
@@ -193,18 +195,18 @@ def test_two_nodes_preempted_by_an_urgent_job(folder, slurm):
     subprocess.run([*urgent, "--wrap=sleep 1"], check=True, capture_output=True)
     job.wait_for("COMPLETED")
     assert job.attempts() == ["start", 75, "start", 0], job.log.read_text()
-    assert job.steps().count(5) == 1, "began anew, without a checkpoint"
+    assert job.steps().count(5) == 1, "restarted without a checkpoint"
     same_end(folder / "runs" / "clean", job.run_dir)
     job.wait_until_gone()
     assert set(Path("/tmp").glob("ray-*")) <= before
 
 
-def test_killed_and_cancelled_jobs_are_not_queued_again_and_the_next_one_resumes(folder, slurm):
+def test_killed_and_cancelled_jobs_are_not_requeued_and_the_next_one_resumes(folder, slurm):
     options = ("stage=submit", f"checkpoint.every_tokens={20 * BATCH}")
     launch(folder, "killed", *options)
     first = Job(folder, "killed", slurm)
     first.wait_for_step(50)
-    for process in first.processes():  # as for want of memory
+    for process in first.processes():  # like the kernel when memory runs out
         with suppress(ProcessLookupError):
             os.kill(process, signal.SIGKILL)
     first.wait_for("FAILED")
@@ -220,7 +222,7 @@ def test_killed_and_cancelled_jobs_are_not_queued_again_and_the_next_one_resumes
     wait_until(lambda: second.attempts() == ["start", "start", 75], "no end noted", slurm)
     second.wait_until_gone()
     assert second.fields["JobState"] == "CANCELLED" and second.fields["Restarts"] == "0"
-    assert second.steps().count(5) == 1, "began anew"
+    assert second.steps().count(5) == 1, "restarted without a checkpoint"
 
 
 def test_a_sweep_as_an_array_of_jobs(folder, slurm):

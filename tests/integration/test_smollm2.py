@@ -1,4 +1,4 @@
-"""The demo's own model and text: SmolLM2 from its GGUF file, on Wikipedia introductions."""
+"""Test the demo's model and text: SmolLM2 from its GGUF file, Wikipedia introductions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The store on a real S3 server, and behind a link that drops, lies still and loses answers."""
+"""Test the store on a real S3 server, also over a link that drops, stalls and loses answers."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def url(proxy: Proxy) -> str:
 
 
 def bucket(url: str) -> S3Store:
-    """A client of the test's own."""
+    """Return a separate client for the objects of the store."""
     return S3Store(
         "bucket", prefix=url.removeprefix("s3://bucket/"), client_options={"allow_http": True}
     )
@@ -106,7 +106,7 @@ def check_rows(path: str | Path, rows: list[int] = ROWS) -> None:
 
 
 def nth(number: int, fault: Fault, method: str, part: str) -> Callable[[str, str], Fault]:
-    """The fault for the first `number` requests of that kind, and none after."""
+    """Return a rule that gives the first `number` matching requests the fault."""
     left = [number]
 
     def rule(this: str, path: str) -> Fault:
@@ -119,11 +119,11 @@ def nth(number: int, fault: Fault, method: str, part: str) -> Callable[[str, str
 
 
 @pytest.mark.parametrize("kind", ["folder", "objects"])
-def test_both_kinds_of_storage_keep_one_contract(url: str, tmp_path: Path, kind: str) -> None:
+def test_both_kinds_of_storage_behave_the_same(url: str, tmp_path: Path, kind: str) -> None:
     path = tmp_path / "s" if kind == "folder" else url
     storage = open_storage(path)
     storage.build(["x"], {"x/one": b"1"}, ("zarr.json", b"{}"))
-    storage.build(["x"], {"x/one": b"2"}, ("zarr.json", b"[]"))  # of one who came too late
+    storage.build(["x"], {"x/one": b"2"}, ("zarr.json", b"[]"))  # a later attempt changes nothing
     assert storage.read("zarr.json", 2) == b"{}" and storage.read("x/one", 9) == b"1"
     storage.make_folder("x/deep")
     assert storage.put_if_absent("x/deep/two", [b"ab", np.arange(3, dtype=np.uint8)])
@@ -224,7 +224,7 @@ for item in items:
 
 
 @pytest.mark.slow
-def test_killed_writers_lose_and_double_nothing(
+def test_killed_writers_lose_and_repeat_nothing(
     url: str, server: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server}")
@@ -259,7 +259,7 @@ def test_other_bytes_and_other_stores_are_refused(url: str) -> None:
     assert objects(url) == before
 
 
-def test_a_store_that_was_left_half_made_is_made_whole(url: str, proxy: Proxy) -> None:
+def test_a_half_created_store_is_completed(url: str, proxy: Proxy) -> None:
     proxy.rule = lambda method, path: "403" if method == "PUT" and "/b/zarr" in path else None
     with pytest.raises(StorageError, match=r"b/zarr\.json: put failed: HTTP 403"):
         write_store(url, [], arrays=ARRAYS, finalise=False)
@@ -311,7 +311,7 @@ def test_missing_and_damaged_objects_are_named(url: str) -> None:
             else:
                 obstore.put(store, name, bad)
             assert name in str(verify_store(url)), (name, bad)
-            if bad is not None or not name.startswith("_log"):  # loose records say the same
+            if bad is not None or not name.startswith("_log"):  # single records say the same
                 with pytest.raises((MissingDataError, error, StoreFormatError), match=name):
                     check_rows(url)
         obstore.put(store, name, good)
@@ -321,7 +321,7 @@ def test_missing_and_damaged_objects_are_named(url: str) -> None:
 
 @pytest.mark.parametrize("fault", ["drop", "500", "lost", "cut", "slow"])
 def test_a_link_that_fails_now_and_then(url: str, proxy: Proxy, fault: str) -> None:
-    """Every third request of each kind fails; nothing is lost, nothing doubled."""
+    """Every third request of each kind fails; nothing is lost or repeated."""
     counts: dict[str, int] = {}
 
     def rule(method: str, path: str) -> Fault:
@@ -351,11 +351,13 @@ def test_a_storm_of_faults(url: str, proxy: Proxy, tmp_path: Path) -> None:
     assert objects(url).keys() == tree(tmp_path / "s").keys() and verify_store(url) == []
 
 
-def test_a_commit_whose_answer_is_lost_is_ours(url: str, proxy: Proxy) -> None:
+def test_a_commit_whose_answer_is_lost_succeeds(url: str, proxy: Proxy) -> None:
     writer = write_store(url, [], arrays=ARRAYS, finalise=False)
     storage = open_storage(url)
     proxy.rule = nth(1, "lost", "PUT", "/thing")
-    assert storage.put_if_absent("thing", [b"of this ", b"attempt"]), "the second try finds its own"
+    assert storage.put_if_absent("thing", [b"of this ", b"attempt"]), (
+        "the retry must recognise its own object"
+    )
     proxy.rule = nth(1, "drop", "PUT", "/thing")
     assert not storage.put_if_absent("thing", [b"of another one"])
     assert storage.read("thing", 99) == b"of this attempt"
@@ -376,20 +378,22 @@ def test_a_shard_is_read_in_few_requests(url: str, proxy: Proxy) -> None:
     proxy.requests.clear()
     store.read("a", 0, 3 * 256)  # 32 chunks in each shard
     kinds = [method for method, path in proxy.requests if "/a/c." in path]
-    assert sorted(kinds) == ["GET"] * 6 + ["HEAD"] * 3, "its tail and its chunks"
+    assert sorted(kinds) == ["GET"] * 6 + ["HEAD"] * 3, (
+        "one HEAD and two GETs (tail, chunks) a shard"
+    )
     proxy.requests.clear()
     store.read("a", 0, 3 * 256)
-    assert len(proxy.requests) == 3, "tails are kept"
+    assert len(proxy.requests) == 3, "tails must be cached"
     proxy.requests.clear()
     out = np.empty((16, 64), store.read("a", 0, 1).dtype)
     proxy.requests.clear()
-    store.read_chunks("a", [(1, 2, 0), (1, 9, 8)], out)  # a gap that is cheaper read along
+    store.read_chunks("a", [(1, 2, 0), (1, 9, 8)], out)  # a gap small enough to read through
     assert len(proxy.requests) == 1
     rows = expected([256] * 3, arrays)["a"][256:]
     np.testing.assert_array_equal(out, np.concatenate([rows[16:24], rows[72:80]]))
 
 
-def test_what_does_not_answer_is_told_soon_and_without_secrets(
+def test_a_server_that_does_not_answer_is_reported_soon_and_without_secrets(
     url: str, proxy: Proxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_store(url, ROWS, arrays=ARRAYS)
@@ -414,7 +418,7 @@ def test_what_does_not_answer_is_told_soon_and_without_secrets(
         open_store(url)
 
 
-def test_a_verify_that_cannot_read_says_so_and_repairs_nothing(url: str, proxy: Proxy) -> None:
+def test_read_errors_are_reported_and_repair_changes_nothing(url: str, proxy: Proxy) -> None:
     write_store(url, ROWS[:2], arrays=ARRAYS)
     before = objects(url)
     proxy.rule = lambda method, path: "403" if "/a/c.1" in path else None
@@ -434,7 +438,7 @@ def test_a_server_that_ignores_conditions_is_refused(url: str, proxy: Proxy) -> 
 @pytest.mark.parametrize(
     "address", ["s3://bucket", "s3://", "s3://b/", "s3://bucket/../x", "s3://id:swordfish@b/s"]
 )
-def test_addresses_that_cannot_be(address: str) -> None:
+def test_invalid_addresses_are_refused(address: str) -> None:
     with pytest.raises(StoreConfigError, match="s3://bucket/prefix") as error:
         open_store(address)
     assert "swordfish" not in str(error.value)
@@ -446,21 +450,21 @@ def quick_leases(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lease, "STALE_S", 2.0)
 
 
-def silence(claim: Claim) -> None:
-    """The holder's process stands still."""
+def stop_heartbeat(claim: Claim) -> None:
+    """Stop the heartbeat of the lease, as if its process were frozen."""
     assert isinstance(claim._held, lease.Lease)
     claim._held._stop.set()
     claim._held._thread.join()
 
 
-def test_a_lease_is_one_runs_as_long_as_its_heart_beats(url: str, quick_leases: None) -> None:
+def test_a_run_keeps_its_lease_while_its_heartbeat_continues(url: str, quick_leases: None) -> None:
     write_store(url, [16], arrays=ARRAYS, finalise=False)
     one, two = Claim(url, "one"), Claim(url, "two")
     one.take()
     for _ in range(2):
         with pytest.raises(StoreBusyError, match="is being written by run one, process"):
             two.take()
-    again = Claim(url, "one")  # the driver died and was started again
+    again = Claim(url, "one")  # a restarted driver of the same run
     again.take()
     deadline = time.monotonic() + 20
     while time.monotonic() < deadline:
@@ -472,7 +476,7 @@ def test_a_lease_is_one_runs_as_long_as_its_heart_beats(url: str, quick_leases: 
         time.sleep(0.05)
     else:
         pytest.fail("the old holder did not notice")
-    one.release()  # which is not the new one's
+    one.release()  # must not release the new holder's lease
     with pytest.raises(StoreBusyError):
         two.take()
     again.release()
@@ -483,13 +487,11 @@ def test_a_lease_is_one_runs_as_long_as_its_heart_beats(url: str, quick_leases: 
     two.release()
 
 
-def test_a_lease_whose_holder_fell_silent_goes_to_one_of_its_takers(
-    url: str, quick_leases: None
-) -> None:
+def test_a_lease_without_heartbeat_goes_to_exactly_one_taker(url: str, quick_leases: None) -> None:
     write_store(url, [16], arrays=ARRAYS, finalise=False)
     dead = Claim(url, "dead")
     dead.take()
-    silence(dead)
+    stop_heartbeat(dead)
     takers = [Claim(url, f"taker-{number}") for number in range(3)]
     busy: list[StoreBusyError] = []
 

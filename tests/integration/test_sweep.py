@@ -1,4 +1,4 @@
-"""The sweep stage: cells in groups, what is done is skipped, what fails is told and tried again."""
+"""Test the sweep stage: finished cells are skipped, failed cells are reported and retried."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def test_a_sweep_that_grows(tmp_path: Path) -> None:
         assert list_checkpoints(grid / name / "checkpoints")[0].stat().st_mtime_ns == before
 
 
-def test_a_cell_that_diverged_and_is_trained_alone_counts_again(tmp_path: Path) -> None:
+def test_a_diverged_cell_counts_again_once_it_is_trained_alone(tmp_path: Path) -> None:
     make_store(tmp_path / "store")
     grid = tmp_path / "grid"
     (grid / "n40-k4").mkdir(parents=True)

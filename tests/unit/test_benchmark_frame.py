@@ -1,4 +1,4 @@
-"""Timing, tables and provenance of every benchmark; the peers' rows when they are installed."""
+"""Test timing, tables and provenance of benchmarks, and the peers' rows where installed."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from benchmarks.timing import interleaved
 WORK = {"L": 64, "D": 16, "B": 32, "k": 4, "dtype": "float32"}
 
 
-def test_interleaved_rounds_rotate_and_turn_and_skip_the_warm_up() -> None:
+def test_interleaved_rounds_rotate_and_reverse_after_the_warm_up() -> None:
     calls: list[str] = []
     timings = interleaved(
         {name: lambda name=name: calls.append(name) for name in "abc"},  # type: ignore[misc]
@@ -67,26 +67,26 @@ def test_interleaved_prepares_each_call() -> None:
 
 
 @pytest.mark.parametrize(("names", "rounds"), [("", 3), ("a", 0)])
-def test_nothing_to_time_is_refused(names: str, rounds: int) -> None:
+def test_no_callables_or_no_rounds_are_refused(names: str, rounds: int) -> None:
     with pytest.raises(ValueError, match="at least 1"):
         interleaved({name: lambda: None for name in names}, rounds=rounds)
 
 
 def measured_bytes(code: str) -> int:
-    """What `code` prints, in a process of its own: what earlier tests left would go meanwhile."""
+    """Run `code` in a fresh process, unaffected by earlier tests, and return what it prints."""
     root = Path(__file__).resolve().parents[2]
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True
     )
     if done.stdout.strip() == "None":
-        pytest.skip("this kernel does not tell resident memory")
+        pytest.skip("this kernel does not report resident memory")
     return int(done.stdout)
 
 
-def test_peak_memory_sees_what_was_freed_again() -> None:
+def test_peak_memory_includes_freed_memory() -> None:
     code = """
 from benchmarks.timing import PeakMemory
-earlier = b"x" * (200 << 20)  # a peak before the block is none of its
+earlier = b"x" * (200 << 20)  # a peak before the block does not count
 del earlier
 with PeakMemory() as memory:
     block = bytearray(64 << 20)
@@ -97,7 +97,7 @@ print(memory.bytes)
     assert 60 << 20 <= measured_bytes(code) <= 90 << 20
 
 
-def test_peak_memory_sees_what_comes_out_of_freed_memory() -> None:
+def test_peak_memory_includes_reused_memory() -> None:
     code = """
 import torch
 from benchmarks.timing import PeakMemory
@@ -139,7 +139,7 @@ def test_table_aligns_and_gives_units() -> None:
     ]
     assert lines[2].split()[5:] == ["ours", "step", "12.30", "2.35", "83,252", "3"]
     assert lines[3].split()[-4:] == ["1500.00", "-", "-", "-"]
-    assert lines[2].index("12.30") + 5 == lines[3].index("1500.00") + 7  # the right edges meet
+    assert lines[2].index("12.30") + 5 == lines[3].index("1500.00") + 7  # right-aligned
 
 
 def test_json_carries_its_provenance(tmp_path: Path) -> None:
@@ -161,7 +161,7 @@ def test_absent_peers_give_no_rows_and_a_reason(
 
 
 @pytest.mark.skipif(not peers.peers_available(), reason=f"no .venv-peers; {peers.HOW_TO_MAKE}")
-def test_failing_peer_is_an_error_with_its_words() -> None:
+def test_failing_peer_raises_with_its_output() -> None:
     with pytest.raises(PeerError, match=r"eai-sparsify.*\n(.|\n)*k out of range"):
         peers.peer_rows({**WORK, "k": 100}, peers=["eai-sparsify"], rounds=1)
 

@@ -1,4 +1,4 @@
-"""The step benchmark: its rows, what it does where something is missing, and its baselines."""
+"""Test the step benchmark: its rows, its behaviour without GPU or peers, its baselines."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ runpy.run_module("benchmarks.step", run_name="__main__", alter_sys=True)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")
-def test_a_machine_without_cuda_is_told_so_in_a_line() -> None:
+def test_device_cuda_without_a_gpu_is_a_one_line_error() -> None:
     command = [sys.executable, "-m", "benchmarks.step", "--device", "cuda"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (2, "")
@@ -114,7 +114,7 @@ def test_a_machine_without_cuda_is_told_so_in_a_line() -> None:
 
 
 @pytest.mark.slow
-def test_a_step_without_deepspeed_is_the_engines_step() -> None:
+def test_a_step_without_deepspeed_equals_the_engines_step() -> None:
     code = """
 import torch
 from benchmarks import step, step_ours
@@ -148,7 +148,7 @@ assert 0 < (saes[0]["tokens_since_fired"] == 0).sum() < 256
 
 
 @pytest.mark.slow
-def test_the_rows_of_a_gpu_run_on_triton_kernels() -> None:
+def test_gpu_cases_run_on_triton_kernels() -> None:
     pytest.importorskip("triton", reason="triton is not installed: pip install triton")
     code = """
 import torch
@@ -158,7 +158,7 @@ from benchmarks.step_work import Inputs, Setup, Work
 
 start_one_rank()
 step_ours.engine_name = lambda: "none"
-# The interpreter takes CPU tensors, and float16 in the place of bfloat16.
+# The interpreter takes CPU tensors, and float16 instead of bfloat16.
 inputs = Inputs(Work(128, 16, 8, 2), Setup(torch.device("cpu"), "triton", torch.float16))
 cases = {case.op: case for case in step_ours.our_cases(inputs)}
 encode = step_ours._encode_case
@@ -172,7 +172,7 @@ for op in ("encode + topk", "tf32", "float8", "decode + error + dots", "row upda
     assert done.returncode == 0, done.stderr[-4000:]
 
 
-# --- what is asked for
+# --- options
 
 
 def options(**named: Any) -> Any:
@@ -180,14 +180,14 @@ def options(**named: Any) -> Any:
     return type("Options", (), {**values, "slope_work": None, **named})
 
 
-def test_what_is_named_is_measured() -> None:
+def test_plan_follows_the_options() -> None:
     assert plan(options()) == ([Work.parse(DEFAULTS["cpu"].works[0])], [])
     assert plan(options(work=["8,4,2,1"])) == ([Work(8, 4, 2, 1)], [])
     slope = [Work(16, 4, 2, 1), Work(8, 4, 2, 1)]
     assert plan(options(slope="16,8", slope_work="4,2,1")) == ([], slope)
 
 
-def test_a_gpu_measures_what_it_can_do(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gpu_gets_the_cases_it_supports(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     works, slope = plan(options(device="cuda"))
     assert [Work.parse(text) for text in DEFAULTS["cuda"].works] == works
@@ -199,7 +199,7 @@ def test_a_gpu_measures_what_it_can_do(monkeypatch: pytest.MonkeyPatch) -> None:
         ops = {case.op: case for case in work_cases(inputs)}
         assert wanted & set(ops) == (wanted if capability >= (9, 0) else set())
         assert {"encode + topk, tf32", "row update", *STEPS} <= set(ops)
-    # The largest work is to fit one GPU of 139 GiB; the dense trainers' [B, L] is not.
+    # The largest work must fit one GPU of 139 GiB, except for the dense baseline's [B, L].
     room = (139 << 30) - inputs.needs_bytes
     assert all(case.needs_bytes < room for case in ops.values() if case.system == "ours")
     assert ops["dense autograd"].needs_bytes > room
@@ -219,7 +219,7 @@ def test_a_gpu_measures_what_it_can_do(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"budget_s": 0.0}, "more than 0"),
     ],
 )
-def test_what_cannot_be_measured_is_refused(named: dict[str, Any], words: str) -> None:
+def test_invalid_options_are_refused(named: dict[str, Any], words: str) -> None:
     with pytest.raises(BenchmarkError, match=words):
         plan(options(**named))
 
@@ -243,7 +243,7 @@ def measured(cases: list[Case], rounds: int = 2, **budgets: Budget) -> dict[str,
     return {row["op"]: row for row in rows}
 
 
-def test_a_case_that_fails_costs_its_own_row_only() -> None:
+def test_a_failing_case_loses_only_its_own_row() -> None:
     def fail() -> None:
         raise RuntimeError("no such\n  instruction")
 
@@ -253,7 +253,7 @@ def test_a_case_that_fails_costs_its_own_row_only() -> None:
     assert rows["good"]["ratio"] == rows["good"]["median_s"] / rows["gemm"]["median_s"]
 
 
-def test_a_case_that_fails_under_the_clock_leaves_rows_with_errors() -> None:
+def test_a_case_that_fails_while_timed_leaves_rows_with_errors() -> None:
     calls: list[int] = []
 
     def fail_later() -> None:
@@ -295,15 +295,15 @@ def test_rounds_are_cut_to_the_share() -> None:
     assert measured([fake("nap", int)], rounds=9, share=spent)["nap"]["rounds"] == 1
 
 
-def test_without_time_rows_say_so() -> None:
+def test_rows_without_time_name_the_budget() -> None:
     rows = measured([fake("a", lambda: pytest.fail("begun"))], budget=Budget(time.monotonic()))
     assert rows["a"]["error"] == rows["gemm"]["error"] == "budget"
-    soon = Budget(time.monotonic() + 0.5)  # time for a look, not for a round
+    soon = Budget(time.monotonic() + 0.5)  # enough for a trial call, not for a round
     rows = measured([fake("slow", lambda: time.sleep(0.2))], budget=soon)
     assert rows["slow"]["error"] == "budget"
 
 
-def test_equal_shares_of_what_is_left() -> None:
+def test_shares_divide_the_remaining_time() -> None:
     budget = Budget(time.monotonic() + 100.0)
     assert budget.share(4).left_s() == pytest.approx(25.0, abs=1.0)
     assert Budget().share(4).left_s() == math.inf

@@ -1,4 +1,4 @@
-"""A checkpoint is whole or it is none: damage of every kind is named and the older one is used."""
+"""Test that damage of every kind to a checkpoint is named and an older one is used."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ DAMAGES = {
     "deleted": lambda f: (f / "weights" / "a.safetensors").unlink(),
     "extra": lambda f: (f / "weights" / "b.safetensors").write_bytes(b"x"),
     "no manifest": lambda f: (f / "manifest.json").unlink(),
-    "manifest is no JSON": lambda f: (f / "manifest.json").write_text("{"),
+    "manifest is not JSON": lambda f: (f / "manifest.json").write_text("{"),
     "manifest is a list": lambda f: (f / "manifest.json").write_text("[]"),
     "an entry is a number": lambda f: (f / "manifest.json").write_text('{"files": {"a": 1}}'),
     "state edited": lambda f: (f / "state.json").write_text(json.dumps(STATE | {"step": 99})),
@@ -79,7 +79,7 @@ DAMAGES = {
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_damage_is_named_and_the_older_one_used(tmp_path, damage):
     older, newest = make(tmp_path, 1), make(tmp_path, 2)
-    (tmp_path / "step-00000003.tmp").mkdir()  # a save that was killed
+    (tmp_path / "step-00000003.tmp").mkdir()  # an unfinished save
     assert newest_valid(tmp_path) == newest
     DAMAGES[damage](newest)
     with pytest.raises(DamagedCheckpointError, match="step-00000002"):
@@ -88,7 +88,7 @@ def test_damage_is_named_and_the_older_one_used(tmp_path, damage):
         assert newest_valid(tmp_path) == older
 
 
-def test_every_damaged_file_is_named_and_ranks_find_it_together(tmp_path):
+def test_every_damaged_file_is_named_and_ranks_share_the_check(tmp_path):
     folder = make(tmp_path, 1)
     swap(folder)
     (folder / "state.json").unlink()
@@ -118,13 +118,13 @@ def test_another_schema_is_refused(tmp_path):
 def test_pruning_keeps_the_newest_valid_ones(tmp_path):
     folders = [make(tmp_path, step) for step in (1, 2, 3, 4)]
     DAMAGES["truncated"](folders[3])
-    assert [f.name for f in list_checkpoints(tmp_path)][0] == "step-00000004"
+    assert list_checkpoints(tmp_path)[0].name == "step-00000004"
     assert list(prunable(tmp_path, 2)) == [folders[0]]
 
 
-def test_pruning_leaves_milestones_and_what_is_not_published(tmp_path):
+def test_pruning_keeps_milestones_and_unpublished_folders(tmp_path):
     folders = {step: make(tmp_path, step) for step in (3, 9, 12, 17, 21, 26, 28)}
-    DAMAGES["truncated"](folders[12])  # so the stretch of 10 to 19 keeps its second one
+    DAMAGES["truncated"](folders[12])  # steps 10 to 19 keep their second checkpoint instead
     unpublished = tmp_path / "step-00000029.tmp"
     unpublished.mkdir()
     assert set(prunable(tmp_path, 2, 10)) == {folders[step] for step in (3, 9, 12)}

@@ -1,4 +1,4 @@
-"""Documents become contexts: packed, split by document, and put in an order that a seed decides."""
+"""Test how documents become contexts: packing, the split by document, the seeded order."""
 
 from __future__ import annotations
 
@@ -92,5 +92,5 @@ def test_too_little_text_and_too_small_items_are_refused(tmp_path: Path) -> None
     contexts = prepare(tmp_path, "w1 w2", heldout_fraction=1e-9)
     with pytest.raises(TextError, match="shorter than one context"):
         plan_items(contexts.train, 0, 10, 40)
-    with pytest.raises(TextError, match="store.shard_tokens=6: expected at least 7, the"):
+    with pytest.raises(TextError, match=r"store.shard_tokens=6: expected at least 7, the"):
         plan_items(prepare(tmp_path).train, 0, 10, 6)

@@ -1,4 +1,4 @@
-"""Rows gathered on a device are those that the host would have gathered."""
+"""Test that a device gathers the same rows as the host."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_equal_to_the_gathered_stream(tmp_path, codec, dtype):
     gathered = ShuffledStream(store, ["acts"], **ORDER)
     staged = StagedStream(store, ["acts"], **ORDER)
     device_rows = DeviceRows(store, "acts", torch.device("cpu"))
-    for _ in range(30):  # more than two epochs, batches that span blocks among them
+    for _ in range(30):  # more than two epochs, with batches that span blocks
         expected = to_torch(gathered.next().arrays["acts"])
         found = device_rows.decode(device_rows.pick(staged.next()))
         if codec == "none":

@@ -1,7 +1,7 @@
-"""The container files: linted, in step with the pins, without root and without secrets.
+"""Test the container files: linters, pinned versions, no root user, no secrets.
 
-An image is not built here: there is no container engine. What its commands do is what
-`make install` does; the entrypoint is run for real.
+No image is built, because that needs a container engine. The commands of an image are those of
+`make install`; the entrypoint script itself is run.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ SECRET = re.compile(r"(?i)(token|secret|password|api_?key)\s*=")
 
 def run_linter(name: str, *arguments: Path | str) -> None:
     linter = shutil.which(name, path=f"{BIN}{os.pathsep}{os.environ['PATH']}")
-    assert linter is not None, f"{name} comes with pip install -e '.[dev]'"
+    assert linter is not None, f"{name} not found; run pip install -e '.[dev]'"
     done = subprocess.run(
         [linter, *map(str, arguments)], capture_output=True, text=True, check=False
     )
@@ -64,7 +64,7 @@ def test_a_dockerfile_copies_what_exists_pins_what_we_test_and_drops_root(path: 
     )
 
 
-def test_what_must_stay_out_of_an_image_is_ignored() -> None:
+def test_dockerignore_excludes_runs_and_secrets() -> None:
     ignored = (ROOT / ".dockerignore").read_text().splitlines()
     assert {".git", ".venv*", "runs", "docker/ray_token", ".env"} <= set(ignored)
     assert "docker/ray_token" in (ROOT / ".gitignore").read_text().splitlines()
@@ -79,7 +79,7 @@ def test_compose_nodes_share_runs_shared_memory_and_the_token() -> None:
         assert service["command"][0] in ("head", "worker")
 
 
-def test_the_entrypoint_is_the_command_line() -> None:
+def test_the_entrypoint_runs_the_given_command() -> None:
     environment = {**os.environ, "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"}
 
     def entrypoint(*arguments: str) -> subprocess.CompletedProcess[str]:

@@ -1,4 +1,4 @@
-"""Typed errors keep their type and text on the way from a worker or a rank to the driver."""
+"""Test that typed errors keep their type and text between worker, rank and driver."""
 
 from __future__ import annotations
 

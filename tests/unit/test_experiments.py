@@ -1,4 +1,4 @@
-"""Every shipped experiment composes, validates and plans: without its model, text or GPUs."""
+"""Test that every shipped experiment can be planned without its model, text or GPUs."""
 
 from __future__ import annotations
 

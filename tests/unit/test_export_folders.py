@@ -1,4 +1,4 @@
-"""What an export folder holds, and that it is replaced whole or not at all."""
+"""Test the contents of export folders, and that they are replaced atomically."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def test_dictionary_learning_folder(config: RunConfig, run_dir: Path) -> None:
     export.run(config, run_dir)
     folder = run_dir / "export" / "dictionary_learning"
     with zipfile.ZipFile(folder / "ae.pt") as archive:
-        assert archive.testzip() is None, "other readers than torch's look at the checksums"
+        assert archive.testzip() is None, "readers other than torch check the checksums"
     state = torch.load(folder / "ae.pt", weights_only=True)
     sae = make_sae()
     assert torch.equal(state["encoder.weight"], sae.W_enc)
@@ -115,7 +115,7 @@ def test_our_own_loader_reads_the_export(config: RunConfig, run_dir: Path) -> No
     assert exported.step == sae.step
 
 
-def test_card_tells_metrics_or_their_absence(config: RunConfig, run_dir: Path) -> None:
+def test_card_shows_metrics_or_their_absence(config: RunConfig, run_dir: Path) -> None:
     export.run(config, run_dir)
     card = run_dir / "export" / "README.md"
     assert "Not evaluated yet" in card.read_text()
@@ -137,7 +137,7 @@ def test_card_names_the_licences_of_the_shipped_configs(config: RunConfig, run_d
     assert "Apache-2.0; English Wikipedia introductions, CC BY-SA 4.0" in text
 
 
-def test_paths_of_this_machine_stay_here(config: RunConfig, run_dir: Path) -> None:
+def test_local_paths_are_not_exported(config: RunConfig, run_dir: Path) -> None:
     model = run_dir / "private" / "my-model"
     model.mkdir(parents=True)
     config.model.path, config.data.path = str(model), "~/private/notes.jsonl"
@@ -148,7 +148,7 @@ def test_paths_of_this_machine_stay_here(config: RunConfig, run_dir: Path) -> No
 
 
 @pytest.mark.parametrize("name", ["../up", "a/b", ".hidden", ""])
-def test_hookpoint_that_is_no_folder_name_is_refused(config: RunConfig, name: str) -> None:
+def test_hookpoint_that_is_not_a_folder_name_is_refused(config: RunConfig, name: str) -> None:
     with pytest.raises(ExportError, match=r"sae\.hookpoint"):
         source_of(config, make_sae(name))
 

@@ -1,4 +1,4 @@
-"""The fit stage, on runs as their files say they went: which count, and what is written."""
+"""Test the fit stage on made-up runs: which runs count, and what it writes."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def level(n: int, k: int) -> float:
 
 @pytest.fixture(scope="module")
 def sweep(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A grid of 4 n and 3 k on the published coefficients; converges as n^0.6."""
+    """Write runs for 4 n and 3 k from published coefficients; they converge in n^0.6 tokens."""
     folder = tmp_path_factory.mktemp("runs") / "sweep"
     rng = np.random.default_rng(0)
     for n in SIZES:
@@ -87,7 +87,7 @@ def test_the_largest_cells_are_forecast(found: dict[str, Any]) -> None:
         assert row["forecast"]["low"] < row["measured"] < row["forecast"]["high"]
         assert abs(row["error"]) < 0.03
         assert row["error"] == pytest.approx(row["forecast"]["value"] / row["measured"] - 1)
-    # Three cells are left at each k, as many as L(n) has coefficients.
+    # Three cells remain at each k, too few for the three coefficients of L(n).
     assert "3 cells, expected at least 4" in law(found, "L(n)", 16)["not_held_out"]
 
 
@@ -142,7 +142,7 @@ def test_page_and_figures(sweep: Path, found: dict[str, Any]) -> None:
     figures = sorted((sweep / "fit").glob("*.svg"))
     assert len(figures) == 2 * len(found["laws"])
     for figure in figures:
-        ElementTree.parse(figure)  # a file of its own must be whole XML
+        ElementTree.parse(figure)  # a standalone file must be valid XML
         png = figure.with_suffix(".png").read_bytes()
         assert png.startswith(b"\x89PNG")
         unlettered = re.sub(r"<text.*?</text>", "", figure.read_text(encoding="utf-8"))
@@ -225,7 +225,7 @@ def test_cells_of_different_activations_are_refused(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     for i, n in enumerate((64, 128, 256, 512)):
         write_run(tmp_path / f"n{n}", n, 8, level(n, 8), rng, identity=f"acts-{i // 2}")
-    with pytest.raises(FitError, match="n64 on acts-1|n128 on acts-0|trained on the same"):
+    with pytest.raises(FitError, match=r"n64 on acts-1|n128 on acts-0|trained on the same"):
         fitted(tmp_path)
 
 
@@ -244,8 +244,8 @@ def test_pattern_seeds_and_the_heldout_metric(sweep: Path, tmp_path: Path) -> No
         assert cell.level("heldout_fvu") == pytest.approx(1.1 * cell.level("fvu"), rel=0.02)
 
 
-def test_the_decay_is_no_convergence(tmp_path: Path) -> None:
-    """The loss falls once more while the learning rate does: not what T(n) asks for."""
+def test_learning_rate_decay_does_not_count_as_convergence(tmp_path: Path) -> None:
+    """The loss falls again during the learning-rate decay, which T(n) must leave out."""
     rng = np.random.default_rng(0)
     steps = np.arange(2, STEPS + 1, 2)
     run = write_run(tmp_path / "n64", 64, 8, 0.5, rng, decay_tokens=100_000)

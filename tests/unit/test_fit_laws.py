@@ -1,4 +1,4 @@
-"""Scaling laws: known coefficients come back, and the intervals hold them as often as they say."""
+"""Test that fits recover known coefficients and that their intervals have the stated coverage."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ FLOOR = np.array([np.log(2.0), -0.3, np.log(0.08)])
 def measured(
     law: Law, theta: Array, x: Array, noise: float, outliers: int, seed: int
 ) -> tuple[Array, np.random.Generator]:
-    """Losses with relative noise, of which some are 20% off."""
+    """Return losses with relative noise, `outliers` of them off by 20%, and the generator."""
     rng = np.random.default_rng(seed)
     log_y = law.log_loss(theta, x) + noise * rng.standard_normal(len(x))
     off = rng.choice(len(x), outliers, replace=False)
@@ -62,7 +62,7 @@ def test_published_coefficients_with_noise_and_outliers() -> None:
     y, rng = measured(JOINT_LAW, GPT4, x, 0.005, outliers=4, seed=1)
     found = fit(JOINT_LAW, x, y, 300, rng)
     assert all(covered(found, GPT4).values()), found.coefficients()
-    # Least squares would be dragged along: the outliers hold most of its sum of squares.
+    # Least squares would follow the outliers, which make up most of the sum of squares.
     assert np.abs(found.law.log_loss(found.theta - GPT4, x)).max() < 1.0
     error = np.abs(JOINT_LAW.log_loss(found.theta, x) - JOINT_LAW.log_loss(GPT4, x))
     assert error.max() < 0.01
@@ -79,7 +79,7 @@ def test_published_coefficients_with_noise_and_outliers() -> None:
     ids=["joint", "outlier", "five cells"],
 )
 def test_intervals_cover(law: Law, theta: Array, x: Array, noise: float, outliers: int) -> None:
-    """Coefficients, and the forecast of a cell four times as large, over 40 data sets."""
+    """Check coefficients and the forecast of a cell four times as large over 40 data sets."""
     hits: dict[str, list[bool]] = {}
     beyond = x.max(axis=0, keepdims=True) * np.array([4.0, 1.0])[: x.shape[1]]
     for seed in range(40):
@@ -94,8 +94,8 @@ def test_intervals_cover(law: Law, theta: Array, x: Array, noise: float, outlier
     assert min(rates.values()) >= 0.85, rates
 
 
-def test_a_floor_that_is_not_there_is_not_called_certain() -> None:
-    """A pure power law: e is 0, but the interval says what else it may be."""
+def test_an_absent_floor_has_an_interval_above_zero() -> None:
+    """Fit a pure power law: e is 0, but the upper end of its interval is positive."""
     x = 2.0 ** np.arange(10, 18)[:, None]
     y, rng = measured(FLOOR_LAW, np.array([0.0, -0.2, -60.0]), x, 0.01, 0, seed=4)
     floor = fit(FLOOR_LAW, x, y, 100, rng).coefficients()["e"]
@@ -104,7 +104,7 @@ def test_a_floor_that_is_not_there_is_not_called_certain() -> None:
 
 
 def test_noise_of_groups_widens_the_interval() -> None:
-    """Ten points of one run are no ten runs."""
+    """Ten points of one run are not ten independent runs."""
     x = 2.0 ** np.linspace(10, 18, 40)[:, None]
     groups = np.repeat(np.arange(4), 10)
     rng = np.random.default_rng(0)

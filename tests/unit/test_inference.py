@@ -1,4 +1,4 @@
-"""A saved SAE gives back itself; folding the input scale changes no reconstruction."""
+"""Test saving and loading SAEs, and that folding the input scale keeps reconstructions."""
 
 from __future__ import annotations
 

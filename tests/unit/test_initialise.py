@@ -1,4 +1,4 @@
-"""Calibration pieces: sharded draws, geometric median, auxk."""
+"""Test the parts of initialisation: sharded draws, geometric median, default auxk."""
 
 from __future__ import annotations
 

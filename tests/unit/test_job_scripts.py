@@ -1,4 +1,4 @@
-"""What a job's shell does with the setup lines, the folder and the command, by running it."""
+"""Run job scripts in their shell: setup lines, working folder and command."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ print(json.dumps([os.getcwd(), {name: os.environ[name] for name in sorted(names)
 """
 COMMAND = [sys.executable, "-c", PROBE, "my text.txt"]
 SHELLS = {"slurm": "bash", "ray": "sh", "skypilot": "bash"}
-"""Ray hands its entrypoint to `subprocess.Popen(shell=True)`."""
+"""The shell of each scheduler; Ray passes its entrypoint to `subprocess.Popen(shell=True)`."""
 
 
 class Jobs:
-    """Takes what `ray_jobs` would send to a cluster."""
+    """A fake Ray job client that records what `ray_jobs` sends."""
 
     def __init__(self) -> None:
         self.sent: dict[str, Any] = {}
@@ -51,7 +51,7 @@ def jobs(monkeypatch: pytest.MonkeyPatch) -> Jobs:
 
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where the command is typed."""
+    """Change to the folder where the command is typed, and return it."""
     (tmp_path / "my code").mkdir()
     (tmp_path / "run" / FOLDER).mkdir(parents=True)
     monkeypatch.chdir(tmp_path / "my code")
@@ -75,7 +75,7 @@ def stub(folder: Path, name: str, text: str) -> None:
 
 
 def execute(text: str, shell: str, folder: Path, **more: str) -> subprocess.CompletedProcess[str]:
-    """Where the job begins, with Slurm's and SkyPilot's commands as far as a script needs them."""
+    """Run `text` in `folder`, where the job starts, with stubs for the scheduler's commands."""
     stubs = folder / "stubs"
     stub(stubs, "srun", "exec cat > /dev/null")
     path = f"{stubs}:{Path(sys.executable).parent}:{os.environ['PATH']}"
@@ -92,11 +92,9 @@ def execute(text: str, shell: str, folder: Path, **more: str) -> subprocess.Comp
 
 
 @pytest.mark.parametrize("scheduler", SHELLS)
-def test_setup_lines_run_as_they_stand(
-    scheduler: str, tmp_path: Path, here: Path, jobs: Jobs
-) -> None:
+def test_setup_lines_run_unchanged(scheduler: str, tmp_path: Path, here: Path, jobs: Jobs) -> None:
     setup = [
-        "source /dev/stdin <<< 'export A=1'  # as environments are entered, by bash alone",
+        "source /dev/stdin <<< 'export A=1'  # bash syntax, as used to activate environments",
         "if true; then",
         "  export B='2 3'",
         "fi",
@@ -120,7 +118,7 @@ def test_a_setup_line_can_end_the_job(
 
 
 @pytest.mark.parametrize("scheduler", ["slurm", "ray"])
-def test_nothing_runs_where_the_folder_is_not(
+def test_nothing_runs_if_the_folder_is_missing(
     scheduler: str, tmp_path: Path, here: Path, jobs: Jobs
 ) -> None:
     text = script(scheduler, ["echo set up"], tmp_path / "run", jobs)
@@ -129,7 +127,7 @@ def test_nothing_runs_where_the_folder_is_not(
     assert (done.returncode, done.stdout) == (1, "") and "my code" in done.stderr
 
 
-def test_code_that_is_sent_to_ray_runs_in_its_copy_with_the_paths_of_here(
+def test_code_sent_to_ray_runs_in_its_copy_with_local_paths(
     tmp_path: Path, here: Path, jobs: Jobs
 ) -> None:
     (here / "code").mkdir()
@@ -171,7 +169,7 @@ def test_code_that_is_sent_to_ray_runs_in_its_copy_with_the_paths_of_here(
 
 
 @pytest.mark.parametrize(("came", "code", "driven"), [(0, 7, True), (1, 1, False)])
-def test_the_first_sky_node_ends_with_its_driver_or_without_the_others(
+def test_the_first_sky_node_ends_with_its_driver_or_if_others_do_not_join(
     tmp_path: Path, came: int, code: int, driven: bool
 ) -> None:
     config = SubmitConfig(nodes=2, image="an/image", volume="claim", setup=["export A=1"])

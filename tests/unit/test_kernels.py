@@ -1,4 +1,4 @@
-"""The stock body gives what the reference gives; the reference gives what the definition says."""
+"""Test the stock kernels against the reference, and the reference against small cases."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ STOCK = get_kernels("stock", torch.float32)
 
 
 def integers(shape: tuple[int, ...], seed: int, span: int = 3) -> torch.Tensor:
-    """Small integers in float32: products are exact, and ties abound."""
+    """Return small integers in float32, so that products are exact and ties are common."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(-span, span + 1, shape, generator=generator).float()
 
@@ -113,7 +113,7 @@ def test_bfloat16_selects_by_bfloat16_products():
     generator = torch.Generator().manual_seed(0)
     x, W = torch.randn(8, 32, generator=generator), torch.randn(4096, 32, generator=generator)
     half = get_kernels("stock", torch.bfloat16)
-    values, latents = half.encode_topk(x, W, torch.zeros(4096), 8)
+    values, _ = half.encode_topk(x, W, torch.zeros(4096), 8)
     expected, _ = REFERENCE.encode_topk(x.bfloat16(), W.bfloat16(), torch.zeros(4096), 8)
     assert values.dtype == torch.float32
     torch.testing.assert_close(values.sort(1).values, expected.float().sort(1).values)

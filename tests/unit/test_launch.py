@@ -1,4 +1,4 @@
-"""What a user gets wrong ends in one line and exit code 2, before any work."""
+"""Test that invalid input ends in one line and exit code 2, before any work."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def test_help_names_stages_groups_and_examples(tmp_path):
 def test_a_changed_config_is_refused_with_a_diff(tmp_path):
     launch("stage=train", "store.path=missing", cwd=tmp_path)
     corrected = launch("stage=train", "store.path=missing", "sae.k=31", cwd=tmp_path)
-    assert "sae.k" not in corrected.stderr  # the run holds nothing yet
+    assert "sae.k" not in corrected.stderr  # an empty run may change its config
     launch("stage=train", "store.path=missing", cwd=tmp_path)
     (tmp_path / "runs" / "demo" / "metrics.jsonl").touch()
     again = launch("stage=train", "store.path=missing", "sae.k=16", "eval.tokens=9", cwd=tmp_path)

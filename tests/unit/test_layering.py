@@ -1,4 +1,4 @@
-"""Who may import whom, and what must not be imported to read a config."""
+"""Test which packages may import which, and that reading a config imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_layers(package):
         assert not wrong, f"{path.relative_to(ROOT)} imports {', '.join(sorted(wrong))}"
 
 
-def test_the_config_needs_nothing_heavy():
+def test_reading_a_config_imports_nothing_heavy():
     code = (
         "import sys, conf.schema, conf.validate, cluster.run_dir, launch\n"
         "heavy = {'torch', 'ray', 'deepspeed', 'transformers', 'zarr', 'wandb', 'numpy'}\n"

@@ -1,4 +1,4 @@
-"""How far a harvest may be ahead of the trainer beside it."""
+"""Test how far a harvest may run ahead of a concurrent trainer."""
 
 from __future__ import annotations
 
@@ -34,23 +34,23 @@ def harvest_of(path: Path, items: list[int], lead: int, sample_tokens: int) -> _
     )
 
 
-def test_a_missing_item_may_always_be_begun(tmp_path):
+def test_a_missing_item_may_always_start(tmp_path):
     done = [item for item in range(30) if item != 9]
     harvest = harvest_of(tmp_path / "store", done, lead=5, sample_tokens=64)
     consumer = Consumer(tmp_path / "store", "run")
     consumer.publish(next_item=8, keep_from_item=0, position=0)
-    assert harvest._may_start(9)  # the trainer waits for it, whatever lies beyond
+    assert harvest._may_start(9)  # the trainer needs it next, whatever follows
     assert harvest._may_start(12) and not harvest._may_start(13)
 
 
 def test_the_sample_comes_first_and_then_the_lead(tmp_path):
     harvest = harvest_of(tmp_path / "store", [0, 1, 2], lead=4, sample_tokens=3 * ROWS)
-    assert harvest._may_start(99)  # two items in whole windows, three wanted
+    assert harvest._may_start(99)  # the sample needs three items; complete windows have two
     StoreWriter(tmp_path / "store").write_item(3, np.ones((ROWS, 4), np.float32))
     assert not harvest._may_start(4) and harvest._may_start(3)
 
 
-def test_a_cancelled_harvest_ends_with_nothing_left_to_begin(tmp_path):
+def test_a_cancelled_harvest_ends_with_nothing_left_to_start(tmp_path):
     harvest = harvest_of(tmp_path / "store", [0], lead=4, sample_tokens=1)
     assert harvest._may_start(None)
     harvest._cancelled.set()
@@ -78,6 +78,6 @@ def test_a_store_that_is_still_being_built_has_no_rows_yet(tmp_path):
     assert not _has_rows(str(path))
     StoreWriter(path, {"acts": 4}, "float32", ROWS).write_item(0, np.ones((ROWS, 4), np.float32))
     assert _has_rows(str(path))
-    # As an object store shows it to who looks early: the group's metadata is the first object.
+    # An object store may show this state, because the group's metadata is written first.
     (path / "position" / "zarr.json").unlink()
     assert not _has_rows(str(path))

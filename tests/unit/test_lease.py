@@ -1,4 +1,4 @@
-"""A lease when others take and leave it between one taker's look and its put."""
+"""Test a lease that others take and release between a taker's look and its put."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from activation_store.storage_local import LocalStorage
 
 
 class SlowTaker(LocalStorage):
-    """Others act before its first conditional put arrives."""
+    """A storage on which others act before its first conditional put."""
 
     def __init__(self, path: Path, others: Callable[[], None]) -> None:
         super().__init__(path)
@@ -28,7 +28,7 @@ class SlowTaker(LocalStorage):
         return super().put_if_absent(name, parts)
 
 
-def test_a_number_below_the_holders_takes_nothing(
+def test_a_number_below_the_holders_does_not_take_the_lease(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(lease, "BEAT_S", 0.05)
@@ -39,7 +39,8 @@ def test_a_number_below_the_holders_takes_nothing(
     Lease(storage, "first", "run first").release()
 
     def others() -> None:
-        # The second comes and goes; the third deletes its file, and so makes its number free.
+        # The second takes and releases the lease; the third deletes the second's file, which
+        # frees the second's number.
         Lease(storage, "second", "run second").release()
         held.append(Lease(storage, "third", "run third"))
 

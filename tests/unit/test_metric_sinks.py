@@ -1,4 +1,4 @@
-"""metrics.jsonl always; wandb keeps its id, and never stops training."""
+"""Test metrics.jsonl and wandb, whose failures must never stop training."""
 
 from __future__ import annotations
 
@@ -46,7 +46,9 @@ def test_wandb_continues_under_its_id(tmp_path):
         sinks = MetricSinks(config("offline"), tmp_path, console=False)
         sinks.write(ROW)
         ids.append(sinks._wandb.id)
-        assert 0 < sinks._wandb.settings.finish_timeout <= 60, "0 waits for a dead network for ever"
+        assert 0 < sinks._wandb.settings.finish_timeout <= 60, (
+            "0 would wait forever for a dead network"
+        )
         sinks.close()
     assert ids[0] == ids[1] == (tmp_path / "wandb_id").read_text()
 

@@ -1,4 +1,4 @@
-"""Reading and replacing activations of two architectures, and finding a model's files."""
+"""Test reading and replacing activations of two architectures, and finding model files."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def load(folder: Path, tmp_path: Path, dtype: str = "float32") -> nn.Module:
     return load_language_model(ModelConfig(path=str(folder), dtype=dtype), tmp_path / "cache")
 
 
-def test_capture_gives_what_the_modules_output_in_a_whole_pass(
+def test_capture_equals_the_outputs_of_a_full_pass(
     saved: tuple[Path, list[str]], tmp_path: Path
 ) -> None:
     folder, hookpoints = saved
@@ -58,7 +58,7 @@ def test_the_forward_stops_after_the_last_hookpoint(tmp_path: Path) -> None:
     assert ran == [0, 1]
     ran.clear()
     model(IDS)
-    assert ran == [0, 1, 2]  # no hook of ours was left behind
+    assert ran == [0, 1, 2]  # the hooks were removed
 
 
 def test_splice_replaces_every_position_but_the_first(
@@ -85,7 +85,7 @@ def test_an_unknown_hookpoint_lists_close_names(tmp_path: Path) -> None:
     model = load(tmp_path / "model", tmp_path)
     with pytest.raises(ModelError, match=r"'model.layer.1' not found in \w+; .*model\.layers\.1"):
         capture(model, ["model.layer.1"], IDS)
-    with pytest.raises(ModelError, match="expected a tensor .contexts, context_tokens, width."):
+    with pytest.raises(ModelError, match=r"expected a tensor .contexts, context_tokens, width."):
         capture(model, ["model.rotary_emb"], IDS)
 
 
@@ -111,7 +111,7 @@ def test_weights_hash_follows_the_weights(tmp_path: Path) -> None:
 def test_missing_models_say_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    expected = "neither a local folder.*HF_HUB_OFFLINE is set.*local folder"
+    expected = r"neither a local folder.*HF_HUB_OFFLINE is set.*local folder"
     with pytest.raises(ModelError, match=expected):
         load_tokenizer(ModelConfig(path="nobody/nothing-here"), tmp_path)
     with pytest.raises(ModelError, match="pip install --no-deps no-such-package"):

@@ -1,4 +1,4 @@
-"""The table of `tests.mutate` fits the code: what it replaces is there, and so are its tests."""
+"""Test that the snippets and tests named in the table of mutations exist."""
 
 from __future__ import annotations
 
@@ -37,6 +37,6 @@ def test_a_mutation_applies_and_its_tests_exist(mutation: Mutation) -> None:
 
 
 @pytest.mark.parametrize("text", ["a = 2\n", "a = 1\na = 1\n"])
-def test_what_does_not_stand_there_once_is_no_mutation(text: str) -> None:
+def test_a_snippet_must_occur_exactly_once(text: str) -> None:
     with pytest.raises(ValueError, match=r"f\.py: [02] times 'a = 1'"):
         mutated(text, Edit("f.py", "a = 1", "a = 3"))

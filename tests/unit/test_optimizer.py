@@ -1,4 +1,4 @@
-"""Learning rate, clipping and skipping."""
+"""Test the learning rate, gradient clipping and skipped steps."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def test_lr_schedule():
 
 
 class Bare(torch.nn.Module):
-    """What the optimiser needs of an SAE."""
+    """The attributes of an SAE that the optimiser needs."""
 
     def __init__(self, parameters):
         super().__init__()
@@ -55,7 +55,7 @@ def test_steps_are_those_of_torch_adam_with_clipping(clip_norm):
 
 
 @pytest.mark.parametrize("how", ["flag", "nan gradient"])
-def test_a_bad_step_changes_nothing_and_neither_does_what_follows(how):
+def test_a_bad_step_and_all_later_ones_change_nothing(how):
     parameter = torch.nn.Parameter(torch.ones(4))
     optimizer = adam([parameter], 1.0)
     parameter.grad = torch.ones(4)

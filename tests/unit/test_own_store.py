@@ -1,4 +1,4 @@
-"""What the train stage and the exports make of a person's own store."""
+"""Test the train stage and the exports on a user's own store."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def own_store(path: Path, bad: int = 0, finalise: bool = True) -> RunConfig:
     return config
 
 
-def test_no_model_is_named_that_the_rows_do_not_come_from(tmp_path):
+def test_model_and_text_of_an_own_store_are_unknown(tmp_path):
     trained = as_trained(own_store(tmp_path / "s"))
     assert (trained.model.path, trained.model.package) == ("unknown", None)
     assert (trained.data.path, trained.data.package) == ("unknown", None)
@@ -70,7 +70,7 @@ def test_all_texts_of_a_mixture_are_named(tmp_path):
     assert (trained.model.path, trained.data.path) == ("unknown", "unknown")
 
 
-def test_what_ranks_would_stumble_over_is_said_before(tmp_path):
+def test_invalid_stores_are_refused_before_ranks_start(tmp_path):
     config = own_store(tmp_path / "s")
     check_store(config)
     config.sae.hookpoint = "typo"
@@ -81,20 +81,20 @@ def test_what_ranks_would_stumble_over_is_said_before(tmp_path):
         check_store(config)
     with pytest.raises(StoreConfigError, match="finalise"):
         check_store(own_store(tmp_path / "open", finalise=False))
-    with pytest.raises(StoreConfigError, match="acts holds 3 non-finite numbers in items .0.;"):
+    with pytest.raises(StoreConfigError, match=r"acts holds 3 non-finite numbers in items .0.;"):
         check_store(own_store(tmp_path / "bad", bad=3))
     assert non_finite(str(tmp_path / "bad")) == ["acts: 3 numbers are not finite, in items [0]"]
     assert non_finite(str(tmp_path / "s")) == []
 
 
-def test_a_store_is_known_by_what_it_holds(tmp_path):
+def test_the_digest_of_a_store_follows_its_content(tmp_path):
     for name, bad in (("a", 0), ("b", 0), ("c", 1)):
         own_store(tmp_path / name, bad=bad)
     a, b, c = (store_digest(open_store(tmp_path / name)) for name in "abc")
     assert a == b != c
 
 
-def test_rows_that_are_not_finite_are_not_harvested(tmp_path):
+def test_non_finite_rows_are_not_harvested(tmp_path):
     spec = WorkerSpec(
         *(ModelConfig(), DataConfig(), 0, str(tmp_path / "s"), tmp_path, "cpu", tmp_path)
     )
@@ -113,7 +113,7 @@ def test_rows_that_are_not_finite_are_not_harvested(tmp_path):
     assert StoreWriter(tmp_path / "s").committed_items() == {6}
 
 
-def test_the_items_with_rows_that_are_not_finite_are_named(tmp_path):
+def test_items_with_non_finite_rows_are_named(tmp_path):
     writer = StoreWriter(tmp_path / "s", {"a": 2, "b": 2}, dtype="float32", shard_tokens=4)
     for item, bad in enumerate((0, 3, 0, 1)):
         rows = np.ones((4, 2), np.float32)
@@ -128,7 +128,7 @@ def test_the_items_with_rows_that_are_not_finite_are_named(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.distributed
-def test_rows_that_come_later_and_are_not_finite_are_named_by_the_trainer(tmp_path):
+def test_the_trainer_names_non_finite_rows_that_arrive_later(tmp_path):
     run_dir, rows = tmp_path / "run", np.random.default_rng(0).normal(size=(64, 4))
     writer = StoreWriter(tmp_path / "s", {"acts": 4}, dtype="float32", shard_tokens=64)
     for item in range(2):

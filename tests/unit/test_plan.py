@@ -1,4 +1,4 @@
-"""The plan's arithmetic on cases counted by hand, its refusals, its search."""
+"""Test the plan: hand-counted cases, refused settings, the search for a layout."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def work(d_model=16, on_gpu=True, **sizes) -> Work:
     return work_of(config_of(**sizes), d_model, on_gpu=on_gpu)
 
 
-def test_state_is_what_a_weight_takes_times_the_weights_of_the_largest_shard():
+def test_state_bytes_are_those_of_the_largest_shard():
     parts = device_bytes(work(n_latents=66, latent=4), H100)  # shards of 17, 17, 17 and 15
     weights = 17 * (2 * 16 + 1) + 16
     assert parts["weights"] == 4 * weights
@@ -80,8 +80,10 @@ def test_a_checkpoint_is_shared_by_replicas():
 
 
 def test_a_million_latents_on_eight_gpus():
-    """2 x 2**20 x 4096 weights / 8 ranks = 2**30: 4 GiB each for weights and both moments, 2 for
-    copies: 14 GiB of state."""
+    """Each of 8 ranks holds 2 x 2**20 x 4096 / 8 = 2**30 weights: 14 GiB of state.
+
+    The weights and each of the two moments take 4 GiB, the low-precision copies 2 GiB.
+    """
     parts = device_bytes(work(4096, n_latents=1 << 20, k=64, latent=8), H100)
     state = parts["weights"] + parts["moments"] + parts["low-precision copies"]
     assert state / GIB == pytest.approx(14, rel=1e-3)
@@ -94,7 +96,7 @@ def calls_of(*args, **sizes) -> dict[str, Collective]:
 def test_traffic_of_a_latent_group():
     calls = calls_of(latent=4)
     assert calls["rows"].sent_bytes == 8 * 16 * 2 * 3 / 4
-    assert calls["selection"].sent_bytes == 8 * (8 - 2) * 2  # keys of the rows that others merge
+    assert calls["selection"].sent_bytes == 8 * (8 - 2) * 2  # keys of rows that other ranks merge
     assert calls["selection, k-th keys"].sent_bytes == 8 * 2 * 3
     assert calls["reconstruction"].sent_bytes == 2 * 3 / 4 * 8 * 16 * 4
     assert "pairs" not in calls
@@ -119,7 +121,7 @@ def test_one_rank_sends_nothing():
     ("kind", "latent", "expected"),
     [
         ("all-reduce", 8, 8e9 / 100e9),
-        ("all-reduce", 16, 8e9 / 80e9),  # eight adapters a node, below NVLink
+        ("all-reduce", 16, 8e9 / 80e9),  # eight network adapters a node
         ("all-to-all", 16, 8e9 * 8 / 15 / 10e9),  # 8 of 15 peers are elsewhere
     ],
 )
@@ -131,7 +133,7 @@ def test_links(kind, latent, expected):
     assert taken == pytest.approx(expected, rel=1e-3)
 
 
-def test_replicas_of_whole_nodes_meet_over_one_adapter_each():
+def test_replicas_of_whole_nodes_use_one_adapter_each():
     node, network = Link(100e9, 100e9, 100e9, 0.0), Link(10e9, 10e9, 10e9, 0.0)
     hardware = replace(H100, node=node, network=network)
     taken = seconds(Collective("", "data", "all-gather", 8e9), work(latent=8, data=2), hardware)
@@ -142,7 +144,7 @@ def test_the_product_is_two_operations_for_each_row_weight_and_channel():
     hardware = replace(H100, rates=ONLY_PRODUCTS)
     phases = schedule(work(), hardware)
     assert compute_seconds(phases) == 2 * 8 * 64 * 16 / 2.0
-    dead = schedule(work(dead_fraction=0.25), hardware)  # 16 of 64 latents once more
+    dead = schedule(work(dead_fraction=0.25), hardware)  # AuxK encodes 16 of 64 latents again
     assert compute_seconds(dead) == 2 * 8 * (64 + 16) * 16 / 2.0
 
 
@@ -182,7 +184,7 @@ def test_the_search_finds_what_brute_force_finds():
     found = layouts(config, 768, H100, 12)
     assert sorted((f.work.latent, f.work.data, f.work.zero_stage) for f in found) == [
         *((3, 4, 0), (3, 4, 1), (6, 2, 0), (6, 2, 1), (12, 1, 0))
-    ]  # 4096 rows divide among 1, 2 and 4 replicas only, and one alone exchanges nothing
+    ]  # 4096 rows split among 1, 2 or 4 of 12 ranks; a single replica exchanges nothing
     best = best_layout(found, config)
     for latent, data, zero_stage in itertools.product(range(1, 13), range(1, 13), (0, 1)):
         if latent * data == 12 and 4096 % data == 0:
@@ -214,7 +216,7 @@ def test_an_optimiser_that_needs_one_exchange_gets_no_other():
 
 
 def test_the_search_leaves_out_what_does_not_fit():
-    """Keys crawl, so one shard and eight replicas would be the fastest, with no room for them."""
+    """With slow links, eight replicas of one shard are the fastest layout, but do not fit."""
     slow = Link(1e12, 1e12, 1e6, 0.0)
     small = replace(H100, memory_bytes=12 * GIB, node=slow)
     config = config_of(n_latents=1 << 19, k=32, batch=4096)
@@ -270,14 +272,14 @@ def test_a_pipeline_measures_nothing(tmp_path, capsys):
     assert "tokens/s" not in printed and not (tmp_path / "cache").exists()
 
 
-def test_consumed_activations_take_the_room_of_the_lead():
+def test_deleting_consumed_activations_limits_the_disk_space():
     config = config_of()
     config.data.tokens = 10**9
     whole = store_bytes_total(config, 16)
     assert whole == 10**9 * (16 * 2 + 16)
     config.cluster.retention, config.cluster.max_lead_items = "consumed", 10
     config.checkpoint.every_tokens, config.checkpoint.keep = 10**6, 2
-    # Two checkpoints are kept while a third is written; nothing since the oldest may go.
+    # Two checkpoints are kept while a third is written, with all rows since the oldest.
     assert store_bytes_total(config, 16) == ((10 + 2 * 16) * 8192 + 3 * 10**6) * 48
     config.checkpoint.keep_every_tokens = 10**8
     assert store_bytes_total(config, 16) == whole
@@ -286,8 +288,18 @@ def test_consumed_activations_take_the_room_of_the_lead():
 @pytest.mark.parametrize(
     ("mode", "step_s", "duration", "cost"),
     [
-        ("concurrent", 1, "4.00 h for 900 steps", "$64: 8 GPUs at $2.00"),  # the harvest's hours
-        ("concurrent", 40, "10.00 h for 900 steps", "$160: 8 GPUs at $2.00"),  # training's
+        (
+            "concurrent",
+            1,
+            "4.00 h for 900 steps",
+            "$64: 8 GPUs at $2.00",
+        ),  # the harvest takes longer
+        (
+            "concurrent",
+            40,
+            "10.00 h for 900 steps",
+            "$160: 8 GPUs at $2.00",
+        ),  # training takes longer
         ("sequential", 40, "10.00 h for 900 steps", "$40: 2 GPUs at $2.00"),
     ],
 )

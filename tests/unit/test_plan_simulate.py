@@ -1,4 +1,4 @@
-"""What must hold of the simulation whatever the numbers."""
+"""Test properties of the simulation that hold for any numbers."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ QUIET = Noise(0.0, 0.0, 1.0)
 CADENCE = Cadence(10, 0.0, 0.0, 5.0, math.inf)
 
 
-def test_without_stragglers_and_links_nothing_is_lost():
+def test_without_stragglers_and_link_times_nothing_is_lost():
     assert simulate_step(FREE, 64, 4, QUIET) == pytest.approx(compute_seconds(PHASES))
 
 
@@ -62,8 +62,8 @@ def test_one_slow_rank_holds_up_all():
     assert slow == pytest.approx(1.5 * simulate_step(FREE, 8, 8, QUIET))
 
 
-def test_a_rank_waits_for_its_own_group_alone():
-    """Latent groups that never meet: all that a slow rank delays is its own."""
+def test_a_rank_waits_only_for_its_own_group():
+    """A slow rank delays only its own latent group if the groups exchange nothing."""
     within = [Phase("encode", None, 1.0), Phase("select", "latent", 0.0)]
     steps = [simulate_step(within, 2, 64, Noise(0.5, 0.0, 1.0), steps=20) for _ in range(2)]
     across = [Phase("encode", None, 1.0), Phase("flag", "all", 0.0)]
@@ -71,7 +71,7 @@ def test_a_rank_waits_for_its_own_group_alone():
     assert steps[0] < 0.8 * simulate_step(across, 2, 64, Noise(0.5, 0.0, 1.0), steps=20)
 
 
-def test_reading_is_hidden_until_it_is_the_slower():
+def test_reading_is_hidden_until_it_takes_longer_than_a_step():
     step_s = step_seconds(PHASES)
     assert simulate_step(PHASES, 2, 2, QUIET, read_s=step_s / 2, steps=200) == pytest.approx(
         step_s, rel=0.01
@@ -91,7 +91,7 @@ def test_a_save_waits_for_the_one_before():
 
 
 def test_failures_cost_half_a_cadence_and_a_restart():
-    """Work since the newest checkpoint is lost: half an interval in the mean."""
+    """Each failure loses the work since the last checkpoint, on average half an interval."""
     cadence = replace(CADENCE, save_every_steps=100, mtbf_s=2000.0, restart_s=5.0)
     cost = simulate_run(1_000_000, 1.0, cadence)
     assert cost.failures == pytest.approx(1_000_000 * 1.025 / 2000, rel=0.15)
@@ -106,8 +106,8 @@ def test_a_denser_cadence_loses_less_and_a_slower_write_more():
     assert simulate_run(200_000, 1.0, replace(cadence, write_s=80.0)).lost_s > 1.5 * lost
 
 
-def test_a_run_that_never_gets_on_is_an_error():
-    with pytest.raises(ValueError, match="the run makes no progress"):
+def test_a_run_without_progress_is_an_error():
+    with pytest.raises(ValueError, match=r"the run makes no progress"):
         simulate_run(10**6, 1.0, replace(CADENCE, save_every_steps=10**5, mtbf_s=1.0))
 
 
@@ -139,8 +139,8 @@ def test_an_ideal_machine_has_efficiency_one():
     assert row.failures == 0
 
 
-def test_latents_scale_where_the_batch_does_not():
-    """Weights never move; replicas send every row to every other replica."""
+def test_latents_scale_better_than_the_batch():
+    """Latent shards never send weights; replicas send every row to every other replica."""
     ranks = [8, 512]
     latents, batch = (
         weak_scaling(config_of(grow=grow, simulate_ranks=ranks), 4096, gpu(config_of().plan))

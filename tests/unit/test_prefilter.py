@@ -1,4 +1,4 @@
-"""A prefilter changes how the k largest are found, never which they are."""
+"""Test that a prefilter never changes which k latents are selected."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ EXACT = StockKernels(torch.float32)
 
 
 def emulated_float8_topk(x, W, b, count):
-    """TopK of the split rows' product, multiplied in float32: the same numbers, slowly."""
+    """Compute the TopK of the split rows' product in float32: the same numbers, but slowly."""
     return EXACT.exact_topk(joined(x), joined(W), b, count)
 
 
@@ -85,7 +85,7 @@ def test_rows_without_positive_values(prefilter, bias):
     assert_exact(prefilter, x, W, torch.full((2000,), bias), 8)
 
 
-def test_what_low_precision_cannot_tell_apart_is_encoded_again():
+def test_rows_that_cannot_be_certified_are_encoded_again():
     # 3,000 latents within a rounding of each other: no choice of candidates can be certified.
     direction = torch.nn.functional.normalize(normal(0, 1, 64), dim=1)
     W = direction * (1 + torch.arange(3000)[torch.randperm(3000)] * 1e-6)[:, None]
@@ -93,9 +93,7 @@ def test_what_low_precision_cannot_tell_apart_is_encoded_again():
     exact, wanted = EXACT.exact_topk(x, W, torch.zeros(3000), 10)
     offered = Bfloat16Prefilter(split=True).candidates(x, W, torch.zeros(3000), 10)
     assert uncertified(offered, exact[:, -1], 3000).all()
-    values, latents = prefiltered_topk(
-        Bfloat16Prefilter(split=True), EXACT, x, W, torch.zeros(3000), 10
-    )
+    _, latents = prefiltered_topk(Bfloat16Prefilter(split=True), EXACT, x, W, torch.zeros(3000), 10)
     assert torch.equal(latents.sort(1).values, wanted.sort(1).values)
     assert not all(
         set(row) >= set(best)
@@ -106,7 +104,7 @@ def test_what_low_precision_cannot_tell_apart_is_encoded_again():
 @pytest.mark.parametrize("prefilter", PREFILTERS, ids=names(PREFILTERS))
 @pytest.mark.parametrize("where", ["x", "W", "b"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("nan")])
-def test_what_is_not_finite_is_selected_not_dropped(prefilter, where, value):
+def test_non_finite_values_are_selected_not_dropped(prefilter, where, value):
     x, W, b = normal(0, 4, 16), normal(1, 1000, 16), torch.zeros(1000)
     {"x": x[1], "W": W[500], "b": b}[where].view(-1)[3] = value
     values, _ = prefiltered_topk(prefilter, EXACT, x, W, b, 5)
@@ -123,11 +121,11 @@ def test_the_bfloat16_margins_cover_every_error(split, outlier):
     exact = (x.double() @ W.double().T + b.double()).gather(1, offered.latents)
     error = (exact - offered.values).abs().amax(1)
     assert (error <= offered.margin).all()
-    assert (error > offered.margin / 300).all()  # a bound, but no absurd one
+    assert (error > offered.margin / 300).all()  # and the bound is not absurdly loose
 
 
 def split_product(x, W):
-    """(product of split rows, the bounds in it), both [B, L]."""
+    """Return (product of the split rows, the bounds it contains), both [B, L]."""
     parts = [
         joined(split_rows(m, w)).double() for m, w in zip((x, W), row_weights(x, W), strict=True)
     ]
@@ -139,12 +137,12 @@ def split_product(x, W):
 
 
 def with_outliers(size, seed=0):
-    """Rows of which an eighth of the channels is larger, and one is `size` times as large."""
+    """Return x with an eighth of its channels enlarged, one of them by `size`, and W."""
     x, W = normal(seed, 40, 512), normal(seed + 1, 3000, 512)
     x[:, :60] *= 4
     x[:, 7] *= size
     W[:5] = 0
-    W[torch.arange(5), torch.tensor([7, 8, 100, 200, 300])] = 1.1  # each leans on one channel
+    W[torch.arange(5), torch.tensor([7, 8, 100, 200, 300])] = 1.1  # each reads a single channel
     return x, W
 
 
@@ -154,11 +152,12 @@ def test_the_float8_bounds_are_six_deviations_of_every_pair(size):
     product, bounds = split_product(x, W)
     error = (product - x.double() @ W.double().T).abs()
     assert (error < bounds).all()
-    # A bound, but no absurd one: the chosen channels do not count, and Cauchy and Schwarz lose 2.
+    # The bound is not absurdly loose: it leaves out the bfloat16 channels, and the
+    # Cauchy-Schwarz inequality loses a factor of 2.
     assert (error.square().mean(1).sqrt() > bounds.mean(1) / 30).all()
 
 
-def test_a_long_latent_raises_its_own_bound_alone():
+def test_a_long_latent_raises_only_its_own_bound():
     x, W = with_outliers(30.0)
     _, before = split_product(x, W)
     W[1000] *= 10
@@ -173,7 +172,7 @@ def test_float8_certifies_rows_with_outlier_channels():
     x[:, :40] *= torch.linspace(3, 17, 40)
     W[:, :40] /= torch.linspace(3, 17, 40)
     b = torch.zeros(4096)
-    # As a sparse dictionary has them: 30 latents a row stand out.
+    # As with a trained dictionary, 30 latents a row stand out.
     best = torch.randint(0, 4096, (200, 30), generator=torch.Generator().manual_seed(0))
     x += 6 * W[best].sum(1)
     offered = PREFILTERS[2].candidates(x, W, b, 30)
@@ -182,8 +181,8 @@ def test_float8_certifies_rows_with_outlier_channels():
     assert_exact(PREFILTERS[2], x, W, b, 30)
 
 
-def a_latent_that_leans_on_a_rounded_channel():
-    """One channel is massive; some latents read it alone, biased so that they fire on its size."""
+def massive_channel_case():
+    """Return x, W, b with one massive channel, which eight biased latents read alone."""
     x, W, b = normal(0, 64, 768), normal(1, 4096, 768) / 768**0.5, torch.zeros(4096)
     x[:, 7] = 300 + 3 * normal(2, 64)
     W[100:108] = 0
@@ -194,8 +193,8 @@ def a_latent_that_leans_on_a_rounded_channel():
 
 
 @pytest.mark.parametrize("prefilter", PREFILTERS, ids=names(PREFILTERS))
-def test_latents_that_lean_on_the_channels_that_are_rounded_most(prefilter):
-    assert_exact(prefilter, *a_latent_that_leans_on_a_rounded_channel(), 32)
+def test_latents_that_read_only_a_massive_channel(prefilter):
+    assert_exact(prefilter, *massive_channel_case(), 32)
 
 
 def test_rounding_errors_that_add_up_do_not_fool_the_proven_margin():
@@ -233,7 +232,7 @@ def test_rows_without_a_float8_part_do_not_overflow():
     assert_exact(PREFILTERS[2], x, W, torch.zeros(1000), 8)
     for matrix, weights in zip((x, W), row_weights(x, W), strict=True):
         rows = split_rows(matrix, weights)
-        # A product of two such rows, which is made before the scales come back, stays finite.
+        # The product of two such rows, computed before rescaling, stays finite.
         assert rows.side.float().abs().max() <= 2.0**25
 
 
@@ -245,7 +244,7 @@ def test_a_certificate_needs_more_than_a_tie_with_the_margin():
     assert not uncertified(offered, torch.tensor([0.0]), 2).any()  # all latents are candidates
 
 
-def test_settings_that_cannot_be_are_refused():
+def test_invalid_settings_are_refused():
     with pytest.raises(ConfigError, match="none, bfloat16 or bfloat16x3"):
         get_kernels("stock", torch.float32, prefilter="float8")
     with pytest.raises(ConfigError, match="compute_dtype=float32"):
@@ -276,5 +275,5 @@ def test_a_prefilter_that_the_kernels_lack_is_refused_before_ranks_start(
     if fits:
         config.validate()
         return
-    with pytest.raises(ConfigError, match="train.prefilter"):
+    with pytest.raises(ConfigError, match=r"train.prefilter"):
         config.validate()

@@ -1,4 +1,4 @@
-"""What a rank's process is told before torch loads."""
+"""Test the environment that a rank's process sets before torch is loaded."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""The files for KubeRay and SkyPilot: as they were read by a person once, and what they must say.
+"""Test the files for KubeRay and SkyPilot: reviewed golden files and required settings.
 
-`python -m tests.unit.test_rendered_jobs` writes the golden files anew.
+`python -m tests.unit.test_rendered_jobs` rewrites the golden files.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def test_golden(name: str) -> None:
     assert rendered()[name] == (GOLDEN / name).read_text()
 
 
-def test_a_rayjob_saves_before_it_is_killed_and_goes_when_done() -> None:
+def test_a_rayjob_has_time_to_save_and_is_removed_when_done() -> None:
     job = yaml.safe_load(rendered()["rayjob.yaml"])
     assert (job["apiVersion"], job["kind"]) == ("ray.io/v1", "RayJob")
     spec = job["spec"]
@@ -68,7 +68,7 @@ def test_a_rayjob_saves_before_it_is_killed_and_goes_when_done() -> None:
     (workers,) = cluster["workerGroupSpecs"]
     assert workers["replicas"] == workers["minReplicas"] == workers["maxReplicas"] == 2
     for group in (cluster["headGroupSpec"], workers):
-        # KubeRay's schema has strings here, and YAML reads 0 as a number.
+        # KubeRay's schema requires strings here, but YAML reads a bare 0 as a number.
         assert all(isinstance(value, str) for value in group["rayStartParams"].values())
         pod = group["template"]["spec"]
         assert pod["terminationGracePeriodSeconds"] > 120
@@ -82,7 +82,7 @@ def test_a_rayjob_saves_before_it_is_killed_and_goes_when_done() -> None:
     assert int(environment["RAY_JOB_STOP_WAIT_TIME_S"]) > 120
 
 
-def test_the_script_of_a_sky_node_is_shell_and_keeps_words_whole() -> None:
+def test_the_script_of_a_sky_node_is_valid_shell_and_quotes_words() -> None:
     task = yaml.safe_load(rendered()["skypilot.yaml"])
     subprocess.run(["bash", "-n"], input=task["run"], text=True, check=True)
     assert "'data.path=my text.txt'" in task["run"]
@@ -110,14 +110,14 @@ def test_the_script_of_a_sky_node_is_shell_and_keeps_words_whole() -> None:
         ({"scheduler": "skypilot", "gpus_per_node": None, "secrets": []}, "submit.gpu="),
     ],
 )
-def test_what_cannot_be_rendered(change: dict[str, Any], expected: str) -> None:
+def test_invalid_settings_are_refused(change: dict[str, Any], expected: str) -> None:
     with pytest.raises(ConfigError, match=expected):
         SubmitConfig(**{**vars(KUBERAY), **change}).validate(grace_s=120)
 
 
 @pytest.mark.parametrize("word", ["data.path=a;b", "data.path=${runs_dir}/t", "name='x'", "a|b"])
-def test_a_rayjob_takes_no_word_that_a_shell_would_change(word: str) -> None:
-    with pytest.raises(SchedulerError, match="no characters that a shell interprets"):
+def test_a_rayjob_refuses_words_that_a_shell_would_change(word: str) -> None:
+    with pytest.raises(SchedulerError, match=r"no characters that a shell interprets"):
         kuberay.render(KUBERAY, "one", [*COMMAND, word], 120.0)
 
 
@@ -153,7 +153,7 @@ def test_the_command_writes_a_file_and_says_how_to_submit_it(tmp_path: Path) -> 
         "python /app/launch.py cluster=join sae.k=16 stage=pipeline name=k runs_dir=/runs "
         "cache_dir=/runs/.cache"
     )
-    assert not (tmp_path / "k" / "config.yaml").exists()  # the run is elsewhere
+    assert not (tmp_path / "k" / "config.yaml").exists()  # the run folder is on the cluster
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The report page: what is missing is said, what is hostile is escaped, nothing is fetched."""
+"""Test the report page: missing parts are named, names are escaped, nothing is fetched."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ EVIL = "<script>alert('x')</script>\"&"
 
 
 class Page(HTMLParser):
-    """Tags and attributes of a page; the parser is the judge of what counts as one."""
+    """Tags and addresses of a page, as an HTML parser sees them."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -101,7 +101,7 @@ def test_nothing_is_fetched(tmp_path: Path) -> None:
     text = rendered(full_run(tmp_path))
     assert Page(text).addresses == []
     assert "default-src 'none'" in text
-    shown = f"</i> {SubmitConfig().address}</div>"  # a setting, told as it is
+    shown = f"</i> {SubmitConfig().address}</div>"  # a setting, shown as plain text
     assert not re.search(r"https?://|url\(|@import", text.replace(shown, ""))
 
 

@@ -1,4 +1,4 @@
-"""A checkpoint in another number of files is the same one, and big ones take little memory."""
+"""Test that resharding keeps a checkpoint's content and needs little memory."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def same(one: Path, other: Path) -> None:
 
 
 @pytest.mark.parametrize("n_shards", [1, 2, 5, L])
-def test_the_content_stays_and_so_does_the_source(source: Path, tmp_path: Path, n_shards: int):
+def test_content_and_source_are_unchanged(source: Path, tmp_path: Path, n_shards: int):
     before = contents(source)
     target = reshard_checkpoint(source, tmp_path / "to", n_shards)
     assert contents(source) == before
@@ -76,15 +76,15 @@ def test_torch_reads_the_files(source: Path, tmp_path: Path):
     assert all(torch.equal(read[name], expected[name]) for name in expected)
 
 
-def test_what_cannot_be_is_refused(source: Path, tmp_path: Path):
-    with pytest.raises(CheckpointError, match="exists.*reshard.to"):
+def test_invalid_targets_are_refused(source: Path, tmp_path: Path):
+    with pytest.raises(CheckpointError, match=r"exists.*reshard.to"):
         reshard_checkpoint(source, source.parent, 1)
     with pytest.raises(ConfigError, match=r"reshard\.shards=38: expected at most 37"):
         reshard_checkpoint(source, tmp_path / "to", L + 1)
     assert not (tmp_path / "to").exists()
 
 
-def test_a_death_on_the_way_leaves_no_checkpoint(source: Path, tmp_path: Path, monkeypatch):
+def test_an_interrupted_reshard_leaves_no_checkpoint(source: Path, tmp_path: Path, monkeypatch):
     def killed(*_: object) -> None:
         raise KeyboardInterrupt
 
@@ -97,7 +97,7 @@ def test_a_death_on_the_way_leaves_no_checkpoint(source: Path, tmp_path: Path, m
     assert [path.name for path in (tmp_path / "to").iterdir()] == ["step-00000007"]
 
 
-def test_files_are_what_the_library_writes(tmp_path: Path):
+def test_files_are_readable_by_safetensors(tmp_path: Path):
     rows, path = torch.randn(5, 3), tmp_path / "a.safetensors"
     shapes = {
         "plain": (torch.bfloat16, (5, 3)),
@@ -122,7 +122,7 @@ def test_files_are_what_the_library_writes(tmp_path: Path):
 @pytest.mark.slow
 def test_a_large_checkpoint_is_copied_in_little_memory(tmp_path: Path):
     if shutil.disk_usage(tmp_path).free < 3 << 30 or not os.path.exists("/proc/self/status"):
-        pytest.skip("needs 3 GiB of disk, and a system that tells a process's peak")
+        pytest.skip("needs 3 GiB of free disk and /proc/self/status")
     peaks = {}
     for n_latents in (16, 12_800):
         run_dir = tmp_path / str(n_latents)

@@ -1,4 +1,4 @@
-"""The fused update: torch's Adam on dense gradients gives the same; low-precision moments."""
+"""Test the fused update against torch's Adam on dense gradients, and bfloat16 moments."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def sparse_gradient(seed):
     generator = torch.Generator().manual_seed(seed)
     rows = torch.arange(R).repeat_interleave(4)
     shuffled = torch.rand(R, L // 2, generator=generator)
-    shuffled[:, 5] += torch.arange(R) % 2  # a hot one
+    shuffled[:, 5] += torch.arange(R) % 2  # a hot latent
     latents = shuffled.topk(4, dim=1).indices.reshape(-1)
     values, dvalues = normal(seed + 1, len(rows)), normal(seed + 2, len(rows))
     pairs = SparseLatents(rows, latents, values, torch.arange(R) * 4)
@@ -105,17 +105,17 @@ def test_bfloat16_moments_follow_float32_ones_in_the_mean():
         fresh_state(torch.bfloat16),
     )
     for step in range(1, 301):
-        gradient = sparse_gradient(7)  # the same each time: v approaches its square
+        gradient = sparse_gradient(7)  # constant, so that v approaches its square
         for state in (exact, low):
             kernels.row_update(gradient, state.W_dec).apply(state, adam_step(step))
     used = exact.exp_avg_sq[0] > 1e-3
     ratio = low.exp_avg_sq[0].float()[used] / exact.exp_avg_sq[0][used]
-    assert abs(float(ratio.mean()) - 1) < 0.01  # rounded to nearest it stays at a fifth
+    assert abs(float(ratio.mean()) - 1) < 0.01  # with rounding to nearest, v stalls at a fifth
     assert float(ratio.std()) < 0.05
     assert low.exp_avg[0].dtype == torch.bfloat16 and low.exp_avg[2].dtype == torch.float32
 
 
-def test_stochastic_rounding_is_unbiased_exact_where_it_can_be_and_safe_at_the_edges():
+def test_stochastic_rounding_is_unbiased_and_keeps_exact_and_non_finite_values():
     source = torch.full((400, 500), 1.0 + 2.0**-10)  # an eighth of the way to the next bfloat16
     out = torch.empty_like(source, dtype=torch.bfloat16)
     round_stochastically_(out, source, 0, salt_of(torch.tensor(3.0), 1))

@@ -1,4 +1,4 @@
-"""Who may have a run: one driver, and one group of ranks, at a time."""
+"""Test that a run has one driver and one group of ranks at a time."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A signal that comes while Ray starts is heard, and kills nobody that Ray starts meanwhile."""
+"""Test signals during the start of Ray: not lost, and harmless to the processes Ray starts."""
 
 from __future__ import annotations
 
@@ -45,12 +45,12 @@ def test_sigusr1_while_ray_starts_is_not_lost():
     assert done.stdout == "SIGUSR1\n", done.stderr
 
 
-def test_what_ray_starts_outlives_sigusr1_and_a_rank_hears_it():
+def test_processes_started_by_ray_survive_sigusr1_and_a_rank_receives_it():
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     with signals_kept():
         rank = subprocess.Popen([sys.executable, "-c", RANK], env=ENVIRONMENT, **pipes)
     assert rank.stdout is not None and rank.stdout.readline() == "up\n"
-    rank.send_signal(signal.SIGUSR1)  # before it listens
+    rank.send_signal(signal.SIGUSR1)  # before it has a handler
     time.sleep(0.2)
     assert rank.poll() is None
     assert rank.communicate("on\n", timeout=40)[0] == "heard\n"

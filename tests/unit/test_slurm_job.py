@@ -1,4 +1,4 @@
-"""The process inside a Slurm job tells its driver of a preemption once, whatever Slurm signals."""
+"""Test that a Slurm job signals its driver once, however Slurm announces a preemption."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ sys.exit(Attempt(Path("."), command)._drive(command))
 
 
 @pytest.mark.parametrize("to_all", [True, False])
-def test_the_driver_hears_of_it_once(tmp_path, to_all):
-    """SIGTERM to all processes at once, as scancel sends it, or to the batch process alone."""
+def test_the_driver_is_signalled_once(tmp_path, to_all):
+    """Send SIGTERM to all processes, as scancel does, or to the batch process alone."""
     said = tmp_path / "said"
     job = subprocess.Popen(
         [sys.executable, "-c", JOB, DRIVER, str(said)],

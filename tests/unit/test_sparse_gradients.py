@@ -1,4 +1,4 @@
-"""The sparse step's loss and gradients are those of the dense definition under autograd."""
+"""Test the sparse step's loss and gradients against a dense definition under autograd."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ B, D, L, K, AUXK = 32, 12, 80, 5, 7
 
 
 def dense(x, W_enc, b_enc, W_dec, b_dec, dead):
-    """TopK and AuxK written with dense tensors and torch's own autograd."""
+    """Return the loss of TopK and AuxK, computed with dense tensors for torch's autograd."""
     pre_acts = (x - b_dec) @ W_enc.T + b_enc
     top = torch.zeros_like(pre_acts).scatter(1, pre_acts.topk(K).indices, 1.0)
     recon = (pre_acts * top).relu() @ W_dec + b_dec
     fvu = (x - recon).square().mean()
-    # The auxiliary loss sees the bias as a constant.
+    # The auxiliary loss treats b_dec as a constant.
     aux_pre = (x - b_dec.detach()) @ W_enc.T + b_enc
     chosen = aux_pre.masked_fill(~dead, float("-inf")).topk(min(AUXK, int(dead.sum()))).indices
     mask = torch.zeros_like(aux_pre).scatter(1, chosen, 1.0)
@@ -55,7 +55,7 @@ def test_gradients(kernels, n_dead):
     torch.testing.assert_close(loss, expected)
     for name, a, b in zip(("W_enc", "b_enc", "W_dec", "b_dec"), ours, theirs, strict=True):
         wanted = b.grad
-        if name == "W_dec":  # ours comes with the part along the unit rows taken out
+        if name == "W_dec":  # ours leaves out the component along the unit rows
             wanted = wanted - (wanted * b).sum(1, keepdim=True) * b.detach()
         torch.testing.assert_close(a.grad, wanted, atol=1e-6, rtol=1e-4, msg=name)
     assert (ours[0].grad[dead].abs().sum(1) > 0).any()  # AuxK reaches the dead encoder rows
@@ -72,7 +72,7 @@ def test_the_decoder_gradient_is_orthogonal_to_its_rows():
     assert (W_dec.grad * W_dec).sum(1).abs().max() < 1e-4
 
 
-def test_gathering_in_bfloat16_rounds_inputs_and_errors_alone():
+def test_gathering_in_bfloat16_rounds_only_inputs_and_errors():
     generator = torch.Generator().manual_seed(0)
     x, W_enc = torch.randn(B, D, generator=generator), torch.randn(L, D, generator=generator)
     weights = (W_enc, torch.zeros(L), random_unit_rows(0, L, D, 1), torch.zeros(D))

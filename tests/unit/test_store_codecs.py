@@ -1,4 +1,4 @@
-"""Codecs: the same rows for our reader, zarr-python and tensorstore, whoever of us wrote them."""
+"""Test codecs: our reader, zarr-python and tensorstore agree on rows that any of them wrote."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def read_tensorstore(path: Path, array: str) -> Any:
 
 
 def by_formula(path: Path, array: str, q: NDArray[Any], scale: NDArray[Any]) -> NDArray[Any]:
-    """What a stranger makes of an int8 store, from the attributes of its arrays."""
+    """Dequantise int8 rows by the formula in the array's attributes, as other readers would."""
     attributes = zarr.open_array(path / array, mode="r").attrs
     assert attributes["dequantise"] == "mean[c] + scale[t] * (std[c] * q[t, c])"
     mean, std = (np.array(attributes[key], np.float32) for key in ("mean", "std"))
@@ -104,10 +104,10 @@ def test_every_reader_sees_what_was_written(
 @pytest.mark.parametrize("by", ["zarr", "tensorstore"])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize("codec", CODECS)
-def test_we_read_what_they_write_with_our_metadata(
+def test_we_read_shards_that_other_libraries_wrote(
     tmp_path: Path, codec: str, dtype: str, by: str
 ) -> None:
-    """Their shard in place of ours, with our table put in and our record of it."""
+    """Replace our shard with theirs, add our checksum table and update our record."""
     path, arrays = tmp_path / "s", {"a": 6}
     options = {"dtype": dtype, "codec": codec, "calibration": calibration(arrays)}
     write_store(path, [16], arrays=arrays, **options)
@@ -134,7 +134,7 @@ def test_we_read_what_they_write_with_our_metadata(
 
 
 def with_our_table(shard: bytes, n_chunks: int) -> tuple[bytes, bytes]:
-    """A shard of theirs with the table of checksums before its index, and its tail."""
+    """Insert our checksum table before the index of `shard`; return the result and its tail."""
     split = len(shard) - 16 * n_chunks - 4
     index = np.frombuffer(shard[split:-4], "<u8").reshape(-1, 2)
     assert (index != ABSENT).all()
@@ -200,7 +200,7 @@ def test_a_stream_gives_the_rows_that_read_gives(tmp_path: Path, codec: str) -> 
 
 
 def massive_rows(n: int, width: int) -> NDArray[np.float32]:
-    """Activations as language models have them: large channels, and tokens that are massive."""
+    """Return rows like a language model's activations: large channels and a massive token."""
     rng = np.random.default_rng(0)
     spread = np.exp(rng.normal(0, 1, width))
     spread[3] *= 50
@@ -225,11 +225,11 @@ def test_int8_keeps_every_channel_and_massive_tokens(tmp_path: Path) -> None:
     assert (error / rows[others].var(0)).max() < 3e-4
     np.testing.assert_allclose(read[7, 5], 30_000, rtol=0.01)  # clipping at 8 std would give 40
     stored = sum(file.stat().st_size for file in (tmp_path / "s").glob("a*/c.*"))
-    assert stored < 0.26 * rows.nbytes  # of float32
+    assert stored < 0.26 * rows.nbytes  # rows are float32
     assert store.statistics("a").absmax == np.abs(rows).max()
 
 
-def test_int8_of_rows_at_the_edge() -> None:
+def test_int8_edge_cases() -> None:
     scaling = Scaling(np.array([1, 2], np.float32), np.array([2, 0.5], np.float32))
     nan, inf = float("nan"), float("inf")
     rows = np.array([[1, 2], [nan, 2], [3, -inf], [1, 2.5], [1e-40 + 1, 2]], np.float32)
@@ -237,11 +237,11 @@ def test_int8_of_rows_at_the_edge() -> None:
     assert q.tolist() == [[0, 0], [0, 0], [0, 0], [0, 127], [0, 0]]
     read = np.empty_like(rows)
     scaling.dequantise(q, scale, read)
-    assert np.isnan(read[1:3]).all(), "a row with a number that is not finite is NaN throughout"
+    assert np.isnan(read[1:3]).all(), "a row with a non-finite number must read as all NaN"
     np.testing.assert_array_equal(read[[0, 3, 4]], rows[[0, 3, 4]])
 
 
-def test_int8_rows_that_are_not_finite_are_counted(tmp_path: Path) -> None:
+def test_non_finite_int8_rows_are_counted(tmp_path: Path) -> None:
     arrays = {"a": 6}
     writer = StoreWriter(
         tmp_path / "s", arrays, shard_tokens=16, codec="int8", calibration=calibration(arrays)
@@ -256,7 +256,7 @@ def test_int8_rows_that_are_not_finite_are_counted(tmp_path: Path) -> None:
     assert np.flatnonzero(bad).tolist() == [3, 9]
 
 
-def test_a_channel_that_never_varied_does_not_take_the_resolution(tmp_path: Path) -> None:
+def test_a_constant_channel_does_not_reduce_the_resolution(tmp_path: Path) -> None:
     part = Calibration(np.zeros(3), np.array([0.0, 1.0, 1.0]), 1.0)
     writer = StoreWriter(
         tmp_path / "s", {"a": 3}, "float32", 4, codec="int8", calibration={"a": part}
@@ -266,14 +266,14 @@ def test_a_channel_that_never_varied_does_not_take_the_resolution(tmp_path: Path
     np.testing.assert_allclose(open_store(tmp_path / "s").read("a", 0, 4), rows, atol=0.03)
 
 
-def test_what_a_codec_needs_is_said(tmp_path: Path) -> None:
+def test_invalid_codec_settings_are_refused(tmp_path: Path) -> None:
     with pytest.raises(StoreConfigError, match=r"codec='int8': expected a calibration of \['a'\]"):
         StoreWriter(tmp_path / "s", {"a": 4}, codec="int8")
     with pytest.raises(StoreConfigError, match="codec='zip'"):
         StoreWriter(tmp_path / "s", {"a": 4}, codec="zip")
     with pytest.raises(StoreConfigError, match=r"arrays='a\.scale'"):
         StoreWriter(tmp_path / "s", {"a": 4, "a.scale": 4})
-    with pytest.raises(StoreConfigError, match="store.codec='zip': expected none, blosc or int8"):
+    with pytest.raises(StoreConfigError, match=r"store.codec='zip': expected none, blosc or int8"):
         StoreConfig(codec="zip").validate()
     StoreWriter(tmp_path / "s", {"a": 4}, codec="blosc")
     with pytest.raises(StoreMismatchError, match="codec: the store has 'blosc', wanted 'none'"):
@@ -322,7 +322,7 @@ def test_flipped_bytes_are_named(tmp_path: Path, codec: str, dtype: str) -> None
                 read = open_store(path).read("a", 0, 16)
             except DamagedDataError as error:
                 assert file.name in str(error) and "decompress" not in str(error)
-            else:  # a checksum beside a chunk, which is for other readers
+            else:  # the flip hit a checksum beside a chunk, which only other readers use
                 np.testing.assert_array_equal(read, rows)
         file.write_bytes(good[:-1])
         with pytest.raises(DamagedDataError, match=file.name):
@@ -331,7 +331,7 @@ def test_flipped_bytes_are_named(tmp_path: Path, codec: str, dtype: str) -> None
     assert verify_store(path) == []
 
 
-def test_what_does_not_decompress_is_refused() -> None:
+def test_decompressing_to_a_wrong_size_is_refused() -> None:
     data = np.arange(1000, dtype=np.uint8)
     packed = compression.compress(data, 2)
     for target in (np.zeros(999, np.uint8), np.zeros(1001, np.uint8)):

@@ -1,4 +1,4 @@
-"""Cursors of consumers, the lead of producers, and deleting what everybody has passed."""
+"""Test consumers' cursors, the producers' lead, and deleting items all consumers have passed."""
 
 from __future__ import annotations
 
@@ -58,9 +58,9 @@ def test_a_cursor_says_how_far_its_consumer_is(tmp_path: Path) -> None:
     assert states["one"] == ConsumerState(0, 6, 3, 9, states["one"].updated)
     assert states["two"].epoch == 1 and states["one"].updated > 1.7e9
     assert lead_items(tmp_path / "s") == 10 - 6
-    again = Consumer(tmp_path / "s", "one", keep_from_item=0)  # it died and came back
+    again = Consumer(tmp_path / "s", "one", keep_from_item=0)  # a restart
     assert again.state == states["one"] == consumers(tmp_path / "s")["one"]
-    (tmp_path / "s" / "_consumers" / ".DS_Store").write_bytes(b"nobody's")
+    (tmp_path / "s" / "_consumers" / ".DS_Store").write_bytes(b"unrelated")
     one.close()
     one.close()
     assert lead_items(tmp_path / "s") == 0 and list(consumers(tmp_path / "s")) == ["two"]
@@ -95,14 +95,14 @@ def test_items_before_the_first_one_needed_are_not_read_again(
     items = [source.next().arrays["token_id"] // 100_000 for _ in range(position, per_epoch)]
     assert min(batch.min() for batch in items) >= first
     if first + window_items <= len(ROWS) and sum(ROWS[first : first + window_items]):
-        # Not a window too early: the batch at hand begins in this very window.
+        # Not a window too early: the next batch begins in this window.
         window = range(first, first + window_items)
         assert int(items[0][0]) in window
     source.close()
 
 
-def test_a_growing_store_needs_the_windows_that_are_not_whole(tmp_path: Path) -> None:
-    """Rows 0 to 20 are window 0 (items 0 to 2), 21 to 61 window 1; window 2 has one item yet."""
+def test_a_growing_store_needs_its_incomplete_windows(tmp_path: Path) -> None:
+    """Rows 0 to 20 are window 0 (items 0 to 2), 21 to 61 window 1; window 2 has one item so far."""
     writer = write_store(tmp_path / "s", ROWS, order=range(7), arrays=ARRAYS, finalise=False)
     store = open_store(tmp_path / "s")
     source = stream(store)
@@ -120,16 +120,16 @@ def test_a_growing_store_needs_the_windows_that_are_not_whole(tmp_path: Path) ->
         source.first_item_needed(-1)
 
 
-def test_what_the_slowest_consumer_has_passed_is_deleted(tmp_path: Path) -> None:
+def test_items_that_all_consumers_have_passed_are_deleted(tmp_path: Path) -> None:
     path = tmp_path / "s"
     writer = write_store(path, ROWS, arrays=ARRAYS, finalise=False)
     store = open_store(path)
     moments = store.statistics("a")
     whole = shards(path)
-    assert delete_consumed(path) == [] and shards(path) == whole, "nobody is registered"
+    assert delete_consumed(path) == [] and shards(path) == whole, "no consumer is registered"
     fast, slow = Consumer(path, "fast"), Consumer(path, "slow")
     publish(fast, 6)
-    assert delete_consumed(path) == [] and shards(path) == whole, "slow has passed nothing"
+    assert delete_consumed(path) == [] and shards(path) == whole, "slow has not passed any item"
     publish(slow, 3)
     assert delete_consumed(path) == [0, 1, 2] and delete_consumed(path) == []
     gone = {
@@ -139,12 +139,12 @@ def test_what_the_slowest_consumer_has_passed_is_deleted(tmp_path: Path) -> None
     slow.close()
     assert delete_consumed(path) == [3, 4, 5]
     fast.close()
-    assert delete_consumed(path) == [], "nobody is registered any more"
+    assert delete_consumed(path) == [], "no consumer is left"
 
     assert writer.finalise().n_items == 10
     for reader in (store, open_store(path)):
         reader.refresh()
-        with pytest.raises(DeletedDataError, match="item 5 of 'token_id'.*below 6.*'fast'"):
+        with pytest.raises(DeletedDataError, match=r"item 5 of 'token_id'.*below 6.*'fast'"):
             reader.read("token_id", 50, 62)
         rows = reader.read("token_id", 62, 98)
         np.testing.assert_array_equal(rows, expected(ROWS, ARRAYS)["token_id"][62:])
@@ -170,7 +170,7 @@ def test_a_stream_that_needs_deleted_items_says_so(tmp_path: Path) -> None:
     resumed.seek(3)
     assert resumed.next().arrays["token_id"].tolist() == batches[3]
     resumed.seek(2)
-    with pytest.raises(DeletedDataError, match="below 3 were deleted.*'trainer'"):
+    with pytest.raises(DeletedDataError, match=r"below 3 were deleted.*'trainer'"):
         resumed.next()
     writer.finalise()
     whole_epoch = stream(open_store(path))
@@ -183,13 +183,13 @@ def test_a_stream_that_needs_deleted_items_says_so(tmp_path: Path) -> None:
         mixture.next()
 
 
-def test_who_comes_too_late_is_refused(tmp_path: Path) -> None:
+def test_a_consumer_of_deleted_items_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "s"
     write_store(path, ROWS, arrays=ARRAYS)
     first = Consumer(path, "first")
     publish(first, 6)
     delete_consumed(path)
-    with pytest.raises(DeletedDataError, match="'late' from item 3 on.*below 6.*'first'"):
+    with pytest.raises(DeletedDataError, match=r"'late' from item 3 on.*below 6.*'first'"):
         Consumer(path, "late", keep_from_item=3)
     assert list(consumers(path)) == ["first"]
     assert Consumer(path, "later", keep_from_item=6).state.next_item == 6
@@ -199,10 +199,10 @@ def test_who_comes_too_late_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("moment", ["before", "during", "after"])
-def test_a_consumer_that_comes_during_a_deletion_is_seen_or_refused(
+def test_a_consumer_that_registers_during_a_deletion_is_counted_or_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
 ) -> None:
-    """Before or after the deleter announces itself; and one that wrote before but looks after."""
+    """Register before the deletion is announced, after it, or on both sides of it."""
     path = tmp_path / "s"
     write_store(path, ROWS, arrays=ARRAYS)
     publish(Consumer(path, "old"), 6)
@@ -218,7 +218,7 @@ def test_a_consumer_that_comes_during_a_deletion_is_seen_or_refused(
                 with pytest.raises(DeletedDataError, match="below 6 are being deleted"):
                     Consumer(path, "new")
             return
-        if moment == "during":  # too late to be seen: it must see
+        if moment == "during":  # too late to be counted, so it must see the announcement
             with pytest.raises(DeletedDataError):
                 Consumer(path, "new")
         write(storage, mark)
@@ -227,11 +227,11 @@ def test_a_consumer_that_comes_during_a_deletion_is_seen_or_refused(
     assert delete_consumed(path) == ([] if moment == "before" else [0, 1, 2, 3, 4, 5])
     assert ("new" in consumers(path)) == (moment == "before")
     assert verify_store(path) == []
-    if moment == "before":  # nobody is kept out for longer than it takes
+    if moment == "before":  # no announcement is left over
         Consumer(path, "another")
 
 
-def test_a_removed_consumer_that_lives_is_told(tmp_path: Path) -> None:
+def test_a_removed_consumer_that_is_alive_gets_an_error(tmp_path: Path) -> None:
     path = tmp_path / "s"
     write_store(path, ROWS, arrays=ARRAYS)
     alive, other = Consumer(path, "alive"), Consumer(path, "other")
@@ -258,7 +258,7 @@ def test_small_files_that_are_damaged_are_named(tmp_path: Path) -> None:
     assert verify_store(path) == []
 
 
-def test_what_a_cursor_cannot_be(tmp_path: Path) -> None:
+def test_invalid_cursors_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "s"
     write_store(path, ROWS, arrays=ARRAYS)
     for name in ("", "../x", "a/b", ".hidden", "a..b", "x" * 300):
@@ -267,5 +267,5 @@ def test_what_a_cursor_cannot_be(tmp_path: Path) -> None:
     with pytest.raises(StoreConfigError, match="next_item=-1"):
         publish(Consumer(path, "one"), -1)
     publish(Consumer(path, "one"), 10**9)
-    assert delete_consumed(path) == list(range(10)), "no item beyond the last"
+    assert delete_consumed(path) == list(range(10)), "only items that exist"
     assert cursors.CONSUMERS == "_consumers" and StoreWriter(path).header.finalised

@@ -1,4 +1,4 @@
-"""How well a store is shuffled, against cases whose answer is known."""
+"""Test the measure of shuffle quality on cases whose answer is known."""
 
 from __future__ import annotations
 
@@ -28,16 +28,16 @@ def test_a_whole_store_in_one_buffer_is_perfect(tmp_path: Path) -> None:
     store = documents_store(tmp_path / "s", document, 512, 64)
     found = shuffle_quality(store, 0, 8, 4096, 256)
     assert found.perfect == pytest.approx(255 * 63 / 4095)
-    # A batch has one of every sixteen neighbours: four of a document's 64, never more by chance.
+    # A batch has one of every sixteen adjacent rows: exactly four of each document's 64.
     assert found.companions == 3 and found.batches == 16
     assert found.warning is None and "ratio" in str(found) and "warning" not in str(found)
 
 
-def test_a_small_buffer_is_warned_of(tmp_path: Path) -> None:
+def test_a_small_buffer_gives_a_warning(tmp_path: Path) -> None:
     document = np.repeat(np.arange(64), 64)
     store = documents_store(tmp_path / "s", document, 512, 64)
     found = shuffle_quality(store, 0, 1, 64, 64, max_batches=5)
-    # A buffer of one chunk is one document: all 63 others of a batch are companions.
+    # A buffer of one chunk holds one document: the other 63 rows of a batch are companions.
     assert (found.companions, found.batches) == (63, 5)
     assert found.ratio == pytest.approx(65, rel=0.01)
     assert "store.buffer_tokens" in str(found)
@@ -50,7 +50,7 @@ def test_documents_of_one_token_have_no_companions(tmp_path: Path) -> None:
     assert ShuffleQuality(1.0, 0.0, 16).ratio == float("inf")
 
 
-def test_what_cannot_be_told(tmp_path: Path) -> None:
+def test_invalid_settings_and_unfinished_stores_are_refused(tmp_path: Path) -> None:
     store = documents_store(tmp_path / "s", np.arange(128), 128, 16)
     with pytest.raises(StoreConfigError, match="batch_rows"):
         shuffle_quality(store, 0, 2, 64, 129)

@@ -1,4 +1,4 @@
-"""What is on disk: our reader, zarr-python and tensorstore see the same numbers."""
+"""Test the format on disk: our reader, zarr-python and tensorstore read the same numbers."""
 
 from __future__ import annotations
 
@@ -154,7 +154,7 @@ def test_chunk_rows(
     assert largest_chunk_rows(arrays, DTYPES[dtype].itemsize, shard_tokens, chunk_bytes) == rows
 
 
-def test_metadata_in_front_of_a_reader_cannot_lead_it_astray(tmp_path: Path) -> None:
+def test_hostile_metadata_is_refused(tmp_path: Path) -> None:
     write_store(tmp_path / "s", [16])
     file = tmp_path / "s" / "zarr.json"
     good = json.loads(file.read_text())
@@ -197,19 +197,17 @@ def test_metadata_in_front_of_a_reader_cannot_lead_it_astray(tmp_path: Path) -> 
         header = document["attributes"]["activation_store"]
         header.pop("crc32c")
         header.update(change)
-        header["crc32c"] = header_checksum(header)  # the checksum is no defence, values are checked
+        header["crc32c"] = header_checksum(header)  # valid, so the values must be refused
         file.write_text(json.dumps(document))
         with pytest.raises(StoreFormatError, match=r"zarr\.json.*(invalid header|schema_version=2)"):
             open_store(tmp_path / "s")
 
 
-def test_metadata_beyond_reason_is_not_even_parsed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_oversized_metadata_is_not_parsed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_store(tmp_path / "s", [16])
     file = tmp_path / "s" / "zarr.json"
     file.write_text("[" * 200_000)
-    with pytest.raises(StoreFormatError, match="zarr.json"):
+    with pytest.raises(StoreFormatError, match=r"zarr.json"):
         open_store(tmp_path / "s")
     monkeypatch.setattr("activation_store.metadata._MAX_BYTES", 1000)
     with pytest.raises(StoreFormatError, match="has 200000 bytes: expected at most 1000"):
@@ -219,7 +217,7 @@ def test_metadata_beyond_reason_is_not_even_parsed(
         open_store(tmp_path / "other")
 
 
-def test_a_writer_refuses_what_no_reader_would_take(tmp_path: Path) -> None:
+def test_a_writer_refuses_what_a_reader_would_refuse(tmp_path: Path) -> None:
     for arrays, options in (
         ({"a/b": 4}, {}),
         ({"..": 4}, {}),
@@ -236,7 +234,7 @@ def test_a_writer_refuses_what_no_reader_would_take(tmp_path: Path) -> None:
     assert not (tmp_path / "s").exists() and tree(tmp_path) == {}
 
 
-def test_header_survives_its_json() -> None:
+def test_header_round_trips_through_json() -> None:
     header = StoreHeader({"a": 3, "b": 2}, "float32", 8, 4, 5, {"model": "m", "n": [1, 2]})
     document = json.loads(json.dumps(header.to_json()))
     assert document.pop("crc32c") == header_checksum(document)

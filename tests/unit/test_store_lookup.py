@@ -1,4 +1,4 @@
-"""Rows by number, and by document and position."""
+"""Test looking up rows by number, and by document and position."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ N_DOCUMENTS, N_POSITIONS, WIDTH = 9, 11, 5
 
 @pytest.fixture(params=["none", "blosc", "int8"])
 def scattered(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
-    """Documents scattered over items of unequal size; position 3 of document 4 is dropped."""
+    """Scatter documents over items of unequal size, without position 3 of document 4."""
     document, position = (part.ravel() for part in np.indices((N_DOCUMENTS, N_POSITIONS)))
     kept = ~((document == 4) & (position == 3))
     order = np.random.default_rng(0).permutation(np.flatnonzero(kept))
@@ -84,7 +84,7 @@ def test_each_chunk_is_read_once(scattered: Store, monkeypatch: pytest.MonkeyPat
     np.testing.assert_array_equal(rows, read(scattered, "a", 0, scattered.n_tokens)[numbers])
 
 
-def test_what_is_not_there_is_told(scattered: Store) -> None:
+def test_missing_rows_and_arrays_are_named(scattered: Store) -> None:
     with pytest.raises(StoreConfigError, match="rows=98: expected 0 to 97"):
         take_rows(scattered, "a", [0, 98])
     with pytest.raises(StoreConfigError, match="rows=-1"):

@@ -1,4 +1,4 @@
-"""Mixtures of stores: exact shares, one order for all replicas, any position at once."""
+"""Test mixtures of stores: exact shares, one order for all replicas, seeking."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def test_every_store_gives_each_row_once_an_epoch(stores: list[Store], prefetch:
 
 @settings(max_examples=20, deadline=None)
 @given(positions=st.lists(st.integers(0, 50), min_size=1, max_size=4))
-def test_seek_lands_where_reading_on_would(stores: list[Store], positions: list[int]) -> None:
+def test_seek_equals_reading_up_to_the_position(stores: list[Store], positions: list[int]) -> None:
     sequence = batches(mixture(stores, [0.5, 0.4, 0.1]), 54)
     source = mixture(stores, [0.5, 0.4, 0.1])
     for position in positions:
@@ -109,7 +109,7 @@ def test_slices_of_replicas_make_the_global_batch(stores: list[Store]) -> None:
     parts = [
         batches(mixture(stores, [5, 3, 1], rows=rows), 30) for rows in ((0, 1), (1, 5), (5, 9))
     ]
-    assert [sum((part[i] for part in parts), []) for i in range(30)] == whole
+    assert [[token for part in parts for token in part[i]] for i in range(30)] == whole
 
 
 def test_codecs_may_differ_but_not_rows(stores: list[Store], tmp_path: Path) -> None:
@@ -133,7 +133,7 @@ def test_codecs_may_differ_but_not_rows(stores: list[Store], tmp_path: Path) -> 
             mixture([stores[0], open_store(tmp_path / name)], [1, 1])
 
 
-def test_settings_that_cannot_be(stores: list[Store]) -> None:
+def test_invalid_settings_are_refused(stores: list[Store]) -> None:
     for weights in ([1, 1], [1, 1, 0], [1, 1, -1], [1, 1, float("nan")], [1, 1, 1e-9]):
         with pytest.raises(StoreConfigError, match="weights"):
             mixture(stores, weights)
@@ -146,7 +146,7 @@ def test_settings_that_cannot_be(stores: list[Store]) -> None:
         mixture(stores, [1, 1, 1]).seek(-1)
 
 
-def test_damage_is_told_and_leaves_the_position(stores: list[Store], tmp_path: Path) -> None:
+def test_damage_is_reported_and_keeps_the_position(stores: list[Store], tmp_path: Path) -> None:
     write_store(tmp_path / "s", [16], arrays=ARRAYS)
     file = tmp_path / "s" / "a" / "c.0.0"
     data = bytearray(file.read_bytes())
@@ -154,7 +154,7 @@ def test_damage_is_told_and_leaves_the_position(stores: list[Store], tmp_path: P
     file.write_bytes(data)
     source = mixture([stores[0], open_store(tmp_path / "s")], [1, 1])
     for _ in range(2):
-        with pytest.raises(DamagedDataError, match="c.0.0: chunk 0"):
+        with pytest.raises(DamagedDataError, match=r"c.0.0: chunk 0"):
             source.next()
     assert source.position == 0
     source.close()

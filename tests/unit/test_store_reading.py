@@ -1,4 +1,4 @@
-"""The parts of the fast path: threads, memory that goes round, neighbours in one read, blocks."""
+"""Test the parts of the fast read path: threads, recycled memory, coalesced reads, blocks."""
 
 from __future__ import annotations
 
@@ -40,15 +40,15 @@ OPTIONS: dict[str, Any] = {"seed": 3, "batch_rows": 7, "window_items": 3, "buffe
 
 
 @given(parts=st.lists(st.binary(max_size=100), max_size=5))
-def test_checksums_go_on_from_part_to_part(parts: list[bytes]) -> None:
-    assert crc32c(b"123456789") == 0xE3069283  # the check value of the algorithm's catalogue
+def test_checksums_continue_from_part_to_part(parts: list[bytes]) -> None:
+    assert crc32c(b"123456789") == 0xE3069283  # the published check value of CRC-32C
     found = 0
     for part in parts:
         found = crc32c(np.frombuffer(part, np.uint8), found)
     assert found == crc32c(b"".join(parts))
 
 
-def test_tasks_run_side_by_side_and_answer_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tasks_run_in_parallel_and_return_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(parallel, "N_THREADS", 3)
     barrier = threading.Barrier(3, timeout=20)
     assert run_all([partial(lambda i: (barrier.wait(), i)[1], i) for i in range(6)]) == [*range(6)]
@@ -57,7 +57,7 @@ def test_tasks_run_side_by_side_and_answer_in_order(monkeypatch: pytest.MonkeyPa
     assert run_all(nested) == [[1, 2]] * 50
 
 
-def test_the_first_task_that_fails_is_told_and_the_rest_dropped(
+def test_the_first_failing_task_is_raised_and_the_rest_dropped(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(parallel, "N_THREADS", 2)
@@ -75,13 +75,13 @@ def test_the_first_task_that_fails_is_told_and_the_rest_dropped(
 
 
 def _in_child(queue: Any) -> None:
-    barrier = threading.Barrier(2, timeout=10)  # one thread alone would wait in vain
+    barrier = threading.Barrier(2, timeout=10)  # a single thread would time out
     queue.put(run_all([lambda: (barrier.wait(), os.getpid())[1]] * 2))
 
 
 def test_threads_come_back_after_a_fork(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(parallel, "N_THREADS", 2)
-    run_all([lambda: time.sleep(0.01)] * 4)  # the pool is there
+    run_all([lambda: time.sleep(0.01)] * 4)  # starts the pool
     context = multiprocessing.get_context("fork")
     queue = context.Queue()
     child = context.Process(target=_in_child, args=(queue,), daemon=True)
@@ -90,7 +90,7 @@ def test_threads_come_back_after_a_fork(monkeypatch: pytest.MonkeyPatch) -> None
     child.join()
 
 
-def test_memory_returns_when_nobody_holds_any_of_it() -> None:
+def test_memory_is_reused_once_nothing_refers_to_it() -> None:
     made: list[int] = []
 
     def allocate(n_bytes: int) -> bytearray:
@@ -105,15 +105,15 @@ def test_memory_returns_when_nobody_holds_any_of_it() -> None:
     gc.collect()
     second = recycler.empty((8,), "<f4")
     second[:] = 1
-    assert made == [32, 32] and (tensor == 7).all(), "a tensor of a part still holds it"
+    assert made == [32, 32] and (tensor == 7).all(), "a tensor of a slice still refers to it"
     del tensor
     third = recycler.empty((2, 4), "<f4")
-    assert made == [32, 32] and (third == 7).sum() == 4, "the first one's memory"
+    assert made == [32, 32] and (third == 7).sum() == 4, "the memory of the first array is reused"
     assert recycler.empty((3,), "<i8").shape == (3,) and made == [32, 32, 24]
     assert recycler.empty((0, 3), "<i8").shape == (0, 3)
 
 
-def test_reading_on_allocates_nothing(tmp_path: Path) -> None:
+def test_steady_reading_allocates_nothing(tmp_path: Path) -> None:
     made: list[int] = []
 
     def allocate(n_bytes: int) -> bytearray:
@@ -131,7 +131,7 @@ def test_reading_on_allocates_nothing(tmp_path: Path) -> None:
     copies = [batch.arrays["a"].copy() for batch in kept]
     for _ in range(200):
         source.next()
-    assert len(made) <= before + 6, "two batches of two arrays are held, and a block may be"
+    assert len(made) <= before + 6, "two batches of two arrays are kept, and a block may be"
     for batch, copy in zip(kept, copies, strict=True):
         np.testing.assert_array_equal(batch.arrays["a"], copy)
     source.close()
@@ -151,7 +151,7 @@ def test_a_device_gathers_the_same_batches(tmp_path: Path, codec: str) -> None:
         batch, blocks = plain.next(), staged.next()
         assert (batch.first_row, batch.epoch) == (blocks.first_row, blocks.epoch)
         held.append((batch, blocks))
-    for batch, blocks in held:  # what is held is never written again
+    for batch, blocks in held:  # batches still in use are never overwritten
         ids = [part.block.arrays["token_id"][part.picks] for part in blocks.parts]
         np.testing.assert_array_equal(np.concatenate(ids), batch.arrays["token_id"])
         rows = []
@@ -176,7 +176,7 @@ def test_a_device_gathers_the_same_batches(tmp_path: Path, codec: str) -> None:
     threads=st.integers(1, 4),
     data=st.data(),
 )
-def test_chunks_go_where_they_are_wanted_and_nowhere_else(
+def test_chunks_are_written_only_where_requested(
     tmp_path_factory: pytest.TempPathFactory,
     codec: str,
     run_bytes: int,
@@ -204,7 +204,9 @@ def test_chunks_go_where_they_are_wanted_and_nowhere_else(
     np.testing.assert_array_equal(out, truth)
 
 
-def test_neighbours_are_read_in_one_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_adjacent_chunks_are_read_in_one_call(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     write_store(tmp_path / "s", [16], arrays=ARRAYS)
     store, calls = open_store(tmp_path / "s"), [0]
     store.read("a", 0, 16)
@@ -219,9 +221,7 @@ def test_neighbours_are_read_in_one_call(tmp_path: Path, monkeypatch: pytest.Mon
     assert store.header.layout("a").n_chunks == 4 and calls == [1]
 
 
-def test_a_read_that_comes_in_pieces_is_put_together(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_partial_reads_are_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "x").write_bytes(bytes(range(200)))
     preadv = os.preadv
     monkeypatch.setattr(os, "preadv", lambda fd, views, at: preadv(fd, [views[0][:7]], at))
@@ -233,7 +233,7 @@ def test_a_read_that_comes_in_pieces_is_put_together(
     os.close(fd)
 
 
-def test_requests_that_cannot_be(tmp_path: Path) -> None:
+def test_invalid_requests_are_refused(tmp_path: Path) -> None:
     write_store(tmp_path / "s", ROWS, arrays=ARRAYS)
     store = open_store(tmp_path / "s")
     rows = np.zeros((8, 6), store.read("a", 0, 1).dtype)
@@ -258,7 +258,7 @@ def test_damage_is_found_by_any_thread(tmp_path: Path, monkeypatch: pytest.Monke
         data = bytearray(file.read_bytes())
         data[0] ^= 1
         file.write_bytes(data)
-    with pytest.raises(DamagedDataError, match="c.5.0: chunk 0"):
+    with pytest.raises(DamagedDataError, match=r"c.5.0: chunk 0"):
         open_store(tmp_path / "s").read("a", 0, sum(ROWS))
     assert [(damage.file, damage.chunk) for damage in verify_store(tmp_path / "s")] == [
         ("a/c.5.0", 0),
@@ -266,7 +266,7 @@ def test_damage_is_found_by_any_thread(tmp_path: Path, monkeypatch: pytest.Monke
     ]
 
 
-def test_moments_of_another_count_are_named(tmp_path: Path) -> None:
+def test_moments_with_a_wrong_count_are_named(tmp_path: Path) -> None:
     path = tmp_path / "s"
     write_store(path, [16, 9], arrays=ARRAYS, finalise=False)
     record = path / "_log" / "000000" / "000000001.json"

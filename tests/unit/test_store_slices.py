@@ -1,7 +1,8 @@
-"""Readers of different slices of every batch read different chunks, and each only its part."""
+"""Test that readers of different slices of every batch read different chunks."""
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ OPTIONS: dict[str, Any] = {"seed": 3, "batch_rows": 16, "window_items": 4}
 
 @pytest.fixture(scope="module")
 def whole_chunks(tmp_path_factory: pytest.TempPathFactory) -> Store:
-    """Sixteen items of sixteen rows in chunks of four."""
+    """Write sixteen items of sixteen rows in chunks of four."""
     path = tmp_path_factory.mktemp("slices") / "s"
     write_store(path, [16] * 16, arrays={"a": 6})
     return open_store(path)
@@ -31,7 +32,7 @@ def whole_chunks(tmp_path_factory: pytest.TempPathFactory) -> Store:
 
 @pytest.fixture
 def reads(monkeypatch: pytest.MonkeyPatch) -> Counter[tuple[str, int]]:
-    """How often each chunk was read: (file, chunk)."""
+    """Count the reads of each chunk, keyed by (file, chunk)."""
     counted: Counter[tuple[str, int]] = Counter()
     read_run = OpenShard.read_run
 
@@ -67,12 +68,12 @@ def test_every_chunk_is_read_by_one_reader(
 def test_only_a_chunk_where_strips_meet_is_read_twice(
     tmp_path: Path, reads: Counter[tuple[str, int]], cuts: tuple[int, ...]
 ) -> None:
-    """Items of any length: no edge of a chunk is the edge of a strip."""
+    """With items of any length, the edges of chunks and strips do not coincide."""
     n_rows = np.random.default_rng(0).integers(1, 17, 24)
     write_store(tmp_path / "s", n_rows.tolist(), arrays={"a": 6})
     store = open_store(tmp_path / "s")
     n_chunks, n_blocks = int((-(-n_rows // 4)).sum()), -(-int(n_rows.sum()) // ROWS_OF_A_BLOCK) + 6
-    for rows in zip(cuts[:-1], cuts[1:], strict=True):
+    for rows in itertools.pairwise(cuts):
         read_epoch(store, rows)
     assert len(reads) == n_chunks
     assert reads.total() <= n_chunks + (len(cuts) - 2) * n_blocks

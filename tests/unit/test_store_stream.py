@@ -1,7 +1,8 @@
-"""The shuffled order: complete, repeatable, seekable, and the same while the store still grows."""
+"""Test the shuffled order: complete, repeatable, seekable, unaffected by a growing store."""
 
 from __future__ import annotations
 
+import itertools
 import os
 import threading
 import time
@@ -74,7 +75,7 @@ def test_every_row_comes_once_in_an_epoch(store: Store, **options: Any) -> None:
 
 @settings(max_examples=40, deadline=None)
 @given(positions=st.lists(st.integers(0, 50), min_size=1, max_size=4), prefetch=st.booleans())
-def test_seek_lands_where_reading_on_would(
+def test_seek_equals_reading_up_to_the_position(
     store: Store, positions: list[int], prefetch: bool
 ) -> None:
     sequence = tokens(stream(store), 54)
@@ -94,20 +95,20 @@ def test_slices_of_replicas_make_the_global_batch(store: Store, cuts: set[int]) 
     edges = [0, *sorted(cuts), 7]
     whole = tokens(stream(store), 30)
     parts = []
-    for lo, hi in zip(edges[:-1], edges[1:], strict=True):
+    for lo, hi in itertools.pairwise(edges):
         source = stream(store, rows=(lo, hi))
         assert source.next().first_row == lo
         source.seek(0)
         parts.append(tokens(source, 30))
     for i, batch in enumerate(whole):
-        assert sum((part[i] for part in parts), []) == batch
+        assert [token for part in parts for token in part[i]] == batch
 
 
 def test_seeds_and_epochs_differ_and_repeat(store: Store) -> None:
     first = tokens(stream(store), 28)
     assert first == tokens(stream(store), 28)
     assert first != tokens(stream(store, seed=4), 28)
-    epochs = [sum(first[:14], []), sum(first[14:], [])]
+    epochs = [[token for batch in part for token in batch] for part in (first[:14], first[14:])]
     assert epochs[0] != epochs[1] and epochs[0] != sorted(epochs[0])
 
 
@@ -145,7 +146,7 @@ def test_blocks_mix_items_and_stay_in_their_window() -> None:
 def test_a_growing_store_gives_the_batches_of_the_finished_one(
     store: Store, tmp_path: Path, planned: int | None
 ) -> None:
-    """One writer commits out of order while four replicas read; then into the next epoch."""
+    """One writer commits out of order while four replicas read on into the next epoch."""
     wanted = tokens(stream(store), 30)
     writer = write_store(tmp_path / "s", [], finalise=False, n_items=planned)
 
@@ -172,20 +173,20 @@ def test_a_growing_store_gives_the_batches_of_the_finished_one(
         thread.start()
     for thread in threads:
         thread.join()
-    assert [sum((got[part][i] for part in slices), []) for i in range(30)] == wanted
+    assert [[token for part in slices for token in got[part][i]] for i in range(30)] == wanted
 
 
 def test_a_window_waits_for_all_its_items(tmp_path: Path) -> None:
-    """Items 0, 1 and 3 are there: rows enough for a batch, but window 0 lacks item 2."""
+    """Items 0, 1 and 3 have enough rows for a batch, but window 0 lacks item 2."""
     writer = write_store(tmp_path / "s", [16] * 6, order=[0, 1, 3], finalise=False)
     source = stream(open_store(tmp_path / "s"), wait_timeout_s=0.2)
-    with pytest.raises(IncompleteStoreError, match="window 0 needs items up to 2; .* has 2 items"):
+    with pytest.raises(IncompleteStoreError, match=r"window 0 needs items up to 2; .* has 2 items"):
         source.next()
     assert source.position == 0 and source.wait_s >= 0
     with pytest.raises(IncompleteStoreError, match="not finalised"):
         _ = source.batches_per_epoch
     writer.write_item(2, *item_columns(2, 16, ARRAYS))
-    assert source.next().first_row == 0, "the same stream goes on once the item is there"
+    assert source.next().first_row == 0, "the same stream continues once the item is committed"
     for _ in range(5):
         source.next()
     with pytest.raises(IncompleteStoreError):
@@ -194,7 +195,7 @@ def test_a_window_waits_for_all_its_items(tmp_path: Path) -> None:
 
 
 def test_rows_that_fill_no_batch_wait_for_the_end_of_the_store(tmp_path: Path) -> None:
-    """Ten rows are committed; whether rows 7 to 13 are a batch only the next item can tell."""
+    """Ten rows are committed; only the next item decides whether rows 7 to 13 are a batch."""
     write_store(tmp_path / "s", [10], finalise=False)
     first = stream(open_store(tmp_path / "s"), window_items=1, rows=(0, 3), wait_timeout_s=0.2)
     first.next()
@@ -218,21 +219,21 @@ def test_waiting_is_counted(tmp_path: Path, store: Store) -> None:
     assert not [thread for thread in started if thread.name == "activation-reader"]
 
 
-def test_what_the_reading_thread_meets_is_raised_where_it_is_needed(tmp_path: Path) -> None:
+def test_errors_of_the_reading_thread_are_raised_at_the_affected_batch(tmp_path: Path) -> None:
     write_store(tmp_path / "s", [16] * 6)
     (tmp_path / "s" / "model.layers.9" / "c.4.0").unlink()
     source = stream(open_store(tmp_path / "s"), buffer_rows=48)
-    for _ in range(6):  # window 0 is whole; its 48 rows hold six batches
+    for _ in range(6):  # window 0 is complete; its 48 rows hold six batches
         source.next()
     for _ in range(2):
-        with pytest.raises(MissingDataError, match="c.4.0"):
+        with pytest.raises(MissingDataError, match=r"c.4.0"):
             source.next()
     assert source.position == 6
     source.seek(0)
     assert source.next().first_row == 0
 
 
-def test_settings_that_cannot_be(store: Store) -> None:
+def test_invalid_settings_are_refused(store: Store) -> None:
     for options in (
         {"seed": -1},
         {"batch_rows": 0},

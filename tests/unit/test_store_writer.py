@@ -1,4 +1,4 @@
-"""Committing items: order, repeats, snapshots, refusals."""
+"""Test committing items: order, repeated attempts, snapshots, invalid items."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def shards(path: Path) -> dict[str, bytes]:
     return {name: data for name, data in tree(path).items() if "_log" not in name}
 
 
-def test_the_order_of_commits_leaves_no_trace(tmp_path: Path) -> None:
+def test_files_do_not_depend_on_the_order_of_commits(tmp_path: Path) -> None:
     write_store(tmp_path / "a", ROWS)
     write_store(tmp_path / "b", ROWS, order=[4, 6, 0, 2, 5, 1, 3])
     assert shards(tmp_path / "a") == shards(tmp_path / "b")
@@ -80,10 +80,10 @@ def test_a_second_attempt_with_other_bytes_is_refused(tmp_path: Path, rows: int)
 
 @pytest.mark.parametrize("same", [True, False])
 def test_a_late_attempt_never_touches_what_is_committed(tmp_path: Path, same: bool) -> None:
-    """Two attempts at an item; the second one looks before the first one has committed."""
+    """The second attempt at an item looks before the first has committed."""
     path = tmp_path / "s"
     write_store(path, [], finalise=False)
-    answers = iter([False])  # what it saw when it looked first
+    answers = iter([False])  # not committed when it looks first
     late = StoreWriter(path)
     late.is_committed = lambda i: next(answers, True)  # type: ignore[method-assign]
     record = StoreWriter(path).write_item(0, *item_columns(0, 16, ARRAYS))
@@ -96,8 +96,8 @@ def test_a_late_attempt_never_touches_what_is_committed(tmp_path: Path, same: bo
     assert tree(path) == before
 
 
-def test_files_without_a_record_do_not_exist(tmp_path: Path) -> None:
-    """A writer that died before its record leaves shards; other bytes may take their place."""
+def test_files_without_a_record_are_ignored(tmp_path: Path) -> None:
+    """A writer that died before its record leaves shards, which may be overwritten."""
     path = tmp_path / "s"
     writer = write_store(path, ROWS, order=[0, 1, 2], finalise=False)
     (path / "model.layers.9" / "c.3.0").write_bytes(b"half a sh")
@@ -118,7 +118,7 @@ def test_opening_another_store_shows_what_differs(tmp_path: Path) -> None:
     write_store(
         tmp_path / "s", ROWS, finalise=False, calibration={"model.layers.9": moments}, **options
     )
-    # The same again, calibration not asked about.
+    # Open the same store again without a calibration.
     write_store(tmp_path / "s", ROWS, finalise=False, **options)
     calibration = open_store(tmp_path / "s").header.calibration
     assert calibration is not None and calibration["model.layers.9"].norm == 2.5
@@ -142,7 +142,7 @@ def test_opening_another_store_shows_what_differs(tmp_path: Path) -> None:
     assert tree(tmp_path / "s") == before
 
 
-def test_a_folder_with_other_things_is_left_alone(tmp_path: Path) -> None:
+def test_a_folder_with_other_files_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("years of work")
     with pytest.raises(StoreFormatError, match="not an activation store"):
         StoreWriter(tmp_path, ARRAYS)
@@ -170,13 +170,12 @@ def test_many_writers_may_create_one_store(tmp_path: Path) -> None:
     assert verify_store(tmp_path / "s") == []
     store = open_store(tmp_path / "s")
     assert store.n_tokens == 32
-    create(
-        LocalStorage(tmp_path / "s"), store.header
-    )  # of one that looked just before the others were done
+    # A writer that looked just before the others had created the store.
+    create(LocalStorage(tmp_path / "s"), store.header)
     assert os.listdir(tmp_path) == ["s"]
 
 
-def test_what_an_item_cannot_be(tmp_path: Path) -> None:
+def test_invalid_items_are_refused(tmp_path: Path) -> None:
     writer = write_store(tmp_path / "s", [], finalise=False, n_items=4)
     good = np.zeros((3, 6), np.float32)
     writer.write_item(0, good)
@@ -231,7 +230,7 @@ def test_snapshots_hold_what_the_records_say(
     assert store.valid_rows.tolist() == ROWS and verify_store(path) == []
     writer.finalise()
     whole = open_store(path)
-    for folder in log.iterdir():  # snapshots alone, as if nobody could list the records
+    for folder in log.iterdir():  # only snapshots, no records
         if folder.is_dir():
             folder.rename(tmp_path / folder.name)
     alone = open_store(path)

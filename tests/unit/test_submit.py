@@ -1,4 +1,4 @@
-"""The batch script, and the names of a sweep's cells."""
+"""Test the batch script and the names of a sweep's cells."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from sae_core.atomic import write_json
 from sae_core.errors import ConfigError
 
 
-def test_the_script_says_what_the_config_says(tmp_path):
+def test_the_script_follows_the_config(tmp_path):
     config = SubmitConfig(
         partition="gpu",
         nodes=2,
@@ -65,7 +65,7 @@ def test_the_script_says_what_the_config_says(tmp_path):
         ({"partition": "gpu\nrm -rf x"}, "a text of one line"),
     ],
 )
-def test_what_cannot_be_submitted(change, expected):
+def test_invalid_settings_are_refused(change, expected):
     with pytest.raises(ConfigError, match=expected):
         SubmitConfig(**change).validate(grace_s=120)
 
@@ -77,7 +77,7 @@ def test_times_are_read_as_slurm_reads_them():
 
 
 def name_of(arguments: list[str], cell: list[str]) -> str:
-    """As Hydra has it in a cell of the sweep that `arguments` ask for."""
+    """Return the name of `cell` in the sweep that `arguments` ask Hydra for."""
     hydra = HydraConf()
     (added,) = set(with_constants(arguments)) - set(arguments)
     hydra.job.config.override_dirname.exclude_keys = added.partition("=")[2].strip("[]").split(",")
@@ -91,7 +91,7 @@ def test_a_cell_is_named_after_what_varies():
     assert name_of(typed, cell) == "demo-k16-lr0.001"
 
 
-def test_names_of_words_of_paths_and_of_keys_that_end_alike():
+def test_cell_names_from_choices_paths_and_keys_with_equal_endings():
     assert name_of(["-m", "sae=topk,other"], ["sae=topk"]) == "demo-sae-topk"
     assert name_of(["-m", "store.path=a/b,c"], ["store.path=a/b"]) == "demo-path-a_b"
     typed = ["-m", "train.tokens=1,2", "data.tokens=3,4"]
@@ -99,7 +99,7 @@ def test_names_of_words_of_paths_and_of_keys_that_end_alike():
     assert name_of(typed, cell) == "demo-train.tokens1-data.tokens3"
 
 
-def test_a_sweep_over_names_adds_nothing_and_one_run_is_no_sweep():
+def test_a_sweep_over_names_adds_nothing_and_one_run_is_not_a_sweep():
     assert name_of(["-m", "name=demo,other"], ["name=demo"]) == "demo"
     assert with_constants(["sae.k=16"]) == ["sae.k=16"]
 
@@ -110,7 +110,7 @@ def test_flags_stay_before_or_after_all_overrides():
 
 
 @pytest.mark.parametrize("state", ["PREEMPTED", "BOOT_FAIL", "CANCELLED by 1000"])
-def test_a_job_that_is_over_holds_no_new_one_back(tmp_path, monkeypatch, state):
+def test_a_finished_job_does_not_block_a_new_one(tmp_path, monkeypatch, state):
     (tmp_path / FOLDER).mkdir()
     write_json(tmp_path / FOLDER / JOBS, [{"job": "7", "log": "log"}])
     scontrol = tmp_path / "scontrol"

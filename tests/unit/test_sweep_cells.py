@@ -1,4 +1,4 @@
-"""A sweep's cells: names, configs, groups; and the stream that they share."""
+"""Test a sweep's cells (names, configs, groups) and the stream that they share."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_an_axis_that_grows_keeps_its_cells() -> None:
     assert forbidden_changes(before["n256-k8"], after["n256-k8"]) == {}
 
 
-def test_the_rule_of_the_learning_rate_and_a_cell_that_breaks_it() -> None:
+def test_the_learning_rate_rule_and_a_cell_that_overrides_it() -> None:
     base = config(n_latents=[256, 1024], overrides=["n1024-k32:optim.lr=0.5"])
     cells = cells_of(base, Path("r"))
     rates = {name: peak_lr(cell.optim, cell.sae.n_latents) for name, cell in cells.items()}
@@ -69,7 +69,7 @@ def test_the_rule_of_the_learning_rate_and_a_cell_that_breaks_it() -> None:
         ({"overrides": ["n4096-k32:sae.k=16"]}, "except those in the cell's name"),
     ],
 )
-def test_cells_that_cannot_be(sweep: dict[str, object], said: str) -> None:
+def test_invalid_cells_are_refused(sweep: dict[str, object], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         cells_of(config(**sweep), Path("r"))
 
@@ -77,13 +77,13 @@ def test_cells_that_cannot_be(sweep: dict[str, object], said: str) -> None:
 @pytest.mark.parametrize(
     "sweep", [{"k": [8, 8]}, {"seed": [-1]}, {"saes_per_process": 0}, {"diverged_fvu": 0.0}]
 )
-def test_settings_that_cannot_be(sweep: dict[str, object]) -> None:
+def test_invalid_settings_are_refused(sweep: dict[str, object]) -> None:
     with pytest.raises(ConfigError, match=f"sweep.{next(iter(sweep))}"):
         config(**sweep).sweep.validate()
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_as_many_cells_as_fit_in_memory(device: str) -> None:
+def test_groups_have_as_many_cells_as_fit_in_memory(device: str) -> None:
     cells = cells_of(config(n_latents=[1 << 14, 1 << 15], k=[8, 16]), Path("r"))
     hardware = gpu(PlanConfig(hardware="h100", memory_gib=1.0))
     hardware = replace(hardware, device=device, process_bytes=1e9)
@@ -100,7 +100,7 @@ def test_as_many_cells_as_fit_in_memory(device: str) -> None:
     assert cohorts(cells, 3) == [list(cells)[:3], list(cells)[3:]]
 
 
-def test_a_sweep_tries_a_failed_cell_again_and_a_diverged_one_not(tmp_path: Path) -> None:
+def test_a_sweep_retries_failed_cells_but_not_diverged_ones(tmp_path: Path) -> None:
     write_record(tmp_path, CheckpointError("a full disk"))
     forget_failure(tmp_path)
     assert read_record(tmp_path) is None
@@ -110,13 +110,14 @@ def test_a_sweep_tries_a_failed_cell_again_and_a_diverged_one_not(tmp_path: Path
 
 
 class Counting:
-    """Batch i is full of i; says how often it was asked."""
+    """A source whose batch i is filled with i, and which counts its reads."""
 
     d_in = d_out = 2
     identity = "counting"
 
     def __init__(self) -> None:
-        self.position, self.reads = 0, 0
+        self.position = 0
+        self.reads = 0
 
     def sample(self, n: int) -> torch.Tensor:
         self.reads += 1
@@ -131,7 +132,7 @@ class Counting:
         return Batch(torch.full((4, 2), float(self.position - 1)), None, 0)
 
 
-def test_views_share_a_read_and_keep_their_places() -> None:
+def test_views_share_a_read_and_keep_their_positions() -> None:
     source = Counting()
     fan_out = FanOut(source, torch.device("cpu"))
     behind, ahead = fan_out.view(), fan_out.view()
@@ -144,7 +145,7 @@ def test_views_share_a_read_and_keep_their_places() -> None:
     assert float(behind.next().x[0, 0]) == 1
 
 
-def test_a_seed_of_its_own_for_the_order(tmp_path: Path) -> None:
+def test_the_order_may_have_its_own_seed(tmp_path: Path) -> None:
     make_store(tmp_path / "s")
     store = open_store(tmp_path / "s")
     sources = [

@@ -1,4 +1,4 @@
-"""Every kind of text source gives its documents, in a fixed order, under a hash of its own."""
+"""Test every kind of text source: its documents, their order, its hash."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_parquet_skips_nulls(tmp_path: Path) -> None:
     table = pyarrow.table({"text": [*DOCUMENTS, None], "n": [1, 2, 3, 4]})
     pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
     assert read(tmp_path / "a.parquet") == DOCUMENTS
-    with pytest.raises(TextError, match="column .*'body' not found; it has .*'text', 'n'"):
+    with pytest.raises(TextError, match=r"column .*'body' not found; it has .*'text', 'n'"):
         read(tmp_path / "a.parquet", "body")
     with pytest.raises(TextError, match="int64; expected strings"):
         read(tmp_path / "a.parquet", "n")

@@ -1,4 +1,4 @@
-"""Every Triton kernel compiles for Hopper without a GPU, spills nothing, uses the tensor cores."""
+"""Test that the Triton kernels compile for Hopper, do not spill and use the tensor cores."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ RESULT = Path(__file__).resolve().parents[2] / compile_report.RESULT
 
 
 @pytest.mark.parametrize("name", CONFIGURATIONS)
-def test_compiles_without_spills_and_with_the_instructions_it_is_meant_to_use(name):
+def test_compiles_without_spills_and_with_the_expected_instructions(name):
     row = compile_report.compile_one(CONFIGURATIONS[name])
     print(compile_report.format_row(row))
     assert not compile_report.spills(row), compile_report.format_row(row)
     products = {kind for kind in row["instructions"] if kind.endswith("GMMA")}
     assert products == set(CONFIGURATIONS[name].matrix.split())
-    assert row["programs_per_sm"] * row["num_warps"] >= 8  # two per scheduler
+    assert row["programs_per_sm"] * row["num_warps"] >= 8  # two warps per scheduler
 
 
 def test_every_launch_says_whether_to_fuse_products_and_sums():
@@ -38,6 +38,6 @@ def test_the_kept_report_covers_every_configuration():
     assert kept["target"] == "sm_90"
 
 
-def test_a_spill_is_seen():
+def test_a_spill_is_detected():
     row = {"local_bytes": 0, "instructions": {"LDL": 2}}
     assert compile_report.spills(row) and not compile_report.spills({**row, "instructions": {}})

@@ -1,4 +1,4 @@
-"""The Triton kernels give what the float64 reference gives, run by Triton's interpreter."""
+"""Run the cases of the Triton kernels in Triton's interpreter."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ CASES = sorted(str(path) for path in Path(__file__).parent.glob("triton_*cases.p
 @pytest.mark.slow
 def test_the_cases_hold_under_the_interpreter():
     pytest.importorskip("triton", reason="triton is not installed: pip install triton")
-    # Whether a kernel is interpreted is settled when its module is imported: a process of its own.
+    # A new process, because importing a kernel decides whether it is interpreted.
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist"] + CASES,
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", *CASES],
         cwd=ROOT,
         env={**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""},
         capture_output=True,
@@ -33,7 +33,7 @@ def test_the_cases_hold_under_the_interpreter():
     assert " passed" in done.stdout
 
 
-def test_a_machine_without_triton_or_gpu_is_told_what_to_do(monkeypatch):
+def test_missing_triton_or_gpu_is_an_error_that_says_what_to_do(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(ConfigError, match="kernels=stock"):

@@ -1,4 +1,4 @@
-"""A rank without progress writes its stacks and ends, and no other does."""
+"""Test that only a rank without progress writes its stacks and ends."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ def hold_the_interpreter():
 step, looks = 0, 0
 with watchdog.Watchdog(Path(sys.argv[1]), timeout_s=1.0, startup_timeout_s=4.0) as dog:
     dog.waits = lambda: looks
-    time.sleep(2)  # compiles
+    time.sleep(2)  # compilation
     dog.training_begins(lambda: step)
-    time.sleep(1)  # a first step that is slow
+    time.sleep(1)  # a slow first step
     for _ in range(20):
         step += 1
         time.sleep(0.1)
-    for _ in range(20):  # rows that are not there yet
+    for _ in range(20):  # waiting for rows
         looks += 1
         time.sleep(0.1)
     print("all is well", flush=True)
@@ -57,14 +57,14 @@ def run(pulse: Path, end: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_steps_waits_and_a_slow_start_are_no_hang(tmp_path):
+def test_steps_waits_and_a_slow_start_do_not_count_as_a_hang(tmp_path):
     done = run(tmp_path / "pulse", "None")
     assert (done.returncode, done.stdout) == (0, "all is well\n"), done.stderr
     assert not (tmp_path / "pulse").exists()
 
 
 @pytest.mark.parametrize("where", ["progress_nowhere", "hold_the_interpreter"])
-def test_a_hang_is_told_with_its_stack(tmp_path, where):
+def test_a_hang_is_reported_with_its_stack(tmp_path, where):
     done = run(tmp_path / "pulse", f"{where}()")
     assert (done.returncode, done.stdout) == (1, "all is well\n"), done.stderr
     assert f"in {where}" in done.stderr
@@ -79,10 +79,10 @@ def test_only_a_trainer_that_waits_for_rows_is_excused(tmp_path):
         writer.write_item(item, *item_columns(item, 16, {"a": 6}))
     source = StoreSource(open_store(tmp_path / "s"), "a", 0, 8, 0, 1, 1, 16)
     store = source._store
-    for _ in range(4):  # two batches an item; the reader goes ahead with the second one
+    for _ in range(4):  # all batches of both items
         source.next()
     looks = store.refreshes
-    wait_until(lambda: store.refreshes > looks)  # the reader, for the third item, in advance
+    wait_until(lambda: store.refreshes > looks)  # reading ahead, for the third item
     assert source.waits == 0
     waiting = threading.Thread(target=source.next, daemon=True)
     waiting.start()
@@ -102,10 +102,10 @@ def wait_until(condition) -> None:
         time.sleep(0.01)
 
 
-def test_the_driver_sees_pulses_that_stand_still(tmp_path, monkeypatch):
+def test_the_driver_sees_heartbeats_that_stop(tmp_path, monkeypatch):
     monkeypatch.setattr(pulses, "_MARGIN_S", 0.2)
     (tmp_path / "logs").mkdir()
-    pulse_file(tmp_path, 1).write_text(HUNG)  # of a group before
+    pulse_file(tmp_path, 1).write_text(HUNG)  # from an earlier group of ranks
     seen = Pulses(tmp_path, 3, timeout_s=0.3)
     assert seen.frozen() == seen.hung() == []
     for rank, text in enumerate(("7", "3")):

@@ -1,9 +1,9 @@
-"""What the Triton kernels must give; run by `test_triton_interpreter`, and on a GPU as they are.
+"""Cases for the Triton kernels, run by `test_triton_interpreter` or directly on a GPU.
 
     TRITON_INTERPRET=1 python -m pytest tests/unit/triton_*cases.py   # without a GPU
     python -m pytest tests/unit/triton_*cases.py                      # on one
 
-Small integers make every sum exact in every dtype, and ties abound.
+Small integers make every sum exact in every dtype, and ties common.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from sae_core.kernels.triton_body import TritonKernels
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 DEVICE = "cpu" if INTERPRETED else "cuda"
-# The interpreter multiplies bfloat16 as raw bit patterns, so bfloat16 is for a GPU alone.
+# The interpreter multiplies bfloat16 as raw bit patterns, so bfloat16 needs a GPU.
 DTYPES = [torch.float32, torch.float16] + ([] if INTERPRETED else [torch.bfloat16])
 REFERENCE = get_kernels("reference", torch.float64)
 INF, NAN = float("inf"), float("nan")
@@ -40,7 +40,7 @@ def double_of(active: SparseLatents) -> SparseLatents:
 
 
 def assert_same_selection(x, W, b, k, dtype=torch.float32):
-    """Values, latents and their order: descending, ties by ascending latent, as the reference."""
+    """Compare values, latents and their order (descending, ties by latent) with the reference."""
     values, latents = body(dtype).encode_topk(x.to(dtype), W.to(dtype), b, k)
     expected, expected_latents = REFERENCE.encode_topk(x.double(), W.double(), b.double(), k)
     assert values.dtype == torch.float32 and latents.dtype == torch.int64
@@ -52,7 +52,7 @@ def assert_same_selection(x, W, b, k, dtype=torch.float32):
 @pytest.mark.parametrize(
     ("B", "L", "D", "k"),
     [
-        (40, 700, 72, 8),  # three segments, of which the last finds few per tile
+        (40, 700, 72, 8),  # three segments; the last finds few per tile
         (33, 200, 40, 1),
         (5, 72, 200, 72),  # k = L
         (1, 129, 40, 3),  # a segment of one latent
@@ -132,7 +132,7 @@ def test_a_pool_too_wide_for_the_network(monkeypatch):
 
 
 def far_rows(n_rows: int, d_model: int, seed: int) -> torch.Tensor:
-    """[n_rows, d_model] whose last rows begin past 2**31 elements; pages between stay untouched."""
+    """Return [n_rows, d_model] whose last rows begin past element 2**31; gaps stay untouched."""
     stride = (1 << 31) // (n_rows - 4)
     storage = torch.empty(stride * n_rows, dtype=torch.float16, device=DEVICE)
     rows = storage.as_strided((n_rows, d_model), (stride, 1))
@@ -172,7 +172,7 @@ def test_sparse_operations(B, L, D, k, weights):
     exact = double_of(active)
     recon, dots = body().decode(active, W), body().decoder_dot(grad.float(), active, W)
     expected = REFERENCE.decode(exact, W.double())
-    assert recon.dtype == torch.float32  # whatever the dictionary's copy has
+    assert recon.dtype == torch.float32  # whatever the dtype of the dictionary's copy
     torch.testing.assert_close(recon.double(), expected, rtol=1e-4, atol=1e-4)
     expected = REFERENCE.decoder_dot(grad.double(), exact, W.double())
     torch.testing.assert_close(dots.double(), expected, rtol=1e-4, atol=1e-4)
@@ -187,7 +187,7 @@ def test_sparse_operations(B, L, D, k, weights):
         torch.testing.assert_close(part.double(), expected.double(), rtol=1e-4, atol=1e-4)
 
 
-def test_rows_without_a_pair_and_a_batch_without_any():
+def test_rows_and_batches_without_active_pairs():
     values = torch.tensor([[0.0, 2.0], [0.0, -1.0], [3.0, 0.0]], device=DEVICE)
     active = compact(values, torch.tensor([[0, 1], [2, 3], [3, 0]], device=DEVICE))
     W = integers((4, 72), 0)
@@ -240,7 +240,7 @@ def test_a_whole_step_gives_the_gradients_of_the_stock_body():
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
-def test_matrices_whose_columns_do_not_lie_side_by_side():
+def test_matrices_that_are_not_contiguous():
     x, grad, W = (integers((n, 40), n) for n in (5, 6, 30))
     grad = grad[:5]
     active = compact(*REFERENCE.encode_topk(x, W, torch.zeros(30, device=DEVICE), 4))
@@ -252,20 +252,22 @@ def test_matrices_whose_columns_do_not_lie_side_by_side():
     dots = body().decoder_dot(grad, active, W)
     assert torch.equal(body().decoder_dot(turned(grad), active, turned(W)), dots)
     pairs = zip(
-        (*body().decode_error(turned(x), active, turned(W)),)
-        + (*body().row_gradients(active, dots, turned(x), turned(grad)),),
+        (
+            *body().decode_error(turned(x), active, turned(W)),
+            *body().row_gradients(active, dots, turned(x), turned(grad)),
+        ),
         (*body().decode_error(x, active, W), *body().row_gradients(active, dots, x, grad)),
         strict=True,
     )
     assert all(torch.equal(ours, wanted) for ours, wanted in pairs)
 
 
-def test_which_copies_it_wants():
+def test_dtype_of_low_precision_copies():
     assert body(torch.float16).copy_dtype == torch.float16
     assert body(torch.float32).copy_dtype is None
 
 
-def test_what_it_cannot_do_is_said():
+def test_unsupported_inputs_are_refused():
     with pytest.raises(ConfigError, match="bfloat16, float16 or float32"):
         TritonKernels(torch.float64)
     with pytest.raises(ConfigError, match="ieee or tf32"):
@@ -274,7 +276,7 @@ def test_what_it_cannot_do_is_said():
     with pytest.raises(ShapeError, match="kernels=reference for float64"):
         body().decode(compact(x, x.long()), x.double())
     assert [part.shape for part in body().encode_topk(x, x, x[:, 0], 0)] == [(2, 0), (2, 0)]
-    with pytest.raises(ShapeError, match="d_model=9000: .* at most 8192"):
+    with pytest.raises(ShapeError, match=r"d_model=9000: .* at most 8192"):
         wide = torch.ones(2, 9000, device=DEVICE)
         body().decode_error(wide, compact(x, x.long()), wide)
     with pytest.raises(ShapeError, match="k=4, L=2"):

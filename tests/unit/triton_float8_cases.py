@@ -1,4 +1,4 @@
-"""What the float8 product must give; run by `test_triton_interpreter`, and on a GPU as they are."""
+"""Cases for the float8 product, run by `test_triton_interpreter` or directly on a GPU."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def both(x: torch.Tensor, W: torch.Tensor) -> tuple[SplitRows, SplitRows]:
 
 
 def unbounded(rows: SplitRows) -> SplitRows:
-    """The same without the columns that carry bounds."""
+    """Return `rows` with the columns that carry bounds set to zero."""
     side = rows.side.clone()
     side[:, -SLOTS:] = 0
     return rows._replace(side=side)
@@ -38,7 +38,7 @@ def approximate_topk(x, W, b, count):
 def test_rows_are_split_as_torch_splits_them(n, D, dtype):
     matrix = normal(n, D, seed=n).to(dtype)
     matrix[1:2] *= 1e-4
-    matrix[2:3, 0] = 30000.0  # an outlier, beside which nearly all is
+    matrix[2:3, 0] = 30000.0  # an outlier that dwarfs the rest of its row
     matrix[3:4] = 0.0
     dictionary = normal(50, D, seed=9)
     matrix[4:5, row_weights(matrix, dictionary)[0].channels[:-1]] = 0.0  # no float8 part
@@ -47,7 +47,7 @@ def test_rows_are_split_as_torch_splits_them(n, D, dtype):
         assert torch.equal(ours.scales, wanted.scales)
         assert ours.low.dtype == FP8 and torch.equal(ours.low.float(), wanted.low.float())
         assert torch.equal(ours.side[:, :-SLOTS].float(), wanted.side[:, :-SLOTS].float())
-        # Sums in another order; bfloat16 may then round the other way.
+        # The sums run in another order, so bfloat16 may round the other way.
         bounds = (part.side[:, -SLOTS:].float() for part in (ours, wanted))
         torch.testing.assert_close(*bounds, rtol=2.0**-7, atol=1e-30)
 
@@ -64,7 +64,7 @@ def test_every_float8_number_is_kept():
     )
 
 
-def test_a_row_is_split_alike_wherever_it_lies():
+def test_split_rows_do_not_depend_on_the_memory_layout():
     matrix = normal(9, 72, seed=0)
     weights, _ = row_weights(matrix, matrix)
     spread = torch.empty(9, 100, device=DEVICE)[:, :72].copy_(matrix)
@@ -78,7 +78,7 @@ def test_a_row_is_split_alike_wherever_it_lies():
     [(40, 700, 72, 8), (33, 200, 40, 1), (5, 72, 200, 72), (3, 900, 600, 40)],
 )
 def test_selects_what_the_split_product_selects(B, L, D, count):
-    # Small integers stay as they are in both parts: exact sums, many ties.
+    # Both parts represent small integers exactly: exact sums, many ties.
     x, W, b = integers((B, D), 1, 7), integers((L, D), 2, 7), integers((L,), 3)
     values, latents = approximate_topk(x, W, b, count)
     expected, expected_latents = REFERENCE.encode_topk(x.double(), W.double(), b.double(), count)
@@ -94,7 +94,7 @@ def test_values_are_those_of_the_rounded_inputs_and_the_bounds():
     low_x, low_W = both(x, W)
     values, latents = body().bounded_topk(low_x, low_W, b, 30)
     rounded = joined(low_x).double() @ joined(low_W).double().T + b.double()
-    # The device's sums have about 14 bits.
+    # The device's sums are accurate to about 14 bits.
     tolerance = 1e-5 if INTERPRETED else 1e-3
     reach = (x.norm(dim=1)[:, None] * W.norm(dim=1)[latents]).amax(1)
     gap = (values.double() - rounded.gather(1, latents)).abs().amax(1)
@@ -106,7 +106,7 @@ def test_values_are_those_of_the_rounded_inputs_and_the_bounds():
     assert (values.double() >= true.gather(1, latents)).all()
 
 
-def test_behind_the_prefilter_the_same_latents_are_selected():
+def test_the_prefilter_selects_the_same_latents():
     x, W, b = normal(20, 72, seed=1), normal(600, 72, seed=2), normal(600, seed=3)
     kernels = TritonKernels(torch.float32, float8_prefilter=True)
     values, latents = kernels.encode_topk(x, W, b, 8)
@@ -128,7 +128,7 @@ def test_512_candidates():
 
 
 def test_rows_that_overflow_their_pool_are_run_again():
-    # One number per row, which bfloat16 holds: the product is exact. Odd rows overflow.
+    # One number per row, exact in bfloat16, so the product is exact. Odd rows overflow.
     x, W = torch.zeros(6, 40, device=DEVICE), torch.zeros(1200, 40, device=DEVICE)
     x[:, 0] = torch.tensor([-1.0, 2.0, -4.0, 8.0, -16.0, 32.0], device=DEVICE)
     W[:, 0] = (torch.arange(1200, dtype=torch.int16) + 0x3F80).view(torch.bfloat16).to(DEVICE)
@@ -146,7 +146,7 @@ def test_infinity_and_nan_of_the_bias():
     assert (latents[:, :2] == torch.tensor([7, 250], device=DEVICE)).all()
 
 
-@pytest.mark.skipif(INTERPRETED, reason="the interpreter makes a number of a float8 NaN")
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter turns a float8 NaN into a number")
 def test_nan_of_the_inputs_is_selected():
     x, W, b = normal(4, 40, seed=1), normal(300, 40, seed=2), torch.zeros(300, device=DEVICE)
     W[123, 3], x[2, 0] = float("nan"), float("inf")

@@ -1,4 +1,4 @@
-"""What the fused update must give; run by `test_triton_interpreter`, and on a GPU as they are."""
+"""Cases for the fused update, run by `test_triton_interpreter` or directly on a GPU."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from sae_core.kernels.triton_update import round_stochastically
 from sae_core.kernels.triton_update import salt_of as triton_salt_of
 from tests.unit.triton_cases import DEVICE, INTERPRETED, REFERENCE, body, double_of, far_rows
 
-# The interpreter cuts off where bfloat16 copies should be rounded; its float16 is right.
+# The interpreter truncates bfloat16 copies instead of rounding them; float16 it rounds.
 COPIES = torch.float16 if INTERPRETED else torch.bfloat16
 
 
@@ -39,10 +39,10 @@ def unit(rows: torch.Tensor) -> torch.Tensor:
 
 
 def gradient_of(B: int, L: int, D: int, k: int, hot: int = 0) -> SparseGradient:
-    """Pairs of the lower half of the latents; the first `hot` of these fire on every row."""
+    """Return a gradient of the lower half of the latents; the first `hot` fire on every row."""
     generator = torch.Generator().manual_seed(0)
     latents = torch.stack([torch.randperm((L + 1) // 2, generator=generator)[:k] for _ in range(B)])
-    # A latent once per row: the hot ones change places with what was there.
+    # A latent occurs at most once per row, so the hot ones swap places with those drawn.
     for i in range(hot):
         latents = torch.where(latents == i, latents[:, i : i + 1], latents)
         latents[:, i] = i
@@ -120,7 +120,7 @@ def test_a_latent_without_pairs_moves_with_its_decaying_moments():
 @pytest.mark.parametrize("beta1", [0.0, 0.4, 0.5])
 def test_a_first_moment_nearer_to_the_gradient(beta1):
     gradient, state = gradient_of(5, 30, 40, 3), state_of(30, 40)
-    state.exp_avg[0].mul_(1e7)  # beside which the gradient would be lost
+    state.exp_avg[0].mul_(1e7)  # so large that the gradient would be lost
     theirs = exact(state)
     body().row_update(gradient, state.W_dec).apply(state, adam_of(beta1=beta1))
     expected = REFERENCE.row_update(exact_gradient(gradient), theirs.W_dec)
@@ -166,7 +166,7 @@ def test_hot_latents_are_summed_in_pieces_to_the_same_bits(monkeypatch):
 
 
 def test_the_norm_of_a_gradient_that_is_nearly_along_its_rows():
-    """What is left after projecting is a millionth: it must not drown in what was taken out."""
+    """Projection leaves a millionth of the gradient, which must not be lost to cancellation."""
     L, D = 6, 72
     state = state_of(L, D)
     rows = torch.arange(L, device=DEVICE)
@@ -194,7 +194,7 @@ def test_rounding_gives_the_bits_of_the_stock_one(first_row):
 
 
 def test_bfloat16_moments_have_the_bits_of_the_stock_ones():
-    """Numbers whose moments are exact in float32, so that all depends on the rounding."""
+    """Use numbers whose moments are exact in float32, so that only the rounding matters."""
     B, L, D = 6, 20, 40
     gradient = gradient_of(B, L, D, 1)
     integers = [torch.randint(-9, 10, t.shape, device=DEVICE).float() for t in gradient[1:]]
@@ -202,7 +202,7 @@ def test_bfloat16_moments_have_the_bits_of_the_stock_ones():
     pairs = gradient.pairs._replace(values=torch.ones(B, device=DEVICE), latents=rows)
     gradient = SparseGradient(pairs, *integers)
     state = state_of(L, D, torch.bfloat16)
-    # The row of W_dec has one entry, so the projection is exact as well.
+    # A row of W_dec has one nonzero entry, so the projection is exact as well.
     state.W_dec.zero_()[:, 0] = 1.0
     adam = adam_of(beta1=0.75)._replace(beta2=0.5)
     theirs = clone(state)
@@ -248,5 +248,5 @@ def test_inputs_past_two_to_the_31():
 
 def test_rows_that_are_not_contiguous_are_refused():
     gradient, state = gradient_of(5, 30, 40, 3), state_of(30, 40)
-    with pytest.raises(ShapeError, match="call .contiguous()"):
+    with pytest.raises(ShapeError, match=r"call .contiguous()"):
         body().row_update(gradient, state.W_dec.T.contiguous().T)
