@@ -187,7 +187,7 @@ def check_shapes(config: SAEConfig, shapes: Mapping[str, tuple[int, ...]]) -> in
     wanted = {"W_enc": (n_latents, width), "W_dec": (n_latents, width), "b_enc": (n_latents,)}
     for name, shape in wanted.items():
         if shapes.get(name) != shape:
-            raise ValueError(f"{name}: shape {shapes.get(name)}, expected {shape}")
+            raise ValueError(f"{name} has shape {shapes.get(name)}, expected {shape}")
     return width
 
 

@@ -110,7 +110,7 @@ def test_a_pt_file_is_read_on_request_and_never_runs(tmp_path: Path, marker: Pat
             },
             "encoder.weight: expected a plain tensor",  # of a few bytes, which says 1 PiB
         ),
-        ({"b_dec": torch.zeros(3)}, "W_enc of shape"),
+        ({"b_dec": torch.zeros(3)}, "W_enc has shape"),
         ({"encoder.bias": [1, 2]}, "TypeError|AttributeError"),
         ({"pre_bias": torch.zeros(4)}, "openai"),
     ],
@@ -278,9 +278,9 @@ def test_sizes_that_contradict_the_tensors_are_refused(checkpoint: Path):
     state["saes"][NAME]["n_latents"] = 1 << 40  # would be 16 TiB
     path.write_text(json.dumps(state))
     write_manifest(checkpoint)
-    with pytest.raises(DamagedCheckpointError, match="W_enc of shape"):
+    with pytest.raises(DamagedCheckpointError, match="W_enc has shape"):
         load_sae(checkpoint)
-    assert "W_enc of shape" in checkpoint_problems(checkpoint)[0]
+    assert "W_enc has shape" in checkpoint_problems(checkpoint)[0]
 
 
 @pytest.mark.parametrize("text", ["{}" + " " * (1 << 16), "[" * 100_000, '{"a": Infinity}', "{"])
@@ -390,7 +390,7 @@ def test_no_secret_of_the_environment_is_saved(tmp_path: Path, monkeypatch, capf
         ({"normalize_activations": "layer_norm"}, "normalize_activations"),
         ({"k": None}, "k=None"),
         ({"k": 10**9}, "sae.k"),
-        ({"d_sae": 9}, "of shape"),
+        ({"d_sae": 9}, "has shape"),
         ({"metadata": "x"}, "AttributeError"),
     ],
 )
