@@ -77,6 +77,7 @@ def load_config(path: Path) -> RunConfig:
 def _check_plain(path: Path, text: str) -> None:
     if len(text) > _MAX_CONFIG_BYTES:
         raise _not_plain(path, f"more than {_MAX_CONFIG_BYTES} bytes")
+    # Look at parser events, which do not expand aliases or build objects.
     depth = 0
     for event in yaml.parse(text, Loader=yaml.SafeLoader):
         where = f"line {event.start_mark.line + 1}" if event.start_mark else "the file"

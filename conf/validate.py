@@ -136,6 +136,7 @@ def _check_concurrent(config: RunConfig) -> None:
             "none with cluster.mode=concurrent: a mixture needs stores that no longer grow",
             "use cluster.mode=sequential",
         )
+    # Shards hold only whole contexts, so a shard can have fewer rows than store.shard_tokens.
     context_rows = config.data.context_tokens - 1
     rows_per_window = window * (config.store.shard_tokens // context_rows * context_rows)
     needed = window * (-(-config.train.batch_tokens // rows_per_window) + 1)

@@ -65,6 +65,7 @@ class Agreement:
             save: This rank wants a checkpoint now.
             failed: This rank's background save has failed.
         """
+        # Only rank 0 proposes an interval. The others send 0, so the maximum is its proposal.
         interval = self._next_interval() if dist.get_rank() == 0 else 0
         said = torch.tensor([stop, save, failed, interval], dtype=torch.int64)
         dist.all_reduce(said, op=dist.ReduceOp.MAX, group=self._group)

@@ -19,6 +19,8 @@ def fsync_path(path: Path) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     """Write `value` as JSON to `path`, atomically and durably; replaces an existing file."""
+    # Flush the file before the rename and the folder after it. Then a reader finds either the old
+    # or the new content in full, even after a crash of the machine.
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with open(temporary, "w", encoding="utf-8") as file:
         json.dump(value, file, indent=1)

@@ -286,6 +286,7 @@ class ParallelConfig:
                 f"a multiple of parallel.data={self.data}",
                 f"use train.batch_tokens={batch_tokens // self.data * self.data or self.data}",
             )
+        # Rounded up, as in `mesh.row_range`: with too many shards, the last ones would be empty.
         rows_per_rank = -(-n_latents // self.latent)
         if rows_per_rank * (self.latent - 1) >= n_latents:
             raise ConfigError(

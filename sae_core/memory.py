@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import platform
 
+# Parameter numbers of mallopt(), from glibc's malloc.h.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 _LARGEST_BLOCK = 1 << 30
 _LARGEST_INT = (1 << 31) - 1

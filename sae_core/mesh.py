@@ -76,7 +76,7 @@ class Mesh:
 
     @property
     def is_first(self) -> bool:
-        """Whether this is rank 0."""
+        """True on rank 0."""
         return self.latent_rank == 0 and self.data_rank == 0
 
     def rows(self, n_latents: int) -> tuple[int, int]:

@@ -158,7 +158,7 @@ def read_rows(path: Path, entry: Entry, first: int, out: torch.Tensor) -> None:
     try:
         fd = os.open(path, os.O_RDONLY)
         try:
-            while view:
+            while view:  # one call may return fewer bytes than requested
                 read = os.preadv(fd, [view], offset)
                 _require(path, read > 0, "the file is shorter than its header says")
                 view, offset = view[read:], offset + read
@@ -207,7 +207,7 @@ class TensorFileWriter:
                 "data_offsets": [begin, end],
             }
         text = json.dumps(document, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % _ALIGNMENT)
+        text += b" " * (-len(text) % _ALIGNMENT)  # pad, so that the data are aligned
         begin = _LENGTH_BYTES + len(text)
         self.entries = {
             name: Entry(dtype, tuple(shape), begin + document[name]["data_offsets"][0])

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How training of one trainer has ended; the same on all ranks."""
+    """The outcome of training for one trainer; the same on all ranks."""
 
     finished: bool
     """False if an error or a request to stop came before the last step."""

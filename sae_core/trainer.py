@@ -265,6 +265,7 @@ class Trainer:
             )
 
     def _raise_if_bad(self) -> None:
+        # Reading the flag waits for the device, so this runs only before a report or a save.
         for engine in self.engines:
             step = int(engine.first_bad_step)
             if step >= 0:

@@ -1,4 +1,4 @@
-"""Assemble the tensors of a checkpoint from row ranges that lie in several files."""
+"""Assemble the tensors of a checkpoint from row ranges in several files."""
 
 from __future__ import annotations
 

@@ -45,7 +45,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Retention:
-    """Which older checkpoints to keep after a save."""
+    """Rule for the older checkpoints to keep after a save."""
 
     keep: int
     """Number of newest valid checkpoints to keep."""

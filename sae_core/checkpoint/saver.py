@@ -100,10 +100,11 @@ class CheckpointSaver:
 
     @property
     def waits(self) -> int:
-        """A number that keeps changing while training waits for a save, so that this is no hang.
+        """Counter that keeps changing while training waits for a save.
 
-        After `checkpoint.timeout_s` it stays 0. The clock is used and not the bytes written,
-        because the longest part of a save may be the flush, or the work of another rank.
+        The watchdog reads it, so that such a wait does not count as a hang. It stays 0 once the
+        save has taken longer than `checkpoint.timeout_s`. It follows the clock and not the bytes
+        written, because the longest part of a save may be the flush, or the work of another rank.
         """
         taken_s = time.monotonic() - self.last_began
         return int(10 * taken_s) + 1 if self._waiting and taken_s < self._timeout_s else 0
