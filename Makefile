@@ -1,18 +1,18 @@
-# What a person does daily; `make help` lists it.
+# Targets for daily work; `make help` lists them.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-# Files of tests that run side by side: most of them wait for other processes.
+# Number of test files that run in parallel. Most of them wait for other processes.
 WORKERS ?= 2
 
 .DEFAULT_GOAL := help
 .PHONY: help install peers demo test test-fast soak lint format bench clean
 
-help: ## list the targets
+help: ## list all targets
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
 
-install: $(STAMP) ## make .venv with everything pinned
+install: $(STAMP) ## create .venv with pinned dependencies
 
 $(STAMP): pyproject.toml constraints.txt requirements-demo.txt
 	$(PYTHON) -m venv --clear $(VENV)
@@ -21,32 +21,32 @@ $(STAMP): pyproject.toml constraints.txt requirements-demo.txt
 	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps -r requirements-demo.txt
 	touch $(STAMP)
 
-peers: ## make .venv-peers: the libraries that exports and benchmarks are compared with
+peers: ## create .venv-peers with the libraries that exports and benchmarks are compared with
 	PYTHON=$(PYTHON) benchmarks/make_peers_env.sh
 
-demo: $(STAMP) ## harvest a real model, train, evaluate, export and report (minutes on 2 cores)
+demo: $(STAMP) ## run the whole pipeline on a small real model (minutes on 2 cores)
 	$(BIN)/python launch.py
 	@echo "open runs/demo/report/index.html"
 
-test: $(STAMP) peers ## all tests
+test: $(STAMP) peers ## run all tests
 	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
-test-fast: $(STAMP) ## tests that start no processes
+test-fast: $(STAMP) ## run the tests that do not start processes
 	$(BIN)/python -m pytest -m "not slow and not distributed and not ray" tests/unit
 
-soak: $(STAMP) ## random faults for 20 minutes: nothing may be lost
+soak: $(STAMP) ## inject random faults for 20 minutes and check that no data is lost
 	OMP_WAIT_POLICY=passive $(BIN)/python -m tests.soak --minutes 20
 
-lint: $(STAMP) ## ruff and mypy
+lint: $(STAMP) ## check with ruff and mypy
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-format: $(STAMP) ## ruff, writing
+format: $(STAMP) ## format and fix with ruff
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: $(STAMP) peers ## one step, ours and the peers'
+bench: $(STAMP) peers ## measure one training step, here and in the other libraries
 	$(BIN)/python -m benchmarks.step --work 16384,256,1024,32 65536,768,1024,32 --rounds 7 \
 		--slope 16384,65536,262144 --slope-work 256,1024,32 \
 		--json benchmarks/results/step-cpu.json

@@ -1,4 +1,4 @@
-"""Composes the config and runs the stages it names; `python launch.py --help`."""
+"""The command line: compose the config and run its stages. See `python launch.py --help`."""
 
 from __future__ import annotations
 
@@ -37,10 +37,11 @@ STAGES = {
     "submit": "cluster.submit",
 }
 HARVEST_AND_TRAIN = "harvest and train"
-"""Both at once: no stage of its own, for it is what the pipeline does."""
+"""Harvest and train at the same time. The pipeline uses it; it is not a stage for the user."""
 CONCURRENT = ("plan", HARVEST_AND_TRAIN, "evaluate", "export", "report")
 WITHOUT_THE_LOCK = ("plan", "verify", "reshard", "status", "fit", "submit")
-"""They change nothing in the run, which may go on meanwhile; fit writes to the sweep's folder."""
+"""Stages that do not change the run, and may be used while it is running. (fit writes into the
+folder of the sweep.)"""
 NEED_A_RUN = ("evaluate", "export", "report", "verify", "repair", "reshard", "status")
 MODULES = {**STAGES, HARVEST_AND_TRAIN: "cluster.concurrent"}
 
@@ -49,7 +50,7 @@ ConfigStore.instance().store(name="run_schema", node=RunConfig)
 
 @hydra.main(config_path="conf", config_name="config", version_base="1.3")
 def compose_and_run(composed: DictConfig) -> None:
-    """Validates, then runs one stage, or the pipeline's stages in order."""
+    """Validate the config, then run its stage, or all stages of the pipeline in order."""
     with _explained():
         from cluster.preemption import on_preemption, raise_interrupted
         from cluster.run_dir import open_run
@@ -59,7 +60,8 @@ def compose_and_run(composed: DictConfig) -> None:
         if HydraConfig.get().mode == RunMode.MULTIRUN:
             composed.name = cell_name(composed.name, HydraConfig.get())
         config: RunConfig = OmegaConf.to_object(composed)  # type: ignore[assignment]
-        _make_paths_absolute(config)  # first: a store that is named in two ways is one
+        # Before validation, which must see that two spellings of a path are the same store.
+        _make_paths_absolute(config)
         validate(config, ("pipeline", "scaling_laws", *STAGES))
         stages: tuple[str, ...] = (config.stage,)
         if config.stage == "pipeline":
@@ -80,20 +82,23 @@ def compose_and_run(composed: DictConfig) -> None:
 
 
 def _arguments() -> list[str]:
-    """Of this run's command line, or of this cell of a sweep."""
+    """Return the arguments of this run's command line, or of this cell of a sweep."""
     hydra_config = HydraConfig.get()
     folders = [
         f"--config-dir={source.path}"
         for source in hydra_config.runtime.config_sources
         if source.provider == "command-line"
     ]
-    # As they were typed: an interpolation is the job's to resolve, where it runs.
+    # Keep interpolations as typed: the job resolves them on the machine where it runs.
     typed = OmegaConf.to_container(hydra_config.overrides.task, resolve=False)
     return [*folders, *cast(list[str], typed)]
 
 
 def _make_paths_absolute(config: RunConfig) -> None:
-    """Ranks and workers may run in another folder; a hub name is no path and stays."""
+    """Make local paths absolute, because ranks and workers may run in another folder.
+
+    Hub names and addresses of object stores are left unchanged.
+    """
     config.store.path = _absolute(config.store.path)
     for mixed in config.store.mixture:
         mixed.path = _absolute(mixed.path)
@@ -120,7 +125,7 @@ def _print_config(config: RunConfig) -> None:
 
 @contextmanager
 def _explained() -> Iterator[None]:
-    """Turns what went wrong on purpose into one message and an exit code."""
+    """Turn expected errors into one message and an exit code; let others through."""
     from cluster.preemption import EXIT_PREEMPTED
     from cluster.slurm import requeue_sweep_cell
     from conf.failure import explain
@@ -138,15 +143,16 @@ def _explained() -> Iterator[None]:
 
 
 def main() -> None:
-    """The command line."""
-    # Hydra would print what it cannot compose and exit 1; this makes it raise to here instead.
+    """Run the command line."""
+    # By default Hydra prints composition errors and exits with 1; this makes it raise them here.
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
     # The packages of this checkout must be importable from any working directory, and in workers.
     root = str(Path(__file__).resolve().parent)
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
-    # What submitit, Hydra's launcher for Slurm, has its jobs warned with: a signal we listen to.
+    # submitit, which Hydra's Slurm launcher uses, sends this signal before a job's time is over.
+    # USR1 is one that we handle.
     os.environ.setdefault("SUBMITIT_PREEMPT_SIGNAL", "USR1")
-    # conf/hydra/launcher takes the place of the plugin's defaults, which Hydra finds odd.
+    # Hydra warns that conf/hydra/launcher overrides the plugin's defaults; this is intended.
     warnings.filterwarnings("ignore", "(?s).*is validated against ConfigStore schema")
     with _explained():
         from conf.cell_names import with_constants

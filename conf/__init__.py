@@ -1,1 +1,1 @@
-"""Hydra groups, the typed schema, and what the config alone shows to be wrong."""
+"""Hydra config groups, the typed schema of a run's config, and its validation."""

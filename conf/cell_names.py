@@ -1,4 +1,7 @@
-"""Sweeps (`-m`): each cell has a run folder of its own, named after what varies."""
+"""Names of the cells of a Hydra sweep (`-m`): each cell gets its own run folder.
+
+The name of a cell is made of the settings that vary in the sweep.
+"""
 
 from __future__ import annotations
 
@@ -13,10 +16,10 @@ _CONSTANT = "hydra.job.config.override_dirname.exclude_keys"
 
 
 def with_constants(arguments: list[str]) -> list[str]:
-    """The command line; in a sweep with one override more, which names those that do not vary.
+    """Return the command line; for a sweep, add an override that lists the keys that do not vary.
 
     Args:
-        arguments: of the command line.
+        arguments: The arguments of the command line.
     """
     given = [word for word in arguments if "=" in word and not word.startswith("-")]
     if not given or not {"-m", "--multirun"} & set(arguments):
@@ -24,19 +27,22 @@ def with_constants(arguments: list[str]) -> list[str]:
     try:
         overrides = OverridesParser.create().parse_overrides(given)
     except HydraException:
-        return arguments  # Hydra says itself what is wrong
+        return arguments  # Hydra reports the error itself
     keys = [override.key_or_group for override in overrides if not override.is_sweep_override()]
-    before = arguments.index(given[0])  # flags may stand only before or after all overrides
+    before = arguments.index(given[0])  # Hydra allows flags only before or after all overrides
     added = f"{_CONSTANT}=[{','.join(keys)}]"
     return [*arguments[:before], added, *arguments[before:]]
 
 
 def cell_name(name: str, hydra: HydraConf) -> str:
-    """The run's name in a sweep: `demo-k16-lr0.001`; the same in every sweep that has the cell.
+    """Return the run name of a cell, such as `demo-k16-lr0.001`.
+
+    The name depends only on the settings that vary, so the same cell has the same name in every
+    sweep over the same keys.
 
     Args:
-        name: of the sweep.
-        hydra: of the cell.
+        name: Name of the sweep.
+        hydra: Hydra's config of the cell.
     """
     constant = {"name", *hydra.job.config.override_dirname.exclude_keys}
     parsed = OverridesParser.create().parse_overrides(list(hydra.overrides.task))

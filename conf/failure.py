@@ -1,4 +1,4 @@
-"""Which exceptions are a message for the user, and with which code the process then ends."""
+"""Turn exceptions into a message for the user and an exit code."""
 
 from __future__ import annotations
 
@@ -45,14 +45,18 @@ _RUNTIME = (
     StoreBusyError,
     SweepFailedError,
 )
-"""Ours, but not the fault of what the user typed."""
+"""Our own errors that are not caused by what the user typed."""
 
 
 _NOISE = ("object_type=", "reference_type=", "To append to", "Config search path", "provider=")
+"""Beginnings of lines in Hydra's messages that do not help the user."""
 
 
 def explain(error: BaseException) -> tuple[str | None, int]:
-    """(message, exit code); no message for what nobody raised on purpose."""
+    """Return the message for the user and the exit code.
+
+    The message is None for an unexpected exception, whose traceback should be shown instead.
+    """
     if isinstance(error, Interrupted | PreemptedError):
         return f"preempted: {error}; the same command resumes", EXIT_PREEMPTED
     if isinstance(error, KeyboardInterrupt):
@@ -68,7 +72,7 @@ def explain(error: BaseException) -> tuple[str | None, int]:
 
 
 def _config_message(error: BaseException) -> str:
-    """Hydra's lines that say something, as one, with the nearest keys where one was unknown."""
+    """Return the useful lines of Hydra's message as one line; suggest keys for an unknown one."""
     lines = str(error).splitlines()
     if error.__cause__ is not None and str(error.__cause__) not in str(error):
         lines += str(error.__cause__).splitlines()

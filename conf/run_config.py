@@ -1,4 +1,7 @@
-"""The resolved config of a run on disk: written by the driver, read by every stage and rank."""
+"""Save and load the resolved config of a run.
+
+The driver writes it to `config.yaml`; every stage and rank reads it from there.
+"""
 
 from __future__ import annotations
 
@@ -40,22 +43,25 @@ MAY_CHANGE = (
     "train.timeout_s",
     "train.hang_timeout_s",
 )
-"""Keys and groups that a run may be resumed with another value of; all else makes another run."""
+"""Keys and groups that may change when a run is resumed. A change of any other key needs a new run.
+"""
 
 
 def save_config(config: RunConfig, path: Path) -> None:
-    """Writes every key of the config as YAML."""
+    """Write every key of the config as YAML."""
     path.write_text(OmegaConf.to_yaml(OmegaConf.structured(config)), encoding="utf-8")
 
 
 def load_config(path: Path) -> RunConfig:
-    """Reads what `save_config` wrote; every key typed, none unknown.
+    """Read a config that `save_config` wrote, and check the type of every key.
 
-    A run folder may come from somebody else: nothing in the file is resolved or constructed.
+    The run folder may come from an untrusted source, so nothing in the file is resolved or
+    constructed. An interpolation, for example, could copy an environment variable of this machine
+    into a log.
 
     Raises:
-        ConfigError: it holds more than plain values: an interpolation, which could bring a variable
-            of this machine's environment into a log; an alias; a tag; or keys that are not ours.
+        ConfigError: If the file has an interpolation, an alias, a tag, an unknown key, or a value
+            of the wrong type.
     """
     with open(path, "rb") as file:
         text = file.read(_MAX_CONFIG_BYTES + 1).decode("utf-8", errors="replace")
@@ -71,26 +77,31 @@ def load_config(path: Path) -> RunConfig:
 def _check_plain(path: Path, text: str) -> None:
     if len(text) > _MAX_CONFIG_BYTES:
         raise _not_plain(path, f"more than {_MAX_CONFIG_BYTES} bytes")
+    # Look at parser events, which do not expand aliases or build objects.
     depth = 0
     for event in yaml.parse(text, Loader=yaml.SafeLoader):
-        where = f"line {event.start_mark.line + 1}" if event.start_mark else "it"
+        where = f"line {event.start_mark.line + 1}" if event.start_mark else "the file"
         if isinstance(event, yaml.AliasEvent) or getattr(event, "tag", None) is not None:
-            raise _not_plain(path, f"an alias or a tag in {where}")
+            raise _not_plain(path, f"alias or tag in {where}")
         if isinstance(event, yaml.ScalarEvent) and "${" in event.value:
-            raise _not_plain(path, f"an interpolation in {where}")
+            raise _not_plain(path, f"interpolation in {where}")
         if isinstance(event, yaml.CollectionStartEvent | yaml.CollectionEndEvent):
             depth += 1 if isinstance(event, yaml.CollectionStartEvent) else -1
             if depth > _MAX_DEPTH:
-                raise _not_plain(path, f"nested beyond {_MAX_DEPTH} levels in {where}")
+                raise _not_plain(path, f"nested deeper than {_MAX_DEPTH} levels in {where}")
 
 
 def _not_plain(path: Path, found: str) -> ConfigError:
-    expected = "plain values under known keys, as the run wrote them"
-    return ConfigError(str(path), found, expected, "restore the file, or start under another name")
+    expected = "plain values under known keys, as written by the run"
+    return ConfigError(str(path), found, expected, "restore the file, or use another run name")
 
 
 def forbidden_changes(old: RunConfig, new: RunConfig) -> dict[str, tuple[Any, Any]]:
-    """`{key: (old value, new value)}` of the keys that a resumed run may not change but does."""
+    """Find the keys that differ although a resumed run may not change them.
+
+    Returns:
+        `{key: (old value, new value)}`.
+    """
     before, after = _flat(old), _flat(new)
     return {
         key: (before.get(key), after.get(key))

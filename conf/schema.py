@@ -1,4 +1,4 @@
-"""The typed shape of a run's config; each part is a dataclass beside the code it configures."""
+"""The typed schema of a run's config. Each part is a dataclass next to the code it configures."""
 
 from __future__ import annotations
 
@@ -22,15 +22,18 @@ from sae_core.config import (
 
 @dataclass
 class RunConfig:
-    """One run: what `launch.py` composes and every stage and rank reads back from `config.yaml`."""
+    """The config of a run, composed by `launch.py` and saved as `config.yaml` in the run folder."""
 
     name: str = "demo"
-    """The run's folder under `runs_dir`."""
+    """Name of the run, and of its folder under `runs_dir`."""
     stage: str = "pipeline"
+    """What to run: pipeline (all stages in order) or the name of one stage."""
     seed: int = 0
+    """Seed of the initial dictionary; also of the order of rows if `store.order_seed` is null."""
     runs_dir: str = "runs"
+    """Folder that contains all runs."""
     cache_dir: str = "~/.cache/latent-foundry"
-    """Where models that need conversion and tokenised text are kept between runs."""
+    """Folder that keeps converted models and tokenised text between runs."""
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     store: StoreConfig = field(default_factory=StoreConfig)
@@ -50,10 +53,10 @@ class RunConfig:
 
     @property
     def order_seed(self) -> int:
-        """What fixes the order in which rows are trained on."""
+        """Seed of the order in which rows are trained on."""
         return self.seed if self.store.order_seed is None else self.store.order_seed
 
     @property
     def trainer(self) -> TrainerConfig:
-        """The parts that the trainer takes."""
+        """The parts of the config that the trainer uses."""
         return TrainerConfig(self.sae, self.optim, self.train, self.parallel, self.checkpoint)

@@ -1,4 +1,4 @@
-"""The resolved config as a tree, for a person to read once when a run starts."""
+"""Show the resolved config as a tree, printed once when a run starts."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from conf.schema import RunConfig
 
 
 def config_tree(config: RunConfig) -> Tree:
-    """Groups as branches, keys as leaves."""
+    """Return the config as a tree, with one branch per group."""
     tree = Tree(f"[bold]{config.name}[/bold]", guide_style="dim")
     values: dict[str, Any] = OmegaConf.to_container(OmegaConf.structured(config))  # type: ignore[assignment]
     for key, value in values.items():

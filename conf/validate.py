@@ -1,4 +1,4 @@
-"""What the config alone shows to be impossible, before any work and any heavy import."""
+"""Validate a run's config before any work and any heavy import."""
 
 from __future__ import annotations
 
@@ -17,19 +17,22 @@ _SWEEPS = {"sweep", "scaling_laws"}
 
 
 def validate(config: RunConfig, stages: tuple[str, ...]) -> None:
-    """Checks the parts that `config.stage` uses, and how they fit together.
+    """Check the parts of the config that its stage uses, and how they fit together.
 
     Args:
-        config: the composed config.
-        stages: names that `stage` may have.
+        config: The composed config.
+        stages: Names that `stage` may have.
 
     Raises:
-        ConfigError, StoreConfigError: naming the key, its value, what was expected, the remedy.
+        ConfigError: If a value is invalid; names the key, the value and what was expected.
+        StoreConfigError: In the same way, for a key of the store.
     """
     if config.stage not in stages:
         raise ConfigError("stage", config.stage, f"one of: {', '.join(stages)}")
     if not _NAME.fullmatch(config.name) or ".." in config.name:
-        raise ConfigError("name", config.name, "letters, digits, '.', '_' and '-', not a path")
+        raise ConfigError(
+            "name", config.name, "a name of letters, digits, '.', '_' and '-', not a path"
+        )
     if config.seed < 0:
         raise ConfigError("seed", config.seed, "0 or more")
     _check_finite(config)
@@ -40,7 +43,7 @@ def validate(config: RunConfig, stages: tuple[str, ...]) -> None:
     config.fit.validate()
     if config.stage == "fit" and config.fit.runs is None:
         raise ConfigError(
-            "fit.runs", None, "a folder of runs or a pattern, as 'fit.runs=runs/sweep-*'"
+            "fit.runs", None, "a folder of runs or a pattern, such as 'fit.runs=runs/sweep-*'"
         )
     config.sweep.validate()
     if config.stage in _SWEEPS:
@@ -62,7 +65,7 @@ def _check_submit(config: RunConfig, stages: tuple[str, ...]) -> None:
     allowed = [stage for stage in stages if stage != "submit"]
     if config.submit.stage not in allowed:
         raise ConfigError("submit.stage", config.submit.stage, f"one of: {', '.join(allowed)}")
-    # What the job would say in hours, this says now.
+    # Validate the job's own stage now: the job may wait in a queue for hours before it fails.
     validate(replace(config, stage=config.submit.stage), stages)
 
 
@@ -73,14 +76,14 @@ def _check_sweep(config: RunConfig) -> None:
         raise ConfigError(
             "cluster.mode",
             config.cluster.mode,
-            "sequential: the cells of a sweep may take more than one pass over a whole store",
+            "sequential: the cells of a sweep may need several passes over a complete store",
         )
     for cell in cells_of(config, Path(config.runs_dir) / config.name).values():
         _check_finite(cell)
 
 
 def _check_finite(config: RunConfig) -> None:
-    """NaN passes every comparison that the parts make."""
+    """Reject NaN and infinities: the parts check ranges by comparisons that NaN would pass."""
     for group, part in vars(config).items():
         for key, value in getattr(part, "__dict__", {}).items():
             if isinstance(value, float) and not math.isfinite(value):
@@ -88,7 +91,7 @@ def _check_finite(config: RunConfig) -> None:
 
 
 def _check_no_credentials(config: RunConfig) -> None:
-    """The config is saved, printed and logged; a password in it would be too."""
+    """Reject addresses with a password, because the config is saved, printed and logged."""
     for group, part in vars(config).items():
         for key, value in getattr(part, "__dict__", {group: part}).items():
             texts = config.store.paths if key == "mixture" else value
@@ -98,7 +101,7 @@ def _check_no_credentials(config: RunConfig) -> None:
                         group if key == group else f"{group}.{key}",
                         _CREDENTIALS.sub("://***@", text),
                         "an address without user name and password",
-                        "object stores take them from AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY",
+                        "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY instead",
                     )
 
 
@@ -108,13 +111,13 @@ def _check_harvest_fits_store(config: RunConfig) -> None:
         raise ConfigError(
             "store.shard_tokens",
             config.store.shard_tokens,
-            f"room for one context, {rows} rows (data.context_tokens - 1)",
+            f"room for one context of {rows} rows (data.context_tokens - 1)",
         )
     if config.data.tokens < config.train.batch_tokens:
         raise ConfigError(
             "data.tokens",
             config.data.tokens,
-            f"at least a batch, train.batch_tokens={config.train.batch_tokens}",
+            f"at least a batch: train.batch_tokens={config.train.batch_tokens}",
         )
     _check_concurrent(config)
     hookpoint = config.sae.hookpoint
@@ -133,6 +136,7 @@ def _check_concurrent(config: RunConfig) -> None:
             "none with cluster.mode=concurrent: a mixture needs stores that no longer grow",
             "use cluster.mode=sequential",
         )
+    # Shards hold only whole contexts, so a shard can have fewer rows than store.shard_tokens.
     context_rows = config.data.context_tokens - 1
     rows_per_window = window * (config.store.shard_tokens // context_rows * context_rows)
     needed = window * (-(-config.train.batch_tokens // rows_per_window) + 1)
@@ -140,14 +144,14 @@ def _check_concurrent(config: RunConfig) -> None:
         raise ConfigError(
             "cluster.max_lead_items",
             cluster.max_lead_items,
-            f"at least {needed}: the windows (store.window_items={window}) that hold a batch of "
+            f"at least {needed}: enough windows (store.window_items={window}) for a batch of "
             f"train.batch_tokens={config.train.batch_tokens}, and one more",
-            "with less, harvest and training would wait for each other",
+            "raise it, or harvest and training would wait for each other",
         )
     if cluster.retention == "consumed" and config.train.tokens > config.data.tokens:
         raise ConfigError(
             "cluster.retention",
             cluster.retention,
             f"keep, or train.tokens of at most data.tokens={config.data.tokens}",
-            "rows that are deleted cannot be trained on a second time",
+            "use cluster.retention=keep, because training needs its rows more than once",
         )

@@ -1,9 +1,9 @@
 #!/bin/sh
-# What a container is: a node of a Ray cluster, or the command line.
-#   entrypoint.sh head                 Ray's head, on $RAY_PORT
-#   entrypoint.sh worker HOST:PORT     a node that joins it; waits until the head answers
-#   entrypoint.sh launch KEY=VALUE...  launch.py
-#   entrypoint.sh COMMAND...           anything else, as it is
+# Run a node of a Ray cluster, or a command.
+#   entrypoint.sh head                 start a Ray head, on $RAY_PORT
+#   entrypoint.sh worker HOST:PORT     wait until the head answers, then join it
+#   entrypoint.sh launch KEY=VALUE...  run launch.py
+#   entrypoint.sh COMMAND...           run any other command
 set -eu
 
 app=$(CDPATH='' cd -- "$(dirname -- "$0")/.." && pwd)

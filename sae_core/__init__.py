@@ -1,4 +1,4 @@
-"""The dictionary: architectures, kernels, optimiser, mesh, trainer, checkpoints, inference."""
+"""Sparse autoencoders: architectures, kernels, optimiser, mesh, trainer, checkpoints, inference."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +19,7 @@ _HOME = {
 
 
 def __getattr__(name: str) -> Any:
-    # Lazy, so that configs and errors can be read without importing torch.
+    # Import lazily, so that configs and errors can be used without importing torch.
     if name not in _HOME:
         raise AttributeError(f"module 'sae_core' has no attribute {name!r}")
     from importlib import import_module

@@ -1,8 +1,9 @@
-"""What the ranks decide together while they train: to save, to stop, that a save has failed.
+"""Decisions that all ranks take together during training: save, stop, handle a failed save.
 
-Each rank sees only its own signals, clock and background save, and acting on those alone would
-leave the others waiting in a collective. So at steps that all know in advance they exchange a few
-integers between their hosts. The device is not involved, and steps in between cost nothing.
+Each rank sees only its own signals, clock and background save. A rank that acted on those alone
+would leave the others waiting in a collective. So the ranks exchange a few integers between their
+hosts, at steps that all of them know in advance. The device is not involved, and the steps in
+between cost nothing.
 """
 
 from __future__ import annotations
@@ -15,42 +16,56 @@ import torch
 import torch.distributed as dist
 
 _EVERY_S = 1.0
+"""Target time between two exchanges, in seconds."""
 _MOST_STEPS = 100
-"""Between two exchanges, however fast the steps were: the next ones may have to wait for data."""
+"""Most steps between two exchanges. Steps that were fast so far may soon have to wait for data."""
 
 
 class Agreed(NamedTuple):
-    """True where any rank said so; the same on all ranks."""
+    """The outcome of an exchange: each flag is True if any rank set it. Equal on all ranks."""
 
     stop: bool
+    """Stop training after a checkpoint."""
     save: bool
+    """Save a checkpoint now."""
     failed: bool
+    """A background save has failed."""
 
 
 NOTHING = Agreed(False, False, False)
 
 
 class Agreement:
-    """Exchanges about once a second, at steps that rank 0's clock fixed the time before.
+    """Periodic exchange of flags between all ranks, about once a second.
+
+    Each exchange also fixes the step of the next one, by rank 0's clock.
 
     Args:
-        timeout_s: an exchange that takes longer fails the run.
+        timeout_s: Time limit for one exchange, in seconds; a slower one fails the run.
     """
 
     def __init__(self, timeout_s: float) -> None:
-        # Of its own: the default group is NCCL's on CUDA, and checkpoints vote from a thread.
+        # A gloo group of its own: the default group uses NCCL on CUDA, and the checkpoint thread
+        # runs its collectives at the same time.
         self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
         self._steps_left = 1
         self._interval = 1
         self._began = time.monotonic()
 
     def after_step(self) -> bool:
-        """Counts a step; True on all ranks when the exchange is due."""
+        """Count a step. Returns True, on all ranks alike, when an exchange is due."""
         self._steps_left -= 1
         return self._steps_left <= 0
 
     def exchange(self, stop: bool, save: bool, failed: bool) -> Agreed:
-        """What any rank wants; collective over all ranks."""
+        """Combine the flags of all ranks; collective over all ranks.
+
+        Args:
+            stop: This rank was asked to stop.
+            save: This rank wants a checkpoint now.
+            failed: This rank's background save has failed.
+        """
+        # Only rank 0 proposes an interval. The others send 0, so the maximum is its proposal.
         interval = self._next_interval() if dist.get_rank() == 0 else 0
         said = torch.tensor([stop, save, failed, interval], dtype=torch.int64)
         dist.all_reduce(said, op=dist.ReduceOp.MAX, group=self._group)

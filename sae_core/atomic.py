@@ -1,4 +1,4 @@
-"""Small files and folders that are either wholly there or not at all."""
+"""Read JSON safely, and write small files atomically and durably."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 
 def fsync_path(path: Path) -> None:
-    """Flushes a file or a folder to the disk."""
+    """Flush a file or a folder to disk."""
     fd = os.open(path, os.O_RDONLY)
     try:
         os.fsync(fd)
@@ -18,7 +18,9 @@ def fsync_path(path: Path) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Replaces `path` by `value` as JSON, atomically and durably."""
+    """Write `value` as JSON to `path`, atomically and durably; replaces an existing file."""
+    # Flush the file before the rename and the folder after it. Then a reader finds either the old
+    # or the new content in full, even after a crash of the machine.
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with open(temporary, "w", encoding="utf-8") as file:
         json.dump(value, file, indent=1)
@@ -29,30 +31,31 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path, max_bytes: int = 64 << 20) -> Any:
-    """JSON of `path`.
+    """Read a JSON file.
 
     Raises:
-        ValueError: it is longer than `max_bytes`, or what `parse_json` refuses.
-        OSError: it cannot be read.
+        ValueError: If the file is longer than `max_bytes`, or `parse_json` rejects its content.
+        OSError: If the file is missing or unreadable.
     """
     with open(path, "rb") as file:
         data = file.read(max_bytes + 1)
     if len(data) > max_bytes:
-        raise ValueError(f"{path}: {path.stat().st_size} bytes, at most {max_bytes} expected")
+        raise ValueError(f"{path}: {path.stat().st_size} bytes, expected at most {max_bytes}")
     return parse_json(data)
 
 
 def parse_json(data: bytes | str) -> Any:
-    """The value of a JSON text.
+    """Parse JSON text.
 
     Raises:
-        ValueError: it is no JSON, nested beyond reason, or holds NaN or an infinity.
+        ValueError: If the text is not valid JSON, is nested too deeply, or contains NaN or an
+            infinity.
     """
     try:
         return json.loads(data, parse_constant=_refuse)
     except RecursionError as error:
-        raise ValueError("JSON nested beyond reason") from error
+        raise ValueError("JSON is nested too deeply") from error
 
 
 def _refuse(constant: str) -> Any:
-    raise ValueError(f"{constant} is no JSON")
+    raise ValueError(f"{constant} is not valid JSON; numbers must be finite")

@@ -1,4 +1,7 @@
-"""What a user may set about dictionary, optimiser and training. No torch import here."""
+"""Settings of the SAE, its optimiser, training, mesh and checkpoints.
+
+This module does not import torch, so that a config can be validated quickly.
+"""
 
 from __future__ import annotations
 
@@ -9,26 +12,32 @@ from sae_core.errors import ConfigError
 
 @dataclass
 class SAEConfig:
-    """One sparse autoencoder."""
+    """Settings of one sparse autoencoder."""
 
     architecture: str = "topk"
-    """Name in the architecture registry."""
+    """Name of the architecture in the registry."""
     hookpoint: str | None = None
-    """Array of the store this SAE reconstructs; null takes the first one."""
+    """Hookpoint (array of the store) that this SAE reconstructs; null: the store's first one."""
     n_latents: int = 4096
+    """Number of latents in the dictionary."""
     k: int = 32
-    """Active latents per token."""
+    """Number of active latents per token."""
     auxk: int | None = None
-    """Dead latents per token that explain the residual; null: d_model / 2, as a power of two."""
+    """Number of dead latents per token with which the auxiliary loss explains the residual; null:
+    d_model / 2, rounded down to a power of two."""
     auxk_coef: float = 1 / 32
     """Weight of the auxiliary loss; 0 switches it off."""
     auxk_rows: float = 1.0
-    """Share of the batch rows on which the auxiliary loss is estimated; 1: all of them."""
+    """Fraction of the batch rows used to estimate the auxiliary loss; 1: all of them."""
     dead_after_tokens: int = 10_000_000
-    """A latent is dead when it has fired on none of this many training tokens."""
+    """A latent counts as dead when it has not fired on this many training tokens."""
 
     def validate(self) -> None:
-        """Raises: ConfigError: for a combination no SAE can have."""
+        """Validate all fields.
+
+        Raises:
+            ConfigError: If a value is out of range.
+        """
         if self.architecture != "topk":
             raise ConfigError("sae.architecture", self.architecture, "one of: topk")
         if self.n_latents < 1:
@@ -45,40 +54,54 @@ class SAEConfig:
         if self.auxk_coef < 0:
             raise ConfigError("sae.auxk_coef", self.auxk_coef, "0 (off) or more")
         if not 0 < self.auxk_rows <= 1:
-            raise ConfigError("sae.auxk_rows", self.auxk_rows, "a share above 0, at most 1")
+            raise ConfigError("sae.auxk_rows", self.auxk_rows, "a fraction above 0 and at most 1")
         if self.dead_after_tokens < 1:
             raise ConfigError("sae.dead_after_tokens", self.dead_after_tokens, "at least 1")
 
 
 @dataclass
 class OptimConfig:
-    """Adam with linear warm-up, a constant stretch and a linear decay to zero."""
+    """Settings of Adam and its schedule: linear warm-up, constant rate, linear decay to zero."""
 
     lr: float | None = None
     """Peak learning rate; null: lr_at_16k / sqrt(n_latents / 2**14)."""
     lr_at_16k: float = 2e-4
-    """Of that rule, at 2**14 latents: 2e-4 for long training (Gao et al. 2024); a short one needs
-    more."""
+    """Peak learning rate at 2**14 latents, used when `lr` is null. 2e-4 suits long training (Gao et
+    al. 2024); short training needs a higher rate."""
     warmup_tokens: int = 0
+    """Length of the linear warm-up, in tokens; 0: no warm-up."""
     decay_tokens: int = 0
-    """Length of the final linear decay."""
+    """Length of the final linear decay to zero, in tokens; 0: no decay."""
     beta1: float = 0.9
+    """Adam's decay rate of the first moment."""
     beta2: float = 0.999
+    """Adam's decay rate of the second moment."""
     eps: float = 6.25e-10
+    """Adam's epsilon."""
     clip_norm: float = 1.0
-    """Global gradient norm that clipping keeps; 0 switches clipping off."""
+    """Largest global gradient norm; larger gradients are clipped to it. 0 switches clipping off."""
     update: str = "auto"
-    """fused (used rows only, no dense gradient; ZeRO 0), dense, or auto: fused where it can be."""
+    """How dictionary rows are updated: fused (only the rows that were used, without a dense
+    gradient; needs ZeRO 0), dense, or auto (fused with ZeRO 0, else dense)."""
     moments: str = "float32"
-    """Adam's moments of both matrices: float32 (exact), or bfloat16, stochastically rounded: half
-    the bytes, equal in the mean, needs the fused update."""
+    """Dtype of Adam's moments of both matrices: float32 (exact), or bfloat16 with stochastic
+    rounding (half the bytes, unbiased; needs the fused update)."""
 
     def fused(self, zero_stage: int) -> bool:
-        """Whether dictionary rows are updated without a dense gradient."""
+        """Return True if dictionary rows are updated without a dense gradient."""
         return self.update == "fused" or (self.update == "auto" and zero_stage == 0)
 
     def validate(self, train_tokens: int, zero_stage: int) -> None:
-        """Raises: ConfigError: for a value Adam or the schedule cannot have."""
+        """Validate all fields.
+
+        Args:
+            train_tokens: Training tokens in all (`train.tokens`).
+            zero_stage: ZeRO stage (`parallel.zero_stage`).
+
+        Raises:
+            ConfigError: If a value is out of range, or warm-up and decay together are longer than
+                training, or `update` or `moments` does not fit the ZeRO stage.
+        """
         if self.lr is not None and self.lr <= 0:
             raise ConfigError("optim.lr", self.lr, "more than 0, or null for the 1/sqrt(n) rule")
         if self.lr_at_16k <= 0:
@@ -95,8 +118,8 @@ class OptimConfig:
             raise ConfigError(
                 "optim.update",
                 self.update,
-                "dense or auto with parallel.zero_stage=1: ZeRO flattens what the fused update "
-                "needs as rows",
+                "dense or auto with parallel.zero_stage=1, because ZeRO flattens the rows that the "
+                "fused update needs",
             )
         if self.moments not in ("float32", "bfloat16"):
             raise ConfigError("optim.moments", self.moments, "float32 or bfloat16")
@@ -104,7 +127,7 @@ class OptimConfig:
             raise ConfigError(
                 "optim.moments",
                 self.moments,
-                "float32 with the dense update, whose Adam is torch's own",
+                "float32 with the dense update, which uses torch's own Adam",
                 "set optim.update=fused and parallel.zero_stage=0, or optim.moments=float32",
             )
         if self.clip_norm < 0:
@@ -120,44 +143,54 @@ class OptimConfig:
                 "optim.warmup_tokens + optim.decay_tokens",
                 self.warmup_tokens + self.decay_tokens,
                 f"at most train.tokens={train_tokens}",
-                "shorten the warm-up or the decay, or train longer",
+                "shorten the warm-up or the decay, or raise train.tokens",
             )
 
 
 @dataclass
 class TrainConfig:
-    """How long, on what, and in which pieces."""
+    """Settings of training: length, batch size, device, precision and time limits."""
 
     tokens: int = 1_000_000
-    """Training tokens in all, epochs counted; rounded down to whole batches."""
+    """Training tokens in all, counted over all epochs; rounded down to whole batches."""
     batch_tokens: int = 2048
-    """Global batch, over all data replicas."""
+    """Tokens in the global batch, over all data replicas."""
     sample_tokens: int = 32_768
-    """Rows that calibrate the input scale and the geometric-median bias."""
+    """Number of rows used to calibrate the input scale and the geometric-median bias."""
     device: str = "auto"
-    """auto, cpu or cuda."""
+    """Device to train on: cpu, cuda, or auto (cuda if available)."""
     compute_dtype: str = "auto"
-    """GEMM dtype: auto (bfloat16 on cuda, float32 on cpu), float32, tf32 (triton) or bfloat16."""
+    """Dtype of matrix products: float32, tf32 (triton kernels), bfloat16, or auto (bfloat16 on
+    cuda, float32 on cpu)."""
     kernels: str = "auto"
-    """Body of the sparse operations: stock (torch), triton (CUDA), reference (plain, slow), or
-    auto: triton on cuda, stock elsewhere."""
+    """Implementation of the sparse operations: stock (torch), triton (CUDA), reference (plain and
+    slow, for tests), or auto (triton on cuda, stock elsewhere)."""
     prefilter: str = "auto"
-    """Cheap product that finds TopK candidates, which are rescored exactly; rows whose candidates
-    are not certified to hold the k largest are encoded again. none; bfloat16x3 (stock kernels,
-    float32: proven row by row); bfloat16 (likewise, faster: certified by eight standard deviations
-    of rounding errors taken as independent); float8 (triton: by six); auto: bfloat16x3 on CPUs that
-    multiply bfloat16 in hardware, else none."""
+    """Low-precision product that finds TopK candidates, which are then rescored exactly. Rows whose
+    candidates are not certified to hold the k largest are encoded again in full.
+    none: no prefilter.
+    bfloat16x3 (stock kernels, float32): each row is proven exact.
+    bfloat16 (stock kernels, float32): faster; certified with a margin of eight standard deviations,
+    assuming independent rounding errors.
+    float8 (triton kernels): certified in the same way with a margin of six.
+    auto: bfloat16x3 on CPUs that multiply bfloat16 in hardware, else none."""
     threads_per_rank: int | None = None
-    """CPU threads of each rank; null: cores / ranks on this machine, at least 1."""
+    """CPU threads of each rank; null: cores of this machine / ranks on it, at least 1."""
     timeout_s: float = 600.0
-    """A collective that takes longer than this fails the run."""
+    """Time limit of a collective, in seconds; a slower one fails the run."""
     hang_timeout_s: float = 600.0
-    """A rank that makes no step for so long, without waiting for rows of a growing store or for a
-    checkpoint (`checkpoint.timeout_s`), writes its stacks to its log and ends; the group is started
-    anew. `timeout_s` before the first step."""
+    """Time without a step after which a rank counts as hung, in seconds. It then writes its thread
+    stacks to its log and exits, and the training group is restarted. Time spent waiting for rows of
+    a growing store or for a checkpoint (see `checkpoint.timeout_s`) does not count. Before the
+    first step the limit is `timeout_s`."""
 
     def validate(self) -> None:
-        """Raises: ConfigError: for impossible sizes or unknown names."""
+        """Validate all fields.
+
+        Raises:
+            ConfigError: If a size is out of range, a name is unknown, or the prefilter does not fit
+                the kernels or the dtype.
+        """
         for name in ("tokens", "batch_tokens", "sample_tokens"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"train.{name}", getattr(self, name), "at least 1")
@@ -188,7 +221,7 @@ class TrainConfig:
                 raise ConfigError(f"train.{name}", getattr(self, name), "more than 0")
 
     def _validate_prefilter(self) -> None:
-        """What is known before a rank looks at its device."""
+        """Check the prefilter as far as possible before a rank knows its device."""
         by_device = {"cpu": "stock", "cuda": "triton"}
         kernels = by_device.get(self.device) if self.kernels == "auto" else self.kernels
         if kernels is None or self.prefilter in ("auto", "none"):
@@ -210,21 +243,32 @@ class TrainConfig:
 
     @property
     def n_steps(self) -> int:
-        """Optimiser steps in the whole run."""
+        """Number of optimiser steps in the whole run."""
         return self.tokens // self.batch_tokens
 
 
 @dataclass
 class ParallelConfig:
-    """The mesh: `latent` shards of the dictionary times `data` replicas."""
+    """The mesh of trainer ranks: `latent` dictionary shards times `data` replicas."""
 
     latent: int = 1
+    """Number of shards that the dictionary is split into."""
     data: int = 1
+    """Number of data replicas; each trains on its own part of the global batch."""
     zero_stage: int = 0
-    """DeepSpeed ZeRO stage over the data replicas: 0 or 1."""
+    """DeepSpeed ZeRO stage over the data replicas: 0, or 1 (optimiser state is sharded)."""
 
     def validate(self, n_latents: int, batch_tokens: int) -> None:
-        """Raises: ConfigError: for a mesh the SAE or the batch cannot be split over."""
+        """Validate all fields.
+
+        Args:
+            n_latents: Latents of the SAE (`sae.n_latents`).
+            batch_tokens: Tokens in the global batch (`train.batch_tokens`).
+
+        Raises:
+            ConfigError: If a value is out of range, or the SAE or the batch cannot be split over
+                this mesh.
+        """
         for name in ("latent", "data"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"parallel.{name}", getattr(self, name), "at least 1")
@@ -233,56 +277,64 @@ class ParallelConfig:
                 "parallel.zero_stage",
                 self.zero_stage,
                 "0 or 1",
-                "shard over parallel.latent instead",
+                "to save more memory, raise parallel.latent",
             )
         if batch_tokens % self.data:
             raise ConfigError(
                 "train.batch_tokens",
                 batch_tokens,
                 f"a multiple of parallel.data={self.data}",
-                f"use {batch_tokens // self.data * self.data or self.data}",
+                f"use train.batch_tokens={batch_tokens // self.data * self.data or self.data}",
             )
+        # Rounded up, as in `mesh.row_range`: with too many shards, the last ones would be empty.
         rows_per_rank = -(-n_latents // self.latent)
         if rows_per_rank * (self.latent - 1) >= n_latents:
             raise ConfigError(
                 "parallel.latent",
                 self.latent,
-                f"shards that each hold some of sae.n_latents={n_latents} ({rows_per_rank} a rank)",
+                f"a number of shards that leaves none empty, with sae.n_latents={n_latents} split "
+                f"into {rows_per_rank} per shard",
                 "use fewer latent shards",
             )
 
     @property
     def n_ranks(self) -> int:
-        """Processes in the trainer's mesh."""
+        """Number of trainer ranks in the mesh."""
         return self.latent * self.data
 
 
 @dataclass
 class CheckpointConfig:
-    """When checkpoints are written, how, and which ones stay."""
+    """Settings of checkpoints: when to write them, how, and which ones to keep."""
 
     every_tokens: int = 100_000_000
+    """Training tokens between two checkpoints."""
     every_minutes: float | None = 30.0
-    """Also when the last one began so long ago, by rank 0's clock; null: by tokens alone."""
+    """Also save when this many minutes have passed since the last save began, by rank 0's clock;
+    null: save by tokens only."""
     keep: int = 2
-    """Newest valid checkpoints that stay; at least 2, so that a damaged one has a predecessor."""
+    """Number of newest valid checkpoints to keep; at least 2, so that a run can fall back on an
+    older one if the newest is damaged."""
     keep_every_tokens: int | None = None
-    """The first checkpoint in every stretch of so many tokens stays for good; activations that a
-    resume from the oldest of them would need then stay, too. null: none stays."""
+    """Keep the first checkpoint of every N tokens permanently, with the activations needed to
+    resume from the oldest of them; null: none."""
     asynchronous: bool = True
-    """Training waits only for a copy of weights and moments in host memory, which is written in
-    the background; false: it waits for the files, and needs no such memory on the CPU."""
+    """Write checkpoints in the background. Training then waits only while weights and moments are
+    copied to host memory. false: training waits for the files, and on the CPU no copy is made."""
     grace_s: float = 120.0
-    """From SIGTERM or SIGUSR1 to the end of the process: time for a last checkpoint. When it is
-    over, the process leaves with the checkpoints that are there."""
+    """Seconds from SIGTERM or SIGUSR1 to the end of the process, for a last checkpoint. If it is
+    not finished in time, the process exits with the checkpoints written before."""
     timeout_s: float = 1800.0
-    """A save may take so long: training that waits for it is then no hang, and no rank waits longer
-    for another one's part."""
+    """Time limit for a save, in seconds. Waiting for one within it does not count as a hang."""
     verify_hashes: bool = True
-    """Check SHA-256 of every file before loading."""
+    """Verify the SHA-256 of every file before loading."""
 
     def validate(self) -> None:
-        """Raises: ConfigError: for a cadence or a count that would lose work."""
+        """Validate all fields.
+
+        Raises:
+            ConfigError: If a value is out of range.
+        """
         if self.every_tokens < 1:
             raise ConfigError("checkpoint.every_tokens", self.every_tokens, "at least 1")
         if self.every_minutes is not None and self.every_minutes <= 0:
@@ -293,7 +345,7 @@ class CheckpointConfig:
             raise ConfigError(
                 "checkpoint.keep",
                 self.keep,
-                "at least 2, so that a damaged newest checkpoint has a predecessor",
+                "at least 2, so that an older checkpoint remains if the newest is damaged",
             )
         if self.keep_every_tokens is not None and self.keep_every_tokens < 1:
             raise ConfigError(
@@ -306,7 +358,7 @@ class CheckpointConfig:
 
 @dataclass
 class TrainerConfig:
-    """Everything the trainer takes; the run's config carries these parts under the same names."""
+    """All settings of the trainer. The run's config has these parts under the same names."""
 
     sae: SAEConfig = field(default_factory=SAEConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -315,7 +367,11 @@ class TrainerConfig:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
 
     def validate(self) -> None:
-        """Raises: ConfigError: naming the first part that cannot be."""
+        """Validate all parts, and how they fit together.
+
+        Raises:
+            ConfigError: For the first invalid value found.
+        """
         self.sae.validate()
         self.train.validate()
         self.optim.validate(self.train.tokens, self.parallel.zero_stage)

@@ -1,4 +1,4 @@
-"""One source that several trainers see: a batch is read and moved to the device once for all."""
+"""One source shared by several trainers: each batch is read and moved to the device once."""
 
 from __future__ import annotations
 
@@ -8,27 +8,29 @@ from sae_core.source import ActivationSource, Batch
 
 
 class FanOut:
-    """Gives out views of a source, each an `ActivationSource` with a position of its own.
+    """A source shared by several trainers.
 
-    Views may ask for batches in any order, but only the newest batch is held: trainers in lockstep
-    (`sae_core.together`) cost one read and one transfer a batch, however many they are.
+    Each trainer gets a view, which is an `ActivationSource` with its own position. Views may ask
+    for batches in any order, but only the newest batch is kept. Trainers in lockstep
+    (`sae_core.together`) therefore cost one read and one transfer per batch, whatever their number.
 
     Args:
-        source: what all of them train on.
-        device: where batches go.
+        source: Source that all trainers read.
+        device: Device that batches are moved to.
     """
 
     def __init__(self, source: ActivationSource, device: torch.device) -> None:
-        self.source, self._device = source, device
+        self.source = source
+        self._device = device
         self._newest: tuple[int, Batch] | None = None
         self._sample: tuple[int, torch.Tensor] | None = None
 
     def view(self) -> View:
-        """A view that begins at batch 0."""
+        """Return a new view, positioned at batch 0."""
         return View(self)
 
     def batch(self, position: int) -> Batch:
-        """Batch `position`, on the device; whoever gets it must not write to it."""
+        """Return batch `position` on the device. It is shared: do not modify it in place."""
         if self._newest is None or self._newest[0] != position:
             if self.source.position != position:
                 self.source.seek(position)
@@ -36,13 +38,13 @@ class FanOut:
         return self._newest[1]
 
     def sample(self, n: int) -> torch.Tensor:
-        """As the source gives it, on the device; held until `forget_sample`."""
+        """Return the source's sample [n, d_in] on the device; kept until `forget_sample`."""
         if self._sample is None or self._sample[0] != n:
             self._sample = (n, self.source.sample(n).to(self._device))
         return self._sample[1]
 
     def forget_sample(self) -> None:
-        """Frees it: every view that wanted it has had it."""
+        """Free the sample, once every view has used it."""
         self._sample = None
 
     def _moved(self, batch: Batch) -> Batch:
@@ -53,12 +55,15 @@ class FanOut:
 
 
 class View:
-    """One trainer's sight of a `FanOut`."""
+    """One trainer's view of a `FanOut`: the same batches, with its own position."""
 
     def __init__(self, fan_out: FanOut) -> None:
         source = fan_out.source
-        self.d_in, self.d_out, self.identity = source.d_in, source.d_out, source.identity
-        self._fan_out, self._position = fan_out, 0
+        self.d_in = source.d_in
+        self.d_out = source.d_out
+        self.identity = source.identity
+        self._fan_out = fan_out
+        self._position = 0
 
     @property
     def position(self) -> int:
@@ -66,15 +71,15 @@ class View:
         return self._position
 
     def sample(self, n: int) -> torch.Tensor:
-        """[n, d_in] rows of the stream's beginning."""
+        """Return the first `n` rows of the stream, [n, d_in], on the device."""
         return self._fan_out.sample(n)
 
     def seek(self, position: int) -> None:
-        """Makes batch `position` the next one of this view."""
+        """Make `position` the next batch of this view."""
         self._position = position
 
     def next(self) -> Batch:
-        """The batch at `position`."""
+        """Return the batch at `position` and advance by one."""
         batch = self._fan_out.batch(self._position)
         self._position += 1
         return batch

@@ -1,4 +1,4 @@
-"""A trained SAE for use: whole, in raw activation units, without ranks, optimiser or DeepSpeed."""
+"""Inference with a trained SAE in one process, on raw activations."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from sae_core.stored import ROWS, StoredSAE, open_sae
 
 
 class SAE(nn.Module):
-    """A TopK SAE on raw activations.
+    """A trained TopK SAE that takes and returns raw activations.
 
         pre_acts = (x - b_dec) @ W_enc.T + b_enc
         latents  = relu(topk(pre_acts, k))
         recon    = latents @ W_dec + b_dec
 
     Args:
-        config: sizes; `config.k`, `config.n_latents`, `config.hookpoint`.
+        config: Settings; `k`, `n_latents` and `hookpoint` are used.
         W_enc: [L, D] float32.
-        W_dec: [L, D] float32, unit rows.
+        W_dec: [L, D] float32, rows of unit norm.
         b_enc: [L] float32.
         b_dec: [D] float32.
-        step: optimiser steps it was trained for.
-        metadata: where it came from.
+        step: Number of optimiser steps it was trained for.
+        metadata: Information about its origin.
     """
 
     def __init__(
@@ -44,7 +44,9 @@ class SAE(nn.Module):
         metadata: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
-        self.config, self.step, self.metadata = config, step, metadata or {}
+        self.config = config
+        self.step = step
+        self.metadata = metadata or {}
         self.W_enc = nn.Parameter(W_enc, requires_grad=False)
         self.W_dec = nn.Parameter(W_dec, requires_grad=False)
         self.b_enc = nn.Parameter(b_enc, requires_grad=False)
@@ -58,17 +60,17 @@ class SAE(nn.Module):
 
     @torch.no_grad()
     def encode_topk(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The k largest latents of each row, largest first.
+        """Return the k largest latents of each row, in descending order.
 
         Args:
             x: [..., D] raw activations of any float dtype.
 
         Returns:
-            values [..., k] float32 after the ReLU, and indices [..., k] int64; where fewer than k
-            pre-activations are positive the rest have value 0.
+            Values [..., k] float32 after the ReLU, and indices [..., k] int64. If fewer than k
+            pre-activations are positive, the remaining values are 0.
 
         Raises:
-            ShapeError: x has another width.
+            ShapeError: If the last dimension of `x` is not D.
         """
         flat = self._rows(x)
         values, indices = self._kernels.encode_topk(
@@ -80,36 +82,39 @@ class SAE(nn.Module):
 
     @torch.no_grad()
     def encode(self, x: torch.Tensor) -> torch.Tensor:
-        """[..., L] float32 latents of raw activations [..., D]; dense, so for small batches."""
+        """Encode raw activations [..., D] into dense latents [..., L], float32.
+
+        The result is large; for big batches use `encode_topk`.
+        """
         values, indices = self.encode_topk(x)
         latents = values.new_zeros(*x.shape[:-1], self.config.n_latents)
         return latents.scatter_(-1, indices, values)
 
     @torch.no_grad()
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
-        """[..., D] float32 raw activations of dense latents [..., L]."""
+        """Decode dense latents [..., L] into raw activations [..., D], float32."""
         return latents @ self.W_dec + self.b_dec
 
     @torch.no_grad()
     def decode_topk(self, values: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
-        """[..., D] float32 raw activations of what `encode_topk` gave."""
+        """Decode the output of `encode_topk` into raw activations [..., D], float32."""
         k = values.shape[-1]
         active = compact(values.reshape(-1, k), indices.reshape(-1, k))
         recon = self._kernels.decode(active, self.W_dec) + self.b_dec
         return recon.view(*values.shape[:-1], self.d_model)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[..., D] float32 reconstruction of raw activations [..., D]."""
+        """Return the reconstruction [..., D], float32, of raw activations [..., D]."""
         return self.decode_topk(*self.encode_topk(x))
 
     def stored(self) -> StoredSAE:
-        """The same, as what is read by rows: for writing it in some format."""
+        """Return this SAE as a `StoredSAE`, which the exporters take."""
         rows = {name: partial(_slice, getattr(self, name).detach()) for name in ROWS}
         b_dec = self.b_dec.detach()
         return StoredSAE(self.config, self.d_model, b_dec, rows, self.step, self.metadata)
 
     def save(self, folder: Path) -> None:
-        """Writes `sae.safetensors` and `sae.json`, which `load_sae` reads back."""
+        """Write `sae.safetensors` and `sae.json` into a folder; `load_sae` reads them back."""
         self.stored().save(folder)
 
     def _rows(self, x: torch.Tensor) -> torch.Tensor:
@@ -121,18 +126,19 @@ class SAE(nn.Module):
 def load_sae(
     path: str | Path, name: str | None = None, *, verify_hashes: bool = True, allow_pt: bool = False
 ) -> SAE:
-    """An SAE from a run, a checkpoint, a folder that `SAE.save` wrote, or a peer's files.
+    """Load an SAE from a run, a checkpoint, a saved SAE, or a file of another library.
 
     Args:
-        path: the folder, or a peer's `.pt` file. A run gives its newest valid checkpoint. Of peers,
-            SAELens, sparsify and dictionary_learning are known, with plain TopK.
-        name: which SAE of a checkpoint with several; None takes the only one.
-        verify_hashes: hold every file of a checkpoint against its SHA-256 first.
-        allow_pt: read a `.pt` file. It is a pickle, of which torch's restricted loader
-            (`weights_only=True`) takes tensors and plain values; trust it as far as that loader.
+        path: Run folder (its newest valid checkpoint is loaded), checkpoint folder, folder written
+            by `SAE.save`, or a plain TopK SAE of SAELens, sparsify or dictionary_learning (a folder
+            or a `.pt` file).
+        name: Name of the SAE if the checkpoint holds several; None: the only one.
+        verify_hashes: Verify the SHA-256 of every file of a checkpoint first.
+        allow_pt: Allow a `.pt` file to be read. It is a pickle, which is loaded with torch's
+            restricted loader (`weights_only=True`): it accepts only tensors and plain values.
 
     Raises:
-        CheckpointError: there is none, it is damaged, or the name is not in it.
+        CheckpointError: If no SAE is found, it is damaged, or `name` is not in the checkpoint.
     """
     path = Path(path)
     foreign = peer_files.find(path)

@@ -1,21 +1,22 @@
-"""What the C library does with memory that a step has freed."""
+"""Settings of the C library's memory allocator."""
 
 from __future__ import annotations
 
 import ctypes
 import platform
 
+# Parameter numbers of mallopt(), from glibc's malloc.h.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 _LARGEST_BLOCK = 1 << 30
 _LARGEST_INT = (1 << 31) - 1
 
 
 def keep_freed_memory() -> None:
-    """Keeps blocks up to 1 GiB for the next step instead of returning them to the system.
+    """Keep freed blocks of up to 1 GiB for the next step instead of returning them to the system.
 
-    glibc hands blocks from 32 MiB on back as soon as they are freed, and the kernel zeroes them
-    anew at the next step: measured at a quarter of a CPU step's time. For the whole process; does
-    nothing where the C library is another one.
+    By default glibc returns blocks of 32 MiB or more as soon as they are freed, and the kernel
+    zeroes them again at the next step. This was measured to take a quarter of a CPU step's time.
+    The setting applies to the whole process. With a C library other than glibc this does nothing.
     """
     if platform.libc_ver()[0] != "glibc":
         return

@@ -1,8 +1,10 @@
-"""TopK SAEs that other libraries wrote; the only place that knows their names outside the exports.
+"""Read TopK SAEs that other libraries wrote.
+
+Apart from the exporters, only this file uses the other libraries' names.
 
 cfg.json, sae_weights.safetensors    SAELens 6
 cfg.json, sae.safetensors            sparsify
-ae.pt, or any *.pt                   dictionary_learning's AutoEncoderTopK, when asked for
+ae.pt, or any *.pt                   dictionary_learning's AutoEncoderTopK; only with allow_pt=True
 """
 
 from __future__ import annotations
@@ -29,13 +31,13 @@ _SPARSIFY = {
     "b_dec": "b_dec",
 }
 Open = Callable[[Path, bool], StoredSAE]
-"""(path, whether a pickle may be read) -> SAE."""
+"""Function that takes a path and whether pickles are allowed, and returns the SAE."""
 
 
 def find(path: Path) -> Open | None:
-    """How to read `path`, if it looks like a peer's."""
+    """Return a reader for `path` if it looks like another library's SAE, else None."""
     if any((path / name).exists() for name in (CONFIG_FILE, MANIFEST, "checkpoints")):
-        return None  # ours, whatever else lies there
+        return None  # our own format takes precedence, whatever other files there are
     if (path.suffix == ".pt" and path.is_file()) or (path / "ae.pt").is_file():
         return _open_pt
     if not (path / "cfg.json").is_file():
@@ -51,7 +53,7 @@ def _explained(read: Callable[[Path], StoredSAE], path: Path, allow_pt: bool) ->
     try:
         return read(path)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
-        raise CheckpointError(f"{path}: not a TopK SAE that can be read here: {error!r}") from error
+        raise CheckpointError(f"{path}: not a supported TopK SAE: {error!r}") from error
 
 
 def _open_saelens(folder: Path) -> StoredSAE:
@@ -69,7 +71,7 @@ def _open_saelens(folder: Path) -> StoredSAE:
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
     check_shapes(config, shapes | {"W_enc": shapes["W_enc"][::-1]})
     rows = {name: partial(_float_rows, tensors[name]) for name in ("W_dec", "b_enc")}
-    # [D, L] on disk: read once, because a block of latents is in every row.
+    # W_enc is [D, L] on disk, so every row holds a part of each block of latents: read it at once.
     encoder = tensors["W_enc"].whole().float().T
     b_dec = tensors["b_dec"].whole().float()
     return StoredSAE(
@@ -90,17 +92,17 @@ def _open_pt(path: Path, allow_pt: bool) -> StoredSAE:
     file = path if path.is_file() else path / "ae.pt"
     if not allow_pt:
         raise CheckpointError(
-            f"{file} is a pickle: expected safetensors; if you trust where it comes from, "
-            "load_sae(path, allow_pt=True) reads tensors and plain values from it, nothing else"
+            f"{file} is a pickle: expected safetensors; if you trust its source, use "
+            "load_sae(path, allow_pt=True), which reads only tensors and plain values from it"
         )
     try:
         state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # whatever a hostile file makes of the restricted loader
+    except Exception as error:  # a malicious file can make the restricted loader raise anything
         raise CheckpointError(f"{file}: {type(error).__name__}: {error}") from error
     if isinstance(state, dict) and "pre_bias" in state:
         raise CheckpointError(
-            f"{file}: an autoencoder of openai/sparse_autoencoder, which normalises each token by "
-            "its own mean and deviation; expected one on raw activations"
+            f"{file}: expected an SAE on raw activations, found one of openai/sparse_autoencoder, "
+            "which normalises each token by its own mean and standard deviation"
         )
     return _explained(partial(_of_dictionary_learning, state), file, allow_pt)
 
@@ -121,7 +123,10 @@ def _of_dictionary_learning(state: Any, file: Path) -> StoredSAE:
 
 
 def _expect_plain(name: str, tensor: torch.Tensor) -> None:
-    """That the file holds all numbers of a tensor: a shape alone can ask for any memory."""
+    """Check that a tensor is dense and that the file holds all of its numbers.
+
+    A malicious file could otherwise declare a large shape over little data and exhaust memory.
+    """
     plain = tensor.layout == torch.strided and tensor.device.type == "cpu"
     if not (plain and tensor.is_floating_point()) or (
         tensor.untyped_storage().nbytes() < tensor.numel() * tensor.itemsize
@@ -131,13 +136,17 @@ def _expect_plain(name: str, tensor: torch.Tensor) -> None:
 
 def _config(k: Any, n_latents: Any, hookpoint: Any) -> SAEConfig:
     if type(k) is not int or type(n_latents) is not int:
-        raise ValueError(f"k={k!r:.40} of {n_latents!r:.40} latents: expected whole numbers")
+        raise ValueError(f"k={k!r:.40}, n_latents={n_latents!r:.40}: expected whole numbers")
     name = hookpoint if isinstance(hookpoint, str) else None
     return SAEConfig(k=k, n_latents=n_latents, hookpoint=name)
 
 
 def _expect(cfg: Mapping[str, Any], **values: Any) -> None:
-    """That keys, where they are given, have the values that make the maths ours."""
+    """Check that the keys which are present have values for which the SAE computes what ours does.
+
+    Raises:
+        ValueError: If a key has another value.
+    """
     for key, value in values.items():
         if cfg.get(key, value) != value:
             raise ValueError(f"{key}={cfg[key]!r:.80}, expected {value!r}")

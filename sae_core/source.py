@@ -1,4 +1,4 @@
-"""Where batches come from: the one interface between stored activations and the trainer."""
+"""The interface between stored activations and the trainer."""
 
 from __future__ import annotations
 
@@ -13,18 +13,21 @@ class Batch(NamedTuple):
     x: torch.Tensor
     """[B, D] raw activations, bfloat16 or float32, on the host or the trainer's device."""
     target: torch.Tensor | None
-    """[B, d_out] what a transcoder reconstructs; None for an autoencoder: `x` itself."""
+    """[B, d_out] target of a transcoder; None for an autoencoder, whose target is `x`."""
     first_row: int
-    """Index of the first row in the stream of all epochs."""
+    """Index of the first row in the stream, counted over all epochs."""
 
 
 class ActivationSource(Protocol):
-    """A deterministic, seekable stream of batches: batch i is the same at every call."""
+    """A deterministic, seekable stream of batches: batch i is the same on every call."""
 
     d_in: int
+    """Width of `Batch.x`."""
     d_out: int
+    """Width of `Batch.target`; equal to `d_in` for an autoencoder."""
     identity: str
-    """Changes whenever batch i would hold other rows, but for the seed."""
+    """Identifies the content of the batches: differs if batch i would hold other rows. Does not
+    cover the seed, which is compared separately."""
 
     @property
     def position(self) -> int:
@@ -32,13 +35,17 @@ class ActivationSource(Protocol):
         ...
 
     def sample(self, n: int) -> torch.Tensor:
-        """The first `n` rows of the stream (fewer if there are fewer), [n, d_in]; moves nothing."""
+        """Return the first rows of the stream, without changing `position`.
+
+        Returns:
+            [n, d_in] raw activations; fewer than `n` rows if the stream is shorter.
+        """
         ...
 
     def seek(self, position: int) -> None:
-        """Makes batch `position` the next one."""
+        """Make `position` the next batch."""
         ...
 
     def next(self) -> Batch:
-        """The batch at `position`, which moves on by one."""
+        """Return the batch at `position` and advance by one."""
         ...

@@ -1,8 +1,8 @@
 """A trained SAE on disk, in raw activation units, read by ranges of latents.
 
-What a checkpoint, an export of ours or a peer's file holds comes out the same: rows of `W_enc`,
-`W_dec` [L, D] and `b_enc` [L], and `b_dec` [D], all float32. Nothing but `b_dec` is in memory
-before it is asked for, so an SAE of any size can be copied into another format.
+Checkpoints, saved SAEs and files of other libraries all give the same interface: rows of `W_enc`
+and `W_dec` [L, D] and `b_enc` [L], and `b_dec` [D], all float32. Apart from `b_dec`, tensors are
+read on demand, so an SAE of any size can be converted to another format.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from sae_core.tensor_file import TensorFileWriter, read_header, rows_per_block
 from sae_core.typed import from_json
 
 Rows = Callable[[int, int], torch.Tensor]
-"""Float32 rows [start, stop) of a tensor."""
+"""Function that takes `start, stop` and returns rows [start, stop) of a tensor, float32."""
 WEIGHTS_FILE, CONFIG_FILE = "sae.safetensors", "sae.json"
 ROWS = ("W_enc", "W_dec", "b_enc")
 _MAX_CONFIG_BYTES = 1 << 20
@@ -40,28 +40,29 @@ _MAX_CONFIG_BYTES = 1 << 20
 
 @dataclass(frozen=True)
 class StoredSAE:
-    """A TopK SAE that is read as it is needed; `load_sae` gives one that computes."""
+    """A TopK SAE whose tensors are read on demand. To encode and decode, use `load_sae`."""
 
     config: SAEConfig
     d_model: int
+    """Width of the activations."""
     b_dec: torch.Tensor
     """[D] float32."""
     rows: Mapping[str, Rows]
-    """`{W_enc, W_dec: [n, D], b_enc: [n]}`."""
+    """Readers of rows: `W_enc` and `W_dec` give [n, D], `b_enc` gives [n]."""
     step: int = 0
-    """Optimiser steps it was trained for."""
+    """Number of optimiser steps it was trained for."""
     metadata: dict[str, Any] = field(default_factory=dict)
-    """Where it came from."""
+    """Information about its origin."""
 
     def blocks(self, name: str) -> Iterator[tuple[int, torch.Tensor]]:
-        """(first row, rows) of a tensor, a few MiB at a time."""
+        """Yield (first row, rows) for consecutive blocks of a tensor, a few MiB each."""
         n_latents = self.config.n_latents
         step = rows_per_block(4 * (1 if name == "b_enc" else self.d_model))
         for start in range(0, n_latents, step):
             yield start, self.rows[name](start, min(start + step, n_latents))
 
     def whole(self, name: str) -> torch.Tensor:
-        """[L, D] or [L] float32."""
+        """Read a tensor in full: [L, D] or [L], float32."""
         shape = (self.config.n_latents, self.d_model)
         out = torch.empty(shape[:1] if name == "b_enc" else shape)
         for start, rows in self.blocks(name):
@@ -69,13 +70,13 @@ class StoredSAE:
         return out
 
     def save(self, folder: Path) -> None:
-        """Writes `sae.safetensors` and `sae.json`, which `load_sae` reads back; in pieces.
+        """Write `sae.safetensors` and `sae.json` into a folder; `load_sae` reads them back.
 
-        What the folder held before is replaced once the new files are whole: it may be the SAE
-        that is being read.
+        The weights are copied in pieces of a few MiB.
         """
         folder.mkdir(parents=True, exist_ok=True)
         names = {"W_enc": "W_enc", "W_dec": "W_dec", "b_enc": "b_enc", "b_dec": "b_dec"}
+        # Replace the old file only when the new one is complete: it may be the one being read.
         temporary = folder / f"{WEIGHTS_FILE}.tmp"
         temporary.unlink(missing_ok=True)
         write_rows(self, temporary, names)
@@ -85,13 +86,13 @@ class StoredSAE:
 
 
 def write_rows(sae: StoredSAE, path: Path, names: Mapping[str, str], transposed: str = "") -> None:
-    """Writes an SAE as a safetensors file, float32, in pieces.
+    """Write an SAE as a float32 safetensors file, in pieces of a few MiB.
 
     Args:
-        sae: to be written.
-        path: made anew.
+        sae: The SAE to write.
+        path: The file to create; it must not exist.
         names: `{our name: name in the file}`, in the order of the file.
-        transposed: our name of the matrix that lies there as [D, L].
+        transposed: Our name of a matrix to store as [D, L] instead of [L, D]; empty: none.
     """
     n_latents, width = sae.config.n_latents, sae.d_model
     shapes: dict[str, tuple[int, ...]] = {
@@ -112,15 +113,15 @@ def write_rows(sae: StoredSAE, path: Path, names: Mapping[str, str], transposed:
 
 
 def open_sae(path: str | Path, name: str | None = None, verify_hashes: bool = True) -> StoredSAE:
-    """An SAE on disk: of a run folder, a checkpoint or a folder that `save` wrote.
+    """Open an SAE from a run folder, a checkpoint, or a folder written by `StoredSAE.save`.
 
     Args:
-        path: the folder. A run gives its newest valid checkpoint.
-        name: which SAE of a checkpoint with several; None takes the only one.
-        verify_hashes: hold every file of a checkpoint against its SHA-256 first.
+        path: The folder. For a run folder, its newest valid checkpoint is opened.
+        name: Name of the SAE if the checkpoint holds several; None: the only one.
+        verify_hashes: Verify the SHA-256 of every file of a checkpoint first.
 
     Raises:
-        CheckpointError: there is none, it is damaged, or the name is not in it.
+        CheckpointError: If no SAE is found, it is damaged, or `name` is not in the checkpoint.
     """
     path = Path(path)
     if (path / CONFIG_FILE).is_file():
@@ -131,8 +132,8 @@ def open_sae(path: str | Path, name: str | None = None, verify_hashes: bool = Tr
     newest = newest_valid(path / "checkpoints", verify_hashes)
     if newest is None:
         raise CheckpointError(
-            f"{path}: expected a run with a valid checkpoint, a checkpoint, or a saved SAE; "
-            "train first with stage=train"
+            f"{path}: no SAE found: expected a run with a valid checkpoint, a checkpoint, or a "
+            "saved SAE; train one with stage=train"
         )
     return open_checkpoint(newest, name)
 
@@ -143,7 +144,7 @@ def _open_saved(folder: Path) -> StoredSAE:
         config = from_json(SAEConfig, raw["config"])
         step, metadata = raw["step"], raw["metadata"]
         if type(step) is not int or not isinstance(metadata, dict):
-            raise ValueError("step or metadata of another type")
+            raise ValueError("expected step to be an integer and metadata to be an object")
         tensors = whole_file(folder / WEIGHTS_FILE)
         return of_tensors(config, tensors, step, metadata)
     except (OSError, ValueError, KeyError, TypeError, CheckpointError) as error:
@@ -151,7 +152,7 @@ def _open_saved(folder: Path) -> StoredSAE:
 
 
 def whole_file(path: Path) -> dict[str, StoredTensor]:
-    """The tensors of a safetensors file that holds all of their rows."""
+    """Open the tensors of a safetensors file that holds all of their rows."""
     return {
         name: StoredTensor(entry.dtype, entry.shape, (Piece(path, entry, 0),))
         for name, entry in read_header(path).entries.items()
@@ -164,10 +165,10 @@ def of_tensors(
     step: int = 0,
     metadata: dict[str, Any] | None = None,
 ) -> StoredSAE:
-    """Of tensors on disk under our names, in raw units.
+    """Build a `StoredSAE` from tensors on disk that have our names and raw activation units.
 
     Raises:
-        ValueError: one is missing or has another shape than `config` says, or `config` cannot be.
+        ValueError: If a tensor is missing, a shape does not match `config`, or `config` is invalid.
     """
     width = check_shapes(config, {name: part.shape for name, part in tensors.items()})
     rows = {name: _float_rows(tensors[name]) for name in ROWS}
@@ -175,14 +176,18 @@ def of_tensors(
 
 
 def check_shapes(config: SAEConfig, shapes: Mapping[str, tuple[int, ...]]) -> int:
-    """The width D, once the shapes of the four tensors are known to agree. Raises: ValueError."""
+    """Check that the shapes of the four tensors match `config`, and return the width D.
+
+    Raises:
+        ValueError: If a tensor is missing, a shape does not match, or `config` is invalid.
+    """
     config.validate()
     b_dec = shapes.get("b_dec", ())
     width, n_latents = b_dec[0] if len(b_dec) == 1 else 0, config.n_latents
     wanted = {"W_enc": (n_latents, width), "W_dec": (n_latents, width), "b_enc": (n_latents,)}
     for name, shape in wanted.items():
         if shapes.get(name) != shape:
-            raise ValueError(f"{name} of shape {shapes.get(name)}, expected {shape}")
+            raise ValueError(f"{name} has shape {shapes.get(name)}, expected {shape}")
     return width
 
 
@@ -191,11 +196,11 @@ def _float_rows(tensor: StoredTensor) -> Rows:
 
 
 def open_checkpoint(folder: Path, name: str | None = None) -> StoredSAE:
-    """An SAE of a checkpoint whose manifest has been checked.
+    """Open an SAE of a checkpoint whose manifest has been checked.
 
     Raises:
-        DamagedCheckpointError: its state or its tensors cannot be.
-        CheckpointError: it holds several SAEs, or none of that name.
+        DamagedCheckpointError: If the state or the tensors are invalid.
+        CheckpointError: If the checkpoint has no SAE of that name, or several and `name` is None.
     """
     state = read_state(folder)
     name = _pick(folder, state, name)
@@ -204,7 +209,7 @@ def open_checkpoint(folder: Path, name: str | None = None) -> StoredSAE:
         stored = _under(read_layout(folder / WEIGHTS), f"{name}.")
         width = check_shapes(config, {key: tensor.shape for key, tensor in stored.items()})
         if (stored["input_scale"].shape, stored["input_mean"].shape) != ((), (width,)):
-            raise ValueError("input_scale or input_mean of another shape")
+            raise ValueError(f"input_scale or input_mean: expected shapes () and ({width},)")
     except (ValueError, KeyError, ConfigError) as error:
         raise DamagedCheckpointError(f"{folder / STATE} and {WEIGHTS}: {error}") from error
     return _in_raw_units(folder, state, name, config, stored)
@@ -217,8 +222,8 @@ def _in_raw_units(
     config: SAEConfig,
     stored: Mapping[str, StoredTensor],
 ) -> StoredSAE:
-    # x_norm = (x - mean) * scale. Latents in raw units are those of training divided by scale, so
-    # decoder rows keep unit norm and the encoder matrix stays as it is.
+    # Training uses x_norm = (x - mean) * scale. In raw units the latents are those of training
+    # divided by scale, so decoder rows keep unit norm and the encoder matrix does not change.
     scale, mean = stored["input_scale"].whole(), stored["input_mean"].whole()
     rows = {name: _float_rows(stored[name]) for name in ROWS}
     rows["b_enc"] = lambda start, stop: stored["b_enc"].rows(start, stop) / scale
@@ -245,5 +250,5 @@ def _pick(folder: Path, state: CheckpointState, name: str | None) -> str:
     if name is None and len(state.saes) == 1:
         return next(iter(state.saes))
     if name not in state.saes:
-        raise CheckpointError(f"{folder}: holds SAEs {sorted(state.saes)}, {name!r} was asked for")
+        raise CheckpointError(f"{folder}: SAE name={name!r}: expected one of {sorted(state.saes)}")
     return str(name)

@@ -1,8 +1,8 @@
-"""Safetensors files by ranges of rows: read and written in pieces, never mapped, never whole.
+"""Read and write safetensors files by ranges of rows, without mapping them into memory.
 
-The library's own reader maps a file, and what is mapped counts as memory until the system takes it
-back; SAEs of hundreds of GiB are copied here in pieces of a few MiB. A header is held against the
-file before anything is taken from it: its size, every shape, dtype and offset.
+The safetensors library maps a file, and mapped pages count as used memory until the system reclaims
+them. Here SAEs of hundreds of GiB are copied in pieces of a few MiB. A header is checked against
+the file before it is used: its size, and every shape, dtype and offset.
 """
 
 from __future__ import annotations
@@ -33,91 +33,101 @@ DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-"""Names of the format."""
+"""Dtypes by their names in the format."""
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _MAX_HEADER_BYTES = 16 << 20
 _MAX_DIMENSIONS = 8
 _LENGTH_BYTES = 8
 _ALIGNMENT = 8
 BLOCK_BYTES = 16 << 20
-"""Of a tensor that is copied in pieces."""
+"""Size of the pieces in which a tensor is copied."""
 
 
 @dataclass(frozen=True)
 class Entry:
-    """Where one tensor lies."""
+    """Dtype, shape and location of one tensor in a file."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
     offset_bytes: int
-    """From the beginning of the file."""
+    """Offset of the first byte from the beginning of the file."""
 
     @property
     def n_bytes(self) -> int:
-        """Of the whole tensor."""
+        """Size of the whole tensor in bytes."""
         return math.prod(self.shape) * self.dtype.itemsize
 
     @property
     def row_bytes(self) -> int:
-        """Of one index of the first dimension; of a scalar, its own."""
+        """Size of one row (one index of the first dimension) in bytes; a scalar is one row."""
         return math.prod(self.shape[1:]) * self.dtype.itemsize
 
 
 @dataclass(frozen=True)
 class Header:
-    """What a file says of itself."""
+    """The header of a safetensors file."""
 
     entries: dict[str, Entry]
+    """Tensors by name."""
     metadata: dict[str, str]
 
 
 def rows_per_block(row_bytes: int) -> int:
-    """Rows to take at a time, so that they are about `BLOCK_BYTES`."""
+    """Return how many rows make a block of about `BLOCK_BYTES`; at least 1."""
     return max(1, BLOCK_BYTES // max(row_bytes, 1))
 
 
 def read_header(path: Path) -> Header:
-    """The checked header of a safetensors file.
+    """Read and check the header of a safetensors file.
 
     Raises:
-        DamagedCheckpointError: it cannot be read, is no such file, or says what cannot be: tensors
-            that overlap, leave gaps or end outside the file, shapes that are not their bytes.
+        DamagedCheckpointError: If the file is unreadable or not a safetensors file, or if its
+            header is invalid: tensors that overlap, leave gaps or end outside the file, or a shape
+            that does not match its number of bytes.
     """
     try:
         with open(path, "rb") as file:
             size = os.fstat(file.fileno()).st_size
             n_bytes = int.from_bytes(file.read(_LENGTH_BYTES), "little")
-            _require(path, size > _LENGTH_BYTES, f"{size} bytes are no safetensors file")
+            _require(path, size > _LENGTH_BYTES, f"{size} bytes, too short for a safetensors file")
             fits = n_bytes <= min(_MAX_HEADER_BYTES, size - _LENGTH_BYTES)
-            _require(path, fits, f"a header of {n_bytes} bytes in a file of {size}")
+            _require(path, fits, f"a header of {n_bytes} bytes is too long in a file of {size}")
             document = parse_json(file.read(n_bytes))
     except (OSError, ValueError) as error:
         raise DamagedCheckpointError(f"{path}: {error}") from error
-    _require(path, isinstance(document, dict), "the header is no JSON object")
+    _require(path, isinstance(document, dict), "expected the header to be a JSON object")
     metadata = document.pop("__metadata__", {})
     texts = isinstance(metadata, dict) and all(isinstance(v, str) for v in metadata.values())
-    _require(path, texts, "__metadata__ is no table of texts")
+    _require(path, texts, "expected __metadata__ to be an object of strings")
     begin = _LENGTH_BYTES + n_bytes
     entries = {name: _entry(path, name, raw, begin) for name, raw in document.items()}
     end = begin
     for name, entry in sorted(entries.items(), key=lambda item: item[1].offset_bytes):
         _require(path, entry.offset_bytes == end, f"{name} overlaps another tensor or leaves a gap")
         end += entry.n_bytes
-    _require(path, end == size, f"tensors end at byte {end}, the file at {size}")
+    _require(path, end == size, f"tensors end at byte {end}, but the file ends at byte {size}")
     return Header(entries, metadata)
 
 
 def _entry(path: Path, name: str, raw: Any, begin: int) -> Entry:
     known = isinstance(raw, dict) and set(raw) == {"dtype", "shape", "data_offsets"}
-    _require(path, known, f"{name} lacks dtype, shape or data_offsets, or has more")
+    _require(path, known, f"{name}: expected exactly the keys dtype, shape and data_offsets")
     dtype, shape, offsets = raw["dtype"], raw["shape"], raw["data_offsets"]
-    _require(path, isinstance(dtype, str) and dtype in DTYPES, f"{name} has dtype {dtype!r:.40}")
+    _require(
+        path,
+        isinstance(dtype, str) and dtype in DTYPES,
+        f"{name} has an unknown dtype, {dtype!r:.40}",
+    )
     whole = _whole_numbers(shape) and len(shape) <= _MAX_DIMENSIONS
-    _require(path, whole, f"{name} has shape {shape!r:.80}")
-    _require(path, _whole_numbers(offsets) and len(offsets) == 2, f"{name} has odd data_offsets")
+    _require(path, whole, f"{name} has an invalid shape, {shape!r:.80}")
+    _require(
+        path,
+        _whole_numbers(offsets) and len(offsets) == 2,
+        f"{name} has invalid data_offsets, {offsets!r:.80}",
+    )
     entry = Entry(DTYPES[dtype], tuple(shape), begin + offsets[0])
     spans = offsets[1] - offsets[0] == entry.n_bytes
-    _require(path, spans, f"{name}: {shape!r:.80} of {dtype} is not its data_offsets")
+    _require(path, spans, f"{name}: data_offsets do not fit shape {shape!r:.80} of {dtype}")
     return entry
 
 
@@ -131,25 +141,26 @@ def _require(path: Path, holds: bool, problem: str) -> None:
 
 
 def read_rows(path: Path, entry: Entry, first: int, out: torch.Tensor) -> None:
-    """Fills `out` with the rows of a tensor from `first` on.
+    """Read rows of a tensor into `out`.
 
     Args:
-        path: the file.
-        entry: of its header.
-        first: index of the first dimension; 0 for a scalar.
-        out: contiguous, of the tensor's dtype and trailing shape.
+        path: The file.
+        entry: The tensor's entry in its header.
+        first: Index of the first row; 0 for a scalar.
+        out: Contiguous tensor on the host, with the entry's dtype and trailing shape. Its first
+            dimension gives the number of rows.
 
     Raises:
-        DamagedCheckpointError: the file cannot be read, or ends too early.
+        DamagedCheckpointError: If the file is unreadable or too short.
     """
     view = memoryview(_bytes_of(out))
     offset = entry.offset_bytes + first * entry.row_bytes
     try:
         fd = os.open(path, os.O_RDONLY)
         try:
-            while view:
+            while view:  # one call may return fewer bytes than requested
                 read = os.preadv(fd, [view], offset)
-                _require(path, read > 0, "is shorter than its header says")
+                _require(path, read > 0, "the file is shorter than its header says")
                 view, offset = view[read:], offset + read
         finally:
             os.close(fd)
@@ -162,7 +173,7 @@ def _bytes_of(tensor: torch.Tensor) -> Any:
 
 
 def write_at(fd: int, tensor: torch.Tensor, offset_bytes: int) -> None:
-    """Writes the bytes of a tensor, wherever it lies, at a place of an open file."""
+    """Write the bytes of a tensor (on any device) to an open file, at the given offset."""
     view = memoryview(_bytes_of(tensor.detach().cpu().contiguous()))
     while view:
         written = os.pwrite(fd, view, offset_bytes)
@@ -170,12 +181,14 @@ def write_at(fd: int, tensor: torch.Tensor, offset_bytes: int) -> None:
 
 
 class TensorFileWriter:
-    """A safetensors file of known shapes that is filled in pieces; a context manager.
+    """Context manager that creates a safetensors file of known shapes and fills it in pieces.
+
+    The file is flushed to disk when the block ends without an error.
 
     Args:
-        path: made anew.
-        shapes: `{name: (dtype, shape)}`, laid down in this order.
-        metadata: of the file.
+        path: The file to create; it must not exist.
+        shapes: `{name: (dtype, shape)}`, in the order of the file.
+        metadata: Entries to add to the file's metadata.
     """
 
     def __init__(
@@ -194,7 +207,7 @@ class TensorFileWriter:
                 "data_offsets": [begin, end],
             }
         text = json.dumps(document, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % _ALIGNMENT)
+        text += b" " * (-len(text) % _ALIGNMENT)  # pad, so that the data are aligned
         begin = _LENGTH_BYTES + len(text)
         self.entries = {
             name: Entry(dtype, tuple(shape), begin + document[name]["data_offsets"][0])
@@ -220,18 +233,25 @@ class TensorFileWriter:
             os.close(self._fd)
 
     def write_rows(self, name: str, first: int, rows: torch.Tensor) -> None:
-        """Puts `rows` [n, ...] at rows [first, first + n) of a tensor."""
+        """Write `rows` [n, ...] to rows [first, first + n) of a tensor."""
         entry = self.entries[name]
         write_at(self._fd, rows.to(entry.dtype), entry.offset_bytes + first * entry.row_bytes)
 
     def write_columns(self, name: str, first: int, rows: torch.Tensor) -> None:
-        """Puts `rows` [n, D] at columns [first, first + n) of a tensor [D, L]: a transpose."""
+        """Write `rows` [n, D] transposed, to columns [first, first + n) of a tensor [D, L]."""
         entry = self.entries[name]
         write_columns_at(self._fd, entry, first, rows.to(entry.dtype))
 
 
 def write_columns_at(fd: int, entry: Entry, first: int, rows: torch.Tensor) -> None:
-    """As `TensorFileWriter.write_columns`, into any open file."""
+    """Write `rows` [n, D] transposed, to columns [first, first + n) of a [D, L] tensor.
+
+    Args:
+        fd: File descriptor of the open file.
+        entry: The tensor's entry in the file's header.
+        first: Index of the first column.
+        rows: [n, D] in the entry's dtype, on any device.
+    """
     start = entry.offset_bytes + first * entry.dtype.itemsize
     for index, column in enumerate(rows.detach().cpu().T.contiguous()):
         write_at(fd, column, start + index * entry.row_bytes)

@@ -1,8 +1,8 @@
-"""Several trainers in lockstep on one stream; a single one is the case of one.
+"""The training loop: one trainer, or several in lockstep on one stream.
 
-All ranks hold the same trainers in the same order and take the same decisions: what drops a trainer
-(a loss that is not finite, one that diverges, a checkpoint that cannot be written) is told by
-numbers that all ranks share, so no collective is left with a rank missing.
+All ranks hold the same trainers in the same order and take the same decisions. A trainer is dropped
+for a loss that is not finite, for divergence, or for a checkpoint that could not be written. Each
+is decided from numbers that all ranks share, so that no rank is missing from a collective.
 """
 
 from __future__ import annotations
@@ -21,30 +21,35 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How training of one trainer has ended, the same on all ranks."""
+    """The outcome of training for one trainer; the same on all ranks."""
 
     finished: bool
-    """False where an error or a request to stop came before the last step."""
+    """False if an error or a request to stop came before the last step."""
     error: SAEError | None = None
+    """The error that ended this trainer, if any."""
 
 
 def train_together(
     trainers: Sequence[Trainer], failed: Callable[[int, SAEError], None] = lambda i, error: None
 ) -> list[Outcome]:
-    """Trains all to their last step; collective. An error of one leaves the others going.
+    """Train all trainers to their last step; collective over all ranks.
 
-    Each step takes the batch that the hindmost trainers are at; those that resumed further ahead
-    wait until the stream comes to them. So each sees the batches that it would see alone.
+    Each step uses the earliest batch that an unfinished trainer still needs. Trainers that resumed
+    further ahead wait until the stream reaches them. So each trainer sees the same batches as when
+    it is trained alone. An error of one trainer does not stop the others.
 
     Args:
-        trainers: calibrated or resumed, on views of one `FanOut` if there are several.
-        failed: called at once, on every rank, with the index of a trainer that an error ends.
+        trainers: Calibrated or resumed trainers; if there are several, on views of one `FanOut`.
+        failed: Called on every rank, with the index and the error, as soon as an error has ended a
+            trainer.
 
     Returns:
-        Of each, in their order. Where a request to stop came, their checkpoints are written.
+        One outcome per trainer, in the same order. After a request to stop, the checkpoints are
+        written when this returns.
 
     Raises:
-        Anything but an SAEError, as from the stream: it ends all.
+        Exception: Any error other than an SAEError, such as one of the stream; it ends training of
+            all trainers.
     """
     return _Lockstep(trainers, failed).run() if trainers else []
 
@@ -53,7 +58,8 @@ class _Lockstep:
     def __init__(
         self, trainers: Sequence[Trainer], failed: Callable[[int, SAEError], None]
     ) -> None:
-        self._trainers, self._failed = list(trainers), failed
+        self._trainers = list(trainers)
+        self._failed = failed
         self._errors: dict[int, SAEError] = {}
         timeout_s = max(trainer.config.train.timeout_s for trainer in trainers)
         self._agreement = Agreement(timeout_s)
@@ -70,7 +76,8 @@ class _Lockstep:
                 self._guarded(trainer, trainer.save_if_due, agreed.save or agreed.stop)
         for index, trainer in enumerate(self._trainers):
             if index in self._errors:
-                with suppress(CheckpointError):  # what it began to save before was good
+                # Let a save that began before the error finish: its weights were still good.
+                with suppress(CheckpointError):
                     trainer.end()
             else:
                 self._guarded(trainer, trainer.end)
@@ -88,7 +95,7 @@ class _Lockstep:
         ]
 
     def _guarded(self, trainer: Trainer, action: Callable[..., None], *arguments: bool) -> None:
-        """Does it unless the trainer has failed; what it raises fails this one alone."""
+        """Run an action unless the trainer has failed; an SAEError fails this trainer alone."""
         index = self._trainers.index(trainer)
         if index in self._errors:
             return
@@ -99,7 +106,7 @@ class _Lockstep:
             self._failed(index, error)
 
     def _agree(self, stepped: list[Trainer]) -> Agreed:
-        """What all ranks do after this step; nothing, but about once a second."""
+        """Agree with the other ranks about once a second; between exchanges return `NOTHING`."""
         if not self._agreement.after_step():
             return NOTHING
         trainers = [t for i, t in enumerate(self._trainers) if i not in self._errors]
@@ -110,6 +117,6 @@ class _Lockstep:
         )
         if agreed.failed:
             for trainer in trainers:
-                # Raises where the save failed: all ranks voted on the same outcome.
+                # Raises for each trainer whose save failed, on all ranks: they voted on it.
                 self._guarded(trainer, trainer.saver.wait)
         return agreed

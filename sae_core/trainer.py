@@ -1,6 +1,6 @@
-"""What one run does in a training step: next batch, step every SAE, measure, save.
+"""The trainer: its training step, metrics, checkpoints and resume.
 
-The loop itself, over one trainer or several, stands in `sae_core.together`.
+The training loop, over one trainer or several, is in `sae_core.together`.
 """
 
 from __future__ import annotations
@@ -28,30 +28,32 @@ from sae_core.together import train_together
 
 
 class Report(Protocol):
-    """Takes one metrics row (see `Trainer`); called on every rank, with the same row."""
+    """Function that takes rows of metrics; see `Trainer`."""
 
-    def __call__(self, row: dict[str, Any]) -> None: ...
+    def __call__(self, row: dict[str, Any]) -> None:
+        """Take one row; called on every rank, with the same row."""
+        ...
 
 
 class Trainer:
-    """Trains one SAE or several from one stream.
+    """Trains an SAE on a stream of activations.
 
     Args:
-        config: everything about the SAE, its optimiser, mesh and checkpoints.
-        mesh: this rank's place.
-        source: this data replica's batches.
-        checkpoints: folder of the run's checkpoints.
-        seed: fixes the initial dictionary.
-        report: gets a row of metrics every `report_every` steps, on every rank; an SAEError that it
-            raises on all of them ends this trainer. Holds step, tokens, sae, loss, fvu, auxk_loss,
-            l0, dead_fraction, grad_norm, lr, tokens_per_s, loader_wait_fraction,
-            checkpoint_pause_s (since the row before), mfu, peak_memory_bytes.
-        report_every: steps.
-        stop_requested: asked about once a second on every rank; True on any ends training with a
-            checkpoint.
+        config: Settings of the SAE, its optimiser, the mesh and checkpoints.
+        mesh: This rank's place in the mesh.
+        source: Batches of this data replica.
+        checkpoints: Folder of the run's checkpoints.
+        seed: Seed of the initial dictionary.
+        report: Called on every rank with a row of metrics every `report_every` steps. If it raises
+            an SAEError, which must happen on all ranks, this trainer ends. Keys: time, step,
+            tokens, sae, loss, fvu, auxk_loss, l0, dead_fraction, grad_norm, lr, tokens_per_s,
+            loader_wait_fraction, checkpoint_pause_s (since the last row), mfu, peak_memory_bytes.
+        report_every: Number of steps between two rows.
+        stop_requested: Called about once a second on every rank. If it returns True on any rank,
+            training ends with a checkpoint.
 
     Raises:
-        ConfigError: the config cannot be, or the device has no such dtype.
+        ConfigError: If the config is invalid, or the device does not support its kernels or dtype.
     """
 
     def __init__(
@@ -66,9 +68,13 @@ class Trainer:
         stop_requested: Callable[[], bool] = lambda: False,
     ) -> None:
         config.validate()
-        self.config, self.mesh, self.source = config, mesh, source
-        self.seed, self.stop_requested = seed, stop_requested
-        self.report, self.report_every = report, report_every
+        self.config = config
+        self.mesh = mesh
+        self.source = source
+        self.seed = seed
+        self.stop_requested = stop_requested
+        self.report = report
+        self.report_every = report_every
         self.device = torch.device(mesh.devices.device_type)
         kernels = get_kernels(
             kernels_name(config.train.kernels, self.device),
@@ -88,24 +94,29 @@ class Trainer:
         self._seconds = 0.0
 
     def calibrate(self) -> None:
-        """Fits input scale, bias and encoder scale to a sample; a fresh run's first act."""
+        """Fit input scale, bias and encoder scale to a sample; call once, before a new run."""
         sample = self.source.sample(self.config.train.sample_tokens).to(self.device)
         for engine in self.engines:
             calibrate(engine.sae, sample)
             engine.parameters_edited()
 
     def resume(self, folder: Path) -> None:
-        """Continues from a checkpoint, written on this mesh or another; collective."""
+        """Load a checkpoint written on this mesh or any other; collective over all ranks.
+
+        Raises:
+            ConfigError: If batch size, seed or source differ from those of the checkpoint.
+            CheckpointError: If the checkpoint holds other SAEs or is damaged.
+        """
         state = load_checkpoint(folder, self.engines)
         if state.batch_tokens != self.config.train.batch_tokens:
             raise ConfigError(
                 "train.batch_tokens",
                 self.config.train.batch_tokens,
-                f"{state.batch_tokens}, as the checkpoint's position counts batches of that size",
+                f"{state.batch_tokens}, the batch size in which the checkpoint counts its position",
             )
         if state.seed != self.seed:
             raise ConfigError(
-                "seed", self.seed, f"{state.seed}, which fixed the order that {folder.name} is in"
+                "seed", self.seed, f"{state.seed}, which fixed the order of rows in {folder.name}"
             )
         if state.source_identity != self.source.identity:
             raise ConfigError(
@@ -114,20 +125,21 @@ class Trainer:
                 f"the stores, their weights and the order (store.window_items, "
                 f"store.buffer_tokens) that "
                 f"{folder.name} was trained on, {state.source_identity}",
-                "use that store and those settings, or another name=...",
+                "use that store and those settings, or start a new run with another name=...",
             )
         self.step = state.step
         self.source.seek(state.source_position)
 
     def train(self) -> bool:
-        """Runs to the last step, saving on the way and at the end; collective.
+        """Train to the last step, with checkpoints on the way and at the end; collective.
 
         Returns:
-            False where a request ended it before the last step; the checkpoint is written.
+            False if a request to stop ended training early; its checkpoint is written.
 
         Raises:
-            NonFiniteLossError: naming the step; no update was made from it on any rank.
-            CheckpointError: a checkpoint could not be written.
+            NonFiniteLossError: If a loss or gradient was not finite. The message names the step; no
+                rank made an update from it.
+            CheckpointError: If a checkpoint could not be written.
         """
         (outcome,) = train_together([self])
         if outcome.error is not None:
@@ -136,14 +148,17 @@ class Trainer:
 
     @property
     def is_done(self) -> bool:
-        """Whether the last step is taken."""
+        """True once the last step has been taken."""
         return self.step >= self.config.train.n_steps
 
     def take_step(self) -> None:
-        """The next batch, and a metrics row where one is due; collective. See `train_together`.
+        """Train on the next batch, and report metrics if a row is due; collective.
+
+        `train_together` calls this.
 
         Raises:
-            NonFiniteLossError: found when metrics are reported.
+            NonFiniteLossError: If a loss or gradient was not finite; found only when metrics are
+                reported, because the step itself does not wait for the device.
         """
         if self._began is None:
             self._began = time.perf_counter()
@@ -153,31 +168,42 @@ class Trainer:
             self._report()
 
     def save_if_due(self, asked: bool) -> None:
-        """Begins a checkpoint after a step where the cadence, the end or somebody asks for one."""
+        """Begin a checkpoint if the cadence, the end of training or `asked` requires one.
+
+        Args:
+            asked: Save in any case.
+        """
         every = max(1, self.config.checkpoint.every_tokens // self.config.train.batch_tokens)
         if self.step % every == 0 or self.is_done or asked:
             self.save()
 
     @property
     def save_overdue(self) -> bool:
-        """By the clock of the first rank, which speaks for all."""
+        """True if `checkpoint.every_minutes` have passed since the last save began.
+
+        Only rank 0's clock counts: False on all other ranks.
+        """
         minutes = self.config.checkpoint.every_minutes
         since_save_s = time.monotonic() - self.saver.last_began
         return minutes is not None and self.mesh.is_first and since_save_s > 60 * minutes
 
     def end(self) -> None:
-        """Waits for the last checkpoint.
+        """Wait for the last checkpoint.
 
         Raises:
-            CheckpointError: it could not be written.
+            CheckpointError: If it could not be written.
         """
         self.saver.wait()
         self._seconds = time.perf_counter() - (self._began or time.perf_counter())
 
     @property
     def costs(self) -> dict[str, float]:
-        """Of `train`, on this rank: seconds in all, checkpoints, seconds that it waited for them
-        (copies, back-pressure, the last one), seconds that writing them took.
+        """Time that training took on this rank, and the cost of its checkpoints.
+
+        Returns:
+            `seconds`: duration of training; `checkpoints`: number of saves; `checkpoint_pause_s`:
+            seconds that training waited for saves (copies to the host, an earlier save that was
+            still running, the last save); `checkpoint_writing_s`: seconds spent writing them.
         """
         return {
             "seconds": self._seconds,
@@ -187,7 +213,7 @@ class Trainer:
         }
 
     def save(self) -> None:
-        """Begins a checkpoint of all SAEs; collective. `saver.wait()` returns when it is there."""
+        """Begin a checkpoint of all SAEs; collective. `saver.wait()` returns once it is written."""
         self._raise_if_bad()
         first, batch_tokens = self.engines[0], self.config.train.batch_tokens
         paused = self.saver.pause_s
@@ -239,44 +265,52 @@ class Trainer:
             )
 
     def _raise_if_bad(self) -> None:
+        # Reading the flag waits for the device, so this runs only before a report or a save.
         for engine in self.engines:
             step = int(engine.first_bad_step)
             if step >= 0:
                 failed: CheckpointError | None = None
                 try:
-                    self.saver.wait()  # what it writes was good
+                    self.saver.wait()  # let it finish: its weights are from before the bad step
                 except CheckpointError as error:
                     failed = error
                 raise NonFiniteLossError(
                     f"{engine.name}: loss or gradient of step {step} is not finite; no update was "
-                    "made from it. Check the store with stage=verify, or lower optim.lr; the same "
-                    "command resumes from the last checkpoint"
+                    "made from it. Check the store with stage=verify, or lower optim.lr; run the "
+                    "same command again to resume from the last checkpoint"
                 ) from failed
 
 
 class _Clock:
-    """Wall time, time spent waiting for data and for checkpoints, steps; since the last lap."""
+    """Stopwatch: wall time, steps, and time waited for data and checkpoints since the last lap."""
 
     def __init__(self) -> None:
         self.start()
 
     def start(self) -> None:
-        self._began, self._waited, self._paused, self._steps = time.perf_counter(), 0.0, 0.0, 0
+        self._began = time.perf_counter()
+        self._waited = 0.0
+        self._paused = 0.0
+        self._steps = 0
 
     def pause(self, seconds: float) -> None:
-        """Counts time that a checkpoint took."""
+        """Add time spent waiting for a checkpoint."""
         self._paused += seconds
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        """Counts the block as waiting, and as the beginning of one step."""
+        """Count the block as time waiting for data, and as one step."""
         began = time.perf_counter()
         yield
         self._waited += time.perf_counter() - began
         self._steps += 1
 
     def lap(self) -> tuple[float, float, float, int]:
-        """(seconds, waited for data, paused for checkpoints, steps) since the last lap."""
+        """Start a new lap and return the last one.
+
+        Returns:
+            Wall time, time waited for data and time waited for checkpoints, in seconds, and steps.
+        """
         seconds = max(time.perf_counter() - self._began, 1e-9)
         lap = (seconds, self._waited, self._paused, self._steps)
         self.start()
@@ -284,14 +318,14 @@ class _Clock:
 
 
 def compute_dtype(name: str, device: torch.device) -> torch.dtype:
-    """GEMM dtype of `train.compute_dtype` on a device."""
+    """Return the dtype of matrix products for `train.compute_dtype` on a device."""
     if name == "auto":
         return torch.bfloat16 if device.type == "cuda" else torch.float32
     return torch.bfloat16 if name == "bfloat16" else torch.float32
 
 
 def kernels_name(name: str, device: torch.device) -> str:
-    """Body of `train.kernels` on a device."""
+    """Return the kernels to use for `train.kernels` on a device: "auto" becomes a name."""
     if name == "auto":
         return "triton" if device.type == "cuda" else "stock"
     return name

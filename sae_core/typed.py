@@ -1,4 +1,4 @@
-"""Flat dataclasses from JSON that somebody else may have written, every type checked."""
+"""Build flat dataclasses from untrusted JSON, checking the type of every field."""
 
 from __future__ import annotations
 
@@ -12,27 +12,32 @@ _LARGEST = 1 << 62
 
 
 def from_json(kind: type[T], value: Any) -> T:
-    """An instance of the dataclass `kind` with the fields of a JSON object.
+    """Return an instance of the dataclass `kind` with the fields of a JSON object.
 
-    Whole numbers are bounded, other numbers finite; a field may be left out where it has a default.
+    Integers must be at most 2**62 in size and floats must be finite. A field may be missing if it
+    has a default.
 
     Raises:
-        ValueError: `value` is no object, has other fields, or one of another type; names it.
+        ValueError: If `value` is not an object, has an unknown field, lacks a required one, or has
+            one of the wrong type; the message names the field.
     """
     if not isinstance(value, dict):
-        raise ValueError(f"expected an object of a {kind.__name__}, found {type(value).__name__}")
+        raise ValueError(
+            f"expected a JSON object with the fields of {kind.__name__}, "
+            f"found {type(value).__name__}"
+        )
     parts = {part.name: part for part in fields(kind)}  # type: ignore[arg-type]
     unknown = sorted(set(value) - set(parts))
     if unknown:
-        raise ValueError(f"a {kind.__name__} has no {', '.join(unknown)[:200]}")
+        raise ValueError(f"unknown field of {kind.__name__}: {', '.join(unknown)[:200]}")
     for name, part in parts.items():
         needed = part.default is MISSING and part.default_factory is MISSING
         if needed and name not in value:
-            raise ValueError(f"a {kind.__name__} needs {name}")
+            raise ValueError(f"missing field of {kind.__name__}: {name}")
     hints = get_type_hints(kind)
     for name, field_value in value.items():
         if not _fits(hints[name], field_value):
-            raise ValueError(f"{name}={field_value!r:.80} of a {kind.__name__}: not {hints[name]}")
+            raise ValueError(f"{kind.__name__}.{name}={field_value!r:.80}: expected {hints[name]}")
     return kind(**value)
 
 

@@ -1,4 +1,4 @@
-"""Sharded checkpoints: safetensors row ranges, JSON state, hashed manifest, one atomic rename."""
+"""Sharded checkpoints: safetensors row ranges, JSON state, a manifest of hashes, atomic rename."""
 
 from sae_core.checkpoint.folder import (
     CheckpointState,

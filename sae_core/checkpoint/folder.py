@@ -1,12 +1,13 @@
-"""The checkpoint folder on disk: names, state, manifest, and which one is the newest valid.
+"""The checkpoint folder on disk: names, state, manifest, and the choice of the newest valid one.
 
     checkpoints/step-00000150/weights/*.safetensors     parameters and buffers, [L, D] row ranges
                               optimizer/*.safetensors   Adam's moments, the same row ranges
                               state.json                step, tokens, source position, config
                               manifest.json             size and SHA-256 of all of the above
-    checkpoints/latest                                  name of the newest one, for people
+    checkpoints/latest                                  name of the newest one, for people to read
 
-A folder is a checkpoint only under its final name and with a manifest; `step-*.tmp` is none.
+A folder is a checkpoint only if it has its final name and a manifest. `step-*.tmp` is an unfinished
+save.
 """
 
 from __future__ import annotations
@@ -32,44 +33,48 @@ MANIFEST, STATE, LATEST = "manifest.json", "state.json", "latest"
 WEIGHTS, OPTIMIZER = "weights", "optimizer"
 _NAME = re.compile(r"step-(\d{8,12})")
 _PAYLOAD = re.compile(r"(?:\w[\w\-]*/)?\w[\w.\-]*\.(?:safetensors|json)")
-"""Nothing else belongs into a checkpoint: no pickle, no path that leads out of it."""
+"""Relative paths allowed in a checkpoint: no pickles, and no path that leaves the folder."""
 _HASH_CHUNK_BYTES = 8 << 20
 _HASH_THREADS = min(os.cpu_count() or 1, 8)
 
 
 @dataclass(frozen=True)
 class CheckpointState:
-    """The scalars of a checkpoint."""
+    """The scalars of a checkpoint, stored in `state.json`."""
 
     step: int
     """Optimiser steps taken."""
     tokens: int
     """Training tokens seen."""
     source_position: int
-    """The source's next batch."""
+    """Index of the source's next batch."""
     source_identity: str
-    """Of the rows that positions count."""
+    """`ActivationSource.identity` of the source that the position refers to."""
     seed: int
+    """The run's seed."""
     batch_tokens: int
+    """Tokens in a global batch."""
     d_model: int
+    """Width of the activations."""
     saes: dict[str, dict[str, Any]]
     """`{name: SAEConfig as a dict}`"""
     mesh: dict[str, int]
-    """Layout that wrote it; for information, any other may load it."""
+    """Mesh that wrote the checkpoint. For information only: any mesh can load it."""
     schema: int = SCHEMA
+    """Version of the checkpoint format."""
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values."""
+        """Return the fields as a dict of plain values."""
         return asdict(self)
 
 
 def checkpoint_name(step: int) -> str:
-    """Folder name of the checkpoint after `step` steps."""
+    """Return the folder name of the checkpoint after `step` steps."""
     return f"step-{step:08d}"
 
 
 def list_checkpoints(root: Path) -> list[Path]:
-    """Finished checkpoint folders, newest first; valid or not."""
+    """Return the published checkpoint folders, newest first, without checking their files."""
     if not root.is_dir():
         return []
     found = [path for path in root.iterdir() if _NAME.fullmatch(path.name) and path.is_dir()]
@@ -77,12 +82,12 @@ def list_checkpoints(root: Path) -> list[Path]:
 
 
 def step_of(folder: Path) -> int:
-    """Step in the name of a checkpoint folder."""
+    """Return the step from the name of a checkpoint folder."""
     return int(folder.name.split("-")[1])
 
 
 def hash_file(path: Path) -> str:
-    """SHA-256 of a file, in hex."""
+    """Return the SHA-256 of a file, in hex."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while chunk := file.read(_HASH_CHUNK_BYTES):
@@ -91,7 +96,10 @@ def hash_file(path: Path) -> str:
 
 
 def payload_files(folder: Path) -> list[str]:
-    """What the manifest covers, relative and sorted; links count, and are refused when checked."""
+    """List the files that a manifest covers, as sorted relative paths.
+
+    Links are listed too, so that checking the checkpoint rejects them.
+    """
     files = (
         path
         for path in folder.rglob("*")
@@ -101,13 +109,16 @@ def payload_files(folder: Path) -> list[str]:
 
 
 def damages(folder: Path, hashes: bool = True, share: tuple[int, int] = (0, 1)) -> list[str]:
-    """Everything in which a checkpoint differs from its manifest; empty when nothing does.
+    """List every difference between a checkpoint and its manifest.
 
     Args:
-        folder: the checkpoint.
-        hashes: also compare SHA-256, not only names and sizes; several files at once.
-        share: (i, n) compares the hashes of every n-th file from the i-th on, for ranks that
-            divide the work among them; names and sizes are always compared.
+        folder: The checkpoint.
+        hashes: Compare SHA-256 as well as names and sizes; several files are hashed in parallel.
+        share: (i, n): compare only the hashes of every n-th file, beginning with file i, so that
+            ranks can divide the work. Names and sizes are always compared.
+
+    Returns:
+        One line per difference; empty if there is none.
     """
     try:
         expected = _read(folder, MANIFEST).get("files")
@@ -115,7 +126,7 @@ def damages(folder: Path, hashes: bool = True, share: tuple[int, int] = (0, 1)) 
     except (DamagedCheckpointError, OSError) as error:
         return [str(error)]
     if not isinstance(expected, dict) or not all(isinstance(e, dict) for e in expected.values()):
-        return [f"{folder / MANIFEST}: expected a table of files"]
+        return [f"{folder / MANIFEST}: expected an object of files"]
     problems = [f"{folder / name}: missing" for name in sorted(set(expected) - found)]
     problems += [f"{folder / name}: not in the manifest" for name in sorted(found - set(expected))]
     both = sorted(found & set(expected))
@@ -125,16 +136,16 @@ def damages(folder: Path, hashes: bool = True, share: tuple[int, int] = (0, 1)) 
     def check(name: str) -> str | None:
         return _file_damage(folder / name, name, expected[name], name in hashed)
 
-    with ThreadPoolExecutor(_HASH_THREADS) as pool:  # hashlib and read() let go of the GIL
+    with ThreadPoolExecutor(_HASH_THREADS) as pool:  # hashlib and read() release the GIL
         problems += [problem for problem in pool.map(check, both) if problem]
     return problems
 
 
 def check_manifest(folder: Path, hashes: bool = True, share: tuple[int, int] = (0, 1)) -> None:
-    """Compares a checkpoint with its manifest; arguments as of `damages`.
+    """Check a checkpoint against its manifest; takes the same arguments as `damages`.
 
     Raises:
-        DamagedCheckpointError: naming each file and what differs.
+        DamagedCheckpointError: If anything differs; names each file and the difference.
     """
     problems = damages(folder, hashes, share)
     if problems:
@@ -143,10 +154,10 @@ def check_manifest(folder: Path, hashes: bool = True, share: tuple[int, int] = (
 
 def _file_damage(path: Path, name: str, entry: dict[str, Any], hashed: bool) -> str | None:
     if not _PAYLOAD.fullmatch(name):
-        return f"{path}: no file of a checkpoint; move it away"
+        return f"{path}: unexpected file in a checkpoint; remove it"
     try:
         if not stat.S_ISREG(path.lstat().st_mode):
-            return f"{path}: a link or no plain file; a checkpoint holds its own bytes"
+            return f"{path}: a link or special file; expected a regular file"
         size = path.stat().st_size
         if size != entry.get("bytes"):
             return f"{path}: {size} bytes, the manifest says {entry.get('bytes')!r:.40}"
@@ -158,15 +169,17 @@ def _file_damage(path: Path, name: str, entry: dict[str, Any], hashed: bool) -> 
 
 
 def read_state(folder: Path) -> CheckpointState:
-    """The checkpoint's scalars.
+    """Read and check the scalars of a checkpoint.
 
     Raises:
-        DamagedCheckpointError: unreadable, not of this schema, or values that cannot be.
+        DamagedCheckpointError: If `state.json` is unreadable, has another schema, or holds invalid
+            values.
     """
     raw = _read(folder, STATE)
     if raw.get("schema") != SCHEMA:
         raise DamagedCheckpointError(
-            f"{folder / STATE}: schema {raw.get('schema')!r:.40}, this version reads {SCHEMA}"
+            f"{folder / STATE}: schema {raw.get('schema')!r:.40}, expected {SCHEMA}; it was "
+            "written by another version"
         )
     try:
         state = from_json(CheckpointState, raw)
@@ -176,12 +189,12 @@ def read_state(folder: Path) -> CheckpointState:
         raise DamagedCheckpointError(f"{folder / STATE}: {error}") from error
     counts = (state.step, state.tokens, state.source_position, state.batch_tokens, state.d_model)
     if min(counts) < 0:
-        raise DamagedCheckpointError(f"{folder / STATE}: a count below 0")
+        raise DamagedCheckpointError(f"{folder / STATE}: expected counts of 0 or more")
     return state
 
 
 def newest_valid(root: Path, hashes: bool = True) -> Path | None:
-    """The newest checkpoint that passes its manifest; warns of damaged ones that it skips."""
+    """Return the newest checkpoint that matches its manifest, or None; warns about skipped ones."""
     for folder in list_checkpoints(root):
         try:
             check_manifest(folder, hashes)
@@ -194,19 +207,21 @@ def newest_valid(root: Path, hashes: bool = True) -> Path | None:
 
 
 def warn_of_damaged(error: object) -> None:
-    """Says that a checkpoint is passed over, and why."""
+    """Warn that a damaged checkpoint is skipped, and why."""
     warnings.warn(f"skipping a damaged checkpoint: {error}", stacklevel=3)
 
 
 def prunable(root: Path, keep: int, keep_every_steps: int | None = None) -> Iterable[Path]:
-    """Checkpoints beyond the `keep` newest that pass a size check, but for milestones.
+    """Yield the checkpoints that may be deleted.
+
+    Kept are the `keep` newest ones that pass a size check, any newer ones that fail it (for a
+    person to inspect), and the milestones. Unfinished saves are ignored.
 
     Args:
-        root: the run's `checkpoints` folder; what is not published there is neither counted nor
-            given.
-        keep: how many of the newest stay.
-        keep_every_steps: the first checkpoint of every stretch of so many steps stays, too, from
-            the second stretch on.
+        root: The run's `checkpoints` folder.
+        keep: Number of newest checkpoints to keep.
+        keep_every_steps: Keep the first checkpoint of every N steps as a milestone, except for the
+            first N steps; None: no milestones.
     """
     finished = list_checkpoints(root)
     milestones = _milestones(finished, keep_every_steps)
@@ -217,7 +232,7 @@ def prunable(root: Path, keep: int, keep_every_steps: int | None = None) -> Iter
                 yield folder
             continue
         if _looks_whole(folder):
-            kept += 1  # one that does not is left for a person to look at, and not counted
+            kept += 1  # a damaged one is kept for a person to inspect, but not counted
 
 
 def _milestones(finished: list[Path], every_steps: int | None) -> set[Path]:

@@ -1,4 +1,4 @@
-"""The tensors of a checkpoint's part, each put together from the row ranges of several files."""
+"""Assemble the tensors of a checkpoint from row ranges in several files."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from sae_core.errors import DamagedCheckpointError
 from sae_core.tensor_file import Entry, Header, read_header, read_rows
 
 SHARDING = "DCP_SHARDING_INFO"
-"""Key of a file's metadata: `{tensor: {"saved_offsets": [first row, 0, ...]}}`, as torch's
-distributed checkpoint writes it."""
+"""Metadata key under which torch's distributed checkpoint stores, as JSON, where each tensor of a
+file begins: `{tensor: {"saved_offsets": [first row, 0, ...]}}`."""
 SAVED_OFFSETS = "saved_offsets"
 
 
@@ -25,28 +25,31 @@ class Piece:
 
     path: Path
     entry: Entry
+    """Location in the file."""
     first_row: int
+    """Index of the first row in the whole tensor."""
 
     @property
     def stop_row(self) -> int:
-        """One past its last row; a scalar counts as one row."""
+        """Index one past the last row; a scalar counts as one row."""
         return self.first_row + (self.entry.shape[0] if self.entry.shape else 1)
 
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor on disk; nothing of it is read before it is asked for."""
+    """A tensor on disk that is read on demand."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
+    """Shape of the whole tensor."""
     pieces: tuple[Piece, ...]
-    """In order of rows, without gap or overlap."""
+    """Sorted by row, without gaps or overlaps."""
 
     def rows(self, start: int, stop: int) -> torch.Tensor:
-        """[stop - start, ...] rows.
+        """Read rows [start, stop); returns [stop - start, ...].
 
         Raises:
-            DamagedCheckpointError: a file cannot be read.
+            DamagedCheckpointError: If a file is unreadable or too short.
         """
         out = torch.empty((stop - start, *self.shape[1:]), dtype=self.dtype)
         for piece in self.pieces:
@@ -57,16 +60,16 @@ class StoredTensor:
         return out
 
     def whole(self) -> torch.Tensor:
-        """All of it."""
+        """Read the whole tensor."""
         return self.rows(0, self.pieces[-1].stop_row).view(self.shape)
 
 
 def read_layout(folder: Path) -> dict[str, StoredTensor]:
-    """Every tensor of `weights/` or `optimizer/`; reads headers only.
+    """Find every tensor of a `weights/` or `optimizer/` folder; reads only headers.
 
     Raises:
-        DamagedCheckpointError: a header cannot be, or the row ranges of a tensor do not make a
-            whole; names the file or the tensor.
+        DamagedCheckpointError: If a header is invalid, or the row ranges of a tensor overlap or
+            leave a gap; names the file or the tensor.
     """
     pieces: dict[str, list[Piece]] = defaultdict(list)
     for path in sorted(folder.glob("*.safetensors")):
@@ -78,7 +81,7 @@ def read_layout(folder: Path) -> dict[str, StoredTensor]:
 
 
 def _first_rows(path: Path, header: Header) -> dict[str, int]:
-    """Row of its tensor at which each entry of a file begins; 0 where the file does not say."""
+    """Return the first row of each entry of a file; 0 if its metadata has no sharding table."""
     text = header.metadata.get(SHARDING)
     if text is None:
         return dict.fromkeys(header.entries, 0)
@@ -88,13 +91,13 @@ def _first_rows(path: Path, header: Header) -> dict[str, int]:
             name: _first_row(table[name][SAVED_OFFSETS], e) for name, e in header.entries.items()
         }
     except (ValueError, KeyError, TypeError) as error:
-        raise DamagedCheckpointError(f"{path}: {SHARDING} cannot be: {error!r}") from error
+        raise DamagedCheckpointError(f"{path}: invalid {SHARDING}: {error!r}") from error
 
 
 def _first_row(offsets: Any, entry: Entry) -> int:
     whole = isinstance(offsets, list) and all(type(n) is int and 0 <= n < 1 << 62 for n in offsets)
     if not whole or len(offsets) != len(entry.shape) or any(offsets[1:]):
-        raise ValueError(f"offsets {offsets!r:.80} of shape {list(entry.shape)}")
+        raise ValueError(f"offsets {offsets!r:.80} do not fit shape {list(entry.shape)}")
     return offsets[0] if offsets else 0
 
 
@@ -104,11 +107,13 @@ def _joined(folder: Path, name: str, pieces: list[Piece]) -> StoredTensor:
     for piece in pieces:
         entry = piece.entry
         if (entry.dtype, entry.shape[1:]) != (first.dtype, first.shape[1:]):
-            raise DamagedCheckpointError(f"{piece.path}: {name} is of another kind elsewhere")
+            raise DamagedCheckpointError(
+                f"{piece.path}: {name} has a dtype or width that differs from other files"
+            )
         if piece.first_row != row:
             raise DamagedCheckpointError(
-                f"{folder}: {name} has its rows from {row} on twice or not at all: {piece.path} "
-                f"begins at {piece.first_row}"
+                f"{folder}: {name}: rows from {row} on are missing or duplicated: {piece.path} "
+                f"begins at row {piece.first_row}"
             )
         row = piece.stop_row
     shape = (row, *first.shape[1:]) if first.shape else ()
@@ -116,5 +121,9 @@ def _joined(folder: Path, name: str, pieces: list[Piece]) -> StoredTensor:
 
 
 def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
-    """Every tensor of `weights/` or `optimizer/`, whole. Raises as `read_layout`."""
+    """Read every tensor of a `weights/` or `optimizer/` folder into memory.
+
+    Raises:
+        DamagedCheckpointError: If a file is unreadable, or for the same reasons as `read_layout`.
+    """
     return {name: tensor.whole() for name, tensor in read_layout(folder).items()}

@@ -1,4 +1,4 @@
-"""Reading a checkpoint back, on any mesh: every rank reads the rows that are its own."""
+"""Load a checkpoint on any mesh: each rank reads only its own rows."""
 
 from __future__ import annotations
 
@@ -28,14 +28,16 @@ _SIZES = ("architecture", "n_latents", "hookpoint")
 
 
 def agreed_checkpoint(root: Path, hashes: bool = True) -> Path | None:
-    """The newest valid checkpoint, the same for all; each rank hashes its share. Collective.
-
-    Rank 0 lists: ranks that look at different moments could see different ones.
+    """Agree on the newest valid checkpoint; collective. Each rank hashes its share of the files.
 
     Args:
-        root: the run's `checkpoints` folder, on a file system that all ranks share.
-        hashes: compare SHA-256 too, not only names and sizes.
+        root: The run's `checkpoints` folder, on a file system that all ranks share.
+        hashes: Compare SHA-256 as well as names and sizes.
+
+    Returns:
+        The same folder on all ranks; None if there is no valid checkpoint.
     """
+    # Only rank 0 lists the folder: ranks that list it at different times could see different files.
     names = [[folder.name for folder in list_checkpoints(root)] if dist.get_rank() == 0 else []]
     dist.broadcast_object_list(names)
     for name in names[0]:
@@ -50,7 +52,10 @@ def agreed_checkpoint(root: Path, hashes: bool = True) -> Path | None:
 
 
 def _problem(folder: Path, hashes: bool) -> str | None:
-    """What this rank finds wrong in its share; an error raised here alone would hang the others."""
+    """Return what is wrong in this rank's share of the files, or None.
+
+    It is returned and not raised: an error on one rank alone would leave the others waiting.
+    """
     try:
         check_manifest(folder, hashes, (dist.get_rank(), dist.get_world_size()))
         read_state(folder)
@@ -60,15 +65,18 @@ def _problem(folder: Path, hashes: bool) -> str | None:
 
 
 def load_checkpoint(folder: Path, engines: list[SAEEngine]) -> CheckpointState:
-    """Puts a checkpoint's weights, moments and ages into the engines; collective over all ranks.
+    """Load weights, moments and ages of latents into the engines; collective over all ranks.
 
     Args:
-        folder: a checkpoint that `newest_valid` returned.
-        engines: freshly built engines of the same SAEs; the mesh and ZeRO stage may differ from
-            those that wrote it.
+        folder: A checkpoint that `agreed_checkpoint` or `newest_valid` returned.
+        engines: Newly built engines of the same SAEs. Their mesh and ZeRO stage may differ from
+            those that wrote the checkpoint.
+
+    Returns:
+        The checkpoint's scalars.
 
     Raises:
-        CheckpointError: it holds other SAEs or sizes.
+        CheckpointError: If the checkpoint holds other SAEs or other sizes, or is damaged.
     """
     weights = weight_tensors(engines)
     moments = {engine.name: engine.moments() for engine in engines}
@@ -103,7 +111,10 @@ def load_checkpoint(folder: Path, engines: list[SAEEngine]) -> CheckpointState:
 
 
 def _on_all_ranks(look: Callable[[], CheckpointState]) -> CheckpointState:
-    """What `look` gives; a rank that alone cannot read would leave the others in a collective."""
+    """Call `look` on every rank; if it fails on any of them, raise on all of them.
+
+    Otherwise a rank that alone fails to read would leave the others waiting in a collective.
+    """
     error: CheckpointError | None = None
     try:
         state = look()
@@ -122,14 +133,14 @@ def _load_tensors(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
 
 
 def _check_shapes(folder: Path, wanted: dict[str, torch.Tensor]) -> None:
-    """That the files hold whole tensors of these shapes; every rank comes to the same answer."""
+    """Check that the files hold complete tensors of these shapes; the same result on all ranks."""
     layout = read_layout(folder)
     for name, tensor in wanted.items():
         if name not in layout:
-            raise CheckpointError(f"{folder}: lacks {name}")
+            raise CheckpointError(f"{folder}: tensor {name} is missing")
         if layout[name].shape != tuple(tensor.shape):
             raise CheckpointError(
-                f"{folder}: {name} of shape {list(layout[name].shape)}, expected "
+                f"{folder}: {name} has shape {list(layout[name].shape)}, expected "
                 f"{list(tensor.shape)}; use another run name"
             )
 
@@ -137,16 +148,22 @@ def _check_shapes(folder: Path, wanted: dict[str, torch.Tensor]) -> None:
 def _check_same_saes(folder: Path, state: CheckpointState, engines: list[SAEEngine]) -> None:
     names = [engine.name for engine in engines]
     if sorted(names) != sorted(state.saes):
-        raise CheckpointError(f"{folder}: holds SAEs {sorted(state.saes)}, the run has {names}")
+        raise CheckpointError(
+            f"{folder}: contains SAEs {sorted(state.saes)}, expected {sorted(names)}; use another "
+            "run name"
+        )
     for engine in engines:
         width = engine.sae.b_dec.shape[0]
         if width != state.d_model:
             raise CheckpointError(
-                f"{folder}: SAE of width {state.d_model}, the store has width {width}; "
-                "use another run name or the store it was trained on"
+                f"{folder}: SAE of width {state.d_model}, expected {width}, the width of the "
+                "store; use another run name or the store it was trained on"
             )
         ours, theirs = asdict(engine.sae.config), state.saes[engine.name]
         differing = [key for key in _SIZES if ours[key] != theirs.get(key)]
         if differing:
             what = ", ".join(f"{key} {theirs.get(key)!r} -> {ours[key]!r}" for key in differing)
-            raise CheckpointError(f"{folder}: {engine.name} differs in {what}")
+            raise CheckpointError(
+                f"{folder}: {engine.name} was trained with other settings: {what}; use another run "
+                "name"
+            )

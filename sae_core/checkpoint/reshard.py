@@ -1,4 +1,4 @@
-"""Writes a checkpoint anew with another number of files, bit for bit, a few MiB at a time."""
+"""Copy a checkpoint, bit for bit, into another number of files, a few MiB at a time."""
 
 from __future__ import annotations
 
@@ -27,31 +27,34 @@ from sae_core.tensor_file import TensorFileWriter, rows_per_block
 
 
 def reshard_checkpoint(source: Path, root: Path, n_shards: int) -> Path:
-    """Copies a checkpoint to `root/step-N`, its tensors in `n_shards` files for each part.
+    """Copy a checkpoint to `root/step-N`, with weights and moments in `n_shards` files each.
 
-    The source stays as it is, and any mesh resumes from either. A death on the way leaves
-    `reshard-step-N.tmp`, which is no checkpoint and is cleared by the next attempt.
+    The source is not changed, and any mesh can resume from either copy. If the process dies, it
+    leaves `reshard-step-N.tmp`, which is not a checkpoint; the next attempt removes it.
 
     Args:
-        source: a checkpoint whose manifest has been checked.
-        root: folder that gets it; another run's `checkpoints`, or any other.
-        n_shards: files among which the rows of every tensor are divided.
+        source: A checkpoint whose manifest has been checked.
+        root: Folder in which to create the copy: another run's `checkpoints`, or any other folder.
+        n_shards: Number of files over which the rows of every tensor are divided.
+
+    Returns:
+        The folder of the copy.
 
     Raises:
-        CheckpointError: there is one of that step already.
-        ConfigError: more shards than latents.
-        DamagedCheckpointError: the source cannot be read.
+        CheckpointError: If `root` already has a checkpoint of that step.
+        ConfigError: If there are more shards than latents.
+        DamagedCheckpointError: If the source is unreadable.
     """
     state = read_state(source)
     final = root / checkpoint_name(state.step)
     if final.exists():
-        raise CheckpointError(f"{final} exists; expected a folder without it: set reshard.to")
+        raise CheckpointError(f"{final} already exists; set reshard.to to another folder")
     layouts = {part: read_layout(source / part) for part in (WEIGHTS, OPTIMIZER)}
     n_latents = {name: int(sae["n_latents"]) for name, sae in state.saes.items()}
     fewest = min(n_latents.values(), default=0)
     if n_shards > fewest:
-        raise ConfigError("reshard.shards", n_shards, f"at most {fewest}, the latents of the SAE")
-    # Not a save's name: a run that saves into the same folder clears those.
+        raise ConfigError("reshard.shards", n_shards, f"at most {fewest}, the number of latents")
+    # Do not name it step-N.tmp: a run that saves into the same folder deletes those.
     temporary = root / f"reshard-{final.name}.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
     for part, tensors in layouts.items():
@@ -70,7 +73,7 @@ def reshard_checkpoint(source: Path, root: Path, n_shards: int) -> Path:
 def _sharded_names(
     tensors: Mapping[str, StoredTensor], n_latents: Mapping[str, int]
 ) -> frozenset[str]:
-    """Tensors with a row for each latent of their SAE."""
+    """Return the names of the tensors that have one row per latent of their SAE."""
     return frozenset(
         name
         for name, tensor in tensors.items()
@@ -82,7 +85,10 @@ def _sharded_names(
 def _row_ranges(
     tensors: Mapping[str, StoredTensor], sharded: frozenset[str], shard: int, n_shards: int
 ) -> dict[str, tuple[int, int]]:
-    """Rows of each tensor that one file holds; short tensors are wholly in the first."""
+    """Return the rows [start, stop) of each tensor that belong in one file.
+
+    Tensors without a row per latent are stored whole, in the first file.
+    """
     ranges = {}
     for name, tensor in tensors.items():
         rows = tensor.pieces[-1].stop_row
@@ -112,7 +118,7 @@ def _write_shard(
 
 
 def _finish(temporary: Path, final: Path, step: int) -> None:
-    """Manifest, flush, rename."""
+    """Write the manifest, flush everything to disk, and rename the folder to its final name."""
     files = {
         name: {"bytes": (temporary / name).stat().st_size, "sha256": hash_file(temporary / name)}
         for name in payload_files(temporary)

@@ -1,12 +1,12 @@
-"""Writing a checkpoint: all ranks write, all ranks vote, rank 0 makes it exist.
+"""Write a checkpoint: all ranks write, all ranks vote, rank 0 publishes it.
 
-`step-N.tmp/` is filled and flushed, every rank says whether its part succeeded, then come the
-manifest, the rename and `latest`. A death anywhere before the rename leaves the older checkpoints
-as they were.
+The ranks fill and flush `step-N.tmp/`. After each stage every rank reports whether its part
+succeeded. Rank 0 then writes the manifest, renames the folder and updates `latest`. If a process
+dies before the rename, the older checkpoints are untouched.
 
-torch's own `async_save` covers the writing alone, in a pool of threads that a process waits for
-at its end: hashes, votes, rename and pruning would need a second thread behind each of its
-futures. So one thread of ours (`saver.py`) does all of it, through the same writer.
+torch's own `async_save` does only the writing, in a thread pool that the process waits for at its
+end. Hashes, votes, rename and pruning would need a second thread for each of its futures. So one
+thread of our own (`saver.py`) does everything, with the same storage writer.
 """
 
 from __future__ import annotations
@@ -45,12 +45,12 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Retention:
-    """Which checkpoints stay when a new one is there."""
+    """Rule for the older checkpoints to keep after a save."""
 
     keep: int
-    """Newest valid ones."""
+    """Number of newest valid checkpoints to keep."""
     keep_every_steps: int | None = None
-    """Also the first one of every stretch of so many steps, for good; None: no such."""
+    """Also keep the first checkpoint of every N steps permanently; None: no others."""
 
 
 def write_checkpoint(
@@ -60,17 +60,20 @@ def write_checkpoint(
     retention: Retention,
     group: dist.ProcessGroup,
 ) -> Path:
-    """Writes `root/step-N` and prunes older ones; collective over all ranks.
+    """Write `root/step-N` and delete older checkpoints; collective over all ranks.
 
     Args:
-        root: the run's `checkpoints` folder, on a file system that all ranks share.
-        tensors: this rank's part, on the host.
-        state: the scalars, the same on all ranks.
-        retention: which older ones stay.
-        group: all ranks, over gloo; nobody else may use it meanwhile.
+        root: The run's `checkpoints` folder, on a file system that all ranks share.
+        tensors: This rank's part, on the host.
+        state: The scalars, the same on all ranks.
+        retention: Which older checkpoints to keep.
+        group: A gloo group of all ranks that nothing else uses during the save.
+
+    Returns:
+        The folder of the new checkpoint.
 
     Raises:
-        CheckpointError: some rank could not write; nothing then replaces the older ones.
+        CheckpointError: If any rank failed; raised on all ranks. Older checkpoints are untouched.
     """
     final = root / checkpoint_name(state.step)
     temporary = root / f"{final.name}.tmp"
@@ -78,7 +81,7 @@ def write_checkpoint(
     together = _Together(group)
     together(lambda: _prepare(root, temporary) if is_first else None, "prepare", temporary)
     together(lambda: _write(temporary, tensors, state, group), "write", temporary)
-    # On a network file system one rank's listing may lack what another has just written.
+    # On a network file system, one rank may not yet see files that another has just written.
     seen = together(lambda: payload_files(temporary), "list", temporary)
     names = sorted(set().union(*seen))
     entries = together(lambda: _hash_share(temporary, names), "hash", temporary)
@@ -95,28 +98,39 @@ def write_checkpoint(
 
 
 class _Together:
-    """Votes of all ranks over one group."""
+    """Runs an action on all ranks, and raises on all of them if any rank failed."""
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         self._group = group
 
     def __call__(self, action: Callable[[], T], what: str, folder: Path) -> list[T]:
-        """Every rank's result of `action`, once all have succeeded; else an error on all of them.
+        """Run `action` on this rank and exchange the outcomes; collective.
 
-        Only `action` may fail, and it calls no collective that the other ranks would miss.
+        If `action` fails, it must not leave other ranks waiting in a collective of its own.
+
+        Args:
+            action: The function to run.
+            what: Verb that names the stage in an error.
+            folder: Folder to name in an error.
+
+        Returns:
+            The results of all ranks, in the order of ranks.
+
+        Raises:
+            CheckpointError: If `action` failed on any rank; raised on all ranks.
         """
         outcome: tuple[T | None, str]
         try:
             outcome = (action(), "")
-        except Exception as error:  # the vote reports it on every rank
+        except Exception as error:  # exchanged below, and raised on every rank
             outcome = (None, f"{type(error).__name__}: {error}")
         votes: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(votes, outcome, group=self._group)
         bad = [f"rank {rank}: {problem}" for rank, (_, problem) in enumerate(votes) if problem]
         if bad:
             raise CheckpointError(
-                f"cannot {what} {folder}: {'; '.join(bad)}; free space or fix the folder's "
-                "rights, then run the same command again: older checkpoints are untouched"
+                f"cannot {what} {folder}: {'; '.join(bad)}; free disk space or fix the folder's "
+                "permissions, then run the same command again; older checkpoints are untouched"
             )
         return [result for result, _ in votes]
 
@@ -137,7 +151,7 @@ def _write(
         if rank in failures:
             raise failures[rank]
         if failures:
-            return  # the vote names the ranks, and none of them writes the next part
+            return  # the ranks that failed raise; no rank writes the next part
     if rank == 0:
         write_json(temporary / STATE, state.to_json())
 
@@ -145,8 +159,8 @@ def _write(
 def _save_tensors(
     folder: Path, tensors: dict[str, torch.Tensor], group: dist.ProcessGroup
 ) -> dict[int, BaseException]:
-    """What ranks failed with; the same on all ranks."""
-    # The writer builds each file in memory first: a matrix to a file bounds what that takes.
+    """Write tensors through torch's storage writer; returns the errors by rank, on all ranks."""
+    # The writer builds each file in memory first, so give each matrix a file of its own.
     matrices = sorted(name for name, tensor in tensors.items() if tensor.dim() == 2)
     files = {name: 1 for name in tensors} | {name: 2 + i for i, name in enumerate(matrices)}
     writer = dcp.HuggingFaceStorageWriter(
@@ -154,13 +168,14 @@ def _save_tensors(
     )
     try:
         dcp.save(tensors, storage_writer=writer, process_group=group)
-    except dcp.CheckpointException as error:  # no Exception: it would pass the vote by
+    # CheckpointException is a BaseException: uncaught, it would bypass the vote of the ranks.
+    except dcp.CheckpointException as error:
         return {rank: failure for rank, (failure, _) in error.failures.items()}
     return {}
 
 
 def _hash_share(temporary: Path, names: list[str]) -> dict[str, dict[str, object]]:
-    """This rank's share of the manifest of all `names`."""
+    """Return the manifest entries of this rank's share of `names`."""
     return {
         name: {"bytes": (temporary / name).stat().st_size, "sha256": hash_file(temporary / name)}
         for name in names[dist.get_rank() :: dist.get_world_size()]
@@ -168,11 +183,11 @@ def _hash_share(temporary: Path, names: list[str]) -> dict[str, dict[str, object
 
 
 def _publish(temporary: Path, final: Path, step: int, files: dict[str, dict[str, object]]) -> None:
-    """Manifest, rename, `latest`."""
+    """Write the manifest, flush the folders, rename the checkpoint and update `latest`."""
     write_json(temporary / MANIFEST, {"schema": SCHEMA, "step": step, "files": files})
     for folder in (temporary / WEIGHTS, temporary / OPTIMIZER, temporary):
         fsync_path(folder)
-    if final.exists():  # a damaged one of the same step, passed over when the run resumed
+    if final.exists():  # a damaged checkpoint of the same step, skipped when the run resumed
         shutil.rmtree(final)
     os.rename(temporary, final)
     fsync_path(final.parent)
@@ -180,7 +195,11 @@ def _publish(temporary: Path, final: Path, step: int, files: dict[str, dict[str,
 
 
 def _remove(old: Path) -> None:
-    """Deletes a checkpoint at once: one that is killed halfway is none, not a damaged one."""
+    """Delete a checkpoint.
+
+    It is renamed first: if the process dies while deleting, what is left does not count as a
+    damaged checkpoint.
+    """
     doomed = old.with_name(f"{old.name}.old.tmp")
     try:
         os.rename(old, doomed)

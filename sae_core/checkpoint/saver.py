@@ -1,4 +1,4 @@
-"""When training waits for a checkpoint and when it does not: a copy, then a thread that writes."""
+"""Save checkpoints in the background: copy to the host, then write in a thread."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ from sae_core.mesh import Mesh
 
 
 class CheckpointSaver:
-    """Saves one checkpoint after the other; all ranks call the same methods in the same order.
+    """Saves checkpoints, one at a time. All ranks must call the same methods in the same order.
 
-    A save copies this rank's share to the host and returns; files, hashes, votes, rename and
-    pruning happen in a thread with a process group that nobody else uses. One save runs at a time:
-    the next one waits for it, which counts as pause.
+    A save copies this rank's share to the host and returns. Files, hashes, votes, rename and
+    pruning happen in a thread, with a process group of its own. If the last save is still running,
+    the next one waits for it; this counts towards `pause_s`.
 
     Args:
-        root: the run's `checkpoints` folder.
-        config: whether in the background, and what stays.
-        mesh: of the training.
-        device: where the parameters are.
-        batch_tokens: tokens of a step.
+        root: The run's `checkpoints` folder.
+        config: Whether to write in the background, which checkpoints to keep, and the time limit.
+        mesh: The trainer's mesh.
+        device: Device of the parameters.
+        batch_tokens: Tokens in a global batch.
     """
 
     def __init__(
@@ -47,25 +47,27 @@ class CheckpointSaver:
         self._retention = Retention(
             config.keep, None if every is None else max(1, every // batch_tokens)
         )
-        self._root, self._asynchronous = root, config.asynchronous
+        self._root = root
+        self._asynchronous = config.asynchronous
         self._timeout_s = config.timeout_s
         self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=config.timeout_s))
         self._copy = HostCopy(mesh, device, keep=config.asynchronous)
         self._writing: _Background | None = None
         self._waiting = False
         self.last_began = time.monotonic()
-        """When the newest save began, or training; `time.monotonic`."""
+        """`time.monotonic()` at the start of the newest save, or of training before the first."""
         self.saves = 0
+        """Number of saves begun."""
         self.pause_s = 0.0
-        """What training has waited for checkpoints so far."""
+        """Seconds that training has waited for checkpoints so far."""
         self.writing_s = 0.0
-        """What finished saves took beside their copy."""
+        """Seconds that finished saves took in the background, without the copy."""
 
     def save(self, engines: list[SAEEngine], state: CheckpointState) -> None:
-        """Begins to save; the engines may go on when it returns.
+        """Begin a save. The engines may be changed as soon as it returns.
 
         Raises:
-            CheckpointError: the save before this one could not be written; on all ranks.
+            CheckpointError: If the previous save failed; raised on all ranks.
         """
         self.wait()
         with self._pausing():
@@ -80,10 +82,10 @@ class CheckpointSaver:
             self.wait()
 
     def wait(self) -> None:
-        """Returns once the save that runs, if any, is published and older ones are pruned.
+        """Wait until the running save, if any, is published and older checkpoints are deleted.
 
         Raises:
-            CheckpointError: it could not be written; on all ranks.
+            CheckpointError: If it failed; raised on all ranks.
         """
         if self._writing is None:
             return
@@ -98,16 +100,18 @@ class CheckpointSaver:
 
     @property
     def waits(self) -> int:
-        """A number that moves on while training waits for a save within `checkpoint.timeout_s`.
+        """Counter that keeps changing while training waits for a save.
 
-        Bytes in the folder would not do: the longest part may be the flush, or another rank's.
+        The watchdog reads it, so that such a wait does not count as a hang. It stays 0 once the
+        save has taken longer than `checkpoint.timeout_s`. It follows the clock and not the bytes
+        written, because the longest part of a save may be the flush, or the work of another rank.
         """
         taken_s = time.monotonic() - self.last_began
         return int(10 * taken_s) + 1 if self._waiting and taken_s < self._timeout_s else 0
 
     @property
     def failed(self) -> bool:
-        """Whether the save that ran last failed here, and `wait` would raise at once."""
+        """True if the last save has failed on this rank, so that `wait` would raise at once."""
         return self._writing is not None and self._writing.error is not None
 
     @contextmanager
@@ -118,9 +122,9 @@ class CheckpointSaver:
 
 
 class _Background(threading.Thread):
-    """Runs an action and keeps what it raised.
+    """Thread that runs an action and keeps the error it raised.
 
-    A daemon: when a rank leaves because of an error, what it was writing is not waited for.
+    It is a daemon thread: a rank that exits because of an error does not wait for a save.
     """
 
     def __init__(self, action: Callable[[], object]) -> None:
@@ -130,10 +134,10 @@ class _Background(threading.Thread):
         self.seconds = 0.0
 
     def run(self) -> None:
-        """The thread's body."""
+        """Run the action, and record its error and duration."""
         began = time.perf_counter()
         try:
             self._action()
-        except BaseException as error:  # noqa: BLE001 - raised again in the training thread
+        except BaseException as error:  # raised again by `wait`, in the training thread
             self.error = error
         self.seconds = time.perf_counter() - began

@@ -1,4 +1,4 @@
-"""The copy of a checkpoint on the host: taken between two steps, written while training goes on."""
+"""Copy a checkpoint to host memory between two steps, so that training can continue meanwhile."""
 
 from __future__ import annotations
 
@@ -15,35 +15,39 @@ from sae_core.mesh import Mesh, row_range
 
 
 class HostTensors(NamedTuple):
-    """What this rank writes; the names are those of `sae_core.checkpoint.tensors`."""
+    """The tensors that this rank writes, named as in `sae_core.checkpoint.tensors`."""
 
     weights: dict[str, torch.Tensor]
+    """Parameters and buffers."""
     optimizer: dict[str, torch.Tensor]
+    """Adam's moments."""
 
 
 class HostCopy:
-    """This rank's share of a checkpoint in host memory, in buffers that every save uses again.
+    """This rank's share of a checkpoint in host memory, in buffers that are reused by every save.
 
-    Replicas hold the same rows, so each copies and writes its own part of them: row r of the
-    global tensor lies with latent shard first, then with data replica.
+    Data replicas hold the same rows, so each of them copies and writes only a part. The rows of a
+    global tensor are divided over the latent shards first, and then over the data replicas.
 
     Args:
-        mesh: of the training.
-        device: where the parameters are; buffers for CUDA are pinned.
-        keep: copy also what lies in host memory already. Without, the tensors may be the
-            parameters' own memory, and training must wait until they are written.
+        mesh: The trainer's mesh.
+        device: Device of the parameters. Buffers for CUDA tensors are pinned.
+        keep: Also copy tensors that are already in host memory. If False, the result may share
+            memory with the parameters, and training must wait until it is written.
     """
 
     def __init__(self, mesh: Mesh, device: torch.device, keep: bool) -> None:
-        self._mesh, self._device, self._keep = mesh, device, keep
+        self._mesh = mesh
+        self._device = device
+        self._keep = keep
         ranks = torch.arange(mesh.n_data * mesh.n_latent).view(mesh.n_data, mesh.n_latent)
         self._devices = DeviceMesh("cpu", ranks.T.contiguous())
         self._buffers: dict[str, torch.Tensor] = {}
 
     def take(self, engines: list[SAEEngine]) -> HostTensors:
-        """Weights, buffers and moments of all SAEs as they are now; collective under ZeRO 1.
+        """Copy weights, buffers and moments of all SAEs to the host; collective under ZeRO 1.
 
-        Row-sharded tensors come as DTensors over this rank's rows, others whole.
+        Row-sharded tensors become DTensors over this rank's rows; others are whole.
         """
         taken = HostTensors({}, {})
         for engine in engines:
@@ -69,7 +73,7 @@ class HostCopy:
             return
         start, stop = row_range(len(tensor), self._mesh.data_rank, self._mesh.n_data)
         if start == stop:
-            return  # fewer rows than replicas: the ones before have them all
+            return  # fewer rows than replicas: earlier replicas have them all
         shape = torch.Size((engine.sae.config.n_latents, *tensor.shape[1:]))
         taken[key] = DTensor.from_local(
             self._to_host(key, tensor[start:stop]),
@@ -92,7 +96,10 @@ class HostCopy:
 
 
 def _moments(engine: SAEEngine) -> Iterator[tuple[str, str, torch.Tensor]]:
-    """(parameter, moment, local rows), one parameter at a time: ZeRO 1 gathers each anew."""
+    """Yield (parameter, moment, local rows), one parameter at a time.
+
+    ZeRO 1 gathers full moments on every access, so only one parameter's are held at a time.
+    """
     for name in engine.parameter_names:
         for moment, tensor in engine.moments_of(name).items():
             yield name, moment, tensor

@@ -1,7 +1,7 @@
-"""An SAE's tensors as `DTensor`s over the mesh, which is all that a sharded save or load needs.
+"""View an SAE's tensors as `DTensor`s over the mesh, for loading a checkpoint.
 
-On disk a tensor is its global [L, D], [L] or [D] under `<sae>.<name>`, whatever the mesh or the
-ZeRO stage; every rank reads the rows that its own mesh gives it.
+On disk every tensor has its global shape [L, D], [L] or [D] under the name `<sae>.<name>`, whatever
+the mesh or the ZeRO stage. Each rank reads the rows that it holds in its own mesh.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from sae_core.engine import MOMENTS, SAEEngine
 from sae_core.mesh import Mesh
 
 SHARDED = {"W_enc", "W_dec", "b_enc", "tokens_since_fired"}
-"""Names of what is split over rows."""
+"""Names of the tensors that are split over rows."""
 
 
 def weight_tensors(engines: list[SAEEngine]) -> dict[str, torch.Tensor]:
-    """Parameters and buffers of all SAEs, sharded ones as DTensors over this rank's memory."""
+    """Return parameters and buffers of all SAEs; sharded ones as DTensors on the same memory."""
     return {
         f"{engine.name}.{name}": _global(name, tensor, engine)
         for engine in engines
@@ -28,7 +28,12 @@ def weight_tensors(engines: list[SAEEngine]) -> dict[str, torch.Tensor]:
 def moment_tensors(
     engines: list[SAEEngine], moments: dict[str, dict[str, dict[str, torch.Tensor]]]
 ) -> dict[str, torch.Tensor]:
-    """Adam's moments `{sae: {parameter: {moment: local tensor}}}` as DTensors."""
+    """Return Adam's moments under the names of a checkpoint; sharded ones as DTensors.
+
+    Args:
+        engines: The engines of all SAEs.
+        moments: `{sae: {parameter: {moment: local tensor}}}`.
+    """
     return {
         f"{engine.name}.{parameter}.{moment}": _global(parameter, tensor[moment], engine)
         for engine in engines
@@ -38,7 +43,7 @@ def moment_tensors(
 
 
 def local_part(tensor: torch.Tensor) -> torch.Tensor:
-    """This rank's rows of a DTensor; a plain tensor itself."""
+    """Return this rank's rows of a DTensor, or a plain tensor unchanged."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 

@@ -1,4 +1,4 @@
-"""Everything that is wrong with a checkpoint: its bytes first, then whether they make sense."""
+"""Find everything that is wrong with a checkpoint: damaged files first, then invalid content."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ from sae_core.stored import open_checkpoint
 
 
 def checkpoint_problems(folder: Path) -> list[str]:
-    """A line for each damaged file; of one whose files are whole, what contradicts itself."""
+    """Return one line per problem of a checkpoint; empty if it is valid.
+
+    The content is checked only if all files match the manifest.
+    """
     problems = damages(folder)
     if problems:
         return problems
@@ -24,5 +27,5 @@ def checkpoint_problems(folder: Path) -> list[str]:
     for name, moment in moments.items():
         parameter = weights.get(name.rpartition(".")[0])
         if parameter is None or parameter.shape != moment.shape:
-            problems.append(f"{folder / OPTIMIZER}: {name} is not of the shape of its parameter")
+            problems.append(f"{folder / OPTIMIZER}: shape of {name} differs from its parameter")
     return problems

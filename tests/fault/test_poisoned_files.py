@@ -78,8 +78,10 @@ def test_planted_pickles_are_never_read(checkpoint: Path, marker: Path):
     (checkpoint / "weights" / ".metadata").write_bytes(pickle.dumps(Payload(marker)))
     with pytest.raises(DamagedCheckpointError, match=r"\.metadata: not in the manifest"):
         load_sae(checkpoint)
-    write_manifest(checkpoint)  # anyone can write a manifest
-    with pytest.raises(DamagedCheckpointError, match=r"\.metadata: no file of a checkpoint"):
+    write_manifest(checkpoint)  # the manifest is no secret
+    with pytest.raises(
+        DamagedCheckpointError, match=r"\.metadata: unexpected file in a checkpoint"
+    ):
         load_sae(checkpoint)
     assert not marker.exists()
 
@@ -110,7 +112,7 @@ def test_a_pt_file_is_read_on_request_and_never_runs(tmp_path: Path, marker: Pat
             },
             "encoder.weight: expected a plain tensor",  # a few bytes that claim to be 1 PiB
         ),
-        ({"b_dec": torch.zeros(3)}, "W_enc of shape"),
+        ({"b_dec": torch.zeros(3)}, "W_enc has shape"),
         ({"encoder.bias": [1, 2]}, "TypeError|AttributeError"),
         ({"pre_bias": torch.zeros(4)}, "openai"),
     ],
@@ -215,7 +217,7 @@ def test_row_ranges_that_do_not_cover_a_tensor_are_refused(checkpoint: Path, off
     second.unlink()
     with TensorFileWriter(second, shapes, {SHARDING: json.dumps(table)}):
         pass
-    with pytest.raises(DamagedCheckpointError, match=r"00002-model|twice or not at all"):
+    with pytest.raises(DamagedCheckpointError, match="00002-model|missing or duplicated"):
         read_layout(checkpoint / "weights")
     write_manifest(checkpoint)
     assert checkpoint_problems(checkpoint)
@@ -278,9 +280,9 @@ def test_sizes_that_contradict_the_tensors_are_refused(checkpoint: Path):
     state["saes"][NAME]["n_latents"] = 1 << 40  # claims to be 16 TiB
     path.write_text(json.dumps(state))
     write_manifest(checkpoint)
-    with pytest.raises(DamagedCheckpointError, match="W_enc of shape"):
+    with pytest.raises(DamagedCheckpointError, match="W_enc has shape"):
         load_sae(checkpoint)
-    assert "W_enc of shape" in checkpoint_problems(checkpoint)[0]
+    assert "W_enc has shape" in checkpoint_problems(checkpoint)[0]
 
 
 @pytest.mark.parametrize("text", ["{}" + " " * (1 << 16), "[" * 100_000, '{"a": Infinity}', "{"])
@@ -390,7 +392,7 @@ def test_no_secret_of_the_environment_is_saved(tmp_path: Path, monkeypatch, capf
         ({"normalize_activations": "layer_norm"}, "normalize_activations"),
         ({"k": None}, "k=None"),
         ({"k": 10**9}, "sae.k"),
-        ({"d_sae": 9}, "of shape"),
+        ({"d_sae": 9}, "has shape"),
         ({"metadata": "x"}, "AttributeError"),
     ],
 )
