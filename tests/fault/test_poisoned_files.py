@@ -217,7 +217,7 @@ def test_row_ranges_that_do_not_cover_a_tensor_are_refused(checkpoint: Path, off
     second.unlink()
     with TensorFileWriter(second, shapes, {SHARDING: json.dumps(table)}):
         pass
-    with pytest.raises(DamagedCheckpointError, match="00002-model|missing or duplicated"):
+    with pytest.raises(DamagedCheckpointError, match=r"00002-model|missing or duplicated"):
         read_layout(checkpoint / "weights")
     write_manifest(checkpoint)
     assert checkpoint_problems(checkpoint)

@@ -199,7 +199,9 @@ def test_hostile_metadata_is_refused(tmp_path: Path) -> None:
         header.update(change)
         header["crc32c"] = header_checksum(header)  # valid, so the values must be refused
         file.write_text(json.dumps(document))
-        with pytest.raises(StoreFormatError, match=r"zarr\.json.*(invalid header|schema_version=2)"):
+        with pytest.raises(
+            StoreFormatError, match=r"zarr\.json.*(invalid header|schema_version=2)"
+        ):
             open_store(tmp_path / "s")
 
 
