@@ -22,7 +22,7 @@ $(STAMP): pyproject.toml constraints.txt requirements-demo.txt
 	touch $(STAMP)
 
 peers: ## create .venv-peers with the libraries that exports and benchmarks are compared with
-	PYTHON=$(PYTHON) benchmarks/make_peers_env.sh
+	PYTHON=$(PYTHON) benchmarks/harness/make_peers_env.sh
 
 demo: $(STAMP) ## run the whole pipeline on a small real model (minutes on 2 cores)
 	$(BIN)/python launch.py

@@ -17,24 +17,24 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from conf.schema import RunConfig
+from conf.schema.run import RunConfig
 
 SCALING_LAWS = ("harvest", "sweep", "fit")
 PIPELINE = ("plan", "harvest", "train", "evaluate", "export", "report")
 STAGES = {
-    "plan": "cluster.plan",
-    "harvest": "cluster.harvest",
-    "train": "cluster.train",
-    "evaluate": "analysis.evaluate",
+    "plan": "cluster.planning.stage",
+    "harvest": "cluster.harvest.stage",
+    "train": "cluster.training.stage",
+    "evaluate": "analysis.evaluation.stage",
     "export": "analysis.export",
-    "report": "analysis.report",
-    "verify": "analysis.verify",
-    "repair": "analysis.repair",
-    "reshard": "analysis.reshard",
-    "status": "analysis.status",
-    "sweep": "cluster.sweep",
-    "fit": "analysis.fit",
-    "submit": "cluster.submit",
+    "report": "analysis.pages.run_page",
+    "verify": "cluster.upkeep.verify",
+    "repair": "cluster.upkeep.repair",
+    "reshard": "cluster.upkeep.reshard",
+    "status": "cluster.upkeep.status",
+    "sweep": "cluster.sweep.stage",
+    "fit": "analysis.scaling_laws.stage",
+    "submit": "cluster.jobs.stage",
 }
 HARVEST_AND_TRAIN = "harvest and train"
 """Harvest and train at the same time. The pipeline uses it; it is not a stage for the user."""
@@ -53,9 +53,9 @@ def compose_and_run(composed: DictConfig) -> None:
     """Validate the config, then run its stage, or all stages of the pipeline in order."""
     with _explained():
         from cluster.preemption import on_preemption, raise_interrupted
-        from cluster.run_dir import open_run
-        from conf.cell_names import cell_name
-        from conf.validate import validate
+        from cluster.run_folder.lock import open_run
+        from conf.checks import validate
+        from conf.multirun import cell_name
 
         if HydraConfig.get().mode == RunMode.MULTIRUN:
             composed.name = cell_name(composed.name, HydraConfig.get())
@@ -126,8 +126,8 @@ def _print_config(config: RunConfig) -> None:
 @contextmanager
 def _explained() -> Iterator[None]:
     """Turn expected errors into one message and an exit code; let others through."""
+    from cluster.jobs.slurm.commands import requeue_sweep_cell
     from cluster.preemption import EXIT_PREEMPTED
-    from cluster.slurm import requeue_sweep_cell
     from conf.failure import explain
 
     try:
@@ -155,7 +155,7 @@ def main() -> None:
     # Hydra warns that conf/hydra/launcher overrides the plugin's defaults; this is intended.
     warnings.filterwarnings("ignore", "(?s).*is validated against ConfigStore schema")
     with _explained():
-        from conf.cell_names import with_constants
+        from conf.multirun import with_constants
 
         sys.argv[1:] = with_constants(sys.argv[1:])
         compose_and_run()

@@ -20,30 +20,35 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from activation_store.zarr_hook import register_bfloat16
+from activation_store.format.zarr_registration import register_bfloat16
 
 if TYPE_CHECKING:
-    from activation_store.claim import Claim
-    from activation_store.cursors import (
+    from activation_store.consumers.cursors import (
         Consumer,
         ConsumerState,
         consumers,
         lead_items,
         remove_consumer,
     )
-    from activation_store.diagnose import ShuffleQuality, shuffle_quality
+    from activation_store.consumers.retention import delete_consumed
     from activation_store.errors import DeletedDataError
-    from activation_store.header import Calibration, StoreHeader
-    from activation_store.lookup import DocumentRows, find_documents, find_rows, take_rows
-    from activation_store.mixture import MixtureStream, check_mixture
-    from activation_store.record import ItemRecord, Statistics
-    from activation_store.repair import RepairReport, repair_store
-    from activation_store.retention import delete_consumed
-    from activation_store.rows import LoadedBlock, LoadedRows
-    from activation_store.store import Store, open_store, store_exists
-    from activation_store.stream import ShuffledStream, StagedBatch, StagedStream, StreamBatch
-    from activation_store.verify import Damage, verify_store
-    from activation_store.writer import StoreWriter
+    from activation_store.format.header import Calibration, StoreHeader
+    from activation_store.format.item_record import ItemRecord, Statistics
+    from activation_store.maintenance.repair import RepairReport, repair_store
+    from activation_store.maintenance.shuffle_quality import ShuffleQuality, shuffle_quality
+    from activation_store.maintenance.verify import Damage, verify_store
+    from activation_store.reading.blocks import LoadedBlock, LoadedRows
+    from activation_store.reading.lookup import DocumentRows, find_documents, find_rows, take_rows
+    from activation_store.reading.mixture import MixtureStream, check_mixture
+    from activation_store.reading.store import Store, open_store, store_exists
+    from activation_store.reading.stream import (
+        ShuffledStream,
+        StagedBatch,
+        StagedStream,
+        StreamBatch,
+    )
+    from activation_store.writing.claim import Claim
+    from activation_store.writing.writer import StoreWriter
 
 _HOMES = {
     "Claim": "claim",

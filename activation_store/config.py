@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
-from activation_store.errors import StoreConfigError
+from foundation.errors import StoreConfigError
 
 
 @dataclass

@@ -7,26 +7,6 @@ class StoreError(Exception):
     """Base class of all errors that this package raises."""
 
 
-class StoreConfigError(StoreError, ValueError):
-    """An invalid setting or argument.
-
-    Args:
-        key: Name of the setting or argument.
-        value: The value that was given.
-        expected: Noun phrase that completes "expected ...".
-        remedy: What the user should do, if that is not obvious.
-    """
-
-    def __init__(self, key: str, value: object, expected: str, remedy: str = "") -> None:
-        message = f"{key}={value!r}: expected {expected}"
-        super().__init__(f"{message}; {remedy}" if remedy else message)
-        self._arguments = (key, value, expected, remedy)
-
-    def __reduce__(self) -> tuple[type, tuple[str, object, str, str]]:
-        # Errors are pickled between processes; the default would call the class with the message.
-        return type(self), self._arguments
-
-
 class StoreFormatError(StoreError):
     """Not an activation store, a newer schema version, or invalid metadata."""
 

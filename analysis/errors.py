@@ -11,9 +11,5 @@ class ExportError(AnalysisError, ValueError):
     """The SAE cannot be written in another library's format."""
 
 
-class RunFileError(AnalysisError):
-    """A file of the run folder exists but cannot be read; the message names it."""
-
-
 class FitError(AnalysisError, ValueError):
     """No scaling law can be fitted to a sweep; the message says what is missing."""

@@ -39,14 +39,14 @@ from activation_store import (
     StoreWriter,
     open_store,
 )
-from activation_store.header import CODECS
-from benchmarks.one_rank import start_one_rank
+from activation_store.format.header import CODECS
+from benchmarks.harness.one_rank import start_one_rank
+from benchmarks.harness.table import format_table, write_json
+from benchmarks.harness.timing import interleaved
 from benchmarks.quality import base_config, train
-from benchmarks.table import format_table, write_json
-from benchmarks.timing import interleaved
-from cluster.tensors import to_torch
-from sae_core.memory import keep_freed_memory
-from sae_core.trainer import Trainer
+from cluster.training.device_gather import to_torch
+from sae_core.training.malloc import keep_freed_memory
+from sae_core.training.trainer import Trainer
 
 COLUMNS = (
     *("system", "bytes_ratio", "write_ratio", "gathered_ratio", "staged_ratio"),

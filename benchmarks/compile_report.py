@@ -26,19 +26,11 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from sae_core.kernels import (
-    triton_encode,
-    triton_filter,
-    triton_quantise,
-    triton_segments,
-    triton_select,
-    triton_sparse,
-    triton_update,
-)
-from sae_core.kernels.triton_launch import FP_FUSION, LARGEST_ROW
+from sae_core.kernels.triton import encode, filter, quantise, segments, select, sparse, update
+from sae_core.kernels.triton.launch import FP_FUSION, LARGEST_ROW
 
 RESULT = Path("benchmarks/results/kernels-sm90-compile.json")
-_FP8 = triton_quantise.FP8
+_FP8 = quantise.FP8
 _TYPES = {
     torch.bfloat16: "bf16",
     torch.float16: "fp16",
@@ -70,10 +62,10 @@ def configurations() -> Iterator[Configuration]:
     for dtype, precision in (*((dtype, "ieee") for dtype in _TYPES), (torch.float32, "tf32")):
         yield from _encoders(dtype, precision)
     for k in (1, 32, 64, 128, 256, 512):
-        shape = triton_select.select_shape(triton_select.pool_width(k), k)
+        shape = select.select_shape(select.pool_width(k), k)
         types = dict(pool="*i64", counts="*i32", threshold="*fp32", overflow="*i32")
         types |= dict(B="i32", k="i32")
-        kernel = triton_select.select_kernel
+        kernel = select.select_kernel
         yield Configuration(f"select k={k}", kernel, types, shape, unaligned={"B", "k"})
     for weights in ("fp32", "bf16"):
         for d_model in (768, 4096):
@@ -91,7 +83,7 @@ def configurations() -> Iterator[Configuration]:
 
 
 def _encoders(dtype: torch.dtype, precision: str) -> Iterator[Configuration]:
-    tiles = triton_encode.tiles(dtype, precision)
+    tiles = encode.tiles(dtype, precision)
     name = f"{_TYPES[dtype]} {precision}" if dtype == torch.float32 else _TYPES[dtype]
     # The float8 prefilter multiplies outlier columns in bfloat16 (HGMMA), the rest in float8.
     matrix = "HGMMA QGMMA" if dtype == _FP8 else "HGMMA"
@@ -106,10 +98,10 @@ def _encoders(dtype: torch.dtype, precision: str) -> Iterator[Configuration]:
     flags = {"PRECISION": precision, "SPLIT": dtype == _FP8, "WIDEN": False}
     ragged = {"n_rows", "n_latents"}
     sizes = {**tiles.many.options(), **flags}
-    kernel = triton_filter.keys_kernel
+    kernel = filter.keys_kernel
     yield _configuration(f"keys {name}", kernel, types, sizes, matrix, ragged)
-    kernel = triton_filter.filter_kernel
-    flags["WIDTH"] = triton_select.pool_width(32)
+    kernel = filter.filter_kernel
+    flags["WIDTH"] = select.pool_width(32)
     for many, tile in ((False, tiles.few), (True, tiles.many)):
         label = f"filter {'many' if many else 'few'} {name}"
         sizes = {**tile.options(), **flags, "MANY": many}
@@ -118,20 +110,20 @@ def _encoders(dtype: torch.dtype, precision: str) -> Iterator[Configuration]:
 
 def _sparse(weights: str, d_model: int) -> Iterator[Configuration]:
     def sizes(most: int) -> dict[str, Any]:
-        BD = triton_sparse.column_block(d_model, most)
-        return {"BD": BD, "PAIRS": triton_sparse.PAIRS, **FP_FUSION}
+        BD = sparse.column_block(d_model, most)
+        return {"BD": BD, "PAIRS": sparse.PAIRS, **FP_FUSION}
 
     types, label, ragged = _pair_types(weights), f"{weights} D={d_model}", {"B", "n_pairs"}
-    kernel = triton_sparse.decode_kernel
+    kernel = sparse.decode_kernel
     yield _configuration(f"decode {label}", kernel, types, sizes(512), "", ragged)
-    kernel = triton_sparse.decoder_dot_kernel
+    kernel = sparse.decoder_dot_kernel
     yield _configuration(f"decoder_dot {label}", kernel, types, sizes(256), "", ragged)
     yield _decode_error(weights, d_model)
     types = {"matrix": f"*{weights}", "channels": "*i32", "low": "*fp8e4nv", "side": "*bf16"}
     types |= dict.fromkeys(("moved", "squares", "scales"), "*fp32")
     types |= dict.fromkeys(("deviations", "sums"), "fp32")
     types |= dict.fromkeys(("n_rows", "D", "n_side", "width", "side_columns", "stride"), "i32")
-    kernel, shape = triton_quantise.split_kernel, triton_quantise.split_shape(d_model)
+    kernel, shape = quantise.split_kernel, quantise.split_shape(d_model)
     yield _configuration(f"split {label}", kernel, types, shape, "", {"n_rows", "n_side"})
 
 
@@ -143,7 +135,7 @@ def _pair_types(weights: str) -> dict[str, str]:
 
 
 def _decode_error(weights: str, d_model: int) -> Configuration:
-    kernel, shape = triton_sparse.decode_error_kernel, triton_sparse.decode_shape(d_model)
+    kernel, shape = sparse.decode_error_kernel, sparse.decode_shape(d_model)
     name = f"decode_error {weights} D={d_model}"
     return _configuration(name, kernel, _pair_types(weights), shape, "", {"B", "n_pairs"})
 
@@ -158,11 +150,11 @@ def _segment_types(inputs: str) -> dict[str, str]:
 
 def _summed(inputs: str, d_model: int) -> Iterator[Configuration]:
     types = _segment_types(inputs)
-    sizes = {"PIECE": triton_segments.PIECE, **triton_segments.sum_shape(d_model)}
+    sizes = {"PIECE": segments.PIECE, **segments.sum_shape(d_model)}
     kernels = {
-        "piece": triton_segments.piece_kernel,
-        "sum": triton_segments.sum_kernel,
-        "square": triton_update.square_kernel,
+        "piece": segments.piece_kernel,
+        "sum": segments.sum_kernel,
+        "square": update.square_kernel,
     }
     for name, kernel in kernels.items():
         label = f"{name} {inputs} D={d_model}"
@@ -177,9 +169,9 @@ def _update(inputs: str, moments: str, copies: str, d_model: int) -> Configurati
     types |= dict.fromkeys(("numbers", "step", "skip"), "*fp32")
     types |= dict.fromkeys(("lerp", "beta2", "weight2", "eps"), "fp32")
     types |= {"first_latent": "i32"}
-    sizes = {"PIECE": triton_segments.PIECE, **triton_segments.sum_shape(d_model)}
+    sizes = {"PIECE": segments.PIECE, **segments.sum_shape(d_model)}
     sizes |= {"COPIES": bool(copies), "FROM_GRAD": False}
-    kernel = triton_update.update_kernel
+    kernel = update.update_kernel
     name = f"update {inputs} {moments} {copies or 'none'} D={d_model}"
     return _configuration(name, kernel, types, sizes)
 

@@ -20,12 +20,14 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.synthetic_checkpoint import make_checkpoint
-from cluster.environment import ROOT, environment
+from benchmarks.harness.synthetic_checkpoint import make_checkpoint
+from cluster.run_folder.environment import ROOT, environment
 
 WIDTH = 2048
 _BYTES_PER_LATENT = 6 * WIDTH * 4  # two matrices, and two moments of each
-_PREPARED = "import torch, sys, time; from pathlib import Path; from conf.schema import RunConfig"
+_PREPARED = (
+    "import torch, sys, time; from pathlib import Path; from conf.schema.run import RunConfig"
+)
 _PEAK = (
     "print([int(line.split()[1]) * 1024 for line in open('/proc/self/status') "
     "if line.startswith('VmHWM')][0])"

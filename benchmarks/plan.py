@@ -24,17 +24,18 @@ import numpy as np
 
 from activation_store import StoreWriter
 from activation_store.config import StoreConfig
-from benchmarks.errors import BenchmarkError
-from benchmarks.table import format_table, write_json
-from cluster.config import LoggingConfig, ModelConfig
-from cluster.openmp import waiting_variables
-from cluster.planning.config import PlanConfig
+from benchmarks.harness.errors import BenchmarkError
+from benchmarks.harness.table import format_table, write_json
 from cluster.planning.hardware import Hardware
-from cluster.planning.layout import Layout, plan_layout
 from cluster.planning.local import measured
+from cluster.planning.mesh_search import Layout, plan_layout
 from cluster.planning.simulate import Noise, simulate_step
-from conf.run_config import save_config
-from conf.schema import RunConfig
+from cluster.run_folder.saved_config import save_config
+from cluster.training.openmp import waiting_variables
+from conf.schema.logging import LoggingConfig
+from conf.schema.model import ModelConfig
+from conf.schema.plan import PlanConfig
+from conf.schema.run import RunConfig
 from sae_core.config import CheckpointConfig, OptimConfig, ParallelConfig, SAEConfig, TrainConfig
 
 _COLUMNS = ("work", "system", "op", "median_s", "ratio", "tokens_per_s", "peak_bytes", "peak_ratio")

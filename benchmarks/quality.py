@@ -28,23 +28,17 @@ import torch
 import torch.distributed as dist
 
 from activation_store import Store, open_store
-from benchmarks.one_rank import start_one_rank
-from benchmarks.table import format_table, write_json
-from cluster.source import StoreSource
-from sae_core.config import (
-    CheckpointConfig,
-    OptimConfig,
-    SAEConfig,
-    TrainConfig,
-    TrainerConfig,
-)
+from benchmarks.harness.one_rank import start_one_rank
+from benchmarks.harness.table import format_table, write_json
+from cluster.training.store_source import StoreSource
+from sae_core.config import CheckpointConfig, OptimConfig, SAEConfig, TrainConfig, TrainerConfig
+from sae_core.distributed.mesh import Mesh
 from sae_core.kernels.prefilter import Prefilter, uncertified
-from sae_core.kernels.prefilter_bfloat16 import Bfloat16Prefilter
-from sae_core.kernels.prefilter_float8 import Float8Prefilter, SplitRows, joined, split_rows
-from sae_core.kernels.stock import StockKernels
-from sae_core.memory import keep_freed_memory
-from sae_core.mesh import Mesh
-from sae_core.trainer import Trainer
+from sae_core.kernels.stock.body import StockKernels
+from sae_core.kernels.stock.prefilter_bfloat16 import Bfloat16Prefilter
+from sae_core.kernels.triton.prefilter_float8 import Float8Prefilter, SplitRows, joined, split_rows
+from sae_core.training.malloc import keep_freed_memory
+from sae_core.training.trainer import Trainer
 
 SEED = 0
 BATCH_TOKENS = 2048

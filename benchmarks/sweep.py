@@ -22,17 +22,17 @@ import torch
 import torch.distributed as dist
 
 from activation_store import Store
-from activation_store.files import Bytes
-from activation_store.storage import ReadHandle
-from activation_store.storage_local import LocalStorage
-from benchmarks.one_rank import start_one_rank
-from benchmarks.table import format_table, write_json
-from cluster.source import StoreSource
+from activation_store.storage.atomic_files import Bytes
+from activation_store.storage.base import ReadHandle
+from activation_store.storage.local import LocalStorage
+from benchmarks.harness.one_rank import start_one_rank
+from benchmarks.harness.table import format_table, write_json
+from cluster.training.store_source import StoreSource
 from sae_core.config import CheckpointConfig, OptimConfig, SAEConfig, TrainConfig, TrainerConfig
-from sae_core.fan_out import FanOut
-from sae_core.memory import keep_freed_memory
-from sae_core.mesh import Mesh
-from sae_core.trainer import Trainer
+from sae_core.distributed.mesh import Mesh
+from sae_core.training.malloc import keep_freed_memory
+from sae_core.training.shared_source import FanOut
+from sae_core.training.trainer import Trainer
 
 BATCH_TOKENS = 2048
 ROUND_STEPS = 5

@@ -13,21 +13,17 @@ import threading
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from activation_store import (
-    consumers,
-    delete_consumed,
-    open_store,
-    store_exists,
-)
+from activation_store import consumers, delete_consumed, open_store, store_exists
 from activation_store.errors import MissingDataError
-from cluster import harvest, train
 from cluster.errors import PlacementError
+from cluster.harvest import stage as harvest_stage
 from cluster.ray_session import ray_session
-from conf.schema import RunConfig
-from sae_core.errors import ConfigError
+from cluster.training import stage as training_stage
+from conf.schema.run import RunConfig
+from foundation.errors import ConfigError
 
 if TYPE_CHECKING:
-    from cluster.harvest import HarvestJob
+    from cluster.harvest.stage import HarvestJob
 
 _POLL_S = 0.2
 
@@ -35,7 +31,7 @@ _POLL_S = 0.2
 def run(config: RunConfig, run_dir: Path) -> None:
     """Fill the store and train on it; return when both are finished.
 
-    Raises the errors of `cluster.harvest.run` and `cluster.train.run` as well.
+    Raises the errors of `cluster.harvest.stage.run` and `cluster.training.stage.run` as well.
 
     Raises:
         ConfigError: If consumed rows are to be deleted, but training needs more than one pass.
@@ -44,9 +40,9 @@ def run(config: RunConfig, run_dir: Path) -> None:
     from rich.console import Console
 
     console = Console(soft_wrap=True)
-    job = harvest.prepare(config, run_dir, console, live=False)
+    job = harvest_stage.prepare(config, run_dir, console, live=False)
     if job is None:
-        train.run(config, run_dir, console)
+        training_stage.run(config, run_dir, console)
         return
     _check_one_pass(config, job)
     if job.resuming:
@@ -57,7 +53,7 @@ def run(config: RunConfig, run_dir: Path) -> None:
         background.start()
         try:
             background.wait_for_rows()
-            train.run(config, run_dir, console, watch=background.check)
+            training_stage.run(config, run_dir, console, watch=background.check)
             background.join()
             background.check()
         finally:
@@ -106,7 +102,7 @@ class _Harvest(threading.Thread):
     def run(self) -> None:
         """Fill the store; keep an error for `check`."""
         try:
-            harvest.fill(self._job, self._may_start)
+            harvest_stage.fill(self._job, self._may_start)
         except BaseException as error:  # `check` raises it again in the driver's thread
             self._error = error
 
@@ -140,7 +136,7 @@ class _Harvest(threading.Thread):
         if most is None or item is None:
             return True
         states = consumers(self._job.store).values()
-        if not states and train.finished(self._job.config, self._job.run_dir):
+        if not states and training_stage.finished(self._job.config, self._job.run_dir):
             return True  # no trainer is left to wait for
         slowest = min((state.next_item for state in states), default=0)
         return item < slowest + most or not self._can_be_sampled()

@@ -7,20 +7,8 @@ class ClusterError(Exception):
     """Base class of the errors that this package raises on purpose."""
 
 
-class ModelError(ClusterError):
-    """The language model or its tokenizer could not be loaded, or a hookpoint was not found."""
-
-
-class TextError(ClusterError):
-    """The text could not be read, or there is too little of it."""
-
-
 class NonFiniteRowsError(ClusterError):
     """The language model produced NaN or infinite activations, which were not stored."""
-
-
-class RunDirError(ClusterError):
-    """The run folder is in use by another process, or belongs to a run with another config."""
 
 
 class PlacementError(ClusterError):

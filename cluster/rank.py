@@ -20,23 +20,25 @@ import torch
 import torch.distributed as dist
 
 from activation_store.errors import StoreError
-from cluster.cohort import Member, train_members
-from cluster.cursor import let_go
-from cluster.environment import environment
 from cluster.errors import ClusterError, PreemptedError
-from cluster.metric_sinks import MetricSinks
 from cluster.preemption import EXIT_PREEMPTED, StopRequest, on_preemption
-from cluster.pulses import pulse_file
-from cluster.run_dir import CONFIG, ENVIRONMENT, rank_lock
-from cluster.sweep_config import SweepConfig
-from cluster.sweep_record import forget
-from cluster.training_line import training_costs
-from cluster.watchdog import Watchdog
-from conf.run_config import load_config
-from conf.schema import RunConfig
-from sae_core.atomic import write_json
-from sae_core.errors import ConfigError, SAEError
-from sae_core.memory import keep_freed_memory
+from cluster.run_folder.environment import environment
+from cluster.run_folder.files import CONFIG, ENVIRONMENT
+from cluster.run_folder.lock import rank_lock
+from cluster.run_folder.saved_config import load_config
+from cluster.run_folder.sweep_record import forget
+from cluster.training.group import Member, train_members
+from cluster.training.heartbeats import pulse_file
+from cluster.training.metric_sinks import MetricSinks
+from cluster.training.progress_line import training_costs
+from cluster.training.store_cursor import let_go
+from cluster.training.watchdog import Watchdog
+from conf.schema.run import RunConfig
+from conf.schema.sweep import SweepConfig
+from foundation.atomic_files import write_json
+from foundation.errors import ConfigError
+from sae_core.errors import SAEError
+from sae_core.training.malloc import keep_freed_memory
 
 _ENVIRONMENT = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 """Variables that give this rank's place among all ranks, as torchrun sets them."""
@@ -46,7 +48,7 @@ def run_rank(run_dir: Path, console: bool = False, cells: Sequence[str] = ()) ->
     """Train to the end of the run, resuming from its newest valid checkpoint.
 
     In a sweep, train a group of cells at the same time from one row stream. If a cell ends early,
-    the reason is in its folder (`cluster.sweep_record`).
+    the reason is in its folder (`cluster.run_folder.sweep_record`).
 
     The rank's place among all ranks is read from the environment: RANK, WORLD_SIZE, LOCAL_RANK,
     MASTER_ADDR, MASTER_PORT.

@@ -6,9 +6,9 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from cluster.config import ClusterConfig
 from cluster.errors import PlacementError
 from cluster.preemption import signals_kept
+from conf.schema.cluster import ClusterConfig
 
 OBJECT_STORE_BYTES = 128 << 20
 """Small, because only row counts and metrics pass through Ray; activations bypass it."""

@@ -17,7 +17,7 @@ from activation_store.errors import (
     StoreBusyError,
     StoreError,
 )
-from analysis.errors import AnalysisError, RunFileError
+from analysis.errors import AnalysisError
 from cluster.errors import (
     ClusterError,
     PreemptedError,
@@ -26,7 +26,8 @@ from cluster.errors import (
     SweepFailedError,
 )
 from cluster.preemption import EXIT_PREEMPTED, Interrupted
-from conf.schema import RunConfig
+from cluster.run_folder.errors import RunFileError
+from conf.schema.run import RunConfig
 from sae_core.errors import CheckpointError, NonFiniteLossError, SAEError
 
 EXIT_FAILED, EXIT_BAD_INPUT = 1, 2

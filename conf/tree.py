@@ -8,7 +8,7 @@ from omegaconf import OmegaConf
 from rich.markup import escape
 from rich.tree import Tree
 
-from conf.schema import RunConfig
+from conf.schema.run import RunConfig
 
 
 def config_tree(config: RunConfig) -> Tree:

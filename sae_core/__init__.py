@@ -4,8 +4,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from sae_core.inference import SAE, load_sae
-    from sae_core.source import ActivationSource, Batch
-    from sae_core.trainer import Trainer
+    from sae_core.training.source import ActivationSource, Batch
+    from sae_core.training.trainer import Trainer
 
 __all__ = ["SAE", "ActivationSource", "Batch", "Trainer", "load_sae"]
 

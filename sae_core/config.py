@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from sae_core.errors import ConfigError
+from foundation.errors import ConfigError
 
 
 @dataclass

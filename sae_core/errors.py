@@ -7,29 +7,6 @@ class SAEError(Exception):
     """Base class of every error that this package raises on purpose."""
 
 
-class ConfigError(SAEError, ValueError):
-    """An invalid setting.
-
-    The message reads `key=value: expected {expected}; {remedy}`.
-
-    Args:
-        key: Full name of the config key.
-        value: Its value.
-        expected: Noun phrase for the valid values.
-        remedy: Imperative sentence that says what to do; may be empty.
-    """
-
-    def __init__(self, key: str, value: object, expected: str, remedy: str = "") -> None:
-        message = f"{key}={value!r}: expected {expected}"
-        super().__init__(f"{message}; {remedy}" if remedy else message)
-        self._arguments = (key, value, expected, remedy)
-
-    def __reduce__(self) -> tuple[type, tuple[str, object, str, str]]:
-        # Errors are sent between processes. The default would rebuild this class from its message
-        # alone, which is not what the constructor takes.
-        return type(self), self._arguments
-
-
 class CheckpointError(SAEError):
     """A checkpoint could not be written, or no valid checkpoint could be read."""
 

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from sae_core import peer_files
+from sae_core import peer_formats
+from sae_core.checkpoint.stored_sae import ROWS, StoredSAE, open_sae
 from sae_core.config import SAEConfig
 from sae_core.errors import ShapeError
 from sae_core.kernels import compact, get_kernels
-from sae_core.stored import ROWS, StoredSAE, open_sae
 
 
 class SAE(nn.Module):
@@ -141,7 +141,7 @@ def load_sae(
         CheckpointError: If no SAE is found, it is damaged, or `name` is not in the checkpoint.
     """
     path = Path(path)
-    foreign = peer_files.find(path)
+    foreign = peer_formats.find(path)
     stored = open_sae(path, name, verify_hashes) if foreign is None else foreign(path, allow_pt)
     tensors = {name: stored.whole(name) for name in ROWS}
     return SAE(

@@ -6,13 +6,13 @@ import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from analysis.runs import METRIC_NAMES
-from analysis.text import value_text
+from analysis.evaluation.metrics import METRIC_NAMES
+from analysis.number_format import value_text
 
 if TYPE_CHECKING:
-    from analysis.export.source import Source
-    from conf.schema import RunConfig
-    from sae_core.stored import StoredSAE
+    from analysis.origin import Source
+    from conf.schema.run import RunConfig
+    from sae_core.checkpoint.stored_sae import StoredSAE
 
 # Licences of the model and the text in the shipped configs.
 KNOWN_LICENCES = {

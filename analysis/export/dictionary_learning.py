@@ -16,12 +16,12 @@ from typing import IO, TYPE_CHECKING, Any
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from sae_core.atomic import write_json
-from sae_core.tensor_file import BLOCK_BYTES, Entry, write_at, write_columns_at
+from foundation.atomic_files import write_json
+from sae_core.checkpoint.safetensors_file import BLOCK_BYTES, Entry, write_at, write_columns_at
 
 if TYPE_CHECKING:
-    from analysis.export.source import Source
-    from sae_core.stored import StoredSAE
+    from analysis.origin import Source
+    from sae_core.checkpoint.stored_sae import StoredSAE
 
 
 def write_dictionary_learning(sae: StoredSAE, source: Source, folder: Path) -> None:

@@ -8,12 +8,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sae_core.atomic import write_json
-from sae_core.stored import write_rows
+from foundation.atomic_files import write_json
+from sae_core.checkpoint.stored_sae import write_rows
 
 if TYPE_CHECKING:
-    from analysis.export.source import Source
-    from sae_core.stored import StoredSAE
+    from analysis.origin import Source
+    from sae_core.checkpoint.stored_sae import StoredSAE
 
 
 def write_sparsify(sae: StoredSAE, source: Source, folder: Path) -> None:

@@ -22,11 +22,11 @@ import torch
 import torch.distributed as dist
 
 from cluster.planning.hardware import Link, Rates
-from sae_core.atomic import write_json
+from foundation.atomic_files import write_json
 from sae_core.kernels import AdamStep, RowState, SparseGradient, compact, get_kernels
-from sae_core.kernels.prefilter_bfloat16 import weight_parts
-from sae_core.kernels.stock_encode import streamed_topk
-from sae_core.memory import keep_freed_memory
+from sae_core.kernels.stock.encode import streamed_topk
+from sae_core.kernels.stock.prefilter_bfloat16 import weight_parts
+from sae_core.training.malloc import keep_freed_memory
 
 _L, _D, _B, _K = 32768, 512, 1024, 32
 """Shape of the measured step: latents, d_model, batch rows, active latents per row."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from cluster.planning.config import PlanConfig
+from conf.schema.plan import PlanConfig
 
 GIB = 2**30
 _PRODUCT_SHARE = 0.8
@@ -18,7 +18,7 @@ _NVLINK_SHARE = 0.8
 """NCCL's all-reduce reaches about 360 of 450 GB/s inside an H100 node."""
 _NETWORK_SHARE = 0.9
 _EPILOGUE = 1.2
-"""Time of the encoder over that of its bare product; benchmarks/NOTES-kernels.md predicts 1.1 to
+"""Time of the encoder over that of its bare product; benchmarks/notes/kernels.md predicts 1.1 to
 1.35."""
 
 
@@ -139,7 +139,7 @@ def gpu(plan: PlanConfig) -> Hardware:
             product_flops=chip.tflops * 1e12 * _PRODUCT_SHARE / _EPILOGUE,
             split_bytes=memory,
             select=float("inf"),
-            # Issue slots of the selection on Hopper (benchmarks/NOTES-kernels.md), scaled to other
+            # Issue slots of the selection on Hopper (benchmarks/notes/kernels.md), scaled to other
             # GPUs by their peak.
             row_s=0.4e-3 / 32768 * 989 / chip.tflops,
             gather_bytes=memory,

@@ -12,15 +12,16 @@ from typing import Any
 
 import torch
 
-from cluster.cache import digest
-from cluster.environment import hardware as described
-from cluster.environment import memory_bytes
 from cluster.errors import ClusterError
-from cluster.openmp import waiting_variables
-from cluster.planning.config import HARDWARE, PlanConfig
+from cluster.language_model.cache import digest
 from cluster.planning.hardware import GIB, Hardware, Link, Rates, gpu
-from sae_core.atomic import write_json
-from sae_core.errors import ConfigError
+from cluster.run_folder.environment import hardware as described
+from cluster.run_folder.environment import memory_bytes
+from cluster.training.openmp import waiting_variables
+from conf.schema.plan import HARDWARE, PlanConfig
+from conf.schema.run import RunConfig
+from foundation.atomic_files import write_json
+from foundation.errors import ConfigError
 
 _VERSION = 3
 """Version of the measurements; raise it when they change."""
@@ -29,7 +30,7 @@ _ALL_RANKS = 1 << 20
 _PROCESS_BYTES = 0.45 * GIB
 """Fixed memory of a rank: 308 MiB after all imports. The rest is the engine, oneDNN's scratch
 memory, the store and the checkpoint writer, measured as the remainder after all counted parts
-(benchmarks/NOTES-plan.md)."""
+(benchmarks/notes/plan.md)."""
 
 
 def local(plan: PlanConfig, cache_dir: Path, device: str, *, measure: bool) -> Hardware:
@@ -154,3 +155,17 @@ def _from_json(kept: dict[str, Any]) -> Hardware:
     parts = {"rates": Rates(**kept["rates"])}
     links = {name: Link(**kept[name]) for name in ("node", "network")}
     return Hardware(**{**kept, **parts, **links})
+
+
+def planned_hardware(config: RunConfig, *, measure: bool) -> Hardware:
+    """Return the hardware that `plan.hardware` names.
+
+    Args:
+        config: config of the run.
+        measure: whether to measure this machine if plan.hardware=local and it has not been
+            measured before.
+    """
+    if config.plan.hardware != "local":
+        return gpu(config.plan)
+    cache_dir = Path(config.cache_dir).expanduser()
+    return local(config.plan, cache_dir, config.train.device, measure=measure)

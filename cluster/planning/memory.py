@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from cluster.planning.hardware import Hardware
 from cluster.planning.work import Work
-from sae_core.kernels.stock_encode import PIECE_ELEMENTS
+from sae_core.kernels.stock.encode import PIECE_ELEMENTS
 
 _SELECT_COPIES = 2
 """Copies of a piece of pre-activations: the product, and the part of it that is selected from."""

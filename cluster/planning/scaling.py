@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import replace
 
 from cluster.planning.hardware import Hardware
-from cluster.planning.layout import Layout, plan_layout
+from cluster.planning.mesh_search import Layout, plan_layout
 from cluster.planning.simulate import Cadence, Noise, simulate_run, simulate_step
 from cluster.planning.step_time import compute_seconds
 from cluster.planning.tables import Simulated
-from conf.schema import RunConfig
+from conf.schema.run import RunConfig
+from foundation.errors import ConfigError
 from sae_core.config import ParallelConfig
-from sae_core.errors import ConfigError
 
 _RANKS = (8, 16, 64, 256, 1024, 4096)
 

@@ -1,6 +1,6 @@
 """Time of a step, as a sequence of computations and collectives with the seconds of each.
 
-Bytes and operations of the kernels are counted as in benchmarks/NOTES-kernels.md and NOTES-cpu.md.
+Bytes and operations of the kernels are counted as in benchmarks/notes/kernels.md and NOTES-cpu.md.
 Computations do not overlap with collectives, because the code waits for each collective. Reading
 overlaps with the whole step.
 """
@@ -18,7 +18,7 @@ _FLOAT8_SPEED = 2.0
 _ZERO_WHOLE, _ZERO_PART = 44, 32
 """Bytes that ZeRO 1 moves for each weight of the shard (zeroing, flattening and copying gradients,
 copying parameters twice), and for each weight of the rank's part (averaging, norm, clipping, Adam).
-From a profile of two CPU ranks (benchmarks/NOTES-plan.md)."""
+From a profile of two CPU ranks (benchmarks/notes/plan.md)."""
 _ENCODER_PARTS = {"bfloat16x3": 3, "bfloat16": 1}
 """Depth of the product of a CPU prefilter, as a multiple of d_model."""
 

@@ -8,9 +8,9 @@ from typing import NamedTuple
 from rich.table import Table
 
 from cluster.planning.hardware import GIB, Hardware, shared_among
-from cluster.planning.layout import Layout
 from cluster.planning.links import collectives, crosses_nodes, seconds
-from conf.schema import RunConfig
+from cluster.planning.mesh_search import Layout
+from conf.schema.run import RunConfig
 
 
 class Simulated(NamedTuple):

@@ -9,10 +9,10 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from conf.schema import RunConfig
+from conf.schema.run import RunConfig
+from sae_core.architectures.dictionary_init import default_auxk
 from sae_core.config import ParallelConfig
-from sae_core.initialise import default_auxk
-from sae_core.mesh import row_range
+from sae_core.distributed.mesh import row_range
 
 ITEM_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 _SCALE_BYTES = 4

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from foundation.errors import ConfigError
 from sae_core.architectures.topk import TopKSAE
 from sae_core.config import SAEConfig
-from sae_core.errors import ConfigError
+from sae_core.distributed.mesh import Mesh
 from sae_core.kernels import Kernels
-from sae_core.mesh import Mesh
 
 _ARCHITECTURES = {"topk": TopKSAE}
 

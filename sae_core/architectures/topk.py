@@ -15,35 +15,23 @@ weights.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple, cast
+from typing import cast
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
-from sae_core.autoencode import AuxInput, Dictionary, SparsePlan, sparse_autoencode
+from sae_core.architectures.base import StepOutput
+from sae_core.architectures.dictionary_init import default_auxk, random_unit_rows
+from sae_core.architectures.sparse_autoencode import (
+    AuxInput,
+    Dictionary,
+    SparsePlan,
+    sparse_autoencode,
+)
 from sae_core.config import SAEConfig
-from sae_core.initialise import default_auxk, random_unit_rows
+from sae_core.distributed.mesh import Mesh
 from sae_core.kernels import Kernels
-from sae_core.mesh import Mesh
-
-
-class StepOutput(NamedTuple):
-    """The loss of one step and its metrics; all but `loss` are detached."""
-
-    loss: torch.Tensor
-    """Scalar; the mean over data replicas is the loss of the global batch."""
-    squared_error: torch.Tensor
-    """Scalar: squared error summed over this replica's rows and D, for normalised inputs."""
-    aux_loss: torch.Tensor
-    """Scalar: auxiliary loss before its coefficient.
-
-    It is scaled so that the mean over data replicas is the auxiliary loss of the global batch.
-    """
-    fired: torch.Tensor
-    """[l] bool: local latents that fired on any row of this replica's batch."""
-    n_active: torch.Tensor
-    """Scalar: number of active (row, latent) pairs of this rank."""
 
 
 class TopKSAE(nn.Module):

@@ -1,5 +1,6 @@
 """Sharded checkpoints: safetensors row ranges, JSON state, a manifest of hashes, atomic rename."""
 
+from sae_core.checkpoint.background_saver import CheckpointSaver
 from sae_core.checkpoint.folder import (
     CheckpointState,
     check_manifest,
@@ -8,7 +9,6 @@ from sae_core.checkpoint.folder import (
     read_state,
 )
 from sae_core.checkpoint.load import agreed_checkpoint, load_checkpoint
-from sae_core.checkpoint.saver import CheckpointSaver
 
 __all__ = [
     "CheckpointSaver",

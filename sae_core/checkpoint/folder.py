@@ -23,10 +23,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from sae_core.atomic import read_json
+from foundation.atomic_files import read_json
+from foundation.typed_json import from_json
 from sae_core.config import SAEConfig
 from sae_core.errors import DamagedCheckpointError
-from sae_core.typed import from_json
 
 SCHEMA = 1
 MANIFEST, STATE, LATEST = "manifest.json", "state.json", "latest"

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 
+from sae_core.checkpoint.dtensors import local_part, moment_tensors, weight_tensors
 from sae_core.checkpoint.folder import (
     OPTIMIZER,
     WEIGHTS,
@@ -19,9 +20,8 @@ from sae_core.checkpoint.folder import (
     read_state,
     warn_of_damaged,
 )
-from sae_core.checkpoint.layout import read_layout
-from sae_core.checkpoint.tensors import local_part, moment_tensors, weight_tensors
-from sae_core.engine import SAEEngine
+from sae_core.checkpoint.row_ranges import read_layout
+from sae_core.engine.deepspeed_engine import SAEEngine
 from sae_core.errors import CheckpointError
 
 _SIZES = ("architecture", "n_latents", "hookpoint")

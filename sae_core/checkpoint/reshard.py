@@ -10,7 +10,8 @@ from pathlib import Path
 
 import torch
 
-from sae_core.atomic import fsync_path, write_json
+from foundation.atomic_files import fsync_path, write_json
+from foundation.errors import ConfigError
 from sae_core.checkpoint.folder import (
     MANIFEST,
     OPTIMIZER,
@@ -21,9 +22,9 @@ from sae_core.checkpoint.folder import (
     payload_files,
     read_state,
 )
-from sae_core.checkpoint.layout import SAVED_OFFSETS, SHARDING, StoredTensor, read_layout
-from sae_core.errors import CheckpointError, ConfigError
-from sae_core.tensor_file import TensorFileWriter, rows_per_block
+from sae_core.checkpoint.row_ranges import SAVED_OFFSETS, SHARDING, StoredTensor, read_layout
+from sae_core.checkpoint.safetensors_file import TensorFileWriter, rows_per_block
+from sae_core.errors import CheckpointError
 
 
 def reshard_checkpoint(source: Path, root: Path, n_shards: int) -> Path:

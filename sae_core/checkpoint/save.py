@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 
-from sae_core.atomic import fsync_path, write_json
+from foundation.atomic_files import fsync_path, write_json
 from sae_core.checkpoint.folder import (
     LATEST,
     MANIFEST,
@@ -37,7 +37,7 @@ from sae_core.checkpoint.folder import (
     payload_files,
     prunable,
 )
-from sae_core.checkpoint.staging import HostTensors
+from sae_core.checkpoint.host_copy import HostTensors
 from sae_core.errors import CheckpointError
 
 T = TypeVar("T")

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from sae_core.checkpoint.folder import OPTIMIZER, WEIGHTS, damages, read_state
-from sae_core.checkpoint.layout import read_layout
+from sae_core.checkpoint.row_ranges import read_layout
+from sae_core.checkpoint.stored_sae import open_checkpoint
 from sae_core.errors import CheckpointError
-from sae_core.stored import open_checkpoint
 
 
 def checkpoint_problems(folder: Path) -> list[str]:

@@ -16,7 +16,7 @@ from sae_core.kernels.interface import (
     project,
 )
 from sae_core.kernels.registry import get_kernels
-from sae_core.kernels.stock_update import square_sum
+from sae_core.kernels.stock.update import square_sum
 
 __all__ = [
     "AdamStep",

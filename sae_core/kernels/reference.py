@@ -14,7 +14,7 @@ from sae_core.kernels.interface import (
     SparseGradient,
     SparseLatents,
 )
-from sae_core.kernels.stock_update import StockRowUpdate
+from sae_core.kernels.stock.update import StockRowUpdate
 
 
 class ReferenceKernels:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import torch
 
-from sae_core.errors import ConfigError
+from foundation.errors import ConfigError
 from sae_core.kernels.interface import Kernels
 from sae_core.kernels.prefilter import Prefilter
-from sae_core.kernels.prefilter_bfloat16 import Bfloat16Prefilter, bfloat16_is_fast
 from sae_core.kernels.reference import ReferenceKernels
-from sae_core.kernels.stock import StockKernels
+from sae_core.kernels.stock.body import StockKernels
+from sae_core.kernels.stock.prefilter_bfloat16 import Bfloat16Prefilter, bfloat16_is_fast
 
 
 def get_kernels(
@@ -45,7 +45,7 @@ def get_kernels(
             )
         return StockKernels(compute_dtype, _stock_prefilter(prefilter, compute_dtype))
     if name == "triton":
-        from sae_core.kernels.triton_body import TritonKernels
+        from sae_core.kernels.triton.body import TritonKernels
 
         if prefilter not in ("auto", "none", "float8"):
             raise ConfigError("train.prefilter", prefilter, "none or float8 for kernels=triton")

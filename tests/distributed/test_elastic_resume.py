@@ -10,12 +10,12 @@ from statistics import mean
 import pytest
 import torch
 
-from sae_core.atomic import read_json
+from foundation.atomic_files import read_json
 from sae_core.checkpoint.folder import list_checkpoints, payload_files
-from sae_core.checkpoint.layout import read_layout, read_tensors
 from sae_core.checkpoint.reshard import reshard_checkpoint
-from tests.forked_ranks import CHECKPOINT_FAILED, Ranks
-from tests.trainer_ranks import N_LATENTS, Job, SyntheticSource, config_of, run_job
+from sae_core.checkpoint.row_ranges import read_layout, read_tensors
+from tests.support.forked_ranks import CHECKPOINT_FAILED, Ranks
+from tests.support.trainer_ranks import N_LATENTS, Job, SyntheticSource, config_of, run_job
 
 pytestmark = pytest.mark.distributed
 AT = 25
@@ -114,8 +114,8 @@ def test_a_checkpoint_that_one_rank_cannot_read_fails_all_ranks(
 def _resume(folder: str, seen: list[str]) -> int:
     import torch.distributed as dist
 
-    from sae_core.mesh import Mesh
-    from sae_core.trainer import Trainer
+    from sae_core.distributed.mesh import Mesh
+    from sae_core.training.trainer import Trainer
 
     dist.init_process_group("gloo")
     mesh, job = Mesh.create("cpu", 2, 1), Job(folder, latent=2)

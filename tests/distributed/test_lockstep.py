@@ -10,13 +10,13 @@ import pytest
 import torch
 
 from sae_core.checkpoint.folder import newest_valid, step_of
+from sae_core.distributed.mesh import Mesh
 from sae_core.errors import DivergedError
-from sae_core.fan_out import FanOut
-from sae_core.mesh import Mesh
-from sae_core.together import train_together
-from sae_core.trainer import Report, Trainer
-from tests.forked_ranks import Ranks
-from tests.trainer_ranks import Job, SyntheticSource, config_of
+from sae_core.training.lockstep import train_together
+from sae_core.training.shared_source import FanOut
+from sae_core.training.trainer import Report, Trainer
+from tests.support.forked_ranks import Ranks
+from tests.support.trainer_ranks import Job, SyntheticSource, config_of
 
 pytestmark = pytest.mark.distributed
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from sae_core.checkpoint.folder import list_checkpoints
-from sae_core.checkpoint.layout import read_tensors
-from tests.trainer_ranks import Job, RanksFailed, run_job
+from sae_core.checkpoint.row_ranges import read_tensors
+from tests.support.trainer_ranks import Job, RanksFailed, run_job
 
 pytestmark = pytest.mark.distributed
 

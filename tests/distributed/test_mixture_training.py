@@ -14,17 +14,18 @@ import torch
 
 from activation_store import MixtureStream, StoreWriter, open_store
 from activation_store.config import MixedStore
-from activation_store.errors import DamagedDataError, IncompleteStoreError, StoreConfigError
-from analysis import status, verify
-from cluster import plan
-from cluster.mixture_source import MixtureSource
-from cluster.tensors import to_torch
-from cluster.trainable import check_store
-from conf.run_config import load_config, save_config
-from conf.schema import RunConfig
+from activation_store.errors import DamagedDataError, IncompleteStoreError
+from cluster.planning import stage as planning_stage
+from cluster.run_folder.saved_config import load_config, save_config
+from cluster.training.device_gather import to_torch
+from cluster.training.mixture_source import MixtureSource
+from cluster.training.store_checks import check_store
+from cluster.upkeep import status, verify
+from conf.schema.run import RunConfig
+from foundation.errors import StoreConfigError
 from sae_core.checkpoint.folder import list_checkpoints
-from tests.fault.single_rank import BATCH, EVERY, D, last_state, make_run, make_store, same_end
-from tests.forked_ranks import Ranks
+from tests.support.forked_ranks import Ranks
+from tests.support.single_rank import BATCH, EVERY, D, last_state, make_run, make_store, same_end
 
 pytestmark = pytest.mark.distributed
 
@@ -172,7 +173,7 @@ def test_a_pipeline_refuses_a_store_before_it_harvests(folder: Path, tmp_path: P
     config.store.path = str(tmp_path / "not-yet")
     config.store.mixture = [MixedStore(str(tmp_path / "missing"))]
     with pytest.raises(StoreConfigError, match=r"missing.*expected a store"):
-        plan.run(config, tmp_path)
+        planning_stage.run(config, tmp_path)
 
 
 def test_status_and_verify_cover_every_store(

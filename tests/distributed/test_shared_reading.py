@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.reading_ranks import BATCH, batches_of, read_on_mesh
-from tests.store_cases import write_store
+from tests.support.reading_ranks import BATCH, batches_of, read_on_mesh
+from tests.support.store_cases import write_store
 
 pytestmark = pytest.mark.distributed
 

@@ -11,8 +11,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from sae_core import topk
-from sae_core.mesh import row_range
+from sae_core.distributed import global_topk
+from sae_core.distributed.mesh import row_range
 
 pytestmark = pytest.mark.distributed
 
@@ -46,7 +46,7 @@ def test_traffic_and_selection(n_ranks: int, n_rows: int, tmp_path: Path):
     outputs = [process.communicate(timeout=120)[0] for process in processes]
     assert not any(process.returncode for process in processes)
     for rank, output in enumerate(outputs):
-        assert int(output) == topk.sent_bytes(n_rows, K, n_ranks, rank)
+        assert int(output) == global_topk.sent_bytes(n_rows, K, n_ranks, rank)
 
 
 def _rank(n_rows: int) -> None:
@@ -68,7 +68,7 @@ def _rank(n_rows: int) -> None:
         sent += tensor.numel() * tensor.element_size() * (n_ranks - 1)
         return dist.all_gather_into_tensor(out, tensor, group=group)
 
-    topk.dist = SimpleNamespace(
+    global_topk.dist = SimpleNamespace(
         all_to_all_single=all_to_all_single,
         all_gather_into_tensor=all_gather_into_tensor,
         get_rank=dist.get_rank,
@@ -77,7 +77,7 @@ def _rank(n_rows: int) -> None:
     whole = pre_acts(n_rows)
     start, stop = row_range(L, rank, n_ranks)
     values, latents = whole[:, start:stop].sort(dim=1, descending=True, stable=True)
-    chosen = topk.select_global(values[:, :K], latents[:, :K], K, start, dist.group.WORLD)
+    chosen = global_topk.select_global(values[:, :K], latents[:, :K], K, start, dist.group.WORLD)
     mine = [
         set((row[keep] + start).tolist()) for row, keep in zip(latents[:, :K], chosen, strict=True)
     ]

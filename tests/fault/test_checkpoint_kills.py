@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from sae_core.checkpoint.folder import list_checkpoints, newest_valid, step_of
-from sae_core.checkpoint.layout import read_tensors
-from tests.fault.saving import EVERY, HURT_STEP, STEPS, TOKENS_PER_SAVE, Hurt, train
-from tests.forked_ranks import CHECKPOINT_FAILED, Ranks
-from tests.trainer_ranks import BATCH
+from sae_core.checkpoint.row_ranges import read_tensors
+from tests.support.forked_ranks import CHECKPOINT_FAILED, Ranks
+from tests.support.saving import EVERY, HURT_STEP, STEPS, TOKENS_PER_SAVE, Hurt, train
+from tests.support.trainer_ranks import BATCH
 
 pytestmark = [pytest.mark.slow, pytest.mark.distributed]
 

@@ -17,9 +17,9 @@ import torch
 
 from activation_store import consumers, open_store
 from sae_core.checkpoint.folder import list_checkpoints
-from sae_core.checkpoint.layout import read_tensors
-from tests.object_server import make_bucket, s3_server
-from tests.tiny_models import save_gpt2, write_text
+from sae_core.checkpoint.row_ranges import read_tensors
+from tests.support.object_server import make_bucket, s3_server
+from tests.support.tiny_models import save_gpt2, write_text
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.distributed]
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.fault.single_rank import EVERY, STEPS, make_run, make_store, same_end, train
+from tests.support.single_rank import EVERY, STEPS, make_run, make_store, same_end, train
 
 pytestmark = [pytest.mark.slow, pytest.mark.distributed]
 

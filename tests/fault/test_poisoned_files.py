@@ -17,20 +17,21 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 from analysis.export.saelens import saelens_config
-from analysis.export.source import Source
-from benchmarks.synthetic_checkpoint import NAME, make_checkpoint, write_manifest
-from cluster.metric_sinks import MetricSinks
-from cluster.run_dir import open_run
-from conf.run_config import load_config, save_config
-from conf.schema import RunConfig
-from conf.validate import validate
+from analysis.origin import Source
+from benchmarks.harness.synthetic_checkpoint import NAME, make_checkpoint, write_manifest
+from cluster.run_folder.lock import open_run
+from cluster.run_folder.saved_config import load_config, save_config
+from cluster.training.metric_sinks import MetricSinks
+from conf.checks import validate
+from conf.schema.run import RunConfig
+from foundation.atomic_files import read_json
+from foundation.errors import ConfigError
 from sae_core import load_sae
-from sae_core.atomic import read_json
 from sae_core.checkpoint.folder import check_manifest, newest_valid, read_state
-from sae_core.checkpoint.layout import SHARDING, read_layout
+from sae_core.checkpoint.row_ranges import SHARDING, read_layout
+from sae_core.checkpoint.safetensors_file import TensorFileWriter, read_header
 from sae_core.checkpoint.verify import checkpoint_problems
-from sae_core.errors import CheckpointError, ConfigError, DamagedCheckpointError
-from sae_core.tensor_file import TensorFileWriter, read_header
+from sae_core.errors import CheckpointError, DamagedCheckpointError
 
 L, D = 8, 4
 

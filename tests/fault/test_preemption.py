@@ -18,13 +18,13 @@ import torch
 
 from activation_store import StoreWriter, open_store, store_exists
 from cluster.preemption import EXIT_PREEMPTED
-from conf.run_config import save_config
-from conf.schema import RunConfig
+from cluster.run_folder.saved_config import save_config
+from conf.schema.run import RunConfig
 from sae_core.checkpoint.folder import list_checkpoints, newest_valid, step_of
-from sae_core.checkpoint.layout import read_tensors
+from sae_core.checkpoint.row_ranges import read_tensors
 from sae_core.config import CheckpointConfig, OptimConfig, ParallelConfig, SAEConfig, TrainConfig
-from tests.forked_ranks import Ranks
-from tests.tiny_models import save_gpt2, write_text
+from tests.support.forked_ranks import Ranks
+from tests.support.tiny_models import save_gpt2, write_text
 
 pytestmark = [pytest.mark.slow, pytest.mark.distributed]
 

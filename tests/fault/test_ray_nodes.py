@@ -13,8 +13,8 @@ import pytest
 
 from activation_store import open_store, verify_store
 from tests.fault.test_concurrent import CONCURRENT, command, final, run
-from tests.injection import Injector, ray_nodes, reach
-from tests.tiny_models import save_gpt2, write_text
+from tests.support.injection import Injector, ray_nodes, reach
+from tests.support.tiny_models import save_gpt2, write_text
 
 pytestmark = [
     pytest.mark.ray,

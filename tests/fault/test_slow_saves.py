@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 
 from activation_store import StoreWriter
-from conf.run_config import save_config
-from conf.schema import RunConfig
+from cluster.run_folder.saved_config import save_config
+from conf.schema.run import RunConfig
 from sae_core.checkpoint.folder import newest_valid, step_of
 from sae_core.config import CheckpointConfig, SAEConfig, TrainConfig
-from tests.forked_ranks import Ranks
+from tests.support.forked_ranks import Ranks
 
 pytestmark = [pytest.mark.slow, pytest.mark.distributed]
 

@@ -26,12 +26,12 @@ from hypothesis.stateful import (
 )
 
 from sae_core.checkpoint.folder import checkpoint_name, list_checkpoints, newest_valid, step_of
-from sae_core.checkpoint.layout import read_tensors
 from sae_core.checkpoint.reshard import reshard_checkpoint
-from tests.damage import HARMS, harm_some
-from tests.fault.saving import Hurt, arm
-from tests.forked_ranks import Ranks
-from tests.trainer_ranks import Job, SyntheticSource, config_of
+from sae_core.checkpoint.row_ranges import read_tensors
+from tests.support.damage import HARMS, harm_some
+from tests.support.forked_ranks import Ranks
+from tests.support.saving import Hurt, arm
+from tests.support.trainer_ranks import Job, SyntheticSource, config_of
 
 pytestmark = [pytest.mark.slow, pytest.mark.distributed, pytest.mark.timeout(900)]
 
@@ -108,8 +108,8 @@ class _Rank:
     def __init__(self, folder: str, latent: int, data: int, zero: int) -> None:
         import torch.distributed as dist
 
-        from sae_core.mesh import Mesh
-        from sae_core.trainer import Trainer
+        from sae_core.distributed.mesh import Mesh
+        from sae_core.training.trainer import Trainer
 
         torch.set_num_threads(1)
         dist.init_process_group("gloo")
@@ -147,7 +147,7 @@ class _Rank:
         """Save and prune; rank 0 is killed at `point` unless that is None."""
         import torch.distributed as dist
 
-        from sae_core.checkpoint.saver import CheckpointSaver
+        from sae_core.checkpoint.background_saver import CheckpointSaver
 
         root.mkdir(exist_ok=True)
         if point and dist.get_rank() == 0:

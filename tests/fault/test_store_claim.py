@@ -11,7 +11,7 @@ import pytest
 
 from activation_store import Claim
 from activation_store.errors import StoreBusyError
-from tests.store_cases import write_store
+from tests.support.store_cases import write_store
 
 HOLDER = """
 import sys, time

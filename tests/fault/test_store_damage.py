@@ -14,8 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from activation_store import ShuffledStream, Store, open_store, verify_store
-from activation_store import files as store_files
-from activation_store.codec import ShardLayout
+from activation_store.codecs.sharding import ShardLayout
 from activation_store.errors import (
     DamagedDataError,
     IncompleteStoreError,
@@ -23,8 +22,9 @@ from activation_store.errors import (
     StoreError,
     StoreFormatError,
 )
-from activation_store.sealed import seal, unseal
-from tests.store_cases import expected, item_columns, tree, write_store
+from activation_store.storage import atomic_files as store_files
+from activation_store.storage.checksummed_json import seal, unseal
+from tests.support.store_cases import expected, item_columns, tree, write_store
 
 ARRAYS = {"a": 6, "b": 3}
 ROWS = [16, 5, 16, 9]

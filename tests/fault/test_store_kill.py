@@ -13,9 +13,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from activation_store import StoreWriter, files, open_store, verify_store
-from tests.store_cases import expected, tree, write_store
-from tests.store_processes import (
+from activation_store import StoreWriter, open_store, verify_store
+from activation_store.storage import atomic_files
+from tests.support.store_cases import expected, tree, write_store
+from tests.support.store_processes import (
     ARRAYS,
     DIGEST_BYTES,
     LAYOUT,
@@ -84,7 +85,7 @@ def test_killed_writers_and_readers_lose_and_repeat_nothing(
     path, rng = tmp_path / "s", random.Random(SEED)
     print(f"seed {SEED}")
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["pytest", "tests.store_processes"])
+    context.set_forkserver_preload(["pytest", "tests.support.store_processes"])
 
     def starter(work: Callable[..., None], *fixed: object) -> Callable[..., ForkServerProcess]:
         def start(most: int | None) -> ForkServerProcess:
@@ -127,7 +128,7 @@ def test_killed_writers_and_readers_lose_and_repeat_nothing(
             np.testing.assert_array_equal(store.read(name, 0, store.n_tokens), rows)
 
         # The same files as from an undisturbed writer, except for _log (attempts) and _tmp.
-        monkeypatch.setattr(files, "fsync_folder", lambda folder: None)
+        monkeypatch.setattr(atomic_files, "fsync_folder", lambda folder: None)
         write_store(tmp_path / "calm", ROWS, arrays=ARRAYS, **LAYOUT)
         calm, found = tree(tmp_path / "calm"), tree(path)
         assert {name for name in found if not name.startswith("_tmp/")} == set(calm)

@@ -19,12 +19,12 @@ from activation_store import (
     delete_consumed,
     open_store,
     repair_store,
-    storage_local,
     verify_store,
 )
 from activation_store.errors import DamagedDataError, StoreBusyError, StoreError
-from activation_store.sealed import seal, unseal
-from tests.store_cases import expected, item_columns, tree, write_store
+from activation_store.storage import local
+from activation_store.storage.checksummed_json import seal, unseal
+from tests.support.store_cases import expected, item_columns, tree, write_store
 
 ARRAYS = {"a": 6, "b": 3}
 ROWS = [16, 5, 0, 16, 9, 16, 1]
@@ -32,14 +32,14 @@ ROWS = [16, 5, 0, 16, 9, 16, 1]
 
 @pytest.fixture(autouse=True)
 def small_segments(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("activation_store.log.SEGMENT_ITEMS", 3)
+    monkeypatch.setattr("activation_store.format.commit_log.SEGMENT_ITEMS", 3)
 
 
 @pytest.fixture(scope="module")
 def pristine(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("pristine") / "s"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("activation_store.log.SEGMENT_ITEMS", 3)
+        patch.setattr("activation_store.format.commit_log.SEGMENT_ITEMS", 3)
         write_store(path, ROWS, arrays=ARRAYS, n_items=len(ROWS))
     return path
 
@@ -196,7 +196,7 @@ def test_read_errors_do_not_count_as_damage(path: Path, monkeypatch: pytest.Monk
     def fails(*_: object) -> None:
         raise OSError(5, "Input/output error")
 
-    monkeypatch.setattr(storage_local.files, "read_into", fails)
+    monkeypatch.setattr(local.files, "read_into", fails)
     with pytest.raises(OSError, match="Input/output error"):
         repair_store(path)
     assert verify_store(path)[0].item is not None
@@ -211,14 +211,14 @@ def test_repair_waits_for_the_item_that_is_being_committed(
     path = tmp_path / "s"
     writer = write_store(path, [], arrays=ARRAYS, finalise=False)
     placed, go_on = threading.Event(), threading.Event()
-    append = storage_local.LocalStorage.make_folder
+    append = local.LocalStorage.make_folder
 
-    def slow(self: storage_local.LocalStorage, name: str) -> None:
+    def slow(self: local.LocalStorage, name: str) -> None:
         placed.set()
         assert go_on.wait(20)
         append(self, name)
 
-    monkeypatch.setattr(storage_local.LocalStorage, "make_folder", slow)
+    monkeypatch.setattr(local.LocalStorage, "make_folder", slow)
     thread = threading.Thread(target=writer.write_item, args=(0, *item_columns(0, 16, ARRAYS)))
     thread.start()
     assert placed.wait(20)
@@ -237,7 +237,7 @@ def test_a_repair_that_is_killed_can_be_run_again(
         (path / name).unlink()
     left = [survivors]
     for method in ("put", "delete"):
-        original = getattr(storage_local.LocalStorage, method)
+        original = getattr(local.LocalStorage, method)
 
         def step(*arguments: object, original: Callable[..., None] = original) -> None:
             if not left[0]:
@@ -245,13 +245,13 @@ def test_a_repair_that_is_killed_can_be_run_again(
             left[0] -= 1
             original(*arguments)
 
-        monkeypatch.setattr(storage_local.LocalStorage, method, step)
+        monkeypatch.setattr(local.LocalStorage, method, step)
     try:
         repair_store(path)
     except KeyboardInterrupt:
         assert survivors < 20
     monkeypatch.undo()
-    monkeypatch.setattr("activation_store.log.SEGMENT_ITEMS", 3)
+    monkeypatch.setattr("activation_store.format.commit_log.SEGMENT_ITEMS", 3)
     repair_store(path)
     assert verify_store(path) == []
     redo(path, sorted(set(range(len(ROWS))) - StoreWriter(path).committed_items()))

@@ -6,15 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from activation_store import (
-    Consumer,
-    DeletedDataError,
-    delete_consumed,
-    open_store,
-    storage_local,
-    verify_store,
-)
-from tests.store_cases import tree, write_store
+from activation_store import Consumer, DeletedDataError, delete_consumed, open_store, verify_store
+from activation_store.storage import local
+from tests.support.store_cases import tree, write_store
 
 ARRAYS = {"a": 6}
 ROWS = [16, 5, 16, 9]
@@ -30,7 +24,7 @@ def test_a_killed_deletion_is_completed_by_the_next_one(
     Consumer(path, "one").publish(next_item=2, keep_from_item=2, position=0)
 
     def dying(method: str) -> None:
-        original = getattr(storage_local.LocalStorage, method)
+        original = getattr(local.LocalStorage, method)
 
         def step(*arguments: object) -> None:
             if not left[0]:
@@ -38,7 +32,7 @@ def test_a_killed_deletion_is_completed_by_the_next_one(
             left[0] -= 1
             original(*arguments)
 
-        monkeypatch.setattr(storage_local.LocalStorage, method, step)
+        monkeypatch.setattr(local.LocalStorage, method, step)
 
     dying("put")
     dying("delete")

@@ -25,7 +25,7 @@ from activation_store import (
     verify_store,
 )
 from activation_store.errors import StoreError
-from tests.store_cases import calibration, item_columns, tree, write_store
+from tests.support.store_cases import calibration, item_columns, tree, write_store
 
 ARRAYS = {"a": 6}
 ROWS = [16, 5, 16, 9]

@@ -11,19 +11,19 @@ from pathlib import Path
 import pytest
 import torch
 
-from analysis.fit_cells import read_sweep
+from analysis.scaling_laws.cells import read_sweep
 from cluster.preemption import EXIT_PREEMPTED
-from cluster.sweep_cells import cells_of
-from cluster.sweep_config import SweepConfig
-from cluster.sweep_record import FAILED, STOPPED, read_record, write_record
-from conf.run_config import load_config, save_config
-from conf.schema import RunConfig
+from cluster.run_folder.saved_config import load_config, save_config
+from cluster.run_folder.sweep_record import FAILED, STOPPED, read_record, write_record
+from conf.schema.run import RunConfig
+from conf.schema.sweep import SweepConfig
+from conf.sweep_cells import cells_of
 from sae_core.checkpoint.folder import list_checkpoints, step_of
-from sae_core.checkpoint.layout import read_tensors
+from sae_core.checkpoint.row_ranges import read_tensors
 from sae_core.config import CheckpointConfig, OptimConfig, ParallelConfig, SAEConfig, TrainConfig
 from sae_core.errors import DivergedError
-from tests.fault.single_rank import make_store
-from tests.forked_ranks import Ranks
+from tests.support.forked_ranks import Ranks
+from tests.support.single_rank import make_store
 
 pytestmark = [pytest.mark.slow, pytest.mark.distributed]
 
@@ -73,9 +73,9 @@ def ranks(folder: Path, cells: list[str], trap: str = "") -> tuple[list[int], li
 def _rank(folder: str, cells: list[str], trap: str) -> int:
     """Run `python -m cluster.rank`; rank 1 gets the signal `trap` during a save."""
     from cluster import rank
-    from cluster.source import StoreSource
+    from cluster.training.store_source import StoreSource
     from sae_core.checkpoint import save
-    from sae_core.trainer import Trainer
+    from sae_core.training.trainer import Trainer
 
     real_hash, real_next, real_calibrate = save._hash_share, StoreSource.next, Trainer.calibrate
 

@@ -18,7 +18,7 @@ import torch
 
 from activation_store import StoreWriter
 from sae_core.checkpoint.folder import list_checkpoints, read_state
-from sae_core.checkpoint.layout import read_tensors
+from sae_core.checkpoint.row_ranges import read_tensors
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.distributed]
 

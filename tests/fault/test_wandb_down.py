@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.fault.single_rank import make_run, make_store, same_end, train
+from tests.support.single_rank import make_run, make_store, same_end, train
 
 pytestmark = [pytest.mark.slow, pytest.mark.distributed]
 

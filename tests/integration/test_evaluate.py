@@ -15,16 +15,18 @@ import torch
 from activation_store import StoreWriter, open_store
 from activation_store.config import MixedStore
 from activation_store.errors import StoreMismatchError
-from analysis import evaluate
-from cluster import harvest
-from cluster.config import ClusterConfig, DataConfig, ModelConfig
-from cluster.contexts import prepare_contexts
-from cluster.models import load_language_model, load_tokenizer
+from analysis.evaluation import stage as evaluation_stage
+from cluster.harvest import stage as harvest_stage
+from cluster.language_model.contexts import prepare_contexts
+from cluster.language_model.loading import load_language_model, load_tokenizer
 from cluster.ray_session import ray_session
-from conf.schema import RunConfig
+from conf.schema.cluster import ClusterConfig
+from conf.schema.data import DataConfig
+from conf.schema.model import ModelConfig
+from conf.schema.run import RunConfig
 from sae_core import SAE
 from sae_core.config import SAEConfig
-from tests.tiny_models import save_llama, write_text
+from tests.support.tiny_models import save_llama, write_text
 
 pytestmark = pytest.mark.ray
 D, HOOKPOINT = 16, "model.layers.1"
@@ -51,7 +53,7 @@ def harvested(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunConfig]:
     config.store.dtype = "float32"
     config.eval.tokens, config.eval.batch_contexts = 200, 5
     with ray_session(ClusterConfig(), min_cpus=2):
-        harvest.run(config, folder / "run")
+        harvest_stage.run(config, folder / "run")
     yield config
 
 
@@ -65,7 +67,7 @@ def save_sae(folder: Path, W: torch.Tensor, k: int, **biases: torch.Tensor) -> S
 
 
 def metrics_of(config: RunConfig, run_dir: Path) -> dict[str, Any]:
-    evaluate.run(config, run_dir)
+    evaluation_stage.run(config, run_dir)
     return dict(json.loads((run_dir / "eval" / "metrics.json").read_text()))
 
 
@@ -210,4 +212,4 @@ def test_a_store_of_another_width_is_refused(harvested: RunConfig, tmp_path: Pat
     W = torch.eye(4, 3)
     SAE(config, W, W.clone(), torch.zeros(4), torch.zeros(3)).save(tmp_path)
     with pytest.raises(StoreMismatchError, match=r"of width 3, found .*16"):
-        evaluate.run(harvested, tmp_path)
+        evaluation_stage.run(harvested, tmp_path)

@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from analysis import export
-from benchmarks.peers import HOW_TO_MAKE, PEERS_PYTHON, peer_environment, peers_available
-from conf.schema import RunConfig
+from benchmarks.harness.peers import HOW_TO_MAKE, PEERS_PYTHON, peer_environment, peers_available
+from conf.schema.run import RunConfig
 from sae_core.config import SAEConfig
 from sae_core.errors import CheckpointError
 from sae_core.inference import SAE, load_sae

@@ -20,14 +20,19 @@ from numpy.typing import NDArray
 
 from activation_store import StoreWriter, open_store, verify_store
 from activation_store.errors import StoreBusyError, StoreMismatchError
-from cluster import harvest, harvest_pool
-from cluster.config import ClusterConfig, DataConfig, ModelConfig
-from cluster.contexts import plan_items, prepare_contexts
-from cluster.errors import ClusterError, ModelError, PlacementError, TextError
-from cluster.models import load_language_model, load_tokenizer
+from cluster.errors import ClusterError, PlacementError
+from cluster.harvest import stage as harvest_stage
+from cluster.harvest import worker_pool
+from cluster.harvest.items import plan_items
+from cluster.language_model.contexts import prepare_contexts
+from cluster.language_model.errors import ModelError, TextError
+from cluster.language_model.loading import load_language_model, load_tokenizer
 from cluster.ray_session import ray_session
-from conf.schema import RunConfig
-from tests.tiny_models import save_gpt2, save_llama, write_text
+from conf.schema.cluster import ClusterConfig
+from conf.schema.data import DataConfig
+from conf.schema.model import ModelConfig
+from conf.schema.run import RunConfig
+from tests.support.tiny_models import save_gpt2, save_llama, write_text
 
 pytestmark = pytest.mark.ray
 CONTEXT, SHARD = 16, 64
@@ -73,7 +78,7 @@ def shard_hashes(store: Path) -> dict[str, str]:
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
 def test_stored_rows_are_what_the_model_outputs(tmp_path: Path, architecture: str) -> None:
     config = make_config(tmp_path, architecture)
-    harvest.run(config, tmp_path / "run")
+    harvest_stage.run(config, tmp_path / "run")
     store = open_store(tmp_path / "run" / "store")
     hookpoint = config.model.hookpoints[0]
     columns = {name: store.read(name, 0, store.n_tokens) for name in ("token_id", "document")}
@@ -113,7 +118,7 @@ def first_item(config: RunConfig) -> NDArray[np.int64]:
 
 def test_header_and_summary_describe_the_harvest(tmp_path: Path) -> None:
     config = make_config(tmp_path)
-    harvest.run(config, tmp_path / "run")
+    harvest_stage.run(config, tmp_path / "run")
     store = open_store(tmp_path / "run" / "store")
     assert store.finalised and store.arrays == {"model.layers.1": 16, "model.layers.0.mlp": 16}
     provenance = store.header.provenance
@@ -132,7 +137,7 @@ def test_one_and_two_workers_write_the_same_bytes(tmp_path: Path) -> None:
     config = make_config(tmp_path)
     for workers in (1, 2):
         config.cluster.harvest_workers = workers
-        harvest.run(config, tmp_path / f"run-{workers}")
+        harvest_stage.run(config, tmp_path / f"run-{workers}")
     one, two = (shard_hashes(tmp_path / f"run-{n}" / "store") for n in (1, 2))
     assert len(one) == 5 * open_store(tmp_path / "run-1" / "store").n_items
     assert one == two
@@ -141,7 +146,7 @@ def test_one_and_two_workers_write_the_same_bytes(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_a_killed_worker_loses_and_repeats_nothing(tmp_path: Path) -> None:
     config = make_config(tmp_path, tokens=1200)
-    harvest.run(config, tmp_path / "calm")
+    harvest_stage.run(config, tmp_path / "calm")
     config.cluster.harvest_workers = 2
     kills: list[int] = []
 
@@ -159,7 +164,7 @@ def test_a_killed_worker_loses_and_repeats_nothing(tmp_path: Path) -> None:
 
     killer = threading.Thread(target=kill_workers, daemon=True)
     killer.start()
-    harvest.run(config, tmp_path / "run")
+    harvest_stage.run(config, tmp_path / "run")
     killer.join(timeout=1)
     assert len(kills) >= 3
     assert shard_hashes(tmp_path / "run" / "store") == shard_hashes(tmp_path / "calm" / "store")
@@ -169,7 +174,7 @@ def test_a_killed_worker_loses_and_repeats_nothing(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_a_frozen_worker_does_not_block_the_harvest(tmp_path: Path) -> None:
     config = make_config(tmp_path, tokens=1200)
-    harvest.run(config, tmp_path / "calm")
+    harvest_stage.run(config, tmp_path / "calm")
     config.cluster.harvest_workers, config.cluster.placement_timeout_s = 2, 20.0
     frozen: list[int] = []
 
@@ -183,7 +188,7 @@ def test_a_frozen_worker_does_not_block_the_harvest(tmp_path: Path) -> None:
 
     freezer = threading.Thread(target=freeze_a_worker, daemon=True)
     freezer.start()
-    harvest.run(config, tmp_path / "run")
+    harvest_stage.run(config, tmp_path / "run")
     freezer.join(timeout=1)
     assert frozen
     assert shard_hashes(tmp_path / "run" / "store") == shard_hashes(tmp_path / "calm" / "store")
@@ -195,7 +200,7 @@ def test_a_frozen_worker_does_not_block_the_harvest(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_a_restart_does_only_the_missing_items(tmp_path: Path) -> None:
     config = make_config(tmp_path)
-    harvest.run(config, tmp_path / "whole")
+    harvest_stage.run(config, tmp_path / "whole")
 
     class Enough(Exception):
         pass
@@ -206,10 +211,10 @@ def test_a_restart_does_only_the_missing_items(tmp_path: Path) -> None:
             if done == 3:
                 raise Enough
 
-    run = harvest_pool.WorkerPool.run
+    run = worker_pool.WorkerPool.run
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Enough):
-        patch.setattr(harvest_pool.WorkerPool, "run", stop_after_four)
-        harvest.run(config, tmp_path / "run")
+        patch.setattr(worker_pool.WorkerPool, "run", stop_after_four)
+        harvest_stage.run(config, tmp_path / "run")
     path = tmp_path / "run" / "store"
     committed = StoreWriter(path).committed_items()
     before = {name: (path / name).stat().st_mtime_ns for name in shard_hashes(path)}
@@ -224,8 +229,8 @@ def test_a_restart_does_only_the_missing_items(tmp_path: Path) -> None:
         return run(pool, todo, *more)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(harvest_pool.WorkerPool, "run", note_items)
-        harvest.run(config, tmp_path / "run")
+        patch.setattr(worker_pool.WorkerPool, "run", note_items)
+        harvest_stage.run(config, tmp_path / "run")
     missing = set(range(items)) - committed
     assert submitted == sorted(submitted) and set(submitted) <= missing
     # A worker that is being killed may still commit its current item.
@@ -236,18 +241,18 @@ def test_a_restart_does_only_the_missing_items(tmp_path: Path) -> None:
 
 def test_a_complete_store_is_left_alone_and_another_one_is_refused(tmp_path: Path) -> None:
     config = make_config(tmp_path)
-    harvest.run(config, tmp_path / "run")
+    harvest_stage.run(config, tmp_path / "run")
     summary = (tmp_path / "run" / "harvest.json").read_text()
     started = time.monotonic()
-    harvest.run(config, tmp_path / "run")
+    harvest_stage.run(config, tmp_path / "run")
     assert time.monotonic() - started < 2
     assert (tmp_path / "run" / "harvest.json").read_text() == summary
     other_data = replace(config, data=replace(config.data, context_tokens=8))
     with pytest.raises(StoreMismatchError, match=r"context_tokens: the store has 16, .* wants 8"):
-        harvest.run(other_data, tmp_path / "run")
+        harvest_stage.run(other_data, tmp_path / "run")
     other_model = make_config(tmp_path, "gpt2")
     with pytest.raises(StoreMismatchError, match="weights_sha256"):
-        harvest.run(other_model, tmp_path / "run")
+        harvest_stage.run(other_model, tmp_path / "run")
 
 
 def test_a_store_of_a_users_own_rows_is_refused(tmp_path: Path) -> None:
@@ -257,14 +262,14 @@ def test_a_store_of_a_users_own_rows_is_refused(tmp_path: Path) -> None:
     writer.finalise()
     config.store.path = str(tmp_path / "own")
     with pytest.raises(StoreMismatchError, match=r"with the arrays {'model.layers.1': 5}"):
-        harvest.run(config, tmp_path / "run")
+        harvest_stage.run(config, tmp_path / "run")
 
 
 def test_a_text_that_runs_out_is_stored_whole(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = make_config(tmp_path, tokens=10**6)
-    harvest.run(config, tmp_path / "run")
+    harvest_stage.run(config, tmp_path / "run")
     assert "fewer than data.tokens=1,000,000" in capsys.readouterr().out
     assert open_store(tmp_path / "run" / "store").finalised
 
@@ -273,23 +278,23 @@ def test_harvest_errors_keep_their_type_and_text(tmp_path: Path) -> None:
     config = make_config(tmp_path)
     config.model.hookpoints = ["model.layer.1"]
     with pytest.raises(ModelError, match=r"similar names: model.layers.1"):
-        harvest.run(config, tmp_path / "run")
+        harvest_stage.run(config, tmp_path / "run")
     (tmp_path / "short.txt").write_text("w1 w2")
     config = make_config(tmp_path)
     config.data.path = str(tmp_path / "short.txt")
     with pytest.raises(TextError, match="shorter than one context"):
-        harvest.run(config, tmp_path / "run")
+        harvest_stage.run(config, tmp_path / "run")
     config = make_config(tmp_path)
     config.cluster.harvest_workers, config.cluster.placement_timeout_s = 9, 2.0
     expected = r"cluster.harvest_workers=9: only [0-3] workers were placed"
     with pytest.raises(PlacementError, match=expected):
-        harvest.run(config, tmp_path / "run")
+        harvest_stage.run(config, tmp_path / "run")
 
 
 def test_workers_that_keep_dying_end_the_harvest(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(harvest_pool, "STARTS_WITHOUT_PROGRESS", 1)
+    monkeypatch.setattr(worker_pool, "STARTS_WITHOUT_PROGRESS", 1)
     config = make_config(tmp_path)
     config.cluster.harvest_workers = 1
     starts = tmp_path / "run" / "logs" / "harvest-starts"
@@ -311,7 +316,7 @@ def test_workers_that_keep_dying_end_the_harvest(
     killer.start()
     try:
         with pytest.raises(ClusterError, match=r"died . times without finishing an item"):
-            harvest.run(config, tmp_path / "run")
+            harvest_stage.run(config, tmp_path / "run")
     finally:
         stop.set()
         killer.join()
@@ -320,7 +325,7 @@ def test_workers_that_keep_dying_end_the_harvest(
 def test_a_second_run_on_a_growing_store_is_refused_and_may_take_over(tmp_path: Path) -> None:
     config = make_config(tmp_path)
     config.store.path = str(tmp_path / "store")
-    job = harvest.prepare(config, tmp_path / "one")
+    job = harvest_stage.prepare(config, tmp_path / "one")
     assert job is not None
     hold = threading.Event()
     errors: list[BaseException] = []
@@ -336,7 +341,7 @@ def test_a_second_run_on_a_growing_store_is_refused_and_may_take_over(tmp_path: 
     def fill() -> None:
         with job.claim:
             try:
-                harvest.fill(job, may_start)
+                harvest_stage.fill(job, may_start)
             except Cancelled as error:
                 errors.append(error)
 
@@ -350,11 +355,11 @@ def test_a_second_run_on_a_growing_store_is_refused_and_may_take_over(tmp_path: 
             assert first.is_alive()
             time.sleep(0.05)
         with pytest.raises(StoreBusyError, match="is being written by run demo-"):
-            harvest.run(config, tmp_path / "two")
+            harvest_stage.run(config, tmp_path / "two")
     finally:
         hold.set()
         first.join()
     assert len(errors) == 1
-    harvest.run(config, tmp_path / "two")
+    harvest_stage.run(config, tmp_path / "two")
     assert open_store(config.store.path).finalised
     assert verify_store(config.store.path) == []

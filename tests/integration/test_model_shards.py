@@ -14,13 +14,15 @@ import pytest
 
 from activation_store import open_store, verify_store
 from activation_store.errors import StoreMismatchError
-from cluster import harvest
-from cluster.config import ClusterConfig, DataConfig, ModelConfig
-from cluster.errors import ModelError
+from cluster.harvest import stage as harvest_stage
+from cluster.language_model.errors import ModelError
 from cluster.ray_session import ray_session
-from conf.schema import RunConfig
-from sae_core.errors import ConfigError
-from tests.tiny_models import save_gpt2, save_llama, write_text
+from conf.schema.cluster import ClusterConfig
+from conf.schema.data import DataConfig
+from conf.schema.model import ModelConfig
+from conf.schema.run import RunConfig
+from foundation.errors import ConfigError
+from tests.support.tiny_models import save_gpt2, save_llama, write_text
 
 HOOKPOINTS = ["model.layers.2", "model.layers.0.mlp", "model.layers.1.self_attn"]
 
@@ -69,7 +71,7 @@ def members() -> list[int]:
             line = (folder / "cmdline").read_bytes()
         except OSError:
             continue  # ended in the meantime
-        if b"cluster.model_shards" in line:
+        if b"cluster.language_model.tensor_parallel" in line:
             found.append(int(folder.name))
     return found
 
@@ -78,8 +80,8 @@ def members() -> list[int]:
 @pytest.mark.slow
 @pytest.mark.usefixtures("_ray")
 def test_two_ranks_store_what_one_does_also_when_one_is_killed(work: Path) -> None:
-    harvest.run(make_config(work, shards=1), work / "one")
-    harvest.run(make_config(work, shards=2), work / "two")
+    harvest_stage.run(make_config(work, shards=1), work / "one")
+    harvest_stage.run(make_config(work, shards=2), work / "two")
     killed: list[int] = []
     before = set(members())
 
@@ -92,7 +94,7 @@ def test_two_ranks_store_what_one_does_also_when_one_is_killed(work: Path) -> No
 
     killer = threading.Thread(target=kill_a_member, daemon=True)
     killer.start()
-    harvest.run(make_config(work, shards=2), work / "struck")
+    harvest_stage.run(make_config(work, shards=2), work / "struck")
     killer.join(timeout=1)
     assert len(killed) == 1
     assert verify_store(work / "struck" / "store") == []
@@ -107,7 +109,7 @@ def test_two_ranks_store_what_one_does_also_when_one_is_killed(work: Path) -> No
     with pytest.raises(StoreMismatchError, match="model_shards: the store has 2"):
         config = make_config(work, shards=1)
         config.store.path = str(work / "two" / "store")
-        harvest.run(config, work / "other")
+        harvest_stage.run(config, work / "other")
 
 
 @pytest.mark.ray
@@ -118,7 +120,7 @@ def test_a_hookpoint_that_is_split_over_ranks_is_refused(work: Path) -> None:
     config.model.hookpoints = ["model.layers.0.mlp.act_fn"]
     expected = r"has only a part of the output of 'model.layers.0.mlp.act_fn'"
     with pytest.raises(ModelError, match=expected):
-        harvest.run(config, work / "part")
+        harvest_stage.run(config, work / "part")
 
 
 @pytest.mark.parametrize(
@@ -131,4 +133,4 @@ def test_a_hookpoint_that_is_split_over_ranks_is_refused(work: Path) -> None:
 )
 def test_models_that_cannot_be_split(work: Path, model: str, shards: int, expected: str) -> None:
     with pytest.raises(ConfigError, match=f"model.shards={shards}: .*{expected}"):
-        harvest.run(make_config(work, shards, model), work / "refused")
+        harvest_stage.run(make_config(work, shards, model), work / "refused")

@@ -11,7 +11,7 @@ import pytest
 import zarr
 
 from sae_core import load_sae
-from tests.tiny_models import save_gpt2, write_text
+from tests.support.tiny_models import save_gpt2, write_text
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 

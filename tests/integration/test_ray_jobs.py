@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 
 from activation_store import StoreWriter
-from cluster import ray_jobs
+from cluster.jobs import ray_jobs
 from sae_core.checkpoint.folder import list_checkpoints
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(400)]

@@ -16,10 +16,10 @@ import pytest
 import torch
 
 from activation_store import StoreWriter
-from cluster.slurm import job_fields
+from cluster.jobs.slurm.commands import job_fields
 from sae_core.checkpoint.folder import list_checkpoints, step_of
-from sae_core.checkpoint.layout import read_tensors
-from tests.slurm_server import slurm_server, wait_until, why_not
+from sae_core.checkpoint.row_ranges import read_tensors
+from tests.support.slurm_server import slurm_server, wait_until, why_not
 
 pytestmark = [
     pytest.mark.slow,

@@ -9,9 +9,11 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from cluster.config import DataConfig, ModelConfig
-from cluster.contexts import prepare_contexts
-from cluster.models import capture, load_language_model, load_tokenizer
+from cluster.language_model.contexts import prepare_contexts
+from cluster.language_model.hooks import capture
+from cluster.language_model.loading import load_language_model, load_tokenizer
+from conf.schema.data import DataConfig
+from conf.schema.model import ModelConfig
 
 CONF = Path(__file__).parents[2] / "conf"
 

@@ -29,10 +29,8 @@ from activation_store import (
     consumers,
     delete_consumed,
     lead_items,
-    lease,
     open_store,
     repair_store,
-    storage_object,
     verify_store,
 )
 from activation_store.errors import (
@@ -41,13 +39,14 @@ from activation_store.errors import (
     NonDeterministicItemError,
     StorageError,
     StoreBusyError,
-    StoreConfigError,
     StoreFormatError,
     StoreMismatchError,
 )
-from activation_store.storage import open_storage
-from tests.object_server import Fault, Proxy, make_bucket, s3_server
-from tests.store_cases import calibration, expected, item_columns, tree, write_store
+from activation_store.storage import lease, object_store
+from activation_store.storage.open import open_storage
+from foundation.errors import StoreConfigError
+from tests.support.object_server import Fault, Proxy, make_bucket, s3_server
+from tests.support.store_cases import calibration, expected, item_columns, tree, write_store
 
 ARRAYS = {"a": 6, "b": 3}
 ROWS = [16, 5, 0, 16, 9, 16, 1]
@@ -69,7 +68,7 @@ def proxy(server: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key-id")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
     monkeypatch.setenv("AWS_REGION", "us-east-1")
-    monkeypatch.setattr(storage_object, "_BACKOFF_S", 0.01)
+    monkeypatch.setattr(object_store, "_BACKOFF_S", 0.01)
     yield proxy
     proxy.close()
 
@@ -213,7 +212,7 @@ def test_writers_at_once_and_a_reader_that_follows(url: str, tmp_path: Path) -> 
 WRITER = f"""
 import os, random, sys
 sys.path.insert(0, {str(Path(__file__).parents[2])!r})
-from tests.store_cases import item_columns
+from tests.support.store_cases import item_columns
 from activation_store import StoreWriter
 writer = StoreWriter(sys.argv[1], {ARRAYS!r}, shard_tokens=16, chunk_bytes=48)
 items = list(range(80))

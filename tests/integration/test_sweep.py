@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from analysis.fit_cells import read_sweep
-from cluster.sweep_record import write_record
+from analysis.scaling_laws.cells import read_sweep
+from cluster.run_folder.sweep_record import write_record
 from sae_core.checkpoint.folder import list_checkpoints, step_of
 from sae_core.errors import DivergedError
-from tests.fault.single_rank import BATCH, STEPS, make_store
+from tests.support.single_rank import BATCH, STEPS, make_store
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.mutate import mutated
-from tests.mutations import EXTRA, FAULTS, MUTATIONS, Edit, Mutation
+from tests.mutation.runner import mutated
+from tests.mutation.table import EXTRA, FAULTS, MUTATIONS, Edit, Mutation
 
 ROOT = Path(__file__).resolve().parents[2]
 

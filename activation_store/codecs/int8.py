@@ -1,0 +1,95 @@
+"""The codec `int8`: half the size of bfloat16, with one scale per token.
+
+    z[t, c] = (x[t, c] - mean[c]) / std[c]      mean and std of the store's calibration
+    scale[t] = max_c |z[t, c]| / 127
+    q[t, c] = round(z[t, c] / scale[t])         stored: q, int8, and scale, float32
+    x[t, c] ~ mean[c] + scale[t] * (std[c] * q[t, c])
+
+Normalising each channel keeps channels that are always large from using up the resolution of the
+others. The scale per token adapts to massive activations: nothing is clipped, and the error is at
+most std[c] * scale[t] / 2. A row that equals the mean has scale 0. A row with a NaN or infinite
+value gets the scale NaN and is read back as NaN in every channel, so it cannot be mistaken for a
+valid row.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from activation_store.format.header import StoreHeader
+
+LARGEST = 127
+_BLOCK_VALUES = 1 << 18  # rows are processed in blocks that fit into the CPU cache
+_LEAST_STD = 1e-4  # smallest std of a channel, relative to the root mean square over channels
+
+Floats = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Scaling:
+    """Per-channel constants of the formula, for one array."""
+
+    mean: Floats
+    """Mean of each channel, [d_model]."""
+    std: Floats
+    """Scale of each channel, [d_model], above 0."""
+
+    def quantise(self, rows: NDArray[Any]) -> tuple[NDArray[np.int8], Floats]:
+        """Quantise `rows` [n, d_model] of any float dtype to q [n, d_model] and scale [n]."""
+        n, width = rows.shape
+        q = np.empty((n, width), np.int8)
+        scale = np.empty(n, np.float32)
+        step = max(_BLOCK_VALUES // width, 1)
+        for start in range(0, n, step):
+            part = slice(start, start + step)
+            z = (rows[part].astype(np.float32) - self.mean) / self.std
+            largest = np.abs(z).max(axis=1, initial=0)
+            finite = np.isfinite(largest)
+            scale[part] = np.where(finite, largest / np.float32(LARGEST), np.nan)
+            # Avoid dividing by a scale of 0 or NaN; the values of such rows are not used.
+            used = np.where(scale[part] > 0, scale[part], np.float32(1))
+            z[~finite] = 0
+            q[part] = np.clip(np.rint(z / used[:, None]), -LARGEST, LARGEST)
+        return q, scale
+
+    def dequantise(self, q: NDArray[np.int8], scale: Floats, out: NDArray[Any]) -> None:
+        """Dequantise q [n, d_model] with scale [n] into `out` [n, d_model] of any float dtype."""
+        step = max(_BLOCK_VALUES // max(q.shape[1], 1), 1)
+        for start in range(0, len(q), step):
+            part = slice(start, start + step)
+            rows = q[part] * self.std
+            rows *= scale[part, None]
+            rows += self.mean
+            out[part] = rows
+
+
+def scaling(header: StoreHeader, name: str) -> Scaling:
+    """Return the scaling of a hookpoint array, from the calibration in the header.
+
+    The std of a channel that hardly varied in the sample is raised to a small fraction of the usual
+    std. Otherwise a single later value that differs would use up the resolution of its whole row.
+    """
+    assert header.calibration is not None, "a header with codec int8 has a calibration"
+    calibration = header.calibration[name]
+    std = np.abs(np.asarray(calibration.std, np.float64))
+    usual = float(np.sqrt(np.mean(std**2)))
+    least = _LEAST_STD * usual if usual > 0 else 1.0
+    return Scaling(
+        np.asarray(calibration.mean, np.float32), np.maximum(std, least).astype(np.float32)
+    )
+
+
+def attributes(header: StoreHeader, name: str) -> dict[str, Any]:
+    """Return the attributes of the Zarr array of q, with all that a reader needs to dequantise."""
+    part = scaling(header, name)
+    return {
+        "dequantise": "mean[c] + scale[t] * (std[c] * q[t, c])",
+        "scale": f"{name}.scale",
+        "mean": part.mean.tolist(),
+        "std": part.std.tolist(),
+    }

@@ -1,0 +1,201 @@
+"""Cursors: how far each consumer of a growing store has read.
+
+    _consumers/<name>.json   one small checksummed JSON file per consumer, replaced atomically
+
+Producers wait for the slowest consumer, and deletion keeps what any consumer still needs. A
+consumer can register only if it needs no rows that are deleted or about to be deleted. This works
+without a lock: a consumer writes its cursor file first and then reads the deletion mark
+(`watermark.py`); the deleting process announces the deletion first and then reads the cursor files.
+So at least one of the two sees the other.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from activation_store.consumers.deletion_mark import deleted, read_watermark
+from activation_store.errors import MissingDataError, StoreFormatError
+from activation_store.format import commit_log
+from activation_store.storage.base import Storage
+from activation_store.storage.checksummed_json import read_sealed, seal, whole_numbers
+from activation_store.storage.open import open_storage
+from foundation.errors import StoreConfigError
+
+CONSUMERS = "_consumers"
+_FILE_BYTES = 1 << 16
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.\-]{0,199}")
+
+
+@dataclass(frozen=True)
+class ConsumerState:
+    """Progress of a consumer."""
+
+    epoch: int = 0
+    """Epoch that it is reading."""
+    next_item: int = 0
+    """First item of epoch 0 that it has not passed, always the start of a window; in later epochs
+    the number of items."""
+    keep_from_item: int = 0
+    """First item that it may still need, also after resuming from its oldest kept checkpoint."""
+    position: int = 0
+    """Position of its stream: number of the next batch."""
+    updated: float = 0.0
+    """Time of the last update, in seconds since 1970 (UTC)."""
+
+
+class Consumer:
+    """A registered consumer, owned by the process that decides which checkpoints are kept.
+
+    A consumer that is already registered under this name continues from its saved state. A consumer
+    that died blocks the producers until it returns or `remove_consumer` unregisters it.
+
+    Args:
+        path: Path of the store.
+        name: Unique among the store's consumers: letters, digits, '_', '-', '.'.
+        keep_from_item: First item that a new consumer may need.
+
+    Raises:
+        StoreConfigError: If the name is invalid.
+        DeletedDataError: If it would need rows that were deleted.
+    """
+
+    def __init__(self, path: str | Path, name: str, keep_from_item: int = 0) -> None:
+        self._storage = open_storage(path)
+        self.name = name
+        self._file = _file(name)
+        self._storage.make_folder(CONSUMERS)
+        try:
+            self.state = read_state(self._storage, name)
+        except MissingDataError:
+            self._put(ConsumerState(next_item=keep_from_item, keep_from_item=keep_from_item))
+
+    def publish(
+        self, *, epoch: int = 0, next_item: int, keep_from_item: int, position: int
+    ) -> None:
+        """Save the progress of this consumer; call it once per window, not for every batch.
+
+        All ranks of the consumer must have passed this position, so give that of the slowest rank,
+        or the last but one. A run of more than one epoch must keep all items: `keep_from_item=0`.
+
+        Args:
+            epoch: Epoch that it is reading.
+            next_item: `stream.first_item_needed(position)`; in later epochs the number of items.
+            keep_from_item: `stream.first_item_needed` of the oldest kept checkpoint.
+            position: Position of its stream.
+
+        Raises:
+            StoreConfigError: If a number is negative.
+            DeletedDataError: If it moves back to items that were deleted; the saved state then
+                remains unchanged.
+        """
+        self._put(ConsumerState(epoch, next_item, keep_from_item, position))
+
+    def close(self) -> None:
+        """Unregister this consumer, so that it no longer blocks producers or deletion."""
+        self._storage.delete(self._file)
+
+    def _put(self, state: ConsumerState) -> None:
+        """Write the cursor file, and undo it if the state needs rows that are deleted."""
+        for key, value in asdict(state).items():
+            if value < 0:
+                raise StoreConfigError(key, value, "at least 0")
+        before: ConsumerState | None = getattr(self, "state", None)
+        state = replace(state, updated=time.time())
+        # Write the cursor before reading the deletion mark: see the head of this file.
+        self._write(state)
+        mark = read_watermark(self._storage)
+        if state.keep_from_item < mark.announced:
+            if before and before.keep_from_item >= mark.announced:
+                self._write(before)
+            else:
+                self.close()
+            needs = f"consumer {self.name!r} from item {state.keep_from_item} on"
+            raise deleted(self._storage, needs, mark)
+        self.state = state
+
+    def _write(self, state: ConsumerState) -> None:
+        self._storage.put(self._file, [seal(asdict(state))])
+
+
+def consumers(path: str | Path | Storage) -> dict[str, ConsumerState]:
+    """Return the registered consumers of a store: name to state.
+
+    Raises:
+        DamagedDataError: If a cursor file fails its checksum; the message names it.
+        StoreFormatError: If a cursor file is invalid; the message names it.
+    """
+    storage = open_storage(path)
+    found = {}
+    for name in consumer_names(storage):
+        try:
+            found[name] = read_state(storage, name)
+        except MissingDataError:
+            continue  # unregistered since the files were listed
+    return found
+
+
+def consumer_names(storage: Storage) -> list[str]:
+    """Return the names of the registered consumers, sorted; files of other names are ignored."""
+    files = [file for file in storage.names(CONSUMERS) if file.endswith(".json")]
+    names = [file.removesuffix(".json") for file in files]
+    return sorted(name for name in names if _NAME.fullmatch(name))
+
+
+def remove_consumer(path: str | Path, name: str) -> None:
+    """Unregister a dead consumer so that it no longer blocks producers or deletion.
+
+    Raises:
+        StoreConfigError: If there is no such consumer.
+    """
+    storage = open_storage(path)
+    if not storage.exists(_file(name)):
+        raise StoreConfigError("consumer", name, f"one of {sorted(consumers(path))}")
+    storage.delete(_file(name))
+
+
+def lead_items(path: str | Path) -> int | None:
+    """Return by how many items the producers are ahead of the slowest consumer.
+
+    Counts all committed items, also those after a missing one. A window becomes readable only when
+    all of its items are committed, so a limit on the lead must allow at least one window plus the
+    items that are being harvested.
+
+    Returns:
+        The number of items; None if no consumer is registered.
+    """
+    states = consumers(path)
+    if not states:
+        return None
+    return commit_log.count(open_storage(path)) - min(state.next_item for state in states.values())
+
+
+def _file(name: str) -> str:
+    """Return the path of a consumer's cursor file, after checking the name."""
+    if not _NAME.fullmatch(name) or ".." in name:
+        expected = "at most 200 letters, digits, '_', '-' or '.', without '..'"
+        raise StoreConfigError("consumer", name, expected)
+    return f"{CONSUMERS}/{name}.json"
+
+
+def read_state(storage: Storage, name: str) -> ConsumerState:
+    """Read the state of one consumer.
+
+    Raises:
+        MissingDataError: If no consumer of this name is registered.
+        DamagedDataError: If its cursor file fails its checksum.
+        StoreFormatError: If its cursor file is invalid.
+    """
+    file = _file(name)
+    document = read_sealed(storage, file, _FILE_BYTES)
+    updated = document.pop("updated", None)
+    if not isinstance(updated, float):
+        raise StoreFormatError(
+            f"{storage.where(file)} is not a valid cursor; unregister the consumer with "
+            "activation_store.remove_consumer"
+        )
+    keys = ("epoch", "next_item", "keep_from_item", "position")
+    epoch, next_item, keep_from_item, position = whole_numbers(storage.where(file), document, keys)
+    return ConsumerState(epoch, next_item, keep_from_item, position, updated)

@@ -1,0 +1,72 @@
+"""The deletion mark: up to which item the shards of a store are deleted; see `retention.py`.
+
+_deleted.json   {"announced": a, "below": b, "swept": s, "consumers": {name: first item kept}}
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+
+from activation_store.errors import DeletedDataError, MissingDataError, StoreFormatError
+from activation_store.storage.base import Storage
+from activation_store.storage.checksummed_json import read_sealed, seal, whole_numbers
+
+WATERMARK = "_deleted.json"
+_FILE_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class Watermark:
+    """The deletion mark of a store; `below` and `swept` never decrease."""
+
+    announced: int = 0
+    """No new consumer may need items below this one; at least `below`."""
+    below: int = 0
+    """Shards of items below this one must not be read any more."""
+    swept: int = 0
+    """Shards of items below this one have been deleted; at most `below`."""
+    consumers: dict[str, int] = field(default_factory=dict)
+    """Consumers at the time of the deletion: name to the first item that each still needed."""
+
+    def describe(self) -> str:
+        """Return a description for error messages."""
+        if self.announced > self.below:
+            return f"items below {self.announced} are being deleted"
+        slowest = min(self.consumers, key=lambda name: self.consumers[name], default="?")
+        return (
+            f"items below {self.below} were deleted after all consumers had passed them, "
+            f"{slowest!r} last"
+        )
+
+
+def read_watermark(storage: Storage) -> Watermark:
+    """Read the deletion mark; a store without one has no deleted shards.
+
+    Raises:
+        DamagedDataError: If the file fails its checksum.
+        StoreFormatError: If the file is invalid.
+    """
+    try:
+        document = read_sealed(storage, WATERMARK, _FILE_BYTES)
+    except MissingDataError:
+        return Watermark()
+    where = storage.where(WATERMARK)
+    names = document.pop("consumers", None)
+    numbers = whole_numbers(where, document, ("announced", "below", "swept"))
+    if not isinstance(names, dict) or numbers != sorted(numbers, reverse=True):
+        raise StoreFormatError(f"{where} is not a valid deletion mark; restore it from a backup")
+    announced, below, swept = numbers
+    return Watermark(announced, below, swept, names)
+
+
+def write_watermark(storage: Storage, mark: Watermark) -> None:
+    """Write the deletion mark; it is durable when this returns."""
+    storage.put(WATERMARK, [seal(asdict(mark))])
+
+
+def deleted(storage: Storage, what: str, mark: Watermark) -> DeletedDataError:
+    """Return the error for an operation `what` that needs deleted rows."""
+    return DeletedDataError(
+        f"{storage.path}: {what} needs rows that were deleted: {mark.describe()}; harvest the "
+        "store again with cluster.retention=keep"
+    )

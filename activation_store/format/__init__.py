@@ -1,0 +1,1 @@
+"""The store on disk: header, commit log, item records, Zarr metadata."""

@@ -1,0 +1,232 @@
+"""Write and check the `zarr.json` files of a store, in the form that zarr-python writes them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from activation_store.codecs import blosc
+from activation_store.codecs.int8 import attributes
+from activation_store.errors import DamagedDataError, MissingDataError, StoreFormatError
+from activation_store.format.header import (
+    METADATA,
+    SCHEMA_VERSION,
+    VALID_ROWS,
+    Calibration,
+    StoreHeader,
+    header_checksum,
+)
+from activation_store.storage.base import Storage
+from activation_store.storage.checksummed_json import parse_json
+
+KEY = "activation_store"
+_MAX_BYTES = 256 << 20
+_CODECS: list[dict[str, Any]] = [
+    {"name": "bytes", "configuration": {"endian": "little"}},
+    {"name": "crc32c"},
+]
+_PLAIN = {"name": "bytes"}  # one-byte numbers have no byte order
+
+
+def array_documents(header: StoreHeader, n_items: int) -> dict[str, dict[str, Any]]:
+    """Return the `zarr.json` of every array on disk, shaped for `n_items` items."""
+    return {name: _array_document(header, name, n_items) for name in header.stored}
+
+
+def _array_document(header: StoreHeader, name: str, n_items: int) -> dict[str, Any]:
+    dtype, shape = header.stored[name]
+    layout = header.layout(name)
+    packing = [blosc.configuration(layout.itemsize)] if layout.compressed else []
+    sharding: dict[str, Any] = {
+        "chunk_shape": [header.chunk_rows, *shape],
+        "codecs": [_PLAIN if layout.itemsize == 1 else _CODECS[0], *packing, _CODECS[1]],
+        "index_codecs": _CODECS,
+        "index_location": "end",
+    }
+    document = array_document(
+        dtype,
+        [n_items * header.shard_tokens, *shape],
+        [header.shard_tokens, *shape],
+        [{"name": "sharding_indexed", "configuration": sharding}],
+    )
+    if header.codec == "int8" and name in header.arrays:
+        document["attributes"] = attributes(header, name)
+    return document
+
+
+def valid_rows_document(header: StoreHeader) -> dict[str, Any]:
+    """Return the `zarr.json` of the unsharded array `valid_rows`: int32 [n_items] in one chunk."""
+    return array_document(np.dtype("<i4"), [header.n_items], [max(header.n_items, 1)], _CODECS)
+
+
+def group_document(header: StoreHeader) -> dict[str, Any]:
+    """Return the `zarr.json` of the group.
+
+    Once the store is finalised it includes consolidated metadata, which `zarr.open` prefers.
+    """
+    document: dict[str, Any] = {
+        "attributes": {KEY: header.to_json()},
+        "zarr_format": 3,
+        "node_type": "group",
+    }
+    if header.finalised:
+        metadata = array_documents(header, header.n_items)
+        metadata[VALID_ROWS] = valid_rows_document(header)
+        document["consolidated_metadata"] = {
+            "kind": "inline",
+            "must_understand": False,
+            "metadata": metadata,
+        }
+    return document
+
+
+def array_document(
+    dtype: np.dtype[Any], shape: list[int], chunks: list[int], codecs: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """Return Zarr v3 array metadata with the same keys as zarr-python writes."""
+    return {
+        "shape": shape,
+        "data_type": dtype.name,
+        "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": chunks}},
+        "chunk_key_encoding": {"name": "default", "configuration": {"separator": "."}},
+        "fill_value": 0 if dtype.kind == "i" else 0.0,
+        "codecs": codecs,
+        "attributes": {},
+        "zarr_format": 3,
+        "node_type": "array",
+        "storage_transformers": [],
+    }
+
+
+def dump(document: Mapping[str, Any]) -> bytes:
+    """Serialise a document to the bytes of a `zarr.json`."""
+    return json.dumps(document, indent=1, allow_nan=False).encode()
+
+
+def read_header(storage: Storage) -> StoreHeader:
+    """Read the header of a store and check the Zarr metadata of all arrays against it.
+
+    Raises:
+        StoreFormatError: If this is not an activation store, has another schema version, or has
+            invalid or contradictory metadata.
+        MissingDataError: If the `zarr.json` of an array is missing.
+        DamagedDataError: If the header fails its checksum.
+    """
+    header, group = read_group(storage)
+    _agree(storage.where(METADATA), group_document(header), group, skip=("attributes",))
+    for name in _expected(header):
+        check_document(storage, header, name)
+    return header
+
+
+def read_group(storage: Storage) -> tuple[StoreHeader, dict[str, Any]]:
+    """Read the header and return it with the group's `zarr.json`; raises like `read_header`."""
+    where = storage.where(METADATA)
+    try:
+        data = storage.read(METADATA, _MAX_BYTES)
+    except MissingDataError as error:
+        raise StoreFormatError(
+            f"{storage.path} is not an activation store: {where} not found; check the path, or "
+            "create a store with StoreWriter"
+        ) from error
+    group = parse_json(where, data)
+    attributes = group.get("attributes")
+    document = attributes.get(KEY) if isinstance(attributes, dict) else None
+    if not isinstance(document, dict):
+        raise StoreFormatError(
+            f"{where} has no attribute {KEY!r}: expected a Zarr group written by activation_store"
+        )
+    version = document.get("schema_version")
+    if version != SCHEMA_VERSION:
+        raise StoreFormatError(
+            f"{where} has schema_version={version!r}: expected {SCHEMA_VERSION}; "
+            "update latent-foundry if the store is newer"
+        )
+    try:
+        crc32c = header_checksum({k: v for k, v in document.items() if k != "crc32c"})
+    except (ValueError, RecursionError) as error:
+        raise StoreFormatError(f"{where} has an invalid header: {error}") from error
+    if crc32c != document.get("crc32c"):
+        raise DamagedDataError(f"{where}: the header fails its checksum; restore the file")
+    return _parse(where, document), group
+
+
+def _parse(where: str, document: dict[str, Any]) -> StoreHeader:
+    """Build the header from its JSON document."""
+    try:
+        fields = {key: value for key, value in document.items() if key != "crc32c"}
+        fields["arrays"] = {name: part["d_model"] for name, part in document["arrays"].items()}
+        fields["sidecars"] = tuple(document["sidecars"])
+        if fields["calibration"] is not None:
+            fields["calibration"] = {
+                name: Calibration(np.array(part["mean"]), np.array(part["std"]), part["norm"])
+                for name, part in document["calibration"].items()
+            }
+        return StoreHeader(**fields)
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+        raise StoreFormatError(f"{where} has an invalid header: {error}") from error
+
+
+def _expected(header: StoreHeader) -> dict[str, dict[str, Any]]:
+    """Return the `zarr.json` that every array of the store should have now."""
+    expected = array_documents(header, header.n_items)
+    if header.finalised:
+        expected[VALID_ROWS] = valid_rows_document(header)
+    return expected
+
+
+def check_document(storage: Storage, header: StoreHeader, name: str) -> None:
+    """Check that the `zarr.json` of an array agrees with the header.
+
+    Raises:
+        MissingDataError: If the file is missing.
+        StoreFormatError: If it is invalid or differs from what the header implies.
+    """
+    document = _expected(header)[name]
+    file = f"{name}/{METADATA}"
+    where = storage.where(file)
+    found = parse_json(where, storage.read(file, _MAX_BYTES))
+    if not header.finalised:  # an interrupted finalise may have trimmed some arrays already
+        document["shape"][0] = _growing_rows(where, header, found.get("shape"))
+    _agree(where, document, found)
+
+
+def restore_documents(storage: Storage, header: StoreHeader) -> list[str]:
+    """Rewrite every array's `zarr.json` that is missing or damaged; return the file names."""
+    restored = []
+    shaped = array_documents(header, header.n_items if header.finalised else header.planned_items)
+    for name, document in {**_expected(header), **shaped}.items():
+        try:
+            check_document(storage, header, name)
+        except (MissingDataError, StoreFormatError):
+            storage.make_folder(name)
+            storage.put(f"{name}/{METADATA}", [dump(document)])
+            restored.append(f"{name}/{METADATA}")
+    return restored
+
+
+def _growing_rows(where: str, header: StoreHeader, shape: Any) -> int:
+    """Check the shape of an array in a store that may grow, and return its number of rows."""
+    rows = shape[0] if isinstance(shape, list) and shape else None
+    most = header.planned_items * header.shard_tokens
+    if type(rows) is not int or not 0 <= rows <= most or rows % header.shard_tokens:
+        raise StoreFormatError(
+            f"{where} has shape={shape!r}: expected at most {most} rows, a multiple "
+            f"of {header.shard_tokens}; restore the file from a backup"
+        )
+    return rows
+
+
+def _agree(
+    where: str, expected: dict[str, Any], found: dict[str, Any], skip: tuple[str, ...] = ()
+) -> None:
+    """Check that the file `where` has the expected values, except for the keys in `skip`."""
+    for key, value in expected.items():
+        if key not in skip and found.get(key) != value:
+            there, wanted = (repr(part)[:300] for part in (found.get(key), value))
+            raise StoreFormatError(
+                f"{where} has {key}={there}: expected {wanted}; restore the file"
+            )

@@ -1,0 +1,1 @@
+"""Verify and repair a store, and measure how well its shuffle mixes documents."""

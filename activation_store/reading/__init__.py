@@ -1,0 +1,1 @@
+"""Read a store: rows in order, shuffled streams, look-ups, mixtures."""

@@ -1,0 +1,134 @@
+"""Random access to rows, by row number or by document; feature pages use it.
+
+The rows of a document are scattered over the store, because the harvest permutes rows before
+writing them. Finding documents reads the whole `document` sidecar once, regardless of how many are
+requested. That is eight bytes per row, about a hundredth of the activations. Memory holds only the
+sidecars of a few items and the rows found.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from activation_store.reading.store import Store
+from activation_store.threads import run_all
+from foundation.errors import StoreConfigError
+
+Ints = NDArray[np.int64]
+
+
+class DocumentRows(NamedTuple):
+    """Row numbers of some documents, ordered by document and position."""
+
+    rows: Ints
+    """Logical row numbers for `Store.read` and `take_rows`, [n]."""
+    document: Ints
+    """Document number of each row, [n]."""
+    position: Ints
+    """Position of each row in tokens from the start of the context, [n]."""
+
+
+def find_documents(store: Store, documents: ArrayLike) -> DocumentRows:
+    """Find all stored rows of some documents; documents that are not in the store are ignored.
+
+    Args:
+        store: Must have the sidecars `document` and `position`. In a growing store only committed
+            rows are found.
+        documents: [m] document numbers as in the `document` sidecar.
+
+    Raises:
+        StoreConfigError: If the store lacks one of the two sidecars.
+        DeletedDataError: If rows of the store were deleted.
+        MissingDataError: If a shard file is missing; the message names it.
+        DamagedDataError: If a chunk fails its checksum; the message names file and chunk.
+    """
+    for name in ("document", "position"):
+        if name not in store.header.sidecars:
+            raise StoreConfigError("sidecar", name, f"one of {list(store.header.sidecars)}")
+    wanted = np.unique(np.asarray(documents, np.int64))
+    ends = [0, *np.cumsum(store.valid_rows).tolist()]
+    searches = [
+        partial(_find_in, store, wanted, start, stop)
+        for start, stop in pairwise(ends)
+        if start < stop
+    ]
+    found = np.concatenate([np.zeros((3, 0), np.int64), *run_all(searches)], axis=1)
+    rows, document, position = found[:, np.lexsort((found[2], found[1]))]
+    return DocumentRows(rows, document, position)
+
+
+def find_rows(store: Store, documents: Sequence[int], positions: Sequence[int]) -> Ints:
+    """Find the logical row of each pair (document, position); raises like `find_documents`.
+
+    Returns:
+        [m] row numbers; -1 for a pair that is not in the store, either because the harvest drops
+        this position or because the text ends before it.
+    """
+    there = find_documents(store, documents)
+    rows = dict(
+        zip(
+            zip(there.document.tolist(), there.position.tolist(), strict=True),
+            there.rows.tolist(),
+            strict=True,
+        )
+    )
+    pairs = zip(map(int, documents), map(int, positions), strict=True)
+    return np.array([rows.get(pair, -1) for pair in pairs], np.int64)
+
+
+def take_rows(store: Store, array: str, rows: ArrayLike) -> NDArray[Any]:
+    """Read arbitrary logical rows, reading each chunk that holds one of them only once.
+
+    Args:
+        store: Store to read from.
+        array: Hookpoint or sidecar.
+        rows: [n] row numbers in any order; repeated numbers are allowed.
+
+    Returns:
+        [n, d_model] of a hookpoint or [n] of a sidecar, in the order of `rows`.
+
+    Raises:
+        StoreConfigError: If there is no such array, or a row number is out of range.
+        DeletedDataError: If some of the rows were deleted.
+        MissingDataError: If a shard file is missing; the message names it.
+        DamagedDataError: If a chunk fails its checksum; the message names file and chunk.
+    """
+    if array not in store.header.columns:
+        raise StoreConfigError("array", array, f"one of {list(store.header.columns)}")
+    wanted = np.asarray(rows, np.int64)
+    outside = wanted[(wanted < 0) | (wanted >= store.n_tokens)]
+    if len(outside):
+        raise StoreConfigError("rows", int(outside[0]), f"0 to {store.n_tokens - 1}")
+    dtype, shape = store.header.columns[array]
+    out = np.empty((len(wanted), *shape), dtype)
+    starts = np.concatenate([[0], np.cumsum(store.valid_rows)])
+    item = np.searchsorted(starts, wanted, side="right") - 1
+    chunk_rows = store.header.chunk_rows
+    first = starts[item] + (wanted - starts[item]) // chunk_rows * chunk_rows
+    last = np.minimum(first + chunk_rows, starts[item + 1])
+    # Group the rows by the chunk [first, last) that holds them.
+    order = np.argsort(first, kind="stable")
+    groups = np.split(order, np.flatnonzero(np.diff(first[order])) + 1) if len(order) else []
+
+    def take(places: Ints) -> None:
+        start, stop = int(first[places[0]]), int(last[places[0]])
+        out[places] = store.read(array, start, stop)[wanted[places] - start]
+
+    run_all([partial(take, places) for places in groups])
+    return out
+
+
+def _find_in(store: Store, wanted: Ints, start: int, stop: int) -> Ints:
+    """Return row, document and position of an item's rows of the wanted documents, as [3, n]."""
+    documents = store.read("document", start, stop)
+    there = np.flatnonzero(np.isin(documents, wanted))
+    if not len(there):
+        return np.zeros((3, 0), np.int64)
+    positions = store.read("position", start, stop)[there]
+    return np.stack([start + there, documents[there], positions.astype(np.int64)])

@@ -1,0 +1,361 @@
+"""Storage under a prefix of an S3-compatible object store, through `obstore`.
+
+Endpoint and credentials come from the environment, as for every S3 client: AWS_ENDPOINT_URL (not
+needed for AWS itself), AWS_REGION, AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, or other sources that
+obstore supports (instance and container roles, web identity).
+
+Objects are written atomically. Objects that must be written only once (commit records and shards)
+are put with `If-None-Match: *`. If the answer to such a put is lost, the retry finds an existing
+object; it compares the bytes, and if they are equal, the first try had succeeded. Use a store only
+in the process that opened it, because obstore's threads do not survive a fork.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import re
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from datetime import UTC, datetime, timedelta
+from typing import Any, TypeVar
+
+import numpy as np
+import obstore
+from obstore.exceptions import (
+    AlreadyExistsError,
+    BaseError,
+    PermissionDeniedError,
+    UnauthenticatedError,
+)
+from obstore.store import S3Store
+
+from activation_store.errors import MissingDataError, StorageError, StoreFormatError
+from activation_store.storage.atomic_files import STALE_S, Bytes
+from activation_store.storage.base import OBJECT_SCHEME, Held, Parts, ReadHandle, Storage
+from activation_store.storage.lease import Lease
+from foundation.errors import StoreConfigError
+
+T = TypeVar("T")
+
+TRIES = 5
+"""Tries of a request; within each, obstore retries up to `_RETRIES` times if that is safe."""
+_BACKOFF_S = 0.2
+_RETRIES = 3
+_CONNECT_S, _STALL_S, _REQUEST_S = 10, 120, 1200
+"""Timeouts for a connection, for the next bytes, and for a whole request (a shard on a slow link).
+"""
+_PROBE = "_probe"
+_MOST_BYTES = 5 << 30  # limit of S3 for a single put
+_URL = re.compile(r"s3://([a-z0-9][a-z0-9.\-]{1,61}[a-z0-9])/([\w.\-=+/]*[\w\-=+])/?")
+
+
+class ObjectStorage(Storage):
+    """Store under s3://bucket/prefix.
+
+    Args:
+        url: Address of the store; the bucket must exist.
+
+    Raises:
+        StoreConfigError: If the address is invalid or contains credentials.
+    """
+
+    run_bytes = 8 << 20
+    gap_bytes = 512 << 10
+    n_threads = 16
+    poll_s = 2.0
+    build_is_atomic = False
+
+    def __init__(self, url: str) -> None:
+        match = _URL.fullmatch(url)
+        if not match or ".." in url:
+            shown = url if "@" not in url else f"{OBJECT_SCHEME}(with credentials)"
+            raise StoreConfigError(
+                "store.path",
+                shown,
+                "s3://bucket/prefix",
+                "set credentials and endpoint in AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and "
+                "AWS_ENDPOINT_URL",
+            )
+        self.path: str = url.rstrip("/")
+        self._store = _connect(match[1], match[2])
+
+    def read(self, name: str, limit_bytes: int) -> bytes:
+        """Read a whole object."""
+
+        def get() -> bytes:
+            answer = obstore.get(self._store, name)
+            size = answer.meta["size"]
+            if size > limit_bytes:
+                raise StoreFormatError(
+                    f"{self.where(name)} has {size} bytes: expected at most {limit_bytes}; "
+                    "this file was not written by activation_store"
+                )
+            return bytes(answer.bytes())
+
+        try:
+            return self._ask("get", name, get)
+        except FileNotFoundError:
+            raise self._missing(name) from None
+
+    def open(self, name: str) -> ReadHandle:
+        """Open an object to read ranges of it."""
+        meta = self._head(name)
+        if meta is None:
+            raise MissingDataError(
+                f"{self.where(name)} is committed but missing; repair the store with "
+                "stage=repair, or restore the object from a backup"
+            )
+        return _Object(self, name, meta["size"])
+
+    def read_range(self, name: str, offset: int, n_bytes: int) -> Bytes:
+        """Read bytes [offset, offset + n_bytes) of an object; it must be at least that long."""
+
+        def get() -> Bytes:
+            answer = obstore.get_range(self._store, name, start=offset, length=n_bytes)
+            return np.frombuffer(memoryview(answer), np.uint8)
+
+        try:
+            return self._ask("get", name, get)
+        except FileNotFoundError:
+            raise self._missing(name) from None
+
+    def exists(self, name: str) -> bool:
+        """Return whether the object exists."""
+        return self._head(name) is not None
+
+    def names(self, folder: str) -> list[str]:
+        """List the names directly under a prefix."""
+
+        def listing() -> list[str]:
+            found = obstore.list_with_delimiter(self._store, folder or None)
+            objects = [str(part["path"]) for part in found["objects"]]
+            return [*objects, *found["common_prefixes"]]
+
+        paths = self._ask("list", folder, listing)
+        return [path.rpartition("/")[2] for path in paths]
+
+    def is_folder(self, name: str) -> bool:
+        """Return True: prefixes need not be created."""
+        return True
+
+    def build(
+        self, folders: Sequence[str], objects: Mapping[str, bytes], last: tuple[str, bytes]
+    ) -> None:
+        """Create the store; the object that marks the store is written first.
+
+        The process that succeeds in writing it is the one that creates the store. If it dies before
+        it has written the other objects, the next writer adds them.
+        """
+        marker, content = last
+        if set(self.names("")) - {_PROBE} and not self.exists(marker):
+            raise StoreFormatError(
+                f"{self.path} holds objects but is not an activation store; use an empty prefix"
+            )
+        self._require_conditional_put()
+        if self.put_if_absent(marker, [content]):
+            for name, data in objects.items():
+                self.put_if_absent(name, [data])
+
+    def _require_conditional_put(self) -> None:
+        """Check that the server supports conditional puts.
+
+        With a server that ignores the condition, two attempts could commit the same item.
+
+        Raises:
+            StorageError: If the server ignores the condition.
+        """
+        name = f"{_PROBE}/{uuid.uuid4().hex}"
+        self.put_if_absent(name, [b"first"])
+        twice = self.put_if_absent(name, [b"second"])
+        self.delete(name)
+        if twice:
+            raise StorageError(
+                f"{self.path}: the server ignores If-None-Match, so commits could overwrite each "
+                "other; use a server that supports it, or a local folder"
+            )
+
+    def put(self, name: str, parts: Parts) -> None:
+        """Write an object, replacing an existing one."""
+        data = self._join(name, parts)
+        self._ask("put", name, lambda: obstore.put(self._store, name, data, use_multipart=False))
+
+    def put_if_absent(self, name: str, parts: Parts) -> bool:
+        """Write an object unless one of this name exists."""
+        data = self._join(name, parts)
+
+        def create() -> bool:
+            try:
+                obstore.put(self._store, name, data, mode="create")
+            except AlreadyExistsError:
+                return False
+            return True
+
+        return self._ask("put", name, create) or self._holds(name, data)
+
+    def _holds(self, name: str, data: bytes) -> bool:
+        """Return whether an object has these bytes.
+
+        If so, an earlier try of the same put succeeded and only its answer was lost.
+        """
+        meta = self._head(name)
+        if meta is None or meta["size"] != len(data):
+            return False
+        return not data or self.read_range(name, 0, len(data)).tobytes() == data
+
+    def make_folder(self, name: str) -> None:
+        """Do nothing: object stores have no folders."""
+
+    def sync(self, folders: Sequence[str]) -> None:
+        """Do nothing: a put is durable when it returns."""
+
+    def delete(self, name: str) -> None:
+        """Delete an object if it exists."""
+        with contextlib.suppress(FileNotFoundError):
+            self._ask("delete", name, lambda: obstore.delete(self._store, name))
+
+    def is_stale(self, name: str) -> bool:
+        """Return whether an uncommitted shard is older than `STALE_S`; there is no lock."""
+        meta = self._head(name)
+        return meta is not None and _age_s(meta) > STALE_S
+
+    def remove_stale(self) -> list[str]:
+        """Return []: objects are written atomically, so none are unfinished."""
+        return []
+
+    @contextlib.contextmanager
+    def lock(self, exclusive: bool, timeout_s: float | None = None) -> Iterator[None]:
+        """Do nothing: object stores have no locks, and `is_stale` goes by age instead."""
+        yield
+
+    def claim(self, run: str, who: str) -> Held:
+        """Take the harvest lock, which is a lease."""
+        return Lease(self, run, who)
+
+    def _head(self, name: str) -> Any | None:
+        """Return the metadata of an object, None if it does not exist."""
+        try:
+            return self._ask("head", name, lambda: obstore.head(self._store, name))
+        except FileNotFoundError:
+            return None
+
+    def _join(self, name: str, parts: Parts) -> bytes:
+        """Join the pieces of an object, after checking the size limit of a put."""
+        data = b"".join(part if isinstance(part, bytes) else part.data for part in parts)
+        if len(data) > _MOST_BYTES:
+            raise StorageError(
+                f"{self.where(name)} would have {len(data)} bytes: expected at most {_MOST_BYTES}, "
+                "the limit of a single S3 put; lower store.shard_tokens"
+            )
+        return data
+
+    def _missing(self, name: str) -> MissingDataError:
+        return MissingDataError(f"{self.where(name)} is missing; restore it from a backup")
+
+    def _ask(self, what: str, name: str, request: Callable[[], T]) -> T:
+        """Send a request, with retries, and return its result.
+
+        Args:
+            what: Name of the operation, for the error message.
+            name: Name of the object, for the error message.
+            request: Function that sends the request; safe to repeat.
+
+        Raises:
+            FileNotFoundError: If the object does not exist.
+            StorageError: If the server refuses the request, or there is no answer after `TRIES`
+                tries.
+        """
+        problem = ""
+        for number in range(TRIES):
+            if number:
+                time.sleep(_BACKOFF_S * 2**number * random.uniform(0.5, 1.0))
+            try:
+                return request()
+            except (BaseError, FileNotFoundError) as error:
+                problem = _summary(error)
+                if isinstance(error, FileNotFoundError) and "NoSuchBucket" not in problem:
+                    raise
+                if isinstance(
+                    error, FileNotFoundError | PermissionDeniedError | UnauthenticatedError
+                ):
+                    break  # a retry would fail in the same way
+        # Raise outside the except block, so that the original error is not chained: its text may
+        # contain credentials from the endpoint's address.
+        raise StorageError(
+            f"{self.where(name)}: {what} failed: {problem}; expected a reachable bucket with write "
+            "access; check AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+        )
+
+
+def _connect(bucket: str, prefix: str) -> S3Store:
+    """Create a client from the settings in the environment, without sending a request."""
+    endpoints = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT")
+    plain = any(os.environ.get(name, "").startswith("http://") for name in endpoints)
+    try:
+        return S3Store(
+            bucket,
+            prefix=prefix,
+            client_options={
+                "allow_http": plain,
+                "connect_timeout": timedelta(seconds=_CONNECT_S),
+                "read_timeout": timedelta(seconds=_STALL_S),
+                "timeout": timedelta(seconds=_REQUEST_S),
+            },
+            retry_config={
+                "max_retries": _RETRIES,
+                "retry_timeout": timedelta(seconds=60),
+                "backoff": {
+                    "init_backoff": timedelta(seconds=_BACKOFF_S),
+                    "max_backoff": timedelta(seconds=5),
+                    "base": 2,
+                },
+            },
+        )
+    except (BaseError, ValueError) as error:
+        source = re.search(r"source: (\w+)", str(error))
+        problem = source[1] if source else type(error).__name__
+    given = sorted(name for name in os.environ if name.startswith("AWS_"))
+    raise StoreConfigError(
+        "AWS_*", given, f"a complete set of variables ({problem})", "set those that are missing"
+    )
+
+
+class _Object(ReadHandle):
+    """An open object; each read is one range request."""
+
+    def __init__(self, storage: ObjectStorage, name: str, size: int) -> None:
+        self._storage = storage
+        self._name = name
+        self.size = size
+
+    def read_into(self, views: list[Bytes], offset: int) -> bool:
+        """Read the bytes from `offset` on into `views`."""
+        n_bytes = sum(map(len, views))
+        if offset + n_bytes > self.size:
+            return False
+        if not n_bytes:
+            return True
+        data = self._storage.read_range(self._name, offset, n_bytes)
+        if len(data) < n_bytes:
+            return False
+        start = 0
+        for view in views:
+            view[:] = data[start : start + len(view)]
+            start += len(view)
+        return True
+
+
+def _age_s(meta: Any) -> float:
+    age: timedelta = datetime.now(UTC) - meta["last_modified"]
+    return age.total_seconds()
+
+
+def _summary(error: BaseException) -> str:
+    """Summarise an error without any address, which might contain credentials."""
+    text = str(error)
+    status = re.search(r"status code: (\d+)", text)
+    code = re.search(r"<Code>(\w+)</Code>", text)
+    parts = [f"HTTP {status[1]}" if status else "no answer, or an incomplete one"]
+    return " ".join(parts + ([code[1]] if code else []))

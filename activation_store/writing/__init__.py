@@ -1,0 +1,1 @@
+"""Create a store and write work items to it."""

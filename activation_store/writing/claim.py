@@ -1,0 +1,78 @@
+"""The harvest lock of a store: only one run at a time may write to it and delete from it.
+
+Rows are safe without this lock, because an item is committed at most once and is a pure function of
+its number. The lock stops two harvests from doing the same work twice, from each waiting only for
+the trainers of its own run, and from deleting shards at the same time.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from pathlib import Path
+from types import TracebackType
+
+from activation_store.storage.base import Held
+from activation_store.storage.open import open_storage
+
+
+class Claim:
+    """The harvest lock of a store; as a context manager it releases the lock on exit.
+
+    On a file system this is a kernel file lock, released when the process dies. In an object store
+    it is a lease (see `lease.py`): after its holder died, another run can take it over once
+    `lease.STALE_S` seconds have passed, and the same run can at once.
+
+    Args:
+        path: Path of the store.
+        run: Name of the run, the same for all of its attempts. The caller must make sure that only
+            one attempt of a run is alive at a time.
+    """
+
+    def __init__(self, path: str | Path, run: str) -> None:
+        self._storage = open_storage(path)
+        self._run = run
+        self._held: Held | None = None
+
+    @property
+    def is_taken(self) -> bool:
+        """True while this object holds the lock."""
+        return self._held is not None
+
+    def take(self) -> None:
+        """Take the lock; do nothing if this object already holds it. The store must exist.
+
+        Raises:
+            StoreBusyError: If another process holds it; the message names that process.
+        """
+        if self._held is None:
+            who = f"run {self._run}, process {os.getpid()} on {socket.gethostname()}"
+            self._held = self._storage.claim(self._run, who)
+
+    def check(self) -> None:
+        """Check that this process has not lost the lock; do nothing if it was never taken.
+
+        Raises:
+            StoreBusyError: If another process took the lease over, because the heartbeat of this
+                one stopped for too long.
+        """
+        if self._held is not None:
+            self._held.check()
+
+    def release(self) -> None:
+        """Release the lock; do nothing if it is not held."""
+        held = self._held
+        self._held = None
+        if held is not None:
+            held.release()
+
+    def __enter__(self) -> Claim:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.release()

@@ -1,0 +1,267 @@
+"""Evaluate stage: measure the SAE on held-out text and count how often its latents fire.
+
+The SAE is spliced into the language model while it runs on held-out contexts. A store that was not
+harvested by this config, such as a user's own arrays, has no held-out text. In that case only the
+reconstruction is measured, on the stored rows, and metrics.json gives the reason.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from analysis.evaluation.metrics import DEFINITIONS, SPLICED
+from cluster.harvest.provenance import describe, differences
+from cluster.run_folder.files import store_path
+from foundation.atomic_files import write_json
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from activation_store import Store
+    from analysis.evaluation.firing import FiringPass
+    from conf.schema.run import RunConfig
+    from sae_core import SAE
+
+SAME_TEXT = (
+    "weights_sha256",
+    "tokenizer_sha256",
+    "dataset_sha256",
+    "context_tokens",
+    "heldout_fraction",
+    "dropped_special_tokens",
+)
+"""Provenance keys that must match between store and config.
+
+If one differs, the store may hold rows of another model, or rows of contexts that this config holds
+out.
+"""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Inputs of one evaluation: the SAE, its config and store, and the console to print to."""
+
+    config: RunConfig
+    sae: SAE
+    store: Store
+    hookpoint: str
+    console: Console
+
+
+def run(config: RunConfig, run_dir: Path) -> None:
+    """Write `eval/metrics.json` and `eval/frequency.json`, unless they are up to date.
+
+    Raises:
+        CheckpointError: If the run has no valid checkpoint.
+        StoreError: If the store cannot be read, or its rows do not have the SAE's width.
+        TextError: If the held-out text is shorter than one context.
+    """
+    from rich.console import Console
+
+    from activation_store import open_store
+    from sae_core import load_sae
+
+    console = Console(soft_wrap=True)
+    started = time.monotonic()
+    sae = load_sae(run_dir)
+    store = open_store(store_path(config, run_dir))
+    hookpoint = sae.config.hookpoint or next(iter(store.arrays))
+    _check_width(sae, store, hookpoint)
+    checkpoint = str(sae.metadata.get("checkpoint", f"step-{sae.step}"))
+    # Everything that the metrics depend on. If it is unchanged, the metrics are up to date.
+    inputs = {
+        "eval": asdict(config.eval),
+        "data": asdict(config.data),
+        "model": asdict(config.model),
+        "seed": config.seed,
+        "sae": asdict(sae.config),
+        "weights_sha256": _weights_sha256(sae),
+        "store": [store.n_items, store.n_tokens, store.header.provenance],
+        "mixture": [config.store.weight, *map(asdict, config.store.mixture)],
+    }
+    file = run_dir / "eval" / "metrics.json"
+    if file.is_file() and json.loads(file.read_text()).get("inputs") == inputs:
+        console.print(f"evaluate: {file} is up to date with {checkpoint}")
+        return
+    evaluation = Evaluation(config, sae.to(_device(config)), store, hookpoint, console)
+    metrics, counts, n_rows = _evaluate(evaluation)
+    metrics |= {
+        "hookpoint": hookpoint,
+        "checkpoint": checkpoint,
+        "seconds": round(time.monotonic() - started, 2),
+        "definitions": DEFINITIONS,
+        "inputs": inputs,
+    }
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_json(file.with_name("frequency.json"), {"tokens": n_rows, "counts": counts})
+    write_json(file, metrics)
+    _print_table(console, metrics)
+
+
+def _evaluate(evaluation: Evaluation) -> tuple[dict[str, Any], list[int], int]:
+    """Return the metrics, each latent's number of firings, and the number of rows counted."""
+    reason = _why_not_heldout(evaluation)
+    firings = _count_firings(evaluation, with_errors=reason is not None)
+    if reason is None:
+        measured = _spliced(evaluation, firings)
+    else:
+        evaluation.console.print(f"evaluate: no held-out text, {reason}")
+        measured = {
+            **_reconstruction(firings.sums),
+            **dict.fromkeys(SPLICED),
+            "tokens": firings.sums.rows,
+        }
+    metrics = {
+        **measured,
+        "dead_fraction": firings.dead_fraction,
+        "heldout": reason is None,
+        "reason": reason,
+    }
+    return metrics, firings.counts.tolist(), firings.sums.rows
+
+
+def _why_not_heldout(evaluation: Evaluation) -> str | None:
+    """Return the reason why this store has no held-out text under this config, or None if it has.
+
+    Rows that were mixed in are checked as well: they must not come from the held-out text.
+    """
+    config, provenance = evaluation.config, evaluation.store.header.provenance or {}
+    if not provenance.get("weights_sha256"):
+        return "the store's provenance names no language model"
+    if evaluation.hookpoint not in config.model.hookpoints:
+        return f"model.hookpoints={config.model.hookpoints} does not list {evaluation.hookpoint!r}"
+    from cluster.language_model.loading import load_tokenizer
+
+    cache_dir = Path(config.cache_dir).expanduser()
+    wanted = describe(config, load_tokenizer(config.model, cache_dir), cache_dir)
+    found = differences(provenance, {key: wanted[key] for key in SAME_TEXT})
+    if found:
+        return f"the store was harvested with other settings ({'; '.join(found)})"
+    for path in config.store.paths[1:]:
+        reason = _may_hold(path, wanted)
+        if reason is not None:
+            return reason
+    return None
+
+
+def _may_hold(path: str, wanted: dict[str, Any]) -> str | None:
+    """Return the reason why the mixed-in store may contain held-out text, or None if it does not.
+
+    A store of another text does not. Neither does one of the same text with the same split.
+    """
+    from activation_store import open_store
+
+    provenance = open_store(path).header.provenance or {}
+    text = provenance.get("dataset_sha256")
+    if text is None:
+        return f"the provenance of the mixed-in store {path} names no text"
+    if text != wanted["dataset_sha256"]:
+        return None
+    found = differences(provenance, {key: wanted[key] for key in SAME_TEXT})
+    if not found:
+        return None
+    return (
+        f"the mixed-in store {path} has rows of the same text, harvested with other settings "
+        f"({'; '.join(found)})"
+    )
+
+
+def _count_firings(evaluation: Evaluation, *, with_errors: bool) -> FiringPass:
+    from analysis.evaluation.firing import count_firings
+    from cluster.progress import ProgressLine
+
+    store = evaluation.store
+    with ProgressLine(evaluation.console) as line:
+        return count_firings(
+            evaluation.sae,
+            store,
+            evaluation.hookpoint,
+            with_errors=with_errors,
+            progress=lambda rows: line.show(
+                f"evaluate: firing counts {rows:,}/{store.n_tokens:,} stored rows"
+            ),
+        )
+
+
+def _spliced(evaluation: Evaluation, firings: FiringPass) -> dict[str, Any]:
+    import numpy as np
+
+    from analysis.evaluation.splice import SplicedEvaluation
+    from cluster.language_model.contexts import prepare_contexts
+    from cluster.language_model.errors import TextError
+    from cluster.language_model.loading import load_language_model, load_tokenizer
+    from cluster.progress import ProgressLine
+
+    config = evaluation.config
+    cache_dir = Path(config.cache_dir).expanduser()
+    tokenizer = load_tokenizer(config.model, cache_dir)
+    split = prepare_contexts(config.data, tokenizer, cache_dir).heldout
+    wanted = max(1, config.eval.tokens // config.data.context_tokens)
+    # A random sample of the held-out contexts, which depends only on the seed.
+    order = np.random.default_rng([config.seed, 2]).permutation(len(split))[:wanted]
+    if not len(order):
+        raise TextError(
+            f"data.heldout_fraction={config.data.heldout_fraction}: the held-out text is shorter "
+            "than one context; raise the fraction, or use a longer text"
+        )
+    if len(order) < wanted:
+        evaluation.console.print(
+            f"evaluate: the text has only {len(order)} held-out contexts, fewer than eval.tokens="
+            f"{config.eval.tokens:,} requires"
+        )
+    model = load_language_model(config.model, cache_dir, _device(config))
+    spliced = SplicedEvaluation(model, evaluation.sae, evaluation.hookpoint, firings.sums.mean)
+    with ProgressLine(evaluation.console) as line:
+        for start in range(0, len(order), config.eval.batch_contexts):
+            spliced.add(split, order[start : start + config.eval.batch_contexts])
+            done = min(start + config.eval.batch_contexts, len(order))
+            line.show(f"evaluate: {done}/{len(order)} held-out contexts")
+    tokens = len(order) * config.data.context_tokens
+    return {**_reconstruction(spliced.rows), **spliced.losses.metrics(), "tokens": tokens}
+
+
+def _reconstruction(sums: Any) -> dict[str, Any]:
+    return {"fvu": sums.fvu, "mse": sums.mse, "l0": sums.l0, "rows": sums.rows}
+
+
+def _check_width(sae: SAE, store: Store, hookpoint: str) -> None:
+    from activation_store.errors import StoreMismatchError
+
+    if store.arrays.get(hookpoint) != sae.d_model:
+        raise StoreMismatchError(
+            f"store.path: expected the SAE's training array {hookpoint!r} of width {sae.d_model}, "
+            f"found {dict(store.arrays)}; set store.path to the store of this run"
+        )
+
+
+def _device(config: RunConfig) -> str:
+    import torch
+
+    wanted = config.train.device
+    return "cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu"
+
+
+def _weights_sha256(sae: SAE) -> str:
+    sha256 = hashlib.sha256()
+    for tensor in (sae.W_enc, sae.W_dec, sae.b_enc, sae.b_dec):
+        sha256.update(tensor.detach().cpu().contiguous().numpy().data)
+    return sha256.hexdigest()
+
+
+def _print_table(console: Console, metrics: dict[str, Any]) -> None:
+    from rich.table import Table
+
+    where = "held-out text" if metrics["heldout"] else "stored rows"
+    table = Table(title=f"{metrics['hookpoint']} · {metrics['checkpoint']} · {where}")
+    table.add_column("metric")
+    table.add_column("value", justify="right")
+    for name in ("fvu", "mse", "l0", "dead_fraction", *SPLICED, "tokens"):
+        value = metrics[name]
+        if value is not None:
+            table.add_row(name, f"{value:,}" if isinstance(value, int) else f"{value:.4g}")
+    console.print(table)

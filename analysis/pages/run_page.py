@@ -1,0 +1,220 @@
+"""Report stage: render one offline HTML page for a run from the files written so far."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from analysis.evaluation.metrics import METRIC_NAMES
+from analysis.number_format import bytes_text, flat, tree, value_text
+from analysis.pages.svg import histogram, line_chart, number
+from cluster.run_folder.contents import checkpoint_entries, read_optional_json
+from cluster.run_folder.metrics_log import TrainingLog, read_training_log
+
+if TYPE_CHECKING:
+    from conf.schema.run import RunConfig
+
+TEMPLATES = Path(__file__).parent / "templates"
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One chart of the training log."""
+
+    title: str
+    key: str
+    """Key of the value in a row of the log."""
+    note: str
+    """Caption below the title."""
+    log: bool = False
+    """Draw a logarithmic y axis."""
+    scale: float = 1.0
+    """Factor from the logged value to the drawn one; 100 for per cent."""
+
+
+CURVES = (
+    Curve("Loss", "loss", "FVU of the batch plus the weighted auxiliary loss", log=True),
+    Curve("FVU", "fvu", "fraction of variance unexplained, training batches", log=True),
+    Curve("L0", "l0", "active latents per token"),
+    Curve("Dead latents", "dead_fraction", "% not fired for sae.dead_after_tokens", scale=100),
+    Curve("Throughput", "tokens_per_s", "training tokens per second"),
+    Curve("Loader wait", "loader_wait_fraction", "% of time spent waiting for data", scale=100),
+    Curve("Gradient norm", "grad_norm", "before clipping", log=True),
+    Curve("Learning rate", "lr", ""),
+)
+
+
+def render(config: RunConfig, run_dir: Path) -> str:
+    """Render the page as HTML. The template escapes all names and values."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    environment = Environment(
+        loader=FileSystemLoader(TEMPLATES), autoescape=True, undefined=StrictUndefined
+    )
+    log = read_training_log(run_dir / "metrics.jsonl")
+    metrics = read_optional_json(run_dir / "eval" / "metrics.json")
+    harvest = read_optional_json(run_dir / "harvest.json")
+    return environment.get_template("report.html.j2").render(
+        name=config.name,
+        created=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        summary=_summary(config),
+        tiles=_tiles(metrics, log, harvest),
+        charts=_charts(log),
+        saes=list(log.rows),
+        unreadable_lines=log.unreadable_lines,
+        metrics=_metric_rows(metrics),
+        frequency=_frequency(read_optional_json(run_dir / "eval" / "frequency.json")),
+        harvest=flat(harvest) if harvest else None,
+        throughput=_throughput(log),
+        config=tree(asdict(config)),
+        environment=flat(read_optional_json(run_dir / "env.json") or {}),
+        checkpoints=checkpoint_entries(run_dir),
+        bytes=bytes_text,
+    )
+
+
+def _summary(config: RunConfig) -> str:
+    from analysis.origin import dataset_name, model_name
+
+    sae = config.sae
+    where = sae.hookpoint or ", ".join(config.model.hookpoints)
+    model = model_name(config.model) or "a stored model"
+    data = dataset_name(config.data) or "stored text"
+    shape = f"{sae.architecture} SAE, {sae.n_latents:,} latents, k = {sae.k}"
+    return f"{shape}, on {where} of {model}; {data}"
+
+
+def _tiles(
+    metrics: dict[str, Any] | None, log: TrainingLog, harvest: dict[str, Any] | None
+) -> list[tuple[str, str, str]]:
+    """Return (title, value, note) of the tiles at the top; a dash if the stage has not run."""
+    metrics = metrics or {}
+    steps = [rows[-1] for rows in log.rows.values() if rows]
+    trained = max((row.get("tokens") or 0 for row in steps), default=0)
+    rate = _median_rate(log)
+    tile = _tile(metrics)
+    text = "held-out text" if metrics.get("heldout", True) else "stored rows"
+    return [
+        tile("FVU", "fvu", text, "{:.4f}"),
+        tile("CE recovered", "ce_recovered", "of zero ablation", "{:.1%}"),
+        tile("CE recovered", "ce_recovered_mean", "of mean ablation", "{:.1%}"),
+        ("Cross-entropy", _change(metrics), "clean → spliced, nats"),
+        tile("KL", "kl", "nats per token", "{:.4f}"),
+        tile("L0", "l0", "latents per token", "{:.1f}"),
+        tile("Dead", "dead_fraction", "of all latents", "{:.2%}"),
+        ("Trained", number(trained) if trained else "–", "tokens"),
+        ("Training", f"{rate:,.0f}" if rate else "–", "tokens/s, median"),
+        _tile(harvest or {})("Harvest", "tokens_per_s", "tokens/s", "{:,.0f}"),
+    ]
+
+
+def _change(metrics: dict[str, Any]) -> str:
+    clean, spliced = metrics.get("ce_clean"), metrics.get("ce_recon")
+    return f"{clean:.2f} → {spliced:.2f}" if _finite(clean) and _finite(spliced) else "–"
+
+
+def _tile(metrics: dict[str, Any]) -> Callable[[str, str, str, str], tuple[str, str, str]]:
+    def tile(title: str, key: str, note: str, form: str) -> tuple[str, str, str]:
+        value = metrics.get(key)
+        return title, form.format(value) if _finite(value) else "–", note
+
+    return tile
+
+
+def _finite(value: object) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+def _median_rate(log: TrainingLog) -> float | None:
+    rates = [row.get("tokens_per_s") for rows in log.rows.values() for row in rows]
+    known = [float(rate) for rate in rates if rate is not None and _finite(rate)]
+    return statistics.median(known) if known else None
+
+
+def _charts(log: TrainingLog) -> list[dict[str, str]]:
+    charts = []
+    for curve in CURVES:
+        series = {
+            name: [(_x(row), _scaled(row.get(curve.key), curve.scale)) for row in rows]
+            for name, rows in log.rows.items()
+        }
+        svg = line_chart(series, label=curve.title, x_label="training tokens", log=curve.log)
+        last = [points[-1][1] for points in series.values() if points]
+        now = ", ".join(f"{value:.4g}" for value in last if math.isfinite(value))
+        note = f"{curve.note}{', logarithmic' if curve.log else ''}".lstrip(", ")
+        charts.append({"title": curve.title, "note": note, "now": now, "svg": svg})
+    return charts
+
+
+def _x(row: dict[str, Any]) -> float:
+    tokens = row.get("tokens")
+    return float(tokens if _finite(tokens) and tokens is not None else row["step"])
+
+
+def _scaled(value: Any, scale: float) -> float:
+    return float(value) * scale if _finite(value) else math.nan
+
+
+def _metric_rows(metrics: dict[str, Any] | None) -> list[tuple[str, str, str]] | None:
+    """Return (name, value, definition) of the known metrics, then of any other scalar entries."""
+    if metrics is None:
+        return None
+    definitions = metrics.get("definitions", {})
+    others = [
+        key
+        for key, value in metrics.items()
+        if key not in METRIC_NAMES and not isinstance(value, dict | list) and value is not None
+    ]
+    rows = []
+    for key in (*METRIC_NAMES, *others):
+        value = metrics.get(key)
+        text = "–" if value is None else value_text(value)
+        rows.append((key, text, str(definitions.get(key, ""))))
+    return rows
+
+
+def _frequency(data: dict[str, Any] | None) -> dict[str, Any] | None:
+    """Draw the histogram of log10(firings per token) and count the latents that never fired."""
+    if data is None or not data.get("tokens"):
+        return None
+    tokens, counts = int(data["tokens"]), data["counts"]
+    alive = [math.log10(count / tokens) for count in counts if count > 0]
+    # The x axis ends at 0, which is one firing per token, and spans four decades or more.
+    low = min([math.floor(min(alive, default=-1.0)), -4])
+    bins_per_decade = 8
+    edges = [low + i / bins_per_decade for i in range(-low * bins_per_decade + 1)]
+    heights = [0] * (len(edges) - 1)
+    for value in alive:
+        heights[min(int((value - low) * bins_per_decade), len(heights) - 1)] += 1
+    return {
+        "svg": histogram(
+            edges, heights, label="Firing frequency", x_label="log10 of firings per token"
+        ),
+        "tokens": tokens,
+        "latents": len(counts),
+        "never": len(counts) - len(alive),
+        "median": f"{10 ** statistics.median(alive):.2e}" if alive else "–",
+    }
+
+
+def _throughput(log: TrainingLog) -> list[tuple[str, str]]:
+    """Return (name, value) of the throughput figures over the whole training log."""
+    rows = [row for per_sae in log.rows.values() for row in per_sae]
+    if not rows:
+        return []
+    found = []
+    for title, key, form in (
+        ("tokens/s, median", "tokens_per_s", "{:,.0f}"),
+        ("loader wait, median", "loader_wait_fraction", "{:.1%}"),
+        ("MFU, median", "mfu", "{:.1%}"),
+    ):
+        values = [float(row[key]) for row in rows if _finite(row.get(key))]
+        found.append((title, form.format(statistics.median(values)) if values else "unknown"))
+    peaks = [row["peak_memory_bytes"] for row in rows if _finite(row.get("peak_memory_bytes"))]
+    found.append(("peak memory, rank 0", bytes_text(max(peaks)) if peaks else "unknown"))
+    return found

@@ -1,0 +1,1 @@
+"""Run the language model over text and write its activations to the store."""

@@ -1,0 +1,262 @@
+"""The harvest stage: run text through the language model and store the activations.
+
+The driver tokenises the text, plans the work items and creates the store, but never loads the
+model's weights. Ray workers compute the items. A rerun computes only the items that are missing.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cluster.errors import PlacementError
+from cluster.harvest.provenance import describe, matching_store
+from cluster.run_folder.files import consumer_name, store_path
+from foundation.atomic_files import write_json
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from activation_store import Claim, StoreWriter
+    from cluster.harvest.items import ItemPlan
+    from cluster.harvest.worker_pool import WorkerPool
+    from conf.schema.run import RunConfig
+
+
+@dataclass(frozen=True)
+class HarvestJob:
+    """A harvest that is planned and ready to run."""
+
+    config: RunConfig
+    run_dir: Path
+    store: str
+    plan: ItemPlan
+    provenance: dict[str, Any]
+    claim: Claim
+    """This run's harvest lock on the store. Taken before the first item; the caller of `prepare`
+    releases it."""
+    resuming: bool
+    """True if the store already exists."""
+    console: Console
+    live: bool
+    """True if progress may use the terminal's live line."""
+
+
+MayStart = Callable[[int | None], bool]
+"""Called with an item number: return True if that item may start now. Called with None when no
+item is being considered; the result is then ignored. It raises to end the harvest."""
+
+
+def run(config: RunConfig, run_dir: Path) -> None:
+    """Fill the store with `data.tokens` rows per hookpoint; do nothing if it is already full.
+
+    Writes `harvest.json` to the run folder with the keys tokens, items, seconds, tokens_per_s,
+    workers, hookpoints and store_bytes. `seconds` and `tokens_per_s` cover this session only, from
+    the start of Ray to the finalised store; `tokens_per_s` is null if no item was left to compute.
+
+    Raises:
+        StoreMismatchError: If the store holds rows of other settings; raised before any work.
+        ModelError: If the model or a hookpoint does not exist.
+        TextError: If the text is missing, empty or unreadable.
+        PlacementError: If the cluster has no room for the workers.
+        ConfigError: If the model cannot be split into `model.shards` parts.
+        StoreBusyError: If another run is harvesting this store; the error names it.
+    """
+    job = prepare(config, run_dir)
+    if job is not None:
+        with job.claim:
+            fill(job)
+
+
+def prepare(
+    config: RunConfig, run_dir: Path, console: Console | None = None, live: bool = True
+) -> HarvestJob | None:
+    """Tokenise the text and plan the harvest.
+
+    Args:
+        config: Configuration of the run.
+        run_dir: Folder of the run.
+        console: Where progress is shown; None: a new console on standard output.
+        live: Show progress as one live line on a terminal. Use False when another progress
+            display already has that line.
+
+    Returns:
+        The planned harvest, or None if the store is already full.
+
+    Raises:
+        StoreMismatchError: If the store holds rows of other settings.
+        ModelError: If the model does not exist.
+        TextError: If the text is missing, empty or unreadable.
+        ConfigError: If the model cannot be split into `model.shards` parts.
+    """
+    from rich.console import Console
+
+    from activation_store import Claim
+    from cluster.harvest.items import plan_items
+    from cluster.language_model.contexts import prepare_contexts
+    from cluster.language_model.loading import load_tokenizer
+    from cluster.language_model.tensor_parallel import require_shardable
+
+    console = console or Console(soft_wrap=True)
+    cache_dir = Path(config.cache_dir).expanduser()
+    require_shardable(config.model, cache_dir)
+    path = store_path(config, run_dir)
+    tokenizer = load_tokenizer(config.model, cache_dir)
+    provenance = describe(config, tokenizer, cache_dir)
+    existing = matching_store(path, config, provenance)
+    if existing and existing.finalised:
+        console.print(f"harvest: {path} already holds all {existing.n_tokens:,} rows")
+        if not (run_dir / "harvest.json").is_file():
+            _write_summary(config, run_dir, path, {"seconds": 0.0, "tokens_per_s": None})
+        return None
+    contexts = prepare_contexts(config.data, tokenizer, cache_dir)
+    plan = plan_items(contexts.train, config.seed, config.data.tokens, config.store.shard_tokens)
+    if plan.n_rows < config.data.tokens:
+        console.print(
+            f"harvest: the text yields only {plan.n_rows:,} rows, fewer than data.tokens="
+            f"{config.data.tokens:,}; storing all of them"
+        )
+    claim = Claim(path, consumer_name(config, run_dir))
+    return HarvestJob(config, run_dir, path, plan, provenance, claim, bool(existing), console, live)
+
+
+def fill(job: HarvestJob, may_start: MayStart = lambda _: True) -> None:
+    """Compute the missing items, finalise the store and write `harvest.json`.
+
+    Args:
+        job: The harvest that `prepare` planned.
+        may_start: Items wait while this returns False; an exception that it raises ends the
+            harvest.
+    """
+    session = _fill(job, may_start)
+    _write_summary(job.config, job.run_dir, job.store, session)
+    job.console.print(f"harvest: {job.plan.n_rows:,} rows in {job.store}")
+
+
+def _fill(job: HarvestJob, may_start: MayStart) -> dict[str, Any]:
+    from activation_store import StoreWriter
+    from cluster.harvest.worker import WorkerSpec
+    from cluster.harvest.worker_pool import WorkerPool
+    from cluster.ray_session import ray_session
+
+    config = job.config
+    if job.resuming:
+        job.claim.take()  # fail before Ray and the workers are started
+    started = time.monotonic()
+    shards = config.model.shards
+    with ray_session(config.cluster, min_cpus=config.cluster.harvest_workers * shards):
+        n_workers, device = _workers(config.cluster.harvest_workers, shards, job.console)
+        spec = WorkerSpec(
+            model=config.model,
+            data=config.data,
+            seed=config.seed,
+            store_path=job.store,
+            cache_dir=Path(config.cache_dir).expanduser().resolve(),
+            device=device,
+            starts_dir=(job.run_dir / "logs" / "harvest-starts").resolve(),
+        )
+        with WorkerPool(spec, n_workers, config.cluster) as pool:
+            writer = StoreWriter(job.store) if job.resuming else _create(job, pool)
+            job.claim.take()
+            rows = _run_items(job, pool, writer, may_start)
+        writer.finalise()
+    seconds = time.monotonic() - started
+    return {
+        "seconds": round(seconds, 2),
+        "tokens_per_s": round(rows / seconds, 1) if rows else None,
+        "workers": n_workers,
+    }
+
+
+def _workers(wanted: int, shards: int, console: Console) -> tuple[int, str]:
+    import ray
+
+    gpus = int(ray.cluster_resources().get("GPU", 0))
+    if not gpus:
+        return wanted, "cpu"
+    room = gpus // shards
+    if not room:
+        raise PlacementError(
+            f"model.shards={shards}: expected at most {gpus}, the number of GPUs in the cluster; "
+            "lower model.shards or add GPUs"
+        )
+    if room < wanted:
+        console.print(
+            f"harvest: using {room} workers, as {gpus} GPUs have room for no more "
+            f"(cluster.harvest_workers={wanted})"
+        )
+    return min(wanted, room), "cuda"
+
+
+def _create(job: HarvestJob, pool: WorkerPool) -> StoreWriter:
+    from activation_store import StoreWriter
+
+    job.console.print("harvest: loading the model and calibrating on the first item")
+    calibration = pool.calibrate((0, job.plan.contexts(0)))
+    store = job.config.store
+    return StoreWriter(
+        job.store,
+        {name: len(moments.mean) for name, moments in calibration.items()},
+        dtype=store.dtype,
+        codec=store.codec,
+        shard_tokens=store.shard_tokens,
+        chunk_bytes=store.chunk_bytes,
+        n_items=job.plan.n_items,
+        provenance=job.provenance,
+        calibration=calibration,
+    )
+
+
+def _run_items(job: HarvestJob, pool: WorkerPool, writer: StoreWriter, may_start: MayStart) -> int:
+    """Compute the missing items and return the number of rows computed in this session."""
+    from cluster.progress import ProgressLine, duration
+
+    plan = job.plan
+    committed = writer.committed_items()
+    todo = [item for item in range(plan.n_items) if item not in committed]
+    if committed:
+        job.console.print(
+            f"harvest: {len(committed)} of {plan.n_items} items are already committed"
+        )
+    rows = 0
+    finished = 0
+
+    def may_go_on(item: int | None) -> bool:
+        job.claim.check()  # stop writing as soon as another run holds the harvest lock
+        return may_start(item)
+
+    started = time.monotonic()
+    with ProgressLine(job.console, live=job.live) as line:
+        for new_rows in pool.run(((item, plan.contexts(item)) for item in todo), may_go_on):
+            if new_rows is not None:
+                rows += new_rows
+                finished += 1
+            seconds = time.monotonic() - started
+            # Calibration already computed the first item, so its time says nothing about the rate.
+            known = finished > 1
+            eta = duration(seconds / finished * (len(todo) - finished)) if known else "?"
+            rate = f"{rows / seconds:,.0f}" if known else "?"
+            done = len(committed) + finished
+            line.show(
+                f"harvest {done / plan.n_items:4.0%} · {done}/{plan.n_items} items · "
+                f"{rows:,} rows · {rate} tokens/s · ETA {eta}"
+            )
+    return rows
+
+
+def _write_summary(config: RunConfig, run_dir: Path, path: str, session: dict[str, Any]) -> None:
+    from activation_store import open_store
+
+    store = open_store(path)
+    summary = {
+        "tokens": store.n_tokens,
+        "items": store.n_items,
+        **session,
+        "hookpoints": list(config.model.hookpoints),
+        "store_bytes": store.n_bytes,
+    }
+    run_dir.mkdir(parents=True, exist_ok=True)
+    write_json(run_dir / "harvest.json", summary)

@@ -1,0 +1,208 @@
+"""The harvest worker: run the language model over work items and commit them to the store.
+
+An item is a pure function of (text, tokenizer, model, data, seed, item number). Ray may therefore
+restart the worker and run an item again at any time: the second attempt gives the same bytes.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cluster.errors import NonFiniteRowsError
+from conf.schema.data import DataConfig
+from conf.schema.model import ModelConfig
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from activation_store import Calibration, StoreWriter
+    from cluster.language_model.contexts import Split
+
+
+@dataclass(frozen=True)
+class WorkerSpec:
+    """Everything a worker needs to start, and to start again after it was killed."""
+
+    model: ModelConfig
+    data: DataConfig
+    seed: int
+    store_path: str
+    cache_dir: Path
+    device: str
+    """Device of the model: cpu or cuda."""
+    starts_dir: Path
+    """Folder in which each start of a worker creates a file. The driver counts the files to notice
+    workers that keep dying."""
+
+
+class HarvestWorker:
+    """A Ray actor whose whole state can be rebuilt from its WorkerSpec after a restart."""
+
+    def __init__(self, spec: WorkerSpec) -> None:
+        # Set before torch is imported: threads that spin while waiting slow other workers down.
+        os.environ["OMP_WAIT_POLICY"] = "passive"
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"
+        self.spec = spec
+        self._computed: tuple[int, dict[str, NDArray[Any]], dict[str, NDArray[Any]]] | None = None
+        start = f"{socket.gethostname()}-{os.getpid()}-{time.time_ns()}"
+        (spec.starts_dir / start).touch()
+
+    def ready(self) -> None:
+        """Return as soon as Ray has placed the worker, before anything heavy is loaded."""
+
+    def warm_up(self) -> None:
+        """Load the model and the text, so that errors in either show up before the first item."""
+        _ = self._forward, self._split
+
+    def calibrate(self, item: int, contexts: NDArray[np.int64]) -> dict[str, Calibration]:
+        """Compute mean, standard deviation and norm of every hookpoint over the rows of one item.
+
+        The norm is the mean Euclidean distance of a row from the mean row.
+
+        Args:
+            item: Number of the work item.
+            contexts: [n] numbers of the contexts in the item.
+        """
+        from activation_store import Calibration
+
+        rows, sidecars = self._compute(item, contexts)
+        self._computed = (item, rows, sidecars)  # `run_item` is called for this item next
+        return {
+            name: Calibration(*_moments(values.astype(np.float64))) for name, values in rows.items()
+        }
+
+    def run_item(self, item: int, contexts: NDArray[np.int64]) -> int:
+        """Compute the rows of an item, commit them, and return how many there are.
+
+        Args:
+            item: Number of the work item.
+            contexts: [n] numbers of the contexts in the item.
+
+        Raises:
+            NonFiniteRowsError: If some rows are not finite; the item is then not committed.
+        """
+        if self._computed and self._computed[0] == item:
+            rows, sidecars = self._computed[1:]
+        else:
+            rows, sidecars = self._compute(item, contexts)
+        self._computed = None
+        require_finite(item, rows, sidecars)
+        self._writer.write_item(item, rows, sidecars)
+        return len(sidecars["token_id"])
+
+    def _compute(
+        self, item: int, contexts: NDArray[np.int64]
+    ) -> tuple[dict[str, NDArray[Any]], dict[str, NDArray[Any]]]:
+        parts = list(self._batches(contexts))
+        names = self.spec.model.hookpoints
+        rows = {name: np.concatenate([part[name] for part in parts]) for name in names}
+        kept = self._split.kept(contexts)
+        sidecars = {
+            column: getattr(self._split, column)[contexts][kept]
+            for column in ("token_id", "document", "position")
+        }
+        # Permute the rows of the item, so that every chunk mixes rows of many documents.
+        order = np.random.default_rng([self.spec.seed, 1, item]).permutation(kept.sum())
+        return (
+            {name: values[order] for name, values in rows.items()},
+            {name: values[order] for name, values in sidecars.items()},
+        )
+
+    def _batches(self, contexts: NDArray[np.int64]) -> Iterator[dict[str, NDArray[Any]]]:
+        import torch
+
+        for start in range(0, len(contexts), self.spec.model.batch_contexts):
+            batch = contexts[start : start + self.spec.model.batch_contexts]
+            kept = torch.from_numpy(self._split.kept(batch)).to(self.spec.device)
+            outputs = self._forward(self._split.input_ids(batch))
+            yield {name: to_numpy(hidden[:, 1:][kept]) for name, hidden in outputs.items()}
+
+    @cached_property
+    def _forward(self) -> Callable[[NDArray[np.int64]], dict[str, Tensor]]:
+        """Function from input ids [contexts, context_tokens] to the hookpoints' outputs.
+
+        The first access loads the model.
+        """
+        import torch
+
+        from cluster.language_model.hooks import capture
+        from cluster.language_model.loading import load_language_model
+        from cluster.language_model.tensor_parallel import ModelShards
+
+        model, device = self.spec.model, self.spec.device
+        if device == "cpu":
+            torch.set_num_threads(1)
+        if model.shards > 1:
+            return ModelShards(model, self.spec.cache_dir, device).capture
+        whole = load_language_model(model, self.spec.cache_dir, device)
+        return lambda ids: capture(whole, model.hookpoints, torch.from_numpy(ids).to(device))
+
+    @cached_property
+    def _split(self) -> Split:
+        from cluster.language_model.contexts import prepare_contexts
+        from cluster.language_model.loading import load_tokenizer
+
+        tokenizer = load_tokenizer(self.spec.model, self.spec.cache_dir)
+        return prepare_contexts(self.spec.data, tokenizer, self.spec.cache_dir).train
+
+    @cached_property
+    def _writer(self) -> StoreWriter:
+        from activation_store import StoreWriter
+
+        return StoreWriter(self.spec.store_path)
+
+
+def to_numpy(rows: Tensor) -> NDArray[Any]:
+    """Copy rows [n, D] to the CPU: bfloat16 stays bfloat16 (ml_dtypes), the rest become float32."""
+    import ml_dtypes
+    import torch
+
+    if rows.dtype != torch.bfloat16:
+        return rows.float().cpu().numpy()
+    return rows.contiguous().view(torch.int16).cpu().numpy().view(ml_dtypes.bfloat16)
+
+
+def require_finite(
+    item: int, rows: dict[str, NDArray[Any]], sidecars: dict[str, NDArray[Any]]
+) -> None:
+    """Check that all values are finite before the item is committed.
+
+    A later check would be too late: a concurrent trainer reads items as soon as they are committed.
+
+    Args:
+        item: Number of the work item, for the error text.
+        rows: [n, D] for each hookpoint.
+        sidecars: [n] `document` and `position` of each row, for the error text.
+
+    Raises:
+        NonFiniteRowsError: If a value is NaN or infinite; the error names the item, the array and
+            the origin of the first such row.
+    """
+    for name, values in rows.items():
+        bad = ~np.isfinite(values)
+        if bad.any():
+            row = int(bad.any(axis=1).argmax())
+            document, position = (int(sidecars[key][row]) for key in ("document", "position"))
+            raise NonFiniteRowsError(
+                f"item {item}: {name} has {int(bad.sum())} values that are not finite in "
+                f"{int(bad.any(axis=1).sum())} rows, the first at document {document}, position "
+                f"{position}; expected finite activations. The item was not stored. float16 "
+                "overflows in many models: use model.dtype=bfloat16 or float32 and a new store"
+            )
+
+
+def _moments(rows: NDArray[np.float64]) -> tuple[NDArray[Any], NDArray[Any], float]:
+    """Return mean [D], standard deviation [D] and mean distance from the mean of rows [n, D]."""
+    mean = rows.mean(axis=0)
+    norm = float(np.linalg.norm(rows - mean, axis=1).mean())
+    return mean, rows.std(axis=0), norm

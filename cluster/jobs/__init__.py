@@ -1,0 +1,1 @@
+"""Submit a run as a job: Slurm, Ray, or a file for KubeRay or SkyPilot."""

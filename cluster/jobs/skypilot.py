@@ -1,0 +1,122 @@
+"""Write a run as a managed job of SkyPilot, which runs it on a cloud or on Kubernetes."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from cluster.preemption import EXIT_PREEMPTED
+from cluster.run_folder.submitted_jobs import dns_name
+from conf.schema.submit import SubmitConfig, gigabytes
+
+_TOKEN = "RAY_AUTH_TOKEN"
+_PORT = 6390
+"""Differs from Ray's default 6379 and from 6380, as SkyPilot's runtime is a Ray cluster too."""
+_NODES_TIMEOUT_S = 1200
+"""Time limit for all nodes to join; they have to pull an image first."""
+
+
+def submit_command(config: SubmitConfig, path: Path) -> str:
+    """Return the shell command that submits the file.
+
+    `sky` takes the values of secrets from the environment in which the command runs.
+    """
+    names = [f" --secret {name}" for name in config.secrets]
+    token = f' --secret {_TOKEN}="$(openssl rand -hex 32)"' if config.nodes > 1 else ""
+    return f"sky jobs launch{''.join(names)}{token} {shlex.quote(str(path))}"
+
+
+def render(config: SubmitConfig, name: str, command: list[str], grace_s: float) -> str:
+    """Return the SkyPilot task as YAML.
+
+    Args:
+        config: Settings of the job.
+        name: Name of the run.
+        command: Command of the driver inside the image.
+        grace_s: Seconds that the run may take for its last checkpoint (`checkpoint.grace_s`).
+    """
+    resources: dict[str, Any] = {
+        "image_id": f"docker:{config.image}",
+        "use_spot": config.spot,
+        "job_recovery": {
+            "max_restarts_on_errors": config.max_requeues,
+            "recover_on_exit_codes": [EXIT_PREEMPTED],
+        },
+    }
+    if config.gpu:
+        resources["accelerators"] = f"{config.gpu}:{config.gpus_per_node}"
+    if config.cpus_per_task:
+        resources["cpus"] = f"{config.cpus_per_task}+"
+    if config.mem:
+        resources["memory"] = f"{gigabytes(config.mem)}+"
+    secrets = [*config.secrets, *([_TOKEN] if config.nodes > 1 else [])]
+    task = {
+        "name": dns_name(name),
+        "resources": resources,
+        "num_nodes": config.nodes,
+        "volumes": {config.mount: config.volume},
+        "envs": {"RAY_USAGE_STATS_ENABLED": "0", "PYTHONUNBUFFERED": "1"},
+    }
+    if secrets:
+        task["secrets"] = dict.fromkeys(secrets)
+    task["run"] = _script(config, command, int(grace_s))
+    header = f"# Written by `python launch.py stage=submit submit=skypilot name={name}`.\n"
+    return header + _dump(task)
+
+
+def _script(config: SubmitConfig, command: list[str], grace_s: int) -> str:
+    """Return the script of each node; the first node starts Ray's head and the driver."""
+    if config.nodes == 1:
+        alone = [word for word in command if word != "cluster=join"]
+        return "\n".join([*config.setup, f"exec {shlex.join(alone)}", ""])
+    start = "ray start --block --disable-usage-stats"
+    python = shlex.quote(command[0])
+    return "\n".join(
+        [
+            *config.setup,
+            'head="$(echo "$SKYPILOT_NODE_IPS" | head -n 1)"',
+            f'address="$head:{_PORT}"',
+            "export RAY_AUTH_MODE=token",
+            'if [ "$SKYPILOT_NODE_RANK" != 0 ]; then',
+            '  until ray health-check --address "$address"; do sleep 2; done',
+            f'  {start} --address="$address" || true  # returns when the head ends',
+            "  exit 0",
+            "fi",
+            # Any failure here must end the job, as waiting nodes cost money.
+            f'{start} --head --node-ip-address="$head" --port={_PORT} \\',
+            "  --include-dashboard=false &",
+            "ray_head=$!",
+            # Do not use `ray stop`, which would stop SkyPilot's own Ray too.
+            "trap 'kill \"$ray_head\"' EXIT",
+            f'timeout {_NODES_TIMEOUT_S} {python} -m cluster.jobs.slurm.ray_nodes wait "$address" '
+            f"{config.nodes} || exit 1",
+            f'{shlex.join(command)} cluster.address="$address" &',
+            "driver=$!",
+            "# A signal interrupts the first wait; the last checkpoint then takes up to "
+            f"{grace_s} s.",
+            "trap 'kill -TERM \"$driver\"' TERM",
+            'wait "$driver"; code=$?',
+            'if kill -0 "$driver" 2>/dev/null; then wait "$driver"; code=$?; fi',
+            "exit $code",
+            "",
+        ]
+    )
+
+
+class _Dumper(yaml.SafeDumper):
+    """A YAML dumper that writes text of several lines as a literal block."""
+
+
+def _text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    style = "|" if "\n" in text else None
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
+
+_Dumper.add_representer(str, _text)
+
+
+def _dump(task: dict[str, Any]) -> str:
+    return yaml.dump(task, Dumper=_Dumper, sort_keys=False, width=100)

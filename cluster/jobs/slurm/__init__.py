@@ -1,0 +1,1 @@
+"""Slurm: commands, the batch script, the job's body, Ray across its nodes."""

@@ -1,0 +1,220 @@
+"""Contexts of tokens, cut from the documents of a text.
+
+A hash of its text assigns each document to the train or held-out split. The documents of a split
+are tokenised and joined into one stream, each followed by a separator token. A context is the BOS
+token followed by the next `context_tokens - 1` tokens of the stream; an incomplete context at the
+end is dropped. The streams are cached as memory-mapped files, so that all processes on a machine
+share the same pages.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cluster.language_model.cache import built_once, digest
+from cluster.language_model.errors import TextError
+from cluster.language_model.loading import tokenizer_sha256
+from cluster.language_model.texts import find_text
+from conf.schema.data import DataConfig
+
+SCHEMA = 1
+SPLITS = ("train", "heldout")
+COLUMNS: dict[str, np.dtype[Any]] = {
+    "token_id": np.dtype("<i4"),
+    "document": np.dtype("<i8"),
+    "position": np.dtype("<i4"),
+}
+BATCH_CHARACTERS = 4_000_000
+"""Characters of text passed to the tokenizer in one call; bounds memory."""
+
+
+@dataclass(frozen=True)
+class Split:
+    """The C contexts of one split, T tokens each.
+
+    T counts the BOS token, but the arrays leave it out.
+    """
+
+    token_id: NDArray[np.int32]
+    """Token ids, [C, T-1]."""
+    document: NDArray[np.int64]
+    """Number of each token's document among all documents of the text, [C, T-1]."""
+    position: NDArray[np.int32]
+    """Index of each token within its document, [C, T-1]."""
+    bos_id: int
+    """Id of the token that begins every context."""
+    dropped_ids: tuple[int, ...]
+    """Ids of the tokens whose rows are not stored."""
+
+    def __len__(self) -> int:
+        return len(self.token_id)
+
+    def input_ids(self, contexts: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return the model's input [n, T], BOS first, for n contexts given by number."""
+        tokens = self.token_id[contexts].astype(np.int64)
+        return np.pad(tokens, ((0, 0), (1, 0)), constant_values=self.bos_id)
+
+    def kept(self, contexts: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """Return a mask [n, T-1] of the rows that are stored, for n contexts given by number.
+
+        Position 0 of a context (BOS) is never stored and has no column in the mask.
+        """
+        return np.isin(self.token_id[contexts], self.dropped_ids, invert=True)
+
+
+@dataclass(frozen=True)
+class Contexts:
+    """Both splits of a text, tokenised by one tokenizer."""
+
+    folder: Path
+    """Cache folder with the memory-mapped files."""
+    context_tokens: int
+    """Tokens per context, BOS included."""
+    n_documents: int
+    """Number of documents in both splits together."""
+    bos_id: int
+    """Id of the token that begins every context."""
+    separator_id: int
+    """Id of the token that follows every document."""
+    train: Split
+    heldout: Split
+
+
+def prepare_contexts(data: DataConfig, tokenizer: Any, cache_dir: Path) -> Contexts:
+    """Tokenise the text into the cache, unless it is there already, and open it.
+
+    Raises:
+        TextError: If the text cannot be read, or the tokenizer has neither BOS nor EOS token.
+    """
+    source = find_text(data)
+    bos_id, separator_id = boundary_ids(tokenizer)
+    key = {
+        "schema": SCHEMA,
+        "text": source.sha256(cache_dir),
+        "tokenizer": tokenizer_sha256(tokenizer),
+        "context_tokens": data.context_tokens,
+        "heldout_fraction": data.heldout_fraction,
+        "separator_id": separator_id,
+    }
+
+    def build(target: Path) -> None:
+        documents = source.documents()
+        meta = _write_streams(documents, tokenizer, separator_id, data.heldout_fraction, target)
+        (target / "meta.json").write_text(json.dumps({**key, **meta}))
+
+    folder = built_once(cache_dir / "contexts" / digest(key), build)
+    meta = json.loads((folder / "meta.json").read_text())
+    dropped: tuple[int, ...] = ()
+    if data.drop_special_tokens:
+        known = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
+        dropped = tuple(sorted({bos_id, separator_id, *(i for i in known if i is not None)}))
+    train, heldout = (
+        _open_split(folder, name, data.context_tokens, bos_id, dropped) for name in SPLITS
+    )
+    n_documents = int(meta["n_documents"])
+    return Contexts(folder, data.context_tokens, n_documents, bos_id, separator_id, train, heldout)
+
+
+def boundary_ids(tokenizer: Any) -> tuple[int, int]:
+    """Return the id of the token that begins a context and of the one that separates documents.
+
+    If the vocabulary has `<|endoftext|>`, it is used for both: these models were pre-trained with
+    it, although their chat versions declare other tokens as BOS and EOS. Otherwise the tokens are
+    BOS and EOS; if one is missing, the other is used for both.
+
+    Raises:
+        TextError: If the tokenizer has none of these tokens.
+    """
+    end_of_text = tokenizer.get_vocab().get("<|endoftext|>")
+    if end_of_text is not None:
+        return int(end_of_text), int(end_of_text)
+    bos_id, eos_id = tokenizer.bos_token_id, tokenizer.eos_token_id
+    if bos_id is None and eos_id is None:
+        raise TextError(
+            "the tokenizer has neither a BOS nor an EOS token; set one of them in the model's "
+            "tokenizer and save it"
+        )
+    return int(eos_id if bos_id is None else bos_id), int(bos_id if eos_id is None else eos_id)
+
+
+def is_heldout(text: str, fraction: float) -> bool:
+    """Return True if a document belongs to the held-out split.
+
+    The decision depends on the text alone, so that copies of a document are in the same split.
+    """
+    head = hashlib.sha256(text.encode()).digest()[:8]
+    return int.from_bytes(head, "big") < fraction * 2**64
+
+
+def _write_streams(
+    documents: Iterator[str],
+    tokenizer: Any,
+    separator_id: int,
+    heldout_fraction: float,
+    target: Path,
+) -> dict[str, Any]:
+    """Write the token streams of both splits to `target`; return the counts for `meta.json`."""
+    files = {
+        (split, column): (target / f"{split}.{column}.bin").open("wb")
+        for split in SPLITS
+        for column in COLUMNS
+    }
+    counts = dict.fromkeys(SPLITS, 0)
+    n_documents = 0
+    try:
+        for texts in _batches(documents):
+            encoded = tokenizer(
+                texts, add_special_tokens=False, return_attention_mask=False, verbose=False
+            )["input_ids"]
+            for text, ids in zip(texts, encoded, strict=True):
+                split = SPLITS[is_heldout(text, heldout_fraction)]
+                columns = {
+                    "token_id": np.array([*ids, separator_id]),
+                    "document": np.full(len(ids) + 1, n_documents),
+                    "position": np.arange(len(ids) + 1),
+                }
+                for column, values in columns.items():
+                    files[split, column].write(values.astype(COLUMNS[column]).tobytes())
+                counts[split] += len(ids) + 1
+                n_documents += 1
+    finally:
+        for file in files.values():
+            file.close()
+    return {"tokens": counts, "n_documents": n_documents}
+
+
+def _batches(documents: Iterator[str]) -> Iterator[list[str]]:
+    batch: list[str] = []
+    characters = 0
+    for text in documents:
+        batch.append(text)
+        characters += len(text)
+        if characters >= BATCH_CHARACTERS:
+            yield batch
+            batch = []
+            characters = 0
+    if batch:
+        yield batch
+
+
+def _open_split(
+    folder: Path, name: str, context_tokens: int, bos_id: int, dropped_ids: tuple[int, ...]
+) -> Split:
+    columns: dict[str, Any] = {}
+    for column, dtype in COLUMNS.items():
+        file = folder / f"{name}.{column}.bin"
+        width = context_tokens - 1
+        shape = (file.stat().st_size // dtype.itemsize // width, width)
+        # An empty file cannot be memory-mapped.
+        columns[column] = (
+            np.memmap(file, dtype, "r", shape=shape) if shape[0] else np.zeros(shape, dtype)
+        )
+    return Split(**columns, bos_id=bos_id, dropped_ids=dropped_ids)

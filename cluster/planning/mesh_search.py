@@ -1,0 +1,190 @@
+"""Layouts: what a mesh of ranks costs, whether it fits, and which mesh of N ranks is the fastest.
+
+The trainer has no micro-batches: all rows of a replica go through a step at once. So the search is
+over latent x data, and over the gradients that replicas exchange: sparse ones with the fused
+update, or dense ones with ZeRO 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from cluster.planning.hardware import GIB, Hardware
+from cluster.planning.memory import device_bytes, host_bytes
+from cluster.planning.step_time import Phase, read_seconds, schedule, step_seconds
+from cluster.planning.work import Work, work_of
+from conf.schema.run import RunConfig
+from foundation.errors import ConfigError
+from sae_core.config import ParallelConfig
+
+_ROOM = 0.95
+"""Share of the memory that a plan may fill, because allocators leave gaps."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The plan of one mesh."""
+
+    parallel: ParallelConfig
+    """The mesh."""
+    work: Work
+    """The work of rank 0, whose shard is the largest."""
+    device: dict[str, float]
+    """A rank's bytes on its device, by part; see `memory.device_bytes`."""
+    host: dict[str, float]
+    """A rank's other bytes on the host, by part; see `memory.host_bytes`."""
+    limit_bytes: float
+    """Memory of the device; on the CPU that of the machine, for all its ranks; 0: unknown."""
+    phases: list[Phase]
+    """Computations and collectives of a step, in order."""
+    read_s: float
+    """Seconds for reading a rank's part of a batch."""
+
+    @property
+    def device_total(self) -> float:
+        """Bytes of one rank on its device."""
+        return sum(self.device.values())
+
+    @property
+    def needed_bytes(self) -> float:
+        """Bytes to compare with `limit_bytes`; on the CPU those of all ranks with host copies."""
+        if self.work.on_gpu:
+            return self.device_total
+        return (self.device_total + sum(self.host.values())) * self.work.n_ranks
+
+    @property
+    def fits(self) -> bool:
+        """Whether the layout fits in memory; true if the limit is unknown."""
+        return self.limit_bytes <= 0 or self.needed_bytes <= _ROOM * self.limit_bytes
+
+    @property
+    def exchange(self) -> str:
+        """Kind of gradients that replicas send to each other."""
+        if self.work.data == 1:
+            return "none"
+        if self.work.fused:
+            return "sparse"
+        return "dense, ZeRO 1" if self.work.zero_stage else "dense"
+
+    @property
+    def step_s(self) -> float:
+        """Seconds of a step, or of reading a batch if that is slower, because the two overlap."""
+        return max(step_seconds(self.phases), self.read_s)
+
+
+def plan_layout(
+    config: RunConfig, d_model: int, hardware: Hardware, parallel: ParallelConfig
+) -> Layout:
+    """Plan one mesh.
+
+    Args:
+        config: config of the run.
+        d_model: width D of the activations.
+        hardware: hardware of one rank.
+        parallel: the mesh.
+    """
+    work = work_of(
+        config,
+        d_model,
+        on_gpu=hardware.device == "cuda",
+        prefilter=hardware.prefilter,
+        parallel=parallel,
+    )
+    return Layout(
+        parallel,
+        work,
+        device_bytes(work, hardware),
+        host_bytes(work),
+        hardware.memory_bytes,
+        schedule(work, hardware),
+        read_seconds(work, hardware),
+    )
+
+
+def layouts(config: RunConfig, d_model: int, hardware: Hardware, n: int) -> list[Layout]:
+    """Plan every mesh of `n` ranks with each kind of exchange.
+
+    Returns:
+        The layouts that fit, fastest first, then those that do not fit. `config.parallel` is
+        ignored.
+    """
+    found = [plan_layout(config, d_model, hardware, mesh) for mesh in _meshes(config, n)]
+    # If the disks limit several layouts equally, prefer the one with the shortest computation.
+    return sorted(found, key=lambda one: (not one.fits, one.step_s, step_seconds(one.phases)))
+
+
+def best_layout(found: list[Layout], config: RunConfig) -> Layout:
+    """Return the fastest layout that fits: the first of `layouts`.
+
+    Raises:
+        ConfigError: If none fits, or no mesh has this number of ranks.
+    """
+    if not found:
+        raise ConfigError(
+            "plan.n_gpus",
+            config.plan.n_gpus,
+            f"a product latent x data in which data divides train.batch_tokens="
+            f"{config.train.batch_tokens} and latent is at most "
+            f"sae.n_latents={config.sae.n_latents}",
+        )
+    if not found[0].fits:
+        raise cannot_fit(min(found, key=lambda layout: layout.needed_bytes), config)
+    return found[0]
+
+
+def cannot_fit(layout: Layout, config: RunConfig) -> ConfigError:
+    """Return the error for a layout that is too large; its remedy depends on the largest part."""
+    need = layout.needed_bytes / GIB
+    room = _ROOM * layout.limit_bytes / GIB
+    whose = "a rank needs" if layout.work.on_gpu else f"{layout.work.n_ranks} ranks need"
+    where = "per GPU" if layout.work.on_gpu else "on this machine"
+    parts = sorted(layout.device.items(), key=lambda part: -part[1])
+    largest = ", ".join(f"{name} {size / GIB:.1f}" for name, size in parts[:3])
+    mesh = layout.parallel
+    expected = (
+        f"at most {room:.1f} GiB {where}, but {whose} {need:.1f} GiB with latent {mesh.latent} x "
+        f"data {mesh.data} (largest parts of a rank, in GiB: {largest})"
+    )
+    if parts[0][0] == "step":
+        return ConfigError(
+            "train.batch_tokens",
+            config.train.batch_tokens,
+            expected,
+            "use a smaller batch, more data replicas (parallel.data), or sae.auxk_rows below 1",
+        )
+    if parts[0][0] == "loader":
+        return ConfigError(
+            "store.buffer_tokens", config.store.buffer_tokens, expected, "use a smaller buffer"
+        )
+    return ConfigError("sae.n_latents", config.sae.n_latents, expected, _smaller(layout, config))
+
+
+def _smaller(layout: Layout, config: RunConfig) -> str:
+    """Return the changes that would reduce the memory for the SAE itself, as text."""
+    remedies = ["use fewer latents"]
+    if layout.work.on_gpu:
+        remedies.append(f"more GPUs (parallel.latent above {layout.parallel.latent})")
+    else:
+        remedies.append("more machines")
+    if layout.work.fused and config.optim.moments == "float32":
+        remedies.append("optim.moments=bfloat16")
+    if not layout.work.fused and not layout.work.zero_stage:
+        remedies.append("optim.update=fused")
+    return ", or ".join(remedies)
+
+
+def _meshes(config: RunConfig, n: int) -> Iterator[ParallelConfig]:
+    """Yield the meshes of `n` ranks that are valid for the config, with and without ZeRO 1."""
+    for latent in range(1, n + 1):
+        if n % latent:
+            continue
+        data = n // latent
+        for zero_stage in (0, 1) if data > 1 else (0,):  # ZeRO needs at least two replicas
+            mesh = ParallelConfig(latent, data, zero_stage)
+            try:
+                mesh.validate(config.sae.n_latents, config.train.batch_tokens)
+                config.optim.validate(config.train.tokens, zero_stage)
+            except ConfigError:
+                continue
+            yield mesh

@@ -1,0 +1,131 @@
+"""The plan stage: estimate a run's memory, time, traffic and cost without running it."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from cluster.planning import tables
+from cluster.planning.hardware import GIB, Hardware
+from cluster.planning.local import planned_hardware
+from cluster.planning.mesh_search import Layout, best_layout, cannot_fit, layouts, plan_layout
+from cluster.planning.scaling import weak_scaling
+from cluster.planning.storage import read_bytes_per_rank, store_bytes_total
+from cluster.training.store_checks import others
+from conf.schema.run import RunConfig
+from foundation.errors import ConfigError
+
+
+def run(config: RunConfig, run_dir: Path) -> None:
+    """Print memory, time, traffic and cost, and check that the run fits the planned machines.
+
+    As the first stage of a pipeline it measures nothing. If this machine has not been measured
+    before, the times are left out.
+
+    Raises:
+        ConfigError: If the run does not fit; the error names the setting to change.
+    """
+    d_model = _d_model(config)
+    alone = config.stage == "plan"
+    if not alone:
+        # Training would refuse these stores only after a long harvest, so check them now.
+        others(config, config.sae.hookpoint or config.model.hookpoints[0])
+    hardware = planned_hardware(config, measure=alone)
+    show = Console().print
+    if config.plan.n_gpus is None or not alone:  # a pipeline trains on the mesh of parallel.*
+        layout = plan_layout(config, d_model, hardware, config.parallel)
+    else:
+        found = layouts(config, d_model, hardware, config.plan.n_gpus)
+        if found:
+            show(tables.layout_table(found))
+        layout = best_layout(found, config)
+        config = replace(config, parallel=layout.parallel)
+    show(_summary(config, d_model, layout, hardware))
+    if alone:
+        _show_details(config, layout, hardware)
+    if config.cluster.address is None and not layout.fits:
+        raise cannot_fit(layout, config)
+    _check_disk(config, store_bytes_total(config, d_model))
+    if alone and config.plan.simulate:
+        rows = weak_scaling(config, d_model, hardware)
+        show(tables.scaling_table(rows, config.plan.grow))
+
+
+def _d_model(config: RunConfig) -> int:
+    if config.model.d_model is not None:
+        return config.model.d_model
+    from cluster.language_model.loading import hidden_size
+
+    return hidden_size(config.model, Path(config.cache_dir).expanduser())
+
+
+def _summary(config: RunConfig, d_model: int, layout: Layout, hardware: Hardware) -> Table:
+    table = Table(title=f"plan: {config.name}", show_header=False, title_justify="left")
+    epochs = f", {config.train.tokens / config.data.tokens:.1f} epochs"
+    if config.store.mixture:
+        epochs = f", on {len(config.store.paths)} stores"
+    mesh = config.parallel
+    rank_bytes = layout.device_total
+    host_bytes = sum(layout.host.values())
+    store_bytes = store_bytes_total(config, d_model)
+    rows = {
+        "hardware": hardware.name if hardware.timed else f"{hardware.name}, not measured",
+        "hookpoints": f"{', '.join(config.model.hookpoints)}, d_model {d_model}",
+        "dictionary": f"{config.sae.n_latents:,} latents, k {config.sae.k}, "
+        f"{2 * config.sae.n_latents * d_model:,} weights",
+        "mesh": f"{mesh.latent} latent x {mesh.data} data, ZeRO {mesh.zero_stage} "
+        f"(parallel.latent={mesh.latent} parallel.data={mesh.data} "
+        f"parallel.zero_stage={mesh.zero_stage})",
+        "memory per rank": f"{rank_bytes / GIB:.2f} GiB; another {host_bytes / GIB:.2f} GiB on "
+        "the host while a checkpoint is written",
+        "store": f"{config.data.tokens:,} tokens, at most {store_bytes / GIB:,.2f} GiB at once",
+        "training": f"{config.train.n_steps:,} steps of {config.train.batch_tokens:,} tokens"
+        + epochs,
+        "reading": f"{read_bytes_per_rank(config, d_model) / GIB:,.2f} GiB per rank",
+    }
+    for key, value in rows.items():
+        table.add_row(key, value)
+    return table
+
+
+def _show_details(config: RunConfig, layout: Layout, hardware: Hardware) -> None:
+    show = Console().print
+    show(tables.memory_table(layout))
+    if hardware.timed:
+        show(tables.step_table(layout))
+        if layout.work.n_ranks > 1:
+            show(tables.traffic_table(layout, hardware))
+        show(tables.run_table(layout, config, hardware))
+
+
+def _check_disk(config: RunConfig, store_bytes: int) -> None:
+    """Check that the store fits `plan.disk_tib`, or by default the free space of its disk.
+
+    Raises:
+        ConfigError: If the store is too large.
+    """
+    if config.plan.disk_tib is not None:
+        room = config.plan.disk_tib * 2**40
+        where = "plan.disk_tib"
+    else:
+        path = Path(config.store.path)
+        if config.plan.hardware != "local" or "://" in config.store.path or path.exists():
+            # Remote disks cannot be checked from here. A store that exists was checked when it was
+            # created, and needs no more than was planned then.
+            return
+        while not path.exists():
+            path = path.parent
+        room = shutil.disk_usage(path).free
+        where = f"free at {path}"
+    if store_bytes > room:
+        raise ConfigError(
+            "data.tokens",
+            config.data.tokens,
+            f"a store of at most {room / GIB:.0f} GiB ({where}), but these tokens need "
+            f"{store_bytes / GIB:.0f} GiB",
+            "store fewer tokens, or set store.path to a folder on a larger disk",
+        )

@@ -1,0 +1,41 @@
+"""Bytes of the store and of reading it."""
+
+from __future__ import annotations
+
+from cluster.planning.work import stored_row_bytes
+from conf.schema.run import RunConfig
+
+_SIDECAR_BYTES_PER_TOKEN = 4 + 8 + 4
+"""Bytes that the store's sidecar arrays take for each token, beside the activations."""
+
+
+def store_bytes_total(config: RunConfig, d_model: int) -> int:
+    """Return the most bytes that the store takes at once: all arrays and sidecars.
+
+    Codec blosc is counted as uncompressed, which is an upper bound.
+
+    If consumed items are deleted, the store holds only the harvest's lead over training, the
+    windows in use, and the rows read since the oldest checkpoint kept. Checkpoints are counted by
+    tokens alone: `checkpoint.every_minutes` can only make them more frequent.
+    """
+    tokens = config.data.tokens
+    cluster = config.cluster
+    checkpoint = config.checkpoint
+    # The first milestone is kept permanently, so nothing after it is ever deleted.
+    milestones = checkpoint.keep_every_tokens is not None
+    if cluster.retention == "consumed" and cluster.max_lead_items is not None and not milestones:
+        items = cluster.max_lead_items + 2 * config.store.window_items
+        held = (checkpoint.keep + 1) * checkpoint.every_tokens
+        tokens = min(tokens, items * config.store.shard_tokens + held)
+    width = stored_row_bytes(config, d_model) * len(config.model.hookpoints)
+    return tokens * (width + _SIDECAR_BYTES_PER_TOKEN)
+
+
+def read_bytes_per_rank(config: RunConfig, d_model: int) -> int:
+    """Return the bytes that each rank reads in the whole run.
+
+    The ranks share the reads, so that each row is read once. In a mixture every rank reads every
+    row. A chunk at the border of two ranks' parts is read by both; that is not counted.
+    """
+    parts = 1 if config.store.mixture else config.parallel.n_ranks
+    return config.train.tokens * stored_row_bytes(config, d_model) // parts

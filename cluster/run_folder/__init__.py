@@ -1,0 +1,1 @@
+"""The run's folder: file names, lock, saved config, metrics log, contents."""

@@ -1,0 +1,126 @@
+"""Save and load the resolved config of a run.
+
+The driver writes it to `config.yaml`; every stage and rank reads it from there.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, cast
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from conf.schema.run import RunConfig
+from foundation.errors import ConfigError
+
+_MAX_CONFIG_BYTES = 1 << 20
+_MAX_DEPTH = 16
+
+MAY_CHANGE = (
+    "stage",
+    "runs_dir",
+    "cache_dir",
+    "parallel",
+    "checkpoint",
+    "eval",
+    "fit",
+    "reshard",
+    "logging",
+    "cluster",
+    "submit",
+    "sweep",
+    "plan",
+    "model.d_model",
+    "model.n_parameters",
+    "train.tokens",
+    "train.device",
+    "train.compute_dtype",
+    "train.kernels",
+    "train.prefilter",
+    "train.threads_per_rank",
+    "train.timeout_s",
+    "train.hang_timeout_s",
+)
+"""Keys and groups that may change when a run is resumed. A change of any other key needs a new run.
+"""
+
+
+def save_config(config: RunConfig, path: Path) -> None:
+    """Write every key of the config as YAML."""
+    path.write_text(OmegaConf.to_yaml(OmegaConf.structured(config)), encoding="utf-8")
+
+
+def load_config(path: Path) -> RunConfig:
+    """Read a config that `save_config` wrote, and check the type of every key.
+
+    The run folder may come from an untrusted source, so nothing in the file is resolved or
+    constructed. An interpolation, for example, could copy an environment variable of this machine
+    into a log.
+
+    Raises:
+        ConfigError: If the file has an interpolation, an alias, a tag, an unknown key, or a value
+            of the wrong type.
+    """
+    with open(path, "rb") as file:
+        text = file.read(_MAX_CONFIG_BYTES + 1).decode("utf-8", errors="replace")
+    try:
+        _check_plain(path, text)
+        merged = OmegaConf.merge(OmegaConf.structured(RunConfig), OmegaConf.create(text))
+        return cast(RunConfig, OmegaConf.to_object(merged))
+    except (yaml.YAMLError, OmegaConfBaseException) as error:
+        what = "; ".join(line.strip() for line in str(error).splitlines() if line.strip())
+        raise _not_plain(path, what[:300]) from error
+
+
+def _check_plain(path: Path, text: str) -> None:
+    if len(text) > _MAX_CONFIG_BYTES:
+        raise _not_plain(path, f"more than {_MAX_CONFIG_BYTES} bytes")
+    # Look at parser events, which do not expand aliases or build objects.
+    depth = 0
+    for event in yaml.parse(text, Loader=yaml.SafeLoader):
+        where = f"line {event.start_mark.line + 1}" if event.start_mark else "the file"
+        if isinstance(event, yaml.AliasEvent) or getattr(event, "tag", None) is not None:
+            raise _not_plain(path, f"alias or tag in {where}")
+        if isinstance(event, yaml.ScalarEvent) and "${" in event.value:
+            raise _not_plain(path, f"interpolation in {where}")
+        if isinstance(event, yaml.CollectionStartEvent | yaml.CollectionEndEvent):
+            depth += 1 if isinstance(event, yaml.CollectionStartEvent) else -1
+            if depth > _MAX_DEPTH:
+                raise _not_plain(path, f"nested deeper than {_MAX_DEPTH} levels in {where}")
+
+
+def _not_plain(path: Path, found: str) -> ConfigError:
+    expected = "plain values under known keys, as written by the run"
+    return ConfigError(str(path), found, expected, "restore the file, or use another run name")
+
+
+def forbidden_changes(old: RunConfig, new: RunConfig) -> dict[str, tuple[Any, Any]]:
+    """Find the keys that differ although a resumed run may not change them.
+
+    Returns:
+        `{key: (old value, new value)}`.
+    """
+    before, after = _flat(old), _flat(new)
+    return {
+        key: (before.get(key), after.get(key))
+        for key in sorted(before.keys() | after.keys())
+        if before.get(key) != after.get(key) and not _may_change(key)
+    }
+
+
+def _may_change(key: str) -> bool:
+    return any(key == free or key.startswith(f"{free}.") for free in MAY_CHANGE)
+
+
+def _flat(config: RunConfig) -> dict[str, Any]:
+    def walk(prefix: str, value: Any) -> dict[str, Any]:
+        if not isinstance(value, dict):
+            return {prefix: value}
+        found: dict[str, Any] = {}
+        for key, inner in value.items():
+            found |= walk(f"{prefix}.{key}" if prefix else str(key), inner)
+        return found
+
+    return walk("", OmegaConf.to_container(OmegaConf.structured(config)))

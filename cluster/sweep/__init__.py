@@ -1,0 +1,1 @@
+"""Train a grid of SAEs over one store."""

@@ -1,0 +1,87 @@
+"""Division of a sweep's cells into groups that train at the same time, as many as fit in memory."""
+
+from __future__ import annotations
+
+from activation_store import open_store
+from cluster.planning.hardware import Hardware
+from cluster.planning.local import planned_hardware
+from cluster.planning.mesh_search import Layout, plan_layout
+from conf.schema.run import RunConfig
+from foundation.errors import ConfigError
+
+_SHARE_OF_MEMORY = 0.8
+"""Share of the memory that the cells may fill; the rest allows for errors of the estimate."""
+_ONCE = ("process", "loader", "loader, pinned")
+"""Parts of a rank's memory that exist once, however many SAEs train on the stream."""
+
+
+def cohorts(cells: dict[str, RunConfig], size: int) -> list[list[str]]:
+    """Return the cells' names in training groups of at most `size`.
+
+    Each group makes a pass over the store.
+    """
+    names = list(cells)
+    return [names[i : i + size] for i in range(0, len(names), size)]
+
+
+def group_size(config: RunConfig, cells: dict[str, RunConfig]) -> int:
+    """Return `sweep.saes_per_process`, or if it is null the number of cells that fit in memory.
+
+    Raises:
+        ConfigError: If no cell fits, or this machine cannot see the ranks' memory.
+    """
+    if config.sweep.saes_per_process is not None:
+        return config.sweep.saes_per_process
+    hardware = planned_hardware(config, measure=False)
+    planned = config.plan.hardware != "local"
+    if hardware.memory_bytes <= 0 or (config.cluster.address is not None and not planned):
+        raise ConfigError(
+            "sweep.saes_per_process",
+            None,
+            "a number, because this machine cannot see the ranks' memory",
+            "set a number, or set plan.hardware",
+        )
+    store = open_store(config.store.path)
+    d_model = store.arrays[config.sae.hookpoint or next(iter(store.arrays))]
+    return cells_that_fit(cells, d_model, hardware)
+
+
+def cells_that_fit(cells: dict[str, RunConfig], d_model: int, hardware: Hardware) -> int:
+    """Return how many cells fit in memory at the same time, if all were as large as the largest.
+
+    Args:
+        cells: the cells, from `cells_of`.
+        d_model: width of the activations.
+        hardware: the planned hardware. The memory of a GPU belongs to one rank; that of a machine
+            without GPUs is shared by all ranks.
+
+    Raises:
+        ConfigError: If not even one cell fits.
+    """
+    layouts = [plan_layout(cell, d_model, hardware, cell.parallel) for cell in cells.values()]
+    ranks = 1 if layouts[0].work.on_gpu else layouts[0].work.n_ranks
+    room = _SHARE_OF_MEMORY * hardware.memory_bytes / ranks - max(map(_held_once, layouts))
+    each = max(map(_held_by_each, layouts))
+    if room < each:
+        largest = max(cell.sae.n_latents for cell in cells.values())
+        raise ConfigError(
+            "sweep.n_latents",
+            largest,
+            f"cells that fit in {hardware.memory_bytes / 2**30:.1f} GiB, but one takes "
+            f"{each * ranks / 2**30:.1f} GiB",
+            "use smaller cells, or set sweep.saes_per_process if this estimate is wrong",
+        )
+    return int(room // each)
+
+
+def _parts(layout: Layout) -> dict[str, float]:
+    """Return the parts of one rank's memory, in bytes, that count against the limit."""
+    return layout.device if layout.work.on_gpu else layout.device | layout.host
+
+
+def _held_once(layout: Layout) -> float:
+    return sum(size for part, size in _parts(layout).items() if part in _ONCE)
+
+
+def _held_by_each(layout: Layout) -> float:
+    return sum(size for part, size in _parts(layout).items() if part not in _ONCE)

@@ -1,0 +1,1 @@
+"""Train SAEs on a store: driver, ranks, sources, watchdog."""

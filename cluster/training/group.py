@@ -1,0 +1,238 @@
+"""Training group: the runs that one set of ranks trains at the same time from one row stream.
+
+A group is one ordinary run, or several cells of a sweep. Each member has its own folder,
+checkpoints, metrics and end, and gets the same weights as if it were trained alone. If one member
+fails, the others continue.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from activation_store import Store, open_store
+from cluster.run_folder.files import COSTS, consumer_name
+from cluster.run_folder.sweep_record import write_record
+from cluster.training.metric_sinks import MetricSinks
+from cluster.training.mixture_source import MixtureSource
+from cluster.training.shared_reads import RowShare
+from cluster.training.store_checks import check_store, require_finite
+from cluster.training.store_cursor import RunCursor
+from cluster.training.store_source import WAIT_TIMEOUT_S, StoreSource
+from cluster.training.watchdog import Watchdog
+from conf.schema.run import RunConfig
+from conf.schema.sweep import SweepConfig
+from foundation.atomic_files import write_json
+from sae_core.checkpoint import agreed_checkpoint
+from sae_core.distributed.mesh import Mesh
+from sae_core.errors import DivergedError, NonFiniteLossError, SAEError
+from sae_core.training.lockstep import Outcome, train_together
+from sae_core.training.shared_source import FanOut
+from sae_core.training.trainer import Trainer
+
+
+@dataclass(frozen=True)
+class Member:
+    """One run of the training group."""
+
+    run_dir: Path
+    """The run's folder."""
+    config: RunConfig
+    """The run's config."""
+    sinks: MetricSinks | None
+    """Where rank 0 writes metrics; None on the other ranks."""
+    limits: SweepConfig | None = None
+    """Settings of the sweep, with the divergence limits; None if the run is not a sweep cell."""
+
+    def report(self, row: dict[str, Any]) -> None:
+        """Write a row of metrics and check it for divergence.
+
+        All ranks have the same numbers, so all of them come to the same decision.
+
+        Raises:
+            DivergedError: If the FVU is above `sweep.diverged_fvu` or not finite.
+        """
+        if self.sinks is not None:
+            self.sinks.write(row)
+        limits = self.limits
+        if limits is None or limits.diverged_fvu is None:
+            return
+        # `not <=` rather than `>`: a NaN has diverged too.
+        if row["tokens"] > limits.diverged_grace_tokens and not row["fvu"] <= limits.diverged_fvu:
+            raise DivergedError(
+                f"FVU {row['fvu']:.4g} at step {row['step']}, above "
+                f"sweep.diverged_fvu={limits.diverged_fvu:g}; delete the cell's folder and set a "
+                "lower learning rate for it with sweep.overrides"
+            )
+
+    def record(self, error: SAEError) -> None:
+        """Write the error that ended a cell into its folder, while the other cells still train."""
+        if self.sinks is None or self.limits is None:
+            return
+        try:
+            write_record(self.run_dir, error)
+        except OSError as refused:
+            # For example a full disk. The cell stays unfinished; the other cells continue.
+            print(
+                f"sweep: {self.run_dir.name}: {error}; could not record this ({refused})",
+                file=sys.stderr,
+                flush=True,
+            )
+
+
+def train_members(
+    members: list[Member],
+    device: torch.device,
+    stop_requested: Callable[[], bool],
+    watchdog: Watchdog,
+) -> list[Outcome]:
+    """Train all members to their ends, each from its newest valid checkpoint; collective.
+
+    Args:
+        members: runs whose configs differ only in `sae`, `optim`, `seed` and `train.tokens`.
+        device: device of this rank.
+        stop_requested: see `Trainer`.
+        watchdog: watchdog of this rank, to which the members' progress is reported.
+
+    Returns:
+        The outcome of each member, in the order of `members`.
+
+    Raises:
+        StoreError: If the store cannot be read.
+        ConfigError: If the store does not fit the config.
+    """
+    config = members[0].config
+    mesh = Mesh.create(device.type, config.parallel.latent, config.parallel.data)
+    store = open_store(config.store.path)
+    array = check_store(config)
+    source = _source(config, store, array, mesh, device)
+    watchdog.waits = lambda: source.waits
+    # Registered before the calibration sample is read, so that its rows are not deleted meanwhile.
+    cursor = _cursor(members[0], source) if isinstance(source, StoreSource) else None
+    try:
+        trainers: dict[int, Trainer] = {}
+        outcomes: dict[int, Outcome] = {}
+        # Each trainer that is ready counts as progress: setting up many takes longer than one.
+        watchdog.waits = lambda: source.waits + len(trainers) + len(outcomes)
+        _make_ready(
+            members, mesh, FanOut(source, device), array, stop_requested, trainers, outcomes
+        )
+        watchdog.waits = lambda: source.waits + sum(t.saver.waits for t in trainers.values())
+        watchdog.training_begins(lambda: sum(trainer.step for trainer in trainers.values()))
+        indices = list(trainers)
+        ended = train_together(
+            list(trainers.values()), lambda i, error: members[indices[i]].record(error)
+        )
+        outcomes |= dict(zip(indices, ended, strict=True))
+        _look_for_the_cause(outcomes, store, array)
+        for index, trainer in trainers.items():
+            if members[index].sinks is not None:
+                write_json(members[index].run_dir / COSTS, trainer.costs)
+        if cursor is not None and outcomes[0].finished:
+            # A run that resumed at its last step has read nothing, so the source is still at 0.
+            source.seek(trainers[0].source.position)
+            cursor.finish()
+        return [outcomes[index] for index in range(len(members))]
+    finally:
+        source.close()
+
+
+def _make_ready(
+    members: list[Member],
+    mesh: Mesh,
+    fan_out: FanOut,
+    array: str,
+    stop_requested: Callable[[], bool],
+    trainers: dict[int, Trainer],
+    outcomes: dict[int, Outcome],
+) -> None:
+    """Create each member's trainer and calibrate or resume it; collective.
+
+    Fills `trainers` with those that are ready and `outcomes` with those that failed, both keyed by
+    the member's index.
+    """
+    for index, member in enumerate(members):
+        config = member.config
+        checkpoints = member.run_dir / "checkpoints"
+        try:
+            trainer = Trainer(
+                replace(config.trainer, sae=replace(config.sae, hookpoint=array)),
+                mesh,
+                fan_out.view(),
+                checkpoints,
+                config.seed,
+                report=member.report,
+                report_every=config.logging.every_steps,
+                stop_requested=stop_requested,
+            )
+            newest = agreed_checkpoint(checkpoints, config.checkpoint.verify_hashes)
+            if newest is None:
+                trainer.calibrate()
+            else:
+                trainer.resume(newest)
+            trainers[index] = trainer
+        except SAEError as error:
+            # Errors of config, checkpoint or sample are raised on all ranks alike.
+            member.record(error)
+            outcomes[index] = Outcome(False, error)
+    fan_out.forget_sample()
+
+
+def _source(
+    config: RunConfig, store: Store, array: str, mesh: Mesh, device: torch.device
+) -> StoreSource | MixtureSource:
+    """Open the row stream that all members share: one store, or a mixture of several."""
+    order = (
+        array,
+        config.seed,
+        config.train.batch_tokens,
+        mesh.data_rank,
+        mesh.n_data,
+        config.store.window_items,
+        config.store.buffer_tokens,
+        device,
+    )
+    share, order_seed = RowShare.of(mesh, config.train.timeout_s), config.store.order_seed
+    if config.store.mixture:
+        stores = [store, *map(open_store, config.store.paths[1:])]
+        weights = config.store.weights
+        return MixtureSource(stores, weights, *order, share=share, order_seed=order_seed)
+    # In concurrent mode the driver stops the ranks if the harvest fails, so they may wait.
+    wait_timeout_s = math.inf if config.cluster.mode == "concurrent" else WAIT_TIMEOUT_S
+    return StoreSource(store, *order, wait_timeout_s, share=share, order_seed=order_seed)
+
+
+def _cursor(member: Member, source: StoreSource) -> RunCursor | None:
+    """Register the run as a consumer of its growing store.
+
+    Returns None on ranks other than 0 and when the store does not grow during training.
+    """
+    config = member.config
+    if member.sinks is None or config.cluster.mode != "concurrent":
+        return None
+    cursor = RunCursor(
+        config.store.path,
+        consumer_name(config, member.run_dir),
+        source,
+        member.run_dir / "checkpoints",
+        keep_everything=config.cluster.retention == "keep",
+    )
+    source.before_next = cursor.publish
+    return cursor
+
+
+def _look_for_the_cause(outcomes: dict[int, Outcome], store: Store, array: str) -> None:
+    """Check the store for non-finite rows if a loss was not finite.
+
+    Rows that were harvested after training started have not been checked yet. An error that names
+    them says more than one about the loss.
+    """
+    if any(isinstance(outcome.error, NonFiniteLossError) for outcome in outcomes.values()):
+        store.refresh()
+        require_finite(store, array)

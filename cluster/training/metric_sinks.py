@@ -1,0 +1,115 @@
+"""Sinks of rank 0's metrics: always `metrics.jsonl`, optionally wandb and the console."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TextIO
+from uuid import uuid4
+
+from rich.console import Console
+
+from cluster.run_folder.files import METRICS
+from cluster.training.progress_line import TrainingLine
+from conf.schema.run import RunConfig
+
+_WANDB_ID = "wandb_id"
+_WANDB_TIMEOUT_S = 30.0
+"""Time limit for wandb's start and for its end. Rows not sent by then stay in the run's folder."""
+
+
+class MetricSinks:
+    """Writer of metric rows. Only a failure of the disk stops training; one of wandb does not.
+
+    Args:
+        config: config of the run, with its name and logging settings.
+        run_dir: the run's folder.
+        console: whether to print a progress line as well.
+    """
+
+    def __init__(self, config: RunConfig, run_dir: Path, console: bool) -> None:
+        self._file = _open_for_append(run_dir / METRICS)
+        self._wandb = _start_wandb(config, run_dir)
+        self._line = TrainingLine(config.train.n_steps, Console()) if console else None
+
+    def write(self, row: dict[str, Any]) -> None:
+        """Append one row to the file, flush it, and pass it to wandb and the console."""
+        # JSON has no NaN or infinity; parsers of every language accept null.
+        clean = {
+            key: None if isinstance(value, float) and not math.isfinite(value) else value
+            for key, value in row.items()
+        }
+        self._file.write(json.dumps(clean) + "\n")
+        self._file.flush()
+        self._tell_wandb(
+            lambda run: run.log({f"{row['sae']}/{k}": v for k, v in row.items() if k != "sae"})
+        )
+        if self._line is not None:
+            self._line.show(clean)
+
+    def close(self) -> None:
+        """Close all sinks."""
+        self._file.close()
+        self._tell_wandb(lambda run: run.finish())
+        if self._line is not None:
+            self._line.close()
+
+    def _tell_wandb(self, action: Callable[[Any], object]) -> None:
+        if self._wandb is None:
+            return
+        try:
+            action(self._wandb)
+        except Exception as error:  # a network failure or a wandb bug must not stop training
+            print(f"wandb is off: {type(error).__name__}: {error}", file=sys.stderr)
+            self._wandb = None
+
+
+def _open_for_append(path: Path) -> TextIO:
+    """Open the file for appending, ending a partial last line that a killed rank left."""
+    torn = path.exists() and path.stat().st_size > 0 and not path.read_bytes().endswith(b"\n")
+    file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - MetricSinks.close closes it
+    if torn:
+        file.write("\n")
+    return file
+
+
+def _start_wandb(config: RunConfig, run_dir: Path) -> Any:
+    """Start a wandb run, or continue the one whose id is in the run's folder; None if disabled.
+
+    Returns None as well if wandb fails to start.
+    """
+    mode: Any = config.logging.wandb
+    if mode == "auto":
+        mode = "online" if os.environ.get("WANDB_API_KEY") else "offline"
+    if mode == "disabled":
+        return None
+    os.environ.setdefault("WANDB_SILENT", "true")
+    try:
+        import wandb
+
+        id_file = run_dir / _WANDB_ID
+        if not id_file.exists():
+            id_file.write_text(uuid4().hex[:8])
+        return wandb.init(
+            project=config.logging.wandb_project,
+            name=config.name,
+            id=id_file.read_text(),
+            resume="allow",
+            reinit="create_new",  # each cell of a sweep has a wandb run, all in one process
+            dir=run_dir,
+            mode=mode,
+            settings=wandb.Settings(
+                init_timeout=_WANDB_TIMEOUT_S,
+                # By default `finish` waits without limit for a network that is down.
+                finish_timeout=_WANDB_TIMEOUT_S,
+                console="off",
+                disable_git=True,
+            ),
+        )
+    except Exception as error:  # a network failure or a wandb bug must not stop training
+        print(f"wandb is off: {type(error).__name__}: {error}", file=sys.stderr)
+        return None

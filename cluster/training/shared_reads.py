@@ -1,0 +1,127 @@
+"""Shared reads: ranks that train on the same rows each read a part of them and exchange the parts.
+
+The exchange runs in the device's process group and on its stream, so the host does not wait for
+it. Before it, the ranks agree in a process group of the hosts that each one has read its part:
+otherwise a rank whose read failed would leave the others waiting in a collective.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from itertools import pairwise
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+
+from activation_store.errors import StoreError
+from sae_core.distributed.mesh import Mesh
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class RowShare:
+    """One rank's place among those that train on the same rows. By default it reads alone.
+
+    If there are fewer rows than ranks, every rank reads all of them.
+    """
+
+    rank: int = 0
+    """Index of this rank in the group."""
+    n_ranks: int = 1
+    """Number of ranks in the group."""
+    group: dist.ProcessGroup | None = None
+    """Process group of the device, for the rows."""
+    host_group: dist.ProcessGroup | None = None
+    """Process group of the same ranks on the host, for errors; None if this rank reads alone."""
+
+    @classmethod
+    def of(cls, mesh: Mesh, timeout_s: float) -> RowShare:
+        """Return the shared reads of this rank's latent group; collective over all ranks.
+
+        Args:
+            mesh: the mesh of ranks; those of a latent group train on the same rows.
+            timeout_s: time limit of a collective between the hosts.
+        """
+        if mesh.n_latent == 1:
+            return cls()
+        groups = mesh.devices.mesh.tolist()
+        timeout = timedelta(seconds=timeout_s)
+        host_group, _ = dist.new_subgroups_by_enumeration(groups, timeout, backend="gloo")
+        return cls(mesh.latent_rank, mesh.n_latent, mesh.latent_group, host_group)
+
+    def part(self, lo: int, hi: int) -> tuple[int, int]:
+        """Return the bounds of this rank's part of rows [lo, hi)."""
+        starts = self._starts(hi - lo)
+        return (lo + starts[self.rank], lo + starts[self.rank + 1]) if starts else (lo, hi)
+
+    def read(self, read: Callable[[], T]) -> T:
+        """Return the result of `read()`, once it has succeeded on all ranks; collective.
+
+        An error other than a StoreError is raised unchanged on the rank where it occurred.
+
+        Raises:
+            StoreError: If `read` raised it on any rank; all ranks raise it.
+            RuntimeError: If another rank raised any other error. As with a broken collective, this
+                rank is not at fault.
+        """
+        if self.host_group is None:
+            return read()
+        error: Exception | None = None
+        try:
+            found = read()
+        except Exception as raised:  # raised again below, once the other ranks know of it
+            error = raised
+        failed = torch.tensor(int(error is not None))
+        dist.all_reduce(failed, dist.ReduceOp.MAX, self.host_group)
+        if failed:
+            self._raise(error)
+        return found
+
+    def gather(self, rows: torch.Tensor, n_rows: int) -> torch.Tensor:
+        """Return all ranks' parts in order, [n_rows, ...]; collective, on the device of `rows`.
+
+        Args:
+            rows: this rank's part of the rows, [n, ...].
+            n_rows: number of rows of all parts together.
+        """
+        starts = self._starts(n_rows)
+        if not starts:
+            return rows
+        sizes = [stop - start for start, stop in pairwise(starts)]
+        most = max(sizes)
+        sent = rows.contiguous()
+        if len(rows) < most:
+            # Pad to the largest part: only a gather of equal parts is supported by all backends.
+            sent = torch.cat([sent, sent[: most - len(rows)]])
+        parts = sent.new_empty((self.n_ranks * most, *rows.shape[1:]))
+        # Send bytes, because not every backend supports bfloat16 or int8.
+        dist.all_gather_into_tensor(_as_bytes(parts), _as_bytes(sent), self.group)
+        if min(sizes) == most:
+            return parts
+        return torch.cat([part[:size] for part, size in zip(parts.split(most), sizes, strict=True)])
+
+    def _starts(self, n_rows: int) -> list[int] | None:
+        """Return the start of each rank's part and the end; None if every rank reads all rows."""
+        if self.n_ranks == 1 or n_rows < self.n_ranks:
+            return None
+        return [n_rows * rank // self.n_ranks for rank in range(self.n_ranks + 1)]
+
+    def _raise(self, error: Exception | None) -> None:
+        """Exchange the ranks' errors; raise this rank's own, or else the first of another rank."""
+        known = error is None or isinstance(error, StoreError)
+        told: list[Exception | None] = [None] * self.n_ranks
+        sent = error if known else RuntimeError(f"{type(error).__name__}: {error}")
+        dist.all_gather_object(told, sent, group=self.host_group)
+        if error is not None:
+            raise error
+        rank, met = next((rank, one) for rank, one in enumerate(told) if one is not None)
+        met.add_note(f"Raised by rank {rank} of the latent group.")
+        raise met
+
+
+def _as_bytes(rows: torch.Tensor) -> torch.Tensor:
+    return rows.view(torch.uint8).flatten()

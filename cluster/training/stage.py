@@ -1,0 +1,73 @@
+"""The train stage: trainer ranks as Ray actors, all restarted when one of them dies.
+
+Ranks depend on each other in every step, so the death of one ends them all. New actors on a new
+port then continue from the newest valid checkpoint. Errors that this project raises on purpose, for
+example for an invalid config, are not retried.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from rich.console import Console
+
+from cluster.run_folder.lock import wait_for_old_ranks
+from cluster.run_folder.sweep_record import forget
+from cluster.training.progress_line import RunProgress, training_costs
+from cluster.training.store_checks import check_store, warn_of_a_poor_shuffle
+from cluster.training.store_cursor import let_go
+from cluster.training.supervisor import train_ranks
+from conf.schema.run import RunConfig
+from sae_core.checkpoint.folder import newest_valid, read_state
+
+
+def run(
+    config: RunConfig,
+    run_dir: Path,
+    console: Console | None = None,
+    watch: Callable[[], None] = lambda: None,
+) -> None:
+    """Train to `train.tokens`, resuming from the newest valid checkpoint.
+
+    Args:
+        config: config of the run.
+        run_dir: the run's folder.
+        console: console on which progress is shown; None: stdout.
+        watch: called twice a second while ranks run, and once after they have finished; if it
+            raises, the ranks are stopped.
+
+    Raises:
+        ConfigError: If the config does not fit the store.
+        StoreConfigError: If the store is missing or unsuitable.
+        PlacementError: If the cluster has no room for the ranks.
+        RankFailedError: If ranks died more often than `cluster.max_failures`.
+        PreemptedError: If a signal stopped training; ranks that were able to have saved.
+    """
+    console = console or Console()
+    check_store(config)
+    wait_for_old_ranks(run_dir)
+    done = finished(config, run_dir)
+    if done is not None:
+        let_go(config, run_dir)
+        console.print(f"train: already done, {done.name}")
+        return
+    warn_of_a_poor_shuffle(config, console)
+    forget(run_dir)
+    train_ranks(config, run_dir, RunProgress(config, run_dir, console), watch)
+    watch()  # once more, for the last position that this run has published
+    let_go(config, run_dir)
+    newest = newest_valid(run_dir / "checkpoints", hashes=False)
+    console.print(f"train: {training_costs(run_dir)}", soft_wrap=True)
+    console.print(f"train: done, {newest}")
+
+
+def finished(config: RunConfig, run_dir: Path) -> Path | None:
+    """Return the valid checkpoint of the run's last step, or None if the run is not finished."""
+    for hashes in (False, config.checkpoint.verify_hashes):
+        # Verify hashes only of a checkpoint that may be the last. One that training resumes from is
+        # hashed by the ranks, which share the work.
+        newest = newest_valid(run_dir / "checkpoints", hashes)
+        if newest is None or read_state(newest).step < config.train.n_steps:
+            return None
+    return newest

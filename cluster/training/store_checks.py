@@ -1,0 +1,120 @@
+"""Checks that a store can be trained on with a config."""
+
+from __future__ import annotations
+
+from rich.console import Console
+
+from activation_store import Store, check_mixture, open_store, shuffle_quality, store_exists
+from activation_store.writing.create import shorten
+from conf.schema.run import RunConfig
+from foundation.errors import ConfigError, StoreConfigError
+
+
+def check_store(config: RunConfig) -> str:
+    """Check that the store fits the config and return the name of the array to train on.
+
+    The driver calls this before it starts ranks. Every rank calls it too, because torchrun starts
+    ranks without a driver.
+
+    Raises:
+        ConfigError: If a setting does not fit the store.
+        StoreConfigError: If the store is missing, unfinished or has non-finite rows.
+    """
+    if not store_exists(config.store.path):
+        raise StoreConfigError(
+            "store.path",
+            config.store.path,
+            "a store of activations",
+            "create one with stage=harvest or activation_store.StoreWriter",
+        )
+    store = open_store(config.store.path)
+    growing = not store.finalised
+    if growing and config.cluster.mode != "concurrent":
+        raise StoreConfigError(
+            "store.path",
+            config.store.path,
+            "a finalised store",
+            "finish it with stage=harvest or StoreWriter.finalise(), or use stage=pipeline "
+            "cluster.mode=concurrent to train while it grows",
+        )
+    array = config.sae.hookpoint or next(iter(store.arrays))
+    if array not in store.arrays:
+        raise ConfigError("sae.hookpoint", array, f"an array of the store: {list(store.arrays)}")
+    if not growing and store.n_tokens < config.train.batch_tokens:
+        raise ConfigError(
+            "train.batch_tokens", config.train.batch_tokens, f"at most {store.n_tokens} stored rows"
+        )
+    require_finite(store, array)
+    if config.store.mixture:
+        check_mixture([store, *others(config, array)], config.store.weights, [array])
+    return array
+
+
+def others(config: RunConfig, array: str) -> list[Store]:
+    """Open the stores of `store.mixture` and check that they are finished and their rows finite.
+
+    Raises:
+        StoreConfigError: If a store is missing, does not fit or has non-finite rows.
+        IncompleteStoreError: If a store is not finalised.
+    """
+    found = []
+    for path in config.store.paths[1:]:
+        if not store_exists(path):
+            raise StoreConfigError("store.mixture", path, "a store of activations")
+        store = open_store(path)
+        check_mixture([store], [1.0], [array])
+        require_finite(store, array, "store.mixture")
+        found.append(store)
+    return found
+
+
+def require_finite(store: Store, array: str, key: str = "store.path") -> None:
+    """Check that no committed row of an array holds NaN or infinities.
+
+    Args:
+        store: the store to check.
+        array: name of the array.
+        key: setting that gives the store's path, for the error.
+
+    Raises:
+        StoreConfigError: If some do; the error names their items.
+    """
+    bad = store.non_finite_items(array)
+    if bad:
+        raise StoreConfigError(
+            key,
+            str(store.path),
+            f"finite activations, but {array} holds {sum(bad.values())} non-finite numbers in "
+            f"items {shorten(list(bad))}",
+            "store it again without them",
+        )
+
+
+_DIAGNOSED_TOKENS = 20_000_000
+"""The shuffle of larger stores is not checked before training, because that takes too long.
+
+`python -m activation_store.maintenance.shuffle_quality` checks it on request.
+"""
+
+
+def warn_of_a_poor_shuffle(config: RunConfig, console: Console) -> None:
+    """Print a warning if batches mix documents badly.
+
+    Stores that are growing or too large to check quickly are skipped.
+    """
+    paths = config.store.paths
+    for path in paths:
+        store = open_store(path)
+        if not store.finalised or store.n_tokens > _DIAGNOSED_TOKENS:
+            continue
+        quality = shuffle_quality(
+            store,
+            config.order_seed,
+            config.store.window_items,
+            max(1, config.store.buffer_tokens // len(paths)),
+            config.train.batch_tokens,
+            max_batches=20,
+        )
+        if quality.warning:
+            which = f"{path}: " if len(paths) > 1 else ""
+            console.print(f"train: {which}{quality.warning}", soft_wrap=True)

@@ -1,0 +1,199 @@
+"""Activation source that reads batches from one store."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
+
+from activation_store import ShuffledStream, StagedBatch, StagedStream, Store
+from activation_store.errors import IncompleteStoreError
+from cluster.training.device_gather import DeviceRows, pinned, to_torch
+from cluster.training.shared_reads import RowShare
+from cluster.training.stream_identity import equal_batches, order_name, store_digest
+from sae_core.training.source import Batch
+
+T = TypeVar("T")
+
+WAIT_TIMEOUT_S = 600.0
+"""Default time limit for a growing store to get the rows that were requested."""
+_POLL_S = 0.2
+"""Seconds between two looks at a growing store."""
+
+
+class StoreSource:
+    """One data replica's batches of one array of a store; an `ActivationSource`.
+
+    If the store is still growing, batches and samples wait for their rows. `next` and `sample` are
+    collective over the ranks that share the replica's rows.
+
+    Args:
+        store: an open store with at least one committed item.
+        array: name of the array to train on.
+        seed: seed of the row order; the same on all ranks.
+        batch_tokens: rows of the global batch.
+        replica: index of this data replica.
+        n_replicas: replicas that share a global batch; divides `batch_tokens`.
+        window_items: work items that are shuffled together.
+        buffer_tokens: rows permuted together in memory.
+        device: device on which batches are returned; on cuda they are also gathered there. None:
+            the CPU.
+        wait_timeout_s: time limit for a growing store to get the rows that were requested.
+        share: shared reads of this replica's ranks, each of which reads a part of the rows.
+        order_seed: seed of the row order instead of `seed`; it becomes part of the identity.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        array: str,
+        seed: int,
+        batch_tokens: int,
+        replica: int,
+        n_replicas: int,
+        window_items: int,
+        buffer_tokens: int,
+        device: torch.device | None = None,
+        wait_timeout_s: float = WAIT_TIMEOUT_S,
+        share: RowShare | None = None,
+        order_seed: int | None = None,
+    ) -> None:
+        self.d_in = self.d_out = store.arrays[array]
+        seed, order_of = order_name(seed, order_seed, window_items, buffer_tokens)
+        self.identity = f"{array}-{store_digest(store)}-{order_of}"
+        self._store = store
+        self._array = array
+        self._seed = seed
+        self._wait_timeout_s = wait_timeout_s
+        self._window_items = window_items
+        self._buffer_tokens = buffer_tokens
+        self._share = share or RowShare()
+        self._batch_tokens = batch_tokens
+        self._n_rows = batch_tokens // n_replicas
+        self._first = replica * self._n_rows
+        order: dict[str, Any] = {
+            "seed": seed,
+            "batch_rows": batch_tokens,
+            "window_items": window_items,
+            "buffer_rows": buffer_tokens,
+            "rows": self._share.part(self._first, self._first + self._n_rows),
+            "wait_timeout_s": wait_timeout_s,
+        }
+        self.before_next: Callable[[], None] = lambda: None
+        """Called on this rank before it waits for a batch. If it raises, all ranks raise."""
+        self._device = device or torch.device("cpu")
+        self._waiting = False
+        self._device_rows: DeviceRows | None = None
+        self._stream: ShuffledStream | StagedStream
+        if self._device.type == "cuda":
+            self._device_rows = DeviceRows(store, array, self._device)
+            self._stream = StagedStream(store, [array], allocate=pinned, **order)
+        else:
+            self._stream = ShuffledStream(store, [array], **order)
+
+    @property
+    def position(self) -> int:
+        """Index of the next batch."""
+        return self._stream.position
+
+    def seek(self, position: int) -> None:
+        """Make batch `position` the next one."""
+        self._stream.seek(position)
+
+    def next(self) -> Batch:
+        """Return this replica's rows of the next batch, [batch_tokens / n_replicas, d_in]."""
+        first_row = self.position * self._batch_tokens + self._first
+        if self._device_rows is None:
+            x = self._gather(self._read_shared(self._read))
+        else:
+            staged = self._device_rows.pick(self._read_shared(self._read_staged))
+            shared = {name: self._gather(rows) for name, rows in staged.items()}
+            x = self._device_rows.decode(shared)
+        return Batch(x, None, first_row)
+
+    def _read(self) -> torch.Tensor:
+        self.before_next()
+        assert isinstance(self._stream, ShuffledStream)
+        return to_torch(self._stream.next().arrays[self._array])
+
+    def _read_staged(self) -> StagedBatch:
+        self.before_next()
+        assert isinstance(self._stream, StagedStream)
+        return self._stream.next()
+
+    def _read_shared(self, read: Callable[[], T]) -> T:
+        with self._wait():
+            return self._share.read(read)
+
+    def _gather(self, rows: torch.Tensor) -> torch.Tensor:
+        return self._share.gather(rows, self._n_rows)
+
+    @property
+    def waits(self) -> int:
+        """A number that changes while the trainer waits for rows of a growing store.
+
+        It is 0 while only the background reader waits, so that a hang of the trainer itself is
+        still noticed.
+        """
+        return self._store.refreshes if self._waiting else 0
+
+    @contextmanager
+    def _wait(self) -> Iterator[None]:
+        self._waiting = True
+        try:
+            yield
+        finally:
+            self._waiting = False
+
+    def sample(self, n: int) -> torch.Tensor:
+        """Return the first `n` rows of the order, [n, d_in], the same on all ranks.
+
+        If the store holds fewer rows, all of them are returned. The sample is read in equal batches
+        of at most `SAMPLE_BATCH` rows, so it may lack the few rows that do not divide evenly among
+        them.
+        """
+        with self._wait():
+            return self._sample(n)
+
+    def _sample(self, n: int) -> torch.Tensor:
+        self._share.read(lambda: self._wait_for_rows(n))
+        n_batches, size = equal_batches(min(n, self._store.n_tokens))
+        stream = ShuffledStream(
+            self._store,
+            [self._array],
+            seed=self._seed,
+            batch_rows=size,
+            window_items=self._window_items,
+            buffer_rows=self._buffer_tokens,
+            rows=self._share.part(0, size),
+            wait_timeout_s=self._wait_timeout_s,
+        )
+        try:
+            batches = [self._share.read(stream.next) for _ in range(n_batches)]
+        finally:
+            stream.close()
+        parts = [to_torch(batch.arrays[self._array]) for batch in batches]
+        return torch.cat([self._share.gather(part.to(self._device), size) for part in parts])
+
+    def first_item_needed(self, position: int) -> int:
+        """Return the first item of the store that batches from `position` on may need."""
+        return self._stream.first_item_needed(position)
+
+    def _wait_for_rows(self, n: int) -> None:
+        deadline = time.monotonic() + self._wait_timeout_s
+        while not self._store.finalised and self._store.n_tokens < n:
+            if time.monotonic() > deadline:
+                raise IncompleteStoreError(
+                    f"{self._store.path} has {self._store.n_tokens} rows after waiting "
+                    f"{self._wait_timeout_s:.0f} s, but a sample needs {n}; check that its writer "
+                    "is still alive"
+                )
+            time.sleep(_POLL_S)
+            self._store.refresh()
+
+    def close(self) -> None:
+        """Stop the background reader."""
+        self._stream.close()

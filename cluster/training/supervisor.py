@@ -1,0 +1,198 @@
+"""Start the trainer ranks, follow them, and restart them after a failure."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from activation_store.errors import StoreError
+from cluster.errors import ClusterError, PlacementError, PreemptedError, RankFailedError
+from cluster.preemption import StopRequest, on_preemption
+from cluster.progress import Progress
+from cluster.ray_session import ray_session
+from cluster.run_folder.lock import wait_for_old_ranks
+from cluster.training.heartbeats import Pulses
+from cluster.training.rank_actors import rank_group
+from conf.schema.run import RunConfig
+from sae_core.errors import SAEError
+
+_POLL_S = 0.5
+"""Seconds between two looks at the ranks."""
+_SETTLE_S = 3.0
+"""Seconds to wait after a first failure, to learn whether the process of some rank died."""
+
+
+def train_ranks(
+    config: RunConfig,
+    run_dir: Path,
+    progress: Progress,
+    watch: Callable[[], None] = lambda: None,
+    cells: Callable[[], Sequence[str]] | None = None,
+) -> None:
+    """Start groups of ranks, one after the other, until one has trained to the end.
+
+    Args:
+        config: config of the run, or of any cell of a sweep.
+        run_dir: the run's folder, or the sweep's.
+        progress: display of the training progress.
+        watch: see `run`.
+        cells: for a sweep, a function that returns the cells that are still to be trained; called
+            before every attempt.
+
+    Raises:
+        PlacementError: See `run`.
+        RankFailedError: See `run`.
+        PreemptedError: See `run`.
+    """
+    request = StopRequest(run_dir)
+    request.withdraw()
+    with (
+        ray_session(config.cluster, min_cpus=1),
+        on_preemption(request.make, config.checkpoint.grace_s),
+    ):
+        failed_at: float | None = None
+        for failures in range(config.cluster.max_failures + 1):
+            names = cells() if cells is not None else ()
+            if cells is not None and not names:
+                break  # the remaining cells finished or failed before their ranks died
+            failure = _attempt(config, run_dir, progress, watch, failed_at, names)
+            if failure is None:
+                break
+            problem, failed_at = failure
+            if request.made:
+                wait_for_old_ranks(run_dir)
+                raise PreemptedError(f"{problem} while stopping for {request.made}")
+            print(f"train: {problem}; attempt {failures + 1}", file=sys.stderr, flush=True)
+            wait_for_old_ranks(run_dir)
+        else:
+            raise RankFailedError(
+                f"trainer ranks died {config.cluster.max_failures + 1} times; last problem: "
+                f"{problem}; see {run_dir / 'logs'}, then rerun the command to resume"
+            )
+        if request.made:
+            # Too late to stop the ranks, but the stages after this one must not start.
+            raise PreemptedError(f"{request.made} arrived after training had ended")
+
+
+def _attempt(
+    config: RunConfig,
+    run_dir: Path,
+    progress: Progress,
+    watch: Callable[[], None],
+    failed_at: float | None,
+    cells: Sequence[str],
+) -> tuple[str, float] | None:
+    """Run one group of ranks until it ends.
+
+    Args:
+        config: see `train_ranks`.
+        run_dir: see `train_ranks`.
+        progress: see `train_ranks`.
+        watch: see `train_ranks`.
+        failed_at: time (`time.monotonic`) at which the last attempt failed; None: no failure yet.
+        cells: names of the sweep's cells to train; empty for an ordinary run.
+
+    Returns:
+        The problem that ended the group and the time of it; None if it trained to the end.
+    """
+    import ray
+
+    pulses = Pulses(run_dir, config.parallel.n_ranks, config.train.hang_timeout_s)
+    try:
+        with rank_group(config, run_dir) as ranks:
+            timeout_s = config.cluster.placement_timeout_s
+            host, port = ray.get(ranks[0].address.remote(), timeout=timeout_s)
+            tasks = [rank.run.remote(host, port, cells) for rank in ranks]
+            with progress:
+                frozen = _follow(tasks, progress, watch, pulses, failed_at)
+            ended_at = time.monotonic()
+            problem = frozen or _first_problem(tasks, pulses)
+            return (problem, ended_at) if problem else None
+    except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError):
+        return "a trainer rank died before it began", failed_at or time.monotonic()
+    except PlacementError as error:
+        # Ray takes a while to notice a lost node. After a failure the ranks may soon fit again;
+        # at the first attempt the error is final.
+        if failed_at is None:
+            raise
+        return str(error), failed_at
+
+
+def _follow(
+    tasks: list[Any],
+    progress: Progress,
+    watch: Callable[[], None],
+    pulses: Pulses,
+    failed_at: float | None,
+) -> str | None:
+    """Show progress until all ranks have finished or the first one has failed.
+
+    Returns:
+        The problem if ranks are frozen, since no task reports that; otherwise None.
+    """
+    import ray
+
+    waiting = list(tasks)
+    while waiting:
+        done, waiting = ray.wait(waiting, timeout=_POLL_S)
+        watch()
+        if failed_at is not None and pulses.steps_taken():
+            gap_s = time.monotonic() - failed_at
+            print(f"train: resumed after {gap_s:.1f} s", file=sys.stderr, flush=True)
+            failed_at = None
+        progress.show()
+        if any(_error_of(task) is not None for task in done):
+            return None
+        if frozen := pulses.frozen():
+            return f"trainer ranks {frozen} are frozen: no heartbeat"
+    return None
+
+
+def _first_problem(tasks: list[Any], pulses: Pulses) -> str | None:
+    """Return what went wrong, or None; raise errors that a second attempt would not fix."""
+    import ray
+
+    if all(_is_done(task) and _error_of(task) is None for task in tasks):
+        return None
+    # A survivor's broken connection often shows before the death that caused it.
+    ray.wait(tasks, num_returns=len(tasks), timeout=_SETTLE_S)
+    errors = [error for error in map(_error_of, filter(_is_done, tasks)) if error is not None]
+    deaths = [error for error in errors if isinstance(error, ray.exceptions.RayActorError)]
+    if hung := pulses.hung():
+        return f"no progress, a trainer rank hung; stacks are in the logs of ranks {hung}"
+    if deaths:
+        return "a trainer rank died"
+    for error in errors:
+        if isinstance(cause_of(error), SAEError | StoreError | ClusterError):
+            raise cause_of(error)
+    for error in errors:
+        if not isinstance(cause_of(error), RuntimeError):
+            raise error  # a bug in this project; its text has the rank's traceback
+    # torch raises a RuntimeError when a collective breaks, and it looks like any other.
+    return f"a trainer rank failed: {str(cause_of(errors[0])).splitlines()[0][:200]}"
+
+
+def cause_of(error: Any) -> Any:
+    """Return the error that the rank raised, or Ray's own error if that was not passed on."""
+    return getattr(error, "cause", None) or error
+
+
+def _is_done(task: Any) -> bool:
+    import ray
+
+    return bool(ray.wait([task], timeout=0)[0])
+
+
+def _error_of(task: Any) -> Any:
+    import ray
+
+    if not _is_done(task):
+        return None
+    try:
+        ray.get(task)
+    except ray.exceptions.RayError as error:
+        return error
+    return None

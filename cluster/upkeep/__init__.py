@@ -1,0 +1,1 @@
+"""Small stages that look after a run: verify, repair, reshard, status."""

@@ -1,0 +1,102 @@
+"""Status stage: print a run's progress, read from its folder."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from cluster.jobs.backend import describe_job
+from cluster.run_folder.contents import read_optional_json
+from cluster.run_folder.files import CONFIG, METRICS
+from cluster.run_folder.lock import saved_config
+from cluster.run_folder.sweep_record import read_record
+from cluster.training.progress_line import render
+from conf.schema.run import RunConfig
+from sae_core.checkpoint.folder import list_checkpoints
+
+
+def run(config: RunConfig, run_dir: Path) -> None:
+    """Print a table of the run's store, training, checkpoints, evaluation, sweep cells and job."""
+    config = saved_config(run_dir) or config
+    table = Table(title=f"status: {config.name}", show_header=False, title_justify="left")
+    table.add_column()
+    table.add_column(overflow="fold")
+    table.add_row("store", _store(config))
+    table.add_row("training", _training(config, run_dir))
+    names = [folder.name for folder in list_checkpoints(run_dir / "checkpoints")]
+    table.add_row("checkpoints", ", ".join(names) or "none")
+    table.add_row("evaluation", _evaluation(run_dir))
+    cells = [_cell(folder) for folder in sorted(run_dir.iterdir()) if (folder / CONFIG).exists()]
+    if cells:
+        table.add_row("cells", "\n".join(cells))
+    job = describe_job(run_dir)
+    if job is not None:
+        table.add_row("job", job)
+    Console().print(table)
+
+
+def _cell(run_dir: Path) -> str:
+    """Describe one cell of a sweep in one line."""
+    record, config = read_record(run_dir), saved_config(run_dir)
+    assert config is not None
+    training = _training(config, run_dir)
+    ended = "" if record is None else f"{record.state}, {record.reason}; "
+    return f"{run_dir.name}: {ended}{training}"
+
+
+def _store(config: RunConfig) -> str:
+    from activation_store import consumers, lead_items
+    from activation_store.errors import StoreError
+
+    try:
+        lines = [_size(config.store.path)]
+    except StoreError as error:
+        return str(error)
+    for mixed in config.store.mixture:
+        try:
+            size = _size(mixed.path)
+        except StoreError as error:
+            size = str(error)
+        weights = f"weight {mixed.weight:g} to {config.store.weight:g}"
+        lines.append(f"mixed in, {weights}: {mixed.path}, {size}")
+    for name, consumer in consumers(config.store.path).items():
+        lines.append(
+            f"consumer {name}: next item {consumer.next_item}, needs items from "
+            f"{consumer.keep_from_item} on, last heartbeat "
+            f"{time.time() - consumer.updated:.0f} s ago"
+        )
+    lead = lead_items(config.store.path)
+    if lead is not None:
+        lines.append(f"harvest is {lead} items ahead of the slowest consumer")
+    return "\n".join(lines)
+
+
+def _size(path: str) -> str:
+    from activation_store import open_store
+
+    store = open_store(path)
+    state = "finalised" if store.finalised else "being written"
+    return (
+        f"{store.n_tokens:,} tokens in {store.n_items} items, "
+        f"{store.n_bytes / 2**30:.2f} GiB, {state}"
+    )
+
+
+def _training(config: RunConfig, run_dir: Path) -> str:
+    path = run_dir / METRICS
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    # A trainer that was killed in the middle of a write leaves an incomplete last line.
+    whole = [line for line in lines if line.endswith("}")]
+    return render(json.loads(whole[-1]), config.train.n_steps) if whole else "not started"
+
+
+def _evaluation(run_dir: Path) -> str:
+    metrics = read_optional_json(run_dir / "eval" / "metrics.json")
+    if metrics is None:
+        return "none"
+    keys = ("fvu", "l0", "dead_fraction", "ce_recovered")
+    return ", ".join(f"{key} {metrics[key]:.4f}" for key in keys if metrics.get(key) is not None)

@@ -1,0 +1,157 @@
+"""Validate a run's config before any work and any heavy import."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import replace
+from pathlib import Path
+
+from conf.schema.run import RunConfig
+from foundation.errors import ConfigError
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+_CREDENTIALS = re.compile(r"://[^/@\s]*@")
+_NEEDS_TEXT = {"pipeline", "plan", "harvest", "scaling_laws"}
+_SWEEPS = {"sweep", "scaling_laws"}
+
+
+def validate(config: RunConfig, stages: tuple[str, ...]) -> None:
+    """Check the parts of the config that its stage uses, and how they fit together.
+
+    Args:
+        config: The composed config.
+        stages: Names that `stage` may have.
+
+    Raises:
+        ConfigError: If a value is invalid; names the key, the value and what was expected.
+        StoreConfigError: In the same way, for a key of the store.
+    """
+    if config.stage not in stages:
+        raise ConfigError("stage", config.stage, f"one of: {', '.join(stages)}")
+    if not _NAME.fullmatch(config.name) or ".." in config.name:
+        raise ConfigError(
+            "name", config.name, "a name of letters, digits, '.', '_' and '-', not a path"
+        )
+    if config.seed < 0:
+        raise ConfigError("seed", config.seed, "0 or more")
+    _check_finite(config)
+    _check_no_credentials(config)
+    config.trainer.validate()
+    config.store.validate()
+    config.eval.validate()
+    config.fit.validate()
+    if config.stage == "fit" and config.fit.runs is None:
+        raise ConfigError(
+            "fit.runs", None, "a folder of runs or a pattern, such as 'fit.runs=runs/sweep-*'"
+        )
+    config.sweep.validate()
+    if config.stage in _SWEEPS:
+        _check_sweep(config)
+    config.reshard.validate()
+    config.logging.validate()
+    config.cluster.validate()
+    config.plan.validate()
+    if config.stage == "submit":
+        _check_submit(config, stages)
+    if config.stage in _NEEDS_TEXT:
+        config.model.validate()
+        config.data.validate()
+        _check_harvest_fits_store(config)
+
+
+def _check_submit(config: RunConfig, stages: tuple[str, ...]) -> None:
+    config.submit.validate(config.checkpoint.grace_s)
+    allowed = [stage for stage in stages if stage != "submit"]
+    if config.submit.stage not in allowed:
+        raise ConfigError("submit.stage", config.submit.stage, f"one of: {', '.join(allowed)}")
+    # Validate the job's own stage now: the job may wait in a queue for hours before it fails.
+    validate(replace(config, stage=config.submit.stage), stages)
+
+
+def _check_sweep(config: RunConfig) -> None:
+    from conf.sweep_cells import cells_of
+
+    if config.cluster.mode != "sequential":
+        raise ConfigError(
+            "cluster.mode",
+            config.cluster.mode,
+            "sequential: the cells of a sweep may need several passes over a complete store",
+        )
+    for cell in cells_of(config, Path(config.runs_dir) / config.name).values():
+        _check_finite(cell)
+
+
+def _check_finite(config: RunConfig) -> None:
+    """Reject NaN and infinities: the parts check ranges by comparisons that NaN would pass."""
+    for group, part in vars(config).items():
+        for key, value in getattr(part, "__dict__", {}).items():
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ConfigError(f"{group}.{key}", value, "a finite number")
+
+
+def _check_no_credentials(config: RunConfig) -> None:
+    """Reject addresses with a password, because the config is saved, printed and logged."""
+    for group, part in vars(config).items():
+        for key, value in getattr(part, "__dict__", {group: part}).items():
+            texts = config.store.paths if key == "mixture" else value
+            for text in texts if isinstance(texts, list) else [texts]:
+                if isinstance(text, str) and _CREDENTIALS.search(text):
+                    raise ConfigError(
+                        group if key == group else f"{group}.{key}",
+                        _CREDENTIALS.sub("://***@", text),
+                        "an address without user name and password",
+                        "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY instead",
+                    )
+
+
+def _check_harvest_fits_store(config: RunConfig) -> None:
+    rows = config.data.context_tokens - 1
+    if config.store.shard_tokens < rows:
+        raise ConfigError(
+            "store.shard_tokens",
+            config.store.shard_tokens,
+            f"room for one context of {rows} rows (data.context_tokens - 1)",
+        )
+    if config.data.tokens < config.train.batch_tokens:
+        raise ConfigError(
+            "data.tokens",
+            config.data.tokens,
+            f"at least a batch: train.batch_tokens={config.train.batch_tokens}",
+        )
+    _check_concurrent(config)
+    hookpoint = config.sae.hookpoint
+    if hookpoint is not None and hookpoint not in config.model.hookpoints:
+        raise ConfigError(
+            "sae.hookpoint", hookpoint, f"one of model.hookpoints={config.model.hookpoints}"
+        )
+
+
+def _check_concurrent(config: RunConfig) -> None:
+    cluster, window = config.cluster, config.store.window_items
+    if config.store.mixture and cluster.mode == "concurrent":
+        raise ConfigError(
+            "store.mixture",
+            config.store.paths,
+            "none with cluster.mode=concurrent: a mixture needs stores that no longer grow",
+            "use cluster.mode=sequential",
+        )
+    # Shards hold only whole contexts, so a shard can have fewer rows than store.shard_tokens.
+    context_rows = config.data.context_tokens - 1
+    rows_per_window = window * (config.store.shard_tokens // context_rows * context_rows)
+    needed = window * (-(-config.train.batch_tokens // rows_per_window) + 1)
+    if cluster.max_lead_items is not None and cluster.max_lead_items < needed:
+        raise ConfigError(
+            "cluster.max_lead_items",
+            cluster.max_lead_items,
+            f"at least {needed}: enough windows (store.window_items={window}) for a batch of "
+            f"train.batch_tokens={config.train.batch_tokens}, and one more",
+            "raise it, or harvest and training would wait for each other",
+        )
+    if cluster.retention == "consumed" and config.train.tokens > config.data.tokens:
+        raise ConfigError(
+            "cluster.retention",
+            cluster.retention,
+            f"keep, or train.tokens of at most data.tokens={config.data.tokens}",
+            "use cluster.retention=keep, because training needs its rows more than once",
+        )

@@ -1,0 +1,1 @@
+"""The typed config: one file for each YAML group of the application."""

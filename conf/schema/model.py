@@ -1,0 +1,71 @@
+"""Settings of the language model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from foundation.errors import ConfigError
+
+
+@dataclass
+class ModelConfig:
+    """The language model whose activations are harvested."""
+
+    path: str = ""
+    """A local Hugging Face folder, or a model name on the Hugging Face Hub."""
+    revision: str | None = None
+    """Revision on the Hub, such as a branch or a commit hash. A hash pins the weights. Null: the
+    default branch."""
+    package: str | None = None
+    """An installed Python package that contains the model's files; `path` is then relative to the
+    package. Null: `path` is a folder or a Hub name."""
+    gguf_file: str | None = None
+    """Name of a GGUF file in the model's folder. It is dequantised once into the cache. Null: the
+    model has safetensors weights."""
+    dtype: str = "bfloat16"
+    """Number format of the model's weights and activations: bfloat16, float16 or float32."""
+    hookpoints: list[str] = field(default_factory=list)
+    """Names of the modules whose outputs are stored, such as `model.layers.9`."""
+    batch_contexts: int = 8
+    """Number of contexts in one forward pass."""
+    shards: int = 1
+    """Number of GPUs (without GPUs: processes) that one harvest worker splits the model over."""
+    d_model: int | None = None
+    """Width of the model, for `stage=plan` on a machine without the model's files. Null: read it
+    from the files."""
+    n_parameters: float | None = None
+    """Number of the model's parameters, from which `stage=plan` estimates the harvest. Null: the
+    harvest is not planned."""
+
+    def validate(self) -> None:
+        """Validate all fields.
+
+        Raises:
+            ConfigError: If a field is invalid; the error names it.
+        """
+        if not self.path and not self.package:
+            raise ConfigError(
+                "model.path", self.path, "a local folder or a Hub name", "set model.path"
+            )
+        if self.dtype not in ("bfloat16", "float16", "float32"):
+            raise ConfigError("model.dtype", self.dtype, "bfloat16, float16 or float32")
+        if not self.hookpoints:
+            raise ConfigError(
+                "model.hookpoints",
+                self.hookpoints,
+                "at least one module name, such as model.layers.9",
+            )
+        if len(set(self.hookpoints)) != len(self.hookpoints):
+            raise ConfigError(
+                "model.hookpoints",
+                self.hookpoints,
+                "each module only once",
+                "remove the duplicates",
+            )
+        for name in ("batch_contexts", "shards"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"model.{name}", getattr(self, name), "at least 1")
+        for name in ("d_model", "n_parameters"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"model.{name}", value, "at least 1, or null")

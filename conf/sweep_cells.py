@@ -1,0 +1,119 @@
+"""The cells of a sweep: their names and configs. This file has no heavy imports."""
+
+from __future__ import annotations
+
+import copy
+import re
+from dataclasses import replace
+from itertools import product
+from pathlib import Path
+from typing import Any, cast
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from conf.schema.run import RunConfig
+from conf.schema.sweep import SweepConfig
+from foundation.errors import ConfigError
+
+_MAY_DIFFER = ("sae.", "optim.", "train.tokens=")
+"""Prefixes of the settings that an override may change for one cell.
+
+The cells of a group share the row stream and the ranks, so settings of those must be the same.
+"""
+_MAY_NOT = ("sae.hookpoint=", "sae.n_latents=", "sae.k=", "sae.architecture=")
+"""Exceptions: the hookpoint is shared, and the others are axes of the sweep."""
+
+
+def cells_of(config: RunConfig, run_dir: Path) -> dict[str, RunConfig]:
+    """Return the sweep's cells, smallest dictionary first.
+
+    Returns:
+        `{cell name: config of an ordinary run in run_dir/<cell>}`.
+
+    Raises:
+        ConfigError: If a cell's config is invalid, two cells get the same name, or an override
+            names an unknown cell or a setting that it may not change.
+    """
+    sweep = config.sweep
+    axes = (
+        sorted(sweep.n_latents) or [config.sae.n_latents],
+        sweep.k or [config.sae.k],
+        sweep.lr or [config.optim.lr],
+        sweep.seed or [config.seed],
+        sweep.architecture or [config.sae.architecture],
+    )
+    own = _by_cell(sweep.overrides)
+    cells = {}
+    for n_latents, k, lr, seed, architecture in product(*axes):
+        name = _name(sweep, n_latents, k, lr, seed, architecture)
+        cell = replace(
+            copy.deepcopy(config),
+            name=name,
+            stage="train",
+            seed=seed,
+            runs_dir=str(run_dir),
+            sae=replace(config.sae, n_latents=n_latents, k=k, architecture=architecture),
+            optim=replace(config.optim, lr=lr),
+            store=replace(config.store, order_seed=config.order_seed),
+            sweep=SweepConfig(),
+        )
+        cell = _overridden(cell, name, own.get(name, []))
+        cell.trainer.validate()
+        if name in cells:
+            # Names contain the learning rate with 6 digits.
+            raise ConfigError("sweep.lr", sweep.lr, "rates that differ in their first 6 digits")
+        cells[name] = cell
+    unknown = sorted(set(own) - set(cells))
+    if unknown:
+        raise ConfigError("sweep.overrides", unknown[0], f"a cell's name, one of {sorted(cells)}")
+    return cells
+
+
+def _name(
+    sweep: SweepConfig, n_latents: int, k: int, lr: float | None, seed: int, architecture: str
+) -> str:
+    """Return a name like `n1024-k32-lr0.001-seed1-topk`.
+
+    Its last three parts are there only if the sweep sets values for these axes.
+    """
+    parts = [f"n{n_latents}", f"k{k}"]
+    parts += [f"lr{'auto' if lr is None else f'{lr:g}'}"] if sweep.lr else []
+    parts += [f"seed{seed}"] if sweep.seed else []
+    parts += [re.sub(r"[^A-Za-z0-9._-]+", "_", architecture)] if sweep.architecture else []
+    return "-".join(parts)
+
+
+def _by_cell(overrides: list[str]) -> dict[str, list[str]]:
+    """Return `{cell name: its KEY=VALUE settings}` from texts of the form CELL:KEY=VALUE."""
+    found: dict[str, list[str]] = {}
+    for text in overrides:
+        cell, colon, setting = text.partition(":")
+        if not colon or "=" not in setting:
+            raise ConfigError("sweep.overrides", text, "CELL:KEY=VALUE")
+        found.setdefault(cell.strip(), []).append(setting.strip())
+    return found
+
+
+def _overridden(cell: RunConfig, name: str, settings: list[str]) -> RunConfig:
+    """Return the cell's config with its KEY=VALUE overrides applied.
+
+    Raises:
+        ConfigError: If a key may not be overridden, a key is unknown, or a value is invalid.
+    """
+    for setting in settings:
+        if not setting.startswith(_MAY_DIFFER) or setting.startswith(_MAY_NOT):
+            raise ConfigError(
+                "sweep.overrides",
+                f"{name}:{setting}",
+                "KEY=VALUE with a key of sae, optim or train.tokens, except those in the cell's "
+                "name and sae.hookpoint",
+            )
+    try:
+        merged: Any = OmegaConf.merge(
+            OmegaConf.structured(cell), OmegaConf.from_dotlist(list(settings))
+        )
+        return cast(RunConfig, OmegaConf.to_object(merged))
+    except OmegaConfBaseException as error:
+        what = str(error).splitlines()[0]
+        raise ConfigError("sweep.overrides", settings, f"known keys and values ({what})") from error

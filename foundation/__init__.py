@@ -1,0 +1,1 @@
+"""What the two libraries share: base errors, atomic files, typed JSON."""

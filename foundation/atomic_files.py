@@ -1,0 +1,102 @@
+"""Read JSON safely, and write small files atomically and durably."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+
+def fsync_path(path: Path) -> None:
+    """Flush a file or a folder to disk."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` as JSON to `path`, atomically and durably; replaces an existing file."""
+    # Flush the file before the rename and the folder after it. Then a reader finds either the old
+    # or the new content in full, even after a crash of the machine.
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with open(temporary, "w", encoding="utf-8") as file:
+        json.dump(value, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    fsync_path(path.parent)
+
+
+def read_json(path: Path, max_bytes: int = 64 << 20) -> Any:
+    """Read a JSON file.
+
+    Raises:
+        ValueError: If the file is longer than `max_bytes`, or `parse_json` rejects its content.
+        OSError: If the file is missing or unreadable.
+    """
+    with open(path, "rb") as file:
+        data = file.read(max_bytes + 1)
+    if len(data) > max_bytes:
+        raise ValueError(f"{path}: {path.stat().st_size} bytes, expected at most {max_bytes}")
+    return parse_json(data)
+
+
+def parse_json(data: bytes | str) -> Any:
+    """Parse JSON text.
+
+    Raises:
+        ValueError: If the text is not valid JSON, is nested too deeply, or contains NaN or an
+            infinity.
+    """
+    try:
+        return json.loads(data, parse_constant=_refuse)
+    except RecursionError as error:
+        raise ValueError("JSON is nested too deeply") from error
+
+
+def _refuse(constant: str) -> Any:
+    raise ValueError(f"{constant} is not valid JSON; numbers must be finite")
+
+
+@contextmanager
+def replaced_folder(path: Path) -> Iterator[Path]:
+    """Yield an empty folder that replaces `path` when the block ends without an error.
+
+    If the block raises, `path` is left unchanged. A killed process may leave its incomplete folder
+    as `.<name>.new.tmp`. If it was killed between the two renames, the previous folder is
+    `.<name>.old.tmp` and the complete new one is `.<name>.new.tmp`. The next call removes both.
+
+    Args:
+        path: The folder to replace; it need not exist.
+
+    Yields:
+        The empty folder to fill.
+    """
+    new = path.with_name(f".{path.name}.new.tmp")
+    old = path.with_name(f".{path.name}.old.tmp")
+    for leftover in (new, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    new.mkdir(parents=True)
+    try:
+        yield new
+        _fsync_tree(new)
+    except BaseException:
+        shutil.rmtree(new, ignore_errors=True)
+        raise
+    # A folder that is not empty cannot be replaced by a rename, so move the old one away first.
+    if path.exists():
+        os.rename(path, old)
+    os.rename(new, path)
+    fsync_path(path.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _fsync_tree(folder: Path) -> None:
+    for item in [*folder.rglob("*"), folder]:
+        fsync_path(item)

@@ -1,0 +1,275 @@
+"""Sparse forward and backward of encoder and decoder over latent shards, as one autograd node.
+
+The main path uses the k largest latents of each token over all shards. The auxiliary path uses the
+`auxk` largest *dead* latents to reconstruct the main path's error (Gao et al. 2024, arXiv
+2406.04093, section 2.3). The node returns the squared errors of both paths. Their gradients are
+summed per dictionary row in one pass, so no [B, L] or [B, K, D] tensor exists.
+
+Shape legend: B batch rows, D d_model, L latents, l latents of this shard.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+
+from sae_core.distributed.global_topk import select_global
+from sae_core.distributed.mesh import row_range
+from sae_core.kernels import Decoded, Kernels, SparseGradient, SparseLatents, compact, project
+
+
+class Dictionary(NamedTuple):
+    """One shard of an SAE's weights."""
+
+    W_enc: torch.Tensor
+    """[l, D]"""
+    b_enc: torch.Tensor
+    """[l]"""
+    W_dec: torch.Tensor
+    """[l, D], rows of unit norm."""
+    b_dec: torch.Tensor
+    """[D], replicated."""
+
+
+@dataclass(frozen=True)
+class SparsePlan:
+    """What to select in a step, and over which ranks."""
+
+    kernels: Kernels
+    n_latents: int
+    """Global number of latents."""
+    k: int
+    """Latents selected per token on the main path."""
+    auxk: int
+    """Dead latents selected per token on the auxiliary path."""
+    first_latent: int
+    """Global index of this shard's first row."""
+    group: dist.ProcessGroup | None
+    """The latent group; None for an unsharded dictionary."""
+    collect: Callable[[SparseGradient], None] | None = None
+    """Receives the rows' sparse gradient, for the fused update; None: autograd gets dense ones."""
+
+    @property
+    def n_shards(self) -> int:
+        """Number of ranks that share the dictionary."""
+        return 1 if self.group is None else dist.get_world_size(self.group)
+
+
+class AuxInput(NamedTuple):
+    """Input of the auxiliary path of a step."""
+
+    dead: torch.Tensor
+    """Local dead latents, int64, ascending; may be empty."""
+    rows: torch.Tensor | None
+    """Batch rows used, int64, ascending; None: all."""
+
+
+class SparseForward(NamedTuple):
+    """Result of `sparse_autoencode`."""
+
+    squared_error: torch.Tensor
+    """Scalar: squared error of the main path, summed over all rows and dimensions."""
+    aux_squared_error: torch.Tensor | None
+    """Scalar: squared error of the auxiliary path, which reconstructs the main path's error.
+
+    Summed over the auxiliary rows and all dimensions; None without an auxiliary path.
+    """
+    active: SparseLatents
+    """Active pairs of the main path on this shard; they carry no gradient."""
+
+
+def encode_shard(
+    x: torch.Tensor,
+    W_enc: torch.Tensor,
+    b_enc: torch.Tensor,
+    k: int,
+    plan: SparsePlan,
+    rows: torch.Tensor | None = None,
+) -> SparseLatents:
+    """Return this shard's pairs among the k largest latents of each token; a collective call.
+
+    Args:
+        x: [B, D] centred input, the same on every rank of the latent group.
+        W_enc: [l, D] local rows.
+        b_enc: [l].
+        k: number of latents selected per token over all shards.
+        plan: kernels, latent group and offsets.
+        rows: local latents to select from, int64, ascending; None: all.
+
+    Returns:
+        Pairs with a positive value; `latents` are local to the shard.
+    """
+    if rows is not None:
+        W_enc = W_enc[rows]
+        b_enc = b_enc[rows]
+    # Every rank must bring the same number of slots, because the exchange needs equal shapes.
+    width = min(k, row_range(plan.n_latents, 0, plan.n_shards)[1])
+    taken = min(width, W_enc.shape[0])
+    values, latents = plan.kernels.encode_topk(x, W_enc, b_enc, taken)
+    if plan.group is not None and plan.n_shards > 1:
+        slots = values.new_full((x.shape[0], width), float("-inf"))
+        slots[:, :taken] = values
+        indices = latents.new_zeros(x.shape[0], width)
+        indices[:, :taken] = latents if rows is None else rows[latents]
+        keep = select_global(slots, indices, k, plan.first_latent, plan.group)
+        return compact(slots.masked_fill(~keep, 0.0), indices)
+    return compact(values, latents if rows is None else rows[latents])
+
+
+def sparse_autoencode(
+    x: torch.Tensor,
+    weights: Dictionary,
+    plan: SparsePlan,
+    aux: AuxInput | None,
+    copies: tuple[torch.Tensor, torch.Tensor] | None = None,
+) -> SparseForward:
+    """Encode, select and decode over all shards; a collective call.
+
+    The component of `W_dec`'s gradient along each decoder row is removed, because the rows are kept
+    at unit norm. The auxiliary path treats the main path's error as a constant, and gives `b_dec`
+    no gradient.
+
+    Args:
+        x: [B, D] normalised input, the same on every rank of the latent group; gets no gradient.
+        weights: weights of this shard.
+        plan: what to select and over which ranks.
+        aux: input of the auxiliary path; None if no rank of the latent group has a dead latent, or
+            the auxiliary loss is off. All ranks must agree on whether it is None, and on the rows.
+        copies: W_enc and W_dec in `Kernels.copy_dtype`; None: use the weights themselves.
+    """
+    # The pairs carry no gradient, so they come back in this list and not as outputs of the node.
+    box: list[SparseLatents] = []
+    error, aux_error = _SparseAutoencode.apply(x, *weights, plan, aux, copies, box)
+    return SparseForward(error, aux_error, box[0])
+
+
+class _SparseAutoencode(torch.autograd.Function):
+    """Autograd node of `sparse_autoencode`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        W_enc: torch.Tensor,
+        b_enc: torch.Tensor,
+        W_dec: torch.Tensor,
+        b_dec: torch.Tensor,
+        plan: SparsePlan,
+        aux: AuxInput | None,
+        copies: tuple[torch.Tensor, torch.Tensor] | None,
+        box: list[SparseLatents],
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        encoder, decoder = copies or (W_enc, W_dec)
+        centred = x - b_dec
+        active = encode_shard(centred, encoder, b_enc, plan.k, plan)
+        paths = [_Path(centred, active, _decode_error(centred, active, decoder, plan))]
+        if aux is not None:
+            inputs = centred
+            residual = paths[0].decoded.error
+            if aux.rows is not None:
+                inputs = inputs[aux.rows]
+                residual = residual[aux.rows]
+            chosen = encode_shard(inputs, encoder, b_enc, plan.auxk, plan, aux.dead)
+            paths.append(_Path(inputs, chosen, _decode_error(residual, chosen, decoder, plan)))
+        ctx.save_for_backward(W_enc, W_dec)
+        ctx.plan = plan
+        ctx.paths = paths
+        box.append(active)
+        errors = [path.decoded.error.float().square().sum() for path in paths]
+        return errors[0], errors[1] if aux is not None else None
+
+    @staticmethod
+    def backward(
+        ctx: Any, grad: torch.Tensor, aux_grad: torch.Tensor | None
+    ) -> tuple[torch.Tensor | None, ...]:
+        W_enc, W_dec = ctx.saved_tensors
+        plan = ctx.plan
+        paths = ctx.paths
+        # d/dy |t - y|^2 = -2 (t - y), so the gradients are the errors times these weights.
+        weights = [-2.0 * weight for weight in (grad, aux_grad) if weight is not None]
+        gradient = _weigh(paths, weights, plan.kernels.gather_dtype)
+        main = paths[0]
+        dvalues = gradient.dvalues[: len(main.active.rows)]
+        db_dec = _encoder_bias_gradient(main.active, dvalues, W_enc, plan)
+        db_dec += weights[0] * main.decoded.error.sum(0)
+        if plan.collect is not None:
+            plan.collect(gradient)
+            return None, None, None, None, db_dec, None, None, None, None
+        by_row = project(plan.kernels.row_gradients(*gradient), W_dec)
+        dW_dec = _scatter(by_row.latents, by_row.W_dec, W_dec)
+        dW_enc = _scatter(by_row.latents, by_row.W_enc, W_enc)
+        db_enc = W_enc.new_zeros(W_enc.shape[0]).index_copy_(0, by_row.latents, by_row.b_enc)
+        return None, dW_enc, db_enc, dW_dec, db_dec, None, None, None, None
+
+
+class _Path(NamedTuple):
+    """Selected latents of one path and the error of their decoding."""
+
+    x: torch.Tensor
+    """[R, D] centred inputs."""
+    active: SparseLatents
+    decoded: Decoded
+
+
+def _decode_error(
+    target: torch.Tensor, active: SparseLatents, W_dec: torch.Tensor, plan: SparsePlan
+) -> Decoded:
+    """Run `Kernels.decode_error` over all shards; collective over the latent group."""
+    if plan.n_shards == 1:
+        return plan.kernels.decode_error(target, active, W_dec)
+    recon = plan.kernels.decode(active, W_dec).to(target.dtype)
+    dist.all_reduce(recon, group=plan.group)
+    error = target - recon
+    return Decoded(error, plan.kernels.decoder_dot(error, active, W_dec))
+
+
+def _weigh(
+    paths: list[_Path], weights: list[torch.Tensor], dtype: torch.dtype | None
+) -> SparseGradient:
+    """Join the weighted pairs of all paths; their rows index into the stacked inputs and errors.
+
+    Args:
+        paths: main path, and auxiliary path if there is one.
+        weights: scalar per path, -2 times the gradient of its squared error.
+        dtype: dtype of the stacked inputs and errors; None: unchanged.
+    """
+    rows = []
+    offsets = []
+    first_row = 0
+    first_pair = 0
+    for path in paths:
+        rows.append(path.active.rows + first_row)
+        offsets.append(path.active.offsets + first_pair)
+        first_row += path.x.shape[0]
+        first_pair += len(path.active.rows)
+    values = [w * path.active.values for path, w in zip(paths, weights, strict=True)]
+    latents = torch.cat([path.active.latents for path in paths])
+    return SparseGradient(
+        SparseLatents(torch.cat(rows), latents, torch.cat(values), torch.cat(offsets)),
+        torch.cat([w * path.decoded.dots for path, w in zip(paths, weights, strict=True)]),
+        torch.cat([path.x.to(dtype or path.x.dtype) for path in paths]),
+        torch.cat([path.decoded.error.to(dtype or path.decoded.error.dtype) for path in paths]),
+    )
+
+
+def _scatter(latents: torch.Tensor, rows: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """Return a dense tensor shaped as `like` with these rows, and zeros elsewhere."""
+    return torch.zeros_like(like).index_copy_(0, latents, rows)
+
+
+def _encoder_bias_gradient(
+    active: SparseLatents,
+    dvalues: torch.Tensor,
+    W_enc: torch.Tensor,
+    plan: SparsePlan,
+) -> torch.Tensor:
+    """Return the gradient of `b_dec` through the centred input, [D], summed over all shards."""
+    per_latent = W_enc.new_zeros(W_enc.shape[0]).index_add_(0, active.latents, dvalues)
+    through_encoder = -(per_latent @ W_enc)
+    if plan.n_shards > 1:
+        dist.all_reduce(through_encoder, group=plan.group)
+    return through_encoder

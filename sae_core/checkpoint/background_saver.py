@@ -1,0 +1,143 @@
+"""Save checkpoints in the background: copy to the host, then write in a thread."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from sae_core.checkpoint.folder import CheckpointState
+from sae_core.checkpoint.host_copy import HostCopy
+from sae_core.checkpoint.save import Retention, write_checkpoint
+from sae_core.config import CheckpointConfig
+from sae_core.distributed.mesh import Mesh
+from sae_core.engine.deepspeed_engine import SAEEngine
+
+
+class CheckpointSaver:
+    """Saves checkpoints, one at a time. All ranks must call the same methods in the same order.
+
+    A save copies this rank's share to the host and returns. Files, hashes, votes, rename and
+    pruning happen in a thread, with a process group of its own. If the last save is still running,
+    the next one waits for it; this counts towards `pause_s`.
+
+    Args:
+        root: The run's `checkpoints` folder.
+        config: Whether to write in the background, which checkpoints to keep, and the time limit.
+        mesh: The trainer's mesh.
+        device: Device of the parameters.
+        batch_tokens: Tokens in a global batch.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        config: CheckpointConfig,
+        mesh: Mesh,
+        device: torch.device,
+        batch_tokens: int,
+    ) -> None:
+        every = config.keep_every_tokens
+        self._retention = Retention(
+            config.keep, None if every is None else max(1, every // batch_tokens)
+        )
+        self._root = root
+        self._asynchronous = config.asynchronous
+        self._timeout_s = config.timeout_s
+        self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=config.timeout_s))
+        self._copy = HostCopy(mesh, device, keep=config.asynchronous)
+        self._writing: _Background | None = None
+        self._waiting = False
+        self.last_began = time.monotonic()
+        """`time.monotonic()` at the start of the newest save, or of training before the first."""
+        self.saves = 0
+        """Number of saves begun."""
+        self.pause_s = 0.0
+        """Seconds that training has waited for checkpoints so far."""
+        self.writing_s = 0.0
+        """Seconds that finished saves took in the background, without the copy."""
+
+    def save(self, engines: list[SAEEngine], state: CheckpointState) -> None:
+        """Begin a save. The engines may be changed as soon as it returns.
+
+        Raises:
+            CheckpointError: If the previous save failed; raised on all ranks.
+        """
+        self.wait()
+        with self._pausing():
+            self.last_began = time.monotonic()
+            tensors = self._copy.take(engines)
+            self._writing = _Background(
+                lambda: write_checkpoint(self._root, tensors, state, self._retention, self._group)
+            )
+            self._writing.start()
+            self.saves += 1
+        if not self._asynchronous:
+            self.wait()
+
+    def wait(self) -> None:
+        """Wait until the running save, if any, is published and older checkpoints are deleted.
+
+        Raises:
+            CheckpointError: If it failed; raised on all ranks.
+        """
+        if self._writing is None:
+            return
+        with self._pausing():
+            self._waiting = True
+            self._writing.join()
+            self._waiting = False
+        writing, self._writing = self._writing, None
+        self.writing_s += writing.seconds
+        if writing.error is not None:
+            raise writing.error
+
+    @property
+    def waits(self) -> int:
+        """Counter that keeps changing while training waits for a save.
+
+        The watchdog reads it, so that such a wait does not count as a hang. It stays 0 once the
+        save has taken longer than `checkpoint.timeout_s`. It follows the clock and not the bytes
+        written, because the longest part of a save may be the flush, or the work of another rank.
+        """
+        taken_s = time.monotonic() - self.last_began
+        return int(10 * taken_s) + 1 if self._waiting and taken_s < self._timeout_s else 0
+
+    @property
+    def failed(self) -> bool:
+        """True if the last save has failed on this rank, so that `wait` would raise at once."""
+        return self._writing is not None and self._writing.error is not None
+
+    @contextmanager
+    def _pausing(self) -> Iterator[None]:
+        began = time.perf_counter()
+        yield
+        self.pause_s += time.perf_counter() - began
+
+
+class _Background(threading.Thread):
+    """Thread that runs an action and keeps the error it raised.
+
+    It is a daemon thread: a rank that exits because of an error does not wait for a save.
+    """
+
+    def __init__(self, action: Callable[[], object]) -> None:
+        super().__init__(name="checkpoint", daemon=True)
+        self._action = action
+        self.error: BaseException | None = None
+        self.seconds = 0.0
+
+    def run(self) -> None:
+        """Run the action, and record its error and duration."""
+        began = time.perf_counter()
+        try:
+            self._action()
+        except BaseException as error:  # raised again by `wait`, in the training thread
+            self.error = error
+        self.seconds = time.perf_counter() - began

@@ -1,0 +1,255 @@
+"""A trained SAE on disk, in raw activation units, read by ranges of latents.
+
+Checkpoints, saved SAEs and files of other libraries all give the same interface: rows of `W_enc`
+and `W_dec` [L, D] and `b_enc` [L], and `b_dec` [D], all float32. Apart from `b_dec`, tensors are
+read on demand, so an SAE of any size can be converted to another format.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from foundation.atomic_files import read_json, write_json
+from foundation.errors import ConfigError
+from foundation.typed_json import from_json
+from sae_core.checkpoint.folder import (
+    MANIFEST,
+    STATE,
+    WEIGHTS,
+    CheckpointState,
+    check_manifest,
+    newest_valid,
+    read_state,
+)
+from sae_core.checkpoint.row_ranges import Piece, StoredTensor, read_layout
+from sae_core.checkpoint.safetensors_file import TensorFileWriter, read_header, rows_per_block
+from sae_core.config import SAEConfig
+from sae_core.errors import CheckpointError, DamagedCheckpointError
+
+Rows = Callable[[int, int], torch.Tensor]
+"""Function that takes `start, stop` and returns rows [start, stop) of a tensor, float32."""
+WEIGHTS_FILE, CONFIG_FILE = "sae.safetensors", "sae.json"
+ROWS = ("W_enc", "W_dec", "b_enc")
+_MAX_CONFIG_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class StoredSAE:
+    """A TopK SAE whose tensors are read on demand. To encode and decode, use `load_sae`."""
+
+    config: SAEConfig
+    d_model: int
+    """Width of the activations."""
+    b_dec: torch.Tensor
+    """[D] float32."""
+    rows: Mapping[str, Rows]
+    """Readers of rows: `W_enc` and `W_dec` give [n, D], `b_enc` gives [n]."""
+    step: int = 0
+    """Number of optimiser steps it was trained for."""
+    metadata: dict[str, Any] = field(default_factory=dict)
+    """Information about its origin."""
+
+    def blocks(self, name: str) -> Iterator[tuple[int, torch.Tensor]]:
+        """Yield (first row, rows) for consecutive blocks of a tensor, a few MiB each."""
+        n_latents = self.config.n_latents
+        step = rows_per_block(4 * (1 if name == "b_enc" else self.d_model))
+        for start in range(0, n_latents, step):
+            yield start, self.rows[name](start, min(start + step, n_latents))
+
+    def whole(self, name: str) -> torch.Tensor:
+        """Read a tensor in full: [L, D] or [L], float32."""
+        shape = (self.config.n_latents, self.d_model)
+        out = torch.empty(shape[:1] if name == "b_enc" else shape)
+        for start, rows in self.blocks(name):
+            out[start : start + len(rows)] = rows
+        return out
+
+    def save(self, folder: Path) -> None:
+        """Write `sae.safetensors` and `sae.json` into a folder; `load_sae` reads them back.
+
+        The weights are copied in pieces of a few MiB.
+        """
+        folder.mkdir(parents=True, exist_ok=True)
+        names = {"W_enc": "W_enc", "W_dec": "W_dec", "b_enc": "b_enc", "b_dec": "b_dec"}
+        # Replace the old file only when the new one is complete: it may be the one being read.
+        temporary = folder / f"{WEIGHTS_FILE}.tmp"
+        temporary.unlink(missing_ok=True)
+        write_rows(self, temporary, names)
+        os.replace(temporary, folder / WEIGHTS_FILE)
+        config = {"config": asdict(self.config), "step": self.step, "metadata": self.metadata}
+        write_json(folder / CONFIG_FILE, config)
+
+
+def write_rows(sae: StoredSAE, path: Path, names: Mapping[str, str], transposed: str = "") -> None:
+    """Write an SAE as a float32 safetensors file, in pieces of a few MiB.
+
+    Args:
+        sae: The SAE to write.
+        path: The file to create; it must not exist.
+        names: `{our name: name in the file}`, in the order of the file.
+        transposed: Our name of a matrix to store as [D, L] instead of [L, D]; empty: none.
+    """
+    n_latents, width = sae.config.n_latents, sae.d_model
+    shapes: dict[str, tuple[int, ...]] = {
+        "W_enc": (n_latents, width),
+        "W_dec": (n_latents, width),
+        "b_enc": (n_latents,),
+        "b_dec": (width,),
+    }
+    if transposed:
+        shapes[transposed] = (width, n_latents)
+    laid = {theirs: (torch.float32, shapes[ours]) for ours, theirs in names.items()}
+    with TensorFileWriter(path, laid) as file:
+        file.write_rows(names["b_dec"], 0, sae.b_dec)
+        for ours in ROWS:
+            write = file.write_columns if ours == transposed else file.write_rows
+            for start, rows in sae.blocks(ours):
+                write(names[ours], start, rows)
+
+
+def open_sae(path: str | Path, name: str | None = None, verify_hashes: bool = True) -> StoredSAE:
+    """Open an SAE from a run folder, a checkpoint, or a folder written by `StoredSAE.save`.
+
+    Args:
+        path: The folder. For a run folder, its newest valid checkpoint is opened.
+        name: Name of the SAE if the checkpoint holds several; None: the only one.
+        verify_hashes: Verify the SHA-256 of every file of a checkpoint first.
+
+    Raises:
+        CheckpointError: If no SAE is found, it is damaged, or `name` is not in the checkpoint.
+    """
+    path = Path(path)
+    if (path / CONFIG_FILE).is_file():
+        return _open_saved(path)
+    if (path / MANIFEST).is_file():
+        check_manifest(path, verify_hashes)
+        return open_checkpoint(path, name)
+    newest = newest_valid(path / "checkpoints", verify_hashes)
+    if newest is None:
+        raise CheckpointError(
+            f"{path}: no SAE found: expected a run with a valid checkpoint, a checkpoint, or a "
+            "saved SAE; train one with stage=train"
+        )
+    return open_checkpoint(newest, name)
+
+
+def _open_saved(folder: Path) -> StoredSAE:
+    try:
+        raw = read_json(folder / CONFIG_FILE, _MAX_CONFIG_BYTES)
+        config = from_json(SAEConfig, raw["config"])
+        step, metadata = raw["step"], raw["metadata"]
+        if type(step) is not int or not isinstance(metadata, dict):
+            raise ValueError("expected step to be an integer and metadata to be an object")
+        tensors = whole_file(folder / WEIGHTS_FILE)
+        return of_tensors(config, tensors, step, metadata)
+    except (OSError, ValueError, KeyError, TypeError, CheckpointError) as error:
+        raise CheckpointError(f"{folder}: not a saved SAE: {error}") from error
+
+
+def whole_file(path: Path) -> dict[str, StoredTensor]:
+    """Open the tensors of a safetensors file that holds all of their rows."""
+    return {
+        name: StoredTensor(entry.dtype, entry.shape, (Piece(path, entry, 0),))
+        for name, entry in read_header(path).entries.items()
+    }
+
+
+def of_tensors(
+    config: SAEConfig,
+    tensors: Mapping[str, StoredTensor],
+    step: int = 0,
+    metadata: dict[str, Any] | None = None,
+) -> StoredSAE:
+    """Build a `StoredSAE` from tensors on disk that have our names and raw activation units.
+
+    Raises:
+        ValueError: If a tensor is missing, a shape does not match `config`, or `config` is invalid.
+    """
+    width = check_shapes(config, {name: part.shape for name, part in tensors.items()})
+    rows = {name: _float_rows(tensors[name]) for name in ROWS}
+    return StoredSAE(config, width, tensors["b_dec"].whole().float(), rows, step, metadata or {})
+
+
+def check_shapes(config: SAEConfig, shapes: Mapping[str, tuple[int, ...]]) -> int:
+    """Check that the shapes of the four tensors match `config`, and return the width D.
+
+    Raises:
+        ValueError: If a tensor is missing, a shape does not match, or `config` is invalid.
+    """
+    config.validate()
+    b_dec = shapes.get("b_dec", ())
+    width, n_latents = b_dec[0] if len(b_dec) == 1 else 0, config.n_latents
+    wanted = {"W_enc": (n_latents, width), "W_dec": (n_latents, width), "b_enc": (n_latents,)}
+    for name, shape in wanted.items():
+        if shapes.get(name) != shape:
+            raise ValueError(f"{name} has shape {shapes.get(name)}, expected {shape}")
+    return width
+
+
+def _float_rows(tensor: StoredTensor) -> Rows:
+    return lambda start, stop: tensor.rows(start, stop).float()
+
+
+def open_checkpoint(folder: Path, name: str | None = None) -> StoredSAE:
+    """Open an SAE of a checkpoint whose manifest has been checked.
+
+    Raises:
+        DamagedCheckpointError: If the state or the tensors are invalid.
+        CheckpointError: If the checkpoint has no SAE of that name, or several and `name` is None.
+    """
+    state = read_state(folder)
+    name = _pick(folder, state, name)
+    try:
+        config = from_json(SAEConfig, state.saes[name])
+        stored = _under(read_layout(folder / WEIGHTS), f"{name}.")
+        width = check_shapes(config, {key: tensor.shape for key, tensor in stored.items()})
+        if (stored["input_scale"].shape, stored["input_mean"].shape) != ((), (width,)):
+            raise ValueError(f"input_scale or input_mean: expected shapes () and ({width},)")
+    except (ValueError, KeyError, ConfigError) as error:
+        raise DamagedCheckpointError(f"{folder / STATE} and {WEIGHTS}: {error}") from error
+    return _in_raw_units(folder, state, name, config, stored)
+
+
+def _in_raw_units(
+    folder: Path,
+    state: CheckpointState,
+    name: str,
+    config: SAEConfig,
+    stored: Mapping[str, StoredTensor],
+) -> StoredSAE:
+    # Training uses x_norm = (x - mean) * scale. In raw units the latents are those of training
+    # divided by scale, so decoder rows keep unit norm and the encoder matrix does not change.
+    scale, mean = stored["input_scale"].whole(), stored["input_mean"].whole()
+    rows = {name: _float_rows(stored[name]) for name in ROWS}
+    rows["b_enc"] = lambda start, stop: stored["b_enc"].rows(start, stop) / scale
+    b_dec = mean + stored["b_dec"].whole() / scale
+    metadata = {
+        "checkpoint": folder.name,
+        "name": name,
+        "tokens": state.tokens,
+        "seed": state.seed,
+        "input_scale": float(scale),
+    }
+    return StoredSAE(config, len(b_dec), b_dec, rows, state.step, metadata)
+
+
+def _under(tensors: Mapping[str, StoredTensor], prefix: str) -> dict[str, StoredTensor]:
+    return {
+        name.removeprefix(prefix): tensor
+        for name, tensor in tensors.items()
+        if name.startswith(prefix)
+    }
+
+
+def _pick(folder: Path, state: CheckpointState, name: str | None) -> str:
+    if name is None and len(state.saes) == 1:
+        return next(iter(state.saes))
+    if name not in state.saes:
+        raise CheckpointError(f"{folder}: SAE name={name!r}: expected one of {sorted(state.saes)}")
+    return str(name)

@@ -1,0 +1,1 @@
+"""The DeepSpeed engine, its optimisers and the learning-rate schedule."""

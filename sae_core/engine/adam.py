@@ -1,0 +1,95 @@
+"""Adam over a sharded dictionary, and the learning rate as a pure function of the tokens seen."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+
+from sae_core.config import OptimConfig
+from sae_core.kernels import square_sum
+
+if TYPE_CHECKING:
+    from sae_core.architectures.topk import TopKSAE
+
+
+class ShardedAdam(torch.optim.Adam):
+    """Fused Adam that clips by the gradient norm over all shards and can skip updates.
+
+    Both happen on the device without a host sync: the fused kernel divides gradients by
+    `grad_scale`, and makes no update if `found_inf` is set.
+
+    Args:
+        sae: SAE to update; its sharded parameters have `tensor_model_parallel=True`.
+        lr: learning rate of the first step.
+        config: betas, eps.
+        clip_norm: largest global gradient norm; 0: no limit; None: leave the norm and clipping to
+            the engine. ZeRO 1 needs None, because it passes flat pieces of parameters, and this
+            class cannot tell which of them are sharded.
+    """
+
+    def __init__(
+        self, sae: TopKSAE, lr: float, config: OptimConfig, clip_norm: float | None
+    ) -> None:
+        betas = (config.beta1, config.beta2)
+        super().__init__(sae.parameters(), lr=lr, betas=betas, eps=config.eps, fused=True)
+        device = sae.b_dec.device
+        self.clip_norm = clip_norm
+        self.latent_group = sae.plan.group
+        self.found_inf = torch.zeros((), device=device)
+        """Scalar: 1 to make no update, else 0. `step` may set it, and never clears it."""
+        self.grad_scale: torch.Tensor | None = None
+        """Scalar that the fused kernel divides gradients by; None: no clipping."""
+        self._global_grad_norm = torch.zeros((), device=device)
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Make one update, unless `found_inf` is set or the gradient norm is not finite."""
+        if self.clip_norm is not None:
+            norm = self._grad_norm()
+            self._global_grad_norm = norm
+            self.found_inf = torch.maximum(self.found_inf, (~norm.isfinite()).float())
+            if self.clip_norm > 0:
+                self.grad_scale = (norm / self.clip_norm).clamp_min(1.0)
+        return super().step(closure)
+
+    def allocate_state(self) -> None:
+        """Create the moments before the first step, so that a checkpoint can be loaded."""
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if not self.state[parameter]:
+                    dtype = self._moment_dtype(parameter)
+                    self.state[parameter] = {
+                        "step": torch.zeros((), device=parameter.device),
+                        "exp_avg": torch.zeros_like(parameter, dtype=dtype),
+                        "exp_avg_sq": torch.zeros_like(parameter, dtype=dtype),
+                    }
+
+    def _moment_dtype(self, parameter: torch.Tensor) -> torch.dtype:
+        """Return the dtype of a parameter's moments."""
+        return parameter.dtype
+
+    def _grad_norm(self) -> torch.Tensor:
+        """Return the norm of the whole gradient; collective over the latent group.
+
+        Squares of sharded parameters are summed over the group; replicated ones count once.
+        """
+        sharded = self._collected_square()
+        replicated = torch.zeros_like(self.found_inf)
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    continue
+                square = square_sum(parameter.grad)
+                if getattr(parameter, "tensor_model_parallel", False):
+                    sharded += square
+                else:
+                    replicated += square
+        if self.latent_group is not None:
+            dist.all_reduce(sharded, group=self.latent_group)
+        return (sharded + replicated).sqrt()
+
+    def _collected_square(self) -> torch.Tensor:
+        """Return the squared norm of this shard's gradients that are not in a `.grad`."""
+        return torch.zeros_like(self.found_inf)

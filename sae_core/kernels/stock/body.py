@@ -1,0 +1,118 @@
+"""Kernels made of stock torch operations: fast on CPU, and they run on any torch device.
+
+Weight gradients are segment sums over pairs sorted by latent. They need no [B, K, D] tensor and no
+atomic additions, so results are reproducible bit for bit.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from sae_core.kernels.interface import (
+    Decoded,
+    RowGradients,
+    RowUpdate,
+    SparseGradient,
+    SparseLatents,
+)
+from sae_core.kernels.prefilter import Prefilter, prefiltered_topk
+from sae_core.kernels.stock.encode import streamed_topk
+from sae_core.kernels.stock.update import StockRowUpdate
+
+
+class StockKernels:
+    """Implementation in stock torch operations; see `Kernels`.
+
+    Args:
+        compute_dtype: dtype of the encoder product. With bfloat16, pre-activations are summed in
+            float32 and then rounded to bfloat16, so nearly equal ones become ties.
+        prefilter: finds candidates in low precision before the exact selection; None: compute the
+            full product in `compute_dtype`.
+    """
+
+    name = "stock"
+    copy_dtype: torch.dtype | None = None
+    gather_dtype: torch.dtype | None = None
+
+    def __init__(
+        self, compute_dtype: torch.dtype = torch.float32, prefilter: Prefilter | None = None
+    ) -> None:
+        self.compute_dtype = compute_dtype
+        self.prefilter = prefilter
+
+    def encode_topk(
+        self, x: torch.Tensor, W_enc: torch.Tensor, b_enc: torch.Tensor, k: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """See `Kernels.encode_topk`."""
+        if self.prefilter is not None:
+            return prefiltered_topk(self.prefilter, self, x, W_enc, b_enc, k)
+        return self.exact_topk(x, W_enc, b_enc, k)
+
+    def exact_topk(
+        self, x: torch.Tensor, W_enc: torch.Tensor, b_enc: torch.Tensor, k: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Run `encode_topk` without a prefilter."""
+        x = x.to(self.compute_dtype)
+
+        def product(start: int, stop: int) -> torch.Tensor:
+            return self._linear(x, W_enc[start:stop], b_enc[start:stop])
+
+        return streamed_topk(product, x.shape[0], W_enc.shape[0], k, x.device)
+
+    def decode(self, active: SparseLatents, W_dec: torch.Tensor) -> torch.Tensor:
+        """See `Kernels.decode`."""
+        return F.embedding_bag(
+            active.latents, W_dec, active.offsets, mode="sum", per_sample_weights=active.values
+        )
+
+    def decoder_dot(
+        self, vectors: torch.Tensor, active: SparseLatents, matrix: torch.Tensor
+    ) -> torch.Tensor:
+        """See `Kernels.decoder_dot`."""
+        # The backward of embedding_bag computes these dot products without a [N, D] tensor.
+        dot: torch.Tensor = torch.ops.aten._embedding_bag_per_sample_weights_backward(
+            vectors, matrix, active.latents, active.offsets, active.rows, 0
+        )
+        return dot
+
+    def decode_error(
+        self, target: torch.Tensor, active: SparseLatents, W_dec: torch.Tensor
+    ) -> Decoded:
+        """See `Kernels.decode_error`."""
+        error = target - self.decode(active, W_dec)
+        return Decoded(error, self.decoder_dot(error, active, W_dec))
+
+    def row_gradients(
+        self, active: SparseLatents, dvalues: torch.Tensor, x: torch.Tensor, error: torch.Tensor
+    ) -> RowGradients:
+        """See `Kernels.row_gradients`."""
+        # A stable sort keeps a latent's pairs in row order, so that sums round the same every time.
+        by_latent, order = active.latents.sort(stable=True)
+        latents, counts = by_latent.unique_consecutive(return_counts=True)
+        offsets = counts.cumsum(0) - counts
+        rows = active.rows[order]
+        dvalues = dvalues[order]
+
+        def segment_sum(weights: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
+            matrix = matrix.to(weights.dtype)
+            return F.embedding_bag(rows, matrix, offsets, mode="sum", per_sample_weights=weights)
+
+        db_enc = torch.segment_reduce(dvalues, "sum", lengths=counts) if len(counts) else dvalues
+        return RowGradients(
+            latents, segment_sum(active.values[order], error), segment_sum(dvalues, x), db_enc
+        )
+
+    def row_update(self, gradient: SparseGradient, W_dec: torch.Tensor) -> RowUpdate:
+        """See `Kernels.row_update`."""
+        return StockRowUpdate(self.row_gradients(*gradient), W_dec)
+
+    def _linear(self, x: torch.Tensor, W: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        """Return `x @ W.T + b` in float32, with inputs in `compute_dtype`."""
+        if self.compute_dtype != torch.float32:
+            return F.linear(x, W.to(self.compute_dtype)).float() + b
+        if x.device.type == "cpu" and torch.backends.mkldnn.is_available():
+            # oneDNN's float32 product is up to twice as fast as the default one on AMD CPUs.
+            out: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, W, b, "none", [], "")
+            return out
+        return F.linear(x, W, b)

