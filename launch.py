@@ -127,8 +127,8 @@ def _print_config(config: RunConfig) -> None:
 def _explained() -> Iterator[None]:
     """Turn expected errors into one message and an exit code; let others through."""
     from cluster.jobs.slurm.commands import requeue_sweep_cell
-    from cluster.preemption import EXIT_PREEMPTED
     from conf.failure import explain
+    from foundation.errors import EXIT_PREEMPTED
 
     try:
         yield

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
-from foundation.errors import StoreConfigError
+from foundation.errors import ConfigError
 
 
 @dataclass
@@ -66,29 +66,29 @@ class StoreConfig:
         """Validate all fields.
 
         Raises:
-            StoreConfigError: If a setting is invalid; the message names it.
+            ConfigError: If a setting is invalid; the message names it.
         """
         if self.dtype not in ("bfloat16", "float32"):
-            raise StoreConfigError("store.dtype", self.dtype, "bfloat16 or float32")
+            raise ConfigError("store.dtype", self.dtype, "bfloat16 or float32")
         if self.codec not in ("none", "blosc", "int8"):
-            raise StoreConfigError("store.codec", self.codec, "none, blosc or int8")
+            raise ConfigError("store.codec", self.codec, "none, blosc or int8")
         for name in ("shard_tokens", "chunk_bytes", "window_items", "buffer_tokens"):
             if getattr(self, name) < 1:
-                raise StoreConfigError(f"store.{name}", getattr(self, name), "at least 1")
+                raise ConfigError(f"store.{name}", getattr(self, name), "at least 1")
         if self.order_seed is not None and self.order_seed < 0:
-            raise StoreConfigError("store.order_seed", self.order_seed, "0 or more, or null")
+            raise ConfigError("store.order_seed", self.order_seed, "0 or more, or null")
         for number, weight in enumerate(self.weights):
             if not (math.isfinite(weight) and weight > 0):
                 key = f"store.mixture[{number - 1}].weight" if number else "store.weight"
-                raise StoreConfigError(key, weight, "a finite number above 0")
+                raise ConfigError(key, weight, "a finite number above 0")
         if not all(mixed.path for mixed in self.mixture):
-            raise StoreConfigError(
+            raise ConfigError(
                 "store.mixture",
                 "an entry without a path",
                 "a path in every entry {path: ..., weight: ...}",
             )
         if len(set(self.paths)) < len(self.paths):
-            raise StoreConfigError(
+            raise ConfigError(
                 "store.mixture",
                 self.paths,
                 "each store only once, store.path included",

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from foundation.errors import EXIT_FAILED, FoundryError
 
-class StoreError(Exception):
+
+class StoreError(FoundryError):
     """Base class of all errors that this package raises."""
 
 
@@ -18,25 +20,37 @@ class StoreMismatchError(StoreError):
 class MissingDataError(StoreError):
     """A file that the store needs is missing; the message names it."""
 
+    exit_code = EXIT_FAILED
+
 
 class DamagedDataError(StoreError):
     """A file or chunk has the wrong size or checksum; the message names the file and the chunk."""
+
+    exit_code = EXIT_FAILED
 
 
 class IncompleteStoreError(StoreError):
     """The requested rows have not been committed yet."""
 
+    exit_code = EXIT_FAILED
+
 
 class DeletedDataError(StoreError):
     """The requested rows were deleted after every registered consumer had passed them."""
+
+    exit_code = EXIT_FAILED
 
 
 class StoreBusyError(StoreError):
     """Another process holds a lock on the store."""
 
+    exit_code = EXIT_FAILED
+
 
 class StorageError(StoreError):
     """An object store request failed after all retries; the message contains no secrets."""
+
+    exit_code = EXIT_FAILED
 
 
 class ItemError(StoreError, ValueError):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from foundation.errors import FoundryError
 
-class AnalysisError(Exception):
+
+class AnalysisError(FoundryError):
     """Base class of all errors that this package raises."""
 
 

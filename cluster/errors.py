@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from foundation.errors import EXIT_FAILED, EXIT_PREEMPTED, FoundryError
 
-class ClusterError(Exception):
+
+class ClusterError(FoundryError):
     """Base class of the errors that this package raises on purpose."""
 
 
@@ -18,14 +20,22 @@ class PlacementError(ClusterError):
 class RankFailedError(ClusterError):
     """Trainer ranks failed more often than `cluster.max_failures` allows."""
 
+    exit_code = EXIT_FAILED
+
 
 class SweepFailedError(ClusterError):
     """Some cells of a sweep failed; the other cells are finished."""
+
+    exit_code = EXIT_FAILED
 
 
 class PreemptedError(ClusterError):
     """Training was preempted after saving a checkpoint; rerun the command to resume."""
 
+    exit_code = EXIT_PREEMPTED
+
 
 class SchedulerError(ClusterError):
     """The scheduler was not found, did not answer, or refused a request."""
+
+    exit_code = EXIT_FAILED

@@ -17,8 +17,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
-EXIT_PREEMPTED = 75
-"""EX_TEMPFAIL in sysexits.h: rerun the same command to resume."""
+from foundation.errors import EXIT_PREEMPTED
+
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 _BLOCKED = (signal.SIGUSR1,)
 """Signals that are blocked while Ray starts. SIGTERM is not: Ray stops its processes with it."""
@@ -30,6 +30,8 @@ class Interrupted(KeyboardInterrupt):
 
     It derives from KeyboardInterrupt so that `except Exception` does not catch it.
     """
+
+    exit_code = EXIT_PREEMPTED
 
 
 @contextmanager

@@ -21,7 +21,7 @@ import torch.distributed as dist
 
 from activation_store.errors import StoreError
 from cluster.errors import ClusterError, PreemptedError
-from cluster.preemption import EXIT_PREEMPTED, StopRequest, on_preemption
+from cluster.preemption import StopRequest, on_preemption
 from cluster.run_folder.environment import environment
 from cluster.run_folder.files import CONFIG, ENVIRONMENT
 from cluster.run_folder.lock import rank_lock
@@ -36,7 +36,7 @@ from cluster.training.watchdog import Watchdog
 from conf.schema.run import RunConfig
 from conf.schema.sweep import SweepConfig
 from foundation.atomic_files import write_json
-from foundation.errors import ConfigError
+from foundation.errors import EXIT_PREEMPTED, ConfigError
 from sae_core.errors import SAEError
 from sae_core.training.malloc import keep_freed_memory
 

@@ -25,7 +25,7 @@ def validate(config: RunConfig, stages: tuple[str, ...]) -> None:
 
     Raises:
         ConfigError: If a value is invalid; names the key, the value and what was expected.
-        StoreConfigError: In the same way, for a key of the store.
+        ConfigError: In the same way, for a key of the store.
     """
     if config.stage not in stages:
         raise ConfigError("stage", config.stage, f"one of: {', '.join(stages)}")

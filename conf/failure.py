@@ -25,9 +25,10 @@ from cluster.errors import (
     SchedulerError,
     SweepFailedError,
 )
-from cluster.preemption import EXIT_PREEMPTED, Interrupted
+from cluster.preemption import Interrupted
 from cluster.run_folder.errors import RunFileError
 from conf.schema.run import RunConfig
+from foundation.errors import EXIT_PREEMPTED
 from sae_core.errors import CheckpointError, NonFiniteLossError, SAEError
 
 EXIT_FAILED, EXIT_BAD_INPUT = 1, 2

@@ -1,41 +1,35 @@
-"""Base of all errors raised on purpose, and the error for a bad setting."""
+"""Base of every error that is raised on purpose, the exit codes, and the error for a bad setting."""
 
 from __future__ import annotations
 
-from activation_store.errors import StoreError
-from sae_core.errors import SAEError
+from typing import ClassVar
+
+EXIT_FAILED = 1
+"""The run itself failed; running the same command again may help."""
+EXIT_BAD_INPUT = 2
+"""The command, the config or the input data must be changed."""
+EXIT_PREEMPTED = 75
+"""EX_TEMPFAIL: a signal asked the run to stop; the same command resumes."""
 
 
-class StoreConfigError(StoreError, ValueError):
-    """An invalid setting or argument.
+class FoundryError(Exception):
+    """Base of every error that is raised on purpose: its text is a message for the user.
 
-    Args:
-        key: Name of the setting or argument.
-        value: The value that was given.
-        expected: Noun phrase that completes "expected ...".
-        remedy: What the user should do, if that is not obvious.
+    Attributes:
+        exit_code: Exit code of a process that ends with this error.
     """
 
-    def __init__(self, key: str, value: object, expected: str, remedy: str = "") -> None:
-        message = f"{key}={value!r}: expected {expected}"
-        super().__init__(f"{message}; {remedy}" if remedy else message)
-        self._arguments = (key, value, expected, remedy)
-
-    def __reduce__(self) -> tuple[type, tuple[str, object, str, str]]:
-        # Errors are pickled between processes; the default would call the class with the message.
-        return type(self), self._arguments
+    exit_code: ClassVar[int] = EXIT_BAD_INPUT
 
 
-class ConfigError(SAEError, ValueError):
-    """An invalid setting.
-
-    The message reads `key=value: expected {expected}; {remedy}`.
+class ConfigError(FoundryError, ValueError):
+    """A setting has a value that is not allowed.
 
     Args:
-        key: Full name of the config key.
+        key: Name of the setting, such as `sae.k`.
         value: Its value.
-        expected: Noun phrase for the valid values.
-        remedy: Imperative sentence that says what to do; may be empty.
+        expected: What is allowed, as a noun phrase.
+        remedy: How to mend it, as an imperative; may be empty.
     """
 
     def __init__(self, key: str, value: object, expected: str, remedy: str = "") -> None:
@@ -44,6 +38,5 @@ class ConfigError(SAEError, ValueError):
         self._arguments = (key, value, expected, remedy)
 
     def __reduce__(self) -> tuple[type, tuple[str, object, str, str]]:
-        # Errors are sent between processes. The default would rebuild this class from its message
-        # alone, which is not what the constructor takes.
+        # Errors travel between processes. The default would call this class with the message alone.
         return type(self), self._arguments

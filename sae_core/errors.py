@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from foundation.errors import EXIT_FAILED, FoundryError
 
-class SAEError(Exception):
+
+class SAEError(FoundryError):
     """Base class of every error that this package raises on purpose."""
 
 
 class CheckpointError(SAEError):
     """A checkpoint could not be written, or no valid checkpoint could be read."""
+
+    exit_code = EXIT_FAILED
 
 
 class DamagedCheckpointError(CheckpointError):
@@ -17,6 +21,8 @@ class DamagedCheckpointError(CheckpointError):
 
 class NonFiniteLossError(SAEError):
     """The loss or its gradient was not finite on some rank; no update was made from it."""
+
+    exit_code = EXIT_FAILED
 
 
 class DivergedError(SAEError):

@@ -22,7 +22,7 @@ from activation_store.format import commit_log
 from activation_store.storage.base import Storage
 from activation_store.storage.checksummed_json import read_sealed, seal, whole_numbers
 from activation_store.storage.open import open_storage
-from foundation.errors import StoreConfigError
+from foundation.errors import ConfigError
 
 CONSUMERS = "_consumers"
 _FILE_BYTES = 1 << 16
@@ -58,7 +58,7 @@ class Consumer:
         keep_from_item: First item that a new consumer may need.
 
     Raises:
-        StoreConfigError: If the name is invalid.
+        ConfigError: If the name is invalid.
         DeletedDataError: If it would need rows that were deleted.
     """
 
@@ -87,7 +87,7 @@ class Consumer:
             position: Position of its stream.
 
         Raises:
-            StoreConfigError: If a number is negative.
+            ConfigError: If a number is negative.
             DeletedDataError: If it moves back to items that were deleted; the saved state then
                 remains unchanged.
         """
@@ -101,7 +101,7 @@ class Consumer:
         """Write the cursor file, and undo it if the state needs rows that are deleted."""
         for key, value in asdict(state).items():
             if value < 0:
-                raise StoreConfigError(key, value, "at least 0")
+                raise ConfigError(key, value, "at least 0")
         before: ConsumerState | None = getattr(self, "state", None)
         state = replace(state, updated=time.time())
         # Write the cursor before reading the deletion mark: see the head of this file.
@@ -148,11 +148,11 @@ def remove_consumer(path: str | Path, name: str) -> None:
     """Unregister a dead consumer so that it no longer blocks producers or deletion.
 
     Raises:
-        StoreConfigError: If there is no such consumer.
+        ConfigError: If there is no such consumer.
     """
     storage = open_storage(path)
     if not storage.exists(_file(name)):
-        raise StoreConfigError("consumer", name, f"one of {sorted(consumers(path))}")
+        raise ConfigError("consumer", name, f"one of {sorted(consumers(path))}")
     storage.delete(_file(name))
 
 
@@ -176,7 +176,7 @@ def _file(name: str) -> str:
     """Return the path of a consumer's cursor file, after checking the name."""
     if not _NAME.fullmatch(name) or ".." in name:
         expected = "at most 200 letters, digits, '_', '-' or '.', without '..'"
-        raise StoreConfigError("consumer", name, expected)
+        raise ConfigError("consumer", name, expected)
     return f"{CONSUMERS}/{name}.json"
 
 

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from activation_store.checksum import crc32c
 from activation_store.codecs.blosc import MOST_BYTES
 from activation_store.codecs.sharding import ShardLayout
-from foundation.errors import StoreConfigError
+from foundation.errors import ConfigError
 
 SCHEMA_VERSION = 1
 METADATA = "zarr.json"
@@ -71,7 +71,7 @@ class StoreHeader:
     """Description of a whole store; saved as attributes of its Zarr group.
 
     Raises:
-        StoreConfigError: If a value is invalid; the message names it.
+        ConfigError: If a value is invalid; the message names it.
     """
 
     arrays: dict[str, int]
@@ -168,12 +168,12 @@ def check_header(header: StoreHeader) -> None:
     """Check every field of a header.
 
     Raises:
-        StoreConfigError: If a value is invalid; the message names the first one.
+        ConfigError: If a value is invalid; the message names the first one.
     """
 
     def require(valid: bool, key: str, value: object, expected: str) -> None:
         if not valid:
-            raise StoreConfigError(key, value, expected)
+            raise ConfigError(key, value, expected)
 
     require(header.dtype in DTYPES, "dtype", header.dtype, "bfloat16 or float32")
     require(header.codec in CODECS, "codec", header.codec, f"one of {CODECS}")
@@ -219,7 +219,7 @@ def _check_calibration(header: StoreHeader) -> None:
     """Check that the calibration matches the arrays, and that int8 has what it needs."""
     missing = sorted(set(header.arrays) - set(header.calibration or {}))
     if header.codec == "int8" and missing:
-        raise StoreConfigError(
+        raise ConfigError(
             "codec",
             "int8",
             f"a calibration of {missing}, whose mean and std int8 needs as scales",
@@ -230,10 +230,10 @@ def _check_calibration(header: StoreHeader) -> None:
         key = f"calibration[{name!r}]"
         width = header.arrays.get(name)
         if width is None:
-            raise StoreConfigError(key, name, f"one of {list(header.arrays)}")
+            raise ConfigError(key, name, f"one of {list(header.arrays)}")
         for column in ("mean", "std"):
             values = np.asarray(getattr(part, column), np.float64)
             if values.shape != (width,) or not np.isfinite(values).all():
-                raise StoreConfigError(f"{key}.{column}", values, f"[{width}] finite numbers")
+                raise ConfigError(f"{key}.{column}", values, f"[{width}] finite numbers")
         if not math.isfinite(part.norm):
-            raise StoreConfigError(f"{key}.norm", part.norm, "a finite number")
+            raise ConfigError(f"{key}.norm", part.norm, "a finite number")

@@ -79,7 +79,7 @@ def shuffle_quality(
 
     Raises:
         IncompleteStoreError: If the store is not finalised.
-        StoreConfigError: If an argument is invalid, or the store has fewer rows than a batch.
+        ConfigError: If an argument is invalid, or the store has fewer rows than a batch.
     """
     stream = ShuffledStream(
         store,

@@ -19,7 +19,7 @@ from activation_store.reading.shuffle_order import Block, Ints, Shuffle
 from activation_store.reading.store import Store
 from activation_store.storage.atomic_files import as_bytes
 from activation_store.threads import run_all
-from foundation.errors import StoreConfigError
+from foundation.errors import ConfigError
 
 Chunks = list[tuple[int, int, int]]
 Column = tuple[np.dtype[Any], tuple[int, ...]]
@@ -86,7 +86,7 @@ class ShuffledRows:
         staged: Keep the rows of a block in chunk order, as they are stored.
 
     Raises:
-        StoreConfigError: If an argument is invalid.
+        ConfigError: If an argument is invalid.
     """
 
     def __init__(
@@ -111,10 +111,10 @@ class ShuffledRows:
             ("arrays", arrays, bool(arrays), "at least one name"),
         ):
             if not valid:
-                raise StoreConfigError(key, value, expected)
+                raise ConfigError(key, value, expected)
         for name in arrays:
             if name not in store.header.columns:
-                raise StoreConfigError("arrays", name, f"one of {list(store.header.columns)}")
+                raise ConfigError("arrays", name, f"one of {list(store.header.columns)}")
         self.store = store
         self.arrays = tuple(arrays)
         self.wait_s = 0.0

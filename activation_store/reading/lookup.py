@@ -18,7 +18,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from activation_store.reading.store import Store
 from activation_store.threads import run_all
-from foundation.errors import StoreConfigError
+from foundation.errors import ConfigError
 
 Ints = NDArray[np.int64]
 
@@ -43,14 +43,14 @@ def find_documents(store: Store, documents: ArrayLike) -> DocumentRows:
         documents: [m] document numbers as in the `document` sidecar.
 
     Raises:
-        StoreConfigError: If the store lacks one of the two sidecars.
+        ConfigError: If the store lacks one of the two sidecars.
         DeletedDataError: If rows of the store were deleted.
         MissingDataError: If a shard file is missing; the message names it.
         DamagedDataError: If a chunk fails its checksum; the message names file and chunk.
     """
     for name in ("document", "position"):
         if name not in store.header.sidecars:
-            raise StoreConfigError("sidecar", name, f"one of {list(store.header.sidecars)}")
+            raise ConfigError("sidecar", name, f"one of {list(store.header.sidecars)}")
     wanted = np.unique(np.asarray(documents, np.int64))
     ends = [0, *np.cumsum(store.valid_rows).tolist()]
     searches = [
@@ -94,17 +94,17 @@ def take_rows(store: Store, array: str, rows: ArrayLike) -> NDArray[Any]:
         [n, d_model] of a hookpoint or [n] of a sidecar, in the order of `rows`.
 
     Raises:
-        StoreConfigError: If there is no such array, or a row number is out of range.
+        ConfigError: If there is no such array, or a row number is out of range.
         DeletedDataError: If some of the rows were deleted.
         MissingDataError: If a shard file is missing; the message names it.
         DamagedDataError: If a chunk fails its checksum; the message names file and chunk.
     """
     if array not in store.header.columns:
-        raise StoreConfigError("array", array, f"one of {list(store.header.columns)}")
+        raise ConfigError("array", array, f"one of {list(store.header.columns)}")
     wanted = np.asarray(rows, np.int64)
     outside = wanted[(wanted < 0) | (wanted >= store.n_tokens)]
     if len(outside):
-        raise StoreConfigError("rows", int(outside[0]), f"0 to {store.n_tokens - 1}")
+        raise ConfigError("rows", int(outside[0]), f"0 to {store.n_tokens - 1}")
     dtype, shape = store.header.columns[array]
     out = np.empty((len(wanted), *shape), dtype)
     starts = np.concatenate([[0], np.cumsum(store.valid_rows)])

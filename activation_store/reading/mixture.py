@@ -23,7 +23,7 @@ from activation_store.reading.shuffle_order import Ints
 from activation_store.reading.store import Store
 from activation_store.reading.stream import StreamBatch, check_slice
 from activation_store.storage.atomic_files import as_bytes
-from foundation.errors import StoreConfigError
+from foundation.errors import ConfigError
 
 LONGEST_PERIOD = 1 << 16
 """Largest number of entries in the table."""
@@ -38,18 +38,18 @@ class Shares:
             shares are rounded to one row in `LONGEST_PERIOD`.
 
     Raises:
-        StoreConfigError: If a weight is not a finite number above 0, or a share is too small.
+        ConfigError: If a weight is not a finite number above 0, or a share is too small.
     """
 
     def __init__(self, weights: Sequence[float]) -> None:
         for weight in weights:
             if not (math.isfinite(weight) and weight > 0):
-                raise StoreConfigError("weights", list(weights), "finite numbers above 0")
+                raise ConfigError("weights", list(weights), "finite numbers above 0")
         self.counts = _counts([Fraction(str(weight)) for weight in weights])
         """Number of rows of each store in a period."""
         if min(self.counts) == 0:
             expected = f"shares of at least 1 in {LONGEST_PERIOD}"
-            raise StoreConfigError("weights", list(weights), expected)
+            raise ConfigError("weights", list(weights), expected)
         self.period = sum(self.counts)
         # Place the k-th of a store's q rows at the fraction (k + 1/2) / q of the period.
         due = np.concatenate([(np.arange(count) + 0.5) / count for count in self.counts])
@@ -109,7 +109,7 @@ class MixtureStream:
         allocate: Allocator of the memory for blocks and batches.
 
     Raises:
-        StoreConfigError: If an argument is invalid, or the stores differ in an array.
+        ConfigError: If an argument is invalid, or the stores differ in an array.
         IncompleteStoreError: If a store is not finalised.
     """
 
@@ -155,7 +155,7 @@ class MixtureStream:
     def seek(self, i: int) -> None:
         """Continue with batch `i`."""
         if i < 0:
-            raise StoreConfigError("position", i, "at least 0")
+            raise ConfigError("position", i, "at least 0")
         if i != self.position:
             self._reset()
         self.position = i
@@ -218,11 +218,11 @@ def check_mixture(stores: Sequence[Store], weights: Sequence[float], arrays: Seq
     """Check that the stores can be read as one `MixtureStream`.
 
     Raises:
-        StoreConfigError: If an argument is invalid, or the stores differ in an array.
+        ConfigError: If an argument is invalid, or the stores differ in an array.
         IncompleteStoreError: If a store is not finalised.
     """
     if not stores or len(stores) != len(weights):
-        raise StoreConfigError("weights", list(weights), f"one for each of {len(stores)} stores")
+        raise ConfigError("weights", list(weights), f"one for each of {len(stores)} stores")
     Shares(weights)
     for store in stores:
         _check_alike(stores[0], store, arrays)
@@ -248,14 +248,14 @@ def _check_alike(first: Store, store: Store, arrays: Sequence[str]) -> None:
             "first"
         )
     if not store.n_tokens:
-        raise StoreConfigError("stores", str(store.path), "a store with at least one row")
+        raise ConfigError("stores", str(store.path), "a store with at least one row")
     for name in arrays:
         if name not in store.header.columns:
             expected = f"an array of {store.path}: {list(store.header.columns)}"
-            raise StoreConfigError("arrays", name, expected)
+            raise ConfigError("arrays", name, expected)
         one, other = first.header.columns[name], store.header.columns[name]
         if one != other:
-            raise StoreConfigError(
+            raise ConfigError(
                 f"{store.path}: {name}",
                 other,
                 f"the same dtype and width as in {first.path}: {one}",

@@ -29,7 +29,7 @@ from activation_store.storage.atomic_files import as_bytes
 from activation_store.storage.base import Storage
 from activation_store.storage.open import open_storage
 from activation_store.threads import run_all
-from foundation.errors import StoreConfigError
+from foundation.errors import ConfigError
 
 MAX_OPEN_SHARDS = 256
 """Number of shard files kept open; well below the usual limit of 1024 open files per process."""
@@ -176,14 +176,14 @@ class Store:
             `StoreHeader.columns` gives.
 
         Raises:
-            StoreConfigError: If there is no such array.
+            ConfigError: If there is no such array.
             IncompleteStoreError: If some of the rows are not committed yet.
             DeletedDataError: If some of the rows were deleted.
             MissingDataError: If a shard file is missing; the message names it.
             DamagedDataError: If a chunk fails its checksum; the message names file and chunk.
         """
         if array not in self._columns:
-            raise StoreConfigError("array", array, f"one of {list(self._columns)}")
+            raise ConfigError("array", array, f"one of {list(self._columns)}")
         starts = self._state.starts
         if not 0 <= start <= stop <= starts[-1]:
             raise IncompleteStoreError(
@@ -238,7 +238,7 @@ class Store:
             rows: Output, [n, ...] in the stored data type, C-contiguous.
 
         Raises:
-            StoreConfigError: If there is no such array or chunk, or `rows` has the wrong shape or
+            ConfigError: If there is no such array or chunk, or `rows` has the wrong shape or
                 data type.
             IncompleteStoreError: If an item is not committed.
             DeletedDataError: If the shards of an item were deleted.
@@ -247,10 +247,10 @@ class Store:
         """
         dtype, shape = self._stored.get(name, (None, ()))
         if dtype is None:
-            raise StoreConfigError("array", name, f"one of {list(self._stored)}")
+            raise ConfigError("array", name, f"one of {list(self._stored)}")
         if rows.dtype != dtype or rows.shape[1:] != shape:
             found = f"{rows.dtype} {rows.shape}"
-            raise StoreConfigError("rows", found, f"{dtype} rows of shape {shape}")
+            raise ConfigError("rows", found, f"{dtype} rows of shape {shape}")
         row_bytes = self._layouts[name].row_bytes
         memory = as_bytes(rows)
 
@@ -326,7 +326,7 @@ class Store:
     def statistics(self, array: str) -> Statistics:
         """Return the statistics of all committed values of a hookpoint array."""
         if array not in self.header.arrays:
-            raise StoreConfigError("array", array, f"one of {list(self.header.arrays)}")
+            raise ConfigError("array", array, f"one of {list(self.header.arrays)}")
         table = self._state.table[array]
         return Statistics(
             int(table["count"].sum()),
@@ -386,10 +386,10 @@ def _with_rows(shard: OpenShard, chunks: list[tuple[int, int]], n_rows: int) -> 
     wanted = []
     for chunk, first in chunks:
         if not 0 <= chunk < shard.layout.n_chunks:
-            raise StoreConfigError("chunk", chunk, f"0 to {shard.layout.n_chunks - 1}")
+            raise ConfigError("chunk", chunk, f"0 to {shard.layout.n_chunks - 1}")
         count = shard.rows_of(chunk)
         if not 0 <= first <= n_rows - count:
-            raise StoreConfigError("first row", first, f"at most {n_rows - count}")
+            raise ConfigError("first row", first, f"at most {n_rows - count}")
         if count:
             wanted.append(Wanted(chunk, count, first))
     return wanted

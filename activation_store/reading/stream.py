@@ -12,7 +12,7 @@ from activation_store.errors import IncompleteStoreError
 from activation_store.reading.blocks import LoadedRows, ShuffledRows
 from activation_store.reading.buffers import Allocate, anonymous
 from activation_store.reading.store import Store
-from foundation.errors import StoreConfigError
+from foundation.errors import ConfigError
 
 
 class StreamBatch(NamedTuple):
@@ -88,7 +88,7 @@ class _Stream:
 
         Raises:
             IncompleteStoreError: If the store is not finalised.
-            StoreConfigError: If the store has fewer rows than a batch.
+            ConfigError: If the store has fewer rows than a batch.
         """
         if not self.store.finalised:
             self.store.refresh()
@@ -99,7 +99,7 @@ class _Stream:
             )
         count = self.store.n_tokens // self.batch_rows
         if not count:
-            raise StoreConfigError(
+            raise ConfigError(
                 "batch_rows", self.batch_rows, f"at most the store's {self.store.n_tokens} rows"
             )
         return count
@@ -107,7 +107,7 @@ class _Stream:
     def seek(self, i: int) -> None:
         """Continue with batch `i`."""
         if i < 0:
-            raise StoreConfigError("position", i, "at least 0")
+            raise ConfigError("position", i, "at least 0")
         if i != self.position:
             self._rows.reset()
         self.position = i
@@ -121,10 +121,10 @@ class _Stream:
         first incomplete window.
 
         Raises:
-            StoreConfigError: If `position` is negative.
+            ConfigError: If `position` is negative.
         """
         if position < 0:
-            raise StoreConfigError("position", position, "at least 0")
+            raise ConfigError("position", position, "at least 0")
         if self.store.finalised and position >= self.batches_per_epoch:
             return 0
         return self._rows.first_item_needed(position * self.batch_rows)
@@ -191,7 +191,7 @@ class ShuffledStream(_Stream):
         allocate: Allocator of the memory for blocks, for example of pinned memory for a GPU.
 
     Raises:
-        StoreConfigError: If an argument is invalid.
+        ConfigError: If an argument is invalid.
     """
 
     def next(self) -> StreamBatch:
@@ -230,11 +230,11 @@ def check_slice(batch_rows: int, rows: tuple[int, int] | None) -> tuple[int, int
         rows: The slice; None is the whole batch.
 
     Raises:
-        StoreConfigError: If `batch_rows` is below 1, or the slice is empty or not in the batch.
+        ConfigError: If `batch_rows` is below 1, or the slice is empty or not in the batch.
     """
     if batch_rows < 1:
-        raise StoreConfigError("batch_rows", batch_rows, "at least 1")
+        raise ConfigError("batch_rows", batch_rows, "at least 1")
     lo, hi = rows or (0, batch_rows)
     if not 0 <= lo < hi <= batch_rows:
-        raise StoreConfigError("rows", rows, f"(lo, hi) with 0 <= lo < hi <= {batch_rows}")
+        raise ConfigError("rows", rows, f"(lo, hi) with 0 <= lo < hi <= {batch_rows}")
     return lo, hi

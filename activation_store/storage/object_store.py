@@ -36,7 +36,7 @@ from activation_store.errors import MissingDataError, StorageError, StoreFormatE
 from activation_store.storage.atomic_files import STALE_S, Bytes
 from activation_store.storage.base import OBJECT_SCHEME, Held, Parts, ReadHandle, Storage
 from activation_store.storage.lease import Lease
-from foundation.errors import StoreConfigError
+from foundation.errors import ConfigError
 
 T = TypeVar("T")
 
@@ -59,7 +59,7 @@ class ObjectStorage(Storage):
         url: Address of the store; the bucket must exist.
 
     Raises:
-        StoreConfigError: If the address is invalid or contains credentials.
+        ConfigError: If the address is invalid or contains credentials.
     """
 
     run_bytes = 8 << 20
@@ -72,7 +72,7 @@ class ObjectStorage(Storage):
         match = _URL.fullmatch(url)
         if not match or ".." in url:
             shown = url if "@" not in url else f"{OBJECT_SCHEME}(with credentials)"
-            raise StoreConfigError(
+            raise ConfigError(
                 "store.path",
                 shown,
                 "s3://bucket/prefix",
@@ -317,7 +317,7 @@ def _connect(bucket: str, prefix: str) -> S3Store:
         source = re.search(r"source: (\w+)", str(error))
         problem = source[1] if source else type(error).__name__
     given = sorted(name for name in os.environ if name.startswith("AWS_"))
-    raise StoreConfigError(
+    raise ConfigError(
         "AWS_*", given, f"a complete set of variables ({problem})", "set those that are missing"
     )
 

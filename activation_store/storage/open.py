@@ -11,7 +11,7 @@ def open_storage(path: str | Path | Storage) -> Storage:
     """Return the storage at a path: s3://bucket/prefix, or a folder.
 
     Raises:
-        StoreConfigError: If the address is invalid.
+        ConfigError: If the address is invalid.
     """
     if isinstance(path, Storage):
         return path

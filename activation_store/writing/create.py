@@ -18,7 +18,7 @@ from activation_store.format.header import (
 )
 from activation_store.format.zarr_json import array_documents, dump, group_document
 from activation_store.storage.base import Storage
-from foundation.errors import StoreConfigError
+from foundation.errors import ConfigError
 
 
 def plan_header(
@@ -34,10 +34,10 @@ def plan_header(
     """Return the header of a new store; the arguments are those of `StoreWriter`.
 
     Raises:
-        StoreConfigError: If an argument is invalid.
+        ConfigError: If an argument is invalid.
     """
     if chunk_bytes < 1:
-        raise StoreConfigError("chunk_bytes", chunk_bytes, "at least 1")
+        raise ConfigError("chunk_bytes", chunk_bytes, "at least 1")
     header = StoreHeader(
         arrays={name: int(width) for name, width in arrays.items()},
         dtype=dtype,
@@ -58,7 +58,7 @@ def _as_json(provenance: Mapping[str, Any] | None) -> dict[str, Any]:
     try:
         return dict(json.loads(json.dumps(dict(provenance or {}), allow_nan=False)))
     except (TypeError, ValueError) as error:
-        raise StoreConfigError("provenance", provenance, f"JSON values: {error}") from error
+        raise ConfigError("provenance", provenance, f"JSON values: {error}") from error
 
 
 def create(storage: Storage, header: StoreHeader) -> None:

@@ -79,7 +79,7 @@ class StoreWriter:
         codec: none; blosc (lossless, smaller, slower); int8 (half the size of bfloat16).
 
     Raises:
-        StoreConfigError: If an argument is invalid.
+        ConfigError: If an argument is invalid.
         StoreMismatchError: If the existing store has other settings; the message lists them.
         StoreFormatError: If the folder holds files but not an activation store.
     """

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from foundation.errors import FoundryError
 
-class BenchmarkError(Exception):
+
+class BenchmarkError(FoundryError):
     """Base class of all benchmark errors."""
 
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import yaml
 
-from cluster.preemption import EXIT_PREEMPTED
 from cluster.run_folder.submitted_jobs import dns_name
 from conf.schema.submit import SubmitConfig, gigabytes
+from foundation.errors import EXIT_PREEMPTED
 
 _TOKEN = "RAY_AUTH_TOKEN"
 _PORT = 6390

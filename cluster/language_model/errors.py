@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from cluster.errors import ClusterError
+from foundation.errors import FoundryError
 
 
-class ModelError(ClusterError):
+class ModelError(FoundryError):
     """The language model or its tokenizer could not be loaded, or a hookpoint was not found."""
 
 
-class TextError(ClusterError):
+class TextError(FoundryError):
     """The text could not be read, or there is too little of it."""

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from analysis.errors import AnalysisError
-from cluster.errors import ClusterError
+from foundation.errors import EXIT_FAILED, FoundryError
 
 
-class RunDirError(ClusterError):
+class RunDirError(FoundryError):
     """The run folder is in use by another process, or belongs to a run with another config."""
 
 
-class RunFileError(AnalysisError):
+class RunFileError(FoundryError):
     """A file of the run folder exists but cannot be read; the message names it."""
+
+    exit_code = EXIT_FAILED

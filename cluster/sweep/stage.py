@@ -32,7 +32,7 @@ def run(config: RunConfig, run_dir: Path) -> None:
 
     Raises:
         ConfigError: If a cell's config is invalid or does not fit the store.
-        StoreConfigError: If the store is missing or unsuitable.
+        ConfigError: If the store is missing or unsuitable.
         RunDirError: If a cell was started with another config or is being trained now.
         PreemptedError: If a signal stopped the sweep; all cells have saved a checkpoint.
         SweepFailedError: If some cells failed; the others have trained to their ends. Cells that

@@ -39,7 +39,7 @@ def run(
 
     Raises:
         ConfigError: If the config does not fit the store.
-        StoreConfigError: If the store is missing or unsuitable.
+        ConfigError: If the store is missing or unsuitable.
         PlacementError: If the cluster has no room for the ranks.
         RankFailedError: If ranks died more often than `cluster.max_failures`.
         PreemptedError: If a signal stopped training; ranks that were able to have saved.

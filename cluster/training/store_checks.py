@@ -7,7 +7,7 @@ from rich.console import Console
 from activation_store import Store, check_mixture, open_store, shuffle_quality, store_exists
 from activation_store.writing.create import shorten
 from conf.schema.run import RunConfig
-from foundation.errors import ConfigError, StoreConfigError
+from foundation.errors import ConfigError
 
 
 def check_store(config: RunConfig) -> str:
@@ -18,10 +18,10 @@ def check_store(config: RunConfig) -> str:
 
     Raises:
         ConfigError: If a setting does not fit the store.
-        StoreConfigError: If the store is missing, unfinished or has non-finite rows.
+        ConfigError: If the store is missing, unfinished or has non-finite rows.
     """
     if not store_exists(config.store.path):
-        raise StoreConfigError(
+        raise ConfigError(
             "store.path",
             config.store.path,
             "a store of activations",
@@ -30,7 +30,7 @@ def check_store(config: RunConfig) -> str:
     store = open_store(config.store.path)
     growing = not store.finalised
     if growing and config.cluster.mode != "concurrent":
-        raise StoreConfigError(
+        raise ConfigError(
             "store.path",
             config.store.path,
             "a finalised store",
@@ -54,13 +54,13 @@ def others(config: RunConfig, array: str) -> list[Store]:
     """Open the stores of `store.mixture` and check that they are finished and their rows finite.
 
     Raises:
-        StoreConfigError: If a store is missing, does not fit or has non-finite rows.
+        ConfigError: If a store is missing, does not fit or has non-finite rows.
         IncompleteStoreError: If a store is not finalised.
     """
     found = []
     for path in config.store.paths[1:]:
         if not store_exists(path):
-            raise StoreConfigError("store.mixture", path, "a store of activations")
+            raise ConfigError("store.mixture", path, "a store of activations")
         store = open_store(path)
         check_mixture([store], [1.0], [array])
         require_finite(store, array, "store.mixture")
@@ -77,11 +77,11 @@ def require_finite(store: Store, array: str, key: str = "store.path") -> None:
         key: setting that gives the store's path, for the error.
 
     Raises:
-        StoreConfigError: If some do; the error names their items.
+        ConfigError: If some do; the error names their items.
     """
     bad = store.non_finite_items(array)
     if bad:
-        raise StoreConfigError(
+        raise ConfigError(
             key,
             str(store.path),
             f"finite activations, but {array} holds {sum(bad.values())} non-finite numbers in "

@@ -22,7 +22,7 @@ from cluster.training.mixture_source import MixtureSource
 from cluster.training.store_checks import check_store
 from cluster.upkeep import status, verify
 from conf.schema.run import RunConfig
-from foundation.errors import StoreConfigError
+from foundation.errors import ConfigError
 from sae_core.checkpoint.folder import list_checkpoints
 from tests.support.forked_ranks import Ranks
 from tests.support.single_rank import BATCH, EVERY, D, last_state, make_run, make_store, same_end
@@ -172,7 +172,7 @@ def test_a_pipeline_refuses_a_store_before_it_harvests(folder: Path, tmp_path: P
     config.model.hookpoints, config.model.d_model = ["acts"], D
     config.store.path = str(tmp_path / "not-yet")
     config.store.mixture = [MixedStore(str(tmp_path / "missing"))]
-    with pytest.raises(StoreConfigError, match=r"missing.*expected a store"):
+    with pytest.raises(ConfigError, match=r"missing.*expected a store"):
         planning_stage.run(config, tmp_path)
 
 
@@ -195,11 +195,11 @@ def test_status_and_verify_cover_every_store(
 @pytest.mark.parametrize(
     ("options", "error", "text"),
     [
-        (None, StoreConfigError, "store.mixture=.*: expected a store"),
+        (None, ConfigError, "store.mixture=.*: expected a store"),
         ({"finalise": False}, IncompleteStoreError, "not finalised"),
-        ({"arrays": {"acts": D + 1}}, StoreConfigError, "of one width"),
-        ({"arrays": {"else": D}}, StoreConfigError, "arrays='acts'"),
-        ({"bad": True}, StoreConfigError, "finite activations"),
+        ({"arrays": {"acts": D + 1}}, ConfigError, "of one width"),
+        ({"arrays": {"else": D}}, ConfigError, "arrays='acts'"),
+        ({"bad": True}, ConfigError, "finite activations"),
     ],
 )
 def test_a_store_that_cannot_be_mixed_is_refused_before_training(

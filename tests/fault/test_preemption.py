@@ -17,9 +17,9 @@ import pytest
 import torch
 
 from activation_store import StoreWriter, open_store, store_exists
-from cluster.preemption import EXIT_PREEMPTED
 from cluster.run_folder.saved_config import save_config
 from conf.schema.run import RunConfig
+from foundation.errors import EXIT_PREEMPTED
 from sae_core.checkpoint.folder import list_checkpoints, newest_valid, step_of
 from sae_core.checkpoint.row_ranges import read_tensors
 from sae_core.config import CheckpointConfig, OptimConfig, ParallelConfig, SAEConfig, TrainConfig

@@ -12,12 +12,12 @@ import pytest
 import torch
 
 from analysis.scaling_laws.cells import read_sweep
-from cluster.preemption import EXIT_PREEMPTED
 from cluster.run_folder.saved_config import load_config, save_config
 from cluster.run_folder.sweep_record import FAILED, STOPPED, read_record, write_record
 from conf.schema.run import RunConfig
 from conf.schema.sweep import SweepConfig
 from conf.sweep_cells import cells_of
+from foundation.errors import EXIT_PREEMPTED
 from sae_core.checkpoint.folder import list_checkpoints, step_of
 from sae_core.checkpoint.row_ranges import read_tensors
 from sae_core.config import CheckpointConfig, OptimConfig, ParallelConfig, SAEConfig, TrainConfig

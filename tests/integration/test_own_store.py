@@ -26,7 +26,7 @@ from cluster.upkeep.verify import non_finite
 from conf.schema.data import DataConfig
 from conf.schema.model import ModelConfig
 from conf.schema.run import RunConfig
-from foundation.errors import ConfigError, StoreConfigError
+from foundation.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -79,9 +79,9 @@ def test_invalid_stores_are_refused_before_ranks_start(tmp_path):
     config.sae.hookpoint, config.train.batch_tokens = None, 65
     with pytest.raises(ConfigError, match="at most 64 stored rows"):
         check_store(config)
-    with pytest.raises(StoreConfigError, match="finalise"):
+    with pytest.raises(ConfigError, match="finalise"):
         check_store(own_store(tmp_path / "open", finalise=False))
-    with pytest.raises(StoreConfigError, match=r"acts holds 3 non-finite numbers in items .0.;"):
+    with pytest.raises(ConfigError, match=r"acts holds 3 non-finite numbers in items .0.;"):
         check_store(own_store(tmp_path / "bad", bad=3))
     assert non_finite(str(tmp_path / "bad")) == ["acts: 3 numbers are not finite, in items [0]"]
     assert non_finite(str(tmp_path / "s")) == []
@@ -122,7 +122,7 @@ def test_items_with_non_finite_rows_are_named(tmp_path):
     store = open_store(tmp_path / "s")
     assert store.non_finite_items("a") == {1: 3, 3: 1} and store.non_finite_items("b") == {}
     require_finite(store, "b")
-    with pytest.raises(StoreConfigError, match=r"a holds 4 non-finite numbers in items \[1, 3\]"):
+    with pytest.raises(ConfigError, match=r"a holds 4 non-finite numbers in items \[1, 3\]"):
         require_finite(store, "a")
 
 

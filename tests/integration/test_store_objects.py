@@ -44,7 +44,7 @@ from activation_store.errors import (
 )
 from activation_store.storage import lease, object_store
 from activation_store.storage.open import open_storage
-from foundation.errors import StoreConfigError
+from foundation.errors import ConfigError
 from tests.support.object_server import Fault, Proxy, make_bucket, s3_server
 from tests.support.store_cases import calibration, expected, item_columns, tree, write_store
 
@@ -413,7 +413,7 @@ def test_a_server_that_does_not_answer_is_reported_soon_and_without_secrets(
     assert "swordfish" not in str(error.value) and SECRET not in str(error.value)
     assert error.value.__context__ is None and error.value.__cause__ is None
     monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
-    with pytest.raises(StoreConfigError, match="MissingSecretAccessKey"):
+    with pytest.raises(ConfigError, match="MissingSecretAccessKey"):
         open_store(url)
 
 
@@ -438,7 +438,7 @@ def test_a_server_that_ignores_conditions_is_refused(url: str, proxy: Proxy) -> 
     "address", ["s3://bucket", "s3://", "s3://b/", "s3://bucket/../x", "s3://id:swordfish@b/s"]
 )
 def test_invalid_addresses_are_refused(address: str) -> None:
-    with pytest.raises(StoreConfigError, match="s3://bucket/prefix") as error:
+    with pytest.raises(ConfigError, match="s3://bucket/prefix") as error:
         open_store(address)
     assert "swordfish" not in str(error.value)
 

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from activation_store import open_store, store_exists, verify_store
-from cluster.preemption import EXIT_PREEMPTED
+from foundation.errors import EXIT_PREEMPTED
 from tests.fault.test_concurrent import CONCURRENT
 from tests.soak.run import STEPS, Clean, Episode, Verdict, harm_checkpoints
 from tests.support.damage import HARMS, harm_some

@@ -11,8 +11,8 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-from cluster.preemption import EXIT_PREEMPTED
 from cluster.run_folder.saved_config import load_config, save_config
+from foundation.errors import EXIT_PREEMPTED
 from sae_core.checkpoint.folder import list_checkpoints, step_of
 from tests.soak.run import (
     HANG_S,

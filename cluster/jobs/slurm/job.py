@@ -29,8 +29,8 @@ from typing import Any
 from cluster.errors import SchedulerError
 from cluster.jobs.slurm import commands
 from cluster.jobs.slurm.ray_nodes import blocked, head_address, ray_environment, ray_node
-from cluster.preemption import EXIT_PREEMPTED
 from cluster.run_folder.submitted_jobs import FOLDER
+from foundation.errors import EXIT_PREEMPTED
 
 _POLL_S = 0.2
 _NODES_TIMEOUT_S = 300

@@ -23,7 +23,7 @@ from activation_store.codecs.sharding import ABSENT
 from activation_store.config import StoreConfig
 from activation_store.errors import DamagedDataError, NonDeterministicItemError, StoreMismatchError
 from activation_store.storage.checksummed_json import seal, unseal
-from foundation.errors import StoreConfigError
+from foundation.errors import ConfigError
 from tests.support.store_cases import DTYPES, calibration, expected, item_columns, write_store
 
 CODECS = ("none", "blosc", "int8")
@@ -257,13 +257,13 @@ def test_a_constant_channel_does_not_reduce_the_resolution(tmp_path: Path) -> No
 
 
 def test_invalid_codec_settings_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(StoreConfigError, match=r"codec='int8': expected a calibration of \['a'\]"):
+    with pytest.raises(ConfigError, match=r"codec='int8': expected a calibration of \['a'\]"):
         StoreWriter(tmp_path / "s", {"a": 4}, codec="int8")
-    with pytest.raises(StoreConfigError, match="codec='zip'"):
+    with pytest.raises(ConfigError, match="codec='zip'"):
         StoreWriter(tmp_path / "s", {"a": 4}, codec="zip")
-    with pytest.raises(StoreConfigError, match=r"arrays='a\.scale'"):
+    with pytest.raises(ConfigError, match=r"arrays='a\.scale'"):
         StoreWriter(tmp_path / "s", {"a": 4, "a.scale": 4})
-    with pytest.raises(StoreConfigError, match=r"store.codec='zip': expected none, blosc or int8"):
+    with pytest.raises(ConfigError, match=r"store.codec='zip': expected none, blosc or int8"):
         StoreConfig(codec="zip").validate()
     StoreWriter(tmp_path / "s", {"a": 4}, codec="blosc")
     with pytest.raises(StoreMismatchError, match="codec: the store has 'blosc', wanted 'none'"):

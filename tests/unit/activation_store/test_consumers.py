@@ -27,7 +27,7 @@ from activation_store import (
 )
 from activation_store.consumers import cursors, retention
 from activation_store.errors import DamagedDataError, StoreFormatError
-from foundation.errors import StoreConfigError
+from foundation.errors import ConfigError
 from tests.support.store_cases import expected, item_columns, tree, write_store
 
 ARRAYS = {"a": 6}
@@ -66,7 +66,7 @@ def test_a_cursor_says_how_far_its_consumer_is(tmp_path: Path) -> None:
     assert lead_items(tmp_path / "s") == 0 and list(consumers(tmp_path / "s")) == ["two"]
     remove_consumer(tmp_path / "s", "two")
     assert consumers(tmp_path / "s") == {}
-    with pytest.raises(StoreConfigError, match="consumer='two'"):
+    with pytest.raises(ConfigError, match="consumer='two'"):
         remove_consumer(tmp_path / "s", "two")
 
 
@@ -116,7 +116,7 @@ def test_a_growing_store_needs_its_incomplete_windows(tmp_path: Path) -> None:
         *[0, 0, 3, 3, 6, 6],
         0,
     ]
-    with pytest.raises(StoreConfigError, match="position=-1"):
+    with pytest.raises(ConfigError, match="position=-1"):
         source.first_item_needed(-1)
 
 
@@ -262,9 +262,9 @@ def test_invalid_cursors_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "s"
     write_store(path, ROWS, arrays=ARRAYS)
     for name in ("", "../x", "a/b", ".hidden", "a..b", "x" * 300):
-        with pytest.raises(StoreConfigError, match="consumer="):
+        with pytest.raises(ConfigError, match="consumer="):
             Consumer(path, name)
-    with pytest.raises(StoreConfigError, match="next_item=-1"):
+    with pytest.raises(ConfigError, match="next_item=-1"):
         publish(Consumer(path, "one"), -1)
     publish(Consumer(path, "one"), 10**9)
     assert delete_consumed(path) == list(range(10)), "only items that exist"

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from activation_store import StoreWriter, open_store, verify_store
 from activation_store.errors import StoreFormatError
 from activation_store.format.header import StoreHeader, header_checksum, largest_chunk_rows
-from foundation.errors import StoreConfigError
+from foundation.errors import ConfigError
 from tests.support.store_cases import DTYPES, expected, tree, write_store
 
 
@@ -232,7 +232,7 @@ def test_a_writer_refuses_what_a_reader_would_refuse(tmp_path: Path) -> None:
         ({"a": 4}, {"n_items": 0}),
         ({"a": 4}, {"provenance": {"x": float("nan")}}),
     ):
-        with pytest.raises(StoreConfigError):
+        with pytest.raises(ConfigError):
             StoreWriter(tmp_path / "s", arrays, **options)
     assert not (tmp_path / "s").exists() and tree(tmp_path) == {}
 

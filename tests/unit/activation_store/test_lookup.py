@@ -9,7 +9,7 @@ import pytest
 
 from activation_store import Store, StoreWriter, find_documents, find_rows, open_store, take_rows
 from activation_store.reading import store
-from foundation.errors import StoreConfigError
+from foundation.errors import ConfigError
 from tests.support.store_cases import calibration
 
 N_DOCUMENTS, N_POSITIONS, WIDTH = 9, 11, 5
@@ -78,10 +78,10 @@ def test_each_chunk_is_read_once(scattered: Store, monkeypatch: pytest.MonkeyPat
 
 
 def test_missing_rows_and_arrays_are_named(scattered: Store) -> None:
-    with pytest.raises(StoreConfigError, match="rows=98: expected 0 to 97"):
+    with pytest.raises(ConfigError, match="rows=98: expected 0 to 97"):
         take_rows(scattered, "a", [0, 98])
-    with pytest.raises(StoreConfigError, match="rows=-1"):
+    with pytest.raises(ConfigError, match="rows=-1"):
         take_rows(scattered, "a", [-1])
-    with pytest.raises(StoreConfigError, match="array='b'"):
+    with pytest.raises(ConfigError, match="array='b'"):
         take_rows(scattered, "b", [0])
     assert take_rows(scattered, "a", []).shape == (0, WIDTH)

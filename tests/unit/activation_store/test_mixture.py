@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from activation_store import MixtureStream, Store, open_store
 from activation_store.errors import DamagedDataError, IncompleteStoreError
 from activation_store.reading.mixture import LONGEST_PERIOD, Shares
-from foundation.errors import StoreConfigError
+from foundation.errors import ConfigError
 from tests.support.store_cases import calibration, expected, write_store
 
 ARRAYS = {"a": 6}
@@ -124,11 +124,11 @@ def test_codecs_may_differ_but_not_rows(stores: list[Store], tmp_path: Path) -> 
     assert source.next().arrays["a"].shape == (9, 6)
     source.close()
     for name, error, words in (
-        ("w", StoreConfigError, "w: a=.*7"),
-        ("f", StoreConfigError, "f: a=.*float32"),
-        ("b", StoreConfigError, "arrays='a'"),
+        ("w", ConfigError, "w: a=.*7"),
+        ("f", ConfigError, "f: a=.*float32"),
+        ("b", ConfigError, "arrays='a'"),
         ("g", IncompleteStoreError, "g is not finalised"),
-        ("e", StoreConfigError, "a store with at least one row"),
+        ("e", ConfigError, "a store with at least one row"),
     ):
         with pytest.raises(error, match=words):
             mixture([stores[0], open_store(tmp_path / name)], [1, 1])
@@ -136,14 +136,14 @@ def test_codecs_may_differ_but_not_rows(stores: list[Store], tmp_path: Path) -> 
 
 def test_invalid_settings_are_refused(stores: list[Store]) -> None:
     for weights in ([1, 1], [1, 1, 0], [1, 1, -1], [1, 1, float("nan")], [1, 1, 1e-9]):
-        with pytest.raises(StoreConfigError, match="weights"):
+        with pytest.raises(ConfigError, match="weights"):
             mixture(stores, weights)
     for options in ({"batch_rows": 0}, {"rows": (3, 3)}, {"rows": (0, 10)}, {"seed": -1}):
-        with pytest.raises(StoreConfigError):
+        with pytest.raises(ConfigError):
             mixture(stores, [1, 1, 1], **options)
-    with pytest.raises(StoreConfigError, match="weights"):
+    with pytest.raises(ConfigError, match="weights"):
         mixture([], [])
-    with pytest.raises(StoreConfigError, match="position"):
+    with pytest.raises(ConfigError, match="position"):
         mixture(stores, [1, 1, 1]).seek(-1)
 
 

@@ -27,7 +27,7 @@ from activation_store.storage import atomic_files
 from activation_store.storage.checksummed_json import seal, unseal
 from activation_store.storage.local import LocalStorage
 from activation_store.threads import run_all
-from foundation.errors import StoreConfigError
+from foundation.errors import ConfigError
 from tests.support.store_cases import calibration, expected, item_columns, write_store
 
 ARRAYS = {"a": 6}
@@ -234,12 +234,12 @@ def test_invalid_requests_are_refused(tmp_path: Path) -> None:
     store = open_store(tmp_path / "s")
     rows = np.zeros((8, 6), store.read("a", 0, 1).dtype)
     for wanted in ([(0, -1, 0)], [(0, 99, 0)], [(0, 0, -1)], [(0, 0, 7)]):
-        with pytest.raises(StoreConfigError):
+        with pytest.raises(ConfigError):
             store.read_chunks("a", wanted, rows)
-    with pytest.raises(StoreConfigError, match="array='b'"):
+    with pytest.raises(ConfigError, match="array='b'"):
         store.read_chunks("b", [], rows)
     for wrong in (np.zeros((8, 6), np.float32), np.zeros((8, 5), rows.dtype)):
-        with pytest.raises(StoreConfigError, match="rows="):
+        with pytest.raises(ConfigError, match="rows="):
             store.read_chunks("a", [], wrong)
     with pytest.raises(IncompleteStoreError, match="item 10"):
         store.read_chunks("a", [(10, 0, 0)], rows)

@@ -11,7 +11,7 @@ import pytest
 
 from activation_store import ShuffleQuality, Store, StoreWriter, open_store, shuffle_quality
 from activation_store.errors import IncompleteStoreError
-from foundation.errors import StoreConfigError
+from foundation.errors import ConfigError
 
 
 def documents_store(path: Path, document: np.ndarray, shard: int, chunk_rows: int) -> Store:
@@ -53,7 +53,7 @@ def test_documents_of_one_token_have_no_companions(tmp_path: Path) -> None:
 
 def test_invalid_settings_and_unfinished_stores_are_refused(tmp_path: Path) -> None:
     store = documents_store(tmp_path / "s", np.arange(128), 128, 16)
-    with pytest.raises(StoreConfigError, match="batch_rows"):
+    with pytest.raises(ConfigError, match="batch_rows"):
         shuffle_quality(store, 0, 2, 64, 129)
     StoreWriter(tmp_path / "g", {"a": 1})
     with pytest.raises(IncompleteStoreError):

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from activation_store import ShuffledStream, Store, StoreWriter, open_store
 from activation_store.errors import IncompleteStoreError, MissingDataError
 from activation_store.reading.shuffle_order import Shuffle, permutation
-from foundation.errors import StoreConfigError
+from foundation.errors import ConfigError
 from tests.support.store_cases import expected, item_columns, write_store
 
 ARRAYS = {"model.layers.9": 6}
@@ -244,13 +244,13 @@ def test_invalid_settings_are_refused(store: Store) -> None:
         {"rows": (0, 8)},
         {"rows": (-1, 3)},
     ):
-        with pytest.raises(StoreConfigError):
+        with pytest.raises(ConfigError):
             stream(store, **options)
-    with pytest.raises(StoreConfigError, match="arrays='nothing'"):
+    with pytest.raises(ConfigError, match="arrays='nothing'"):
         ShuffledStream(store, ["nothing"], **OPTIONS)
-    with pytest.raises(StoreConfigError, match="at most the store's 98 rows"):
+    with pytest.raises(ConfigError, match="at most the store's 98 rows"):
         stream(store, batch_rows=99).next()
-    with pytest.raises(StoreConfigError, match="position"):
+    with pytest.raises(ConfigError, match="position"):
         stream(store).seek(-1)
 
 
