@@ -7,11 +7,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from activation_store.errors import StoreError
 from analysis.errors import ExportError
 from conf.schema.data import DataConfig
 from conf.schema.model import ModelConfig
 from conf.schema.run import RunConfig
+from foundation.errors import FoundryError
 
 if TYPE_CHECKING:
     from conf.schema.data import DataConfig
@@ -87,7 +87,7 @@ def as_trained(config: RunConfig) -> RunConfig:
 
     try:
         found = [open_store(path).header.provenance or {} for path in config.store.paths]
-    except StoreError:
+    except FoundryError:
         if not config.store.mixture:
             return config  # the store was moved away after training: nothing to compare with
         found = [{}]  # a store of a mixture is missing or damaged: name no model and no text

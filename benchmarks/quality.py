@@ -37,6 +37,7 @@ from sae_core.kernels.prefilter import Prefilter, uncertified
 from sae_core.kernels.stock.body import StockKernels
 from sae_core.kernels.stock.prefilter_bfloat16 import Bfloat16Prefilter
 from sae_core.kernels.triton.prefilter_float8 import Float8Prefilter, SplitRows, joined, split_rows
+from sae_core.training.lockstep import train_to_end
 from sae_core.training.malloc import keep_freed_memory
 from sae_core.training.trainer import Trainer
 
@@ -160,7 +161,7 @@ def train(
         kernels.gather_dtype = VARIANTS[name].get("gather_dtype")
         trainer.calibrate()
         _weaken(trainer, weakened)
-        trainer.train()
+        train_to_end(trainer)
     tail = curve[-max(1, len(curve) // 10) :]
     return trainer, {
         "work": {

@@ -13,7 +13,7 @@ import threading
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from activation_store import consumers, delete_consumed, open_store, store_exists
+from activation_store import delete_consumed, list_consumers, open_store, store_exists
 from activation_store.errors import MissingDataError
 from cluster.errors import PlacementError
 from cluster.harvest import stage as harvest_stage
@@ -135,7 +135,7 @@ class _Harvest(threading.Thread):
         most = self._job.config.cluster.max_lead_items
         if most is None or item is None:
             return True
-        states = consumers(self._job.store).values()
+        states = list_consumers(self._job.store).values()
         if not states and training_stage.finished(self._job.config, self._job.run_dir):
             return True  # no trainer is left to wait for
         slowest = min((state.next_item for state in states), default=0)

@@ -19,7 +19,6 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from activation_store.errors import StoreError
 from cluster.errors import ClusterError, PreemptedError
 from cluster.preemption import StopRequest, on_preemption
 from cluster.run_folder.environment import environment
@@ -36,8 +35,7 @@ from cluster.training.watchdog import Watchdog
 from conf.schema.run import RunConfig
 from conf.schema.sweep import SweepConfig
 from foundation.atomic_files import write_json
-from foundation.errors import EXIT_PREEMPTED, ConfigError
-from sae_core.errors import SAEError
+from foundation.errors import EXIT_FAILED, EXIT_PREEMPTED, ConfigError, FoundryError
 from sae_core.training.malloc import keep_freed_memory
 
 _ENVIRONMENT = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
@@ -174,8 +172,8 @@ def main() -> None:
         run_rank(Path(sys.argv[1]).resolve(), console=True, cells=sys.argv[2:])
     except PreemptedError as error:
         sys.exit(_say(f"{error}; the same command resumes", EXIT_PREEMPTED))
-    except (SAEError, StoreError, ClusterError) as error:
-        _leave(_say(f"error: {error}", 1))
+    except FoundryError as error:
+        _leave(_say(f"error: {error}", EXIT_FAILED))
     except Exception:
         traceback.print_exc()
         _leave(1)

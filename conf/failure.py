@@ -8,47 +8,8 @@ import re
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
-from activation_store.errors import (
-    DamagedDataError,
-    DeletedDataError,
-    IncompleteStoreError,
-    MissingDataError,
-    StorageError,
-    StoreBusyError,
-    StoreError,
-)
-from analysis.errors import AnalysisError
-from cluster.errors import (
-    ClusterError,
-    PreemptedError,
-    RankFailedError,
-    SchedulerError,
-    SweepFailedError,
-)
-from cluster.preemption import Interrupted
-from cluster.run_folder.errors import RunFileError
 from conf.schema.run import RunConfig
-from foundation.errors import EXIT_PREEMPTED
-from sae_core.errors import CheckpointError, NonFiniteLossError, SAEError
-
-EXIT_FAILED, EXIT_BAD_INPUT = 1, 2
-
-_RUNTIME = (
-    CheckpointError,
-    DamagedDataError,
-    DeletedDataError,
-    IncompleteStoreError,
-    MissingDataError,
-    NonFiniteLossError,
-    RankFailedError,
-    RunFileError,
-    SchedulerError,
-    StorageError,
-    StoreBusyError,
-    SweepFailedError,
-)
-"""Our own errors that are not caused by what the user typed."""
-
+from foundation.errors import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_PREEMPTED, FoundryError
 
 _NOISE = ("object_type=", "reference_type=", "To append to", "Config search path", "provider=")
 """Beginnings of lines in Hydra's messages that do not help the user."""
@@ -59,15 +20,14 @@ def explain(error: BaseException) -> tuple[str | None, int]:
 
     The message is None for an unexpected exception, whose traceback should be shown instead.
     """
-    if isinstance(error, Interrupted | PreemptedError):
+    if getattr(error, "exit_code", None) == EXIT_PREEMPTED:
         return f"preempted: {error}; the same command resumes", EXIT_PREEMPTED
     if isinstance(error, KeyboardInterrupt):
         return "interrupted; the same command resumes", EXIT_FAILED
     if isinstance(error, HydraException | OmegaConfBaseException):
         return f"error: {_config_message(error)}", EXIT_BAD_INPUT
-    if isinstance(error, SAEError | StoreError | ClusterError | AnalysisError):
-        code = EXIT_FAILED if isinstance(error, _RUNTIME) else EXIT_BAD_INPUT
-        return f"error: {error}", code
+    if isinstance(error, FoundryError):
+        return f"error: {error}", error.exit_code
     if isinstance(error, OSError) and error.filename is not None:
         return f"error: {error.filename}: {error.strerror}", EXIT_FAILED
     return None, EXIT_FAILED

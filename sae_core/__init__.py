@@ -12,9 +12,9 @@ __all__ = ["SAE", "ActivationSource", "Batch", "Trainer", "load_sae"]
 _HOME = {
     "SAE": "inference",
     "load_sae": "inference",
-    "ActivationSource": "source",
-    "Batch": "source",
-    "Trainer": "trainer",
+    "ActivationSource": "training.source",
+    "Batch": "training.source",
+    "Trainer": "training.trainer",
 }
 
 

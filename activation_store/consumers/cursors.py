@@ -120,7 +120,7 @@ class Consumer:
         self._storage.put(self._file, [seal(asdict(state))])
 
 
-def consumers(path: str | Path | Storage) -> dict[str, ConsumerState]:
+def list_consumers(path: str | Path | Storage) -> dict[str, ConsumerState]:
     """Return the registered consumers of a store: name to state.
 
     Raises:
@@ -152,7 +152,7 @@ def remove_consumer(path: str | Path, name: str) -> None:
     """
     storage = open_storage(path)
     if not storage.exists(_file(name)):
-        raise ConfigError("consumer", name, f"one of {sorted(consumers(path))}")
+        raise ConfigError("consumer", name, f"one of {sorted(list_consumers(path))}")
     storage.delete(_file(name))
 
 
@@ -166,7 +166,7 @@ def lead_items(path: str | Path) -> int | None:
     Returns:
         The number of items; None if no consumer is registered.
     """
-    states = consumers(path)
+    states = list_consumers(path)
     if not states:
         return None
     return commit_log.count(open_storage(path)) - min(state.next_item for state in states.values())

@@ -12,7 +12,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from activation_store.consumers.cursors import consumers
+from activation_store.consumers.cursors import list_consumers
 from activation_store.consumers.deletion_mark import Watermark, read_watermark, write_watermark
 from activation_store.format import commit_log
 from activation_store.format.zarr_json import read_header
@@ -65,6 +65,6 @@ def _advance(storage: Storage, mark: Watermark) -> Watermark:
 
 def _allowed(storage: Storage, mark: Watermark) -> Watermark:
     """Return `mark` with `below` raised to the first item that a consumer still needs."""
-    kept = {name: state.keep_from_item for name, state in consumers(storage).items()}
+    kept = {name: state.keep_from_item for name, state in list_consumers(storage).items()}
     below = min(*kept.values(), commit_log.count(storage)) if kept else 0
     return replace(mark, below=max(mark.below, below), consumers=kept)

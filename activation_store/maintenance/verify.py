@@ -10,7 +10,7 @@ import numpy as np
 
 from activation_store.consumers.cursors import CONSUMERS, consumer_names, read_state
 from activation_store.consumers.deletion_mark import WATERMARK, read_watermark
-from activation_store.errors import DAMAGE, MissingDataError, StoreError
+from activation_store.errors import DAMAGE, MissingDataError
 from activation_store.format import commit_log
 from activation_store.format.header import METADATA, VALID_ROWS, StoreHeader
 from activation_store.format.item_record import ItemRecord, from_row
@@ -20,6 +20,7 @@ from activation_store.storage.base import Storage
 from activation_store.storage.open import open_storage
 from activation_store.threads import run_all
 from activation_store.writing.writer import valid_rows_bytes
+from foundation.errors import FoundryError
 
 _VALID_ROWS_BYTES = 1 << 30
 
@@ -51,7 +52,7 @@ def verify_store(path: str | Path) -> list[Damage]:
     storage = open_storage(path)
     try:
         header = read_header(storage)
-    except (StoreError, OSError) as error:
+    except (FoundryError, OSError) as error:
         return [Damage(METADATA, str(error))]
     damages: list[Damage] = []
     deleted = _deleted(storage, damages)
@@ -92,7 +93,7 @@ def _item(
     """Return the damage of one item; an unreadable item counts as damage here."""
     try:
         return item_damages(storage, header, record, with_shards)
-    except (StoreError, OSError) as error:
+    except (FoundryError, OSError) as error:
         return [
             Damage(commit_log.record_name(record.item), f"cannot be read: {error}", record.item)
         ]
@@ -105,11 +106,11 @@ def _deleted(storage: Storage, damages: list[Damage]) -> int:
             read_state(storage, name)
         except MissingDataError:
             continue  # unregistered since the files were listed
-        except (StoreError, OSError) as error:
+        except (FoundryError, OSError) as error:
             damages.append(Damage(f"{CONSUMERS}/{name}.json", str(error)))
     try:
         return read_watermark(storage).below
-    except (StoreError, OSError) as error:
+    except (FoundryError, OSError) as error:
         damages.append(Damage(WATERMARK, str(error)))
         return 0
 
@@ -142,7 +143,7 @@ def _segment(
     if storage.exists(snapshot):
         try:
             table = commit_log.read_snapshot(storage, header, segment)
-        except (StoreError, OSError) as error:
+        except (FoundryError, OSError) as error:
             damages.append(Damage(snapshot, str(error)))
         else:
             first = segment * commit_log.SEGMENT_ITEMS
@@ -152,7 +153,7 @@ def _segment(
     for item in loose:
         try:
             record = from_row(header, item, commit_log.read_record(storage, header, item)[0])
-        except (StoreError, OSError) as error:
+        except (FoundryError, OSError) as error:
             damages.append(Damage(commit_log.record_name(item), str(error), item))
             continue
         if records.setdefault(item, record) != record:
@@ -169,7 +170,7 @@ def _valid_rows(
     file = f"{VALID_ROWS}/c.0"
     try:
         found = storage.read(file, _VALID_ROWS_BYTES)
-    except (StoreError, OSError) as error:
+    except (FoundryError, OSError) as error:
         return [Damage(file, f"cannot be read: {error}")]
     rows = np.array([records[i].rows if i in records else -1 for i in range(header.n_items)])
     if -1 in rows or found == valid_rows_bytes(rows):

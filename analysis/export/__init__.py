@@ -10,11 +10,3 @@ The weights are copied from the checkpoint in blocks of latents, so an export ne
 MiB of memory for an SAE of any size. Only this package and `sae_core/peer_formats.py` use the other
 libraries' names for tensors and settings.
 """
-
-from __future__ import annotations
-
-from pathlib import Path
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from conf.schema.run import RunConfig

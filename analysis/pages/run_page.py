@@ -59,7 +59,7 @@ def render(config: RunConfig, run_dir: Path) -> str:
     log = read_training_log(run_dir / "metrics.jsonl")
     metrics = read_optional_json(run_dir / "eval" / "metrics.json")
     harvest = read_optional_json(run_dir / "harvest.json")
-    return environment.get_template("report.html.j2").render(
+    return environment.get_template("run.html.j2").render(
         name=config.name,
         created=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         summary=_summary(config),

@@ -63,7 +63,7 @@ def render(study: Study, definitions: Mapping[str, str]) -> str:
     environment = Environment(
         loader=FileSystemLoader(TEMPLATES), autoescape=True, undefined=StrictUndefined
     )
-    return environment.get_template("fit.html.j2").render(
+    return environment.get_template("scaling.html.j2").render(
         name=study.sweep.folder.name,
         metric=study.metric,
         created=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),

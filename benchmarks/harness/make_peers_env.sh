@@ -4,7 +4,7 @@
 set -eu
 
 here=$(CDPATH='' cd -- "$(dirname -- "$0")" && pwd)
-env_dir="$(dirname -- "$here")/.venv-peers"
+env_dir="$(dirname -- "$(dirname -- "$here")")/.venv-peers"
 requirements="$here/requirements-peers.txt"
 python=${PYTHON:-python3}
 

@@ -14,13 +14,12 @@ from rich.console import Console
 from cluster.errors import SchedulerError
 from cluster.jobs import kuberay, skypilot
 from cluster.jobs.backend import _END, _FILES, _RENDER, _SUBMIT, unfinished_job
+from cluster.run_folder.environment import ROOT
 from cluster.run_folder.errors import RunDirError
 from cluster.run_folder.lock import open_run
 from cluster.run_folder.submitted_jobs import FOLDER
 from conf.schema.run import RunConfig
 from conf.schema.submit import SubmitConfig
-
-_ROOT = Path(__file__).resolve().parents[1]
 
 
 def run(config: RunConfig, run_dir: Path, overrides: list[str]) -> None:
@@ -71,7 +70,7 @@ def run(config: RunConfig, run_dir: Path, overrides: list[str]) -> None:
 
 def _command(config: SubmitConfig, arguments: list[str]) -> list[str]:
     """Return the driver's command; it joins the job's Ray cluster, except on Slurm."""
-    here = [sys.executable, str(_ROOT / "launch.py")]
+    here = [sys.executable, str(ROOT / "launch.py")]
     start = config.launch or (["python", "launch.py"] if config.working_dir else here)
     joins = config.scheduler != "slurm" and not any(
         argument.startswith("cluster=") for argument in arguments

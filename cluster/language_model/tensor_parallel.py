@@ -31,6 +31,7 @@ from numpy.typing import NDArray
 from cluster.language_model.errors import ModelError
 from cluster.language_model.hooks import capture
 from cluster.language_model.loading import load_language_model, model_config, prepared_folder
+from cluster.run_folder.environment import ROOT
 from conf.schema.model import ModelConfig
 from foundation.errors import ConfigError
 
@@ -148,7 +149,7 @@ class ModelShards:
             "device": self._device,
             "parent": os.getpid(),
         }
-        path = [str(Path(__file__).resolve().parents[1]), os.environ.get("PYTHONPATH", "")]
+        path = [str(ROOT), os.environ.get("PYTHONPATH", "")]
         return subprocess.Popen(
             [sys.executable, "-m", "cluster.language_model.tensor_parallel", json.dumps(member)],
             stdin=subprocess.PIPE,

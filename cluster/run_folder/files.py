@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from conf.schema.run import RunConfig
-from pathlib import Path
 
 from conf.schema.run import RunConfig
 

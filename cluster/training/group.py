@@ -29,6 +29,7 @@ from cluster.training.watchdog import Watchdog
 from conf.schema.run import RunConfig
 from conf.schema.sweep import SweepConfig
 from foundation.atomic_files import write_json
+from foundation.errors import ConfigError, FoundryError
 from sae_core.checkpoint import agreed_checkpoint
 from sae_core.distributed.mesh import Mesh
 from sae_core.errors import DivergedError, NonFiniteLossError, SAEError
@@ -71,7 +72,7 @@ class Member:
                 "lower learning rate for it with sweep.overrides"
             )
 
-    def record(self, error: SAEError) -> None:
+    def record(self, error: FoundryError) -> None:
         """Write the error that ended a cell into its folder, while the other cells still train."""
         if self.sinks is None or self.limits is None:
             return
@@ -177,7 +178,7 @@ def _make_ready(
             else:
                 trainer.resume(newest)
             trainers[index] = trainer
-        except SAEError as error:
+        except (SAEError, ConfigError) as error:
             # Errors of config, checkpoint or sample are raised on all ranks alike.
             member.record(error)
             outcomes[index] = Outcome(False, error)

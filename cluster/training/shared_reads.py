@@ -16,7 +16,7 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
-from activation_store.errors import StoreError
+from foundation.errors import FoundryError
 from sae_core.distributed.mesh import Mesh
 
 T = TypeVar("T")
@@ -61,10 +61,10 @@ class RowShare:
     def read(self, read: Callable[[], T]) -> T:
         """Return the result of `read()`, once it has succeeded on all ranks; collective.
 
-        An error other than a StoreError is raised unchanged on the rank where it occurred.
+        An error other than a FoundryError is raised unchanged on the rank where it occurred.
 
         Raises:
-            StoreError: If `read` raised it on any rank; all ranks raise it.
+            FoundryError: If `read` raised it on any rank; all ranks raise it.
             RuntimeError: If another rank raised any other error. As with a broken collective, this
                 rank is not at fault.
         """
@@ -112,7 +112,7 @@ class RowShare:
 
     def _raise(self, error: Exception | None) -> None:
         """Exchange the ranks' errors; raise this rank's own, or else the first of another rank."""
-        known = error is None or isinstance(error, StoreError)
+        known = error is None or isinstance(error, FoundryError)
         told: list[Exception | None] = [None] * self.n_ranks
         sent = error if known else RuntimeError(f"{type(error).__name__}: {error}")
         dist.all_gather_object(told, sent, group=self.host_group)

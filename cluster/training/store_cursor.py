@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-from activation_store import Consumer, consumers, remove_consumer
+from activation_store import Consumer, list_consumers, remove_consumer
 from cluster.run_folder.files import consumer_name
 from cluster.training.store_source import StoreSource
 from conf.schema.run import RunConfig
@@ -86,5 +86,5 @@ def let_go(config: RunConfig, run_dir: Path) -> None:
     This also works for a run that was killed before it published its last position.
     """
     name = consumer_name(config, run_dir)
-    if name in consumers(config.store.path):
+    if name in list_consumers(config.store.path):
         remove_consumer(config.store.path, name)

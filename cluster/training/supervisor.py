@@ -8,8 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from activation_store.errors import StoreError
-from cluster.errors import ClusterError, PlacementError, PreemptedError, RankFailedError
+from cluster.errors import PlacementError, PreemptedError, RankFailedError
 from cluster.preemption import StopRequest, on_preemption
 from cluster.progress import Progress
 from cluster.ray_session import ray_session
@@ -17,7 +16,7 @@ from cluster.run_folder.lock import wait_for_old_ranks
 from cluster.training.heartbeats import Pulses
 from cluster.training.rank_actors import rank_group
 from conf.schema.run import RunConfig
-from sae_core.errors import SAEError
+from foundation.errors import FoundryError
 
 _POLL_S = 0.5
 """Seconds between two looks at the ranks."""
@@ -166,7 +165,7 @@ def _first_problem(tasks: list[Any], pulses: Pulses) -> str | None:
     if deaths:
         return "a trainer rank died"
     for error in errors:
-        if isinstance(cause_of(error), SAEError | StoreError | ClusterError):
+        if isinstance(cause_of(error), FoundryError):
             raise cause_of(error)
     for error in errors:
         if not isinstance(cause_of(error), RuntimeError):

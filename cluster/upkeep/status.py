@@ -49,21 +49,21 @@ def _cell(run_dir: Path) -> str:
 
 
 def _store(config: RunConfig) -> str:
-    from activation_store import consumers, lead_items
-    from activation_store.errors import StoreError
+    from activation_store import lead_items, list_consumers
+    from foundation.errors import FoundryError
 
     try:
         lines = [_size(config.store.path)]
-    except StoreError as error:
+    except FoundryError as error:
         return str(error)
     for mixed in config.store.mixture:
         try:
             size = _size(mixed.path)
-        except StoreError as error:
+        except FoundryError as error:
             size = str(error)
         weights = f"weight {mixed.weight:g} to {config.store.weight:g}"
         lines.append(f"mixed in, {weights}: {mixed.path}, {size}")
-    for name, consumer in consumers(config.store.path).items():
+    for name, consumer in list_consumers(config.store.path).items():
         lines.append(
             f"consumer {name}: next item {consumer.next_item}, needs items from "
             f"{consumer.keep_from_item} on, last heartbeat "

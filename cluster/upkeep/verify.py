@@ -7,10 +7,11 @@ from pathlib import Path
 from rich.console import Console
 
 from activation_store import open_store, verify_store
-from activation_store.errors import DamagedDataError, StoreError
+from activation_store.errors import DamagedDataError
 from activation_store.writing.create import shorten
 from cluster.run_folder.lock import saved_config
 from conf.schema.run import RunConfig
+from foundation.errors import FoundryError
 from sae_core.checkpoint.folder import list_checkpoints
 from sae_core.checkpoint.verify import checkpoint_problems
 
@@ -50,7 +51,7 @@ def non_finite(path: str) -> list[str]:
     try:
         store = open_store(path)
         found = {name: store.non_finite_items(name) for name in store.arrays}
-    except StoreError:
+    except FoundryError:
         return []  # `verify_store` has already reported the problem
     return [
         f"{name}: {sum(items.values())} values are not finite, in items {shorten(list(items))}"

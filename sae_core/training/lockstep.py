@@ -10,13 +10,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
+from foundation.errors import FoundryError
 from sae_core.distributed.agreement import NOTHING, Agreed, Agreement
 from sae_core.errors import CheckpointError, SAEError
-
-if TYPE_CHECKING:
-    from sae_core.training.trainer import Trainer
+from sae_core.training.trainer import Trainer
 
 
 @dataclass(frozen=True)
@@ -25,7 +23,7 @@ class Outcome:
 
     finished: bool
     """False if an error or a request to stop came before the last step."""
-    error: SAEError | None = None
+    error: FoundryError | None = None
     """The error that ended this trainer, if any."""
 
 
@@ -52,6 +50,22 @@ def train_together(
             all trainers.
     """
     return _Lockstep(trainers, failed).run() if trainers else []
+
+
+def train_to_end(trainer: Trainer) -> bool:
+    """Train one SAE to its last step, saving on the way and at the end; collective.
+
+    Returns:
+        False if a request to stop ended it before the last step; the checkpoint is written.
+
+    Raises:
+        NonFiniteLossError: If a loss or gradient was not finite; no update was made from it.
+        CheckpointError: If a checkpoint could not be written.
+    """
+    (outcome,) = train_together([trainer])
+    if outcome.error is not None:
+        raise outcome.error
+    return outcome.finished
 
 
 class _Lockstep:

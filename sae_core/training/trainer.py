@@ -23,7 +23,6 @@ from sae_core.engine.deepspeed_engine import SAEEngine
 from sae_core.errors import CheckpointError, NonFiniteLossError
 from sae_core.kernels import get_kernels
 from sae_core.training.calibrate import calibrate
-from sae_core.training.lockstep import train_together
 from sae_core.training.metrics import StepMetrics, mfu, peak_memory_bytes
 from sae_core.training.source import ActivationSource
 
@@ -130,22 +129,6 @@ class Trainer:
             )
         self.step = state.step
         self.source.seek(state.source_position)
-
-    def train(self) -> bool:
-        """Train to the last step, with checkpoints on the way and at the end; collective.
-
-        Returns:
-            False if a request to stop ended training early; its checkpoint is written.
-
-        Raises:
-            NonFiniteLossError: If a loss or gradient was not finite. The message names the step; no
-                rank made an update from it.
-            CheckpointError: If a checkpoint could not be written.
-        """
-        (outcome,) = train_together([self])
-        if outcome.error is not None:
-            raise outcome.error
-        return outcome.finished
 
     @property
     def is_done(self) -> bool:

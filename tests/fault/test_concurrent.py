@@ -15,15 +15,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from activation_store import consumers, open_store
+from activation_store import list_consumers, open_store
 from sae_core.checkpoint.folder import list_checkpoints
 from sae_core.checkpoint.row_ranges import read_tensors
 from tests.support.object_server import make_bucket, s3_server
+from tests.support.paths import ROOT
 from tests.support.tiny_models import save_gpt2, write_text
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.distributed]
 
-ROOT = Path(__file__).resolve().parents[2]
 CONCURRENT = ("cluster.mode=concurrent", "cluster.max_lead_items=5")
 
 
@@ -103,7 +103,7 @@ def test_trains_while_it_harvests_no_further_ahead_than_allowed(work):
             metrics = folder / "metrics.jsonl"
             rows = metrics.exists() and metrics.stat().st_size > 0
             trained_growing = trained_growing or (not store.finalised and rows)
-            for state in consumers(folder / "store").values():
+            for state in list_consumers(folder / "store").values():
                 if not store.finalised:
                     leads.append(store.n_items - state.next_item)
         time.sleep(0.05)
@@ -114,7 +114,7 @@ def test_trains_while_it_harvests_no_further_ahead_than_allowed(work):
     caught_up = next(i for i, lead in enumerate(leads) if lead <= 5)
     assert max(leads[caught_up:]) <= 5, leads
     assert max(leads) <= 16 < open_store(folder / "store").n_items, leads
-    assert not consumers(folder / "store")  # a finished run is unregistered
+    assert not list_consumers(folder / "store")  # a finished run is unregistered
     assert_same_end(work, "both")
     assert json.loads((folder / "eval" / "metrics.json").read_text())["dead_fraction"] is not None
 

@@ -24,11 +24,11 @@ from sae_core.checkpoint.folder import list_checkpoints, newest_valid, step_of
 from sae_core.checkpoint.row_ranges import read_tensors
 from sae_core.config import CheckpointConfig, OptimConfig, ParallelConfig, SAEConfig, TrainConfig
 from tests.support.forked_ranks import Ranks
+from tests.support.paths import ROOT
 from tests.support.tiny_models import save_gpt2, write_text
 
 pytestmark = [pytest.mark.slow, pytest.mark.distributed]
 
-ROOT = Path(__file__).resolve().parents[2]
 STEPS, BATCH = 600, 256
 
 

@@ -11,6 +11,7 @@ import pytest
 
 from activation_store import Claim
 from activation_store.errors import StoreBusyError
+from tests.support.paths import ROOT
 from tests.support.store_cases import write_store
 
 HOLDER = """
@@ -34,7 +35,7 @@ def holder(path: Path) -> Iterator[subprocess.Popen[bytes]]:
     process = subprocess.Popen(
         [sys.executable, "-c", HOLDER, str(path)],
         stdout=subprocess.PIPE,
-        cwd=Path(__file__).parents[2],
+        cwd=ROOT,
     )
     try:
         assert process.stdout and process.stdout.readline() == b"held\n"

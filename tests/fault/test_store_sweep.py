@@ -19,8 +19,8 @@ from activation_store import (
     Consumer,
     ShuffledStream,
     StoreWriter,
-    consumers,
     delete_consumed,
+    list_consumers,
     open_store,
     verify_store,
 )
@@ -74,7 +74,7 @@ def read_all(path: Path) -> dict[str, NDArray[Any]]:
     store = open_store(path)
     first = int(store.valid_rows[: store.read_watermark().below].sum())
     found = {name: store.read(name, first, store.n_tokens) for name in store.header.columns}
-    found["consumers"] = np.array(sorted(map(str, consumers(path).items())))
+    found["consumers"] = np.array(sorted(map(str, list_consumers(path).items())))
     if store.finalised and not first:
         names = ["a", "token_id"]
         stream = ShuffledStream(

@@ -19,10 +19,10 @@ import torch
 from activation_store import StoreWriter
 from sae_core.checkpoint.folder import list_checkpoints, read_state
 from sae_core.checkpoint.row_ranges import read_tensors
+from tests.support.paths import ROOT
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.distributed]
 
-ROOT = Path(__file__).resolve().parents[2]
 STEPS = 400
 
 

@@ -1,7 +1,7 @@
-"""Cases for the Triton kernels, run by `test_triton_interpreter` or directly on a GPU.
+"""Cases for the Triton kernels, run by Triton's interpreter or on a GPU.
 
-    TRITON_INTERPRET=1 python -m pytest tests/unit/triton_*cases.py   # without a GPU
-    python -m pytest tests/unit/triton_*cases.py                      # on one
+    TRITON_INTERPRET=1 python -m pytest tests/gpu   # without a GPU
+    python -m pytest tests/gpu                      # on one
 
 Small integers make every sum exact in every dtype, and ties common.
 """
@@ -23,6 +23,8 @@ from sae_core.errors import ShapeError
 from sae_core.kernels import compact, get_kernels
 from sae_core.kernels.interface import SparseLatents
 from sae_core.kernels.triton.body import TritonKernels
+
+pytestmark = pytest.mark.gpu
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 DEVICE = "cpu" if INTERPRETED else "cuda"

@@ -1,4 +1,4 @@
-"""Cases for the float8 product, run by `test_triton_interpreter` or directly on a GPU."""
+"""Cases for the float8 product, run by Triton's interpreter or on a GPU."""
 
 from __future__ import annotations
 
@@ -25,6 +25,8 @@ from tests.gpu.test_triton_encode import (
     far_rows,
     integers,
 )
+
+pytestmark = pytest.mark.gpu
 
 
 def normal(*shape: int, seed: int) -> torch.Tensor:

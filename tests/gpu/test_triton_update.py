@@ -1,4 +1,4 @@
-"""Cases for the fused update, run by `test_triton_interpreter` or directly on a GPU."""
+"""Cases for the fused update, run by Triton's interpreter or on a GPU."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from sae_core.kernels.stock.body import StockKernels
 from sae_core.kernels.triton.update import round_stochastically
 from sae_core.kernels.triton.update import salt_of as triton_salt_of
 from tests.gpu.test_triton_encode import DEVICE, INTERPRETED, REFERENCE, body, double_of, far_rows
+
+pytestmark = pytest.mark.gpu
 
 # The interpreter truncates bfloat16 copies instead of rounding them; float16 it rounds.
 COPIES = torch.float16 if INTERPRETED else torch.bfloat16

@@ -12,18 +12,19 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from analysis import export
+from analysis.export import stage as export_stage
 from benchmarks.harness.peers import HOW_TO_MAKE, PEERS_PYTHON, peer_environment, peers_available
 from conf.schema.run import RunConfig
 from sae_core.config import SAEConfig
 from sae_core.errors import CheckpointError
 from sae_core.inference import SAE, load_sae
+from tests.support.paths import ROOT
 
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(not peers_available(), reason=f".venv-peers not found; {HOW_TO_MAKE}"),
 ]
-SCRIPT = Path(__file__).parent.parent / "peer_outputs.py"
+SCRIPT = ROOT / "tests" / "support" / "peer_outputs.py"
 PEERS = ["saelens", "sparsify", "dictionary_learning"]
 TOLERANCE = 1e-5
 ROWS = 48
@@ -85,7 +86,7 @@ def cases(tmp_path_factory: pytest.TempPathFactory) -> Path:
         x = rows_without_ties(sae, case)
         assert len(x) == ROWS
         save_file({"x": x}, run_dir / "x.safetensors")
-        export.run(config, run_dir)
+        export_stage.run(config, run_dir)
     done = subprocess.run(
         [str(PEERS_PYTHON), str(SCRIPT), *(str(root / case.name) for case in CASES)],
         env=peer_environment(),

@@ -27,8 +27,7 @@ from conf.schema.data import DataConfig
 from conf.schema.model import ModelConfig
 from conf.schema.run import RunConfig
 from foundation.errors import ConfigError
-
-ROOT = Path(__file__).resolve().parents[2]
+from tests.support.paths import ROOT
 
 
 def own_store(path: Path, bad: int = 0, finalise: bool = True) -> RunConfig:

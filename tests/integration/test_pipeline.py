@@ -11,11 +11,10 @@ import pytest
 import zarr
 
 from sae_core import load_sae
+from tests.support.paths import ROOT
 from tests.support.tiny_models import save_gpt2, write_text
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 def launch(cwd: Path, *more: str) -> subprocess.CompletedProcess[str]:

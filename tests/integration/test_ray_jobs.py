@@ -22,10 +22,10 @@ import pytest
 from activation_store import StoreWriter
 from cluster.jobs import ray_jobs
 from sae_core.checkpoint.folder import list_checkpoints
+from tests.support.paths import ROOT
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(400)]
 
-ROOT = Path(__file__).resolve().parents[2]
 BATCH, STEPS, EVERY = 64, 1500, 400
 
 

@@ -19,6 +19,7 @@ from activation_store import StoreWriter
 from cluster.jobs.slurm.commands import job_fields
 from sae_core.checkpoint.folder import list_checkpoints, step_of
 from sae_core.checkpoint.row_ranges import read_tensors
+from tests.support.paths import ROOT
 from tests.support.slurm_server import slurm_server, wait_until, why_not
 
 pytestmark = [
@@ -29,7 +30,6 @@ pytestmark = [
     pytest.mark.skipif(bool(why_not()), reason=why_not()),
 ]
 
-ROOT = Path(__file__).resolve().parents[2]
 STEPS, BATCH = 600, 256
 OVERRIDES = (
     "experiment=none",

@@ -14,8 +14,9 @@ from cluster.language_model.hooks import capture
 from cluster.language_model.loading import load_language_model, load_tokenizer
 from conf.schema.data import DataConfig
 from conf.schema.model import ModelConfig
+from tests.support.paths import ROOT
 
-CONF = Path(__file__).parents[2] / "conf"
+CONF = ROOT / "conf"
 
 
 @pytest.mark.slow

@@ -26,9 +26,9 @@ from activation_store import (
     RepairReport,
     ShuffledStream,
     StoreWriter,
-    consumers,
     delete_consumed,
     lead_items,
+    list_consumers,
     open_store,
     repair_store,
     verify_store,
@@ -273,7 +273,7 @@ def test_consumers_retention_and_repair(url: str) -> None:
     writer = write_store(url, ROWS, arrays=ARRAYS, finalise=False)
     consumer = Consumer(url, "one")
     consumer.publish(next_item=3, keep_from_item=3, position=2)
-    assert lead_items(url) == 4 and consumers(url) == {"one": consumer.state}
+    assert lead_items(url) == 4 and list_consumers(url) == {"one": consumer.state}
     assert delete_consumed(url) == [0, 1, 2]
     writer.finalise()
     with pytest.raises(DeletedDataError, match="item 0"):
@@ -281,7 +281,7 @@ def test_consumers_retention_and_repair(url: str) -> None:
     with pytest.raises(DeletedDataError):
         Consumer(url, "late")
     consumer.close()
-    assert consumers(url) == {} and verify_store(url) == []
+    assert list_consumers(url) == {} and verify_store(url) == []
     assert repair_store(url) == RepairReport()
     obstore.delete(bucket(url), "a/c.4.0")
     obstore.put(bucket(url), "a/c.9.0", b"of a writer that may still be at it")

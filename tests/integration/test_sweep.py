@@ -13,11 +13,10 @@ from analysis.scaling_laws.cells import read_sweep
 from cluster.run_folder.sweep_record import write_record
 from sae_core.checkpoint.folder import list_checkpoints, step_of
 from sae_core.errors import DivergedError
+from tests.support.paths import ROOT
 from tests.support.single_rank import BATCH, STEPS, make_store
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 def launch(folder: Path, *more: str) -> subprocess.CompletedProcess[str]:

@@ -36,8 +36,8 @@ import psutil
 from cluster.run_folder.environment import environment
 from foundation.atomic_files import read_json
 from tests.mutation.table import EXTRA, FAULTS, MUTATIONS, Edit, Mutation
+from tests.support.paths import ROOT
 
-ROOT = Path(__file__).resolve().parents[1]
 _FAILED = 1
 """pytest's exit code if tests ran and some failed; other codes mean that pytest could not run."""
 _CLEAN_TIMEOUT_S = 600.0
@@ -275,7 +275,3 @@ def _arguments() -> argparse.Namespace:
         "--skip-clean", action="store_true", help="do not run the tests on the unchanged code first"
     )
     return parser.parse_args()
-
-
-if __name__ == "__main__":
-    sys.exit(main())

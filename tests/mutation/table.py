@@ -336,7 +336,7 @@ MUTATIONS = (
     _one(
         17,
         "a rank that dies ends the run",
-        "cluster/training/stage.py",
+        "cluster/training/supervisor.py",
         '        return "a trainer rank died"\n',
         "        raise RuntimeError(str(deaths[0]))\n",
         "tests/fault/test_concurrent.py::test_killed[rank]",
@@ -466,7 +466,7 @@ EXTRA = (
     _one(
         106,
         "frozen ranks are waited for",
-        "cluster/training/stage.py",
+        "cluster/training/supervisor.py",
         "        if frozen := pulses.frozen():\n",
         "        if frozen := list[int]():\n",
         "tests/fault/test_training_kills.py::test_ranks_that_hang",

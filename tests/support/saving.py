@@ -42,6 +42,7 @@ def train(
     import torch.distributed as dist
 
     from sae_core.distributed.mesh import Mesh
+    from sae_core.training.lockstep import train_to_end
     from sae_core.training.trainer import Trainer
 
     torch.set_num_threads(1)
@@ -65,7 +66,7 @@ def train(
         trainer.resume(newest)
         print(f"resumed from {newest.name}", flush=True)
     try:
-        trainer.train()
+        train_to_end(trainer)
     finally:
         print(f"ended at step {trainer.step}", flush=True)
     print(f"costs {trainer.costs}, pauses {[row['checkpoint_pause_s'] for row in rows]}")

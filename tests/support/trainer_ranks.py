@@ -168,6 +168,7 @@ def _rank_main(job: Job) -> None:
 
     from sae_core.checkpoint import agreed_checkpoint
     from sae_core.distributed.mesh import Mesh
+    from sae_core.training.lockstep import train_to_end
     from sae_core.training.trainer import Trainer
 
     torch.set_num_threads(1)
@@ -193,7 +194,7 @@ def _rank_main(job: Job) -> None:
         trainer.resume(chosen)
         if job.steps == trainer.step:  # no step left: save the loaded state again
             trainer.save()
-    trainer.train()
+    train_to_end(trainer)
     if job.update != "dense" and job.zero_stage == 0:
         sae = trainer.engines[0].sae
         assert all(p.grad is None for p in (sae.W_enc, sae.W_dec, sae.b_enc)), "dense gradient"

@@ -16,7 +16,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.support.paths import ROOT
+
 DOCKER = ROOT / "docker"
 DOCKERFILES = sorted(DOCKER.glob("Dockerfile.*"))
 BIN = Path(sys.executable).parent
@@ -35,7 +36,11 @@ def run_linter(name: str, *arguments: Path | str) -> None:
 def test_linters_find_nothing() -> None:
     assert len(DOCKERFILES) == 2
     run_linter("hadolint", *DOCKERFILES)
-    run_linter("shellcheck", DOCKER / "entrypoint.sh", ROOT / "benchmarks" / "make_peers_env.sh")
+    run_linter(
+        "shellcheck",
+        DOCKER / "entrypoint.sh",
+        ROOT / "benchmarks" / "harness" / "make_peers_env.sh",
+    )
     run_linter(
         "check-jsonschema", "--builtin-schema", "vendor.compose-spec", DOCKER / "compose.yaml"
     )

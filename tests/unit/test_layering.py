@@ -1,62 +1,123 @@
-"""Test which packages may import which, and that reading a config imports nothing heavy."""
+"""The house: which package may import which, no circles, no crowded folder, nothing unused."""
 
 from __future__ import annotations
 
-import ast
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
-FORBIDDEN = {
-    "activation_store": {
-        "torch",
-        "deepspeed",
-        "ray",
-        "hydra",
-        "transformers",
-        "sae_core",
-        "cluster",
-        "analysis",
-        "conf",
-    },
-    "sae_core": {
-        "ray",
-        "zarr",
-        "hydra",
-        "omegaconf",
-        "transformers",
-        "activation_store",
-        "cluster",
-        "analysis",
-        "conf",
-    },
-    "cluster": {"hydra", "analysis", "benchmarks", "launch"},
-    "analysis": {"hydra", "benchmarks", "launch"},
-    "benchmarks": {"hydra", "launch"},
+from tests.support.house import (
+    MOST_MODULES,
+    circles,
+    crowded_folders,
+    read_house,
+    unused_modules,
+    wrong_imports,
+)
+from tests.support.paths import ROOT
+
+LIBRARIES_KEPT_OUT = {
+    "foundation": {"torch", "numpy", "deepspeed", "ray", "hydra", "omegaconf", "transformers"},
+    "activation_store": {"torch", "deepspeed", "ray", "hydra", "omegaconf", "transformers"},
+    "sae_core": {"ray", "zarr", "hydra", "omegaconf", "transformers"},
+    "cluster": {"hydra"},
+    "analysis": {"hydra"},
+    "benchmarks": {"hydra"},
 }
 
 
-def imported(path: Path) -> set[str]:
-    found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import):
-            found |= {alias.name.split(".")[0] for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
-            found.add(node.module.split(".")[0])
-    return found
+@pytest.fixture(scope="module")
+def house():
+    return read_house(ROOT)
 
 
-@pytest.mark.parametrize("package", FORBIDDEN)
-def test_layers(package):
-    for path in (ROOT / package).rglob("*.py"):
-        wrong = imported(path) & FORBIDDEN[package]
-        assert not wrong, f"{path.relative_to(ROOT)} imports {', '.join(sorted(wrong))}"
+def test_packages_import_only_lower_floors(house):
+    assert wrong_imports(house) == []
 
 
-def test_reading_a_config_imports_nothing_heavy():
+def test_no_modules_import_each_other(house):
+    assert circles(house) == []
+
+
+def test_no_folder_is_crowded(house):
+    assert crowded_folders(house) == []
+
+
+def test_every_module_is_used(house):
+    assert unused_modules(house) == []
+
+
+@pytest.mark.parametrize("package", LIBRARIES_KEPT_OUT)
+def test_libraries_stay_where_they_belong(house, package):
+    for module in house.values():
+        if module.name.split(".")[0] == package:
+            libraries = {target.split(".")[0] for target in module.imports}
+            assert not libraries & LIBRARIES_KEPT_OUT[package], module.path
+
+
+def write_house(root: Path, files: dict[str, str]) -> None:
+    for name, text in files.items():
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+
+
+def test_an_import_upwards_or_sideways_is_seen(tmp_path):
+    write_house(
+        tmp_path,
+        {
+            "conf/checks.py": "def check():\n    from cluster.rank import run_rank\n",
+            "cluster/rank.py": "import sae_core.mesh\n",
+            "sae_core/mesh.py": "from activation_store import files\n",
+            "activation_store/files.py": "import foundation.errors\n",
+            "foundation/errors.py": "",
+        },
+    )
+    found = wrong_imports(read_house(tmp_path))
+    assert len(found) == 2
+    assert "conf/checks.py:2 imports cluster.rank" in found[1]
+    assert "sae_core/mesh.py:1 imports activation_store.files" in found[0]
+
+
+def test_a_circle_is_seen_even_inside_functions(tmp_path):
+    write_house(
+        tmp_path,
+        {
+            "cluster/a.py": "from cluster import b\n",
+            "cluster/b.py": "def f():\n    import cluster.c\n",
+            "cluster/c.py": "from cluster.a import g\n",
+            "cluster/d.py": "from cluster.a import g\n",
+        },
+    )
+    assert circles(read_house(tmp_path)) == [["cluster.a", "cluster.b", "cluster.c"]]
+
+
+def test_a_crowded_folder_is_seen(tmp_path):
+    write_house(tmp_path, {f"analysis/m{i}.py": "" for i in range(MOST_MODULES)})
+    write_house(tmp_path, {"analysis/__init__.py": "", "analysis/__main__.py": ""})
+    assert crowded_folders(read_house(tmp_path)) == []
+    write_house(tmp_path, {"analysis/one_more.py": ""})
+    (found,) = crowded_folders(read_house(tmp_path))
+    assert f"{MOST_MODULES + 1} modules" in found
+
+
+def test_an_unused_module_is_seen(tmp_path):
+    write_house(
+        tmp_path,
+        {
+            "launch.py": "STAGES = {'plan': 'cluster.plan'}\nif __name__ == '__main__':\n    pass\n",
+            "cluster/plan.py": "from cluster import used\n",
+            "cluster/used.py": "",
+            "cluster/unused.py": "",
+            "cluster/command.py": "if __name__ == '__main__':\n    print()\n",
+        },
+    )
+    assert unused_modules(read_house(tmp_path)) == ["cluster.unused"]
+
+
+def test_the_config_needs_nothing_heavy():
     code = (
         "import sys, conf.schema.run, conf.checks, cluster.run_folder.lock, launch\n"
         "heavy = {'torch', 'ray', 'deepspeed', 'transformers', 'zarr', 'wandb', 'numpy'}\n"

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import ast
-from pathlib import Path
 
 import pytest
 
 from tests.mutation.runner import mutated
 from tests.mutation.table import EXTRA, FAULTS, MUTATIONS, Edit, Mutation
-
-ROOT = Path(__file__).resolve().parents[2]
+from tests.support.paths import ROOT
 
 
 def test_every_fault_has_a_mutation() -> None:

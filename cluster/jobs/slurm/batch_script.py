@@ -12,11 +12,11 @@ import sys
 from pathlib import Path
 
 from cluster.jobs.slurm import commands
+from cluster.run_folder.environment import ROOT
 from cluster.run_folder.submitted_jobs import FOLDER, record_job
 from conf.schema.submit import SubmitConfig
 
 SCRIPT = "job.sh"
-_ROOT = Path(__file__).resolve().parents[1]
 
 
 def submit(config: SubmitConfig, name: str, run_dir: Path, command: list[str]) -> tuple[str, str]:
@@ -78,7 +78,7 @@ def script(config: SubmitConfig, name: str, run_dir: Path, command: list[str]) -
             *(f"#SBATCH {line}" for line in lines),
             "",
             f"cd {shlex.quote(str(Path.cwd()))} || exit 1",
-            f"export PYTHONPATH={shlex.quote(str(_ROOT))}${{PYTHONPATH:+:$PYTHONPATH}}",
+            f"export PYTHONPATH={shlex.quote(str(ROOT))}${{PYTHONPATH:+:$PYTHONPATH}}",
             "export PYTHONUNBUFFERED=1",
             *config.setup,
             f"exec {shlex.join([*job, '--', *command])}",

@@ -18,9 +18,9 @@ from activation_store import (
     ShuffledStream,
     Store,
     StoreWriter,
-    consumers,
     delete_consumed,
     lead_items,
+    list_consumers,
     open_store,
     remove_consumer,
     verify_store,
@@ -49,23 +49,23 @@ def publish(consumer: Consumer, item: int) -> None:
 
 def test_a_cursor_says_how_far_its_consumer_is(tmp_path: Path) -> None:
     write_store(tmp_path / "s", ROWS, arrays=ARRAYS, finalise=False)
-    assert consumers(tmp_path / "s") == {} and lead_items(tmp_path / "s") is None
+    assert list_consumers(tmp_path / "s") == {} and lead_items(tmp_path / "s") is None
     one, two = (Consumer(tmp_path / "s", name) for name in ("one", "two"))
     one.publish(next_item=6, keep_from_item=3, position=9)
     two.publish(epoch=1, next_item=10, keep_from_item=0, position=20)
-    states = consumers(tmp_path / "s")
+    states = list_consumers(tmp_path / "s")
     assert states == {"one": one.state, "two": two.state}
     assert states["one"] == ConsumerState(0, 6, 3, 9, states["one"].updated)
     assert states["two"].epoch == 1 and states["one"].updated > 1.7e9
     assert lead_items(tmp_path / "s") == 10 - 6
     again = Consumer(tmp_path / "s", "one", keep_from_item=0)  # a restart
-    assert again.state == states["one"] == consumers(tmp_path / "s")["one"]
+    assert again.state == states["one"] == list_consumers(tmp_path / "s")["one"]
     (tmp_path / "s" / "_consumers" / ".DS_Store").write_bytes(b"unrelated")
     one.close()
     one.close()
-    assert lead_items(tmp_path / "s") == 0 and list(consumers(tmp_path / "s")) == ["two"]
+    assert lead_items(tmp_path / "s") == 0 and list(list_consumers(tmp_path / "s")) == ["two"]
     remove_consumer(tmp_path / "s", "two")
-    assert consumers(tmp_path / "s") == {}
+    assert list_consumers(tmp_path / "s") == {}
     with pytest.raises(ConfigError, match="consumer='two'"):
         remove_consumer(tmp_path / "s", "two")
 
@@ -191,11 +191,11 @@ def test_a_consumer_of_deleted_items_is_refused(tmp_path: Path) -> None:
     delete_consumed(path)
     with pytest.raises(DeletedDataError, match=r"'late' from item 3 on.*below 6.*'first'"):
         Consumer(path, "late", keep_from_item=3)
-    assert list(consumers(path)) == ["first"]
+    assert list(list_consumers(path)) == ["first"]
     assert Consumer(path, "later", keep_from_item=6).state.next_item == 6
     with pytest.raises(DeletedDataError, match="'first' from item 5"):
         publish(first, 5)
-    assert consumers(path)["first"].keep_from_item == 6
+    assert list_consumers(path)["first"].keep_from_item == 6
 
 
 @pytest.mark.parametrize("moment", ["before", "during", "after"])
@@ -225,7 +225,7 @@ def test_a_consumer_that_registers_during_a_deletion_is_counted_or_refused(
 
     monkeypatch.setattr(retention, "write_watermark", announce)
     assert delete_consumed(path) == ([] if moment == "before" else [0, 1, 2, 3, 4, 5])
-    assert ("new" in consumers(path)) == (moment == "before")
+    assert ("new" in list_consumers(path)) == (moment == "before")
     assert verify_store(path) == []
     if moment == "before":  # no announcement is left over
         Consumer(path, "another")
@@ -240,7 +240,7 @@ def test_a_removed_consumer_that_is_alive_gets_an_error(tmp_path: Path) -> None:
     delete_consumed(path)
     with pytest.raises(DeletedDataError, match="'alive' from item 3"):
         publish(alive, 3)
-    assert list(consumers(path)) == ["other"]
+    assert list(list_consumers(path)) == ["other"]
 
 
 def test_small_files_that_are_damaged_are_named(tmp_path: Path) -> None:

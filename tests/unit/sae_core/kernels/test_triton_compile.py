@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-from pathlib import Path
 
 import pytest
+
+from tests.support.paths import ROOT
 
 pytest.importorskip("triton", reason="triton is not installed: pip install triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
@@ -15,7 +16,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 from benchmarks import compile_report
 
 CONFIGURATIONS = {each.name: each for each in compile_report.configurations()}
-RESULT = Path(__file__).resolve().parents[2] / compile_report.RESULT
+RESULT = ROOT / compile_report.RESULT
 
 
 @pytest.mark.parametrize("name", CONFIGURATIONS)

@@ -5,16 +5,15 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 from foundation.errors import ConfigError
 from sae_core.kernels.triton.body import TritonKernels
+from tests.support.paths import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
-CASES = sorted(str(path) for path in Path(__file__).parent.glob("triton_*cases.py"))
+CASES = sorted(str(path) for path in (ROOT / "tests" / "gpu").glob("test_triton_*.py"))
 
 
 @pytest.mark.slow

@@ -1,0 +1,139 @@
+"""Read the structure of the packages: modules, imports between them, floors, circles."""
+
+from __future__ import annotations
+
+import ast
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+FLOORS: tuple[tuple[str, ...], ...] = (
+    ("foundation",),
+    ("activation_store", "sae_core"),
+    ("conf",),
+    ("cluster",),
+    ("analysis",),
+    ("launch", "benchmarks"),
+)
+"""Lowest first. A package imports only packages of lower floors, never one beside it."""
+MOST_MODULES = 16
+"""In one folder, `__init__.py` and `__main__.py` not counted."""
+
+
+@dataclass(frozen=True)
+class Module:
+    """One Python file."""
+
+    name: str
+    path: Path
+    imports: dict[str, int]
+    """Imported module, of the house or not -> line of the first import."""
+    strings: frozenset[str]
+    """String constants: a module that is started by name is mentioned in one."""
+    is_command: bool
+    """Whether it runs as `python -m name`."""
+
+
+def read_house(root: Path) -> dict[str, Module]:
+    """Read all modules of the packages in `FLOORS` below `root`, by name."""
+    packages = [package for floor in FLOORS for package in floor]
+    paths = [path for package in packages for path in sorted((root / package).rglob("*.py"))]
+    paths += [root / f"{package}.py" for package in packages if (root / f"{package}.py").is_file()]
+    names = {_name(root, path) for path in paths}
+    modules = (_read(root, path, names) for path in paths)
+    return {module.name: module for module in modules}
+
+
+def wrong_imports(house: dict[str, Module]) -> list[str]:
+    """List imports of a package on the same floor or a higher one."""
+    floor_of = {package: floor for floor, row in enumerate(FLOORS) for package in row}
+    wrong = []
+    for module in house.values():
+        package = module.name.split(".")[0]
+        for target, line in module.imports.items():
+            other = target.split(".")[0]
+            if other in floor_of and other != package and floor_of[other] >= floor_of[package]:
+                wrong.append(f"{module.path}:{line} imports {target}")
+    return wrong
+
+
+def circles(house: dict[str, Module]) -> list[list[str]]:
+    """List groups of modules that import each other, in a circle of any length."""
+    found: list[list[str]] = []
+    index: dict[str, int] = {}
+    lowest: dict[str, int] = {}
+    stack: list[str] = []
+
+    def visit(name: str) -> None:
+        """Tarjan's algorithm for strongly connected components."""
+        index[name] = lowest[name] = len(index)
+        stack.append(name)
+        for target in house[name].imports:
+            if target not in house:
+                continue
+            if target not in index:
+                visit(target)
+                lowest[name] = min(lowest[name], lowest[target])
+            elif target in stack:
+                lowest[name] = min(lowest[name], index[target])
+        if lowest[name] == index[name]:
+            at = stack.index(name)
+            group = stack[at:]
+            del stack[at:]
+            if len(group) > 1:
+                found.append(sorted(group))
+
+    for name in house:
+        if name not in index:
+            visit(name)
+    return found
+
+
+def crowded_folders(house: dict[str, Module]) -> list[str]:
+    """List folders with more than `MOST_MODULES` modules."""
+    special = ("__init__.py", "__main__.py")
+    counts = Counter(
+        module.path.parent for module in house.values() if module.path.name not in special
+    )
+    return [
+        f"{folder}: {count} modules" for folder, count in counts.items() if count > MOST_MODULES
+    ]
+
+
+def unused_modules(house: dict[str, Module]) -> list[str]:
+    """List modules that nothing imports, starts by name or runs as a command."""
+    used = {target for module in house.values() for target in module.imports}
+    used |= {text for module in house.values() for text in module.strings}
+    return [
+        name
+        for name, module in house.items()
+        if name not in used and not module.is_command and module.path.name != "__init__.py"
+    ]
+
+
+def _name(root: Path, path: Path) -> str:
+    parts = path.relative_to(root).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def _read(root: Path, path: Path, names: set[str]) -> Module:
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    name = _name(root, path)
+    imports: dict[str, int] = {}
+    strings = set()
+    for node in ast.walk(tree):
+        targets: list[str] = []
+        if isinstance(node, ast.Import):
+            targets = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            for alias in node.names:
+                member = f"{node.module}.{alias.name}"
+                targets.append(member if member in names else node.module)
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            strings.add(node.value)
+        for target in targets:
+            if target != name:
+                imports.setdefault(target, getattr(node, "lineno", 0))
+    guards = (ast.unparse(node.test) for node in tree.body if isinstance(node, ast.If))
+    is_command = path.name == "__main__.py" or "__name__ == '__main__'" in guards
+    return Module(name, path, imports, frozenset(strings), is_command)
