@@ -39,10 +39,10 @@ STAGES = {
 HARVEST_AND_TRAIN = "harvest and train"
 """Harvest and train at the same time. The pipeline uses it; it is not a stage for the user."""
 CONCURRENT = ("plan", HARVEST_AND_TRAIN, "evaluate", "export", "report")
-WITHOUT_THE_LOCK = ("plan", "verify", "reshard", "status", "fit", "submit")
+READ_ONLY_STAGES = ("plan", "verify", "reshard", "status", "fit", "submit")
 """Stages that do not change the run, and may be used while it is running. (fit writes into the
 folder of the sweep.)"""
-NEED_A_RUN = ("evaluate", "export", "report", "verify", "repair", "reshard", "status")
+STAGES_OF_EXISTING_RUNS = ("evaluate", "export", "report", "verify", "repair", "reshard", "status")
 MODULES = {**STAGES, HARVEST_AND_TRAIN: "cluster.concurrent"}
 
 ConfigStore.instance().store(name="run_schema", node=RunConfig)
@@ -51,7 +51,7 @@ ConfigStore.instance().store(name="run_schema", node=RunConfig)
 @hydra.main(config_path="conf", config_name="config", version_base="1.3")
 def compose_and_run(composed: DictConfig) -> None:
     """Validate the config, then run its stage, or all stages of the pipeline in order."""
-    with _explained():
+    with _report_errors():
         from cluster.preemption import on_preemption, raise_interrupted
         from cluster.run_folder.lock import open_run
         from conf.checks import validate
@@ -71,7 +71,7 @@ def compose_and_run(composed: DictConfig) -> None:
         with (
             on_preemption(raise_interrupted, config.checkpoint.grace_s),
             open_run(
-                config, config.stage in WITHOUT_THE_LOCK, config.stage in NEED_A_RUN
+                config, config.stage in READ_ONLY_STAGES, config.stage in STAGES_OF_EXISTING_RUNS
             ) as run_dir,
         ):
             if config.stage == "pipeline":
@@ -124,16 +124,16 @@ def _print_config(config: RunConfig) -> None:
 
 
 @contextmanager
-def _explained() -> Iterator[None]:
+def _report_errors() -> Iterator[None]:
     """Turn expected errors into one message and an exit code; let others through."""
     from cluster.jobs.slurm.commands import requeue_sweep_cell
-    from conf.failure import explain
+    from conf.failure import describe_error
     from foundation.errors import EXIT_PREEMPTED
 
     try:
         yield
     except (Exception, KeyboardInterrupt) as error:
-        message, code = explain(error)
+        message, code = describe_error(error)
         if message is None:
             raise
         print(message, file=sys.stderr)
@@ -154,10 +154,10 @@ def main() -> None:
     os.environ.setdefault("SUBMITIT_PREEMPT_SIGNAL", "USR1")
     # Hydra warns that conf/hydra/launcher overrides the plugin's defaults; this is intended.
     warnings.filterwarnings("ignore", "(?s).*is validated against ConfigStore schema")
-    with _explained():
-        from conf.multirun import with_constants
+    with _report_errors():
+        from conf.multirun import with_constant_keys
 
-        sys.argv[1:] = with_constants(sys.argv[1:])
+        sys.argv[1:] = with_constant_keys(sys.argv[1:])
         compose_and_run()
 
 

@@ -47,11 +47,11 @@ if TYPE_CHECKING:
         StagedStream,
         StreamBatch,
     )
-    from activation_store.writing.claim import Claim
+    from activation_store.writing.harvest_lock import HarvestLock
     from activation_store.writing.writer import StoreWriter
 
 _HOMES = {
-    "Claim": "writing.claim",
+    "HarvestLock": "writing.harvest_lock",
     "Consumer": "consumers.cursors",
     "ConsumerState": "consumers.cursors",
     "list_consumers": "consumers.cursors",
@@ -89,12 +89,12 @@ _HOMES = {
 
 __all__ = [
     "Calibration",
-    "Claim",
     "Consumer",
     "ConsumerState",
     "Damage",
     "DeletedDataError",
     "DocumentRows",
+    "HarvestLock",
     "ItemRecord",
     "LoadedBlock",
     "LoadedRows",

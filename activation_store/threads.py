@@ -39,7 +39,7 @@ def _helpers() -> ThreadPoolExecutor:
         return _pool
 
 
-def _forget_pool() -> None:
+def _reset_pool() -> None:
     # A forked child does not have its parent's threads, so using the parent's pool would hang.
     global _pool, _lock  # noqa: PLW0603 - one pool per process is intended
     _pool = None
@@ -47,7 +47,7 @@ def _forget_pool() -> None:
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forget_pool)
+    os.register_at_fork(after_in_child=_reset_pool)
 
 
 def run_all(tasks: Sequence[Callable[[], T]], n_threads: int | None = None) -> list[T]:

@@ -76,7 +76,7 @@ def shareable(path: str) -> str:
     return Path(path).name if local else path
 
 
-def as_trained(config: RunConfig) -> RunConfig:
+def with_stored_provenance(config: RunConfig) -> RunConfig:
     """Return the config with the model and text replaced by what the store's rows came from.
 
     Users who train on their own activations leave the config's model at its default. Exports and

@@ -70,9 +70,9 @@ def configurations() -> Iterator[Configuration]:
     for weights in ("fp32", "bf16"):
         for d_model in (768, 4096):
             yield from _sparse(weights, d_model)
-            yield from _summed(weights, d_model)
+            yield from _seconds_by_phase(weights, d_model)
     yield _decode_error("fp32", LARGEST_ROW)
-    yield from _summed("fp32", LARGEST_ROW)
+    yield from _seconds_by_phase("fp32", LARGEST_ROW)
     for d_model in (768, 4096, LARGEST_ROW):
         for moments in ("fp32", "bf16"):
             yield _update("fp32", moments, "bf16", d_model)
@@ -148,7 +148,7 @@ def _segment_types(inputs: str) -> dict[str, str]:
     return types | dict.fromkeys(("D", "x_stride", "error_stride", "n_slots"), "i32")
 
 
-def _summed(inputs: str, d_model: int) -> Iterator[Configuration]:
+def _seconds_by_phase(inputs: str, d_model: int) -> Iterator[Configuration]:
     types = _segment_types(inputs)
     sizes = {"PIECE": segments.PIECE, **segments.sum_shape(d_model)}
     kernels = {

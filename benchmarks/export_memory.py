@@ -33,7 +33,8 @@ _PEAK = (
     "if line.startswith('VmHWM')][0])"
 )
 _ACTIONS = {
-    "export": "from analysis.export import stage; stage.run(RunConfig(name='big'), Path(sys.argv[1]))",
+    "export": "from analysis.export import stage;"
+    "stage.run(RunConfig(name='big'), Path(sys.argv[1]))",
     "reshard": "from sae_core.checkpoint.folder import newest_valid;"
     "from sae_core.checkpoint.reshard import reshard_checkpoint;"
     "run = Path(sys.argv[1]);"

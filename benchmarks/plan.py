@@ -188,7 +188,7 @@ def rows_of(case: Case, folder: Path, hardware: Hardware, steps: int) -> list[di
     layout = plan_layout(config, case.D, hardware, config.parallel)
     predicted_s = layout.step_s
     if case.parallel.n_ranks > 1:
-        predicted_s = _simulated(layout)
+        predicted_s = _simulated_step_s(layout)
     predicted = layout.device_total + sum(layout.host.values())
     shared = {"work": case.work, "op": case.op}
     return [
@@ -207,13 +207,13 @@ def rows_of(case: Case, folder: Path, hardware: Hardware, steps: int) -> list[di
             "tokens_per_s": case.B / predicted_s,
             "peak_bytes": predicted,
             "peak_ratio": predicted / peak,
-            "parts_s": _summed(layout),
+            "parts_s": _seconds_by_phase(layout),
             "parts_bytes": layout.device | layout.host,
         },
     ]
 
 
-def _summed(layout: Layout) -> dict[str, float]:
+def _seconds_by_phase(layout: Layout) -> dict[str, float]:
     """Return the predicted seconds of each kind of phase."""
     parts: dict[str, float] = {}
     for phase in layout.phases:
@@ -221,7 +221,7 @@ def _summed(layout: Layout) -> dict[str, float]:
     return parts
 
 
-def _simulated(layout: Layout) -> float:
+def _simulated_step_s(layout: Layout) -> float:
     """Return the seconds of a step in a simulation with 2% jitter and no slow ranks."""
     mesh = layout.parallel
     noise = Noise(jitter=0.02, slow_ranks=0.0, slow_factor=1.0)

@@ -36,7 +36,12 @@ from sae_core.distributed.mesh import Mesh
 from sae_core.kernels.prefilter import Prefilter, uncertified
 from sae_core.kernels.stock.body import StockKernels
 from sae_core.kernels.stock.prefilter_bfloat16 import Bfloat16Prefilter
-from sae_core.kernels.triton.prefilter_float8 import Float8Prefilter, SplitRows, joined, split_rows
+from sae_core.kernels.triton.prefilter_float8 import (
+    Float8Prefilter,
+    SplitRows,
+    dequantise,
+    split_rows,
+)
 from sae_core.training.lockstep import train_to_end
 from sae_core.training.malloc import keep_freed_memory
 from sae_core.training.trainer import Trainer
@@ -190,7 +195,7 @@ def _weaken(trainer: Trainer, share: float) -> None:
     for engine in trainer.engines:
         with torch.no_grad():
             engine.sae.W_enc[: int(share * len(engine.sae.W_enc))] /= 4
-        engine.parameters_edited()
+        engine.sync_edited_parameters()
 
 
 def _changed(base: TrainerConfig, values: dict[str, Any]) -> TrainerConfig:
@@ -218,7 +223,7 @@ def prefilter_rows(trainer: Trainer) -> list[dict[str, Any]]:
     wanted_values, wanted = exact.exact_topk(x, W, b, k)
 
     def float8_topk(x: SplitRows, W: SplitRows, b: torch.Tensor, count: int) -> Any:
-        return exact.exact_topk(joined(x), joined(W), b, count)
+        return exact.exact_topk(dequantise(x), dequantise(W), b, count)
 
     prefilters: list[Prefilter] = [
         Bfloat16Prefilter(split=True),

@@ -31,7 +31,7 @@ from cluster.training.store_source import StoreSource
 from sae_core.config import CheckpointConfig, OptimConfig, SAEConfig, TrainConfig, TrainerConfig
 from sae_core.distributed.mesh import Mesh
 from sae_core.training.malloc import keep_freed_memory
-from sae_core.training.shared_source import FanOut
+from sae_core.training.shared_source import SharedSource
 from sae_core.training.trainer import Trainer
 
 BATCH_TOKENS = 2048
@@ -77,19 +77,19 @@ class Side:
         self.source = StoreSource(
             store, array, 0, BATCH_TOKENS, 0, 1, window_items=16, buffer_tokens=65_536
         )
-        fan_out = FanOut(self.source, CPU)
+        shared_source = SharedSource(self.source, CPU)
         mesh = Mesh.create("cpu", 1, 1)
         self.trainers = [
-            Trainer(config, mesh, fan_out.view(), folder, 0, lambda row: None, 10**9)
+            Trainer(config, mesh, shared_source.view(), folder, 0, lambda row: None, 10**9)
             for config in configs
         ]
         for trainer in self.trainers:
             trainer.calibrate()
-        fan_out.forget_sample()
+        shared_source.clear_sample()
         self.sampled_bytes = self.storage.n_bytes
 
     def steps(self, n: int) -> None:
-        """Take `n` steps with all trainers, in the order of `train_together`."""
+        """Take `n` steps with all trainers, in the order of `train_in_lockstep`."""
         for _ in range(n):
             for trainer in self.trainers:
                 trainer.take_step()

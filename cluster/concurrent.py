@@ -46,8 +46,8 @@ def run(config: RunConfig, run_dir: Path) -> None:
         return
     _check_one_pass(config, job)
     if job.resuming:
-        job.claim.take()  # fail before Ray and the ranks are started
-    with job.claim, ray_session(config.cluster, min_cpus=config.cluster.harvest_workers):
+        job.harvest_lock.acquire()  # fail before Ray and the ranks are started
+    with job.harvest_lock, ray_session(config.cluster, min_cpus=config.cluster.harvest_workers):
         _check_gpus(config)
         background = _Harvest(job)
         background.start()
@@ -111,8 +111,8 @@ class _Harvest(threading.Thread):
         if self._error is not None:
             raise self._error
         # Delete only while this run holds the harvest lock: one process at a time may delete.
-        if self._job.config.cluster.retention == "consumed" and self._job.claim.is_taken:
-            self._job.claim.check()
+        if self._job.config.cluster.retention == "consumed" and self._job.harvest_lock.is_held:
+            self._job.harvest_lock.check()
             delete_consumed(self._job.store)
 
     def wait_for_rows(self) -> None:

@@ -117,7 +117,7 @@ class StopRequest:
     def __init__(self, run_dir: Path) -> None:
         self._path = run_dir / _REQUEST
 
-    def withdraw(self) -> None:
+    def clear(self) -> None:
         """Clear the request of an earlier driver; called before the ranks start."""
         self._path.write_text("")
 

@@ -25,12 +25,12 @@ from cluster.run_folder.environment import environment
 from cluster.run_folder.files import CONFIG, ENVIRONMENT
 from cluster.run_folder.lock import rank_lock
 from cluster.run_folder.saved_config import load_config
-from cluster.run_folder.sweep_record import forget
+from cluster.run_folder.sweep_record import clear_record
 from cluster.training.group import Member, train_members
-from cluster.training.heartbeats import pulse_file
+from cluster.training.heartbeats import heartbeat_file
 from cluster.training.metric_sinks import MetricSinks
 from cluster.training.progress_line import training_costs
-from cluster.training.store_cursor import let_go
+from cluster.training.store_cursor import unregister
 from cluster.training.watchdog import Watchdog
 from conf.schema.run import RunConfig
 from conf.schema.sweep import SweepConfig
@@ -88,7 +88,7 @@ def run_rank(run_dir: Path, console: bool = False, cells: Sequence[str] = ()) ->
     with (
         on_preemption(lambda _: signalled.set(), config.checkpoint.grace_s),
         _locks({run_dir, *folders}, rank),
-        Watchdog(pulse_file(run_dir, rank), *timeouts_s) as watchdog,
+        Watchdog(heartbeat_file(run_dir, rank), *timeouts_s) as watchdog,
     ):
         dist.init_process_group(
             "nccl" if device.type == "cuda" else "gloo",
@@ -98,7 +98,7 @@ def run_rank(run_dir: Path, console: bool = False, cells: Sequence[str] = ()) ->
         try:
             if console and rank == 0:  # with a driver, the driver does this
                 for folder in folders:
-                    forget(folder)
+                    clear_record(folder)
             for folder, own in zip(folders, configs, strict=True):
                 members.append(_member(folder, own, limits, console and not cells))
             outcomes = train_members(members, device, stop_requested, watchdog)
@@ -114,7 +114,7 @@ def run_rank(run_dir: Path, console: bool = False, cells: Sequence[str] = ()) ->
                     member.sinks.close()
         if console and rank == 0 and not cells:
             if outcomes[0].finished:
-                let_go(config, run_dir)
+                unregister(config, run_dir)
             print(f"train: {training_costs(run_dir)}", flush=True)
     if any(not outcome.finished and outcome.error is None for outcome in outcomes):
         raise PreemptedError(f"{run_dir}: training was asked to stop and has saved a checkpoint")

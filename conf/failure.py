@@ -15,7 +15,7 @@ _NOISE = ("object_type=", "reference_type=", "To append to", "Config search path
 """Beginnings of lines in Hydra's messages that do not help the user."""
 
 
-def explain(error: BaseException) -> tuple[str | None, int]:
+def describe_error(error: BaseException) -> tuple[str | None, int]:
     """Return the message for the user and the exit code.
 
     The message is None for an unexpected exception, whose traceback should be shown instead.

@@ -15,7 +15,7 @@ from hydra.errors import HydraException
 _CONSTANT = "hydra.job.config.override_dirname.exclude_keys"
 
 
-def with_constants(arguments: list[str]) -> list[str]:
+def with_constant_keys(arguments: list[str]) -> list[str]:
     """Return the command line; for a sweep, add an override that lists the keys that do not vary.
 
     Args:

@@ -16,12 +16,12 @@ from conf.schema.run import RunConfig
 from conf.schema.sweep import SweepConfig
 from foundation.errors import ConfigError
 
-_MAY_DIFFER = ("sae.", "optim.", "train.tokens=")
+_OVERRIDABLE = ("sae.", "optim.", "train.tokens=")
 """Prefixes of the settings that an override may change for one cell.
 
 The cells of a group share the row stream and the ranks, so settings of those must be the same.
 """
-_MAY_NOT = ("sae.hookpoint=", "sae.n_latents=", "sae.k=", "sae.architecture=")
+_NOT_OVERRIDABLE = ("sae.hookpoint=", "sae.n_latents=", "sae.k=", "sae.architecture=")
 """Exceptions: the hookpoint is shared, and the others are axes of the sweep."""
 
 
@@ -102,7 +102,7 @@ def _overridden(cell: RunConfig, name: str, settings: list[str]) -> RunConfig:
         ConfigError: If a key may not be overridden, a key is unknown, or a value is invalid.
     """
     for setting in settings:
-        if not setting.startswith(_MAY_DIFFER) or setting.startswith(_MAY_NOT):
+        if not setting.startswith(_OVERRIDABLE) or setting.startswith(_NOT_OVERRIDABLE):
             raise ConfigError(
                 "sweep.overrides",
                 f"{name}:{setting}",

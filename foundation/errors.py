@@ -1,4 +1,4 @@
-"""Base of every error that is raised on purpose, the exit codes, and the error for a bad setting."""
+"""The base of all errors raised on purpose, the exit codes, and the error for a bad setting."""
 
 from __future__ import annotations
 

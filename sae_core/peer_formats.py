@@ -24,8 +24,8 @@ from sae_core.checkpoint.stored_sae import (
     ROWS,
     StoredSAE,
     check_shapes,
-    of_tensors,
-    whole_file,
+    from_tensors,
+    open_tensors,
 )
 from sae_core.config import SAEConfig
 from sae_core.errors import CheckpointError
@@ -50,13 +50,13 @@ def find(path: Path) -> Open | None:
     if not (path / "cfg.json").is_file():
         return None
     if (path / "sae_weights.safetensors").is_file():
-        return partial(_explained, _open_saelens)
+        return partial(_report_errors, _open_saelens)
     if (path / "sae.safetensors").is_file():
-        return partial(_explained, _open_sparsify)
+        return partial(_report_errors, _open_sparsify)
     return None
 
 
-def _explained(read: Callable[[Path], StoredSAE], path: Path, allow_pt: bool) -> StoredSAE:
+def _report_errors(read: Callable[[Path], StoredSAE], path: Path, allow_pt: bool) -> StoredSAE:
     try:
         return read(path)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
@@ -72,7 +72,7 @@ def _open_saelens(folder: Path) -> StoredSAE:
         normalize_activations="none",
         rescale_acts_by_decoder_norm=False,
     )
-    tensors = whole_file(folder / "sae_weights.safetensors")
+    tensors = open_tensors(folder / "sae_weights.safetensors")
     metadata = cfg.get("metadata") or {}
     config = _config(cfg["k"], cfg["d_sae"], metadata.get("hf_hook_name"))
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
@@ -90,9 +90,9 @@ def _open_sparsify(folder: Path) -> StoredSAE:
     cfg = read_json(folder / "cfg.json", _MAX_CONFIG_BYTES)
     _expect(cfg, activation="topk", transcode=False, skip_connection=False)
     n_latents = cfg.get("num_latents") or cfg["expansion_factor"] * cfg["d_in"]
-    tensors = whole_file(folder / "sae.safetensors")
+    tensors = open_tensors(folder / "sae.safetensors")
     ours = {_SPARSIFY[name]: tensor for name, tensor in tensors.items() if name in _SPARSIFY}
-    return of_tensors(_config(cfg["k"], n_latents, folder.name), ours)
+    return from_tensors(_config(cfg["k"], n_latents, folder.name), ours)
 
 
 def _open_pt(path: Path, allow_pt: bool) -> StoredSAE:
@@ -111,10 +111,10 @@ def _open_pt(path: Path, allow_pt: bool) -> StoredSAE:
             f"{file}: expected an SAE on raw activations, found one of openai/sparse_autoencoder, "
             "which normalises each token by its own mean and standard deviation"
         )
-    return _explained(partial(_of_dictionary_learning, state), file, allow_pt)
+    return _report_errors(partial(_from_dictionary_learning, state), file, allow_pt)
 
 
-def _of_dictionary_learning(state: Any, file: Path) -> StoredSAE:
+def _from_dictionary_learning(state: Any, file: Path) -> StoredSAE:
     for name in ("encoder.weight", "decoder.weight", "encoder.bias", "b_dec"):
         _expect_plain(name, state[name])
     tensors = {

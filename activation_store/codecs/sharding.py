@@ -71,7 +71,7 @@ class ShardLayout:
         """Return the number of chunks that a shard with `rows` valid rows stores."""
         return -(-rows // self.chunk_rows)
 
-    def can_be(self, rows: int, n_bytes: int) -> bool:
+    def is_valid_size(self, rows: int, n_bytes: int) -> bool:
         """Return whether the file of a shard with `rows` valid rows may have `n_bytes` bytes."""
         n_chunks = self.chunks_with_rows(rows)
         most = n_chunks * self.most_stored_bytes + self.tail_bytes

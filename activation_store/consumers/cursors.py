@@ -5,8 +5,8 @@
 Producers wait for the slowest consumer, and deletion keeps what any consumer still needs. A
 consumer can register only if it needs no rows that are deleted or about to be deleted. This works
 without a lock: a consumer writes its cursor file first and then reads the deletion mark
-(`watermark.py`); the deleting process announces the deletion first and then reads the cursor files.
-So at least one of the two sees the other.
+(`deletion_mark.py`); the deleting process announces the deletion first and then reads the cursor
+files. So at least one of the two sees the other.
 """
 
 from __future__ import annotations
@@ -16,11 +16,15 @@ import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from activation_store.consumers.deletion_mark import deleted, read_watermark
+from activation_store.consumers.deletion_mark import deleted_error, read_deletion_mark
 from activation_store.errors import MissingDataError, StoreFormatError
 from activation_store.format import commit_log
 from activation_store.storage.base import Storage
-from activation_store.storage.checksummed_json import read_sealed, seal, whole_numbers
+from activation_store.storage.checksummed_json import (
+    dump_checksummed,
+    read_checksummed,
+    whole_numbers,
+)
 from activation_store.storage.open import open_storage
 from foundation.errors import ConfigError
 
@@ -106,18 +110,18 @@ class Consumer:
         state = replace(state, updated=time.time())
         # Write the cursor before reading the deletion mark: see the head of this file.
         self._write(state)
-        mark = read_watermark(self._storage)
+        mark = read_deletion_mark(self._storage)
         if state.keep_from_item < mark.announced:
             if before and before.keep_from_item >= mark.announced:
                 self._write(before)
             else:
                 self.close()
             needs = f"consumer {self.name!r} from item {state.keep_from_item} on"
-            raise deleted(self._storage, needs, mark)
+            raise deleted_error(self._storage, needs, mark)
         self.state = state
 
     def _write(self, state: ConsumerState) -> None:
-        self._storage.put(self._file, [seal(asdict(state))])
+        self._storage.put(self._file, [dump_checksummed(asdict(state))])
 
 
 def list_consumers(path: str | Path | Storage) -> dict[str, ConsumerState]:
@@ -189,7 +193,7 @@ def read_state(storage: Storage, name: str) -> ConsumerState:
         StoreFormatError: If its cursor file is invalid.
     """
     file = _file(name)
-    document = read_sealed(storage, file, _FILE_BYTES)
+    document = read_checksummed(storage, file, _FILE_BYTES)
     updated = document.pop("updated", None)
     if not isinstance(updated, float):
         raise StoreFormatError(

@@ -9,14 +9,18 @@ from dataclasses import asdict, dataclass, field
 
 from activation_store.errors import DeletedDataError, MissingDataError, StoreFormatError
 from activation_store.storage.base import Storage
-from activation_store.storage.checksummed_json import read_sealed, seal, whole_numbers
+from activation_store.storage.checksummed_json import (
+    dump_checksummed,
+    read_checksummed,
+    whole_numbers,
+)
 
-WATERMARK = "_deleted.json"
+DELETION_MARK = "_deleted.json"
 _FILE_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
-class Watermark:
+class DeletionMark:
     """The deletion mark of a store; `below` and `swept` never decrease."""
 
     announced: int = 0
@@ -39,7 +43,7 @@ class Watermark:
         )
 
 
-def read_watermark(storage: Storage) -> Watermark:
+def read_deletion_mark(storage: Storage) -> DeletionMark:
     """Read the deletion mark; a store without one has no deleted shards.
 
     Raises:
@@ -47,24 +51,24 @@ def read_watermark(storage: Storage) -> Watermark:
         StoreFormatError: If the file is invalid.
     """
     try:
-        document = read_sealed(storage, WATERMARK, _FILE_BYTES)
+        document = read_checksummed(storage, DELETION_MARK, _FILE_BYTES)
     except MissingDataError:
-        return Watermark()
-    where = storage.where(WATERMARK)
+        return DeletionMark()
+    where = storage.where(DELETION_MARK)
     names = document.pop("consumers", None)
     numbers = whole_numbers(where, document, ("announced", "below", "swept"))
     if not isinstance(names, dict) or numbers != sorted(numbers, reverse=True):
         raise StoreFormatError(f"{where} is not a valid deletion mark; restore it from a backup")
     announced, below, swept = numbers
-    return Watermark(announced, below, swept, names)
+    return DeletionMark(announced, below, swept, names)
 
 
-def write_watermark(storage: Storage, mark: Watermark) -> None:
+def write_deletion_mark(storage: Storage, mark: DeletionMark) -> None:
     """Write the deletion mark; it is durable when this returns."""
-    storage.put(WATERMARK, [seal(asdict(mark))])
+    storage.put(DELETION_MARK, [dump_checksummed(asdict(mark))])
 
 
-def deleted(storage: Storage, what: str, mark: Watermark) -> DeletedDataError:
+def deleted_error(storage: Storage, what: str, mark: DeletionMark) -> DeletedDataError:
     """Return the error for an operation `what` that needs deleted rows."""
     return DeletedDataError(
         f"{storage.path}: {what} needs rows that were deleted: {mark.describe()}; harvest the "

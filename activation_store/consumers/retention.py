@@ -1,6 +1,6 @@
 """Delete shards that every consumer has passed, so that a run needs no disk space for all rows.
 
-The deletion mark (see `watermark.py`) records the progress: shards of items below `below` are
+The deletion mark (see `deletion_mark.py`) records the progress: shards of items below `below` are
 deleted or about to be, and those below `swept` are deleted. `announced` is the value to which a
 deletion is about to raise `below`; `cursors.py` explains why it must be written first. Commit
 records are never deleted, so row numbers, checksums and statistics remain available.
@@ -13,7 +13,11 @@ from functools import partial
 from pathlib import Path
 
 from activation_store.consumers.cursors import list_consumers
-from activation_store.consumers.deletion_mark import Watermark, read_watermark, write_watermark
+from activation_store.consumers.deletion_mark import (
+    DeletionMark,
+    read_deletion_mark,
+    write_deletion_mark,
+)
 from activation_store.format import commit_log
 from activation_store.format.zarr_json import read_header
 from activation_store.storage.base import Storage
@@ -36,34 +40,34 @@ def delete_consumed(path: str | Path) -> list[int]:
     """
     storage = open_storage(path)
     header = read_header(storage)
-    mark = _advance(storage, read_watermark(storage))
+    mark = _advance(storage, read_deletion_mark(storage))
     items = range(mark.swept, mark.below)
     if items:
         files = [header.shard_file(name, item) for item in items for name in header.stored]
         run_all([partial(storage.delete, file) for file in files], storage.n_threads)
         storage.sync(list(header.stored))
-        write_watermark(storage, replace(mark, swept=mark.below))
+        write_deletion_mark(storage, replace(mark, swept=mark.below))
     return list(items)
 
 
-def _advance(storage: Storage, mark: Watermark) -> Watermark:
+def _advance(storage: Storage, mark: DeletionMark) -> DeletionMark:
     """Move the deletion mark as far as the consumers allow; durable when this returns."""
     target = _allowed(storage, mark)
     if target.below > mark.below:
-        write_watermark(storage, replace(mark, announced=target.below))
+        write_deletion_mark(storage, replace(mark, announced=target.below))
         # A consumer that registered before the announcement is found by this second look; one that
         # registers after it sees the announcement.
         agreed = _allowed(storage, mark)
         below = min(target.below, agreed.below)
         mark = replace(mark, announced=below, below=below, consumers=agreed.consumers)
-        write_watermark(storage, mark)
+        write_deletion_mark(storage, mark)
     elif mark.announced > mark.below:  # a previous call was killed after its announcement
         mark = replace(mark, announced=mark.below)
-        write_watermark(storage, mark)
+        write_deletion_mark(storage, mark)
     return mark
 
 
-def _allowed(storage: Storage, mark: Watermark) -> Watermark:
+def _allowed(storage: Storage, mark: DeletionMark) -> DeletionMark:
     """Return `mark` with `below` raised to the first item that a consumer still needs."""
     kept = {name: state.keep_from_item for name, state in list_consumers(storage).items()}
     below = min(*kept.values(), commit_log.count(storage)) if kept else 0

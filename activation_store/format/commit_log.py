@@ -22,7 +22,7 @@ from activation_store.errors import MissingDataError, StoreFormatError
 from activation_store.format.header import StoreHeader
 from activation_store.format.item_record import SCHEMA_VERSION, ItemRecord, parse_columns, row_dtype
 from activation_store.storage.base import Storage
-from activation_store.storage.checksummed_json import read_sealed, seal
+from activation_store.storage.checksummed_json import dump_checksummed, read_checksummed
 from activation_store.threads import run_all
 
 SEGMENT_ITEMS = 1000
@@ -58,7 +58,7 @@ def read_record(storage: Storage, header: StoreHeader, item: int) -> NDArray[np.
     """
     name = record_name(item)
     where = storage.where(name)
-    document = read_sealed(storage, name, RECORD_BYTES)
+    document = read_checksummed(storage, name, RECORD_BYTES)
     _check_version(where, document)
     if document.get("item") != item:
         raise StoreFormatError(
@@ -95,7 +95,7 @@ def read_snapshot(storage: Storage, header: StoreHeader, segment: int) -> NDArra
         StoreFormatError: If the snapshot is invalid or belongs to another segment.
     """
     where = storage.where(snapshot_name(segment))
-    document = read_sealed(storage, snapshot_name(segment), _SNAPSHOT_BYTES)
+    document = read_checksummed(storage, snapshot_name(segment), _SNAPSHOT_BYTES)
     _check_version(where, document)
     first = segment * SEGMENT_ITEMS
     table = parse_columns(header, where, document)
@@ -128,7 +128,7 @@ def write_snapshot(storage: Storage, segment: int, table: NDArray[np.void]) -> N
             for name in names
         },
     }
-    storage.put(snapshot_name(segment), [seal(document)])
+    storage.put(snapshot_name(segment), [dump_checksummed(document)])
 
 
 def append(storage: Storage, record: ItemRecord) -> bool:
@@ -139,12 +139,12 @@ def append(storage: Storage, record: ItemRecord) -> bool:
     """
     folder = segment_name(record.item // SEGMENT_ITEMS)
     storage.make_folder(folder)
-    is_new = storage.put_if_absent(record_name(record.item), [seal(record.to_json())])
+    is_new = storage.put_if_absent(record_name(record.item), [dump_checksummed(record.to_json())])
     storage.sync([folder])
     return is_new
 
 
-def loose_items(storage: Storage, segment: int) -> list[int]:
+def record_items(storage: Storage, segment: int) -> list[int]:
     """Return the items of a segment that have a record file, in ascending order."""
     names = storage.names(segment_name(segment))
     return sorted(int(match[1]) for match in map(_RECORD.fullmatch, names) if match)
@@ -161,7 +161,7 @@ def count(storage: Storage) -> int:
 
     Only lists the files of the log and does not read them.
     """
-    return sum(len(loose_items(storage, segment)) for segment in segments(storage))
+    return sum(len(record_items(storage, segment)) for segment in segments(storage))
 
 
 class CommitLog:
@@ -206,7 +206,7 @@ class CommitLog:
             new[: len(snapshot)] = snapshot
             if len(snapshot) == SEGMENT_ITEMS or self.header.finalised:
                 return new
-        loose = loose_items(self._storage, segment)
+        loose = record_items(self._storage, segment)
         for item in loose:
             if item // SEGMENT_ITEMS != segment or item >= self.header.planned_items:
                 where = self._storage.where(record_name(item))
@@ -251,6 +251,6 @@ def snapshot_if_full(storage: Storage, header: StoreHeader, segment: int) -> Non
     first = segment * SEGMENT_ITEMS
     stop = first + SEGMENT_ITEMS
     items = range(first, min(stop, header.n_items) if header.finalised else stop)
-    if len(loose_items(storage, segment)) >= len(items):
+    if len(record_items(storage, segment)) >= len(items):
         tables = read_records(storage, header, items)
         write_snapshot(storage, segment, np.concatenate(tables))

@@ -120,7 +120,7 @@ class StoreHeader:
         scales = {name + SCALE: (np.dtype("<f4"), ()) for name in self.arrays}
         return {**columns, **quantised, **scales}
 
-    def stored_as(self, name: str) -> tuple[str, ...]:
+    def disk_arrays_of(self, name: str) -> tuple[str, ...]:
         """Return the names of the arrays on disk that make up an array or sidecar."""
         quantised = self.codec == "int8" and name in self.arrays
         return (name, name + SCALE) if quantised else (name,)

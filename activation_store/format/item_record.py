@@ -201,7 +201,7 @@ def _fill(header: StoreHeader, name: str, table: NDArray[np.void], columns: Any)
         target[key] = values
     layout = header.layout(name)
     pairs = zip(table["rows"].tolist(), target["bytes"].tolist(), strict=True)
-    if not all(layout.can_be(rows, n_bytes) for rows, n_bytes in pairs):
+    if not all(layout.is_valid_size(rows, n_bytes) for rows, n_bytes in pairs):
         raise ValueError(
             f"{name}.bytes={target['bytes'].tolist()} does not match the number of rows"
         )

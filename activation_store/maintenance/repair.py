@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 
 from activation_store.checksum import crc32c
-from activation_store.consumers.deletion_mark import read_watermark
+from activation_store.consumers.deletion_mark import read_deletion_mark
 from activation_store.errors import DAMAGE, MissingDataError
 from activation_store.format import commit_log
 from activation_store.format.header import METADATA, VALID_ROWS
@@ -32,7 +32,7 @@ from activation_store.format.item_record import ItemRecord, from_row
 from activation_store.format.zarr_json import dump, group_document, read_group, restore_documents
 from activation_store.maintenance.verify import item_damages
 from activation_store.storage.base import Storage
-from activation_store.storage.checksummed_json import seal
+from activation_store.storage.checksummed_json import dump_checksummed
 from activation_store.storage.open import open_storage
 from activation_store.threads import run_all
 from activation_store.writing.writer import valid_rows_bytes
@@ -81,7 +81,7 @@ class _Repair:
     def __init__(self, storage: Storage) -> None:
         self.storage = storage
         self.header, self._group = read_group(storage)
-        self._deleted_below = read_watermark(storage).below
+        self._deleted_below = read_deletion_mark(storage).below
         self._report = RepairReport()
 
     def run(self) -> RepairReport:
@@ -119,7 +119,7 @@ class _Repair:
         """Yield each item of a segment with its valid record, or None if it has to be redone."""
         first = segment * commit_log.SEGMENT_ITEMS
         snapshot = self._read_snapshot(segment)
-        loose = set(commit_log.loose_items(self.storage, segment))
+        loose = set(commit_log.record_items(self.storage, segment))
         items = loose | set(snapshot)
         if self.header.finalised:
             stop = min(first + commit_log.SEGMENT_ITEMS, self.header.n_items)
@@ -128,7 +128,7 @@ class _Repair:
         chosen = run_all(choices, self.storage.n_threads)
         for item, (record, agrees) in zip(items, chosen, strict=True):
             if record is not None and not agrees:
-                self._put(commit_log.record_name(item), seal(record.to_json()))
+                self._put(commit_log.record_name(item), dump_checksummed(record.to_json()))
             # Drop a snapshot with a missing or wrong record; `_snapshot` writes it again.
             if snapshot and (record is None or snapshot.get(item) != record):
                 self._drop(commit_log.snapshot_name(segment))

@@ -1,6 +1,7 @@
 """Measure how well the configured shuffle mixes the documents of a store.
 
-python -m activation_store.maintenance.shuffle_quality STORE [--window-items N] [--buffer-tokens N] [--batch-tokens N]
+    python -m activation_store.maintenance.shuffle_quality STORE
+        [--window-items N] [--buffer-tokens N] [--batch-tokens N]
 
 Tokens of the same document have similar activations, so a batch with many tokens per document acts
 like a smaller batch.

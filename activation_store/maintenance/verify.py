@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from activation_store.consumers.cursors import CONSUMERS, consumer_names, read_state
-from activation_store.consumers.deletion_mark import WATERMARK, read_watermark
+from activation_store.consumers.deletion_mark import DELETION_MARK, read_deletion_mark
 from activation_store.errors import DAMAGE, MissingDataError
 from activation_store.format import commit_log
 from activation_store.format.header import METADATA, VALID_ROWS, StoreHeader
@@ -109,9 +109,9 @@ def _deleted(storage: Storage, damages: list[Damage]) -> int:
         except (FoundryError, OSError) as error:
             damages.append(Damage(f"{CONSUMERS}/{name}.json", str(error)))
     try:
-        return read_watermark(storage).below
+        return read_deletion_mark(storage).below
     except (FoundryError, OSError) as error:
-        damages.append(Damage(WATERMARK, str(error)))
+        damages.append(Damage(DELETION_MARK, str(error)))
         return 0
 
 
@@ -138,7 +138,7 @@ def _segment(
 ) -> dict[int, ItemRecord]:
     """Read the records of one segment, and check record files against the snapshot."""
     records: dict[int, ItemRecord] = {}
-    loose = commit_log.loose_items(storage, segment)
+    loose = commit_log.record_items(storage, segment)
     snapshot = commit_log.snapshot_name(segment)
     if storage.exists(snapshot):
         try:

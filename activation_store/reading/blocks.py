@@ -316,7 +316,7 @@ class ShuffledRows:
 
     def _read_staged(self, block: Block, span: _Span) -> LoadedBlock:
         """Read a block in chunk order, together with its permutation into stream order."""
-        names = [part for name in self.arrays for part in self.store.header.stored_as(name)]
+        names = [part for name in self.arrays for part in self.store.header.disk_arrays_of(name)]
         # Compute the order in parallel with the reads, which mostly wait for memory.
         tasks: list[Callable[[], NDArray[Any]]] = [
             partial(self._shuffle.row_order, block, *self._slice),
@@ -363,7 +363,7 @@ class ShuffledRows:
         out = self._empty(len(places), self.store.header.columns[name])
         # Copy as bytes: NumPy would hold the GIL while copying bfloat16 values.
         target = as_bytes(out).reshape(len(out), -1)
-        numbers, *scales = self.store.header.stored_as(name)
+        numbers, *scales = self.store.header.disk_arrays_of(name)
         scale = self._read_stored(scales[0], span) if scales else None
         own = span.own
 

@@ -178,7 +178,7 @@ class MixtureStream:
         stops = self.shares.rows_before(first + self.hi)
         try:
             gathered = [
-                part.join(_endless(part, start, stop)) if start < stop else None
+                part.join(_load_rows_forever(part, start, stop)) if start < stop else None
                 for part, start, stop in zip(self._parts, starts, stops, strict=True)
             ]
         except BaseException:
@@ -225,10 +225,10 @@ def check_mixture(stores: Sequence[Store], weights: Sequence[float], arrays: Seq
         raise ConfigError("weights", list(weights), f"one for each of {len(stores)} stores")
     Shares(weights)
     for store in stores:
-        _check_alike(stores[0], store, arrays)
+        _check_compatible(stores[0], store, arrays)
 
 
-def _endless(part: ShuffledRows, start: int, stop: int) -> list[LoadedRows]:
+def _load_rows_forever(part: ShuffledRows, start: int, stop: int) -> list[LoadedRows]:
     """Load rows [start, stop) of the endless stream over all epochs of a store."""
     staged: list[LoadedRows] = []
     n_tokens = part.store.n_tokens
@@ -240,7 +240,7 @@ def _endless(part: ShuffledRows, start: int, stop: int) -> list[LoadedRows]:
     return staged
 
 
-def _check_alike(first: Store, store: Store, arrays: Sequence[str]) -> None:
+def _check_compatible(first: Store, store: Store, arrays: Sequence[str]) -> None:
     """Check that `store` is finalised and has the same arrays as `first`."""
     if not store.finalised:
         raise IncompleteStoreError(

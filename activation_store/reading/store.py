@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from activation_store.codecs.int8 import Scaling, scaling
-from activation_store.consumers.deletion_mark import Watermark, deleted, read_watermark
+from activation_store.consumers.deletion_mark import DeletionMark, deleted_error, read_deletion_mark
 from activation_store.errors import DamagedDataError, IncompleteStoreError, MissingDataError
 from activation_store.format.commit_log import CommitLog, record_name
 from activation_store.format.header import METADATA, StoreHeader
@@ -94,9 +94,9 @@ class Store:
         self._scaling = {name: scaling(header, name) for name in quantised}
         self._lock = threading.Lock()
         self._shards: OrderedDict[tuple[str, int], OpenShard] = OrderedDict()
-        self._watermark = read_watermark(storage)
+        self._deletion_mark = read_deletion_mark(storage)
         self._commits = CommitLog(storage, header)
-        self._state = _take_in(storage, header, self._commits)
+        self._state = _build_state(storage, header, self._commits)
 
     @property
     def header(self) -> StoreHeader:
@@ -143,17 +143,17 @@ class Store:
         """
         with self._lock:
             self.refreshes += 1
-            self.read_watermark()
+            self.read_deletion_mark()
             if not self.finalised:
                 # Read the header before the log: the log of a finalised store is complete.
                 header = read_header(self._storage)
                 self._commits.refresh(header)
-                self._state = _take_in(self._storage, header, self._commits)
+                self._state = _build_state(self._storage, header, self._commits)
 
-    def read_watermark(self) -> Watermark:
+    def read_deletion_mark(self) -> DeletionMark:
         """Read from disk up to which item shards are deleted, and return it."""
-        self._watermark = read_watermark(self._storage)
-        return self._watermark
+        self._deletion_mark = read_deletion_mark(self._storage)
+        return self._deletion_mark
 
     def require_all(self, what: str) -> None:
         """Check that no rows are deleted, for an operation that needs all of them.
@@ -164,9 +164,9 @@ class Store:
         Raises:
             DeletedDataError: If any rows are deleted.
         """
-        mark = self.read_watermark()
+        mark = self.read_deletion_mark()
         if mark.below:
-            raise deleted(self._storage, what, mark)
+            raise deleted_error(self._storage, what, mark)
 
     def read(self, array: str, start: int, stop: int) -> NDArray[Any]:
         """Read logical rows [start, stop) of an array or sidecar.
@@ -190,7 +190,7 @@ class Store:
                 f"rows [{start}, {stop}) of {array!r} are out of range: {self.path} has "
                 f"{self.n_tokens} rows" + ("" if self.finalised else " committed so far")
             )
-        parts = [self._read_stored(name, start, stop) for name in self.header.stored_as(array)]
+        parts = [self._read_stored(name, start, stop) for name in self.header.disk_arrays_of(array)]
         if len(parts) == 1:
             return parts[0]
         dtype, shape = self._columns[array]
@@ -363,7 +363,7 @@ class Store:
 
     def _open(self, array: str, item: int, row: np.void) -> OpenShard:
         """Open a shard, unless it is deleted."""
-        if item >= self._watermark.below:
+        if item >= self._deletion_mark.below:
             committed = row[array]
             try:
                 return OpenShard(
@@ -376,9 +376,11 @@ class Store:
                 )
             except MissingDataError:
                 # The shard may have been deleted since the deletion mark was last read.
-                if item >= self.read_watermark().below:
+                if item >= self.read_deletion_mark().below:
                     raise
-        raise deleted(self._storage, f"item {item} of {array!r}", self._watermark) from None
+        raise deleted_error(
+            self._storage, f"item {item} of {array!r}", self._deletion_mark
+        ) from None
 
 
 def _with_rows(shard: OpenShard, chunks: list[tuple[int, int]], n_rows: int) -> list[Wanted]:
@@ -395,7 +397,7 @@ def _with_rows(shard: OpenShard, chunks: list[tuple[int, int]], n_rows: int) -> 
     return wanted
 
 
-def _take_in(storage: Storage, header: StoreHeader, commits: CommitLog) -> _State:
+def _build_state(storage: Storage, header: StoreHeader, commits: CommitLog) -> _State:
     """Build the state from the header and the commit log."""
     table = commits.contiguous()
     if header.finalised:

@@ -34,8 +34,8 @@ class ReadHandle(ABC):
         """
 
 
-class Held(ABC):
-    """A held harvest lock; see `claim.py`."""
+class HeldLock(ABC):
+    """A held harvest lock; see `harvest_lock.py`."""
 
     @abstractmethod
     def check(self) -> None:
@@ -164,8 +164,8 @@ class Storage(ABC):
         """
 
     @abstractmethod
-    def claim(self, run: str, who: str) -> Held:
-        """Take the harvest lock; see `claim.py`.
+    def harvest_lock(self, run: str, who: str) -> HeldLock:
+        """Take the harvest lock; see `harvest_lock.py`.
 
         Args:
             run: Name of the run, the same for all of its attempts, of which only one is alive.

@@ -12,8 +12,8 @@ from activation_store.errors import DamagedDataError, StoreFormatError
 if TYPE_CHECKING:
     from activation_store.storage.base import Storage
 
-_SEAL = b'{"crc32c":"%08x",'
-_SEAL_BYTES = len(_SEAL % 0)
+_CHECKSUM = b'{"crc32c":"%08x",'
+_CHECKSUM_BYTES = len(_CHECKSUM % 0)
 _LARGEST = 1 << 62
 
 
@@ -36,14 +36,14 @@ def parse_json(where: str, data: bytes) -> dict[str, Any]:
     return document
 
 
-def seal(document: dict[str, Any]) -> bytes:
+def dump_checksummed(document: dict[str, Any]) -> bytes:
     """Serialise to checksummed JSON, whose first key is the crc32c (hex) of all bytes after it."""
     rest = json.dumps(document, separators=(",", ":"), allow_nan=False).encode()[1:]
-    return _SEAL % crc32c(rest) + rest
+    return _CHECKSUM % crc32c(rest) + rest
 
 
-def unseal(where: str, data: bytes) -> dict[str, Any]:
-    """Parse checksummed JSON; the inverse of `seal`.
+def load_checksummed(where: str, data: bytes) -> dict[str, Any]:
+    """Parse checksummed JSON; the inverse of `dump_checksummed`.
 
     Args:
         where: Name of the file, for error messages.
@@ -53,13 +53,13 @@ def unseal(where: str, data: bytes) -> dict[str, Any]:
         DamagedDataError: If the checksum does not match.
         StoreFormatError: If `data` is not a JSON object.
     """
-    rest = data[_SEAL_BYTES:]
-    if data[:_SEAL_BYTES] != _SEAL % crc32c(rest):
+    rest = data[_CHECKSUM_BYTES:]
+    if data[:_CHECKSUM_BYTES] != _CHECKSUM % crc32c(rest):
         raise DamagedDataError(f"{where} fails its checksum; restore it from a backup")
     return parse_json(where, b"{" + rest)
 
 
-def read_sealed(storage: Storage, name: str, limit_bytes: int) -> dict[str, Any]:
+def read_checksummed(storage: Storage, name: str, limit_bytes: int) -> dict[str, Any]:
     """Read a checksummed JSON file.
 
     Raises:
@@ -67,7 +67,7 @@ def read_sealed(storage: Storage, name: str, limit_bytes: int) -> dict[str, Any]
         DamagedDataError: If the checksum does not match.
         StoreFormatError: If the file is larger than `limit_bytes`, or not a JSON object.
     """
-    return unseal(storage.where(name), storage.read(name, limit_bytes))
+    return load_checksummed(storage.where(name), storage.read(name, limit_bytes))
 
 
 def whole_numbers(where: str, document: dict[str, Any], keys: Sequence[str]) -> list[int]:

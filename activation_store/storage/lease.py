@@ -4,8 +4,8 @@
 
 The process that wrote the file with the highest number holds the lease. A file is only written if
 its number is free, so only one of several processes wins. The holder renews the lease by a
-heartbeat: it increases "beat" every `BEAT_S` seconds. Another process that sees no heartbeat for
-`STALE_S` seconds of its own clock writes the next number. If the old holder is still alive, it
+heartbeat: it increases "beat" every `HEARTBEAT_S` seconds. Another process that sees no heartbeat
+for `STALE_S` seconds of its own clock writes the next number. If the old holder is still alive, it
 notices the higher number at its next heartbeat and stops.
 """
 
@@ -19,19 +19,19 @@ import time
 from typing import Any
 
 from activation_store.errors import MissingDataError, StorageError, StoreBusyError, StoreFormatError
-from activation_store.storage.base import Held, Storage
+from activation_store.storage.base import HeldLock, Storage
 from activation_store.storage.checksummed_json import parse_json
 
-BEAT_S = 5.0
+HEARTBEAT_S = 5.0
 """Seconds between two heartbeats."""
 STALE_S = 40.0
 """Seconds without a heartbeat after which another run may take the lease over."""
-CLAIM = "_claim"
+HARVEST_LOCK = "_claim"
 _FILE_BYTES = 1 << 16
 _FILE = re.compile(r"(\d{9})\.json")
 
 
-class Lease(Held):
+class Lease(HeldLock):
     """A held lease; a background thread sends its heartbeats.
 
     Args:
@@ -48,25 +48,25 @@ class Lease(Held):
         self._storage = storage
         self._state: dict[str, Any] = {"run": run, "who": who, "beat": 0, "released": False}
         self._number = self._take()
-        self._lost_to: str | None = None
+        self._taken_over_by: str | None = None
         self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._keep, name="store-claim", daemon=True)
+        self._thread = threading.Thread(target=self._keep, name="store-harvest-lock", daemon=True)
         self._thread.start()
 
     def check(self) -> None:
         """Raise StoreBusyError if another process has taken the lease over."""
-        if self._lost_to is not None:
+        if self._taken_over_by is not None:
             raise StoreBusyError(
-                f"{self._storage.path} was taken over by {self._lost_to}, because this process "
-                f"sent no heartbeat for {STALE_S:g} s; committed items are kept; check that no "
-                "other harvest of the store is running, then rerun"
+                f"{self._storage.path} was taken over by {self._taken_over_by}, because this "
+                f"process sent no heartbeat for {STALE_S:g} s; committed items are kept; check "
+                "that no other harvest of the store is running, then rerun"
             )
 
     def release(self) -> None:
         """Stop the heartbeats and mark the lease as released."""
         self._stop.set()
         self._thread.join()
-        if self._lost_to is None:
+        if self._taken_over_by is None:
             # If this fails, the lease simply expires.
             with contextlib.suppress(StorageError):
                 self._put(released=True)
@@ -108,22 +108,24 @@ class Lease(Held):
                 )
             if time.monotonic() > deadline:
                 return
-            time.sleep(min(BEAT_S / 4, 1.0))
+            time.sleep(min(HEARTBEAT_S / 4, 1.0))
             found = _read(self._storage, number)
 
     def _keep(self) -> None:
         """Send heartbeats until the lease is released or lost; runs in the background thread."""
-        while not self._stop.wait(BEAT_S):
+        while not self._stop.wait(HEARTBEAT_S):
             try:
                 newest = _newest(self._storage)
                 if newest > self._number:
-                    self._lost_to = str(_read(self._storage, newest).get("who", "another run"))
+                    self._taken_over_by = str(
+                        _read(self._storage, newest).get("who", "another run")
+                    )
                     return
                 self._put()
             except StorageError:
                 continue  # the server is unreachable, so no other process can take the lease either
             except Exception as error:
-                self._lost_to = f"another process (assumed: heartbeat failed with {error!r})"
+                self._taken_over_by = f"another process (assumed: heartbeat failed with {error!r})"
                 return
 
     def _put(self, released: bool = False) -> None:
@@ -136,11 +138,11 @@ class Lease(Held):
 
 
 def _name(number: int) -> str:
-    return f"{CLAIM}/{number:09d}.json"
+    return f"{HARVEST_LOCK}/{number:09d}.json"
 
 
 def _numbers(storage: Storage) -> list[int]:
-    return [int(match[1]) for match in map(_FILE.fullmatch, storage.names(CLAIM)) if match]
+    return [int(match[1]) for match in map(_FILE.fullmatch, storage.names(HARVEST_LOCK)) if match]
 
 
 def _newest(storage: Storage) -> int:

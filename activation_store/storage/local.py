@@ -16,11 +16,11 @@ from pathlib import Path
 from activation_store.errors import MissingDataError, StoreBusyError, StoreFormatError
 from activation_store.storage import atomic_files
 from activation_store.storage.atomic_files import Bytes
-from activation_store.storage.base import Held, Parts, ReadHandle, Storage
+from activation_store.storage.base import HeldLock, Parts, ReadHandle, Storage
 from activation_store.threads import N_THREADS, run_all
 
-LOCK = "_lock"
-CLAIM = "_claim"
+COMMIT_LOCK = "_lock"
+HARVEST_LOCK = "_claim"
 _POLL_S = 0.02
 
 
@@ -149,7 +149,7 @@ class LocalStorage(Storage):
         """Hold the commit lock, a kernel lock on the file `_lock`."""
         # Open the file for each call: flock belongs to the open file, so threads of one process
         # exclude each other too.
-        fd = os.open(self.path / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        fd = os.open(self.path / COMMIT_LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         try:
             self._flock(fd, fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH, timeout_s)
             yield
@@ -174,9 +174,9 @@ class LocalStorage(Storage):
                     ) from None
             time.sleep(_POLL_S)
 
-    def claim(self, run: str, who: str) -> Held:
+    def harvest_lock(self, run: str, who: str) -> HeldLock:
         """Take the harvest lock, a kernel lock on the file `_claim`."""
-        fd = os.open(self.path / CLAIM, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        fd = os.open(self.path / HARVEST_LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -190,7 +190,7 @@ class LocalStorage(Storage):
         return _Flocked(fd)
 
 
-class _Flocked(Held):
+class _Flocked(HeldLock):
     """Kernel file lock; it cannot be taken over, and the kernel releases it if the process dies."""
 
     def __init__(self, fd: int) -> None:

@@ -34,7 +34,7 @@ from obstore.store import S3Store
 
 from activation_store.errors import MissingDataError, StorageError, StoreFormatError
 from activation_store.storage.atomic_files import STALE_S, Bytes
-from activation_store.storage.base import OBJECT_SCHEME, Held, Parts, ReadHandle, Storage
+from activation_store.storage.base import OBJECT_SCHEME, HeldLock, Parts, ReadHandle, Storage
 from activation_store.storage.lease import Lease
 from foundation.errors import ConfigError
 
@@ -230,7 +230,7 @@ class ObjectStorage(Storage):
         """Do nothing: object stores have no locks, and `is_stale` goes by age instead."""
         yield
 
-    def claim(self, run: str, who: str) -> Held:
+    def harvest_lock(self, run: str, who: str) -> HeldLock:
         """Take the harvest lock, which is a lease."""
         return Lease(self, run, who)
 

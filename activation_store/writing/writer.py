@@ -274,7 +274,7 @@ class StoreWriter:
         stored = dict(columns)
         for name in self.header.arrays:
             pair = scaling(self.header, name).quantise(columns[name])
-            stored |= dict(zip(self.header.stored_as(name), pair, strict=True))
+            stored |= dict(zip(self.header.disk_arrays_of(name), pair, strict=True))
         return stored
 
     def _same(self, i: int, n_rows: int, shards: Shards) -> ItemRecord:

@@ -52,7 +52,7 @@ def count_firings(
     counts = torch.zeros(sae.config.n_latents, dtype=torch.int64)
     sums = ReconstructionSums(sae.d_model)
     # Consumed items are deleted from the front: skip the rows of all items below the mark.
-    first = int(store.valid_rows[: store.read_watermark().below].sum())
+    first = int(store.valid_rows[: store.read_deletion_mark().below].sum())
     for start in range(first, store.n_tokens, ROWS_PER_READ):
         rows = store.read(array, start, min(start + ROWS_PER_READ, store.n_tokens))
         x = torch.from_numpy(rows.astype(np.float32)).to(sae.b_dec.device)

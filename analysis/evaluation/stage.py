@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from conf.schema.run import RunConfig
     from sae_core import SAE
 
-SAME_TEXT = (
+SPLIT_PROVENANCE_KEYS = (
     "weights_sha256",
     "tokenizer_sha256",
     "dataset_sha256",
@@ -105,7 +105,7 @@ def run(config: RunConfig, run_dir: Path) -> None:
 
 def _evaluate(evaluation: Evaluation) -> tuple[dict[str, Any], list[int], int]:
     """Return the metrics, each latent's number of firings, and the number of rows counted."""
-    reason = _why_not_heldout(evaluation)
+    reason = _no_heldout_reason(evaluation)
     firings = _count_firings(evaluation, with_errors=reason is not None)
     if reason is None:
         measured = _spliced(evaluation, firings)
@@ -125,7 +125,7 @@ def _evaluate(evaluation: Evaluation) -> tuple[dict[str, Any], list[int], int]:
     return metrics, firings.counts.tolist(), firings.sums.rows
 
 
-def _why_not_heldout(evaluation: Evaluation) -> str | None:
+def _no_heldout_reason(evaluation: Evaluation) -> str | None:
     """Return the reason why this store has no held-out text under this config, or None if it has.
 
     Rows that were mixed in are checked as well: they must not come from the held-out text.
@@ -139,17 +139,17 @@ def _why_not_heldout(evaluation: Evaluation) -> str | None:
 
     cache_dir = Path(config.cache_dir).expanduser()
     wanted = describe(config, load_tokenizer(config.model, cache_dir), cache_dir)
-    found = differences(provenance, {key: wanted[key] for key in SAME_TEXT})
+    found = differences(provenance, {key: wanted[key] for key in SPLIT_PROVENANCE_KEYS})
     if found:
         return f"the store was harvested with other settings ({'; '.join(found)})"
     for path in config.store.paths[1:]:
-        reason = _may_hold(path, wanted)
+        reason = _contamination_reason(path, wanted)
         if reason is not None:
             return reason
     return None
 
 
-def _may_hold(path: str, wanted: dict[str, Any]) -> str | None:
+def _contamination_reason(path: str, wanted: dict[str, Any]) -> str | None:
     """Return the reason why the mixed-in store may contain held-out text, or None if it does not.
 
     A store of another text does not. Neither does one of the same text with the same split.
@@ -162,7 +162,7 @@ def _may_hold(path: str, wanted: dict[str, Any]) -> str | None:
         return f"the provenance of the mixed-in store {path} names no text"
     if text != wanted["dataset_sha256"]:
         return None
-    found = differences(provenance, {key: wanted[key] for key in SAME_TEXT})
+    found = differences(provenance, {key: wanted[key] for key in SPLIT_PROVENANCE_KEYS})
     if not found:
         return None
     return (

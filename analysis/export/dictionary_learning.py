@@ -32,7 +32,7 @@ def write_dictionary_learning(sae: StoredSAE, source: Source, folder: Path) -> N
     """
     folder.mkdir(parents=True)
     path = folder / "ae.pt"
-    entries = _laid_out(path, sae)
+    entries = _create_layout(path, sae)
     fd = os.open(path, os.O_WRONLY)
     try:
         for name, value in (
@@ -50,11 +50,11 @@ def write_dictionary_learning(sae: StoredSAE, source: Source, folder: Path) -> N
             write_columns_at(fd, entries["decoder.weight"], first, rows)
     finally:
         os.close(fd)
-    _correct_sums(path)
+    _rewrite_checksums(path)
     write_json(folder / "config.json", dictionary_learning_config(sae, source))
 
 
-def _laid_out(path: Path, sae: StoredSAE) -> dict[str, Entry]:
+def _create_layout(path: Path, sae: StoredSAE) -> dict[str, Entry]:
     """Create the file with its full size and return the dtype, shape and offset of each tensor."""
     n_latents, width = sae.config.n_latents, sae.d_model
     with FakeTensorMode():
@@ -77,7 +77,7 @@ def _laid_out(path: Path, sae: StoredSAE) -> dict[str, Entry]:
     }
 
 
-def _correct_sums(path: Path) -> None:
+def _rewrite_checksums(path: Path) -> None:
     """Replace the CRC-32 checksums in the archive, which were computed before the data was written.
 
     torch ignores them, but any other zip reader would report the file as damaged.

@@ -20,13 +20,13 @@ def run(config: RunConfig, run_dir: Path) -> None:
     from analysis.export.dictionary_learning import write_dictionary_learning
     from analysis.export.saelens import write_saelens
     from analysis.export.sparsify import write_sparsify
-    from analysis.origin import as_trained, source_of
+    from analysis.origin import source_of, with_stored_provenance
     from cluster.run_folder.contents import read_optional_json
     from foundation.atomic_files import replaced_folder
     from sae_core.checkpoint.stored_sae import open_sae
 
     sae = open_sae(run_dir, verify_hashes=config.checkpoint.verify_hashes)
-    config = as_trained(config)
+    config = with_stored_provenance(config)
     source = source_of(config, sae)
     metrics = read_optional_json(run_dir / "eval" / "metrics.json")
     with replaced_folder(run_dir / "export") as folder:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from analysis.origin import as_trained
+from analysis.origin import with_stored_provenance
 
 if TYPE_CHECKING:
     from conf.schema.run import RunConfig
@@ -24,6 +24,6 @@ def run(config: RunConfig, run_dir: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     page = folder / "index.html"
     temporary = page.with_name(".index.html.tmp")
-    temporary.write_text(render(as_trained(config), run_dir), encoding="utf-8")
+    temporary.write_text(render(with_stored_provenance(config), run_dir), encoding="utf-8")
     temporary.replace(page)
     print(f"report: {page}")

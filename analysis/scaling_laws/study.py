@@ -25,9 +25,9 @@ from analysis.scaling_laws.laws import (
 
 Array = NDArray[np.float64]
 
-LEAST_CELLS = {FLOOR_LAW.name: 4, JOINT_LAW.name: 8, TOKENS_LAW.name: 3, COMPUTE_LAW.name: 4}
+MIN_CELLS = {FLOOR_LAW.name: 4, JOINT_LAW.name: 8, TOKENS_LAW.name: 3, COMPUTE_LAW.name: 4}
 """Law name -> cells that it requires: more than it has coefficients."""
-LEAST_SIZES = 3
+MIN_SIZES = 3
 """Different n that every law requires; for L(n, k) also different k, for L(C) frontier cells."""
 
 
@@ -164,7 +164,7 @@ class _Fitter:
         """Fit T(n) to the tokens at which the loss of each cell had converged."""
         reached = [(cell, converged[cell.name]) for cell in cells]
         known = [(cell, tokens) for cell, tokens in reached if tokens is not None]
-        if len(known) < len(cells) and len(known) < LEAST_CELLS[TOKENS_LAW.name]:
+        if len(known) < len(cells) and len(known) < MIN_CELLS[TOKENS_LAW.name]:
             raise _TooFew(
                 f"convergence was measured for only {len(known)} of {len(cells)} cells: it must "
                 "fall after the first 5% and within the first 80% of the tokens at the constant "
@@ -190,8 +190,8 @@ class _Fitter:
             raise _TooFew("no cell was trained beyond its warm-up")
         envelope, owner = frontier(curves)
         on_it = len(np.unique(owner))
-        if on_it < LEAST_SIZES:
-            raise _TooFew(f"{on_it} cells lie on the frontier, expected at least {LEAST_SIZES}")
+        if on_it < MIN_SIZES:
+            raise _TooFew(f"{on_it} cells lie on the frontier, expected at least {MIN_SIZES}")
         x = envelope.x[:, None]
         # Points from the same cell share its noise, so they are resampled as one group.
         found = self._fit(COMPUTE_LAW, k, x, envelope.y, groups=owner)
@@ -252,10 +252,10 @@ def _require(law: Law, cells: Sequence[Cell]) -> None:
     # joint law requires different points of the (n, k) grid.
     grid = {(cell.n_latents, cell.k) for cell in cells}
     n_cells = len(grid) if law is JOINT_LAW else len(cells)
-    least = LEAST_CELLS[law.name]
+    least = MIN_CELLS[law.name]
     if n_cells < least:
         raise _TooFew(f"{n_cells} cells, expected at least {least}")
-    if len(sizes) < LEAST_SIZES:
-        raise _TooFew(f"{len(sizes)} different n, expected at least {LEAST_SIZES}")
-    if law is JOINT_LAW and len(ks) < LEAST_SIZES:
-        raise _TooFew(f"{len(ks)} different k, expected at least {LEAST_SIZES}")
+    if len(sizes) < MIN_SIZES:
+        raise _TooFew(f"{len(sizes)} different n, expected at least {MIN_SIZES}")
+    if law is JOINT_LAW and len(ks) < MIN_SIZES:
+        raise _TooFew(f"{len(ks)} different k, expected at least {MIN_SIZES}")

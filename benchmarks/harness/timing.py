@@ -89,7 +89,7 @@ class PeakMemory:
     """The result; None before the block ends, and on systems other than Linux."""
 
     def __enter__(self) -> PeakMemory:
-        _give_back_freed()
+        _trim_heap()
         self._before = _status_bytes("VmRSS")
         _reset_peak()
         return self
@@ -100,7 +100,7 @@ class PeakMemory:
             self.bytes = max(peak - self._before, 0)
 
 
-def _give_back_freed() -> None:
+def _trim_heap() -> None:
     if platform.libc_ver()[0] == "glibc":
         ctypes.CDLL(None).malloc_trim(0)
 

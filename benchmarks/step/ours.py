@@ -333,4 +333,4 @@ class PlainTrainer:
         out.loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
-        self.sae.note_fired(out.fired, self.batch_tokens, self.optimizer.found_inf)
+        self.sae.update_tokens_since_fired(out.fired, self.batch_tokens, self.optimizer.found_inf)

@@ -1,4 +1,4 @@
-"""Time one peer's own training step. Runs inside `.venv-peers`; `benchmarks.harness.peers` calls it.
+"""Time one peer's own training step. Runs inside `.venv-peers`.
 
 The step is entirely the peer's own code: its trainer's forward, loss, backward, clipping,
 optimiser, schedule, decoder normalisation and dead-latent bookkeeping. Adam is switched to torch's

@@ -20,7 +20,7 @@ from foundation.atomic_files import write_json
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from activation_store import Claim, StoreWriter
+    from activation_store import HarvestLock, StoreWriter
     from cluster.harvest.items import ItemPlan
     from cluster.harvest.worker_pool import WorkerPool
     from conf.schema.run import RunConfig
@@ -35,7 +35,7 @@ class HarvestJob:
     store: str
     plan: ItemPlan
     provenance: dict[str, Any]
-    claim: Claim
+    harvest_lock: HarvestLock
     """This run's harvest lock on the store. Taken before the first item; the caller of `prepare`
     releases it."""
     resuming: bool
@@ -67,7 +67,7 @@ def run(config: RunConfig, run_dir: Path) -> None:
     """
     job = prepare(config, run_dir)
     if job is not None:
-        with job.claim:
+        with job.harvest_lock:
             fill(job)
 
 
@@ -94,7 +94,7 @@ def prepare(
     """
     from rich.console import Console
 
-    from activation_store import Claim
+    from activation_store import HarvestLock
     from cluster.harvest.items import plan_items
     from cluster.language_model.contexts import prepare_contexts
     from cluster.language_model.loading import load_tokenizer
@@ -119,8 +119,10 @@ def prepare(
             f"harvest: the text yields only {plan.n_rows:,} rows, fewer than data.tokens="
             f"{config.data.tokens:,}; storing all of them"
         )
-    claim = Claim(path, consumer_name(config, run_dir))
-    return HarvestJob(config, run_dir, path, plan, provenance, claim, bool(existing), console, live)
+    harvest_lock = HarvestLock(path, consumer_name(config, run_dir))
+    return HarvestJob(
+        config, run_dir, path, plan, provenance, harvest_lock, bool(existing), console, live
+    )
 
 
 def fill(job: HarvestJob, may_start: MayStart = lambda _: True) -> None:
@@ -144,7 +146,7 @@ def _fill(job: HarvestJob, may_start: MayStart) -> dict[str, Any]:
 
     config = job.config
     if job.resuming:
-        job.claim.take()  # fail before Ray and the workers are started
+        job.harvest_lock.acquire()  # fail before Ray and the workers are started
     started = time.monotonic()
     shards = config.model.shards
     with ray_session(config.cluster, min_cpus=config.cluster.harvest_workers * shards):
@@ -160,7 +162,7 @@ def _fill(job: HarvestJob, may_start: MayStart) -> dict[str, Any]:
         )
         with WorkerPool(spec, n_workers, config.cluster) as pool:
             writer = StoreWriter(job.store) if job.resuming else _create(job, pool)
-            job.claim.take()
+            job.harvest_lock.acquire()
             rows = _run_items(job, pool, writer, may_start)
         writer.finalise()
     seconds = time.monotonic() - started
@@ -224,13 +226,15 @@ def _run_items(job: HarvestJob, pool: WorkerPool, writer: StoreWriter, may_start
     rows = 0
     finished = 0
 
-    def may_go_on(item: int | None) -> bool:
-        job.claim.check()  # stop writing as soon as another run holds the harvest lock
+    def check_and_may_start(item: int | None) -> bool:
+        job.harvest_lock.check()  # stop writing as soon as another run holds the harvest lock
         return may_start(item)
 
     started = time.monotonic()
     with ProgressLine(job.console, live=job.live) as line:
-        for new_rows in pool.run(((item, plan.contexts(item)) for item in todo), may_go_on):
+        for new_rows in pool.run(
+            ((item, plan.contexts(item)) for item in todo), check_and_may_start
+        ):
             if new_rows is not None:
                 rows += new_rows
                 finished += 1

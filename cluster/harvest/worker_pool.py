@@ -102,7 +102,7 @@ class WorkerPool:
         upcoming = next(queue, None)
         free = deque(self.workers * self._in_flight)  # one entry for each free place of a worker
         pending: dict[Any, tuple[Any, Work]] = {}  # task -> its worker and its item
-        patience = _Patience(self._placement_timeout_s)
+        patience = _StallTimeout(self._placement_timeout_s)
         finished: set[int] = set()
         starts = self._starts()
         while True:
@@ -131,7 +131,7 @@ class WorkerPool:
                     finished.add(item)
                     yield rows
             if not done:
-                self._refuse_endless_restarts(starts)
+                self._check_restarts(starts)
                 if patience.lost():
                     # A frozen worker never answers, and one whose node is lost may never be
                     # placed again. Give their items to idle workers as well: two workers may
@@ -151,7 +151,7 @@ class WorkerPool:
             try:
                 return ray.get(task, timeout=POLL_S)
             except ray.exceptions.GetTimeoutError:
-                self._refuse_endless_restarts(starts)
+                self._check_restarts(starts)
             except ray.exceptions.RayTaskError as error:
                 # Raise the worker's own error: Ray's wrapper repeats the traceback in its text.
                 raise error.cause from error
@@ -160,7 +160,7 @@ class WorkerPool:
         """Return how often workers have started so far, restarts included."""
         return sum(1 for _ in self._spec.starts_dir.iterdir())
 
-    def _refuse_endless_restarts(self, starts_at_last_progress: int) -> None:
+    def _check_restarts(self, starts_at_last_progress: int) -> None:
         starts = self._starts() - starts_at_last_progress
         if starts > STARTS_WITHOUT_PROGRESS * len(self.workers):
             raise ClusterError(
@@ -169,7 +169,7 @@ class WorkerPool:
             )
 
 
-class _Patience:
+class _StallTimeout:
     """A timeout for stalled items that adapts to how long items take.
 
     It runs out after three times the longest wait for a finished item so far, and not before

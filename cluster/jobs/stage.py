@@ -43,7 +43,7 @@ def run(config: RunConfig, run_dir: Path, overrides: list[str]) -> None:
         text = _RENDER[config.submit.scheduler](
             config.submit,
             config.name,
-            _command(config.submit, _elsewhere(config, overrides)),
+            _command(config.submit, _arguments_in_container(config, overrides)),
             config.checkpoint.grace_s,
         )
         path.write_text(text, encoding="utf-8")
@@ -62,7 +62,7 @@ def run(config: RunConfig, run_dir: Path, overrides: list[str]) -> None:
     with open_run(config):
         pass
     folder.mkdir(exist_ok=True)
-    command = _command(config.submit, _for_the_job(config, overrides))
+    command = _command(config.submit, _arguments_on_shared_folders(config, overrides))
     job, follow = _SUBMIT[config.submit.scheduler](config.submit, config.name, run_dir, command)
     console.print(f"submit: job {job}")
     console.print(f"follow it with: python launch.py stage=status name={config.name}; {follow}")
@@ -78,7 +78,7 @@ def _command(config: SubmitConfig, arguments: list[str]) -> list[str]:
     return [*start, *(["cluster=join"] if joins else []), *arguments]
 
 
-def _for_the_job(config: RunConfig, overrides: list[str]) -> list[str]:
+def _arguments_on_shared_folders(config: RunConfig, overrides: list[str]) -> list[str]:
     """Return the job's arguments for a job that sees this machine's folders."""
     places = {"runs_dir": str(Path(config.runs_dir).expanduser().resolve())}
     if config.submit.scheduler == "ray" and config.submit.working_dir is not None:
@@ -108,7 +108,7 @@ def _quoted(text: str) -> str:
     return f'"{escaped}"'
 
 
-def _elsewhere(config: RunConfig, overrides: list[str]) -> list[str]:
+def _arguments_in_container(config: RunConfig, overrides: list[str]) -> list[str]:
     """Return the job's arguments for a container, with runs and caches on the mounted volume."""
     for override in overrides:
         if override.startswith("--config-dir="):

@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 _TIMEOUT_S = 600
 """Time limit for one collective; if a member is frozen for longer, the group ends."""
 _POLL_S = 0.2
-_LAST_WORDS_S = 5.0
+_REPORT_TIMEOUT_S = 5.0
 """Time that rank 0 has to report the error itself after a member has died."""
 _DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG of prctl(2)
 
@@ -111,7 +111,7 @@ class ModelShards:
             raise
 
     def capture(self, input_ids: NDArray[np.int64]) -> dict[str, Tensor]:
-        """Return the outputs of the config's hookpoints; see `cluster.language_model.hooks.capture`.
+        """Return the outputs of the config's hookpoints; see `hooks.capture`.
 
         Args:
             input_ids: [contexts, context_tokens] int64.
@@ -131,7 +131,7 @@ class ModelShards:
                 member.stdin.flush()
             outputs = _capture(self._model, self._hookpoints, input_ids, self._device)
             if not self._checked:
-                _require_whole(outputs)
+                _require_complete_outputs(outputs)
                 self._checked = True
         except (RuntimeError, BrokenPipeError) as error:
             self._leave_if_broken(error)
@@ -164,7 +164,7 @@ class ModelShards:
         """End the group once a member has died, as a collective might wait for it forever."""
         while not self._member_is_gone():
             time.sleep(_POLL_S)
-        time.sleep(_LAST_WORDS_S)
+        time.sleep(_REPORT_TIMEOUT_S)
         self._leave("a process of the group died")
 
     def _leave_if_broken(self, error: Exception) -> None:
@@ -218,7 +218,7 @@ def _capture(
     return capture(model, hookpoints, torch.from_numpy(input_ids).to(device))
 
 
-def _require_whole(outputs: dict[str, Tensor]) -> None:
+def _require_complete_outputs(outputs: dict[str, Tensor]) -> None:
     """Check that every rank holds the complete output of each hookpoint.
 
     All ranks must call this together, and all of them raise or none.
@@ -268,7 +268,7 @@ def _follow(member: dict[str, Any]) -> None:
         input_ids = np.frombuffer(data, dtype=np.int64).reshape(contexts, tokens).copy()
         outputs = _capture(model, cfg.hookpoints, input_ids, device)
         if not checked:
-            _require_whole(outputs)
+            _require_complete_outputs(outputs)
             checked = True
 
 

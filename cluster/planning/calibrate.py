@@ -63,7 +63,7 @@ def main() -> None:
 @torch.no_grad()
 def _rates() -> tuple[Rates, str, float]:
     """Return the rates of the stock kernels, the prefilter that they use, and bfloat16 FLOP/s."""
-    rehearsal = _Rehearsal()
+    rehearsal = _MeasuredStep()
     # The first round is dropped: it also pays for the first touch of the memory.
     rounds = [rehearsal.step() for _ in range(1 + _ROUNDS)][1:]
     taken = {part: statistics.median(one[part] for one in rounds) for part in rounds[0]}
@@ -90,7 +90,7 @@ def _rates() -> tuple[Rates, str, float]:
     return rates, rehearsal.prefilter, flops
 
 
-class _Rehearsal:
+class _MeasuredStep:
     """The kernels of a training step, run in the order of a step and timed one by one.
 
     If each kernel was repeated on its own, it would find its data in a cache; in a real step the

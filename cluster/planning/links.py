@@ -73,7 +73,7 @@ def collectives(work: Work) -> dict[str, list[Collective]]:
 
 
 def _selection(what: str, rows: int, width: int, n_ranks: int) -> list[Collective]:
-    """Return the calls of one top-k selection over the latent group (`sae_core.distributed.global_topk`)."""
+    """Return the calls of one top-k selection over the latent group (`global_topk`)."""
     largest = -(-rows // n_ranks)
     thresholds = _KEY_BYTES * largest * (n_ranks - 1)
     keys = sent_bytes(rows, width, n_ranks, 0) - thresholds

@@ -129,11 +129,11 @@ def best_layout(found: list[Layout], config: RunConfig) -> Layout:
             f"sae.n_latents={config.sae.n_latents}",
         )
     if not found[0].fits:
-        raise cannot_fit(min(found, key=lambda layout: layout.needed_bytes), config)
+        raise too_large_error(min(found, key=lambda layout: layout.needed_bytes), config)
     return found[0]
 
 
-def cannot_fit(layout: Layout, config: RunConfig) -> ConfigError:
+def too_large_error(layout: Layout, config: RunConfig) -> ConfigError:
     """Return the error for a layout that is too large; its remedy depends on the largest part."""
     need = layout.needed_bytes / GIB
     room = _ROOM * layout.limit_bytes / GIB

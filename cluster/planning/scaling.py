@@ -26,11 +26,11 @@ def weak_scaling(config: RunConfig, d_model: int, hardware: Hardware) -> list[Si
     """
     planned = plan_layout(config, d_model, hardware, config.parallel)
     share_s = compute_seconds(planned.phases)
-    ranks = config.plan.simulate_ranks or [n for n in _RANKS if _can_be(config, n)]
+    ranks = config.plan.simulate_ranks or [n for n in _RANKS if _is_scalable(config, n)]
     return [_at(config, d_model, hardware, n, share_s) for n in ranks]
 
 
-def _can_be(config: RunConfig, n_ranks: int) -> bool:
+def _is_scalable(config: RunConfig, n_ranks: int) -> bool:
     try:
         grown(config, n_ranks)
     except ConfigError:

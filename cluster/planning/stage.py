@@ -12,10 +12,10 @@ from rich.table import Table
 from cluster.planning import tables
 from cluster.planning.hardware import GIB, Hardware
 from cluster.planning.local import planned_hardware
-from cluster.planning.mesh_search import Layout, best_layout, cannot_fit, layouts, plan_layout
+from cluster.planning.mesh_search import Layout, best_layout, layouts, plan_layout, too_large_error
 from cluster.planning.scaling import weak_scaling
 from cluster.planning.storage import read_bytes_per_rank, store_bytes_total
-from cluster.training.store_checks import others
+from cluster.training.store_checks import mixed_in_stores
 from conf.schema.run import RunConfig
 from foundation.errors import ConfigError
 
@@ -33,7 +33,7 @@ def run(config: RunConfig, run_dir: Path) -> None:
     alone = config.stage == "plan"
     if not alone:
         # Training would refuse these stores only after a long harvest, so check them now.
-        others(config, config.sae.hookpoint or config.model.hookpoints[0])
+        mixed_in_stores(config, config.sae.hookpoint or config.model.hookpoints[0])
     hardware = planned_hardware(config, measure=alone)
     show = Console().print
     if config.plan.n_gpus is None or not alone:  # a pipeline trains on the mesh of parallel.*
@@ -48,7 +48,7 @@ def run(config: RunConfig, run_dir: Path) -> None:
     if alone:
         _show_details(config, layout, hardware)
     if config.cluster.address is None and not layout.fits:
-        raise cannot_fit(layout, config)
+        raise too_large_error(layout, config)
     _check_disk(config, store_bytes_total(config, d_model))
     if alone and config.plan.simulate:
         rows = weak_scaling(config, d_model, hardware)

@@ -18,7 +18,7 @@ from foundation.errors import ConfigError
 _MAX_CONFIG_BYTES = 1 << 20
 _MAX_DEPTH = 16
 
-MAY_CHANGE = (
+CHANGEABLE_KEYS = (
     "stage",
     "runs_dir",
     "cache_dir",
@@ -111,7 +111,7 @@ def forbidden_changes(old: RunConfig, new: RunConfig) -> dict[str, tuple[Any, An
 
 
 def _may_change(key: str) -> bool:
-    return any(key == free or key.startswith(f"{free}.") for free in MAY_CHANGE)
+    return any(key == free or key.startswith(f"{free}.") for free in CHANGEABLE_KEYS)
 
 
 def _flat(config: RunConfig) -> dict[str, Any]:

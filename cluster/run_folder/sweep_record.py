@@ -39,16 +39,16 @@ def read_record(run_dir: Path) -> Record | None:
         return Record(FAILED, f"{RECORD} is not readable: {error}")
 
 
-def forget(run_dir: Path) -> None:
+def clear_record(run_dir: Path) -> None:
     """Clear the cell's record, because the cell is about to be trained by itself."""
     (run_dir / RECORD).unlink(missing_ok=True)
 
 
-def forget_failure(run_dir: Path) -> None:
+def clear_failure(run_dir: Path) -> None:
     """Clear the record of a failed cell, so that it is tried again.
 
     The record of a cell that diverged is kept, because it would diverge again.
     """
     record = read_record(run_dir)
     if record is not None and record.state == FAILED:
-        forget(run_dir)
+        clear_record(run_dir)

@@ -15,7 +15,7 @@ _ONCE = ("process", "loader", "loader, pinned")
 """Parts of a rank's memory that exist once, however many SAEs train on the stream."""
 
 
-def cohorts(cells: dict[str, RunConfig], size: int) -> list[list[str]]:
+def training_groups(cells: dict[str, RunConfig], size: int) -> list[list[str]]:
     """Return the cells' names in training groups of at most `size`.
 
     Each group makes a pass over the store.

@@ -2,7 +2,7 @@
 
 A cell of the grid is an ordinary run with the folder `<sweep>/<cell>/`. Training it alone with
 `stage=train` gives the same bits, and evaluate, export, status and fit work on it. Finished cells
-are skipped. If a cell fails, the reason is written to its folder (`cluster.run_folder.sweep_record`) and the
+are skipped. If a cell fails, the reason is written to its folder (`sweep_record.py`) and the
 others continue.
 """
 
@@ -17,11 +17,11 @@ from rich.console import Console
 from cluster.errors import RankFailedError, SweepFailedError
 from cluster.ray_session import ray_session
 from cluster.run_folder.lock import open_run, wait_for_old_ranks
-from cluster.run_folder.sweep_record import FAILED, forget_failure, read_record, write_record
-from cluster.sweep.groups import cohorts, group_size
+from cluster.run_folder.sweep_record import FAILED, clear_failure, read_record, write_record
+from cluster.sweep.groups import group_size, training_groups
 from cluster.sweep.table import DONE, SweepTable
 from cluster.training.stage import finished
-from cluster.training.store_checks import check_store, warn_of_a_poor_shuffle
+from cluster.training.store_checks import check_store, warn_if_poorly_shuffled
 from cluster.training.supervisor import train_ranks
 from conf.schema.run import RunConfig
 from conf.sweep_cells import cells_of
@@ -52,19 +52,19 @@ def _train(config: RunConfig, run_dir: Path, cells: dict[str, RunConfig], consol
     wait_for_old_ranks(run_dir)
     for name in cells:
         wait_for_old_ranks(run_dir / name)
-        forget_failure(run_dir / name)
+        clear_failure(run_dir / name)
     table = SweepTable(run_dir, cells, console)
     todo = {name: cell for name, cell in cells.items() if _is_open(run_dir / name, cell)}
     for name, cell in cells.items():
         if name not in todo and finished(cell, run_dir / name):
             table.set_state(name, DONE)
-    groups = cohorts(todo, group_size(config, todo)) if todo else []
+    groups = training_groups(todo, group_size(config, todo)) if todo else []
     console.print(
         f"sweep: {len(cells)} cells, {len(cells) - len(todo)} of them finished or stopped before, "
         f"{len(groups)} passes over the store"
     )
     if todo:
-        warn_of_a_poor_shuffle(next(iter(todo.values())), console)
+        warn_if_poorly_shuffled(next(iter(todo.values())), console)
         with ray_session(config.cluster, min_cpus=1):
             for names in groups:
                 _train_group(run_dir, {name: cells[name] for name in names}, table)

@@ -21,7 +21,7 @@ from cluster.run_folder.files import COSTS, consumer_name
 from cluster.run_folder.sweep_record import write_record
 from cluster.training.metric_sinks import MetricSinks
 from cluster.training.mixture_source import MixtureSource
-from cluster.training.shared_reads import RowShare
+from cluster.training.shared_reads import SharedReads
 from cluster.training.store_checks import check_store, require_finite
 from cluster.training.store_cursor import RunCursor
 from cluster.training.store_source import WAIT_TIMEOUT_S, StoreSource
@@ -33,8 +33,8 @@ from foundation.errors import ConfigError, FoundryError
 from sae_core.checkpoint import agreed_checkpoint
 from sae_core.distributed.mesh import Mesh
 from sae_core.errors import DivergedError, NonFiniteLossError, SAEError
-from sae_core.training.lockstep import Outcome, train_together
-from sae_core.training.shared_source import FanOut
+from sae_core.training.lockstep import Outcome, train_in_lockstep
+from sae_core.training.shared_source import SharedSource
 from sae_core.training.trainer import Trainer
 
 
@@ -121,17 +121,17 @@ def train_members(
         outcomes: dict[int, Outcome] = {}
         # Each trainer that is ready counts as progress: setting up many takes longer than one.
         watchdog.waits = lambda: source.waits + len(trainers) + len(outcomes)
-        _make_ready(
-            members, mesh, FanOut(source, device), array, stop_requested, trainers, outcomes
+        _create_trainers(
+            members, mesh, SharedSource(source, device), array, stop_requested, trainers, outcomes
         )
         watchdog.waits = lambda: source.waits + sum(t.saver.waits for t in trainers.values())
-        watchdog.training_begins(lambda: sum(trainer.step for trainer in trainers.values()))
+        watchdog.start_training(lambda: sum(trainer.step for trainer in trainers.values()))
         indices = list(trainers)
-        ended = train_together(
+        ended = train_in_lockstep(
             list(trainers.values()), lambda i, error: members[indices[i]].record(error)
         )
         outcomes |= dict(zip(indices, ended, strict=True))
-        _look_for_the_cause(outcomes, store, array)
+        _check_rows_after_nan(outcomes, store, array)
         for index, trainer in trainers.items():
             if members[index].sinks is not None:
                 write_json(members[index].run_dir / COSTS, trainer.costs)
@@ -144,10 +144,10 @@ def train_members(
         source.close()
 
 
-def _make_ready(
+def _create_trainers(
     members: list[Member],
     mesh: Mesh,
-    fan_out: FanOut,
+    shared_source: SharedSource,
     array: str,
     stop_requested: Callable[[], bool],
     trainers: dict[int, Trainer],
@@ -165,7 +165,7 @@ def _make_ready(
             trainer = Trainer(
                 replace(config.trainer, sae=replace(config.sae, hookpoint=array)),
                 mesh,
-                fan_out.view(),
+                shared_source.view(),
                 checkpoints,
                 config.seed,
                 report=member.report,
@@ -182,7 +182,7 @@ def _make_ready(
             # Errors of config, checkpoint or sample are raised on all ranks alike.
             member.record(error)
             outcomes[index] = Outcome(False, error)
-    fan_out.forget_sample()
+    shared_source.clear_sample()
 
 
 def _source(
@@ -199,7 +199,7 @@ def _source(
         config.store.buffer_tokens,
         device,
     )
-    share, order_seed = RowShare.of(mesh, config.train.timeout_s), config.store.order_seed
+    share, order_seed = SharedReads.for_mesh(mesh, config.train.timeout_s), config.store.order_seed
     if config.store.mixture:
         stores = [store, *map(open_store, config.store.paths[1:])]
         weights = config.store.weights
@@ -228,7 +228,7 @@ def _cursor(member: Member, source: StoreSource) -> RunCursor | None:
     return cursor
 
 
-def _look_for_the_cause(outcomes: dict[int, Outcome], store: Store, array: str) -> None:
+def _check_rows_after_nan(outcomes: dict[int, Outcome], store: Store, array: str) -> None:
     """Check the store for non-finite rows if a loss was not finite.
 
     Rows that were harvested after training started have not been checked yet. An error that names

@@ -8,18 +8,18 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-from cluster.training.watchdog import HUNG, LAST_WORDS_S
+from cluster.training.watchdog import EXIT_DELAY_S, HUNG
 
-_MARGIN_S = 3 * LAST_WORDS_S
+_MARGIN_S = 3 * EXIT_DELAY_S
 """Seconds that the driver waits beyond a rank's own watchdog, so that the rank can report first."""
 
 
-def pulse_file(run_dir: Path, rank: int) -> Path:
+def heartbeat_file(run_dir: Path, rank: int) -> Path:
     """Return the path of a rank's heartbeat file."""
-    return run_dir / "logs" / f"rank-{rank}.pulse"
+    return run_dir / "logs" / f"rank-{rank}.heartbeat"
 
 
-class Pulses:
+class Heartbeats:
     """Heartbeats of one group of ranks. The files of an earlier group are removed.
 
     Args:
@@ -29,7 +29,7 @@ class Pulses:
     """
 
     def __init__(self, run_dir: Path, n_ranks: int, timeout_s: float) -> None:
-        self._files = [pulse_file(run_dir, rank) for rank in range(n_ranks)]
+        self._files = [heartbeat_file(run_dir, rank) for rank in range(n_ranks)]
         for file in self._files:
             file.unlink(missing_ok=True)
         self._limit_s = timeout_s + _MARGIN_S
@@ -39,7 +39,7 @@ class Pulses:
         """Return the ranks whose heartbeat has stopped."""
         # Compare times of this machine's clock only: the clocks of other machines may differ.
         now = time.monotonic()
-        return [rank for rank in range(len(self._files)) if self._stands_still(rank, now)]
+        return [rank for rank in range(len(self._files)) if self._is_frozen(rank, now)]
 
     def hung(self) -> list[int]:
         """Return the ranks that ended themselves because they made no progress."""
@@ -50,7 +50,7 @@ class Pulses:
         text = self._text(0)
         return int(text) if text.isdigit() else 0
 
-    def _stands_still(self, rank: int, now: float) -> bool:
+    def _is_frozen(self, rank: int, now: float) -> bool:
         try:
             changed = self._files[rank].stat().st_mtime_ns
         except FileNotFoundError:  # not started yet, or finished

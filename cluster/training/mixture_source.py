@@ -11,7 +11,7 @@ import torch
 from activation_store import MixtureStream, Store
 from activation_store.reading.buffers import anonymous
 from cluster.training.device_gather import pinned, to_torch
-from cluster.training.shared_reads import RowShare
+from cluster.training.shared_reads import SharedReads
 from cluster.training.stream_identity import equal_batches, order_name, store_digest
 from sae_core.training.source import Batch
 
@@ -52,7 +52,7 @@ class MixtureSource:
         window_items: int,
         buffer_tokens: int,
         device: torch.device | None = None,
-        share: RowShare | None = None,
+        share: SharedReads | None = None,
         order_seed: int | None = None,
     ) -> None:
         self.d_in = self.d_out = stores[0].arrays[array]
@@ -60,7 +60,7 @@ class MixtureSource:
         self._stores = list(stores)
         self._weights = list(weights)
         self._array = array
-        self._share = share or RowShare()
+        self._share = share or SharedReads()
         self._device = device or torch.device("cpu")
         self._batch_tokens = batch_tokens
         self._n_rows = batch_tokens // n_replicas

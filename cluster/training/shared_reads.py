@@ -23,7 +23,7 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class RowShare:
+class SharedReads:
     """One rank's place among those that train on the same rows. By default it reads alone.
 
     If there are fewer rows than ranks, every rank reads all of them.
@@ -39,7 +39,7 @@ class RowShare:
     """Process group of the same ranks on the host, for errors; None if this rank reads alone."""
 
     @classmethod
-    def of(cls, mesh: Mesh, timeout_s: float) -> RowShare:
+    def for_mesh(cls, mesh: Mesh, timeout_s: float) -> SharedReads:
         """Return the shared reads of this rank's latent group; collective over all ranks.
 
         Args:

@@ -13,10 +13,10 @@ from pathlib import Path
 from rich.console import Console
 
 from cluster.run_folder.lock import wait_for_old_ranks
-from cluster.run_folder.sweep_record import forget
+from cluster.run_folder.sweep_record import clear_record
 from cluster.training.progress_line import RunProgress, training_costs
-from cluster.training.store_checks import check_store, warn_of_a_poor_shuffle
-from cluster.training.store_cursor import let_go
+from cluster.training.store_checks import check_store, warn_if_poorly_shuffled
+from cluster.training.store_cursor import unregister
 from cluster.training.supervisor import train_ranks
 from conf.schema.run import RunConfig
 from sae_core.checkpoint.folder import newest_valid, read_state
@@ -49,14 +49,14 @@ def run(
     wait_for_old_ranks(run_dir)
     done = finished(config, run_dir)
     if done is not None:
-        let_go(config, run_dir)
+        unregister(config, run_dir)
         console.print(f"train: already done, {done.name}")
         return
-    warn_of_a_poor_shuffle(config, console)
-    forget(run_dir)
+    warn_if_poorly_shuffled(config, console)
+    clear_record(run_dir)
     train_ranks(config, run_dir, RunProgress(config, run_dir, console), watch)
     watch()  # once more, for the last position that this run has published
-    let_go(config, run_dir)
+    unregister(config, run_dir)
     newest = newest_valid(run_dir / "checkpoints", hashes=False)
     console.print(f"train: {training_costs(run_dir)}", soft_wrap=True)
     console.print(f"train: done, {newest}")

@@ -46,11 +46,11 @@ def check_store(config: RunConfig) -> str:
         )
     require_finite(store, array)
     if config.store.mixture:
-        check_mixture([store, *others(config, array)], config.store.weights, [array])
+        check_mixture([store, *mixed_in_stores(config, array)], config.store.weights, [array])
     return array
 
 
-def others(config: RunConfig, array: str) -> list[Store]:
+def mixed_in_stores(config: RunConfig, array: str) -> list[Store]:
     """Open the stores of `store.mixture` and check that they are finished and their rows finite.
 
     Raises:
@@ -97,7 +97,7 @@ _DIAGNOSED_TOKENS = 20_000_000
 """
 
 
-def warn_of_a_poor_shuffle(config: RunConfig, console: Console) -> None:
+def warn_if_poorly_shuffled(config: RunConfig, console: Console) -> None:
     """Print a warning if batches mix documents badly.
 
     Stores that are growing or too large to check quickly are skipped.

@@ -12,7 +12,7 @@ from conf.schema.run import RunConfig
 from sae_core.checkpoint.folder import list_checkpoints, read_state
 from sae_core.errors import CheckpointError
 
-_LOOK_EVERY_S = 1.0
+_LIST_EVERY_S = 1.0
 """Seconds between two listings of the checkpoints. A late one only delays deletions."""
 
 
@@ -39,8 +39,8 @@ class RunCursor:
         self._checkpoints = checkpoints
         self._keep_everything = keep_everything
         self._published: tuple[int, int] | None = None
-        self._kept = self._kept_from()
-        self._look_again = 0.0
+        self._kept = self._first_item_kept()
+        self._next_listing = 0.0
         self._consumer = Consumer(store, name, self._kept)
 
     def publish(self) -> None:
@@ -52,9 +52,9 @@ class RunCursor:
         position = self._source.position
         next_item = self._source.first_item_needed(position)
         # The checkpoints may be on a shared disk, so do not list them at every step.
-        if time.monotonic() >= self._look_again:
-            self._kept = self._kept_from()
-            self._look_again = time.monotonic() + _LOOK_EVERY_S
+        if time.monotonic() >= self._next_listing:
+            self._kept = self._first_item_kept()
+            self._next_listing = time.monotonic() + _LIST_EVERY_S
         kept_from = self._kept
         if (next_item, kept_from) != self._published:
             self._consumer.publish(next_item=next_item, keep_from_item=kept_from, position=position)
@@ -63,12 +63,12 @@ class RunCursor:
     def finish(self) -> None:
         """Publish the final position, once training has ended and all checkpoints are written.
 
-        The driver unregisters the consumer later, with `let_go`, after its last deletions.
+        The driver unregisters the consumer later, with `unregister`, after its last deletions.
         """
-        self._look_again = 0.0
+        self._next_listing = 0.0
         self.publish()
 
-    def _kept_from(self) -> int:
+    def _first_item_kept(self) -> int:
         """Return the first item that a resume from the oldest readable checkpoint would need."""
         if self._keep_everything:
             return 0
@@ -80,7 +80,7 @@ class RunCursor:
         return 0
 
 
-def let_go(config: RunConfig, run_dir: Path) -> None:
+def unregister(config: RunConfig, run_dir: Path) -> None:
     """Unregister a finished run from its store, so that it no longer blocks producers.
 
     This also works for a run that was killed before it published its last position.

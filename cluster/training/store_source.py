@@ -12,7 +12,7 @@ import torch
 from activation_store import ShuffledStream, StagedBatch, StagedStream, Store
 from activation_store.errors import IncompleteStoreError
 from cluster.training.device_gather import DeviceRows, pinned, to_torch
-from cluster.training.shared_reads import RowShare
+from cluster.training.shared_reads import SharedReads
 from cluster.training.stream_identity import equal_batches, order_name, store_digest
 from sae_core.training.source import Batch
 
@@ -58,7 +58,7 @@ class StoreSource:
         buffer_tokens: int,
         device: torch.device | None = None,
         wait_timeout_s: float = WAIT_TIMEOUT_S,
-        share: RowShare | None = None,
+        share: SharedReads | None = None,
         order_seed: int | None = None,
     ) -> None:
         self.d_in = self.d_out = store.arrays[array]
@@ -70,7 +70,7 @@ class StoreSource:
         self._wait_timeout_s = wait_timeout_s
         self._window_items = window_items
         self._buffer_tokens = buffer_tokens
-        self._share = share or RowShare()
+        self._share = share or SharedReads()
         self._batch_tokens = batch_tokens
         self._n_rows = batch_tokens // n_replicas
         self._first = replica * self._n_rows

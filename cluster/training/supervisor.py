@@ -13,7 +13,7 @@ from cluster.preemption import StopRequest, on_preemption
 from cluster.progress import Progress
 from cluster.ray_session import ray_session
 from cluster.run_folder.lock import wait_for_old_ranks
-from cluster.training.heartbeats import Pulses
+from cluster.training.heartbeats import Heartbeats
 from cluster.training.rank_actors import rank_group
 from conf.schema.run import RunConfig
 from foundation.errors import FoundryError
@@ -47,7 +47,7 @@ def train_ranks(
         PreemptedError: See `run`.
     """
     request = StopRequest(run_dir)
-    request.withdraw()
+    request.clear()
     with (
         ray_session(config.cluster, min_cpus=1),
         on_preemption(request.make, config.checkpoint.grace_s),
@@ -99,16 +99,16 @@ def _attempt(
     """
     import ray
 
-    pulses = Pulses(run_dir, config.parallel.n_ranks, config.train.hang_timeout_s)
+    heartbeats = Heartbeats(run_dir, config.parallel.n_ranks, config.train.hang_timeout_s)
     try:
         with rank_group(config, run_dir) as ranks:
             timeout_s = config.cluster.placement_timeout_s
             host, port = ray.get(ranks[0].address.remote(), timeout=timeout_s)
             tasks = [rank.run.remote(host, port, cells) for rank in ranks]
             with progress:
-                frozen = _follow(tasks, progress, watch, pulses, failed_at)
+                frozen = _follow(tasks, progress, watch, heartbeats, failed_at)
             ended_at = time.monotonic()
-            problem = frozen or _first_problem(tasks, pulses)
+            problem = frozen or _first_problem(tasks, heartbeats)
             return (problem, ended_at) if problem else None
     except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError):
         return "a trainer rank died before it began", failed_at or time.monotonic()
@@ -124,7 +124,7 @@ def _follow(
     tasks: list[Any],
     progress: Progress,
     watch: Callable[[], None],
-    pulses: Pulses,
+    heartbeats: Heartbeats,
     failed_at: float | None,
 ) -> str | None:
     """Show progress until all ranks have finished or the first one has failed.
@@ -138,19 +138,19 @@ def _follow(
     while waiting:
         done, waiting = ray.wait(waiting, timeout=_POLL_S)
         watch()
-        if failed_at is not None and pulses.steps_taken():
+        if failed_at is not None and heartbeats.steps_taken():
             gap_s = time.monotonic() - failed_at
             print(f"train: resumed after {gap_s:.1f} s", file=sys.stderr, flush=True)
             failed_at = None
         progress.show()
         if any(_error_of(task) is not None for task in done):
             return None
-        if frozen := pulses.frozen():
+        if frozen := heartbeats.frozen():
             return f"trainer ranks {frozen} are frozen: no heartbeat"
     return None
 
 
-def _first_problem(tasks: list[Any], pulses: Pulses) -> str | None:
+def _first_problem(tasks: list[Any], heartbeats: Heartbeats) -> str | None:
     """Return what went wrong, or None; raise errors that a second attempt would not fix."""
     import ray
 
@@ -160,7 +160,7 @@ def _first_problem(tasks: list[Any], pulses: Pulses) -> str | None:
     ray.wait(tasks, num_returns=len(tasks), timeout=_SETTLE_S)
     errors = [error for error in map(_error_of, filter(_is_done, tasks)) if error is not None]
     deaths = [error for error in errors if isinstance(error, ray.exceptions.RayActorError)]
-    if hung := pulses.hung():
+    if hung := heartbeats.hung():
         return f"no progress, a trainer rank hung; stacks are in the logs of ranks {hung}"
     if deaths:
         return "a trainer rank died"

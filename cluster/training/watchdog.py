@@ -3,7 +3,8 @@
 A rank that hangs stops all others within one step, because they wait for it in a collective. So the
 watchdogs of all ranks fire at about the same time, and each rank's log shows where it was. A
 process that is frozen as a whole (by SIGSTOP, or a disk that never answers) can neither write its
-stacks nor exit. The driver notices that its heartbeat has stopped (`cluster.training.heartbeats`) and kills it.
+stacks nor exit. The driver notices that its heartbeat has stopped (`heartbeats.py`) and
+kills it.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from pathlib import Path
 
 HUNG = "hung"
 """Content of the heartbeat file of a rank that is about to end itself."""
-LAST_WORDS_S = 3.0
+EXIT_DELAY_S = 3.0
 """Seconds between writing the stacks and exiting.
 
 The exit of one rank ends the others, so this gives them time to write their stacks first.
@@ -41,25 +42,25 @@ class Watchdog:
     the stacks and ends the process a little later.
 
     Args:
-        pulse: heartbeat file, rewritten about once a second for a driver that may be on another
+        heartbeat: heartbeat file, rewritten about once a second for a driver that may be on another
             machine. It holds the number of steps taken by this process, or `HUNG`.
         timeout_s: seconds without progress after which the process ends with exit code 1.
         startup_timeout_s: the same before the first step; at least `timeout_s` is used.
     """
 
-    def __init__(self, pulse: Path, timeout_s: float, startup_timeout_s: float) -> None:
+    def __init__(self, heartbeat: Path, timeout_s: float, startup_timeout_s: float) -> None:
         self.waits: Callable[[], int] = lambda: 0
         """Returns a number that changes while the rank has a reason to wait, for rows of a growing
         store or for a checkpoint."""
         self._step: Callable[[], int] | None = None
         self._first_step = 0
-        self._pulse = pulse
+        self._heartbeat = heartbeat
         self._timeout_s = timeout_s
         self._startup_timeout_s = max(startup_timeout_s, timeout_s)
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
-    def training_begins(self, step: Callable[[], int]) -> None:
+    def start_training(self, step: Callable[[], int]) -> None:
         """Count an increase of `step()`, the number of steps taken, as progress from now on."""
         # In this order: the watchdog's thread uses `_first_step` as soon as `_step` is set.
         self._first_step = step()
@@ -77,7 +78,7 @@ class Watchdog:
         self._stop.set()
         self._thread.join()
         faulthandler.cancel_dump_traceback_later()
-        self._pulse.unlink(missing_ok=True)
+        self._heartbeat.unlink(missing_ok=True)
 
     def _steps_taken(self) -> int:
         return self._step() - self._first_step if self._step is not None else 0
@@ -102,7 +103,7 @@ class Watchdog:
                 since = time.monotonic()
                 limit_s = self._timeout_s if now[0] else self._startup_timeout_s
                 # Restart the timer that ends the process should this thread be stuck.
-                late_s = limit_s + 2 * LAST_WORDS_S
+                late_s = limit_s + 2 * EXIT_DELAY_S
                 faulthandler.dump_traceback_later(late_s, exit=True, file=_STDERR)
             elif time.monotonic() - since > limit_s:
                 self._end(limit_s)
@@ -120,9 +121,9 @@ class Watchdog:
             flush=True,
         )
         faulthandler.dump_traceback(_STDERR, all_threads=True)
-        time.sleep(LAST_WORDS_S)
+        time.sleep(EXIT_DELAY_S)
         os._exit(1)
 
     def _beat(self, text: str) -> None:
         with suppress(OSError):  # if the disk is full, the next checkpoint reports it
-            self._pulse.write_text(text)
+            self._heartbeat.write_text(text)

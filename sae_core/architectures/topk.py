@@ -163,7 +163,9 @@ class TopKSAE(nn.Module):
         return torch.where(residual > 0, missing / residual.clamp_min(1e-30), 0.0)
 
     @torch.no_grad()
-    def note_fired(self, fired: torch.Tensor, batch_tokens: int, skipped: torch.Tensor) -> None:
+    def update_tokens_since_fired(
+        self, fired: torch.Tensor, batch_tokens: int, skipped: torch.Tensor
+    ) -> None:
         """Update `tokens_since_fired` after one global batch; collective over the data group.
 
         Args:

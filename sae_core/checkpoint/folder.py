@@ -108,7 +108,7 @@ def payload_files(folder: Path) -> list[str]:
     return sorted(path.relative_to(folder).as_posix() for path in files)
 
 
-def damages(folder: Path, hashes: bool = True, share: tuple[int, int] = (0, 1)) -> list[str]:
+def find_damage(folder: Path, hashes: bool = True, share: tuple[int, int] = (0, 1)) -> list[str]:
     """List every difference between a checkpoint and its manifest.
 
     Args:
@@ -147,7 +147,7 @@ def check_manifest(folder: Path, hashes: bool = True, share: tuple[int, int] = (
     Raises:
         DamagedCheckpointError: If anything differs; names each file and the difference.
     """
-    problems = damages(folder, hashes, share)
+    problems = find_damage(folder, hashes, share)
     if problems:
         raise DamagedCheckpointError("; ".join(problems))
 
@@ -200,13 +200,13 @@ def newest_valid(root: Path, hashes: bool = True) -> Path | None:
             check_manifest(folder, hashes)
             read_state(folder)
         except DamagedCheckpointError as error:
-            warn_of_damaged(error)
+            warn_skipped(error)
             continue
         return folder
     return None
 
 
-def warn_of_damaged(error: object) -> None:
+def warn_skipped(error: object) -> None:
     """Warn that a damaged checkpoint is skipped, and why."""
     warnings.warn(f"skipping a damaged checkpoint: {error}", stacklevel=3)
 

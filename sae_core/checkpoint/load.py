@@ -18,7 +18,7 @@ from sae_core.checkpoint.folder import (
     check_manifest,
     list_checkpoints,
     read_state,
-    warn_of_damaged,
+    warn_skipped,
 )
 from sae_core.checkpoint.row_ranges import read_layout
 from sae_core.engine.deepspeed_engine import SAEEngine
@@ -47,7 +47,7 @@ def agreed_checkpoint(root: Path, hashes: bool = True) -> Path | None:
         if found is None:
             return root / name
         if dist.get_rank() == 0:
-            warn_of_damaged(found)
+            warn_skipped(found)
     return None
 
 

@@ -146,13 +146,13 @@ def _open_saved(folder: Path) -> StoredSAE:
         step, metadata = raw["step"], raw["metadata"]
         if type(step) is not int or not isinstance(metadata, dict):
             raise ValueError("expected step to be an integer and metadata to be an object")
-        tensors = whole_file(folder / WEIGHTS_FILE)
-        return of_tensors(config, tensors, step, metadata)
+        tensors = open_tensors(folder / WEIGHTS_FILE)
+        return from_tensors(config, tensors, step, metadata)
     except (OSError, ValueError, KeyError, TypeError, CheckpointError) as error:
         raise CheckpointError(f"{folder}: not a saved SAE: {error}") from error
 
 
-def whole_file(path: Path) -> dict[str, StoredTensor]:
+def open_tensors(path: Path) -> dict[str, StoredTensor]:
     """Open the tensors of a safetensors file that holds all of their rows."""
     return {
         name: StoredTensor(entry.dtype, entry.shape, (Piece(path, entry, 0),))
@@ -160,7 +160,7 @@ def whole_file(path: Path) -> dict[str, StoredTensor]:
     }
 
 
-def of_tensors(
+def from_tensors(
     config: SAEConfig,
     tensors: Mapping[str, StoredTensor],
     step: int = 0,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from sae_core.checkpoint.folder import OPTIMIZER, WEIGHTS, damages, read_state
+from sae_core.checkpoint.folder import OPTIMIZER, WEIGHTS, find_damage, read_state
 from sae_core.checkpoint.row_ranges import read_layout
 from sae_core.checkpoint.stored_sae import open_checkpoint
 from sae_core.errors import CheckpointError
@@ -15,7 +15,7 @@ def checkpoint_problems(folder: Path) -> list[str]:
 
     The content is checked only if all files match the manifest.
     """
-    problems = damages(folder)
+    problems = find_damage(folder)
     if problems:
         return problems
     try:

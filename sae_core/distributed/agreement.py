@@ -21,7 +21,7 @@ _MOST_STEPS = 100
 """Most steps between two exchanges. Steps that were fast so far may soon have to wait for data."""
 
 
-class Agreed(NamedTuple):
+class Decision(NamedTuple):
     """The outcome of an exchange: each flag is True if any rank set it. Equal on all ranks."""
 
     stop: bool
@@ -32,7 +32,7 @@ class Agreed(NamedTuple):
     """A background save has failed."""
 
 
-NOTHING = Agreed(False, False, False)
+NO_DECISION = Decision(False, False, False)
 
 
 class Agreement:
@@ -57,7 +57,7 @@ class Agreement:
         self._steps_left -= 1
         return self._steps_left <= 0
 
-    def exchange(self, stop: bool, save: bool, failed: bool) -> Agreed:
+    def exchange(self, stop: bool, save: bool, failed: bool) -> Decision:
         """Combine the flags of all ranks; collective over all ranks.
 
         Args:
@@ -71,7 +71,7 @@ class Agreement:
         dist.all_reduce(said, op=dist.ReduceOp.MAX, group=self._group)
         *wanted, self._interval = said.tolist()
         self._steps_left = self._interval
-        return Agreed(*map(bool, wanted))
+        return Decision(*map(bool, wanted))
 
     def _next_interval(self) -> int:
         now = time.monotonic()

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from sae_core.kernels import SparseGradient, SparseLatents
 
 
-def over_replicas(gradient: SparseGradient, group: dist.ProcessGroup) -> SparseGradient:
+def gather_over_replicas(gradient: SparseGradient, group: dist.ProcessGroup) -> SparseGradient:
     """Return the mean gradient of all replicas; collective over the data group.
 
     Each replica's loss is a mean over its own rows, and all replicas have the same number of rows.

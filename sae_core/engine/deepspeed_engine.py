@@ -94,10 +94,10 @@ class SAEEngine:
             renormalise_(self.sae.W_dec, bad)
             self._push_to_zero(self.sae.W_dec)
             self.sae.refresh_copies()
-        self.sae.note_fired(out.fired, self.config.train.batch_tokens, bad)
+        self.sae.update_tokens_since_fired(out.fired, self.config.train.batch_tokens, bad)
         return out
 
-    def parameters_edited(self) -> None:
+    def sync_edited_parameters(self) -> None:
         """Update copies of the parameters after these were changed in place from outside."""
         for parameter in self.sae.parameters():
             self._push_to_zero(parameter)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from sae_core.config import OptimConfig
-from sae_core.distributed.replica_exchange import over_replicas
+from sae_core.distributed.replica_exchange import gather_over_replicas
 from sae_core.engine.adam import ShardedAdam
 from sae_core.kernels import AdamStep, RowState, RowUpdate, SparseGradient
 
@@ -52,7 +52,7 @@ class FusedRowAdam(ShardedAdam):
         assert self._gradient is not None, "step without a backward pass"
         gradient, self._gradient = self._gradient, None
         if self.sae.mesh.n_data > 1:
-            gradient = over_replicas(gradient, self.sae.mesh.data_group)
+            gradient = gather_over_replicas(gradient, self.sae.mesh.data_group)
         self._rows = self.sae.plan.kernels.row_update(gradient, self.sae.W_dec)
         # Computes the norm, sets `grad_scale` and `found_inf`, and updates `b_dec`.
         result = super().step(closure)

@@ -1,4 +1,4 @@
-"""Exact TopK behind a cheap product: find candidates in low precision, rescore them exactly.
+"""ExactKernels TopK behind a cheap product: find candidates in low precision, rescore them exactly.
 
 A low-precision product gives each row C > k candidates: the latents with the C largest approximate
 pre-activations, or with the C largest upper bounds on them. The exact value of any other latent is
@@ -55,7 +55,7 @@ class Prefilter(Protocol):
         ...
 
 
-class Exact(Protocol):
+class ExactKernels(Protocol):
     """The exact operations behind a prefilter."""
 
     def exact_topk(
@@ -73,7 +73,7 @@ class Exact(Protocol):
 
 def prefiltered_topk(
     prefilter: Prefilter,
-    exact: Exact,
+    exact: ExactKernels,
     x: torch.Tensor,
     W_enc: torch.Tensor,
     b_enc: torch.Tensor,
@@ -100,11 +100,11 @@ def prefiltered_topk(
     if W_enc.shape[0] < _FEW_LATENTS * k or not 0 < k <= _LARGEST_K:
         return exact.exact_topk(x, W_enc, b_enc, k)
     offered = prefilter.candidates(x, W_enc, b_enc, k)
-    values, latents = _rescored(exact, x, W_enc, b_enc, offered.latents, k)
+    values, latents = _rescore(exact, x, W_enc, b_enc, offered.latents, k)
     failed = uncertified(offered, values[:, -1], W_enc.shape[0]).nonzero().squeeze(1)
     if len(failed):
         _, again = exact.exact_topk(x[failed], W_enc, b_enc, k)
-        values[failed], latents[failed] = _rescored(exact, x[failed], W_enc, b_enc, again, k)
+        values[failed], latents[failed] = _rescore(exact, x[failed], W_enc, b_enc, again, k)
     return values, latents
 
 
@@ -122,8 +122,8 @@ def uncertified(offered: Candidates, kth: torch.Tensor, n_latents: int) -> torch
     return ~(kth >= offered.values[:, -1] + offered.margin)
 
 
-def _rescored(
-    exact: Exact,
+def _rescore(
+    exact: ExactKernels,
     x: torch.Tensor,
     W_enc: torch.Tensor,
     b_enc: torch.Tensor,

@@ -12,7 +12,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 from foundation.errors import FoundryError
-from sae_core.distributed.agreement import NOTHING, Agreed, Agreement
+from sae_core.distributed.agreement import NO_DECISION, Agreement, Decision
 from sae_core.errors import CheckpointError, SAEError
 from sae_core.training.trainer import Trainer
 
@@ -27,7 +27,7 @@ class Outcome:
     """The error that ended this trainer, if any."""
 
 
-def train_together(
+def train_in_lockstep(
     trainers: Sequence[Trainer], failed: Callable[[int, SAEError], None] = lambda i, error: None
 ) -> list[Outcome]:
     """Train all trainers to their last step; collective over all ranks.
@@ -37,7 +37,7 @@ def train_together(
     it is trained alone. An error of one trainer does not stop the others.
 
     Args:
-        trainers: Calibrated or resumed trainers; if there are several, on views of one `FanOut`.
+        trainers: Calibrated or resumed trainers; several share one `SharedSource`.
         failed: Called on every rank, with the index and the error, as soon as an error has ended a
             trainer.
 
@@ -62,7 +62,7 @@ def train_to_end(trainer: Trainer) -> bool:
         NonFiniteLossError: If a loss or gradient was not finite; no update was made from it.
         CheckpointError: If a checkpoint could not be written.
     """
-    (outcome,) = train_together([trainer])
+    (outcome,) = train_in_lockstep([trainer])
     if outcome.error is not None:
         raise outcome.error
     return outcome.finished
@@ -79,7 +79,7 @@ class _Lockstep:
         self._agreement = Agreement(timeout_s)
 
     def run(self) -> list[Outcome]:
-        agreed = NOTHING
+        agreed = NO_DECISION
         while (going := self._going()) and not agreed.stop:
             position = min(trainer.source.position for trainer in going)
             now = [trainer for trainer in going if trainer.source.position == position]
@@ -119,10 +119,10 @@ class _Lockstep:
             self._errors[index] = error
             self._failed(index, error)
 
-    def _agree(self, stepped: list[Trainer]) -> Agreed:
-        """Agree with the other ranks about once a second; between exchanges return `NOTHING`."""
+    def _agree(self, stepped: list[Trainer]) -> Decision:
+        """Agree with the other ranks about once a second; in between return `NO_DECISION`."""
         if not self._agreement.after_step():
-            return NOTHING
+            return NO_DECISION
         trainers = [t for i, t in enumerate(self._trainers) if i not in self._errors]
         agreed = self._agreement.exchange(
             any(trainer.stop_requested() for trainer in trainers),

@@ -7,12 +7,13 @@ import torch
 from sae_core.training.source import ActivationSource, Batch
 
 
-class FanOut:
+class SharedSource:
     """A source shared by several trainers.
 
     Each trainer gets a view, which is an `ActivationSource` with its own position. Views may ask
     for batches in any order, but only the newest batch is kept. Trainers in lockstep
-    (`sae_core.training.lockstep`) therefore cost one read and one transfer per batch, whatever their number.
+    (`sae_core.training.lockstep`) therefore cost one read and one
+    transfer per batch, whatever their number.
 
     Args:
         source: Source that all trainers read.
@@ -25,9 +26,9 @@ class FanOut:
         self._newest: tuple[int, Batch] | None = None
         self._sample: tuple[int, torch.Tensor] | None = None
 
-    def view(self) -> View:
+    def view(self) -> SharedSourceView:
         """Return a new view, positioned at batch 0."""
-        return View(self)
+        return SharedSourceView(self)
 
     def batch(self, position: int) -> Batch:
         """Return batch `position` on the device. It is shared: do not modify it in place."""
@@ -38,12 +39,12 @@ class FanOut:
         return self._newest[1]
 
     def sample(self, n: int) -> torch.Tensor:
-        """Return the source's sample [n, d_in] on the device; kept until `forget_sample`."""
+        """Return the source's sample [n, d_in] on the device; kept until `clear_sample`."""
         if self._sample is None or self._sample[0] != n:
             self._sample = (n, self.source.sample(n).to(self._device))
         return self._sample[1]
 
-    def forget_sample(self) -> None:
+    def clear_sample(self) -> None:
         """Free the sample, once every view has used it."""
         self._sample = None
 
@@ -54,15 +55,15 @@ class FanOut:
         return Batch(batch.x.to(self._device, non_blocking=True), target, batch.first_row)
 
 
-class View:
-    """One trainer's view of a `FanOut`: the same batches, with its own position."""
+class SharedSourceView:
+    """One trainer's view of a `SharedSource`: the same batches, with its own position."""
 
-    def __init__(self, fan_out: FanOut) -> None:
-        source = fan_out.source
+    def __init__(self, shared_source: SharedSource) -> None:
+        source = shared_source.source
         self.d_in = source.d_in
         self.d_out = source.d_out
         self.identity = source.identity
-        self._fan_out = fan_out
+        self._fan_out = shared_source
         self._position = 0
 
     @property

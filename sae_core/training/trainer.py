@@ -98,7 +98,7 @@ class Trainer:
         sample = self.source.sample(self.config.train.sample_tokens).to(self.device)
         for engine in self.engines:
             calibrate(engine.sae, sample)
-            engine.parameters_edited()
+            engine.sync_edited_parameters()
 
     def resume(self, folder: Path) -> None:
         """Load a checkpoint written on this mesh or any other; collective over all ranks.
@@ -138,7 +138,7 @@ class Trainer:
     def take_step(self) -> None:
         """Train on the next batch, and report metrics if a row is due; collective.
 
-        `train_together` calls this.
+        `train_in_lockstep` calls this.
 
         Raises:
             NonFiniteLossError: If a loss or gradient was not finite; found only when metrics are

@@ -12,8 +12,8 @@ import torch
 from sae_core.checkpoint.folder import newest_valid, step_of
 from sae_core.distributed.mesh import Mesh
 from sae_core.errors import DivergedError
-from sae_core.training.lockstep import train_together
-from sae_core.training.shared_source import FanOut
+from sae_core.training.lockstep import train_in_lockstep
+from sae_core.training.shared_source import SharedSource
 from sae_core.training.trainer import Report, Trainer
 from tests.support.forked_ranks import Ranks
 from tests.support.trainer_ranks import Job, SyntheticSource, config_of
@@ -30,12 +30,12 @@ def make_trainers(folder: Path, steps: list[int], every: int, reports: list[Repo
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     mesh = Mesh.create("cpu", 1, 1)
-    fan_out = FanOut(SyntheticSource(0, 1), torch.device("cpu"))
+    shared_source = SharedSource(SyntheticSource(0, 1), torch.device("cpu"))
     for index, (n_steps, report) in enumerate(zip(steps, reports, strict=True)):
         root = folder / str(index) / "checkpoints"
         root.mkdir(parents=True)
         config = config_of(Job(str(root.parent), steps=n_steps, save_every=every))
-        trainer = Trainer(config, mesh, fan_out.view(), root, 3, report, 1)
+        trainer = Trainer(config, mesh, shared_source.view(), root, 3, report, 1)
         trainer.calibrate()
         yield trainer
 
@@ -60,7 +60,7 @@ def _train_beside_an_idle_one(folder: str, at: int, n_steps: int) -> int:
     idle.source.seek(at)
     idle.saver.last_began -= 3600
     assert idle.save_overdue and not stepping.save_overdue
-    train_together([stepping, idle])
+    train_in_lockstep([stepping, idle])
     print(f"saves {stepping.saver.saves}")
     return 0
 
@@ -90,6 +90,6 @@ def _train_beside_a_diverging_one(folder: str) -> int:
 
     save._hash_share = slow  # type: ignore[assignment]
     trainers = list(make_trainers(Path(folder), [STEPS, STEPS], EVERY, [judge, ignore]))
-    outcomes = train_together(trainers)
+    outcomes = train_in_lockstep(trainers)
     print([outcome.finished for outcome in outcomes], outcomes[0].error)
     return 0

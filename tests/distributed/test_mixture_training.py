@@ -25,7 +25,15 @@ from conf.schema.run import RunConfig
 from foundation.errors import ConfigError
 from sae_core.checkpoint.folder import list_checkpoints
 from tests.support.forked_ranks import Ranks
-from tests.support.single_rank import BATCH, EVERY, D, last_state, make_run, make_store, same_end
+from tests.support.single_rank import (
+    BATCH,
+    EVERY,
+    D,
+    assert_same_end,
+    last_state,
+    make_run,
+    make_store,
+)
 
 pytestmark = pytest.mark.distributed
 
@@ -96,7 +104,7 @@ def test_a_killed_run_ends_like_an_undisturbed_one(folder: Path) -> None:
     ranks.processes[0].kill()
     assert ranks.codes() == [-signal.SIGKILL]
     start(run_dir, 1)
-    same_end(folder / "clean", run_dir)
+    assert_same_end(folder / "clean", run_dir)
 
 
 @pytest.mark.parametrize(("latent", "data"), [(2, 1), (1, 2)])

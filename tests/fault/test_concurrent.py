@@ -124,7 +124,7 @@ def test_consumed_shards_are_deleted_except_those_a_checkpoint_needs(work):
     store = open_store(work / "deleted" / "run" / "store")
     kept = list((work / "deleted" / "run" / "store" / "transformer.h.1").glob("c.*"))
     assert 0 < len(kept) < store.n_items
-    assert store.read_watermark().below == store.n_items - len(kept)
+    assert store.read_deletion_mark().below == store.n_items - len(kept)
     assert_same_end(work, "deleted")
 
 

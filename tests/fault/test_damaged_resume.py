@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.single_rank import EVERY, STEPS, make_run, make_store, same_end, train
+from tests.support.single_rank import EVERY, STEPS, assert_same_end, make_run, make_store, train
 
 pytestmark = [pytest.mark.slow, pytest.mark.distributed]
 
@@ -78,7 +78,7 @@ def test_a_run_resumes_from_the_checkpoint_before(
     assert steps == list(range(STEPS - EVERY + 5, STEPS + 1, 5)), (
         "did not resume from the checkpoint before"
     )
-    same_end(clean, run_dir)
+    assert_same_end(clean, run_dir)
 
 
 def rows_since(clean: Path, run_dir: Path) -> list[str]:

@@ -97,7 +97,7 @@ def _rank(run_dir: str, trap: str) -> int:
     return 0
 
 
-def same_end(one: Path, other: Path) -> None:
+def assert_same_end(one: Path, other: Path) -> None:
     tensors = []
     for run_dir in (one, other):
         newest = list_checkpoints(run_dir / "checkpoints")[0]
@@ -119,7 +119,7 @@ def test_a_signal_to_one_rank_in_the_middle_of_a_save(folder, name):
     assert newest is not None and 100 < step_of(newest) < STEPS
     codes, logs = ranks(run_dir)
     assert codes == [0, 0], logs
-    same_end(folder / "clean" / "run", run_dir)
+    assert_same_end(folder / "clean" / "run", run_dir)
 
 
 @pytest.mark.parametrize(
@@ -175,7 +175,7 @@ def test_signals_to_torchrun_and_to_one_of_its_ranks(folder):
         steps.append(step_of(newest))
     assert 0 < steps[0] < steps[1] < STEPS
     subprocess.run(command, check=True, timeout=150, capture_output=True, cwd=ROOT)
-    same_end(folder / "clean" / "run", run_dir)
+    assert_same_end(folder / "clean" / "run", run_dir)
 
 
 @pytest.mark.ray
@@ -221,7 +221,7 @@ def test_signals_to_a_driver_and_to_its_process_group(folder):
     output, _ = process.communicate(timeout=100)
     assert process.returncode == 0, output
     assert "checkpoints paused" in output
-    same_end(folder / "clean" / "run", run_dir)
+    assert_same_end(folder / "clean" / "run", run_dir)
 
 
 @pytest.mark.ray

@@ -28,9 +28,9 @@ from hypothesis.stateful import (
 from sae_core.checkpoint.folder import checkpoint_name, list_checkpoints, newest_valid, step_of
 from sae_core.checkpoint.reshard import reshard_checkpoint
 from sae_core.checkpoint.row_ranges import read_tensors
-from tests.support.damage import HARMS, harm_some
+from tests.support.damage import DAMAGES, damage_some
 from tests.support.forked_ranks import Ranks
-from tests.support.saving import Hurt, arm
+from tests.support.saving import Failure, arm
 from tests.support.trainer_ranks import Job, SyntheticSource, config_of
 
 pytestmark = [pytest.mark.slow, pytest.mark.distributed, pytest.mark.timeout(900)]
@@ -151,7 +151,7 @@ class _Rank:
 
         root.mkdir(exist_ok=True)
         if point and dist.get_rank() == 0:
-            arm(Hurt(point, step=self.trainer.step))
+            arm(Failure(point, step=self.trainer.step))
         self.config.checkpoint.keep = keep
         self.trainer.saver = CheckpointSaver(
             root, self.config.checkpoint, self.trainer.mesh, torch.device("cpu"), 1
@@ -222,13 +222,15 @@ class Checkpoints(RuleBasedStateMachine):
             self.there.pop(step, None)  # a damaged checkpoint of that step was removed first
 
     @precondition(lambda self: self.there)
-    @rule(pick=st.integers(0, 9), how=st.sampled_from([*HARMS, "swap"]), seed=st.integers(0, 2**32))
+    @rule(
+        pick=st.integers(0, 9), how=st.sampled_from([*DAMAGES, "swap"]), seed=st.integers(0, 2**32)
+    )
     def damage(self, pick: int, how: str, seed: int) -> None:
         step = sorted(self.there)[-1 - pick % len(self.there)]
         files = sorted((self.root / checkpoint_name(step)).rglob("*.*"))
         if how == "flip":  # parts of the manifest are not checked
             files = [file for file in files if file.name != "manifest.json"]
-        if harm_some(files, how, random.Random(seed)):
+        if damage_some(files, how, random.Random(seed)):
             self.there[step].tensors = None
 
     @precondition(lambda self: self.newest is not None)

@@ -23,7 +23,7 @@ from activation_store.errors import (
     StoreFormatError,
 )
 from activation_store.storage import atomic_files as store_files
-from activation_store.storage.checksummed_json import seal, unseal
+from activation_store.storage.checksummed_json import dump_checksummed, load_checksummed
 from tests.support.store_cases import expected, item_columns, tree, write_store
 
 ARRAYS = {"a": 6, "b": 3}
@@ -95,7 +95,7 @@ def check_read(path: Path, name: str, byte: int) -> None:
         assert byte % (chunk_bytes + 4) >= chunk_bytes, (name, byte)
 
 
-HARMS: dict[str, Callable[[Path, bytes], object]] = {
+DAMAGES: dict[str, Callable[[Path, bytes], object]] = {
     "cut": lambda file, data: file.write_bytes(data[: len(data) // 2]),
     "empty": lambda file, data: file.write_bytes(b""),
     "grown": lambda file, data: file.write_bytes(data + b"\0"),
@@ -104,12 +104,12 @@ HARMS: dict[str, Callable[[Path, bytes], object]] = {
 }
 
 
-@pytest.mark.parametrize("harm", list(HARMS))
+@pytest.mark.parametrize("harm", list(DAMAGES))
 def test_a_file_cut_short_grown_or_gone_is_named(pristine: Path, tmp_path: Path, harm: str) -> None:
     path = tmp_path / "s"
     shutil.copytree(pristine, path)
     for name, good in tree(pristine).items():
-        HARMS[harm](path / name, good)
+        DAMAGES[harm](path / name, good)
         damages = verify_store(path)
         assert name in str([(damage.file, damage.problem) for damage in damages])
         # A missing snapshot is harmless, because the single records say the same.
@@ -173,7 +173,11 @@ def test_a_record_that_contradicts_the_snapshot_is_named(pristine: Path, tmp_pat
     path = tmp_path / "s"
     shutil.copytree(pristine, path)
     record = path / "_log" / "000000" / "000000001.json"
-    record.write_bytes(seal({**unseal(str(record), record.read_bytes()), "attempt": "another"}))
+    record.write_bytes(
+        dump_checksummed(
+            {**load_checksummed(str(record), record.read_bytes()), "attempt": "another"}
+        )
+    )
     damages = verify_store(path)
     assert [(damage.file, damage.item) for damage in damages] == [("_log/000000/000000001.json", 1)]
     assert "differs" in damages[0].problem
@@ -229,7 +233,7 @@ def test_a_record_that_claims_too_much_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "s"
     write_store(path, [16], finalise=False)
     record = path / "_log" / "000000" / "000000000.json"
-    good = unseal(str(record), record.read_bytes())
+    good = load_checksummed(str(record), record.read_bytes())
     name = "model.layers.9"
     shard = good["arrays"][name]
     header = open_store(path).header
@@ -260,11 +264,11 @@ def test_a_record_that_claims_too_much_is_refused(tmp_path: Path) -> None:
         {"arrays": {**good["arrays"], name: {}}},
         {"arrays": 7},
     ):
-        record.write_bytes(seal({**good, **change}))
+        record.write_bytes(dump_checksummed({**good, **change}))
         with pytest.raises(StoreFormatError, match=r"000000000.json"):
             open_store(path)
         assert [damage.item for damage in verify_store(path)] == [0]
-    record.write_bytes(seal(good))
+    record.write_bytes(dump_checksummed(good))
     assert verify_store(path) == []
     record.write_bytes(b" " * (9 << 20))
     with pytest.raises(StoreFormatError, match="expected at most"):

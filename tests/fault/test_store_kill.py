@@ -33,7 +33,7 @@ from tests.support.store_processes import (
 SEED = 0
 WRITERS, READERS = 2, 2
 WRITER_KILLS, READER_KILLS = 36, 20
-MOST_A_LIFE = 4  # items or batches per life; then a victim waits to be killed
+STEPS_PER_LIFE = 4  # items or batches per life; then a victim waits to be killed
 CALL_S = 0.01  # about the duration of a write
 N_BATCHES = 3 * sum(ROWS) // (2 * STREAM["batch_rows"])  # half of the second epoch
 
@@ -45,7 +45,7 @@ class Victim:
         self._start = start
         self._told = told
         self._told.touch()
-        self.begin(MOST_A_LIFE)
+        self.begin(STEPS_PER_LIFE)
 
     def begin(self, most: int | None) -> None:
         self._before = self._told.stat().st_size
@@ -53,7 +53,7 @@ class Victim:
 
     def kill(self, rng: random.Random, step: int) -> None:
         """Kill it at a random moment of a random call, or while it waits for rows."""
-        wanted = self._before + step * rng.randrange(MOST_A_LIFE)
+        wanted = self._before + step * rng.randrange(STEPS_PER_LIFE)
         patience = time.monotonic() + 0.4
         while self._told.stat().st_size < wanted and time.monotonic() < patience:
             time.sleep(0.001)
@@ -109,7 +109,7 @@ def test_killed_writers_and_readers_lose_and_repeat_nothing(
             if (path / "zarr.json").exists():
                 store = open_store(path)  # readable at any moment
                 store.read("a", 0, store.n_tokens)
-            victim.begin(MOST_A_LIFE)
+            victim.begin(STEPS_PER_LIFE)
         committed = len(StoreWriter(path).committed_items())
         assert 0 < committed < N_ITEMS, "all kills came before or after the work"
         print(f"{len(victims)} kills while {committed} of {N_ITEMS} items were written")

@@ -23,7 +23,7 @@ from activation_store import (
 )
 from activation_store.errors import DamagedDataError, StoreBusyError, StoreError
 from activation_store.storage import local
-from activation_store.storage.checksummed_json import seal, unseal
+from activation_store.storage.checksummed_json import dump_checksummed, load_checksummed
 from tests.support.store_cases import expected, item_columns, tree, write_store
 
 ARRAYS = {"a": 6, "b": 3}
@@ -82,7 +82,7 @@ def flip(file: Path) -> None:
     file.write_bytes(data)
 
 
-HARMS: dict[str, Callable[[Path], object]] = {
+DAMAGES: dict[str, Callable[[Path], object]] = {
     "flipped": flip,
     "cut": lambda file: file.write_bytes(file.read_bytes()[:-5]),
     "gone": lambda file: file.unlink(),
@@ -90,12 +90,12 @@ HARMS: dict[str, Callable[[Path], object]] = {
 }
 
 
-@pytest.mark.parametrize("harm", list(HARMS))
+@pytest.mark.parametrize("harm", list(DAMAGES))
 def test_damaged_items_are_redone_and_the_store_is_what_it_was(
     path: Path, pristine: Path, harm: str
 ) -> None:
     for name in ("a/c.3.0", "b/c.3.0", "token_id/c.6"):
-        HARMS[harm](path / name)
+        DAMAGES[harm](path / name)
     report = repair_store(path)
     assert report.redo == [3, 6] and "items to redo: [3, 6]" in str(report)
     assert verify_store(path) == [] and repair_store(path) == RepairReport()
@@ -117,7 +117,7 @@ def test_any_few_files_may_be_damaged(
     path = tmp_path_factory.mktemp("harmed") / "s"
     shutil.copytree(pristine, path)
     for name in data.draw(st.lists(st.sampled_from(names), min_size=1, max_size=6, unique=True)):
-        HARMS[data.draw(st.sampled_from(list(HARMS)))](path / name)
+        DAMAGES[data.draw(st.sampled_from(list(DAMAGES)))](path / name)
     report = repair_store(path)
     assert verify_store(path) == []
     redo(path, report.redo)
@@ -148,9 +148,9 @@ def test_the_record_that_matches_the_shards_wins(path: Path, pristine: Path) -> 
     """Snapshot and single record are both undamaged, but of different attempts."""
     record = path / "_log" / "000000" / "000000001.json"
     good = record.read_bytes()
-    wrong = unseal("", good)
+    wrong = load_checksummed("", good)
     wrong["arrays"]["a"]["tail_crc32c"] ^= 1
-    record.write_bytes(seal(wrong))
+    record.write_bytes(dump_checksummed(wrong))
     report = repair_store(path)
     assert report.redo == [] and report.restored == ["_log/000000/000000001.json"]
     assert tree(path) == tree(pristine)

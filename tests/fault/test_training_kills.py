@@ -81,7 +81,7 @@ def final(folder: Path) -> tuple[Path, dict[str, torch.Tensor]]:
     return newest, read_tensors(newest / "weights") | read_tensors(newest / "optimizer")
 
 
-def same_end(one: Path, other: Path) -> None:
+def assert_same_end(one: Path, other: Path) -> None:
     a, b = final(one)[1], final(other)[1]
     assert a.keys() == b.keys()
     for name, tensor in a.items():
@@ -121,7 +121,7 @@ def test_a_killed_driver(folder):
     before = [path.name for path in list_checkpoints(mine / "run" / "checkpoints")]
     assert before and before[0] != f"step-{STEPS:08d}"
     run(mine, "parallel.latent=2")
-    same_end(folder / "clean", mine)
+    assert_same_end(folder / "clean", mine)
 
 
 @pytest.mark.parametrize("victim", [0, 1])
@@ -136,7 +136,7 @@ def test_a_killed_rank(folder, victim):
     gap_s = float(re.findall(r"train: resumed after ([\d.]+) s", output)[0])
     print(f"from the failure to the first new step: {gap_s} s")
     assert gap_s < 75, "takes 15 s on an idle machine"
-    same_end(folder / "clean", mine)
+    assert_same_end(folder / "clean", mine)
 
 
 def test_ranks_that_hang(folder):
@@ -152,7 +152,7 @@ def test_ranks_that_hang(folder):
     assert "in _train_step" in log, "the stack of the training thread is missing"
     began = log.count("process ")
     again = rank_pids(mine)
-    wait_until((mine / "run" / "logs" / "rank-0.pulse").exists, process)
+    wait_until((mine / "run" / "logs" / "rank-0.heartbeat").exists, process)
     for pid in again:  # all ranks are frozen, so only the driver can notice
         os.kill(pid, signal.SIGSTOP)
     output, _ = process.communicate(timeout=150)
@@ -160,7 +160,7 @@ def test_ranks_that_hang(folder):
     assert "a trainer rank hung; stacks are in the logs of ranks [0]" in output
     assert re.search(r"trainer ranks \[[01](, 1)?\] are frozen: no heartbeat", output), output
     assert (mine / "run" / "logs" / "rank-0.log").read_text().count("process ") == began + 1
-    same_end(folder / "clean", mine)
+    assert_same_end(folder / "clean", mine)
 
 
 def test_two_drivers_in_one_run(folder):
@@ -207,7 +207,7 @@ def test_torchrun_gives_the_same_weights(folder):
     done = torchrun(mine / "run", clean)
     assert done.returncode == 0, done.stderr
     assert f"train {STEPS}/{STEPS} 100%" in done.stdout
-    same_end(folder / "clean", mine)
+    assert_same_end(folder / "clean", mine)
 
 
 def test_a_hanging_read_ends_ranks_without_a_driver(folder):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.single_rank import make_run, make_store, same_end, train
+from tests.support.single_rank import assert_same_end, make_run, make_store, train
 
 pytestmark = [pytest.mark.slow, pytest.mark.distributed]
 
@@ -23,4 +23,4 @@ def test_an_unreachable_wandb_does_not_change_a_run(tmp_path: Path) -> None:
     assert "wandb is off: CommError" in log, log
     rows = [len((run / "metrics.jsonl").read_text().splitlines()) for run in (without, down)]
     assert rows[0] == rows[1] > 0
-    same_end(without, down)
+    assert_same_end(without, down)

@@ -9,10 +9,10 @@ from sae_core.errors import ShapeError
 from sae_core.kernels.triton.body import TritonKernels
 from sae_core.kernels.triton.prefilter_float8 import (
     SLOTS,
-    RowWeights,
     SplitRows,
-    joined,
-    row_weights,
+    SplitSpec,
+    dequantise,
+    split_spec,
 )
 from sae_core.kernels.triton.prefilter_float8 import split_rows as plain_split_rows
 from sae_core.kernels.triton.quantise import FP8, split_rows
@@ -34,7 +34,7 @@ def normal(*shape: int, seed: int) -> torch.Tensor:
 
 
 def both(x: torch.Tensor, W: torch.Tensor) -> tuple[SplitRows, SplitRows]:
-    x_weights, W_weights = row_weights(x, W)
+    x_weights, W_weights = split_spec(x, W)
     return split_rows(x, x_weights), split_rows(W, W_weights)
 
 
@@ -57,8 +57,8 @@ def test_rows_are_split_as_torch_splits_them(n, D, dtype):
     matrix[2:3, 0] = 30000.0  # an outlier that dwarfs the rest of its row
     matrix[3:4] = 0.0
     dictionary = normal(50, D, seed=9)
-    matrix[4:5, row_weights(matrix, dictionary)[0].channels[:-1]] = 0.0  # no float8 part
-    for weights in row_weights(matrix, dictionary):
+    matrix[4:5, split_spec(matrix, dictionary)[0].channels[:-1]] = 0.0  # no float8 part
+    for weights in split_spec(matrix, dictionary):
         ours, wanted = split_rows(matrix, weights), plain_split_rows(matrix, weights)
         assert torch.equal(ours.scales, wanted.scales)
         assert ours.low.dtype == FP8 and torch.equal(ours.low.float(), wanted.low.float())
@@ -73,7 +73,7 @@ def test_every_float8_number_is_kept():
     numbers = numbers[numbers.isfinite()].abs()[None].to(DEVICE)
     D = numbers.shape[1]
     flat = torch.ones(D, device=DEVICE)
-    weights = RowWeights(torch.arange(D, device=DEVICE), 0, flat, flat, 6.0, 1.0)
+    weights = SplitSpec(torch.arange(D, device=DEVICE), 0, flat, flat, 6.0, 1.0)
     rows = split_rows(numbers / 2, weights)
     assert rows.scales.item() == 1 and torch.equal(
         rows.low[:, :D].float() * 2, (numbers / 2).to(FP8).float() * 2
@@ -82,7 +82,7 @@ def test_every_float8_number_is_kept():
 
 def test_split_rows_do_not_depend_on_the_memory_layout():
     matrix = normal(9, 72, seed=0)
-    weights, _ = row_weights(matrix, matrix)
+    weights, _ = split_spec(matrix, matrix)
     spread = torch.empty(9, 100, device=DEVICE)[:, :72].copy_(matrix)
     for other in (spread, matrix.T.contiguous().T):
         parts = zip(split_rows(other, weights), split_rows(matrix, weights), strict=True)
@@ -109,7 +109,7 @@ def test_values_are_those_of_the_rounded_inputs_and_the_bounds():
     x[3], W[7] = 0.0, 0.0
     low_x, low_W = both(x, W)
     values, latents = body().bounded_topk(low_x, low_W, b, 30)
-    rounded = joined(low_x).double() @ joined(low_W).double().T + b.double()
+    rounded = dequantise(low_x).double() @ dequantise(low_W).double().T + b.double()
     # The device's sums are accurate to about 14 bits.
     tolerance = 1e-5 if INTERPRETED else 1e-3
     reach = (x.norm(dim=1)[:, None] * W.norm(dim=1)[latents]).amax(1)

@@ -339,7 +339,7 @@ def test_a_second_run_on_a_growing_store_is_refused_and_may_take_over(tmp_path: 
         return item is None or item < 2
 
     def fill() -> None:
-        with job.claim:
+        with job.harvest_lock:
             try:
                 harvest_stage.fill(job, may_start)
             except Cancelled as error:

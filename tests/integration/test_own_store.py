@@ -16,7 +16,7 @@ import pytest
 
 from activation_store import StoreWriter, open_store
 from activation_store.config import MixedStore
-from analysis.origin import as_trained
+from analysis.origin import with_stored_provenance
 from cluster.errors import NonFiniteRowsError
 from cluster.harvest.worker import HarvestWorker, WorkerSpec
 from cluster.run_folder.saved_config import save_config
@@ -44,7 +44,7 @@ def own_store(path: Path, bad: int = 0, finalise: bool = True) -> RunConfig:
 
 
 def test_model_and_text_of_an_own_store_are_unknown(tmp_path):
-    trained = as_trained(own_store(tmp_path / "s"))
+    trained = with_stored_provenance(own_store(tmp_path / "s"))
     assert (trained.model.path, trained.model.package) == ("unknown", None)
     assert (trained.data.path, trained.data.package) == ("unknown", None)
 
@@ -62,10 +62,10 @@ def test_all_texts_of_a_mixture_are_named(tmp_path):
     config.model.path, config.data.path = "m", "a"
     config.store.path = str(tmp_path / "a")
     config.store.mixture = [MixedStore(str(tmp_path / "b"), 3.0)]
-    trained = as_trained(config)
+    trained = with_stored_provenance(config)
     assert (trained.model.path, trained.data.path) == ("m", "a (weight 1), b (weight 3)")
     config.store.mixture.append(MixedStore(str(tmp_path / "c")))
-    trained = as_trained(config)
+    trained = with_stored_provenance(config)
     assert (trained.model.path, trained.data.path) == ("unknown", "unknown")
 
 

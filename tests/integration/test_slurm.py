@@ -148,7 +148,7 @@ class Job:
         return found
 
 
-def same_end(one: Path, other: Path) -> None:
+def assert_same_end(one: Path, other: Path) -> None:
     tensors = []
     for run_dir in (one, other):
         newest = list_checkpoints(run_dir / "checkpoints")[0]
@@ -177,7 +177,7 @@ def test_preempted_jobs_save_and_requeue_and_end_with_the_same_weights(folder, s
         job.wait_for("COMPLETED")
         assert job.attempts() == ["start", 75, "start", 0], job.log.read_text()
         assert job.steps().count(5) == 1, "restarted without a checkpoint"
-        same_end(folder / "runs" / "clean", job.run_dir)
+        assert_same_end(folder / "runs" / "clean", job.run_dir)
         job.wait_until_gone()
     status = launch(folder, "requeued", "stage=status")
     assert f"{jobs['requeued'].id} COMPLETED, requeued 1 times" in status
@@ -196,7 +196,7 @@ def test_two_nodes_preempted_by_an_urgent_job(folder, slurm):
     job.wait_for("COMPLETED")
     assert job.attempts() == ["start", 75, "start", 0], job.log.read_text()
     assert job.steps().count(5) == 1, "restarted without a checkpoint"
-    same_end(folder / "runs" / "clean", job.run_dir)
+    assert_same_end(folder / "runs" / "clean", job.run_dir)
     job.wait_until_gone()
     assert set(Path("/tmp").glob("ray-*")) <= before
 

@@ -19,9 +19,9 @@ import zarr
 from obstore.store import S3Store
 
 from activation_store import (
-    Claim,
     Consumer,
     DeletedDataError,
+    HarvestLock,
     MixtureStream,
     RepairReport,
     ShuffledStream,
@@ -445,26 +445,26 @@ def test_invalid_addresses_are_refused(address: str) -> None:
 
 @pytest.fixture
 def quick_leases(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lease, "BEAT_S", 0.1)
+    monkeypatch.setattr(lease, "HEARTBEAT_S", 0.1)
     monkeypatch.setattr(lease, "STALE_S", 2.0)
 
 
-def stop_heartbeat(claim: Claim) -> None:
+def stop_heartbeat(harvest_lock: HarvestLock) -> None:
     """Stop the heartbeat of the lease, as if its process were frozen."""
-    assert isinstance(claim._held, lease.Lease)
-    claim._held._stop.set()
-    claim._held._thread.join()
+    assert isinstance(harvest_lock._held, lease.Lease)
+    harvest_lock._held._stop.set()
+    harvest_lock._held._thread.join()
 
 
 def test_a_run_keeps_its_lease_while_its_heartbeat_continues(url: str, quick_leases: None) -> None:
     write_store(url, [16], arrays=ARRAYS, finalise=False)
-    one, two = Claim(url, "one"), Claim(url, "two")
-    one.take()
+    one, two = HarvestLock(url, "one"), HarvestLock(url, "two")
+    one.acquire()
     for _ in range(2):
         with pytest.raises(StoreBusyError, match="is being written by run one, process"):
-            two.take()
-    again = Claim(url, "one")  # a restarted driver of the same run
-    again.take()
+            two.acquire()
+    again = HarvestLock(url, "one")  # a restarted driver of the same run
+    again.acquire()
     deadline = time.monotonic() + 20
     while time.monotonic() < deadline:
         try:
@@ -477,10 +477,10 @@ def test_a_run_keeps_its_lease_while_its_heartbeat_continues(url: str, quick_lea
         pytest.fail("the old holder did not notice")
     one.release()  # must not release the new holder's lease
     with pytest.raises(StoreBusyError):
-        two.take()
+        two.acquire()
     again.release()
     started = time.monotonic()
-    two.take()
+    two.acquire()
     assert time.monotonic() - started < lease.STALE_S
     assert [name for name in objects(url) if "_claim" in name] == ["_claim/000000003.json"]
     two.release()
@@ -488,24 +488,24 @@ def test_a_run_keeps_its_lease_while_its_heartbeat_continues(url: str, quick_lea
 
 def test_a_lease_without_heartbeat_goes_to_exactly_one_taker(url: str, quick_leases: None) -> None:
     write_store(url, [16], arrays=ARRAYS, finalise=False)
-    dead = Claim(url, "dead")
-    dead.take()
+    dead = HarvestLock(url, "dead")
+    dead.acquire()
     stop_heartbeat(dead)
-    takers = [Claim(url, f"taker-{number}") for number in range(3)]
+    takers = [HarvestLock(url, f"taker-{number}") for number in range(3)]
     busy: list[StoreBusyError] = []
 
-    def take(claim: Claim) -> None:
+    def take(harvest_lock: HarvestLock) -> None:
         try:
-            claim.take()
+            harvest_lock.acquire()
         except StoreBusyError as error:
             busy.append(error)
 
-    threads = [threading.Thread(target=take, args=(claim,)) for claim in takers]
+    threads = [threading.Thread(target=take, args=(harvest_lock,)) for harvest_lock in takers]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert sum(claim.is_taken for claim in takers) == 1 and len(busy) == 2
-    for claim in takers:
-        claim.check()
-        claim.release()
+    assert sum(harvest_lock.is_held for harvest_lock in takers) == 1 and len(busy) == 2
+    for harvest_lock in takers:
+        harvest_lock.check()
+        harvest_lock.release()

@@ -164,7 +164,7 @@ def run_tests(tree: Path, tests: Sequence[str], timeout_s: float) -> Verdict:
     command += ["--timeout", str(timeout_s), f"--junitxml={report}", *tests]
     variables = os.environ | {"PYTHONPATH": str(tree), "OMP_WAIT_POLICY": "passive"}
     began = time.monotonic()
-    with open(tree / "output.txt", "w+") as output, _nothing_left():
+    with open(tree / "output.txt", "w+") as output, _kill_leftovers():
         process = subprocess.Popen(
             command, cwd=tree, env=variables, stdout=output, stderr=output, start_new_session=True
         )
@@ -195,7 +195,7 @@ def _outcome(code: int, report: Path, said: str) -> tuple[str, str]:
 
 
 @contextmanager
-def _nothing_left() -> Iterator[None]:
+def _kill_leftovers() -> Iterator[None]:
     """Kill all processes that the block started; mutants leave frozen and orphaned ones behind."""
     before = {process.pid for process in psutil.Process().children()}
     try:

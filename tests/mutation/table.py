@@ -64,11 +64,11 @@ def _one(fault: int, what: str, file: str, old: str, new: str, *tests: str) -> M
 
 _SAVE, _FOLDER = "sae_core/checkpoint/save.py", "sae_core/checkpoint/folder.py"
 _LOAD, _ENGINE = "sae_core/checkpoint/load.py", "sae_core/engine/deepspeed_engine.py"
-_COHORT = "tests/fault/test_sweep_cohort.py::"
+_SWEEP = "tests/fault/test_sweep_lockstep.py::"
 _KILLS = "tests/fault/test_checkpoint_kills.py::"
 _MESH = "tests/distributed/test_mesh_training.py::"
 _OBJECTS = "tests/integration/test_store_objects.py::"
-_POISON = "tests/fault/test_poisoned_files.py::"
+_POISON = "tests/fault/test_untrusted_files.py::"
 _SAME_MESH = f"{_MESH}test_resume_on_any_mesh[1-1-0]"
 _NO_CHECK = (
     "        try:\n            check_manifest(folder, hashes)\n            read_state(folder)\n"
@@ -467,7 +467,7 @@ EXTRA = (
         106,
         "frozen ranks are waited for",
         "cluster/training/supervisor.py",
-        "        if frozen := pulses.frozen():\n",
+        "        if frozen := heartbeats.frozen():\n",
         "        if frozen := list[int]():\n",
         "tests/fault/test_training_kills.py::test_ranks_that_hang",
     ),
@@ -547,7 +547,7 @@ EXTRA = (
         "cluster/training/group.py",
         "config.train.timeout_s), config.store.order_seed\n",
         "config.train.timeout_s), None\n",
-        f"{_COHORT}test_lockstep_training_gives_the_same_bits_from_one_read",
+        f"{_SWEEP}test_lockstep_training_gives_the_same_bits_from_one_read",
     ),
     _one(
         116,
@@ -555,7 +555,7 @@ EXTRA = (
         "sae_core/training/lockstep.py",
         "            self._errors[index] = error\n",
         "            raise\n",
-        f"{_COHORT}test_cells_that_fail_or_diverge_leave_the_others_alone",
+        f"{_SWEEP}test_cells_that_fail_or_diverge_leave_the_others_alone",
     ),
     _one(
         117,
@@ -563,6 +563,6 @@ EXTRA = (
         "sae_core/training/lockstep.py",
         "trainer.save_if_due, agreed.save or agreed.stop)",
         "trainer.save_if_due, agreed.save)",
-        f"{_COHORT}test_a_signal_saves_all_cells",
+        f"{_SWEEP}test_a_signal_saves_all_cells",
     ),
 )

@@ -12,8 +12,8 @@ from pathlib import Path
 from activation_store import open_store, store_exists, verify_store
 from foundation.errors import EXIT_PREEMPTED
 from tests.fault.test_concurrent import CONCURRENT
-from tests.soak.run import STEPS, Clean, Episode, Verdict, harm_checkpoints
-from tests.support.damage import HARMS, harm_some
+from tests.soak.run import STEPS, Clean, Episode, Verdict, damage_checkpoints
+from tests.support.damage import DAMAGES, damage_some
 from tests.support.injection import (
     Injector,
     Nodes,
@@ -134,7 +134,7 @@ def _strikes(episode: Episode, driver: Driver, nodes: Nodes) -> None:
         if kind == "node":
             nodes.add()
         if driver.process.poll() is not None:
-            _harm_what_lies_there(episode, driver)
+            _damage_between_drivers(episode, driver)
             driver.again()
 
 
@@ -176,20 +176,20 @@ def _until(condition: Callable[[], bool], driver: Driver, patience_s: float = PA
     return True
 
 
-def _harm_what_lies_there(episode: Episode, driver: Driver) -> None:
+def _damage_between_drivers(episode: Episode, driver: Driver) -> None:
     """Between two drivers, damage checkpoints and the store, then repair the store."""
     pids = [*rank_pids(episode.run_dir), *worker_pids(episode.run_dir)]
     deadline = time.monotonic() + PATIENCE_S
     while any(alive(pid) for pid in pids):  # Ray ends them once it notices the driver's end
         assert time.monotonic() < deadline, f"some processes outlive their driver: {pids}"
         time.sleep(0.1)
-    harm_checkpoints(episode, most=2)
+    damage_checkpoints(episode, most=2)
     store = episode.run_dir / "store"
     if not store_exists(store) or not open_store(store).n_items:
         return
     harmed: list[tuple[str, list[str]]] = []
-    for how in episode.random.sample([*HARMS, "swap"], episode.random.randint(3, 4)):
-        files = harm_some(_files_of(store), how, episode.random)
+    for how in episode.random.sample([*DAMAGES, "swap"], episode.random.randint(3, 4)):
+        files = damage_some(_files_of(store), how, episode.random)
         harmed.append((how, [str(file.relative_to(store)) for file in files]))
     found = "\n".join(str(damage) for damage in verify_store(store))
     for how, names in harmed:

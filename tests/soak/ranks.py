@@ -22,7 +22,7 @@ from tests.soak.run import (
     Episode,
     Verdict,
     assert_named,
-    harm_checkpoints,
+    damage_checkpoints,
 )
 from tests.support.forked_ranks import CHECKPOINT_FAILED, Ranks
 from tests.support.injection import last_step
@@ -41,10 +41,10 @@ def ranks_episode(clean: Clean, episode: Episode) -> Verdict:
     _make_run(clean, episode.run_dir)
     order: list[str] = []
     for start in range(MOST_STARTS):
-        harmed = harm_checkpoints(episode, most=3)
+        harmed = damage_checkpoints(episode, most=3)
         order = order or episode.random.sample(STRIKES, len(STRIKES))
         strike = order.pop()
-        barrier = _put_in_the_way(episode) if strike == "in the way" else None
+        barrier = _block_next_checkpoint(episode) if strike == "in the way" else None
         before = _metrics_bytes(episode)
         ranks = Ranks(episode.folder / f"start-{start}", RANKS, _rank, str(episode.run_dir))
         try:
@@ -81,7 +81,7 @@ def _rank(run_dir: str) -> int:
     return 0
 
 
-def _put_in_the_way(episode: Episode) -> Path:
+def _block_next_checkpoint(episode: Episode) -> Path:
     """Put a file where the next checkpoint's folder would be made; return its path."""
     root = episode.run_dir / "checkpoints"
     root.mkdir(exist_ok=True)

@@ -17,7 +17,7 @@ from sae_core.checkpoint.folder import OPTIMIZER, WEIGHTS, list_checkpoints, ste
 from sae_core.checkpoint.row_ranges import read_tensors
 from tests.fault.test_concurrent import command as pipeline_command
 from tests.fault.test_concurrent import run
-from tests.support.damage import HARMS, harm_some
+from tests.support.damage import DAMAGES, damage_some
 from tests.support.injection import last_step
 from tests.support.tiny_models import save_gpt2, write_text
 
@@ -146,16 +146,16 @@ def final_tensors(run_dir: Path) -> dict[str, torch.Tensor]:
     return read_tensors(found[0] / WEIGHTS) | read_tensors(found[0] / OPTIMIZER)
 
 
-def harm_checkpoints(episode: Episode, most: int) -> list[str]:
+def damage_checkpoints(episode: Episode, most: int) -> list[str]:
     """Damage up to `most` of the newest checkpoints, each in one way; return their names."""
     harmed = []
     count = episode.random.randint(0, most)
     for folder in list_checkpoints(episode.run_dir / "checkpoints")[:count]:
         files = sorted(folder.rglob("*.*"))
-        how = episode.random.choice([*HARMS, "swap"])
+        how = episode.random.choice([*DAMAGES, "swap"])
         if how == "flip":  # a flipped bit of the manifest may be in a part that is not used
             files = [file for file in files if file.name != "manifest.json"]
-        found = harm_some(files, how, episode.random)
+        found = damage_some(files, how, episode.random)
         if found:
             harmed.append(folder.name)
             names = ", ".join(f"{folder.name}/{file.relative_to(folder)}" for file in found)

@@ -25,7 +25,7 @@ def delete(file: Path, _: random.Random) -> None:
     file.unlink()
 
 
-HARMS: dict[str, Callable[[Path, random.Random], None]] = {
+DAMAGES: dict[str, Callable[[Path, random.Random], None]] = {
     "flip": flip,
     "truncate": truncate,
     "delete": delete,
@@ -45,7 +45,7 @@ def swap(files: Sequence[Path], rng: random.Random) -> tuple[Path, Path] | None:
     return one, other
 
 
-def harm_some(files: Sequence[Path], how: str, rng: random.Random) -> list[Path]:
+def damage_some(files: Sequence[Path], how: str, rng: random.Random) -> list[Path]:
     """Damage one non-empty file, or two if `how` is "swap"; return the damaged files."""
     there = [file for file in files if file.stat().st_size]
     if not there:
@@ -53,5 +53,5 @@ def harm_some(files: Sequence[Path], how: str, rng: random.Random) -> list[Path]
     if how == "swap":
         return list(swap(there, rng) or ())
     file = rng.choice(there)
-    HARMS[how](file, rng)
+    DAMAGES[how](file, rng)
     return [file]

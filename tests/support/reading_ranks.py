@@ -17,7 +17,7 @@ from activation_store import open_store
 from activation_store.errors import StoreError
 from activation_store.reading.shard_reader import OpenShard, Wanted
 from activation_store.storage.atomic_files import Bytes
-from cluster.training.shared_reads import RowShare
+from cluster.training.shared_reads import SharedReads
 from cluster.training.store_source import StoreSource
 from sae_core.distributed.mesh import Mesh
 
@@ -53,7 +53,7 @@ def _read(rank: int, folder: str, store: str, latent: int, data: int) -> None:
     ranks = latent * data
     dist.init_process_group("gloo", f"file://{folder}/meet", rank=rank, world_size=ranks)
     mesh = Mesh.create("cpu", latent, data)
-    share = RowShare.of(mesh, 60)
+    share = SharedReads.for_mesh(mesh, 60)
     opened = open_store(store)
     order = (7, BATCH, mesh.data_rank, data, 4, 192)
     source = StoreSource(opened, ARRAY, *order, share=share)
@@ -80,7 +80,7 @@ def _read(rank: int, folder: str, store: str, latent: int, data: int) -> None:
     dist.destroy_process_group()
 
 
-def _exchange(share: RowShare) -> list[bool]:
+def _exchange(share: SharedReads) -> list[bool]:
     """Return, for every type of a store, whether ranks gather their parts of seven rows exactly."""
     lo, hi = share.part(0, 7)
     rows = torch.arange(21).reshape(7, 3)

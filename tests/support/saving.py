@@ -16,25 +16,25 @@ import torch
 from sae_core.checkpoint import newest_valid
 from tests.support.trainer_ranks import BATCH, Job, SyntheticSource, config_of
 
-STEPS, EVERY, HURT_STEP = 40, 10, 20
+STEPS, EVERY, FAILURE_STEP = 40, 10, 20
 
 
 @dataclass(frozen=True)
-class Hurt:
+class Failure:
     """A failure of rank `rank` in the save of step `step`."""
 
     point: str
     how: str = "kill"
     """`kill`, `raise` or `wait`."""
     rank: int = 0
-    step: int = HURT_STEP
+    step: int = FAILURE_STEP
 
 
 def train(
     folder: str,
     latent: int = 2,
     zero: int = 0,
-    hurt: Hurt | None = None,
+    hurt: Failure | None = None,
     checkpoint: dict[str, Any] | None = None,
     step_s: float = 0.0,
 ) -> int:
@@ -85,7 +85,7 @@ class _Slow(SyntheticSource):
         return super().next()
 
 
-def arm(hurt: Hurt) -> None:
+def arm(hurt: Failure) -> None:
     """Install the failure at `hurt.point` of the save of step `hurt.step`."""
     from sae_core.checkpoint import background_saver, save
 

@@ -78,7 +78,7 @@ def last_state(run_dir: Path) -> dict[str, torch.Tensor]:
     return read_tensors(newest / "weights") | read_tensors(newest / "optimizer")
 
 
-def same_end(one: Path, other: Path) -> None:
+def assert_same_end(one: Path, other: Path) -> None:
     """Check that two runs ended with the same weights and moments, bit for bit."""
     a, b = last_state(one), last_state(other)
     assert a.keys() == b.keys()

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from activation_store import Calibration, StoreWriter
-from activation_store.storage.local import CLAIM, LOCK
+from activation_store.storage.local import COMMIT_LOCK, HARVEST_LOCK
 
 DTYPES = {"bfloat16": np.dtype(ml_dtypes.bfloat16), "float32": np.dtype(np.float32)}
 Columns = dict[str, NDArray[Any]]
@@ -95,5 +95,5 @@ def tree(path: Path) -> dict[str, bytes]:
     return {
         str(file.relative_to(path)): file.read_bytes()
         for file in sorted(path.rglob("*"))
-        if file.is_file() and file.name not in (CLAIM, LOCK)
+        if file.is_file() and file.name not in (HARVEST_LOCK, COMMIT_LOCK)
     }

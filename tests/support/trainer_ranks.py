@@ -225,7 +225,7 @@ def _take_out(feature: str | None) -> None:
     elif feature == "sharded mark":
         TopKSAE.forward = _without_mark(TopKSAE.forward)
     elif feature == "replica exchange":
-        fused_adam.over_replicas = lambda gradient, _: gradient
+        fused_adam.gather_over_replicas = lambda gradient, _: gradient
     elif feature == "zero push":
         SAEEngine._push_to_zero = lambda *_: None
     elif feature is not None:

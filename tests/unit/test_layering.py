@@ -107,7 +107,7 @@ def test_an_unused_module_is_seen(tmp_path):
     write_house(
         tmp_path,
         {
-            "launch.py": "STAGES = {'plan': 'cluster.plan'}\nif __name__ == '__main__':\n    pass\n",
+            "launch.py": "STAGES = ['cluster.plan']\nif __name__ == '__main__':\n    pass\n",
             "cluster/plan.py": "from cluster import used\n",
             "cluster/used.py": "",
             "cluster/unused.py": "",

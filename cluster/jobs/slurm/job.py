@@ -8,8 +8,8 @@ It runs on the job's first node. Slurm ends a job in one of three ways:
   requeue, or preemption without a grace period.
 
 In each case the driver must receive exactly one SIGUSR1, and Ray no signal at all. A job step
-(`cluster.jobs.slurm.ray_nodes.stand_by`) therefore waits for the second kind, and the driver starts with
-SIGTERM blocked, which its child processes inherit.
+(`ray_nodes.stand_by`) therefore waits for the second kind, and the driver starts with SIGTERM
+blocked, which its child processes inherit.
 """
 
 from __future__ import annotations
@@ -73,8 +73,8 @@ class Attempt:
                 command = [*command, f"cluster.address={address}"]
             stack.enter_context(_steps(address, self.n_nodes))
             code = 1
-            if address is None or self._nodes_came(address):
-                code = EXIT_PREEMPTED if self.asked else self._drive(command)
+            if address is None or self._wait_for_nodes(address):
+                code = EXIT_PREEMPTED if self.asked else self._run_driver(command)
             elif self.asked:
                 code = EXIT_PREEMPTED
             # Record this before Ray is stopped: that takes time, and Slurm may kill the job first.
@@ -87,7 +87,7 @@ class Attempt:
         with open(self._run_dir / FOLDER / commands.ATTEMPTS, "a", encoding="utf-8") as file:
             file.write(json.dumps(row | more) + "\n")
 
-    def _nodes_came(self, address: str) -> bool:
+    def _wait_for_nodes(self, address: str) -> bool:
         """Wait until all nodes have joined Ray; return False on a signal or after a timeout."""
         # Wait in a separate process, which can be killed, unlike a blocking call into Ray here.
         wait = [
@@ -107,7 +107,7 @@ class Attempt:
             time.sleep(_POLL_S)
         return waiting.returncode == 0
 
-    def _drive(self, command: list[str]) -> int:
+    def _run_driver(self, command: list[str]) -> int:
         """Run the driver, send it one SIGUSR1 if Slurm signals, and return its exit code."""
         with blocked(signal.SIGTERM):
             driver = subprocess.Popen(command)
@@ -150,7 +150,7 @@ def _steps(address: str | None, n_nodes: int) -> Iterator[None]:
 
 
 def main() -> None:
-    """Run `python -m cluster.jobs.slurm.job RUN_DIR MAX_REQUEUES -- COMMAND...` for the batch script."""
+    """Run `python -m cluster.jobs.slurm.job RUN_DIR MAX_REQUEUES -- COMMAND...`."""
     run_dir, max_requeues, _, *command = sys.argv[1:]
     attempt = Attempt(Path(run_dir), command)
     code = attempt.run()

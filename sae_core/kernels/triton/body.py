@@ -134,7 +134,7 @@ class TritonKernels:
         B, L = len(x.scales), len(W.scales)
         if _nothing(B, L, count):
             return x.scales.new_empty(B, count), b.new_empty(B, count, dtype=torch.int64)
-        return _encoder(FP8, "ieee", self.interpreted).topk_of(x, W, b, count)
+        return _encoder(FP8, "ieee", self.interpreted).topk_split(x, W, b, count)
 
     def decode(self, active: SparseLatents, W_dec: torch.Tensor) -> torch.Tensor:
         """See `Kernels.decode`."""

@@ -23,7 +23,7 @@ import triton
 
 from sae_core.kernels.keys import EMPTY_KEY, unpack_keys
 from sae_core.kernels.triton.filter import filter_kernel, keys_kernel
-from sae_core.kernels.triton.launch import FP_FUSION, plain_rows
+from sae_core.kernels.triton.launch import FP_FUSION, contiguous_columns
 from sae_core.kernels.triton.prefilter_float8 import SplitRows
 from sae_core.kernels.triton.quantise import FP8
 from sae_core.kernels.triton.select import pool_width, select
@@ -112,9 +112,9 @@ class Encoder:
         self, x: torch.Tensor, W_enc: torch.Tensor, b_enc: torch.Tensor, k: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """See `Kernels.encode_topk`; values descend within a row, and tied latents ascend."""
-        return self.topk_of(self._plain(x), self._plain(W_enc), b_enc, k)
+        return self.topk_split(self._plain(x), self._plain(W_enc), b_enc, k)
 
-    def topk_of(
+    def topk_split(
         self, x: SplitRows, W_enc: SplitRows, b_enc: torch.Tensor, k: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Run `topk` on rows in the product's format: split rows, or those made by `_plain`."""
@@ -196,7 +196,7 @@ class Encoder:
     def _plain(self, matrix: torch.Tensor) -> SplitRows:
         """Wrap a matrix as `SplitRows`, with empty side and scales that no kernel reads."""
         none = torch.empty(len(matrix), 0, device=matrix.device)
-        return SplitRows(plain_rows(matrix.to(self.dtype)), none, none)
+        return SplitRows(contiguous_columns(matrix.to(self.dtype)), none, none)
 
 
 def _taken(rows: SplitRows, which: slice | torch.Tensor) -> SplitRows:

@@ -51,6 +51,6 @@ def row_shape(D: int, per_thread: int, in_flight: int) -> dict[str, int]:
     return {"BD": BD, "PAIRS": pairs, "num_warps": warps, **FP_FUSION}
 
 
-def plain_rows(matrix: torch.Tensor) -> torch.Tensor:
+def contiguous_columns(matrix: torch.Tensor) -> torch.Tensor:
     """Return the matrix with contiguous columns in each row, copying it only if needed."""
     return matrix if matrix.stride(1) == 1 else matrix.contiguous()

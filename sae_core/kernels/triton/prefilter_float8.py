@@ -62,7 +62,7 @@ _SAMPLE_ROWS = 8192
 """Dictionary rows sampled to choose the bfloat16 channels. The bounds hold for any choice."""
 
 
-class RowWeights(NamedTuple):
+class SplitSpec(NamedTuple):
     """How to split the rows of one matrix, and how to compute their error bounds.
 
     With `t_j = moved_j * rounding_error_j**2 + squares_j * element_j**2`, a row's first bound is
@@ -94,7 +94,7 @@ class SplitRows(NamedTuple):
     """[n] float32, powers of two."""
 
 
-SplitFunction = Callable[[torch.Tensor, RowWeights], SplitRows]
+SplitFunction = Callable[[torch.Tensor, SplitSpec], SplitRows]
 BoundedTopK = Callable[[SplitRows, SplitRows, torch.Tensor, int], tuple[torch.Tensor, torch.Tensor]]
 """(x, W_enc, b_enc, count) -> values [B, count] float32, descending, and latents [B, count] int64.
 
@@ -121,7 +121,7 @@ class Float8Prefilter:
     ) -> Candidates:
         """See `Prefilter.candidates`."""
         L, D = W_enc.shape
-        inputs, latents = row_weights(x, W_enc)
+        inputs, latents = split_spec(x, W_enc)
         low_x = self._split(x, inputs)
         low_W = self._split(W_enc, latents)
         values, indices = self._topk(low_x, low_W, b_enc, min(3 * k, L))
@@ -139,7 +139,7 @@ def side_width(D: int) -> int:
     return -(-D // (_SIDE_SHARE * SIDE_STEP)) * SIDE_STEP
 
 
-def row_weights(x: torch.Tensor, W_enc: torch.Tensor) -> tuple[RowWeights, RowWeights]:
+def split_spec(x: torch.Tensor, W_enc: torch.Tensor) -> tuple[SplitSpec, SplitSpec]:
     """Choose how to split the rows of x and those of W_enc.
 
     The Cauchy-Schwarz bound is tightest where both of its factors have the same profile over
@@ -165,17 +165,17 @@ def row_weights(x: torch.Tensor, W_enc: torch.Tensor) -> tuple[RowWeights, RowWe
     c = rounding * (x_size / w_size)[channels]
     sums = _SUM_ROUNDING * (D - n_side) / _SUM_WIDTH
     return (
-        RowWeights(channels, n_side, 1 / c, rounding.square() / c, DEVIATIONS, sums),
-        RowWeights(channels, n_side, torch.zeros_like(c), c, 1.0, 1.0),
+        SplitSpec(channels, n_side, 1 / c, rounding.square() / c, DEVIATIONS, sums),
+        SplitSpec(channels, n_side, torch.zeros_like(c), c, 1.0, 1.0),
     )
 
 
-def split_rows(matrix: torch.Tensor, weights: RowWeights) -> SplitRows:
+def split_rows(matrix: torch.Tensor, weights: SplitSpec) -> SplitRows:
     """Split rows into float8 and bfloat16 channels, a power-of-two scale and two error bounds.
 
     Args:
         matrix: [n, D], any float dtype.
-        weights: as returned by `row_weights` for this matrix.
+        weights: as returned by `split_spec` for this matrix.
     """
     n, D = matrix.shape
     n_side = weights.n_side
@@ -201,7 +201,7 @@ def split_rows(matrix: torch.Tensor, weights: RowWeights) -> SplitRows:
     return out
 
 
-def joined(rows: SplitRows) -> torch.Tensor:
+def dequantise(rows: SplitRows) -> torch.Tensor:
     """Return the rows as the product sees them, [n, low and side columns] float32."""
     columns = torch.cat((rows.low.float(), rows.side.float()), 1)
     return columns * rows.scales[:, None]

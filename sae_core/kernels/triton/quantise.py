@@ -10,8 +10,8 @@ import triton
 import triton.language as tl
 
 from sae_core.kernels.triton import prefilter_float8
-from sae_core.kernels.triton.launch import plain_rows, row_shape
-from sae_core.kernels.triton.prefilter_float8 import RowWeights, SplitRows, side_width
+from sae_core.kernels.triton.launch import contiguous_columns, row_shape
+from sae_core.kernels.triton.prefilter_float8 import SplitRows, SplitSpec, side_width
 
 FP8 = torch.float8_e4m3fn
 _MAX = tl.constexpr(prefilter_float8.LARGEST)
@@ -102,14 +102,14 @@ def split_shape(D: int) -> dict[str, int]:
     return row_shape(D, per_thread=8, in_flight=32)
 
 
-def split_rows(matrix: torch.Tensor, weights: RowWeights) -> SplitRows:
+def split_rows(matrix: torch.Tensor, weights: SplitSpec) -> SplitRows:
     """Run `prefilter_float8.split_rows` on the device.
 
     The bounds differ from those of that function by the order in which float32 sums are added.
 
     Args:
         matrix: [n, D] bfloat16, float16 or float32.
-        weights: as returned by `row_weights` for this matrix.
+        weights: as returned by `split_spec` for this matrix.
 
     Raises:
         ShapeError: If a row does not fit in a program's registers.
@@ -125,7 +125,7 @@ def split_rows(matrix: torch.Tensor, weights: RowWeights) -> SplitRows:
     )
     shape = split_shape(D)
     if n:
-        rows = plain_rows(matrix)
+        rows = contiguous_columns(matrix)
         split_kernel[(triton.cdiv(n, shape["PAIRS"]),)](
             rows, weights.channels.int(), weights.moved, weights.squares, *out,
             weights.deviations, weights.sums, n, D, n_side, width, side_columns, rows.stride(0),

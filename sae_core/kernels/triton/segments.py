@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 
 from sae_core.kernels.interface import RowGradients, SparseLatents
-from sae_core.kernels.triton.launch import plain_rows, row_shape
+from sae_core.kernels.triton.launch import contiguous_columns, row_shape
 
 PIECE = 512
 """Most pairs that one program sums."""
@@ -207,8 +207,8 @@ def segments(
         torch.empty(n_pieces, D, device=device),
         torch.empty(n_pieces, D, device=device),
         torch.empty(n_pieces, device=device),
-        plain_rows(x),
-        plain_rows(error),
+        contiguous_columns(x),
+        contiguous_columns(error),
     )
     if n_pieces:
         numbers = torch.arange(n_pieces, device=device)

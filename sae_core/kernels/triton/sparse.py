@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from sae_core.kernels.interface import Decoded, SparseLatents
-from sae_core.kernels.triton.launch import FP_FUSION, plain_rows, row_shape
+from sae_core.kernels.triton.launch import FP_FUSION, contiguous_columns, row_shape
 
 PAIRS = 8
 """Pairs whose dictionary rows are loaded together, to have several loads in flight."""
@@ -130,7 +130,7 @@ def decode_shape(D: int) -> dict[str, int]:
 
 def decode(active: SparseLatents, W_dec: torch.Tensor) -> torch.Tensor:
     """See `Kernels.decode`; the result has the dtype of the values, sums are float32."""
-    W_dec = plain_rows(W_dec)
+    W_dec = contiguous_columns(W_dec)
     B = len(active.offsets)
     D = W_dec.shape[1]
     out = torch.empty(B, D, dtype=active.values.dtype, device=W_dec.device)
@@ -145,8 +145,8 @@ def decode(active: SparseLatents, W_dec: torch.Tensor) -> torch.Tensor:
 
 def decoder_dot(grad: torch.Tensor, active: SparseLatents, W_dec: torch.Tensor) -> torch.Tensor:
     """See `Kernels.decoder_dot`; the result has the dtype of `grad`, sums are float32."""
-    grad = plain_rows(grad)
-    W_dec = plain_rows(W_dec)
+    grad = contiguous_columns(grad)
+    W_dec = contiguous_columns(W_dec)
     B = len(active.offsets)
     n_pairs = len(active.latents)
     D = W_dec.shape[1]
@@ -161,8 +161,8 @@ def decoder_dot(grad: torch.Tensor, active: SparseLatents, W_dec: torch.Tensor) 
 
 def decode_error(target: torch.Tensor, active: SparseLatents, W_dec: torch.Tensor) -> Decoded:
     """See `Kernels.decode_error`; the results are float32."""
-    target = plain_rows(target)
-    W_dec = plain_rows(W_dec)
+    target = contiguous_columns(target)
+    W_dec = contiguous_columns(W_dec)
     B = len(active.offsets)
     n_pairs = len(active.latents)
     D = W_dec.shape[1]

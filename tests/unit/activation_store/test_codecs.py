@@ -22,7 +22,7 @@ from activation_store.codecs.int8 import Scaling
 from activation_store.codecs.sharding import ABSENT
 from activation_store.config import StoreConfig
 from activation_store.errors import DamagedDataError, NonDeterministicItemError, StoreMismatchError
-from activation_store.storage.checksummed_json import seal, unseal
+from activation_store.storage.checksummed_json import dump_checksummed, load_checksummed
 from foundation.errors import ConfigError
 from tests.support.store_cases import DTYPES, calibration, expected, item_columns, write_store
 
@@ -103,8 +103,8 @@ def test_we_read_shards_that_other_libraries_wrote(
     write_store(path, [16], arrays=arrays, **options)
     header, before = open_store(path).header, open_store(path).read("a", 0, 16)
     record = path / "_log" / "000000" / "000000000.json"
-    document = unseal(str(record), record.read_bytes())
-    for name in header.stored_as("a"):
+    document = load_checksummed(str(record), record.read_bytes())
+    for name in header.disk_arrays_of("a"):
         file = path / header.shard_file(name, 0)
         wanted = zarr.open_array(path / name, mode="r")[:]
         file.unlink()
@@ -117,7 +117,7 @@ def test_we_read_shards_that_other_libraries_wrote(
         ours, tail = with_our_table(theirs, header.layout(name).n_chunks)
         file.write_bytes(ours)
         document["arrays"][name] |= {"bytes": len(ours), "tail_crc32c": crc32c(tail)}
-    record.write_bytes(seal(document))
+    record.write_bytes(dump_checksummed(document))
     (path / "_log" / "000000.json").unlink()
     np.testing.assert_array_equal(open_store(path).read("a", 0, 16), before)
     assert {damage.file for damage in verify_store(path)} == {"_log/000000.json"}
@@ -153,7 +153,7 @@ def test_metadata_is_what_zarr_python_writes(tmp_path: Path, codec: str, dtype: 
         shuffle="shuffle",
         blocksize=262_144,
     )
-    for name in header.stored_as("a"):
+    for name in header.disk_arrays_of("a"):
         stored, shape = header.stored[name]
         zarr.create_array(
             tmp_path / "z" / name,

@@ -206,7 +206,7 @@ def test_a_consumer_that_registers_during_a_deletion_is_counted_or_refused(
     path = tmp_path / "s"
     write_store(path, ROWS, arrays=ARRAYS)
     publish(Consumer(path, "old"), 6)
-    write, came = retention.write_watermark, []
+    write, came = retention.write_deletion_mark, []
 
     def announce(storage: Any, mark: Any) -> None:
         if not came:
@@ -223,7 +223,7 @@ def test_a_consumer_that_registers_during_a_deletion_is_counted_or_refused(
                 Consumer(path, "new")
         write(storage, mark)
 
-    monkeypatch.setattr(retention, "write_watermark", announce)
+    monkeypatch.setattr(retention, "write_deletion_mark", announce)
     assert delete_consumed(path) == ([] if moment == "before" else [0, 1, 2, 3, 4, 5])
     assert ("new" in list_consumers(path)) == (moment == "before")
     assert verify_store(path) == []

@@ -10,7 +10,7 @@ import pytest
 from activation_store.errors import StoreBusyError
 from activation_store.storage import lease
 from activation_store.storage.base import Parts
-from activation_store.storage.lease import CLAIM, Lease
+from activation_store.storage.lease import HARVEST_LOCK, Lease
 from activation_store.storage.local import LocalStorage
 
 
@@ -31,10 +31,10 @@ class SlowTaker(LocalStorage):
 def test_a_number_below_the_holders_does_not_take_the_lease(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(lease, "BEAT_S", 0.05)
+    monkeypatch.setattr(lease, "HEARTBEAT_S", 0.05)
     monkeypatch.setattr(lease, "STALE_S", 5.0)
     storage, held = LocalStorage(tmp_path), []
-    for folder in (CLAIM, "_tmp"):
+    for folder in (HARVEST_LOCK, "_tmp"):
         storage.make_folder(folder)
     Lease(storage, "first", "run first").release()
 
@@ -48,4 +48,4 @@ def test_a_number_below_the_holders_does_not_take_the_lease(
         Lease(SlowTaker(tmp_path, others), "late", "run late").release()
     held[0].check()
     held[0].release()
-    assert storage.names(CLAIM) == ["000000003.json"]
+    assert storage.names(HARVEST_LOCK) == ["000000003.json"]

@@ -24,7 +24,7 @@ from activation_store.errors import DamagedDataError, IncompleteStoreError
 from activation_store.reading import store as store_module
 from activation_store.reading.buffers import Recycler
 from activation_store.storage import atomic_files
-from activation_store.storage.checksummed_json import seal, unseal
+from activation_store.storage.checksummed_json import dump_checksummed, load_checksummed
 from activation_store.storage.local import LocalStorage
 from activation_store.threads import run_all
 from foundation.errors import ConfigError
@@ -266,9 +266,9 @@ def test_moments_with_a_wrong_count_are_named(tmp_path: Path) -> None:
     path = tmp_path / "s"
     write_store(path, [16, 9], arrays=ARRAYS, finalise=False)
     record = path / "_log" / "000000" / "000000001.json"
-    document = unseal(str(record), record.read_bytes())
+    document = load_checksummed(str(record), record.read_bytes())
     document["arrays"]["a"]["count"] -= 1
-    record.write_bytes(seal(document))
+    record.write_bytes(dump_checksummed(document))
     (damage,) = verify_store(path)
     assert damage.item == 1 and "statistics of ['a'] that do not cover" in damage.problem
 

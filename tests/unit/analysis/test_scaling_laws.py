@@ -17,7 +17,7 @@ import pytest
 
 from analysis.errors import FitError
 from analysis.pages.png import to_png
-from analysis.scaling_laws import stage as stage
+from analysis.scaling_laws import stage
 from analysis.scaling_laws.cells import best_of_each, read_sweep
 from analysis.scaling_laws.laws import JOINT_LAW
 from analysis.scaling_laws.study import study_sweep

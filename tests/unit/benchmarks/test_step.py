@@ -111,7 +111,7 @@ def test_device_cuda_without_a_gpu_is_a_one_line_error() -> None:
 def test_a_step_without_deepspeed_equals_the_engines_step() -> None:
     code = """
 import torch
-from benchmarks import step, step_ours
+from benchmarks.step import ours as step_ours
 from benchmarks.harness.one_rank import start_one_rank
 from benchmarks.step.work import Inputs, Setup, Work
 from sae_core.engine.deepspeed_engine import SAEEngine
@@ -146,7 +146,7 @@ def test_gpu_cases_run_on_triton_kernels() -> None:
     pytest.importorskip("triton", reason="triton is not installed: pip install triton")
     code = """
 import torch
-from benchmarks import step, step_ours
+from benchmarks.step import ours as step_ours
 from benchmarks.harness.one_rank import start_one_rank
 from benchmarks.step.work import Inputs, Setup, Work
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from activation_store import Claim, Consumer, StoreWriter
+from activation_store import Consumer, HarvestLock, StoreWriter
 from cluster.concurrent import _Cancelled, _Harvest, _has_rows
 from cluster.harvest.stage import HarvestJob
 from conf.checks import validate
@@ -28,9 +28,9 @@ def harvest_of(path: Path, items: list[int], lead: int, sample_tokens: int) -> _
     config.store.path, config.store.window_items = str(path), 2
     config.train.sample_tokens = sample_tokens
     plan: Any = None
-    claim = Claim(path, "run")
+    harvest_lock = HarvestLock(path, "run")
     return _Harvest(
-        HarvestJob(config, path.parent, str(path), plan, {}, claim, True, Console(), False)
+        HarvestJob(config, path.parent, str(path), plan, {}, harvest_lock, True, Console(), False)
     )
 
 

@@ -12,8 +12,8 @@ from activation_store import open_store
 from cluster.planning.hardware import gpu
 from cluster.planning.mesh_search import plan_layout
 from cluster.run_folder.saved_config import forbidden_changes
-from cluster.run_folder.sweep_record import STOPPED, forget_failure, read_record, write_record
-from cluster.sweep.groups import cells_that_fit, cohorts
+from cluster.run_folder.sweep_record import STOPPED, clear_failure, read_record, write_record
+from cluster.sweep.groups import cells_that_fit, training_groups
 from cluster.training.store_source import StoreSource
 from conf.schema.plan import PlanConfig
 from conf.schema.run import RunConfig
@@ -23,7 +23,7 @@ from foundation.errors import ConfigError
 from sae_core.config import ParallelConfig
 from sae_core.engine.lr_schedule import peak_lr
 from sae_core.errors import CheckpointError, DivergedError
-from sae_core.training.shared_source import FanOut
+from sae_core.training.shared_source import SharedSource
 from sae_core.training.source import Batch
 from tests.support.single_rank import make_store
 
@@ -98,15 +98,15 @@ def test_groups_have_as_many_cells_as_fit_in_memory(device: str) -> None:
     assert [fit(one + n * own + 1e6) for n in (0, 1, 29)] == [1, 2, 30]
     with pytest.raises(ConfigError, match=r"sweep.n_latents=32768: expected cells that fit"):
         fit(one - 1e6)
-    assert cohorts(cells, 3) == [list(cells)[:3], list(cells)[3:]]
+    assert training_groups(cells, 3) == [list(cells)[:3], list(cells)[3:]]
 
 
 def test_a_sweep_retries_failed_cells_but_not_diverged_ones(tmp_path: Path) -> None:
     write_record(tmp_path, CheckpointError("a full disk"))
-    forget_failure(tmp_path)
+    clear_failure(tmp_path)
     assert read_record(tmp_path) is None
     write_record(tmp_path, DivergedError("FVU 7"))
-    forget_failure(tmp_path)
+    clear_failure(tmp_path)
     assert read_record(tmp_path) == (STOPPED, "FVU 7")
 
 
@@ -135,9 +135,9 @@ class Counting:
 
 def test_views_share_a_read_and_keep_their_positions() -> None:
     source = Counting()
-    fan_out = FanOut(source, torch.device("cpu"))
-    behind, ahead = fan_out.view(), fan_out.view()
-    assert fan_out.view().sample(3) is fan_out.view().sample(3) and source.reads == 1
+    shared_source = SharedSource(source, torch.device("cpu"))
+    behind, ahead = shared_source.view(), shared_source.view()
+    assert shared_source.view().sample(3) is shared_source.view().sample(3) and source.reads == 1
     ahead.seek(2)
     seen = [float(behind.next().x[0, 0]) for _ in range(2)]
     assert seen == [0, 1] and ahead.position == 2 == behind.position

@@ -30,7 +30,7 @@ import sys
 from pathlib import Path
 from cluster.jobs.slurm.job import Attempt
 command = [sys.executable, "-c", *sys.argv[1:]]
-sys.exit(Attempt(Path("."), command)._drive(command))
+sys.exit(Attempt(Path("."), command)._run_driver(command))
 """
 
 

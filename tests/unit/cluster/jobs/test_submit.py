@@ -12,7 +12,7 @@ from hydra.conf import HydraConf
 from cluster.jobs.backend import describe_job, unfinished_job
 from cluster.jobs.slurm.batch_script import script
 from cluster.run_folder.submitted_jobs import FOLDER, JOBS
-from conf.multirun import cell_name, with_constants
+from conf.multirun import cell_name, with_constant_keys
 from conf.schema.submit import SubmitConfig, _seconds
 from foundation.atomic_files import write_json
 from foundation.errors import ConfigError
@@ -84,7 +84,7 @@ def test_times_are_read_as_slurm_reads_them():
 def name_of(arguments: list[str], cell: list[str]) -> str:
     """Return the name of `cell` in the sweep that `arguments` ask Hydra for."""
     hydra = HydraConf()
-    (added,) = set(with_constants(arguments)) - set(arguments)
+    (added,) = set(with_constant_keys(arguments)) - set(arguments)
     hydra.job.config.override_dirname.exclude_keys = added.partition("=")[2].strip("[]").split(",")
     hydra.overrides.task = cell
     return cell_name("demo", hydra)
@@ -106,12 +106,12 @@ def test_cell_names_from_choices_paths_and_keys_with_equal_endings():
 
 def test_a_sweep_over_names_adds_nothing_and_one_run_is_not_a_sweep():
     assert name_of(["-m", "name=demo,other"], ["name=demo"]) == "demo"
-    assert with_constants(["sae.k=16"]) == ["sae.k=16"]
+    assert with_constant_keys(["sae.k=16"]) == ["sae.k=16"]
 
 
 def test_flags_stay_before_or_after_all_overrides():
-    assert with_constants(["-m", "a=1,2", "b=3"])[:1] == ["-m"]
-    assert with_constants(["a=1,2", "b=3", "-m"])[-1] == "-m"
+    assert with_constant_keys(["-m", "a=1,2", "b=3"])[:1] == ["-m"]
+    assert with_constant_keys(["a=1,2", "b=3", "-m"])[-1] == "-m"
 
 
 @pytest.mark.parametrize("state", ["PREEMPTED", "BOOT_FAIL", "CANCELLED by 1000"])

@@ -13,7 +13,7 @@ import pytest
 
 from activation_store import StoreWriter, open_store
 from cluster.training import heartbeats
-from cluster.training.heartbeats import Pulses, pulse_file
+from cluster.training.heartbeats import Heartbeats, heartbeat_file
 from cluster.training.store_source import StoreSource
 from cluster.training.watchdog import HUNG
 from tests.support.store_cases import item_columns
@@ -21,8 +21,8 @@ from tests.support.store_cases import item_columns
 RANK = """
 import re, sys, time
 from pathlib import Path
-from cluster import watchdog
-watchdog.LAST_WORDS_S = 0.3
+from cluster.training import watchdog
+watchdog.EXIT_DELAY_S = 0.3
 
 def progress_nowhere():
     time.sleep(60)
@@ -34,7 +34,7 @@ step, looks = 0, 0
 with watchdog.Watchdog(Path(sys.argv[1]), timeout_s=1.0, startup_timeout_s=4.0) as dog:
     dog.waits = lambda: looks
     time.sleep(2)  # compilation
-    dog.training_begins(lambda: step)
+    dog.start_training(lambda: step)
     time.sleep(1)  # a slow first step
     for _ in range(20):
         step += 1
@@ -47,9 +47,9 @@ with watchdog.Watchdog(Path(sys.argv[1]), timeout_s=1.0, startup_timeout_s=4.0) 
 """
 
 
-def run(pulse: Path, end: str) -> subprocess.CompletedProcess[str]:
+def run(heartbeat: Path, end: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-c", RANK, str(pulse), end],
+        [sys.executable, "-c", RANK, str(heartbeat), end],
         capture_output=True,
         text=True,
         timeout=50,
@@ -58,19 +58,19 @@ def run(pulse: Path, end: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_steps_waits_and_a_slow_start_do_not_count_as_a_hang(tmp_path):
-    done = run(tmp_path / "pulse", "None")
+    done = run(tmp_path / "heartbeat", "None")
     assert (done.returncode, done.stdout) == (0, "all is well\n"), done.stderr
-    assert not (tmp_path / "pulse").exists()
+    assert not (tmp_path / "heartbeat").exists()
 
 
 @pytest.mark.parametrize("where", ["progress_nowhere", "hold_the_interpreter"])
 def test_a_hang_is_reported_with_its_stack(tmp_path, where):
-    done = run(tmp_path / "pulse", f"{where}()")
+    done = run(tmp_path / "heartbeat", f"{where}()")
     assert (done.returncode, done.stdout) == (1, "all is well\n"), done.stderr
     assert f"in {where}" in done.stderr
     if where == "progress_nowhere":
         assert "no progress for 1 s" in done.stderr
-        assert (tmp_path / "pulse").read_text() == HUNG
+        assert (tmp_path / "heartbeat").read_text() == HUNG
 
 
 def test_only_a_trainer_that_waits_for_rows_is_excused(tmp_path):
@@ -105,14 +105,14 @@ def wait_until(condition) -> None:
 def test_the_driver_sees_heartbeats_that_stop(tmp_path, monkeypatch):
     monkeypatch.setattr(heartbeats, "_MARGIN_S", 0.2)
     (tmp_path / "logs").mkdir()
-    pulse_file(tmp_path, 1).write_text(HUNG)  # from an earlier group of ranks
-    seen = Pulses(tmp_path, 3, timeout_s=0.3)
+    heartbeat_file(tmp_path, 1).write_text(HUNG)  # from an earlier group of ranks
+    seen = Heartbeats(tmp_path, 3, timeout_s=0.3)
     assert seen.frozen() == seen.hung() == []
     for rank, text in enumerate(("7", "3")):
-        pulse_file(tmp_path, rank).write_text(text)
+        heartbeat_file(tmp_path, rank).write_text(text)
     assert seen.frozen() == [] and seen.steps_taken() == 7
     time.sleep(0.6)
-    os.utime(pulse_file(tmp_path, 1))
+    os.utime(heartbeat_file(tmp_path, 1))
     assert seen.frozen() == [0]
-    pulse_file(tmp_path, 0).write_text(HUNG)
+    heartbeat_file(tmp_path, 0).write_text(HUNG)
     assert seen.frozen() == [] and seen.hung() == [0] and seen.steps_taken() == 0

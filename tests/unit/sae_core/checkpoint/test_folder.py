@@ -10,7 +10,7 @@ import pytest
 
 from sae_core.checkpoint.folder import (
     check_manifest,
-    damages,
+    find_damage,
     hash_file,
     list_checkpoints,
     newest_valid,
@@ -99,10 +99,10 @@ def test_every_damaged_file_is_named_and_ranks_share_the_check(tmp_path):
         ("weights/a.safetensors", "SHA-256 differs from the manifest"),
         ("weights/c.safetensors", "SHA-256 differs from the manifest"),
     )]  # fmt: skip
-    assert damages(folder) == problems
-    shares = [damages(folder, share=(rank, 3)) for rank in range(3)]
+    assert find_damage(folder) == problems
+    shares = [find_damage(folder, share=(rank, 3)) for rank in range(3)]
     assert shares == [problems[:3], [*problems[:2], problems[3]], problems[:2]]
-    assert damages(folder, hashes=False) == problems[:2]
+    assert find_damage(folder, hashes=False) == problems[:2]
 
 
 def test_another_schema_is_refused(tmp_path):

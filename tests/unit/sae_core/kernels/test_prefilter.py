@@ -16,9 +16,9 @@ from sae_core.kernels.stock.prefilter_bfloat16 import Bfloat16Prefilter
 from sae_core.kernels.triton.prefilter_float8 import (
     SLOTS,
     Float8Prefilter,
-    joined,
-    row_weights,
+    dequantise,
     split_rows,
+    split_spec,
 )
 
 REFERENCE = get_kernels("reference", torch.float64)
@@ -27,7 +27,7 @@ EXACT = StockKernels(torch.float32)
 
 def emulated_float8_topk(x, W, b, count):
     """Compute the TopK of the split rows' product in float32: the same numbers, but slowly."""
-    return EXACT.exact_topk(joined(x), joined(W), b, count)
+    return EXACT.exact_topk(dequantise(x), dequantise(W), b, count)
 
 
 PREFILTERS = [
@@ -127,7 +127,7 @@ def test_the_bfloat16_margins_cover_every_error(split, outlier):
 def split_product(x, W):
     """Return (product of the split rows, the bounds it contains), both [B, L]."""
     parts = [
-        joined(split_rows(m, w)).double() for m, w in zip((x, W), row_weights(x, W), strict=True)
+        dequantise(split_rows(m, w)).double() for m, w in zip((x, W), split_spec(x, W), strict=True)
     ]
     product, bounds = (
         parts[0][:, columns] @ parts[1][:, columns].T
@@ -210,14 +210,14 @@ def test_split_rows_are_near_their_rows_and_keep_zeros():
     x[:, 5] *= 1000
     x[2] = 0
     x[3, 6:] = 0  # nothing is left for float8
-    weights, _ = row_weights(x, normal(1, 50, 130))
+    weights, _ = split_spec(x, normal(1, 50, 130))
     rows = split_rows(x, weights)
     assert rows.low.dtype == torch.float8_e4m3fn and rows.low.shape == (6, 80)
     assert rows.side.dtype == torch.bfloat16 and rows.side.shape == (6, 64)
     assert weights.n_side == 62 and 5 in weights.channels[68:]
     assert set(weights.channels.tolist()) == set(range(130))
     assert torch.equal(rows.scales, torch.exp2(rows.scales.log2().round()))
-    back = joined(rows)
+    back = dequantise(rows)
     low, side = back[:, :68], back[:, 80 : 80 + 62]
     torch.testing.assert_close(side, x[:, weights.channels[68:]], rtol=2.0**-8, atol=0)
     wanted = x[:, weights.channels[:68]]
@@ -230,7 +230,7 @@ def test_rows_without_a_float8_part_do_not_overflow():
     x[:, :8], W[:500, 8:] = normal(0, 9, 8) * 1e4, 0
     W[:, :8] *= 1e6
     assert_exact(PREFILTERS[2], x, W, torch.zeros(1000), 8)
-    for matrix, weights in zip((x, W), row_weights(x, W), strict=True):
+    for matrix, weights in zip((x, W), split_spec(x, W), strict=True):
         rows = split_rows(matrix, weights)
         # The product of two such rows, computed before rescaling, stays finite.
         assert rows.side.float().abs().max() <= 2.0**25

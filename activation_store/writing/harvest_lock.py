@@ -12,11 +12,11 @@ import socket
 from pathlib import Path
 from types import TracebackType
 
-from activation_store.storage.base import Held
+from activation_store.storage.base import HeldLock
 from activation_store.storage.open import open_storage
 
 
-class Claim:
+class HarvestLock:
     """The harvest lock of a store; as a context manager it releases the lock on exit.
 
     On a file system this is a kernel file lock, released when the process dies. In an object store
@@ -32,14 +32,14 @@ class Claim:
     def __init__(self, path: str | Path, run: str) -> None:
         self._storage = open_storage(path)
         self._run = run
-        self._held: Held | None = None
+        self._held: HeldLock | None = None
 
     @property
-    def is_taken(self) -> bool:
+    def is_held(self) -> bool:
         """True while this object holds the lock."""
         return self._held is not None
 
-    def take(self) -> None:
+    def acquire(self) -> None:
         """Take the lock; do nothing if this object already holds it. The store must exist.
 
         Raises:
@@ -47,7 +47,7 @@ class Claim:
         """
         if self._held is None:
             who = f"run {self._run}, process {os.getpid()} on {socket.gethostname()}"
-            self._held = self._storage.claim(self._run, who)
+            self._held = self._storage.harvest_lock(self._run, who)
 
     def check(self) -> None:
         """Check that this process has not lost the lock; do nothing if it was never taken.
@@ -66,7 +66,7 @@ class Claim:
         if held is not None:
             held.release()
 
-    def __enter__(self) -> Claim:
+    def __enter__(self) -> HarvestLock:
         return self
 
     def __exit__(

@@ -40,7 +40,7 @@ def flipped(place: float) -> Callable[[bytes], bytes]:
     return flip
 
 
-HARMS: dict[str, Callable[[bytes], bytes | None]] = {
+DAMAGES: dict[str, Callable[[bytes], bytes | None]] = {
     **{f"flipped at {place}": flipped(place) for place in (0.0, 0.05, 0.3, 0.5, 0.7, 0.95, 1.0)},
     "without its first byte": lambda data: data[1:],
     "without its last byte": lambda data: data[:-1],
@@ -72,7 +72,7 @@ def make(path: Path, kind: str) -> None:
 def read_all(path: Path) -> dict[str, NDArray[Any]]:
     """Read everything from a store, directly and through a stream."""
     store = open_store(path)
-    first = int(store.valid_rows[: store.read_watermark().below].sum())
+    first = int(store.valid_rows[: store.read_deletion_mark().below].sum())
     found = {name: store.read(name, first, store.n_tokens) for name in store.header.columns}
     found["consumers"] = np.array(sorted(map(str, list_consumers(path).items())))
     if store.finalised and not first:
@@ -118,7 +118,7 @@ def harmed(path: Path) -> Iterator[tuple[str, str, bool]]:
     """Damage each file in each way, one at a time; yield its name, the damage, and if harmless."""
     pristine = tree(path)
     for name, good in pristine.items():
-        for harm, change in HARMS.items():
+        for harm, change in DAMAGES.items():
             bad = change(good)
             (path / name).unlink()
             if bad is not None:

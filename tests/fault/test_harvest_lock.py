@@ -9,15 +9,15 @@ from pathlib import Path
 
 import pytest
 
-from activation_store import Claim
+from activation_store import HarvestLock
 from activation_store.errors import StoreBusyError
 from tests.support.paths import ROOT
 from tests.support.store_cases import write_store
 
 HOLDER = """
 import sys, time
-from activation_store import Claim
-Claim(sys.argv[1], "one").take()
+from activation_store import HarvestLock
+HarvestLock(sys.argv[1], "one").acquire()
 print("held", flush=True)
 time.sleep(600)
 """
@@ -48,16 +48,16 @@ def holder(path: Path) -> Iterator[subprocess.Popen[bytes]]:
 def test_a_process_holds_the_lock_until_it_dies(
     path: Path, holder: subprocess.Popen[bytes]
 ) -> None:
-    two = Claim(path, "two")
+    two = HarvestLock(path, "two")
     with pytest.raises(StoreBusyError, match=f"written by run one, process {holder.pid} on"):
-        two.take()
-    assert not two.is_taken
+        two.acquire()
+    assert not two.is_held
     holder.kill()
     holder.wait()
     with two:
-        two.take()
-        two.take()
+        two.acquire()
+        two.acquire()
         two.check()
         with pytest.raises(StoreBusyError, match="run two"):
-            Claim(path, "one").take()
-    Claim(path, "one").take()
+            HarvestLock(path, "one").acquire()
+    HarvestLock(path, "one").acquire()
