@@ -130,7 +130,7 @@ def _read(root: Path, path: Path, names: set[str]) -> Module:
                 member = f"{node.module}.{alias.name}"
                 targets.append(member if member in names else node.module)
         elif isinstance(node, ast.Constant) and isinstance(node.value, str):
-            strings.add(node.value)
+            strings.add(node.value.partition(":")[0])  # "module:attribute", too
         for target in targets:
             if target != name:
                 imports.setdefault(target, getattr(node, "lineno", 0))

@@ -1,0 +1,106 @@
+"""A registry of named members: how every kind of extension is looked up and added."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from importlib import import_module
+from importlib.metadata import entry_points
+from typing import Any, Generic, TypeVar, cast
+
+from foundation.errors import ConfigError
+
+T = TypeVar("T")
+
+
+class Registry(Generic[T]):
+    """Members of one kind, such as architectures or codecs, by name.
+
+    There are three ways in: built-in members are listed by the package that owns the registry,
+    installed packages declare an entry point in the group `latent_foundry.<group>`, and `register`
+    adds a member in this process. Members are imported when they are first looked up, so that a
+    list of names costs no heavy import.
+
+    Args:
+        kind: What a member is, in words, for messages: "architecture".
+        key: The setting that names a member, for messages: "sae.architecture".
+        group: Last part of the entry point group: "architectures".
+        builtin: Name -> "module:attribute" of each built-in member.
+    """
+
+    def __init__(self, kind: str, key: str, group: str, builtin: Mapping[str, str]) -> None:
+        self.kind = kind
+        self.key = key
+        self.group = f"latent_foundry.{group}"
+        self._places = dict(builtin)
+        self._members: dict[str, T] = {}
+        self._looked_for_plugins = False
+
+    def register(self, name: str, member: T) -> None:
+        """Add a member in this process.
+
+        Raises:
+            ValueError: If the name is taken.
+        """
+        if name in self.names():
+            raise ValueError(f"{self.kind} {name!r} exists already; choose another name")
+        self._members[name] = member
+
+    @contextmanager
+    def registered(self, name: str, member: T) -> Iterator[None]:
+        """Add a member for the duration of the block."""
+        self.register(name, member)
+        try:
+            yield
+        finally:
+            del self._members[name]
+
+    def names(self) -> list[str]:
+        """Return the names of all members: built-in, installed and registered ones, in this order.
+
+        Imports no member.
+        """
+        if not self._looked_for_plugins:
+            for point in entry_points(group=self.group):
+                self._places.setdefault(point.name, point.value)
+            self._looked_for_plugins = True
+        return list(dict.fromkeys([*self._places, *self._members]))
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.names()
+
+    def __getitem__(self, name: str) -> T:
+        """Return a member; the first time, import it.
+
+        Raises:
+            ConfigError: If no member has this name; lists those there are.
+        """
+        self.check(name)
+        if name not in self._members:
+            module, _, attribute = self._places[name].partition(":")
+            self._members[name] = cast(T, _attribute(import_module(module), attribute))
+        return self._members[name]
+
+    def check(self, name: str, key: str | None = None) -> None:
+        """Check that there is a member of this name, without importing it.
+
+        Args:
+            name: The name.
+            key: The setting to name in the error, if it is another one than usual.
+
+        Raises:
+            ConfigError: If there is none.
+        """
+        if name not in self.names():
+            raise ConfigError(key or self.key, name, f"one of: {', '.join(self.names())}")
+
+    def items(self) -> Iterator[tuple[str, T]]:
+        """Yield all members with their names; imports them."""
+        for name in self.names():
+            yield name, self[name]
+
+
+def _attribute(module: Any, path: str) -> Any:
+    for part in path.split("."):
+        module = getattr(module, part)
+    return module
