@@ -17,6 +17,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
+from cluster.openmp import waiting_variables
 from conf.schema.run import RunConfig
 
 SCALING_LAWS = ("harvest", "sweep", "fit")
@@ -123,6 +124,16 @@ def _print_config(config: RunConfig) -> None:
     show(config_tree(config))
 
 
+def _print_keys(words: list[str]) -> None:
+    """Print the reference of all settings, or of one group: `--keys [GROUP | --markdown]`."""
+    from conf import reference
+
+    if words == ["--markdown"]:
+        print(reference.as_markdown(), end="")
+    else:
+        print(reference.as_text(words[0] if words else None))
+
+
 @contextmanager
 def _report_errors() -> Iterator[None]:
     """Turn expected errors into one message and an exit code; let others through."""
@@ -149,6 +160,8 @@ def main() -> None:
     # The packages of this checkout must be importable from any working directory, and in workers.
     root = str(Path(__file__).resolve().parent)
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
+    # Before a stage imports torch: the driver evaluates the SAE in this process.
+    os.environ.update(waiting_variables(alone=True))
     # submitit, which Hydra's Slurm launcher uses, sends this signal before a job's time is over.
     # USR1 is one that we handle.
     os.environ.setdefault("SUBMITIT_PREEMPT_SIGNAL", "USR1")
@@ -158,6 +171,9 @@ def main() -> None:
         from conf.multirun import with_constant_keys
 
         sys.argv[1:] = with_constant_keys(sys.argv[1:])
+        if "--keys" in sys.argv:
+            _print_keys([word for word in sys.argv[1:] if word != "--keys"])
+            return
         compose_and_run()
 
 

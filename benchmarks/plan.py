@@ -26,12 +26,12 @@ from activation_store import StoreWriter
 from activation_store.config import StoreConfig
 from benchmarks.harness.errors import BenchmarkError
 from benchmarks.harness.table import format_table, write_json
+from cluster.openmp import waiting_variables
 from cluster.planning.hardware import Hardware
 from cluster.planning.local import measured
 from cluster.planning.mesh_search import Layout, plan_layout
 from cluster.planning.simulate import Noise, simulate_step
 from cluster.run_folder.saved_config import save_config
-from cluster.training.openmp import waiting_variables
 from conf.schema.logging import LoggingConfig
 from conf.schema.model import ModelConfig
 from conf.schema.plan import PlanConfig

@@ -133,7 +133,7 @@ def _check_concurrent(config: RunConfig) -> None:
         raise ConfigError(
             "store.mixture",
             config.store.paths,
-            "none with cluster.mode=concurrent: a mixture needs stores that no longer grow",
+            "none with cluster.mode=concurrent: a mixture needs finalised stores",
             "use cluster.mode=sequential",
         )
     # Shards hold only whole contexts, so a shard can have fewer rows than store.shard_tokens.

@@ -1,26 +1,44 @@
-"""Show the resolved config as a tree, printed once when a run starts."""
+"""Show the config of a run when it starts: what differs from the defaults."""
 
 from __future__ import annotations
 
+from dataclasses import fields, is_dataclass
 from typing import Any
 
-from omegaconf import OmegaConf
 from rich.markup import escape
 from rich.tree import Tree
 
 from conf.schema.run import RunConfig
 
 
+def changed_settings(config: Any, default: Any, prefix: str = "") -> dict[str, Any]:
+    """Return the settings that differ from those of `default`, as `{key: value}`.
+
+    Args:
+        config: a config, or one of its groups.
+        default: a config or group of the same kind.
+        prefix: what the keys begin with, such as `sae.`.
+    """
+    found: dict[str, Any] = {}
+    for part in fields(config):
+        value = getattr(config, part.name)
+        usual = getattr(default, part.name, None)
+        if is_dataclass(value) and type(value) is type(usual):
+            found |= changed_settings(value, usual, f"{prefix}{part.name}.")
+        elif value != usual:
+            found[f"{prefix}{part.name}"] = value
+    return found
+
+
 def config_tree(config: RunConfig) -> Tree:
-    """Return the config as a tree, with one branch per group."""
-    tree = Tree(f"[bold]{config.name}[/bold]", guide_style="dim")
-    values: dict[str, Any] = OmegaConf.to_container(OmegaConf.structured(config))  # type: ignore[assignment]
-    for key, value in values.items():
-        if isinstance(value, dict):
-            leaves = "  ".join(
-                f"[dim]{name}[/dim] {escape(str(inner))}" for name, inner in value.items()
-            )
-            tree.add(f"[bold]{key}[/bold]  {leaves}")
-        elif key != "name":
-            tree.add(f"{key} {escape(str(value))}")
+    """Return the settings that differ from the schema's defaults as a tree, a line a group."""
+    lines: dict[str, list[str]] = {}
+    for key, value in changed_settings(config, RunConfig(name=config.name)).items():
+        group, _, name = key.rpartition(".")
+        shown = escape(str(value))
+        lines.setdefault(group or key, []).append(f"[dim]{name}[/dim] {shown}" if group else shown)
+    title = f"[bold]{config.name}[/bold]  [dim]changed settings; --cfg job shows all[/dim]"
+    tree = Tree(title, guide_style="dim")
+    for group, settings in lines.items():
+        tree.add(f"[bold]{group}[/bold]  {'  '.join(settings)}")
     return tree

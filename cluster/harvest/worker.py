@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cluster.errors import NonFiniteRowsError
+from cluster.openmp import waiting_variables
 from conf.schema.data import DataConfig
 from conf.schema.model import ModelConfig
 
@@ -50,7 +51,7 @@ class HarvestWorker:
 
     def __init__(self, spec: WorkerSpec) -> None:
         # Set before torch is imported: threads that spin while waiting slow other workers down.
-        os.environ["OMP_WAIT_POLICY"] = "passive"
+        os.environ.update(waiting_variables(alone=False))
         os.environ["TOKENIZERS_PARALLELISM"] = "false"
         self.spec = spec
         self._computed: tuple[int, dict[str, NDArray[Any]], dict[str, NDArray[Any]]] | None = None

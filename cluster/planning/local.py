@@ -14,10 +14,10 @@ import torch
 
 from cluster.errors import ClusterError
 from cluster.language_model.cache import digest
+from cluster.openmp import waiting_variables
 from cluster.planning.hardware import GIB, Hardware, Link, Rates, gpu
 from cluster.run_folder.environment import hardware as described
 from cluster.run_folder.environment import memory_bytes
-from cluster.training.openmp import waiting_variables
 from conf.schema.plan import HARDWARE, PlanConfig
 from conf.schema.run import RunConfig
 from foundation.atomic_files import write_json

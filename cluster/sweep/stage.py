@@ -18,7 +18,6 @@ from cluster.errors import RankFailedError, SweepFailedError
 from cluster.ray_session import ray_session
 from cluster.run_folder.lock import open_run, wait_for_old_ranks
 from cluster.run_folder.sweep_record import FAILED, clear_failure, read_record, write_record
-from cluster.sweep.groups import group_size, training_groups
 from cluster.sweep.table import DONE, SweepTable
 from cluster.training.stage import finished
 from cluster.training.store_checks import check_store, warn_if_poorly_shuffled
@@ -31,8 +30,7 @@ def run(config: RunConfig, run_dir: Path) -> None:
     """Train every cell of the grid that is not finished yet.
 
     Raises:
-        ConfigError: If a cell's config is invalid or does not fit the store.
-        ConfigError: If the store is missing or unsuitable.
+        ConfigError: If the store is missing, or a cell's config is invalid or does not fit it.
         RunDirError: If a cell was started with another config or is being trained now.
         PreemptedError: If a signal stopped the sweep; all cells have saved a checkpoint.
         SweepFailedError: If some cells failed; the others have trained to their ends. Cells that
@@ -40,7 +38,7 @@ def run(config: RunConfig, run_dir: Path) -> None:
     """
     console = Console(soft_wrap=True)
     cells = cells_of(config, run_dir)
-    _check_store(config)
+    _check_store(config)  # before torch is imported, which takes seconds
     with ExitStack() as stack:
         for cell in cells.values():
             # Locked for the whole sweep, so that no other driver can work on a cell meanwhile.
@@ -49,6 +47,8 @@ def run(config: RunConfig, run_dir: Path) -> None:
 
 
 def _train(config: RunConfig, run_dir: Path, cells: dict[str, RunConfig], console: Console) -> None:
+    from cluster.sweep.groups import group_size, training_groups
+
     wait_for_old_ranks(run_dir)
     for name in cells:
         wait_for_old_ranks(run_dir / name)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.errors import PlacementError
-from cluster.training.openmp import waiting_variables
+from cluster.openmp import waiting_variables
 from conf.schema.run import RunConfig
 
 

@@ -14,12 +14,8 @@ from rich.console import Console
 
 from cluster.run_folder.lock import wait_for_old_ranks
 from cluster.run_folder.sweep_record import clear_record
-from cluster.training.progress_line import RunProgress, training_costs
 from cluster.training.store_checks import check_store, warn_if_poorly_shuffled
-from cluster.training.store_cursor import unregister
-from cluster.training.supervisor import train_ranks
 from conf.schema.run import RunConfig
-from sae_core.checkpoint.folder import newest_valid, read_state
 
 
 def run(
@@ -38,14 +34,18 @@ def run(
             raises, the ranks are stopped.
 
     Raises:
-        ConfigError: If the config does not fit the store.
-        ConfigError: If the store is missing or unsuitable.
+        ConfigError: If the store is missing, or does not fit the config.
         PlacementError: If the cluster has no room for the ranks.
         RankFailedError: If ranks died more often than `cluster.max_failures`.
         PreemptedError: If a signal stopped training; ranks that were able to have saved.
     """
     console = console or Console()
-    check_store(config)
+    check_store(config)  # before torch is imported, which takes seconds
+    from cluster.training.progress_line import RunProgress, training_costs
+    from cluster.training.store_cursor import unregister
+    from cluster.training.supervisor import train_ranks
+    from sae_core.checkpoint.folder import newest_valid
+
     wait_for_old_ranks(run_dir)
     done = finished(config, run_dir)
     if done is not None:
@@ -64,6 +64,8 @@ def run(
 
 def finished(config: RunConfig, run_dir: Path) -> Path | None:
     """Return the valid checkpoint of the run's last step, or None if the run is not finished."""
+    from sae_core.checkpoint.folder import newest_valid, read_state
+
     for hashes in (False, config.checkpoint.verify_hashes):
         # Verify hashes only of a checkpoint that may be the last. One that training resumes from is
         # hashed by the ranks, which share the work.

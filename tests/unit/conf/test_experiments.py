@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+import yaml
 
 from tests.support.paths import ROOT
 
@@ -30,3 +31,13 @@ def test_plan(tmp_path, experiment):
     for words in ("memory per rank", "GiB per rank", "tokens/s", "duration"):
         assert words in done.stdout
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_demo_shuffles_its_whole_store_at_once(tmp_path):
+    """Otherwise the demo warns that its own batches hold too many tokens of one document."""
+    command = [sys.executable, str(ROOT / "launch.py"), "--cfg", "job"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    config = yaml.safe_load(done.stdout)
+    store, context_rows = config["store"], config["data"]["context_tokens"] - 1
+    rows_per_item = store["shard_tokens"] // context_rows * context_rows
+    assert store["window_items"] * rows_per_item >= config["data"]["tokens"]

@@ -37,7 +37,7 @@ def launch(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
         ("store.mixture=[{weight:2}]", "an entry without a path"),
         ("store.path=b store.mixture=[{path:./b}]", "each store only once"),
         ("store.mixture=[{path:s3://me:secret@host/b}]", "without user name and password"),
-        ("cluster.mode=concurrent store.mixture=[{path:b}]", "stores that no longer grow"),
+        ("cluster.mode=concurrent store.mixture=[{path:b}]", "a mixture needs finalised stores"),
         ("checkpoint.keep=1", "at least 2"),
         ("checkpoint.every_minutes=0", "more than 0, or null"),
         ("optim.warmup_tokens=99999999", "at most train.tokens"),
@@ -106,3 +106,37 @@ def test_a_changed_config_is_refused_with_a_diff(tmp_path):
     again = launch("stage=train", "store.path=missing", "sae.k=16", "eval.tokens=9", cwd=tmp_path)
     assert again.returncode == 2
     assert "sae.k: 32 -> 16" in again.stderr and "eval.tokens" not in again.stderr
+
+
+@pytest.mark.parametrize("stage", ["train", "sweep"])
+def test_a_missing_store_is_named_before_torch_is_imported(tmp_path: Path, stage: str):
+    code = f"""
+import sys
+sys.argv = ["launch.py", "experiment=none", "stage={stage}", "name=x", "store.path=nosuch"]
+sys.path.insert(0, {str(ROOT)!r})
+import launch
+try:
+    launch.main()
+finally:
+    heavy = {{"torch", "ray", "transformers", "deepspeed"}} & set(sys.modules)
+    assert not heavy, heavy
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2, done.stderr
+    assert "nosuch': expected a store of activations; create one with" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_the_reference_names_every_key(tmp_path: Path):
+    done = launch("--keys", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert (
+        "  optim.lr=null  (float | None)\n      Peak learning rate; null: lr_at_16k" in done.stdout
+    )
+    assert "  name=demo  (str)" in done.stdout
+    one = launch("--keys", "eval", cwd=tmp_path)
+    assert one.stdout.startswith("eval: ") and "optim." not in one.stdout
+    unknown = launch("--keys", "evil", cwd=tmp_path)
+    assert unknown.returncode == 2 and "expected one of: model, data" in unknown.stderr

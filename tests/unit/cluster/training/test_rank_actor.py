@@ -23,7 +23,11 @@ open({answer!r}, "w").write(" ".join(os.environ.get(name, "unset") for name in n
     ("alone", "user", "found"),
     [
         (True, {}, "unset 3000"),
-        (False, {}, "passive unset"),
+        (False, {}, "passive 0"),
+        # What the driver sets for itself is inherited, and replaced.
+        (True, {"GOMP_SPINCOUNT": "3000"}, "unset 3000"),
+        (False, {"GOMP_SPINCOUNT": "3000"}, "passive 0"),
+        (False, {"GOMP_SPINCOUNT": "7"}, "unset 7"),
         (True, {"OMP_WAIT_POLICY": "passive"}, "passive unset"),
         (True, {"GOMP_SPINCOUNT": "7"}, "unset 7"),
     ],

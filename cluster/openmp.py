@@ -1,0 +1,35 @@
+"""How OpenMP threads wait: environment variables that libgomp reads when torch is imported."""
+
+from __future__ import annotations
+
+import os
+
+_SPINS = "3000"
+"""Iterations of libgomp's waiting loop before a thread sleeps.
+
+Measured on 2 cores: a step took 63 ms with 3,000, 62 ms with libgomp's default, 76 ms with 1,000
+and 94 ms with passive waiting; next to one busy process 143 ms with 3,000 and 301 ms with 30,000.
+"""
+
+
+def waiting_variables(alone: bool) -> dict[str, str]:
+    """Return the variables to add to a process's environment before it imports torch.
+
+    Processes that share the cores do not spin while they wait. A process with the cores to itself
+    spins just long enough to bridge the gap between two operations, which saves about a quarter of
+    a training step. libgomp's default is to spin for milliseconds; with it, any other busy process
+    on the machine makes a step ten times as slow.
+
+    The driver sets the variables of a lone process for itself, and the processes that it starts
+    inherit them. So this function replaces these values, but leaves alone what a user has set.
+
+    Args:
+        alone: whether no other process of the run uses the cores.
+    """
+    by_user = os.environ.get("GOMP_SPINCOUNT", _SPINS) != _SPINS
+    if by_user or "OMP_WAIT_POLICY" in os.environ:
+        return {}
+    if alone:
+        return {"GOMP_SPINCOUNT": _SPINS}
+    # The count takes precedence over the policy, so both are needed.
+    return {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "0"}
