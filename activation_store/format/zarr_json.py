@@ -8,14 +8,18 @@ from typing import Any
 
 import numpy as np
 
-from activation_store.codecs import blosc
-from activation_store.codecs.int8 import attributes
-from activation_store.errors import DamagedDataError, MissingDataError, StoreFormatError
+from activation_store.codecs.registry import CODECS
+from activation_store.errors import (
+    DamagedDataError,
+    MissingDataError,
+    StoreFormatError,
+    UnknownCodecError,
+)
+from activation_store.format.calibration import Calibration
 from activation_store.format.header import (
     METADATA,
     SCHEMA_VERSION,
     VALID_ROWS,
-    Calibration,
     StoreHeader,
     header_checksum,
 )
@@ -33,27 +37,28 @@ _PLAIN = {"name": "bytes"}  # one-byte numbers have no byte order
 
 def array_documents(header: StoreHeader, n_items: int) -> dict[str, dict[str, Any]]:
     """Return the `zarr.json` of every array on disk, shaped for `n_items` items."""
-    return {name: _array_document(header, name, n_items) for name in header.stored}
+    return {name: _array_document(header, name, n_items) for name in header.disk_arrays}
 
 
 def _array_document(header: StoreHeader, name: str, n_items: int) -> dict[str, Any]:
-    dtype, shape = header.stored[name]
-    layout = header.layout(name)
-    packing = [blosc.configuration(layout.itemsize)] if layout.compressed else []
+    part = header.disk_arrays[name]
+    itemsize = part.dtype.itemsize
+    packing = [part.compressor.metadata(itemsize)] if part.compressor else []
     sharding: dict[str, Any] = {
-        "chunk_shape": [header.chunk_rows, *shape],
-        "codecs": [_PLAIN if layout.itemsize == 1 else _CODECS[0], *packing, _CODECS[1]],
+        "chunk_shape": [header.chunk_rows, *part.row_shape],
+        "codecs": [_PLAIN if itemsize == 1 else _CODECS[0], *packing, _CODECS[1]],
         "index_codecs": _CODECS,
         "index_location": "end",
     }
     document = array_document(
-        dtype,
-        [n_items * header.shard_tokens, *shape],
-        [header.shard_tokens, *shape],
+        part.dtype,
+        [n_items * header.shard_tokens, *part.row_shape],
+        [header.shard_tokens, *part.row_shape],
         [{"name": "sharding_indexed", "configuration": sharding}],
     )
-    if header.codec == "int8" and name in header.arrays:
-        document["attributes"] = attributes(header, name)
+    row_codec = header.row_codec(name) if name in header.arrays else None
+    if row_codec is not None:
+        document["attributes"] = row_codec.attributes(name)
     return document
 
 
@@ -92,7 +97,7 @@ def array_document(
         "data_type": dtype.name,
         "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": chunks}},
         "chunk_key_encoding": {"name": "default", "configuration": {"separator": "."}},
-        "fill_value": 0 if dtype.kind == "i" else 0.0,
+        "fill_value": 0 if dtype.kind in "iu" else 0.0,
         "codecs": codecs,
         "attributes": {},
         "zarr_format": 3,
@@ -112,6 +117,7 @@ def read_header(storage: Storage) -> StoreHeader:
     Raises:
         StoreFormatError: If this is not an activation store, has another schema version, or has
             invalid or contradictory metadata.
+        UnknownCodecError: If the codec is not installed here.
         MissingDataError: If the `zarr.json` of an array is missing.
         DamagedDataError: If the header fails its checksum.
     """
@@ -156,6 +162,12 @@ def read_group(storage: Storage) -> tuple[StoreHeader, dict[str, Any]]:
 
 def _parse(where: str, document: dict[str, Any]) -> StoreHeader:
     """Build the header from its JSON document."""
+    codec = document.get("codec")
+    if codec not in CODECS:
+        raise UnknownCodecError(
+            f"{where} has codec={codec!r}: expected one of: {', '.join(CODECS.names())}; install "
+            f"the package that provides this codec, with an entry point in the group {CODECS.group}"
+        )
     try:
         fields = {key: value for key, value in document.items() if key != "crc32c"}
         fields["arrays"] = {name: part["d_model"] for name, part in document["arrays"].items()}
