@@ -28,7 +28,7 @@ from activation_store.storage.checksummed_json import parse_json
 
 KEY = "activation_store"
 _MAX_BYTES = 256 << 20
-_CODECS: list[dict[str, Any]] = [
+_ZARR_CODECS: list[dict[str, Any]] = [
     {"name": "bytes", "configuration": {"endian": "little"}},
     {"name": "crc32c"},
 ]
@@ -46,8 +46,8 @@ def _array_document(header: StoreHeader, name: str, n_items: int) -> dict[str, A
     packing = [part.compressor.metadata(itemsize)] if part.compressor else []
     sharding: dict[str, Any] = {
         "chunk_shape": [header.chunk_rows, *part.row_shape],
-        "codecs": [_PLAIN if itemsize == 1 else _CODECS[0], *packing, _CODECS[1]],
-        "index_codecs": _CODECS,
+        "codecs": [_PLAIN if itemsize == 1 else _ZARR_CODECS[0], *packing, _ZARR_CODECS[1]],
+        "index_codecs": _ZARR_CODECS,
         "index_location": "end",
     }
     document = array_document(
@@ -64,7 +64,7 @@ def _array_document(header: StoreHeader, name: str, n_items: int) -> dict[str, A
 
 def valid_rows_document(header: StoreHeader) -> dict[str, Any]:
     """Return the `zarr.json` of the unsharded array `valid_rows`: int32 [n_items] in one chunk."""
-    return array_document(np.dtype("<i4"), [header.n_items], [max(header.n_items, 1)], _CODECS)
+    return array_document(np.dtype("<i4"), [header.n_items], [max(header.n_items, 1)], _ZARR_CODECS)
 
 
 def group_document(header: StoreHeader) -> dict[str, Any]:
@@ -123,8 +123,8 @@ def read_header(storage: Storage) -> StoreHeader:
     """
     header, group = read_group(storage)
     _agree(storage.where(METADATA), group_document(header), group, skip=("attributes",))
-    for name in _expected(header):
-        check_document(storage, header, name)
+    for name, document in _expected(header).items():
+        _check_document(storage, header, name, document)
     return header
 
 
@@ -190,32 +190,34 @@ def _expected(header: StoreHeader) -> dict[str, dict[str, Any]]:
     return expected
 
 
-def check_document(storage: Storage, header: StoreHeader, name: str) -> None:
-    """Check that the `zarr.json` of an array agrees with the header.
+def _check_document(
+    storage: Storage, header: StoreHeader, name: str, expected: dict[str, Any]
+) -> None:
+    """Check that the `zarr.json` of an array agrees with what the header implies.
 
     Raises:
         MissingDataError: If the file is missing.
-        StoreFormatError: If it is invalid or differs from what the header implies.
+        StoreFormatError: If it is invalid or differs from `expected`.
     """
-    document = _expected(header)[name]
     file = f"{name}/{METADATA}"
     where = storage.where(file)
     found = parse_json(where, storage.read(file, _MAX_BYTES))
     if not header.finalised:  # an interrupted finalise may have trimmed some arrays already
-        document["shape"][0] = _growing_rows(where, header, found.get("shape"))
-    _agree(where, document, found)
+        rows = _growing_rows(where, header, found.get("shape"))
+        expected = {**expected, "shape": [rows, *expected["shape"][1:]]}
+    _agree(where, expected, found)
 
 
 def restore_documents(storage: Storage, header: StoreHeader) -> list[str]:
     """Rewrite every array's `zarr.json` that is missing or damaged; return the file names."""
     restored = []
     shaped = array_documents(header, header.n_items if header.finalised else header.planned_items)
-    for name, document in {**_expected(header), **shaped}.items():
+    for name, document in _expected(header).items():
         try:
-            check_document(storage, header, name)
+            _check_document(storage, header, name, document)
         except (MissingDataError, StoreFormatError):
             storage.make_folder(name)
-            storage.put(f"{name}/{METADATA}", [dump(document)])
+            storage.put(f"{name}/{METADATA}", [dump(shaped.get(name, document))])
             restored.append(f"{name}/{METADATA}")
     return restored
 
