@@ -23,6 +23,14 @@ from typing import TYPE_CHECKING, Any
 from activation_store.format.zarr_registration import register_bfloat16
 
 if TYPE_CHECKING:
+    from activation_store.codecs.base import (
+        ChunkCompressor,
+        Codec,
+        DiskArray,
+        RowCodec,
+        ScaleOffset,
+    )
+    from activation_store.codecs.registry import CODECS
     from activation_store.consumers.cursors import (
         Consumer,
         ConsumerState,
@@ -32,7 +40,8 @@ if TYPE_CHECKING:
     )
     from activation_store.consumers.retention import delete_consumed
     from activation_store.errors import DeletedDataError
-    from activation_store.format.header import Calibration, StoreHeader
+    from activation_store.format.calibration import Calibration
+    from activation_store.format.header import StoreHeader
     from activation_store.format.item_record import ItemRecord, Statistics
     from activation_store.maintenance.repair import RepairReport, repair_store
     from activation_store.maintenance.shuffle_quality import ShuffleQuality, shuffle_quality
@@ -61,7 +70,13 @@ _HOMES = {
     "RepairReport": "maintenance.repair",
     "repair_store": "maintenance.repair",
     "delete_consumed": "consumers.retention",
-    "Calibration": "format.header",
+    "CODECS": "codecs.registry",
+    "ChunkCompressor": "codecs.base",
+    "Codec": "codecs.base",
+    "DiskArray": "codecs.base",
+    "RowCodec": "codecs.base",
+    "ScaleOffset": "codecs.base",
+    "Calibration": "format.calibration",
     "StoreHeader": "format.header",
     "ItemRecord": "format.item_record",
     "LoadedBlock": "reading.blocks",
@@ -88,11 +103,15 @@ _HOMES = {
 }
 
 __all__ = [
+    "CODECS",
     "Calibration",
+    "ChunkCompressor",
+    "Codec",
     "Consumer",
     "ConsumerState",
     "Damage",
     "DeletedDataError",
+    "DiskArray",
     "DocumentRows",
     "HarvestLock",
     "ItemRecord",
@@ -100,6 +119,8 @@ __all__ = [
     "LoadedRows",
     "MixtureStream",
     "RepairReport",
+    "RowCodec",
+    "ScaleOffset",
     "ShuffleQuality",
     "ShuffledStream",
     "StagedBatch",

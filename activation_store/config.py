@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
+from activation_store.codecs.registry import CODECS
 from foundation.errors import ConfigError
 
 
@@ -32,7 +33,7 @@ class StoreConfig:
     """Data type of the rows that readers get: bfloat16 or float32."""
     codec: str = "none"
     """Compression of the rows. none: uncompressed; blosc: lossless, about 1.4 times smaller, slower
-    to read; int8: quantised to half the size of bfloat16."""
+    to read; int8: quantised to half the size of bfloat16; or a codec of an installed package."""
     shard_tokens: int = 8192
     """Rows per shard file. One work item fills one shard of every array."""
     chunk_bytes: int = 1 << 20
@@ -70,8 +71,7 @@ class StoreConfig:
         """
         if self.dtype not in ("bfloat16", "float32"):
             raise ConfigError("store.dtype", self.dtype, "bfloat16 or float32")
-        if self.codec not in ("none", "blosc", "int8"):
-            raise ConfigError("store.codec", self.codec, "none, blosc or int8")
+        CODECS.check(self.codec)
         for name in ("shard_tokens", "chunk_bytes", "window_items", "buffer_tokens"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"store.{name}", getattr(self, name), "at least 1")

@@ -13,6 +13,14 @@ class StoreFormatError(StoreError):
     """Not an activation store, a newer schema version, or invalid metadata."""
 
 
+class UnknownCodecError(StoreFormatError):
+    """The store was written with a codec that is neither built in, installed nor registered."""
+
+
+class CodecError(StoreError):
+    """A codec gave other arrays or larger chunks than it declares; it must be corrected."""
+
+
 class StoreMismatchError(StoreError):
     """The existing store was created with other settings than the ones requested."""
 

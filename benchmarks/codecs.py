@@ -32,6 +32,7 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 
 from activation_store import (
+    CODECS,
     Calibration,
     ShuffledStream,
     StagedStream,
@@ -39,7 +40,6 @@ from activation_store import (
     StoreWriter,
     open_store,
 )
-from activation_store.format.header import CODECS
 from benchmarks.harness.one_rank import start_one_rank
 from benchmarks.harness.table import format_table, write_json
 from benchmarks.harness.timing import interleaved
@@ -105,7 +105,7 @@ def measure(source: Store, n_items: int, folder: Path, rounds: int) -> list[dict
     """
     items = [_rows(source, item, item + 1) for item in range(n_items)]
     write_s = _write(source, items, folder)
-    stores = {codec: open_store(folder / codec) for codec in CODECS}
+    stores = {codec: open_store(folder / codec) for codec in CODECS.names()}
     gathered, staged = (
         interleaved({codec: _epoch(kind, store) for codec, store in stores.items()}, rounds=rounds)
         for kind in (ShuffledStream, StagedStream)
@@ -186,27 +186,26 @@ def heldout_fvu(trainer: Trainer, rows: torch.Tensor) -> float:
 def _write(source: Store, items: list[NDArray[Any]], folder: Path) -> dict[str, float]:
     """Write all items with every codec; return the median seconds per item of each."""
     array, header = _array(source), source.header
-    seconds: dict[str, list[float]] = {codec: [] for codec in CODECS}
-    itemsize = items[0].dtype.itemsize
+    names, width = CODECS.names(), header.arrays[array]
+    seconds: dict[str, list[float]] = {codec: [] for codec in names}
     writers = {
         codec: StoreWriter(
             folder / codec,
-            {array: header.arrays[array]},
+            {array: width},
             dtype=header.dtype,
             codec=codec,
             shard_tokens=header.shard_tokens,
             # The shuffle permutes chunks: equal rows per chunk give every codec the same batches.
             chunk_bytes=header.chunk_rows
-            * header.arrays[array]
-            * (1 if codec == "int8" else itemsize),
+            * CODECS[codec].disk_arrays(items[0].dtype, width)[""].row_bytes,
             calibration=header.calibration or {array: _moments(items[0])},
         )
-        for codec in CODECS
+        for codec in names
     }
     for number, rows in enumerate(items):
         # Start each item with another codec, so that none is always timed after the same neighbour.
-        first = number % len(CODECS)
-        for codec in CODECS[first:] + CODECS[:first]:
+        first = number % len(names)
+        for codec in names[first:] + names[:first]:
             start = time.perf_counter()
             writers[codec].write_item(number, rows)
             seconds[codec].append(time.perf_counter() - start)

@@ -14,24 +14,23 @@ valid row.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-if TYPE_CHECKING:
-    from activation_store.format.header import StoreHeader
+from activation_store.codecs.base import SCALE, Codec, DiskArray, Floats, RowCodec, ScaleOffset
+from activation_store.format.calibration import Calibration
 
 LARGEST = 127
 _BLOCK_VALUES = 1 << 18  # rows are processed in blocks that fit into the CPU cache
 _LEAST_STD = 1e-4  # smallest std of a channel, relative to the root mean square over channels
 
-Floats = NDArray[np.float32]
-
 
 @dataclass(frozen=True)
-class Scaling:
+class Scaling(RowCodec):
     """Per-channel constants of the formula, for one array."""
 
     mean: Floats
@@ -39,7 +38,7 @@ class Scaling:
     std: Floats
     """Scale of each channel, [d_model], above 0."""
 
-    def quantise(self, rows: NDArray[Any]) -> tuple[NDArray[np.int8], Floats]:
+    def encode(self, rows: NDArray[Any]) -> tuple[NDArray[np.int8], Floats]:
         """Quantise `rows` [n, d_model] of any float dtype to q [n, d_model] and scale [n]."""
         n, width = rows.shape
         q = np.empty((n, width), np.int8)
@@ -57,8 +56,9 @@ class Scaling:
             q[part] = np.clip(np.rint(z / used[:, None]), -LARGEST, LARGEST)
         return q, scale
 
-    def dequantise(self, q: NDArray[np.int8], scale: Floats, out: NDArray[Any]) -> None:
-        """Dequantise q [n, d_model] with scale [n] into `out` [n, d_model] of any float dtype."""
+    def decode(self, stored: Sequence[NDArray[Any]], out: NDArray[Any]) -> None:
+        """Dequantise q [n, d_model] and scale [n] into `out` [n, d_model] of any float dtype."""
+        q, scale = stored
         step = max(_BLOCK_VALUES // max(q.shape[1], 1), 1)
         for start in range(0, len(q), step):
             part = slice(start, start + step)
@@ -67,29 +67,49 @@ class Scaling:
             rows += self.mean
             out[part] = rows
 
+    def attributes(self, name: str) -> dict[str, Any]:
+        """Return the attributes of the Zarr array of q, with all that a reader needs."""
+        return {
+            "dequantise": "mean[c] + scale[t] * (std[c] * q[t, c])",
+            "scale": name + SCALE,
+            "mean": self.mean.tolist(),
+            "std": self.std.tolist(),
+        }
 
-def scaling(header: StoreHeader, name: str) -> Scaling:
-    """Return the scaling of a hookpoint array, from the calibration in the header.
-
-    The std of a channel that hardly varied in the sample is raised to a small fraction of the usual
-    std. Otherwise a single later value that differs would use up the resolution of its whole row.
-    """
-    assert header.calibration is not None, "a header with codec int8 has a calibration"
-    calibration = header.calibration[name]
-    std = np.abs(np.asarray(calibration.std, np.float64))
-    usual = float(np.sqrt(np.mean(std**2)))
-    least = _LEAST_STD * usual if usual > 0 else 1.0
-    return Scaling(
-        np.asarray(calibration.mean, np.float32), np.maximum(std, least).astype(np.float32)
-    )
+    @property
+    def scale_offset(self) -> ScaleOffset:
+        """The formula, for a device."""
+        return ScaleOffset(offset=self.mean, factor=self.std, scale=SCALE)
 
 
-def attributes(header: StoreHeader, name: str) -> dict[str, Any]:
-    """Return the attributes of the Zarr array of q, with all that a reader needs to dequantise."""
-    part = scaling(header, name)
-    return {
-        "dequantise": "mean[c] + scale[t] * (std[c] * q[t, c])",
-        "scale": f"{name}.scale",
-        "mean": part.mean.tolist(),
-        "std": part.std.tolist(),
-    }
+class Int8(Codec):
+    """int8 values, and the float32 scale of each row."""
+
+    needs_calibration = True
+
+    def disk_arrays(self, dtype: np.dtype[Any], width: int) -> dict[str, DiskArray]:
+        """Return the arrays of q and scale; rows of every dtype are stored alike."""
+        return {
+            "": DiskArray(np.dtype(np.int8), (width,)),
+            SCALE: DiskArray(np.dtype("<f4"), ()),
+        }
+
+    def row_codec(
+        self, dtype: np.dtype[Any], width: int, calibration: Calibration | None
+    ) -> Scaling:
+        """Return the scaling of a hookpoint array.
+
+        The std of a channel that hardly varied in the sample is raised to a small fraction of the
+        usual std. Otherwise a single later value that differs would use up the resolution of its
+        whole row.
+        """
+        assert calibration is not None, "a header with codec int8 has a calibration"
+        std = np.abs(np.asarray(calibration.std, np.float64))
+        usual = float(np.sqrt(np.mean(std**2)))
+        least = _LEAST_STD * usual if usual > 0 else 1.0
+        return Scaling(
+            np.asarray(calibration.mean, np.float32), np.maximum(std, least).astype(np.float32)
+        )
+
+
+INT8 = Int8()

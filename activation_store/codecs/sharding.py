@@ -23,7 +23,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from activation_store.checksum import crc32c
-from activation_store.codecs import blosc
+from activation_store.codecs.base import ChunkCompressor
+from activation_store.errors import CodecError
 from activation_store.storage.atomic_files import Bytes, as_bytes
 from activation_store.threads import run_all
 
@@ -43,8 +44,8 @@ class ShardLayout:
     """Bytes per row."""
     itemsize: int
     """Bytes per number."""
-    compressed: bool = False
-    """True if chunks are compressed with Blosc, so that their stored sizes differ."""
+    compressor: ChunkCompressor | None = None
+    """Compression of the chunks, whose stored sizes then differ; None: stored as they are."""
 
     @property
     def n_chunks(self) -> int:
@@ -60,7 +61,12 @@ class ShardLayout:
     def most_stored_bytes(self) -> int:
         """Largest size of a chunk in the file in bytes, including its checksum."""
         size = self.chunk_bytes
-        return (blosc.most_bytes(size) if self.compressed else size) + CRC_BYTES
+        return (self.compressor.most_bytes(size) if self.compressor else size) + CRC_BYTES
+
+    @property
+    def least_stored_bytes(self) -> int:
+        """Smallest size of a chunk in the file in bytes, including its checksum."""
+        return (1 if self.compressor else self.chunk_bytes) + CRC_BYTES
 
     @property
     def tail_bytes(self) -> int:
@@ -75,7 +81,7 @@ class ShardLayout:
         """Return whether the file of a shard with `rows` valid rows may have `n_bytes` bytes."""
         n_chunks = self.chunks_with_rows(rows)
         most = n_chunks * self.most_stored_bytes + self.tail_bytes
-        least = n_chunks * (CRC_BYTES + 1) + self.tail_bytes if self.compressed else most
+        least = n_chunks * self.least_stored_bytes + self.tail_bytes
         return least <= n_bytes <= most
 
 
@@ -109,6 +115,9 @@ def encode_shard(layout: ShardLayout, rows: NDArray[Any]) -> EncodedShard:
     Args:
         layout: Sizes of the shard.
         rows: [n, ...] with n <= shard_rows, C-contiguous, little-endian.
+
+    Raises:
+        CodecError: If a chunk compresses to more bytes than its compressor allows, or to none.
     """
     data = as_bytes(rows)
     chunks = [
@@ -119,9 +128,8 @@ def encode_shard(layout: ShardLayout, rows: NDArray[Any]) -> EncodedShard:
         padded = np.zeros(layout.chunk_bytes, np.uint8)
         padded[: len(chunks[-1])] = chunks[-1]
         chunks[-1] = padded
-    if layout.compressed:
-        tasks = [partial(blosc.compress, chunk, layout.itemsize) for chunk in chunks]
-        chunks = run_all(tasks)
+    if layout.compressor is not None:
+        chunks = run_all([partial(_compress, layout, layout.compressor, part) for part in chunks])
     table = np.zeros(layout.n_chunks, "<u4")
     table[: len(chunks)] = [crc32c(chunk) for chunk in chunks]
     index = _index(layout, [len(chunk) + CRC_BYTES for chunk in chunks])
@@ -131,6 +139,19 @@ def encode_shard(layout: ShardLayout, rows: NDArray[Any]) -> EncodedShard:
         parts += [chunk, as_bytes(table[number : number + 1])]
     parts.append(tail)
     return EncodedShard(parts, sum(map(len, parts)), crc32c(tail))
+
+
+def _compress(layout: ShardLayout, compressor: ChunkCompressor, chunk: Bytes) -> Bytes:
+    """Compress one chunk; check its size, because a reader would refuse the shard otherwise."""
+    packed = compressor.compress(chunk, layout.itemsize)
+    least = layout.least_stored_bytes - CRC_BYTES
+    most = layout.most_stored_bytes - CRC_BYTES
+    if not least <= len(packed) <= most:
+        raise CodecError(
+            f"{type(compressor).__name__} compressed a chunk of {len(chunk)} bytes to "
+            f"{len(packed)}: expected {least} to {most}; correct its most_bytes or compress"
+        )
+    return packed
 
 
 def _index(layout: ShardLayout, lengths: list[int]) -> Bytes:
@@ -159,9 +180,9 @@ def decode_tail(layout: ShardLayout, rows: int, n_bytes: int, tail: Bytes) -> Sh
     index = tail[split:-CRC_BYTES].view("<u8").reshape(-1, 2)[:count]
     offsets = index[:, 0].tolist()
     lengths = index[:, 1].tolist()
+    least = layout.least_stored_bytes
     most = layout.most_stored_bytes
     end = n_bytes - layout.tail_bytes
-    least = CRC_BYTES + 1 if layout.compressed else most
     for chunk, (offset, length) in enumerate(zip(offsets, lengths, strict=True)):
         if not least <= length <= most or offset + length > end:
             raise ValueError(

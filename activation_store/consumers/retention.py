@@ -43,9 +43,9 @@ def delete_consumed(path: str | Path) -> list[int]:
     mark = _advance(storage, read_deletion_mark(storage))
     items = range(mark.swept, mark.below)
     if items:
-        files = [header.shard_file(name, item) for item in items for name in header.stored]
+        files = [header.shard_file(name, item) for item in items for name in header.disk_arrays]
         run_all([partial(storage.delete, file) for file in files], storage.n_threads)
-        storage.sync(list(header.stored))
+        storage.sync(list(header.disk_arrays))
         write_deletion_mark(storage, replace(mark, swept=mark.below))
     return list(items)
 

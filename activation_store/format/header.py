@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import json
-import math
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from functools import cached_property
 from typing import Any
 
 import ml_dtypes
 import numpy as np
-from numpy.typing import NDArray
 
 from activation_store.checksum import crc32c
-from activation_store.codecs.blosc import MOST_BYTES
+from activation_store.codecs.base import SCALE, DiskArray, RowCodec
+from activation_store.codecs.registry import CODECS
 from activation_store.codecs.sharding import ShardLayout
+from activation_store.format.calibration import Calibration
 from foundation.errors import ConfigError
 
 SCHEMA_VERSION = 1
@@ -34,11 +34,6 @@ SIDECARS: dict[str, np.dtype[Any]] = {
     "position": np.dtype("<i4"),
 }
 
-CODECS = ("none", "blosc", "int8")
-"""Uncompressed; compressed losslessly with Blosc; quantised, see `quantise.py`."""
-SCALE = ".scale"
-"""Suffix that turns the name of an int8 array into the name of the array of its row scales."""
-
 _MAX_ARRAYS = 1024
 _MAX_D_MODEL = 1 << 20
 _MAX_SHARD_TOKENS = 1 << 24
@@ -46,24 +41,6 @@ _MAX_SHARD_BYTES = 1 << 40
 _MAX_CHUNKS = 1 << 16
 _MAX_ITEMS = 100_000_000
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.\-]{0,199}")
-
-
-@dataclass(frozen=True)
-class Calibration:
-    """Statistics of one hookpoint's activations, measured on a sample before harvesting."""
-
-    mean: NDArray[np.float64]
-    """Mean of each channel, [d_model]."""
-    std: NDArray[np.float64]
-    """Standard deviation of each channel, [d_model]."""
-    norm: float
-    """Norm of the activations as the harvester defines it; stored but not used by this package."""
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the statistics as JSON numbers and lists."""
-        mean = np.asarray(self.mean, np.float64).tolist()
-        std = np.asarray(self.std, np.float64).tolist()
-        return {"mean": mean, "std": std, "norm": float(self.norm)}
 
 
 @dataclass(frozen=True)
@@ -87,11 +64,11 @@ class StoreHeader:
     provenance: dict[str, Any]
     """Where the rows come from (model, dataset, ...), as JSON values."""
     calibration: dict[str, Calibration] | None = None
-    """Hookpoint to its calibration; required for codec int8."""
+    """Hookpoint to its calibration; some codecs, such as int8, need it."""
     sidecars: tuple[str, ...] = tuple(SIDECARS)
     """Names of the per-row integer arrays that are stored next to the activations."""
     codec: str = "none"
-    """How the hookpoint arrays are encoded: one of `CODECS`. Sidecars are never compressed."""
+    """How the hookpoint arrays are encoded: a name in `CODECS`. Sidecars are stored as they are."""
     finalised: bool = False
     """True once no more items can be added."""
     n_items: int = 0
@@ -110,33 +87,40 @@ class StoreHeader:
         rows = {name: (DTYPES[self.dtype], (width,)) for name, width in self.arrays.items()}
         return {**rows, **{name: (SIDECARS[name], ()) for name in self.sidecars}}
 
-    @property
-    def stored(self) -> dict[str, tuple[np.dtype[Any], tuple[int, ...]]]:
-        """Data type and row shape of every array on disk."""
-        columns = self.columns
-        if self.codec != "int8":
-            return columns
-        quantised = {name: (np.dtype(np.int8), columns[name][1]) for name in self.arrays}
-        scales = {name + SCALE: (np.dtype("<f4"), ()) for name in self.arrays}
-        return {**columns, **quantised, **scales}
+    @cached_property
+    def disk_arrays(self) -> dict[str, DiskArray]:
+        """Every array on disk by name: hookpoints, sidecars, then what else the codec stores."""
+        parts: dict[str, DiskArray] = {}
+        for name in self.arrays:
+            parts |= self._parts(name)
+        hookpoints = {name: parts.pop(name) for name in self.arrays}
+        sidecars = {name: DiskArray(SIDECARS[name], ()) for name in self.sidecars}
+        return {**hookpoints, **sidecars, **parts}
 
-    def disk_arrays_of(self, name: str) -> tuple[str, ...]:
-        """Return the names of the arrays on disk that make up an array or sidecar."""
-        quantised = self.codec == "int8" and name in self.arrays
-        return (name, name + SCALE) if quantised else (name,)
+    def disk_names(self, name: str) -> tuple[str, ...]:
+        """Return the names of the arrays on disk that make up a hookpoint array or sidecar."""
+        return tuple(self._parts(name)) if name in self.arrays else (name,)
+
+    def _parts(self, name: str) -> dict[str, DiskArray]:
+        """Return the arrays on disk that make up a hookpoint array; the first has its name."""
+        parts = CODECS[self.codec].disk_arrays(DTYPES[self.dtype], self.arrays[name])
+        return {name + suffix: part for suffix, part in parts.items()}
+
+    def row_codec(self, name: str) -> RowCodec | None:
+        """Return the conversion of a hookpoint's rows; None: they are stored as they are."""
+        calibration = (self.calibration or {}).get(name)
+        return CODECS[self.codec].row_codec(DTYPES[self.dtype], self.arrays[name], calibration)
 
     def layout(self, name: str) -> ShardLayout:
         """Return the sizes of a shard of an array on disk."""
-        dtype, shape = self.stored[name]
-        row_bytes = dtype.itemsize * math.prod(shape)
-        compressed = self.codec == "blosc" and name in self.arrays
+        part = self.disk_arrays[name]
         return ShardLayout(
-            self.shard_tokens, self.chunk_rows, row_bytes, dtype.itemsize, compressed
+            self.shard_tokens, self.chunk_rows, part.row_bytes, part.dtype.itemsize, part.compressor
         )
 
     def shard_file(self, name: str, item: int) -> str:
         """Return the path of a shard, relative to the store."""
-        return f"{name}/c.{item}.0" if name in self.arrays else f"{name}/c.{item}"
+        return f"{name}/c.{item}" + ".0" * len(self.disk_arrays[name].row_shape)
 
     def to_json(self) -> dict[str, Any]:
         """Return the header as JSON values, including a checksum of all of them."""
@@ -155,11 +139,8 @@ def header_checksum(document: dict[str, Any]) -> int:
     return crc32c(canonical.encode())
 
 
-def largest_chunk_rows(
-    arrays: Mapping[str, int], itemsize: int, shard_tokens: int, size: int
-) -> int:
+def largest_chunk_rows(row_bytes: int, shard_tokens: int, size: int) -> int:
     """Rows of a chunk of at most `size` bytes: a power of two, lowered to divide `shard_tokens`."""
-    row_bytes = max(arrays.values()) * itemsize
     rows = 1 << max(size // row_bytes, 1).bit_length() - 1
     return max(part for part in range(1, min(rows, shard_tokens) + 1) if shard_tokens % part == 0)
 
@@ -170,44 +151,41 @@ def check_header(header: StoreHeader) -> None:
     Raises:
         ConfigError: If a value is invalid; the message names the first one.
     """
-
-    def require(valid: bool, key: str, value: object, expected: str) -> None:
-        if not valid:
-            raise ConfigError(key, value, expected)
-
-    require(header.dtype in DTYPES, "dtype", header.dtype, "bfloat16 or float32")
-    require(header.codec in CODECS, "codec", header.codec, f"one of {CODECS}")
-    require(0 < len(header.arrays) <= _MAX_ARRAYS, "arrays", len(header.arrays), "1 to 1024 names")
+    _require(header.dtype in DTYPES, "dtype", header.dtype, "bfloat16 or float32")
+    CODECS.check(header.codec, "codec")
+    _require(0 < len(header.arrays) <= _MAX_ARRAYS, "arrays", len(header.arrays), "1 to 1024 names")
     reserved = {*SIDECARS, VALID_ROWS, METADATA}
     for name, width in header.arrays.items():
         named = bool(_NAME.fullmatch(name)) and ".." not in name and name not in reserved
-        require(named, "arrays", name, "a name of letters, digits, '_', '-', '.', without '..'")
-        require(_in(width, 1, _MAX_D_MODEL), f"arrays[{name!r}]", width, "a d_model up to 2**20")
-        scale = name + SCALE
-        # With codec int8, the scales of `name` are stored in an array of this name.
-        reason = f"another name: this one is reserved for the scales of {name!r}"
-        require(scale not in header.arrays, "arrays", scale, reason)
+        _require(named, "arrays", name, "a name of letters, digits, '_', '-', '.', without '..'")
+        _require(_in(width, 1, _MAX_D_MODEL), f"arrays[{name!r}]", width, "a d_model up to 2**20")
+    _check_disk_names(header, reserved)
     for key, value, largest in (
         ("shard_tokens", header.shard_tokens, _MAX_SHARD_TOKENS),
         ("planned_items", header.planned_items, _MAX_ITEMS),
         ("chunk_rows", header.chunk_rows, header.shard_tokens),
     ):
-        require(_in(value, 1, largest), key, value, f"a whole number from 1 to {largest}")
+        _require(_in(value, 1, largest), key, value, f"a whole number from 1 to {largest}")
     divides = header.shard_tokens % header.chunk_rows == 0
-    require(divides, "chunk_rows", header.chunk_rows, f"a divisor of {header.shard_tokens}")
+    _require(divides, "chunk_rows", header.chunk_rows, f"a divisor of {header.shard_tokens}")
     n_chunks = header.shard_tokens // header.chunk_rows
-    require(n_chunks <= _MAX_CHUNKS, "chunk_rows", header.chunk_rows, "at most 65536 chunks")
+    _require(n_chunks <= _MAX_CHUNKS, "chunk_rows", header.chunk_rows, "at most 65536 chunks")
     n_bytes = header.shard_tokens * max(header.arrays.values()) * DTYPES[header.dtype].itemsize
-    require(n_bytes <= _MAX_SHARD_BYTES, "shard_tokens", header.shard_tokens, "shards up to 1 TiB")
-    fits = header.codec != "blosc" or n_bytes // n_chunks <= MOST_BYTES
-    require(fits, "chunk_rows", header.chunk_rows, "chunks below 2 GiB, the limit of Blosc")
-    require(header.sidecars == tuple(SIDECARS), "sidecars", header.sidecars, str(tuple(SIDECARS)))
+    _require(n_bytes <= _MAX_SHARD_BYTES, "shard_tokens", header.shard_tokens, "shards up to 1 TiB")
+    _require(header.sidecars == tuple(SIDECARS), "sidecars", header.sidecars, str(tuple(SIDECARS)))
+    _check_chunk_sizes(header)
     most = header.planned_items
-    require(_in(header.n_items, 0, most), "n_items", header.n_items, f"0 to {most}")
+    _require(_in(header.n_items, 0, most), "n_items", header.n_items, f"0 to {most}")
     most = header.n_items * header.shard_tokens
-    require(_in(header.n_tokens, 0, most), "n_tokens", header.n_tokens, f"0 to {most}")
-    require(isinstance(header.provenance, dict), "provenance", header.provenance, "a dict")
+    _require(_in(header.n_tokens, 0, most), "n_tokens", header.n_tokens, f"0 to {most}")
+    _require(isinstance(header.provenance, dict), "provenance", header.provenance, "a dict")
     _check_calibration(header)
+
+
+def _require(valid: bool, key: str, value: object, expected: str) -> None:
+    """Raise a ConfigError unless `valid`."""
+    if not valid:
+        raise ConfigError(key, value, expected)
 
 
 def _in(value: object, low: int, high: int) -> bool:
@@ -215,14 +193,34 @@ def _in(value: object, low: int, high: int) -> bool:
     return type(value) is int and low <= value <= high
 
 
+def _check_disk_names(header: StoreHeader, reserved: set[str]) -> None:
+    """Check that all arrays on disk have different names."""
+    taken = {*reserved, *header.arrays}
+    for name in header.arrays:
+        for part in dict.fromkeys([*header.disk_names(name)[1:], name + SCALE]):
+            reason = f"another name: this one is reserved for what codecs store beside {name!r}"
+            _require(part not in taken, "arrays", part, reason)
+            taken.add(part)
+
+
+def _check_chunk_sizes(header: StoreHeader) -> None:
+    """Check that the codec can compress chunks of this size."""
+    for part in header.disk_arrays.values():
+        if part.compressor is not None:
+            most = part.compressor.most_chunk_bytes
+            expected = f"chunks of at most {most} bytes, the limit of codec {header.codec}"
+            fits = header.chunk_rows * part.row_bytes <= most
+            _require(fits, "chunk_rows", header.chunk_rows, expected)
+
+
 def _check_calibration(header: StoreHeader) -> None:
-    """Check that the calibration matches the arrays, and that int8 has what it needs."""
+    """Check that the calibration matches the arrays, and that the codec has what it needs."""
     missing = sorted(set(header.arrays) - set(header.calibration or {}))
-    if header.codec == "int8" and missing:
+    if CODECS[header.codec].needs_calibration and missing:
         raise ConfigError(
             "codec",
-            "int8",
-            f"a calibration of {missing}, whose mean and std int8 needs as scales",
+            header.codec,
+            f"a calibration of {missing}, whose mean and std {header.codec} needs as scales",
             "pass calibration={name: Calibration(mean, std, norm)} to StoreWriter, or use codec "
             "none",
         )
@@ -231,9 +229,4 @@ def _check_calibration(header: StoreHeader) -> None:
         width = header.arrays.get(name)
         if width is None:
             raise ConfigError(key, name, f"one of {list(header.arrays)}")
-        for column in ("mean", "std"):
-            values = np.asarray(getattr(part, column), np.float64)
-            if values.shape != (width,) or not np.isfinite(values).all():
-                raise ConfigError(f"{key}.{column}", values, f"[{width}] finite numbers")
-        if not math.isfinite(part.norm):
-            raise ConfigError(f"{key}.norm", part.norm, "a finite number")
+        part.check(key, width)

@@ -17,7 +17,7 @@ _BLOCK_VALUES = 1 << 16  # statistics are summed in blocks that fit into the CPU
 
 @dataclass(frozen=True)
 class Statistics:
-    """Statistics over all values of some rows, in the store's dtype and before int8 quantisation.
+    """Statistics over all values of some rows, in the store's dtype and before encoding.
 
     NaN and infinite values are left out of all fields except `non_finite`.
     """
@@ -127,7 +127,8 @@ _FILE = [("bytes", "<i8"), ("tail_crc32c", "<u4")]
 def row_dtype(header: StoreHeader) -> np.dtype[Any]:
     """Return the structured dtype of a table with one record per row; a million fit in memory."""
     shards = [
-        (name, _FILE + _STATISTICS if name in header.arrays else _FILE) for name in header.stored
+        (name, _FILE + _STATISTICS if name in header.arrays else _FILE)
+        for name in header.disk_arrays
     ]
     return np.dtype([("present", "?"), ("attempt", "S36"), ("rows", "<i8"), *shards])
 
@@ -147,7 +148,7 @@ def to_row(record: ItemRecord, dtype: np.dtype[Any]) -> NDArray[np.void]:
 def from_row(header: StoreHeader, item: int, row: Any) -> ItemRecord:
     """Convert a row of a table to a record; the inverse of `to_row`."""
     arrays = {}
-    for name in header.stored:
+    for name in header.disk_arrays:
         values = {key: row[name][key].item() for key in row.dtype[name].names}
         file = {key: values.pop(key) for key, _ in _FILE}
         arrays[name] = ShardRecord(**file, statistics=Statistics(**values) if values else None)
@@ -177,9 +178,11 @@ def parse_columns(header: StoreHeader, where: str, document: dict[str, Any]) -> 
         if any(type(name) is not str or len(name) > 36 for name in attempts):
             raise ValueError("attempt must be a UUID string")
         table["attempt"] = [name.encode("ascii") for name in attempts]
-        if set(document["arrays"]) != set(header.stored):
-            raise ValueError(f"arrays={list(document['arrays'])}: expected {list(header.stored)}")
-        for name in header.stored:
+        if set(document["arrays"]) != set(header.disk_arrays):
+            raise ValueError(
+                f"arrays={list(document['arrays'])}: expected {list(header.disk_arrays)}"
+            )
+        for name in header.disk_arrays:
             _fill(header, name, table, document["arrays"][name])
     except (KeyError, TypeError, ValueError, OverflowError, AttributeError) as error:
         raise StoreFormatError(f"{where} is not a valid commit record: {error}") from error

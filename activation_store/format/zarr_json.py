@@ -8,14 +8,18 @@ from typing import Any
 
 import numpy as np
 
-from activation_store.codecs import blosc
-from activation_store.codecs.int8 import attributes
-from activation_store.errors import DamagedDataError, MissingDataError, StoreFormatError
+from activation_store.codecs.registry import CODECS
+from activation_store.errors import (
+    DamagedDataError,
+    MissingDataError,
+    StoreFormatError,
+    UnknownCodecError,
+)
+from activation_store.format.calibration import Calibration
 from activation_store.format.header import (
     METADATA,
     SCHEMA_VERSION,
     VALID_ROWS,
-    Calibration,
     StoreHeader,
     header_checksum,
 )
@@ -24,7 +28,7 @@ from activation_store.storage.checksummed_json import parse_json
 
 KEY = "activation_store"
 _MAX_BYTES = 256 << 20
-_CODECS: list[dict[str, Any]] = [
+_ZARR_CODECS: list[dict[str, Any]] = [
     {"name": "bytes", "configuration": {"endian": "little"}},
     {"name": "crc32c"},
 ]
@@ -33,33 +37,34 @@ _PLAIN = {"name": "bytes"}  # one-byte numbers have no byte order
 
 def array_documents(header: StoreHeader, n_items: int) -> dict[str, dict[str, Any]]:
     """Return the `zarr.json` of every array on disk, shaped for `n_items` items."""
-    return {name: _array_document(header, name, n_items) for name in header.stored}
+    return {name: _array_document(header, name, n_items) for name in header.disk_arrays}
 
 
 def _array_document(header: StoreHeader, name: str, n_items: int) -> dict[str, Any]:
-    dtype, shape = header.stored[name]
-    layout = header.layout(name)
-    packing = [blosc.configuration(layout.itemsize)] if layout.compressed else []
+    part = header.disk_arrays[name]
+    itemsize = part.dtype.itemsize
+    packing = [part.compressor.metadata(itemsize)] if part.compressor else []
     sharding: dict[str, Any] = {
-        "chunk_shape": [header.chunk_rows, *shape],
-        "codecs": [_PLAIN if layout.itemsize == 1 else _CODECS[0], *packing, _CODECS[1]],
-        "index_codecs": _CODECS,
+        "chunk_shape": [header.chunk_rows, *part.row_shape],
+        "codecs": [_PLAIN if itemsize == 1 else _ZARR_CODECS[0], *packing, _ZARR_CODECS[1]],
+        "index_codecs": _ZARR_CODECS,
         "index_location": "end",
     }
     document = array_document(
-        dtype,
-        [n_items * header.shard_tokens, *shape],
-        [header.shard_tokens, *shape],
+        part.dtype,
+        [n_items * header.shard_tokens, *part.row_shape],
+        [header.shard_tokens, *part.row_shape],
         [{"name": "sharding_indexed", "configuration": sharding}],
     )
-    if header.codec == "int8" and name in header.arrays:
-        document["attributes"] = attributes(header, name)
+    row_codec = header.row_codec(name) if name in header.arrays else None
+    if row_codec is not None:
+        document["attributes"] = row_codec.attributes(name)
     return document
 
 
 def valid_rows_document(header: StoreHeader) -> dict[str, Any]:
     """Return the `zarr.json` of the unsharded array `valid_rows`: int32 [n_items] in one chunk."""
-    return array_document(np.dtype("<i4"), [header.n_items], [max(header.n_items, 1)], _CODECS)
+    return array_document(np.dtype("<i4"), [header.n_items], [max(header.n_items, 1)], _ZARR_CODECS)
 
 
 def group_document(header: StoreHeader) -> dict[str, Any]:
@@ -92,7 +97,7 @@ def array_document(
         "data_type": dtype.name,
         "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": chunks}},
         "chunk_key_encoding": {"name": "default", "configuration": {"separator": "."}},
-        "fill_value": 0 if dtype.kind == "i" else 0.0,
+        "fill_value": 0 if dtype.kind in "iu" else 0.0,
         "codecs": codecs,
         "attributes": {},
         "zarr_format": 3,
@@ -112,13 +117,14 @@ def read_header(storage: Storage) -> StoreHeader:
     Raises:
         StoreFormatError: If this is not an activation store, has another schema version, or has
             invalid or contradictory metadata.
+        UnknownCodecError: If the codec is not installed here.
         MissingDataError: If the `zarr.json` of an array is missing.
         DamagedDataError: If the header fails its checksum.
     """
     header, group = read_group(storage)
     _agree(storage.where(METADATA), group_document(header), group, skip=("attributes",))
-    for name in _expected(header):
-        check_document(storage, header, name)
+    for name, document in _expected(header).items():
+        _check_document(storage, header, name, document)
     return header
 
 
@@ -156,6 +162,12 @@ def read_group(storage: Storage) -> tuple[StoreHeader, dict[str, Any]]:
 
 def _parse(where: str, document: dict[str, Any]) -> StoreHeader:
     """Build the header from its JSON document."""
+    codec = document.get("codec")
+    if codec not in CODECS:
+        raise UnknownCodecError(
+            f"{where} has codec={codec!r}: expected one of: {', '.join(CODECS.names())}; install "
+            f"the package that provides this codec, with an entry point in the group {CODECS.group}"
+        )
     try:
         fields = {key: value for key, value in document.items() if key != "crc32c"}
         fields["arrays"] = {name: part["d_model"] for name, part in document["arrays"].items()}
@@ -178,32 +190,34 @@ def _expected(header: StoreHeader) -> dict[str, dict[str, Any]]:
     return expected
 
 
-def check_document(storage: Storage, header: StoreHeader, name: str) -> None:
-    """Check that the `zarr.json` of an array agrees with the header.
+def _check_document(
+    storage: Storage, header: StoreHeader, name: str, expected: dict[str, Any]
+) -> None:
+    """Check that the `zarr.json` of an array agrees with what the header implies.
 
     Raises:
         MissingDataError: If the file is missing.
-        StoreFormatError: If it is invalid or differs from what the header implies.
+        StoreFormatError: If it is invalid or differs from `expected`.
     """
-    document = _expected(header)[name]
     file = f"{name}/{METADATA}"
     where = storage.where(file)
     found = parse_json(where, storage.read(file, _MAX_BYTES))
     if not header.finalised:  # an interrupted finalise may have trimmed some arrays already
-        document["shape"][0] = _growing_rows(where, header, found.get("shape"))
-    _agree(where, document, found)
+        rows = _growing_rows(where, header, found.get("shape"))
+        expected = {**expected, "shape": [rows, *expected["shape"][1:]]}
+    _agree(where, expected, found)
 
 
 def restore_documents(storage: Storage, header: StoreHeader) -> list[str]:
     """Rewrite every array's `zarr.json` that is missing or damaged; return the file names."""
     restored = []
     shaped = array_documents(header, header.n_items if header.finalised else header.planned_items)
-    for name, document in {**_expected(header), **shaped}.items():
+    for name, document in _expected(header).items():
         try:
-            check_document(storage, header, name)
+            _check_document(storage, header, name, document)
         except (MissingDataError, StoreFormatError):
             storage.make_folder(name)
-            storage.put(f"{name}/{METADATA}", [dump(document)])
+            storage.put(f"{name}/{METADATA}", [dump(shaped.get(name, document))])
             restored.append(f"{name}/{METADATA}")
     return restored
 

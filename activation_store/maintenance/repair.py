@@ -38,7 +38,7 @@ from activation_store.threads import run_all
 from activation_store.writing.writer import valid_rows_bytes
 
 REPAIRED = "_repaired"
-_SHARD = re.compile(r"c\.(\d+)(\.0)?")
+_SHARD = re.compile(r"c\.(\d+)(\.0)*")
 
 
 @dataclass(frozen=True)
@@ -191,7 +191,7 @@ class _Repair:
         self.storage.make_folder(REPAIRED)
         for item in items:
             self._move_record(item)
-            for name in self.header.stored:
+            for name in self.header.disk_arrays:
                 self._drop(self.header.shard_file(name, item))
 
     def _move_record(self, item: int) -> None:
@@ -211,7 +211,7 @@ class _Repair:
     def _drop_uncommitted(self, committed: set[int]) -> None:
         """Remove left-over temporary files and the shards of items that are not committed."""
         self._report.dropped.extend(self.storage.remove_stale())
-        for array in self.header.stored:
+        for array in self.header.disk_arrays:
             for file in self.storage.names(array):
                 match = _SHARD.fullmatch(file)
                 name = f"{array}/{file}"

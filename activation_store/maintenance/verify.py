@@ -82,7 +82,7 @@ def item_damages(
         OSError: If a file cannot be read for another reason than damage.
     """
     damages = _counts(header, record)
-    for name in header.stored if with_shards else ():
+    for name in header.disk_arrays if with_shards else ():
         damages += _shard(storage, header, name, record)
     return damages
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -36,8 +37,8 @@ class LoadedBlock:
     block: Block
     arrays: dict[str, NDArray[Any]]
     """Array name to rows, [n, ...]. Gathered: the requested arrays and sidecars, as readers get
-    them. Staged: the arrays on disk that make them up (for codec int8 the quantised values, and the
-    row scales as `<name>.scale`)."""
+    them. Staged: the arrays on disk that make them up (for codec int8, the quantised values and, as
+    `<name>.scale`, the row scales)."""
     order: Ints | None = None
     """Staged blocks only, [n]: which row of `arrays` comes at each place of the reader's stream."""
 
@@ -316,7 +317,7 @@ class ShuffledRows:
 
     def _read_staged(self, block: Block, span: _Span) -> LoadedBlock:
         """Read a block in chunk order, together with its permutation into stream order."""
-        names = [part for name in self.arrays for part in self.store.header.disk_arrays_of(name)]
+        names = [part for name in self.arrays for part in self.store.header.disk_names(name)]
         # Compute the order in parallel with the reads, which mostly wait for memory.
         tasks: list[Callable[[], NDArray[Any]]] = [
             partial(self._shuffle.row_order, block, *self._slice),
@@ -348,7 +349,8 @@ class ShuffledRows:
 
     def _read_stored(self, name: str, span: _Span) -> NDArray[Any]:
         """Read all rows of a span in chunk order, in the stored data type."""
-        rows = self._empty(span.n_rows, self.store.header.stored[name])
+        part = self.store.header.disk_arrays[name]
+        rows = self._empty(span.n_rows, (part.dtype, part.row_shape))
         self.store.read_chunks(name, span.wanted, rows)
         return rows
 
@@ -363,23 +365,25 @@ class ShuffledRows:
         out = self._empty(len(places), self.store.header.columns[name])
         # Copy as bytes: NumPy would hold the GIL while copying bfloat16 values.
         target = as_bytes(out).reshape(len(out), -1)
-        numbers, *scales = self.store.header.disk_arrays_of(name)
-        scale = self._read_stored(scales[0], span) if scales else None
+        main, *others = self.store.header.disk_names(name)
+        beside = [self._read_stored(other, span) for other in others]
+        row_codec = self.store.row_codec(name)
         own = span.own
 
         def place(first: int, rows: NDArray[Any]) -> None:
             # Keep only rows of the reader's strips: the first and last chunk may have others.
             part = slice(max(first, own.start), min(first + len(rows), own.stop))
             rows = rows[part.start - first : part.stop - first]
-            if scale is not None:
-                decoded = scratch("decoded", out.itemsize * rows.size).view(out.dtype)
-                decoded = decoded.reshape(rows.shape)
-                self.store.scaling(name).dequantise(rows, scale[part], decoded)
+            if row_codec is not None:
+                shape = (len(rows), *out.shape[1:])
+                n_bytes = out.itemsize * math.prod(shape)
+                decoded = scratch("decoded", n_bytes).view(out.dtype).reshape(shape)
+                row_codec.decode([rows, *(stored[part] for stored in beside)], decoded)
                 rows = decoded
             there = places[part.start - own.start : part.stop - own.start]
             target[there] = as_bytes(rows).reshape(len(rows), -1)
 
-        self.store.place_chunks(numbers, span.wanted, span.n_rows, place)
+        self.store.place_chunks(main, span.wanted, span.n_rows, place)
         return out
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from activation_store.checksum import crc32c
-from activation_store.codecs import blosc
+from activation_store.codecs.base import ChunkCompressor
 from activation_store.codecs.sharding import CRC_BYTES, ShardLayout, decode_tail
 from activation_store.errors import DamagedDataError
 from activation_store.storage.atomic_files import Bytes
@@ -119,10 +119,11 @@ class OpenShard:
         Raises:
             DamagedDataError: If a chunk fails its checksum; the message names file and chunk.
         """
-        if self.layout.compressed:
-            self._read_compressed(run, targets)
-        else:
+        compressor = self.layout.compressor
+        if compressor is None:
             self._read_plain(run, targets)
+        else:
+            self._read_compressed(compressor, run, targets)
 
     def damaged_chunks(self) -> list[int]:
         """Read the whole file and return the chunks that differ from what was committed.
@@ -177,7 +178,9 @@ class OpenShard:
             if found != self._index.crc32c[part.chunk]:
                 raise self._fails(part.chunk)
 
-    def _read_compressed(self, run: list[Wanted], targets: list[Bytes]) -> None:
+    def _read_compressed(
+        self, compressor: ChunkCompressor, run: list[Wanted], targets: list[Bytes]
+    ) -> None:
         """Read compressed chunks with one read, and decompress them into their targets."""
         chunk_bytes = self.layout.chunk_bytes
         stored = self._stored([part.chunk for part in run])
@@ -188,7 +191,7 @@ class OpenShard:
             whole = len(target) == chunk_bytes
             rows = target if whole else scratch("chunk", chunk_bytes)
             try:
-                blosc.decompress(packed, rows)
+                compressor.decompress(packed, rows)
             except ValueError as error:
                 raise DamagedDataError(
                     f"{self.path}: chunk {part.chunk} does not decompress: {error}; {_REMEDY}"

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from activation_store.codecs.int8 import Scaling, scaling
+from activation_store.codecs.base import RowCodec
 from activation_store.consumers.deletion_mark import DeletionMark, deleted_error, read_deletion_mark
 from activation_store.errors import DamagedDataError, IncompleteStoreError, MissingDataError
 from activation_store.format.commit_log import CommitLog, record_name
@@ -88,10 +88,10 @@ class Store:
         self._storage = storage
         header = read_header(storage)
         self._columns = header.columns
-        self._stored = header.stored
-        self._layouts = {name: header.layout(name) for name in header.stored}
-        quantised = header.arrays if header.codec == "int8" else ()
-        self._scaling = {name: scaling(header, name) for name in quantised}
+        self._disk_arrays = header.disk_arrays
+        self._disk_names = {name: header.disk_names(name) for name in header.columns}
+        self._layouts = {name: header.layout(name) for name in header.disk_arrays}
+        self._row_codecs = {name: header.row_codec(name) for name in header.arrays}
         self._lock = threading.Lock()
         self._shards: OrderedDict[tuple[str, int], OpenShard] = OrderedDict()
         self._deletion_mark = read_deletion_mark(storage)
@@ -190,19 +190,20 @@ class Store:
                 f"rows [{start}, {stop}) of {array!r} are out of range: {self.path} has "
                 f"{self.n_tokens} rows" + ("" if self.finalised else " committed so far")
             )
-        parts = [self._read_stored(name, start, stop) for name in self.header.disk_arrays_of(array)]
-        if len(parts) == 1:
+        parts = [self._read_stored(name, start, stop) for name in self._disk_names[array]]
+        row_codec = self.row_codec(array)
+        if row_codec is None:
             return parts[0]
         dtype, shape = self._columns[array]
         rows = np.empty((stop - start, *shape), dtype)
-        self.scaling(array).dequantise(parts[0], parts[1], rows)
+        row_codec.decode(parts, rows)
         return rows
 
     def _read_stored(self, name: str, start: int, stop: int) -> NDArray[Any]:
-        """Read logical rows [start, stop) of an array on disk, without dequantising them."""
+        """Read logical rows [start, stop) of an array on disk, without decoding them."""
         starts = self._state.starts
         chunk_rows = self.header.chunk_rows
-        dtype, shape = self._stored[name]
+        dtype, shape = self._disk_arrays[name].dtype, self._disk_arrays[name].row_shape
         rows = np.empty((stop - start, *shape), dtype)
         whole: list[tuple[int, int, int]] = []
         item = int(np.searchsorted(starts, start, side="right")) - 1
@@ -230,8 +231,8 @@ class Store:
         """Read whole chunks into the caller's memory in the stored data type, in several threads.
 
         Args:
-            name: An array on disk: a hookpoint (the quantised values for codec int8), its scales
-                (`<name>.scale`), or a sidecar.
+            name: An array on disk: a hookpoint, a sidecar, or another array that the codec stores
+                (for int8 a hookpoint holds the quantised values, and `<name>.scale` their scales).
             wanted: For each chunk: its item, its number within the shard, and the row of `rows` to
                 which its first row is written. Only valid rows are written; a chunk beyond the
                 item's rows writes none. The targets of two chunks must not overlap.
@@ -245,12 +246,12 @@ class Store:
             MissingDataError: If a shard file is missing; the message names it.
             DamagedDataError: If a chunk fails its checksum; the message names file and chunk.
         """
-        dtype, shape = self._stored.get(name, (None, ()))
-        if dtype is None:
-            raise ConfigError("array", name, f"one of {list(self._stored)}")
-        if rows.dtype != dtype or rows.shape[1:] != shape:
+        part = self._disk_arrays.get(name)
+        if part is None:
+            raise ConfigError("array", name, f"one of {list(self._disk_arrays)}")
+        if rows.dtype != part.dtype or rows.shape[1:] != part.row_shape:
             found = f"{rows.dtype} {rows.shape}"
-            raise ConfigError("rows", found, f"{dtype} rows of shape {shape}")
+            raise ConfigError("rows", found, f"{part.dtype} rows of shape {part.row_shape}")
         row_bytes = self._layouts[name].row_bytes
         memory = as_bytes(rows)
 
@@ -278,7 +279,7 @@ class Store:
             place: Called with the row number of a chunk and its valid rows [n, ...]. Several
                 threads call it at the same time. The rows are overwritten after it returns.
         """
-        dtype, shape = self._stored[name]
+        dtype, shape = self._disk_arrays[name].dtype, self._disk_arrays[name].row_shape
         row_bytes = self._layouts[name].row_bytes
 
         def read(shard: OpenShard, run: list[Wanted]) -> None:
@@ -310,9 +311,9 @@ class Store:
         n_bytes = len(wanted) * self._layouts[name].chunk_bytes
         run_all(reads, min(1 + n_bytes // _BYTES_PER_THREAD, self._storage.n_threads + 1))
 
-    def scaling(self, array: str) -> Scaling:
-        """Return the mean and std that dequantise an int8 array."""
-        return self._scaling[array]
+    def row_codec(self, array: str) -> RowCodec | None:
+        """Return what decodes the rows of an array; None: they are stored as readers get them."""
+        return self._row_codecs.get(array)
 
     @property
     def n_bytes(self) -> int:

@@ -9,10 +9,10 @@ from typing import Any
 
 from activation_store.errors import StoreMismatchError
 from activation_store.format import commit_log
+from activation_store.format.calibration import Calibration
 from activation_store.format.header import (
     METADATA,
     UNPLANNED_ITEMS,
-    Calibration,
     StoreHeader,
     largest_chunk_rows,
 )
@@ -48,8 +48,8 @@ def plan_header(
         calibration=dict(calibration) if calibration else None,
         codec=codec,
     )
-    itemsize = max(header.stored[name][0].itemsize for name in arrays)
-    rows = largest_chunk_rows(arrays, itemsize, shard_tokens, chunk_bytes)
+    row_bytes = max(header.disk_arrays[name].row_bytes for name in arrays)
+    rows = largest_chunk_rows(row_bytes, shard_tokens, chunk_bytes)
     return replace(header, chunk_rows=rows)
 
 

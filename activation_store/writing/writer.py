@@ -19,9 +19,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from activation_store.checksum import crc32c
-from activation_store.codecs.int8 import scaling
 from activation_store.codecs.sharding import EncodedShard, encode_shard
 from activation_store.errors import (
+    CodecError,
     IncompleteStoreError,
     ItemError,
     MissingDataError,
@@ -30,11 +30,11 @@ from activation_store.errors import (
     StoreMismatchError,
 )
 from activation_store.format import commit_log
+from activation_store.format.calibration import Calibration
 from activation_store.format.header import (
     METADATA,
     UNPLANNED_ITEMS,
     VALID_ROWS,
-    Calibration,
     StoreHeader,
 )
 from activation_store.format.item_record import (
@@ -75,8 +75,9 @@ class StoreWriter:
         chunk_bytes: Largest size in bytes of a chunk, unless a single row is larger.
         n_items: Number of items that will be written. None: not known; do not compare.
         provenance: Where the rows come from, as JSON values. None: do not compare.
-        calibration: Hookpoint to its statistics; int8 needs them. None: do not compare.
-        codec: none; blosc (lossless, smaller, slower); int8 (half the size of bfloat16).
+        calibration: Hookpoint to its statistics; some codecs need them. None: do not compare.
+        codec: A name in `CODECS`: none; blosc (lossless, smaller, slower); int8 (half the size of
+            bfloat16).
 
     Raises:
         ConfigError: If an argument is invalid.
@@ -140,6 +141,7 @@ class StoreWriter:
 
         Raises:
             ItemError: If rows or sidecars have the wrong shape or dtype, or `i` is out of range.
+            CodecError: If the codec does not encode rows as it declares.
             NonDeterministicItemError: If the item is already committed with other bytes.
             StoreMismatchError: If the store is finalised without this item.
         """
@@ -147,7 +149,7 @@ class StoreWriter:
         n_rows = len(next(iter(columns.values())))
         shards = {
             name: encode_shard(self.header.layout(name), column)
-            for name, column in self._stored(columns).items()
+            for name, column in self._encoded(columns).items()
         }
         if self.is_committed(i):
             return self._same(i, n_rows, shards)
@@ -267,15 +269,27 @@ class StoreWriter:
             columns[name] = _convert(i, name, given, dtype)
         return columns
 
-    def _stored(self, columns: Columns) -> Columns:
-        """Return the columns as they are stored on disk: quantised for codec int8."""
-        if self.header.codec != "int8":
-            return columns
+    def _encoded(self, columns: Columns) -> Columns:
+        """Return the columns as they are stored on disk, with the hookpoint arrays encoded."""
         stored = dict(columns)
         for name in self.header.arrays:
-            pair = scaling(self.header, name).quantise(columns[name])
-            stored |= dict(zip(self.header.disk_arrays_of(name), pair, strict=True))
+            row_codec = self.header.row_codec(name)
+            if row_codec is not None:
+                parts = [np.ascontiguousarray(part) for part in row_codec.encode(columns[name])]
+                self._check_parts(name, len(columns[name]), parts)
+                stored |= dict(zip(self.header.disk_names(name), parts, strict=True))
         return stored
+
+    def _check_parts(self, name: str, n_rows: int, parts: list[NDArray[Any]]) -> None:
+        """Check that a codec encoded rows to the arrays that it declares."""
+        declared = [self.header.disk_arrays[part] for part in self.header.disk_names(name)]
+        wanted = [(part.dtype, (n_rows, *part.row_shape)) for part in declared]
+        found = [(part.dtype, part.shape) for part in parts]
+        if found != wanted:
+            raise CodecError(
+                f"codec {self.header.codec} encoded {n_rows} rows of {name!r} as {found}: expected "
+                f"{wanted}, as its disk_arrays declare"
+            )
 
     def _same(self, i: int, n_rows: int, shards: Shards) -> ItemRecord:
         """Return the record of the first attempt after checking that this one gave equal bytes."""

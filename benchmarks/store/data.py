@@ -11,11 +11,12 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-from activation_store import Calibration, Store, StoreWriter, open_store
+from activation_store import CODECS, Calibration, Store, StoreWriter, open_store
 
 ARRAY = "activations"
 BF16 = np.dtype(ml_dtypes.bfloat16)
-CODECS = ("none", "blosc", "int8")
+BASELINE = "none"
+"""Codec of the stores that other systems read."""
 SHARD_BYTES = 64 << 20
 BUFFER_BYTES = 128 << 20
 BATCH_ROWS = 4096
@@ -56,7 +57,7 @@ class Data:
         """Path of the raw file: all rows and nothing else."""
         return self.folder / "raw.bin"
 
-    def store(self, codec: str = "none") -> Store:
+    def store(self, codec: str = BASELINE) -> Store:
         """Open our store of the data that was written with `codec`."""
         return open_store(self.folder / codec)
 
@@ -90,7 +91,7 @@ def make_data(folder: Path, d_model: int, n_bytes: int) -> Data:
     }
     calibration = Calibration(mean, spread, 1.0)
     data = Data(folder, d_model, n_items, shard_rows, calibration, item, sidecars)
-    writers = {codec: writer(data, folder / codec, codec) for codec in CODECS}
+    writers = {codec: writer(data, folder / codec, codec) for codec in CODECS.names()}
     with data.raw.open("wb") as raw:
         for i in range(n_items):
             raw.write(item.view(np.uint8).data)

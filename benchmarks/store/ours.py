@@ -9,8 +9,8 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
-from activation_store import ShuffledStream, StagedStream, verify_store
-from benchmarks.store.data import ARRAY, BATCH_ROWS, BF16, BUFFER_BYTES, CODECS, Data, writer
+from activation_store import CODECS, ShuffledStream, StagedStream, verify_store
+from benchmarks.store.data import ARRAY, BASELINE, BATCH_ROWS, BF16, BUFFER_BYTES, Data, writer
 
 Calls = dict[tuple[str, str], Callable[[], object]]
 _READ_BYTES = 8 << 20
@@ -20,13 +20,13 @@ def read_calls(data: Data) -> Calls:
     """Return calls that each read all rows once, the yardstick first."""
     calls: Calls = {("raw file", "memmap copy"): _memmap_copy(data)}
     calls["ours", "sequential"] = _sequential(data)
-    for codec in CODECS:
-        label = "" if codec == "none" else f" {codec}"
+    for codec in CODECS.names():
+        label = "" if codec == BASELINE else f" {codec}"
         calls["ours" + label, "shuffled, staged"] = _epoch(data, codec, staged=True)
         calls["ours" + label, "shuffled, gathered"] = _epoch(data, codec, staged=False)
     calls["ours", "verify"] = _verify(data)
     calls["ours", "shuffled, gathered, no prefetch"] = _epoch(
-        data, "none", staged=False, prefetch=False
+        data, BASELINE, staged=False, prefetch=False
     )
     return calls
 
@@ -37,7 +37,7 @@ def cold_calls(data: Data) -> Calls:
         ("raw file", "cold reads"): _plain_reads(data),
         ("ours", "cold, sequential"): _sequential(data),
         ("ours", "cold, verify"): _verify(data),
-        ("ours", "cold, shuffled, staged"): _epoch(data, "none", staged=True),
+        ("ours", "cold, shuffled, staged"): _epoch(data, BASELINE, staged=True),
     }
 
 
@@ -64,8 +64,8 @@ def write_calls(data: Data) -> Calls:
         return lambda: store.write_item(next(items), data.item, data.sidecars)
 
     calls: Calls = {("raw file", "write + fsync"): raw}
-    for codec in CODECS:
-        system = "ours" if codec == "none" else f"ours {codec}"
+    for codec in CODECS.names():
+        system = "ours" if codec == BASELINE else f"ours {codec}"
         calls[system, "write + fsync"] = ours(codec)
     return calls
 
@@ -116,7 +116,7 @@ def _sequential(data: Data) -> Callable[[], object]:
 
 def _verify(data: Data) -> Callable[[], object]:
     def call() -> None:
-        assert verify_store(data.folder / "none") == []
+        assert verify_store(data.folder / BASELINE) == []
 
     return call
 

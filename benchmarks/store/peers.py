@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 
 from benchmarks.harness.peers import HOW_TO_MAKE, peers_available, run_in_peers
-from benchmarks.store.data import ARRAY, BATCH_ROWS, Data
+from benchmarks.store.data import ARRAY, BASELINE, BATCH_ROWS, Data
 
 Calls = dict[tuple[str, str], Callable[[], object]]
 Reader = Callable[[int, int], NDArray[Any]]
@@ -55,14 +55,14 @@ def peer_calls(data: Data) -> Calls:
 def _zarr_reader(data: Data) -> Reader:
     import zarr
 
-    array: Any = zarr.open_group(data.folder / "none", mode="r")[ARRAY]
+    array: Any = zarr.open_group(data.folder / BASELINE, mode="r")[ARRAY]
     return lambda start, stop: array[start:stop]
 
 
 def _tensorstore_reader(data: Data) -> Reader:
     import tensorstore
 
-    path = str(data.folder / "none" / ARRAY)
+    path = str(data.folder / BASELINE / ARRAY)
     spec = {"driver": "zarr3", "kvstore": {"driver": "file", "path": path}}
     array = tensorstore.open(spec).result()
     return lambda start, stop: array[start:stop].read().result()

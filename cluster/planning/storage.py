@@ -12,7 +12,7 @@ _SIDECAR_BYTES_PER_TOKEN = 4 + 8 + 4
 def store_bytes_total(config: RunConfig, d_model: int) -> int:
     """Return the most bytes that the store takes at once: all arrays and sidecars.
 
-    Codec blosc is counted as uncompressed, which is an upper bound.
+    Compressed chunks are counted as uncompressed, which is an upper bound.
 
     If consumed items are deleted, the store holds only the harvest's lead over training, the
     windows in use, and the rows read since the oldest checkpoint kept. Checkpoints are counted by

@@ -7,6 +7,8 @@ from typing import NamedTuple
 
 from rich.table import Table
 
+from activation_store.codecs.registry import CODECS
+from activation_store.format.header import DTYPES
 from cluster.planning.hardware import GIB, Hardware, shared_among
 from cluster.planning.links import collectives, crosses_nodes, seconds
 from cluster.planning.mesh_search import Layout
@@ -110,8 +112,8 @@ def run_table(layout: Layout, config: RunConfig, hardware: Hardware) -> Table:
     give = hardware.disk_bytes_per_s
     table = _table("training", "quantity", "value")
     bound = "" if layout.read_s <= 0.95 * step_s else ", which limits training"
-    if bound and config.store.codec != "int8":
-        bound += "; store.codec=int8 halves the bytes"
+    if bound:
+        bound += _smaller_codec(config, work.d_model)
     rows = {
         "tokens/s": f"{tokens_per_s:,.0f}",
         "reading": f"{need / 1e9:.3f} GB/s per node, of {give / 1e9:.1f} GB/s from the disks"
@@ -126,6 +128,15 @@ def run_table(layout: Layout, config: RunConfig, hardware: Hardware) -> Table:
     for key, value in rows.items():
         table.add_row(key, value)
     return table
+
+
+def _smaller_codec(config: RunConfig, d_model: int) -> str:
+    """Return a hint to the codec with the fewest bytes per row; empty if the run has such a one."""
+    dtype = DTYPES[config.store.dtype]
+    row_bytes = {name: codec.row_bytes(dtype, d_model) for name, codec in CODECS.items()}
+    least = min(row_bytes, key=row_bytes.__getitem__)
+    share = row_bytes[least] / row_bytes[config.store.codec]
+    return f"; store.codec={least} needs {share:.0%} of the bytes" if share < 1 else ""
 
 
 def scaling_table(rows: Sequence[Simulated], grows: str) -> Table:

@@ -9,14 +9,14 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from activation_store.codecs.registry import CODECS
+from activation_store.format.header import DTYPES
 from conf.schema.run import RunConfig
 from sae_core.architectures.dictionary_init import default_auxk
 from sae_core.config import ParallelConfig
 from sae_core.distributed.mesh import row_range
 
 ITEM_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
-_SCALE_BYTES = 4
-"""Bytes of the scale of a row with codec int8."""
 
 
 @dataclass(frozen=True)
@@ -179,8 +179,6 @@ def work_of(
 def stored_row_bytes(config: RunConfig, d_model: int) -> int:
     """Return the bytes of one row of one array as stored.
 
-    Codec blosc is counted as uncompressed, which is an upper bound.
+    Compressed chunks are counted as uncompressed, which is an upper bound.
     """
-    if config.store.codec == "int8":
-        return d_model + _SCALE_BYTES
-    return d_model * ITEM_BYTES[config.store.dtype]
+    return CODECS[config.store.codec].row_bytes(DTYPES[config.store.dtype], d_model)

@@ -15,11 +15,11 @@ class DeviceRows:
     """The current block of one array's rows, held on a device.
 
     The copy of a block is asynchronous: the host does not wait for it, later work on the device
-    does. int8 rows are dequantised on the device after the gather, so that half as many bytes cross
-    the bus as with bfloat16.
+    does. Encoded rows are decoded on the device after the gather, so that fewer bytes cross the
+    bus: with codec int8, half as many as with bfloat16.
 
     Args:
-        store: the store; its codec says how rows are stored.
+        store: the store; its codec must allow decoding on a device, see `decodes_on_device`.
         array: name of the array (a hookpoint).
         device: device on which batches are wanted.
     """
@@ -31,12 +31,16 @@ class DeviceRows:
         self._stored: dict[str, torch.Tensor] = {}
         self._order = torch.empty(0, dtype=torch.int64)
         self._copied: torch.cuda.Event | None = None
-        self._scaling: tuple[torch.Tensor, torch.Tensor] | None = None
-        if store.header.codec == "int8":
-            scaling = store.scaling(array)
-            self._scaling = (
-                torch.tensor(scaling.mean, dtype=torch.float32, device=device),
-                torch.tensor(scaling.std, dtype=torch.float32, device=device),
+        self._scale = ""
+        self._formula: tuple[torch.Tensor, torch.Tensor] | None = None
+        row_codec = store.row_codec(array)
+        if row_codec is not None:
+            formula = row_codec.scale_offset
+            assert formula is not None, "the caller checks decodes_on_device"
+            self._scale = array + formula.scale
+            self._formula = (
+                torch.tensor(formula.offset, dtype=torch.float32, device=device),
+                torch.tensor(formula.factor, dtype=torch.float32, device=device),
             )
 
     def pick(self, batch: StagedBatch) -> dict[str, torch.Tensor]:
@@ -52,12 +56,12 @@ class DeviceRows:
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
     def decode(self, stored: dict[str, torch.Tensor]) -> torch.Tensor:
-        """Return rows [B, d_model] from their stored form; int8 rows become float32."""
+        """Return rows [B, d_model] from their stored form; encoded rows become float32."""
         rows = stored[self._array]
-        if self._scaling is None:
+        if self._formula is None:
             return rows
-        mean, std = self._scaling
-        return torch.addcmul(mean, stored[f"{self._array}.scale"][:, None], std * rows.float())
+        offset, factor = self._formula
+        return torch.addcmul(offset, stored[self._scale][:, None], factor * rows.float())
 
     def _upload(self, block: Any) -> None:
         if self._block is block:
@@ -73,6 +77,12 @@ class DeviceRows:
             self._copied = torch.cuda.Event()
             self._copied.record()
         self._block = block  # keep a reference: its memory must not be reused during the copy
+
+
+def decodes_on_device(store: Store, array: str) -> bool:
+    """Return whether a device can decode the stored rows of an array; if not, the host must."""
+    row_codec = store.row_codec(array)
+    return row_codec is None or row_codec.scale_offset is not None
 
 
 def pinned(n_bytes: int) -> NDArray[Any]:

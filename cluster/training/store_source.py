@@ -11,7 +11,7 @@ import torch
 
 from activation_store import ShuffledStream, StagedBatch, StagedStream, Store
 from activation_store.errors import IncompleteStoreError
-from cluster.training.device_gather import DeviceRows, pinned, to_torch
+from cluster.training.device_gather import DeviceRows, decodes_on_device, pinned, to_torch
 from cluster.training.shared_reads import SharedReads
 from cluster.training.stream_identity import equal_batches, order_name, store_digest
 from sae_core.training.source import Batch
@@ -39,8 +39,8 @@ class StoreSource:
         n_replicas: replicas that share a global batch; divides `batch_tokens`.
         window_items: work items that are shuffled together.
         buffer_tokens: rows permuted together in memory.
-        device: device on which batches are returned; on cuda they are also gathered there. None:
-            the CPU.
+        device: device on which batches are returned; on cuda they are also gathered there, unless
+            the store's codec can only be decoded on the host. None: the CPU.
         wait_timeout_s: time limit for a growing store to get the rows that were requested.
         share: shared reads of this replica's ranks, each of which reads a part of the rows.
         order_seed: seed of the row order instead of `seed`; it becomes part of the identity.
@@ -88,7 +88,7 @@ class StoreSource:
         self._waiting = False
         self._device_rows: DeviceRows | None = None
         self._stream: ShuffledStream | StagedStream
-        if self._device.type == "cuda":
+        if self._device.type == "cuda" and decodes_on_device(store, array):
             self._device_rows = DeviceRows(store, array, self._device)
             self._stream = StagedStream(store, [array], allocate=pinned, **order)
         else:
@@ -107,7 +107,7 @@ class StoreSource:
         """Return this replica's rows of the next batch, [batch_tokens / n_replicas, d_in]."""
         first_row = self.position * self._batch_tokens + self._first
         if self._device_rows is None:
-            x = self._gather(self._read_shared(self._read))
+            x = self._gather(self._read_shared(self._read).to(self._device))
         else:
             staged = self._device_rows.pick(self._read_shared(self._read_staged))
             shared = {name: self._gather(rows) for name, rows in staged.items()}

@@ -151,8 +151,8 @@ def test_bfloat16_fill_values_survive_zarr(tmp_path: Path) -> None:
 def test_chunk_rows(
     widths: list[int], dtype: str, shard_tokens: int, chunk_bytes: int, rows: int
 ) -> None:
-    arrays = {str(i): width for i, width in enumerate(widths)}
-    assert largest_chunk_rows(arrays, DTYPES[dtype].itemsize, shard_tokens, chunk_bytes) == rows
+    row_bytes = max(widths) * DTYPES[dtype].itemsize
+    assert largest_chunk_rows(row_bytes, shard_tokens, chunk_bytes) == rows
 
 
 def test_hostile_metadata_is_refused(tmp_path: Path) -> None:

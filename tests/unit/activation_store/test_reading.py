@@ -156,8 +156,9 @@ def test_a_device_gathers_the_same_batches(tmp_path: Path, codec: str) -> None:
             assert len(part.block.arrays["a"]) <= part.block.block.n_rows
             numbers = part.block.arrays["a"][part.picks].astype(np.float32)
             if codec == "int8":
-                scaling, scale = store.scaling("a"), part.block.arrays["a.scale"][part.picks]
-                numbers = scaling.mean + scale[:, None] * (scaling.std * numbers)
+                formula = store.row_codec("a").scale_offset  # type: ignore[union-attr]
+                scale = part.block.arrays["a" + formula.scale][part.picks]
+                numbers = formula.offset + scale[:, None] * (formula.factor * numbers)
             rows.append(numbers.astype(batch.arrays["a"].dtype))
         np.testing.assert_array_equal(np.concatenate(rows), batch.arrays["a"])
     assert len({id(part.block) for _, blocks in held for part in blocks.parts}) < 30

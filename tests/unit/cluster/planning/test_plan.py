@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import pytest
 
+from activation_store import CODECS
 from activation_store.config import MixedStore
 from cluster.planning.hardware import GIB, Hardware, Link, Rates, gpu, shared_among
 from cluster.planning.links import Collective, collectives, seconds
@@ -24,6 +25,7 @@ from conf.schema.run import RunConfig
 from foundation.errors import ConfigError
 from sae_core.config import OptimConfig, ParallelConfig, SAEConfig, TrainConfig
 from tests.support.paths import ROOT
+from tests.support.toy_codec import Halves
 
 H100 = gpu(PlanConfig(hardware="h100"))
 INF = float("inf")
@@ -316,6 +318,36 @@ def test_harvest_and_training_at_once_take_the_longer_time_and_the_gpus_of_both(
     what, value = (list(column.cells) for column in run_table(layout, config, hardware).columns)
     rows = dict(zip(what, value, strict=True))
     assert rows["duration"].startswith(duration) and rows["cost"].startswith(cost), rows
+
+
+def test_a_codec_says_how_many_bytes_a_row_has():
+    config = config_of()
+    sizes = {}
+    with CODECS.registered("halves", Halves()):
+        for codec in CODECS.names():
+            config.store.codec = codec
+            sizes[codec] = work_of(config, 16, on_gpu=True).stored_row_bytes
+    assert sizes == {"none": 32, "blosc": 32, "int8": 16 + 4, "halves": 32 + 4}
+    config.store.codec, config.store.dtype = "none", "float32"
+    assert work_of(config, 16, on_gpu=True).stored_row_bytes == 64
+
+
+@pytest.mark.parametrize(
+    ("dtype", "codec", "hint"),
+    [
+        ("bfloat16", "none", "; store.codec=int8 needs 62% of the bytes"),
+        ("float32", "blosc", "; store.codec=int8 needs 31% of the bytes"),
+        ("bfloat16", "int8", ""),
+    ],
+)
+def test_slow_disks_are_a_reason_for_a_smaller_codec(dtype, codec, hint):
+    config = config_of()
+    config.store.dtype, config.store.codec = dtype, codec
+    layout = plan_layout(config, 16, H100, config.parallel)
+    for read_s, wanted in ((layout.step_s, ", which limits training" + hint), (0.0, "")):
+        table = run_table(replace(layout, read_s=read_s), config, H100)
+        cells = dict(zip(*(column.cells for column in table.columns), strict=True))
+        assert cells["reading"].partition("from the disks")[2] == wanted
 
 
 def test_numbers_of_the_hardware_can_be_set():

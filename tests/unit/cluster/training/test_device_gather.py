@@ -6,13 +6,29 @@ import numpy as np
 import pytest
 import torch
 
-from activation_store import Calibration, ShuffledStream, StagedStream, StoreWriter, open_store
-from cluster.training.device_gather import DeviceRows, to_torch
+from activation_store import (
+    CODECS,
+    Calibration,
+    ShuffledStream,
+    StagedStream,
+    StoreWriter,
+    open_store,
+)
+from cluster.training.device_gather import DeviceRows, decodes_on_device, to_torch
+from cluster.training.store_source import StoreSource
+from tests.support.store_cases import calibration, write_store
+from tests.support.toy_codec import Halves
 
 ORDER = {"seed": 3, "batch_rows": 96, "window_items": 2, "buffer_rows": 300}
 
 
-@pytest.mark.parametrize("codec", ["none", "int8"])
+@pytest.fixture(autouse=True)
+def toy():
+    with CODECS.registered("halves", Halves()):
+        yield
+
+
+@pytest.mark.parametrize("codec", ["none", "int8", "halves"])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_equal_to_the_gathered_stream(tmp_path, codec, dtype):
     rng = np.random.default_rng(0)
@@ -25,6 +41,7 @@ def test_equal_to_the_gathered_stream(tmp_path, codec, dtype):
         writer.write_item(item, part)
     writer.finalise()
     store = open_store(tmp_path)
+    assert decodes_on_device(store, "acts")
     gathered = ShuffledStream(store, ["acts"], **ORDER)
     staged = StagedStream(store, ["acts"], **ORDER)
     device_rows = DeviceRows(store, "acts", torch.device("cpu"))
@@ -37,3 +54,15 @@ def test_equal_to_the_gathered_stream(tmp_path, codec, dtype):
             torch.testing.assert_close(found.float(), expected.float(), rtol=0.01, atol=1e-5)
     gathered.close()
     staged.close()
+
+
+def test_rows_that_only_the_host_can_decode(tmp_path):
+    arrays = {"a": 6}
+    with CODECS.registered("host", Halves(host_only=True)):
+        write_store(tmp_path, [16], arrays=arrays, codec="host", calibration=calibration(arrays))
+        store = open_store(tmp_path)
+        assert not decodes_on_device(store, "a")
+        # Uses no GPU yet: rows are gathered on the host and uploaded batch by batch.
+        source = StoreSource(store, "a", 0, 8, 0, 1, 1, 16, device=torch.device("cuda"))
+        assert isinstance(source._stream, ShuffledStream)
+        source.close()

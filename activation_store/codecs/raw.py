@@ -1,0 +1,20 @@
+"""The codec `none`: rows are stored as they are."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from activation_store.codecs.base import Codec, DiskArray
+
+
+class Raw(Codec):
+    """Rows in the store's dtype, uncompressed."""
+
+    def disk_arrays(self, dtype: np.dtype[Any], width: int) -> dict[str, DiskArray]:
+        """Return one array of the rows."""
+        return {"": DiskArray(dtype, (width,))}
+
+
+RAW = Raw()

@@ -1,0 +1,22 @@
+"""All codecs by name. This file must not import NumPy, because `--help` imports it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from foundation.registry import Registry
+
+if TYPE_CHECKING:
+    from activation_store.codecs.base import Codec
+
+CODECS: Registry[Codec] = Registry(
+    "codec",
+    "store.codec",
+    "codecs",
+    {
+        "none": "activation_store.codecs.raw:RAW",
+        "blosc": "activation_store.codecs.blosc:BLOSC",
+        "int8": "activation_store.codecs.int8:INT8",
+    },
+)
+"""Codec name, as in `store.codec` and in the header of a store, to codec."""
