@@ -68,7 +68,8 @@ def _check_one_pass(config: RunConfig, job: HarvestJob) -> None:
             config.cluster.retention,
             f"keep, as train.tokens={config.train.tokens} needs more than the {job.plan.n_rows} "
             "rows of the text",
-            f"or set train.tokens={max_steps * config.train.batch_tokens} to train on every row once",
+            f"or set train.tokens={max_steps * config.train.batch_tokens} to train on every row "
+            "once",
         )
 
 
