@@ -61,14 +61,15 @@ def run(config: RunConfig, run_dir: Path) -> None:
 
 
 def _check_one_pass(config: RunConfig, job: HarvestJob) -> None:
-    most = job.plan.n_rows // config.train.batch_tokens
-    if config.cluster.retention == "consumed" and config.train.n_steps > most:
+    max_steps = job.plan.n_rows // config.train.batch_tokens
+    if config.cluster.retention == "consumed" and config.train.n_steps > max_steps:
         raise ConfigError(
             "cluster.retention",
             config.cluster.retention,
             f"keep, as train.tokens={config.train.tokens} needs more than the {job.plan.n_rows} "
             "rows of the text",
-            f"or set train.tokens={most * config.train.batch_tokens} to train on every row once",
+            f"or set train.tokens={max_steps * config.train.batch_tokens} to train on every row "
+            "once",
         )
 
 
@@ -132,16 +133,16 @@ class _Harvest(threading.Thread):
         """Return True if `item` is within the allowed lead; raise if the harvest was cancelled."""
         if self._cancelled.is_set():
             raise _Cancelled
-        most = self._job.config.cluster.max_lead_items
-        if most is None or item is None:
+        max_lead = self._job.config.cluster.max_lead_items
+        if max_lead is None or item is None:
             return True
         states = list_consumers(self._job.store).values()
         if not states and training_stage.finished(self._job.config, self._job.run_dir):
             return True  # no trainer is left to wait for
         slowest = min((state.next_item for state in states), default=0)
-        return item < slowest + most or not self._can_be_sampled()
+        return item < slowest + max_lead or not self._sample_is_complete()
 
-    def _can_be_sampled(self) -> bool:
+    def _sample_is_complete(self) -> bool:
         """Return True if the complete windows have the rows that the trainer samples at its start.
 
         Until then the lead must not stop the harvest, or both sides would wait for each other.

@@ -2,7 +2,8 @@
 
 SIGTERM and SIGUSR1 mean the same. On either one the driver stops its work or, while trainer ranks
 run, asks them through a file in the run folder to save a last checkpoint. Ranks also handle the
-signals themselves. The run then ends with exit code 75, and the same command resumes it.
+signals themselves. The run then ends with exit code 75, and running the same command again
+resumes it.
 """
 
 from __future__ import annotations
@@ -51,12 +52,12 @@ def on_preemption(action: Callable[[str], None], grace_s: float) -> Iterator[Non
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    calls = 0
+    n_signals = 0
 
     def handle(number: int, _: FrameType | None) -> None:
-        nonlocal calls
-        calls += 1
-        if calls == 1:
+        nonlocal n_signals
+        n_signals += 1
+        if n_signals == 1:
             action(signal.Signals(number).name)
 
     reader, writer = os.pipe()
@@ -76,9 +77,9 @@ def on_preemption(action: Callable[[str], None], grace_s: float) -> Iterator[Non
         os.close(writer)
 
 
-def raise_interrupted(name: str) -> None:
+def raise_interrupted(signal_name: str) -> None:
     """Raise `Interrupted`: the preemption action of a process that has nothing to save."""
-    raise Interrupted(name)
+    raise Interrupted(signal_name)
 
 
 @contextmanager
@@ -121,13 +122,13 @@ class StopRequest:
         """Clear the request of an earlier driver; called before the ranks start."""
         self._path.write_text("")
 
-    def make(self, name: str) -> None:
+    def request(self, signal_name: str) -> None:
         """Ask all ranks to save a checkpoint and exit."""
-        self._path.write_text(name)
+        self._path.write_text(signal_name)
 
     @property
-    def made(self) -> str:
-        """Name of the signal that was requested to stop for, or an empty string."""
+    def signal_name(self) -> str:
+        """Name of the signal that the driver received; empty if there is no request."""
         try:
             return self._path.read_text()
         except FileNotFoundError:  # the ranks were started without a driver
@@ -137,7 +138,8 @@ class StopRequest:
 def leave_at_once(reason: str) -> None:
     """End the process immediately with exit code 75, without waiting for its threads."""
     with contextlib.suppress(OSError, ValueError):
-        print(f"preempted: {reason}; the same command resumes", file=sys.stderr, flush=True)
+        message = f"preempted: {reason}; run the same command again to resume"
+        print(message, file=sys.stderr, flush=True)
     os._exit(EXIT_PREEMPTED)
 
 
@@ -147,13 +149,13 @@ def _watch(reader: int, grace_s: float) -> None:
     Python's wakeup descriptor writes the number of each signal to the other end of this pipe. The
     thread ends when that end is closed.
     """
-    came = 0
+    n_signals = 0
     with open(reader, "rb", buffering=0) as numbers:
         while number := numbers.read(1):
             if number[0] not in _SIGNALS:
                 continue
-            came += 1
-            if came == 1:
+            n_signals += 1
+            if n_signals == 1:
                 timer = threading.Timer(
                     grace_s, leave_at_once, [f"not finished within checkpoint.grace_s={grace_s:g}"]
                 )

@@ -79,10 +79,10 @@ def run_rank(run_dir: Path, console: bool = False, cells: Sequence[str] = ()) ->
     torch.set_num_threads(_threads(config))
     keep_freed_memory()
     signalled = threading.Event()
-    request = StopRequest(run_dir) if rank == 0 and not console else None
+    stop_request = StopRequest(run_dir) if rank == 0 and not console else None
 
     def stop_requested() -> bool:
-        return signalled.is_set() or (request is not None and bool(request.made))
+        return signalled.is_set() or bool(stop_request and stop_request.signal_name)
 
     timeouts_s = config.train.hang_timeout_s, config.train.timeout_s
     with (
@@ -171,7 +171,7 @@ def main() -> None:
     try:
         run_rank(Path(sys.argv[1]).resolve(), console=True, cells=sys.argv[2:])
     except PreemptedError as error:
-        sys.exit(_say(f"{error}; the same command resumes", EXIT_PREEMPTED))
+        sys.exit(_say(f"{error}; run the same command again to resume", EXIT_PREEMPTED))
     except FoundryError as error:
         _leave(_say(f"error: {error}", EXIT_FAILED))
     except Exception:

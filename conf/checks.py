@@ -61,7 +61,7 @@ def validate(config: RunConfig, stages: tuple[str, ...]) -> None:
 
 
 def _check_submit(config: RunConfig, stages: tuple[str, ...]) -> None:
-    config.submit.validate(config.checkpoint.grace_s)
+    config.submit.validate()
     allowed = [stage for stage in stages if stage != "submit"]
     if config.submit.stage not in allowed:
         raise ConfigError("submit.stage", config.submit.stage, f"one of: {', '.join(allowed)}")

@@ -21,9 +21,9 @@ def describe_error(error: BaseException) -> tuple[str | None, int]:
     The message is None for an unexpected exception, whose traceback should be shown instead.
     """
     if getattr(error, "exit_code", None) == EXIT_PREEMPTED:
-        return f"preempted: {error}; the same command resumes", EXIT_PREEMPTED
+        return f"preempted: {error}; run the same command again to resume", EXIT_PREEMPTED
     if isinstance(error, KeyboardInterrupt):
-        return "interrupted; the same command resumes", EXIT_FAILED
+        return "interrupted; run the same command again to resume", EXIT_FAILED
     if isinstance(error, HydraException | OmegaConfBaseException):
         return f"error: {_config_message(error)}", EXIT_BAD_INPUT
     if isinstance(error, FoundryError):

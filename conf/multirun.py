@@ -12,7 +12,7 @@ from hydra.conf import HydraConf
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 
-_CONSTANT = "hydra.job.config.override_dirname.exclude_keys"
+_CONSTANT_KEYS = "hydra.job.config.override_dirname.exclude_keys"
 
 
 def with_constant_keys(arguments: list[str]) -> list[str]:
@@ -21,17 +21,16 @@ def with_constant_keys(arguments: list[str]) -> list[str]:
     Args:
         arguments: The arguments of the command line.
     """
-    given = [word for word in arguments if "=" in word and not word.startswith("-")]
-    if not given or not {"-m", "--multirun"} & set(arguments):
+    typed = [word for word in arguments if "=" in word and not word.startswith("-")]
+    if not typed or not {"-m", "--multirun"} & set(arguments):
         return arguments
     try:
-        overrides = OverridesParser.create().parse_overrides(given)
+        overrides = OverridesParser.create().parse_overrides(typed)
     except HydraException:
         return arguments  # Hydra reports the error itself
     keys = [override.key_or_group for override in overrides if not override.is_sweep_override()]
-    before = arguments.index(given[0])  # Hydra allows flags only before or after all overrides
-    added = f"{_CONSTANT}=[{','.join(keys)}]"
-    return [*arguments[:before], added, *arguments[before:]]
+    first = arguments.index(typed[0])  # Hydra allows flags only before or after all overrides
+    return [*arguments[:first], f"{_CONSTANT_KEYS}=[{','.join(keys)}]", *arguments[first:]]
 
 
 def cell_name(name: str, hydra: HydraConf) -> str:
@@ -47,11 +46,11 @@ def cell_name(name: str, hydra: HydraConf) -> str:
     constant = {"name", *hydra.job.config.override_dirname.exclude_keys}
     parsed = OverridesParser.create().parse_overrides(list(hydra.overrides.task))
     varied = [override for override in parsed if override.key_or_group not in constant]
-    last = Counter(override.key_or_group.rsplit(".")[-1] for override in varied)
+    endings = Counter(override.key_or_group.rsplit(".")[-1] for override in varied)
     parts = [name]
     for override in varied:
         key, value = override.key_or_group, override.get_value_element_as_str()
         short = key.rsplit(".")[-1]
-        key = short if last[short] == 1 else key
+        key = short if endings[short] == 1 else key
         parts.append(f"{key}{value}" if value[:1].isdigit() else f"{key}-{value}")
     return re.sub(r"[^A-Za-z0-9._-]+", "_", "-".join(parts))

@@ -9,7 +9,7 @@ EXIT_FAILED = 1
 EXIT_BAD_INPUT = 2
 """The command, the config or the input data must be changed."""
 EXIT_PREEMPTED = 75
-"""EX_TEMPFAIL: a signal asked the run to stop; the same command resumes."""
+"""EX_TEMPFAIL: a signal asked the run to stop; run the same command again to resume."""
 
 
 class FoundryError(Exception):

@@ -1,54 +1,100 @@
-"""Job backends by name."""
+"""The interface of a job backend: a scheduler, cloud or cluster that runs a run as a batch job.
+
+To add one, implement `JobBackend`, or one of its two bases: `cluster.jobs.tracked.TrackedBackend`
+submits jobs and knows their state; `cluster.jobs.job_file.JobFileBackend` writes a file that a
+person submits. Then register an instance in `BACKENDS`, or declare it as an entry point in the
+group `latent_foundry.job_backends`, and choose it with `submit.scheduler=NAME`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from enum import Enum
 from pathlib import Path
-from typing import Any
 
-from cluster.errors import SchedulerError
-from cluster.jobs import kuberay, ray_jobs, skypilot
-from cluster.jobs.slurm import batch_script, commands
-from cluster.run_folder.submitted_jobs import submitted_jobs
+from cluster.run_folder.submitted_jobs import FOLDER
 from conf.schema.submit import SubmitConfig
-
-_SUBMIT = {"slurm": batch_script.submit, "ray": ray_jobs.submit}
-_RENDER: dict[str, Callable[[SubmitConfig, str, list[str], float], str]] = {
-    "kuberay": kuberay.render,
-    "skypilot": skypilot.render,
-}
-_STATE = {"slurm": commands.unfinished_state, "ray": ray_jobs.unfinished_state}
-_DESCRIBE = {"slurm": commands.describe, "ray": ray_jobs.describe}
-_END = {"slurm": "scancel", "ray": "ray job stop"}
-_FILES = {"kuberay": "rayjob.yaml", "skypilot": "skypilot.yaml"}
+from foundation.registry import Registry
 
 
-def unfinished_job(run_dir: Path) -> tuple[str, str] | None:
-    """Return the run's newest job, such as `12 (PENDING)`, and its scheduler.
+class Place(Enum):
+    """Which folders of the submitting machine a job sees; its command's paths depend on it."""
 
-    Return None if no job was submitted or the newest one has ended.
-
-    Raises:
-        SchedulerError: If the scheduler does not answer.
-    """
-    jobs = submitted_jobs(run_dir)
-    if not jobs:
-        return None
-    scheduler = _scheduler(jobs[-1])
-    state = _STATE[scheduler](jobs[-1])
-    return None if state is None else (f"{jobs[-1]['job']} ({state})", scheduler)
+    SAME_FOLDER = "same folder"
+    """All of them, and it starts in the folder where the command was typed."""
+    OTHER_FOLDER = "other folder"
+    """All of them, but it starts in a copy of the code, so that paths must be absolute."""
+    CONTAINER = "container"
+    """None. The run folder is on a volume mounted at `submit.mount`."""
 
 
-def describe_job(run_dir: Path) -> str | None:
-    """Describe the run's newest job in one or two lines; return None if none was submitted."""
-    jobs = submitted_jobs(run_dir)
-    if not jobs:
-        return None
-    try:
-        return _DESCRIBE[_scheduler(jobs[-1])](jobs[-1], run_dir)
-    except SchedulerError as error:
-        return f"{jobs[-1]['job']}: {error}"
+@dataclass(frozen=True)
+class Job:
+    """A job to hand to a backend."""
+
+    name: str
+    """Name of the run."""
+    run_dir: Path
+    """Folder of the run on this machine."""
+    command: list[str]
+    """Command of the driver, where the job runs."""
+    config: SubmitConfig
+    """Settings of the job; the backend has checked them."""
+    grace_s: float
+    """Seconds that the run may take for its last checkpoint (`checkpoint.grace_s`)."""
+
+    @property
+    def folder(self) -> Path:
+        """Folder for the files of the job; it exists."""
+        return self.run_dir / FOLDER
 
 
-def _scheduler(row: dict[str, Any]) -> str:
-    return str(row.get("scheduler", "slurm"))  # older rows lack the key; all of those are Slurm's
+class JobBackend(ABC):
+    """One way to run a job. Backends keep no state: `submit.*` has all settings of a job."""
+
+    @abstractmethod
+    def check(self, config: SubmitConfig, grace_s: float) -> None:
+        """Check the settings that this backend uses, before any work and any heavy import.
+
+        `SubmitConfig.validate` has checked what is the same for all backends.
+
+        Args:
+            config: Settings of the job.
+            grace_s: Seconds that the run may take for its last checkpoint (`checkpoint.grace_s`).
+
+        Raises:
+            ConfigError: If a setting is missing, invalid or not supported; the error names it.
+        """
+
+    @abstractmethod
+    def place(self, config: SubmitConfig) -> Place:
+        """Return which folders of this machine the job sees."""
+
+    @abstractmethod
+    def joins_ray(self, config: SubmitConfig) -> bool:
+        """Return True if a Ray cluster is running when the driver starts, which it then joins."""
+
+    @abstractmethod
+    def hand_over(self, job: Job) -> list[str]:
+        """Submit the job, or write a file for it into `job.folder`.
+
+        Returns:
+            Lines for the user: what was done, and which command to use next.
+
+        Raises:
+            SchedulerError: If the scheduler is not found, does not answer, or refuses the job.
+        """
+
+
+BACKENDS: Registry[JobBackend] = Registry(
+    "job backend",
+    "submit.scheduler",
+    "job_backends",
+    {
+        "slurm": "cluster.jobs.slurm.backend:SLURM",
+        "ray": "cluster.jobs.ray_jobs:RAY_JOBS",
+        "kuberay": "cluster.jobs.kuberay:KUBERAY",
+        "skypilot": "cluster.jobs.skypilot:SKYPILOT",
+    },
+)

@@ -6,40 +6,69 @@ import re
 import shlex
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import yaml
 
 from cluster.errors import SchedulerError
-from cluster.run_folder.submitted_jobs import dns_name
+from cluster.jobs.backend import Job
+from cluster.jobs.job_file import JobFileBackend, check_quantity, dns_name
 from conf.schema.submit import SubmitConfig
+from foundation.errors import ConfigError
 
 _AFTER_GRACE_S = 30
 """Seconds for Ray's processes to end after the last checkpoint is saved."""
 _HEAD_CPUS = 4
 _HEAD_MEMORY = "16Gi"
+_LABEL = re.compile(r"[a-z0-9]([a-z0-9.-]{0,61}[a-z0-9])?")
 _NOT_PLAIN = re.compile(r"[$`\"'\\&|;<>()*?#~!\n]")
 
 
-def submit_command(_config: SubmitConfig, path: Path) -> str:
-    """Return the shell command that submits the file."""
-    return f"kubectl create -f {shlex.quote(str(path))}"
+class KubeRay(JobFileBackend):
+    """RayJobs of the KubeRay operator for Kubernetes."""
+
+    file_name: ClassVar[str] = "rayjob.yaml"
+    secret_name: ClassVar[re.Pattern[str]] = _LABEL
+
+    def check(self, config: SubmitConfig, grace_s: float) -> None:
+        """Check what Kubernetes needs for a pod."""
+        super().check(config, grace_s)
+        check_quantity("submit.shm", config.shm)
+        if not _LABEL.fullmatch(config.namespace):
+            raise ConfigError("submit.namespace", config.namespace, "a valid Kubernetes name")
+        for name in ("cpus_per_task", "mem"):
+            if getattr(config, name) is None:
+                raise ConfigError(
+                    f"submit.{name}", None, "a value", "set the CPU cores and memory of a node"
+                )
+        if config.setup:
+            raise ConfigError(
+                "submit.setup",
+                config.setup,
+                "no lines with submit=kuberay",
+                "put the setup into the image",
+            )
+
+    def joins_ray(self, config: SubmitConfig) -> bool:
+        """Return True: the operator starts a Ray cluster for the job."""
+        return True
+
+    def submit_command(self, config: SubmitConfig, path: Path) -> str:
+        """Return the `kubectl` command that creates the RayJob."""
+        return f"kubectl create -f {shlex.quote(str(path))}"
+
+    def render(self, job: Job) -> str:
+        """Return the RayJob as YAML."""
+        return yaml.safe_dump(_ray_job(job), sort_keys=False, width=100)
 
 
-def render(config: SubmitConfig, name: str, command: list[str], grace_s: float) -> str:
-    """Return the RayJob as YAML.
-
-    Args:
-        config: Settings of the job.
-        name: Name of the run.
-        command: Command of the driver inside the image.
-        grace_s: Seconds that the run may take for its last checkpoint (`checkpoint.grace_s`).
-
-    Raises:
-        SchedulerError: If the command has characters that KubeRay would not pass on unchanged.
-    """
-    end_s = int(grace_s) + _AFTER_GRACE_S
-    labels = {"app.kubernetes.io/name": "latent-foundry", "app.kubernetes.io/instance": _dns(name)}
+def _ray_job(job: Job) -> dict[str, Any]:
+    config = job.config
+    end_s = int(job.grace_s) + _AFTER_GRACE_S
+    labels = {
+        "app.kubernetes.io/name": "latent-foundry",
+        "app.kubernetes.io/instance": _dns(job.name),
+    }
     head = {"cpu": str(_HEAD_CPUS), "memory": _HEAD_MEMORY}
     node = {"cpu": str(config.cpus_per_task), "memory": str(config.mem)}
     if config.gpus_per_node:
@@ -47,17 +76,17 @@ def render(config: SubmitConfig, name: str, command: list[str], grace_s: float) 
     worker_pod = _pod("ray-worker", config, node, end_s)
     if config.gpu:
         worker_pod["spec"]["nodeSelector"] = {"nvidia.com/gpu.product": config.gpu}
-    job = {
+    return {
         "apiVersion": "ray.io/v1",
         "kind": "RayJob",
         "metadata": {
             # Not `name`, so that the file can be submitted again: the new job resumes the run.
-            "generateName": f"{_dns(name)}-",
+            "generateName": f"{_dns(job.name)}-",
             "namespace": config.namespace,
             "labels": labels,
         },
         "spec": {
-            "entrypoint": shlex.join(_plain(command)),
+            "entrypoint": shlex.join(_plain(job.command)),
             "submissionMode": "K8sJobMode",
             "shutdownAfterJobFinishes": True,
             "ttlSecondsAfterFinished": 300,
@@ -87,8 +116,6 @@ def render(config: SubmitConfig, name: str, command: list[str], grace_s: float) 
             },
         },
     }
-    header = f"# Written by `python launch.py stage=submit submit=kuberay name={name}`.\n"
-    return header + yaml.safe_dump(job, sort_keys=False, width=100)
 
 
 def _pod(container: str, config: SubmitConfig, resources: dict[str, str], end_s: int) -> Any:
@@ -137,3 +164,6 @@ def _plain(command: list[str]) -> list[str]:
                 "the command through two shells; put the value into conf/ of the image"
             )
     return command
+
+
+KUBERAY = KubeRay()

@@ -10,11 +10,14 @@ from __future__ import annotations
 import os
 import shlex
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from cluster.errors import SchedulerError
-from cluster.run_folder.submitted_jobs import record_job
+from cluster.jobs.backend import Job, Place
+from cluster.jobs.tracked import Submission, TrackedBackend
+from cluster.run_folder.submitted_jobs import SubmittedJob
 from conf.schema.submit import SubmitConfig
+from foundation.errors import ConfigError
 
 if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient
@@ -23,21 +26,81 @@ _AFTER_GRACE_S = 15
 """Seconds that a run may take to end after its checkpoint is saved."""
 
 
-def submit(config: SubmitConfig, name: str, run_dir: Path, command: list[str]) -> tuple[str, str]:
-    """Submit the job and record it in the run folder.
+class RayJobs(TrackedBackend):
+    """Jobs of a running Ray cluster, whose nodes share this machine's folders."""
 
-    Args:
-        config: Settings of the job.
-        name: Name of the run.
-        run_dir: Folder of the run.
-        command: Command that the job runs.
+    end_command: ClassVar[str] = "ray job stop"
 
-    Returns:
-        The job's id with the address of its cluster, and a command that follows the job's log.
+    def check(self, config: SubmitConfig, grace_s: float) -> None:
+        """Check the cluster's address."""
+        super().check(config, grace_s)
+        if not config.address.startswith(("http://", "https://")):
+            raise ConfigError(
+                "submit.address",
+                config.address,
+                "an http or https address, such as http://127.0.0.1:8265",
+            )
 
-    Raises:
-        SchedulerError: If no Ray cluster answers at `config.address`, or it refuses the job.
-    """
+    def place(self, config: SubmitConfig) -> Place:
+        """Return where the job starts: in a copy of `submit.working_dir`, or in this folder."""
+        return Place.SAME_FOLDER if config.working_dir is None else Place.OTHER_FOLDER
+
+    def joins_ray(self, config: SubmitConfig) -> bool:
+        """Return True: the job runs on a node of the cluster."""
+        return True
+
+    def submit(self, job: Job) -> Submission:
+        """Submit the job; Ray gives it an id."""
+        address = job.config.address
+        try:
+            job_id = connect(address).submit_job(
+                entrypoint=_entrypoint(job),
+                runtime_env=_runtime_env(job.config),
+                metadata={"run": job.name},
+            )
+        except (RuntimeError, ValueError) as error:
+            raise SchedulerError(
+                f"submit.address={address!r}: Ray refused the job: {error}"
+            ) from error
+        return Submission(
+            id=job_id,
+            title=f"{job_id} on {address}",
+            follow=f"ray job logs --follow --address {address} {job_id}",
+            details={"address": address},
+        )
+
+    def unfinished_state(self, job: SubmittedJob) -> str | None:
+        """Return the state of a submitted job, such as RUNNING, or None if it has ended."""
+        info = _info(job)
+        return None if info is None or info.status.is_terminal() else str(info.status.value)
+
+    def describe(self, job: SubmittedJob) -> str:
+        """Describe a submitted job in one line, followed by a line with a command for its log."""
+        info, address = _info(job), job.details["address"]
+        if info is None:
+            return (
+                f"{job.id} is unknown to the Ray cluster at {address}, which was restarted since; "
+                "rerun stage=submit to resume"
+            )
+        text = f"{job.id} {info.status.value}"
+        if info.status.is_terminal() and info.status.value != "SUCCEEDED":
+            code = info.driver_exit_code
+            text += f", exit code {code}" if code is not None else ""
+            text += "; rerun stage=submit to resume"
+        return f"{text}\nlog ray job logs --address {address} {job.id}"
+
+
+def _entrypoint(job: Job) -> str:
+    """Return the shell command of the job: change to its folder, set up, run the driver."""
+    # Without working_dir the cluster shares the code's file system, so this folder exists there.
+    uploaded = job.config.working_dir is not None
+    here = [] if uploaded else [f"cd {shlex.quote(str(Path.cwd()))} || exit 1"]
+    script = "\n".join([*here, *job.config.setup, f"exec {shlex.join(job.command)}"])
+    # Ray runs the entrypoint with sh, but submit.setup holds lines for bash.
+    return f"exec bash -c {shlex.quote(script)}"
+
+
+def _runtime_env(config: SubmitConfig) -> dict[str, Any]:
     runtime_env: dict[str, Any] = {
         "env_vars": {
             "RAY_JOB_STOP_WAIT_TIME_S": str(config.signal_lead_s + _AFTER_GRACE_S),
@@ -47,63 +110,22 @@ def submit(config: SubmitConfig, name: str, run_dir: Path, command: list[str]) -
     if config.working_dir is not None:
         runtime_env["working_dir"] = str(Path(config.working_dir).expanduser().resolve())
         runtime_env["excludes"] = [".git", ".venv", ".venv-peers", "runs"]
-    # Without working_dir the cluster shares the code's file system, so this folder exists there.
-    here = [] if config.working_dir else [f"cd {shlex.quote(str(Path.cwd()))} || exit 1"]
-    script = "\n".join([*here, *config.setup, f"exec {shlex.join(command)}"])
-    # Ray runs the entrypoint with sh, but submit.setup holds lines for bash.
-    entrypoint = f"exec bash -c {shlex.quote(script)}"
-    try:
-        job = connect(config.address).submit_job(
-            entrypoint=entrypoint, runtime_env=runtime_env, metadata={"run": name}
-        )
-    except (RuntimeError, ValueError) as error:
-        raise SchedulerError(
-            f"submit.address={config.address!r}: Ray refused the job: {error}"
-        ) from error
-    record_job(run_dir, "ray", job, command, address=config.address)
-    return (
-        f"{job} on {config.address}",
-        f"ray job logs --follow --address {config.address} {job}",
-    )
+    return runtime_env
 
 
-def unfinished_state(row: dict[str, Any]) -> str | None:
-    """Return the state of a submitted job, such as RUNNING, or None if it has ended.
+def _info(job: SubmittedJob) -> Any:
+    """Return Ray's information on the job, or None if the cluster does not know it.
 
     Raises:
         SchedulerError: If no Ray cluster answers, so that the state is unknown.
     """
-    info = _info(row)
-    return None if info is None or info.status.is_terminal() else str(info.status.value)
-
-
-def describe(row: dict[str, Any], _run_dir: Path) -> str:
-    """Describe a submitted job in one line, followed by a line with a command for its log.
-
-    Raises:
-        SchedulerError: If no Ray cluster answers.
-    """
-    info = _info(row)
-    if info is None:
-        return (
-            f"{row['job']} is unknown to the Ray cluster at {row['address']}, which was restarted "
-            "since; rerun stage=submit to resume"
-        )
-    text = f"{row['job']} {info.status.value}"
-    if info.status.is_terminal() and info.status.value != "SUCCEEDED":
-        code = info.driver_exit_code
-        text += f", exit code {code}" if code is not None else ""
-        text += "; rerun stage=submit to resume"
-    return f"{text}\nlog ray job logs --address {row['address']} {row['job']}"
-
-
-def _info(row: dict[str, Any]) -> Any:
+    address = job.details["address"]
     try:
-        return connect(row["address"]).get_job_info(row["job"])
+        return connect(address).get_job_info(job.id)
     except RuntimeError as error:
         if "status code 404" in str(error):
             return None
-        raise SchedulerError(f"Ray at {row['address']}: {error}") from error
+        raise SchedulerError(f"Ray at {address}: {error}") from error
 
 
 def connect(address: str) -> JobSubmissionClient:
@@ -143,3 +165,6 @@ def _token() -> str | None:
         return os.environ["RAY_AUTH_TOKEN"].strip()
     path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH", "~/.ray/auth_token")).expanduser()
     return path.read_text(encoding="utf-8").strip() if path.is_file() else None
+
+
+RAY_JOBS = RayJobs()

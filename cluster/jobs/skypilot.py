@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import yaml
 
-from cluster.run_folder.submitted_jobs import dns_name
-from conf.schema.submit import SubmitConfig, gigabytes
-from foundation.errors import EXIT_PREEMPTED
+from cluster.jobs.backend import Job
+from cluster.jobs.job_file import JobFileBackend, dns_name, gigabytes
+from conf.schema.submit import SubmitConfig
+from foundation.errors import EXIT_PREEMPTED, ConfigError
 
 _TOKEN = "RAY_AUTH_TOKEN"
 _PORT = 6390
@@ -19,25 +21,43 @@ _NODES_TIMEOUT_S = 1200
 """Time limit for all nodes to join; they have to pull an image first."""
 
 
-def submit_command(config: SubmitConfig, path: Path) -> str:
-    """Return the shell command that submits the file.
+class SkyPilot(JobFileBackend):
+    """Managed jobs of SkyPilot."""
 
-    `sky` takes the values of secrets from the environment in which the command runs.
-    """
-    names = [f" --secret {name}" for name in config.secrets]
-    token = f' --secret {_TOKEN}="$(openssl rand -hex 32)"' if config.nodes > 1 else ""
-    return f"sky jobs launch{''.join(names)}{token} {shlex.quote(str(path))}"
+    file_name: ClassVar[str] = "skypilot.yaml"
+    secret_name: ClassVar[re.Pattern[str]] = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+
+    def check(self, config: SubmitConfig, grace_s: float) -> None:
+        """Check that GPUs have a name and a number, or neither."""
+        super().check(config, grace_s)
+        if (config.gpu is None) != (config.gpus_per_node is None):
+            raise ConfigError(
+                "submit.gpu",
+                config.gpu,
+                "a value if and only if submit.gpus_per_node has one",
+                "set both or neither",
+            )
+
+    def joins_ray(self, config: SubmitConfig) -> bool:
+        """Return True if there are several nodes: the script of the first one starts Ray's head."""
+        return config.nodes > 1
+
+    def submit_command(self, config: SubmitConfig, path: Path) -> str:
+        """Return the `sky` command that submits the file.
+
+        `sky` takes the values of secrets from the environment in which the command runs.
+        """
+        names = [f" --secret {name}" for name in config.secrets]
+        token = f' --secret {_TOKEN}="$(openssl rand -hex 32)"' if config.nodes > 1 else ""
+        return f"sky jobs launch{''.join(names)}{token} {shlex.quote(str(path))}"
+
+    def render(self, job: Job) -> str:
+        """Return the SkyPilot task as YAML."""
+        return yaml.dump(_task(job), Dumper=_Dumper, sort_keys=False, width=100)
 
 
-def render(config: SubmitConfig, name: str, command: list[str], grace_s: float) -> str:
-    """Return the SkyPilot task as YAML.
-
-    Args:
-        config: Settings of the job.
-        name: Name of the run.
-        command: Command of the driver inside the image.
-        grace_s: Seconds that the run may take for its last checkpoint (`checkpoint.grace_s`).
-    """
+def _task(job: Job) -> dict[str, Any]:
+    config = job.config
     resources: dict[str, Any] = {
         "image_id": f"docker:{config.image}",
         "use_spot": config.spot,
@@ -53,8 +73,8 @@ def render(config: SubmitConfig, name: str, command: list[str], grace_s: float) 
     if config.mem:
         resources["memory"] = f"{gigabytes(config.mem)}+"
     secrets = [*config.secrets, *([_TOKEN] if config.nodes > 1 else [])]
-    task = {
-        "name": dns_name(name),
+    task: dict[str, Any] = {
+        "name": dns_name(job.name),
         "resources": resources,
         "num_nodes": config.nodes,
         "volumes": {config.mount: config.volume},
@@ -62,16 +82,14 @@ def render(config: SubmitConfig, name: str, command: list[str], grace_s: float) 
     }
     if secrets:
         task["secrets"] = dict.fromkeys(secrets)
-    task["run"] = _script(config, command, int(grace_s))
-    header = f"# Written by `python launch.py stage=submit submit=skypilot name={name}`.\n"
-    return header + _dump(task)
+    task["run"] = _script(config, job.command, int(job.grace_s))
+    return task
 
 
 def _script(config: SubmitConfig, command: list[str], grace_s: int) -> str:
     """Return the script of each node; the first node starts Ray's head and the driver."""
     if config.nodes == 1:
-        alone = [word for word in command if word != "cluster=join"]
-        return "\n".join([*config.setup, f"exec {shlex.join(alone)}", ""])
+        return "\n".join([*config.setup, f"exec {shlex.join(command)}", ""])
     start = "ray start --block --disable-usage-stats"
     python = shlex.quote(command[0])
     return "\n".join(
@@ -118,5 +136,4 @@ def _text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
 _Dumper.add_representer(str, _text)
 
 
-def _dump(task: dict[str, Any]) -> str:
-    return yaml.dump(task, Dumper=_Dumper, sort_keys=False, width=100)
+SKYPILOT = SkyPilot()

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import re
-import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,32 +11,54 @@ from foundation.atomic_files import read_json, write_json
 FOLDER = "submit"
 """Subfolder of the run folder with the job files, the jobs' ids, their attempts and logs."""
 JOBS = "jobs.json"
+_KEYS = ("scheduler", "job", "submitted", "command")
 
 
-def submitted_jobs(run_dir: Path) -> list[dict[str, Any]]:
-    """Return a row for each job of this run, oldest first.
+@dataclass(frozen=True)
+class SubmittedJob:
+    """One job of a run, as recorded when it was submitted."""
 
-    The keys are scheduler, job, submitted (Unix time), command, and log (Slurm) or address (Ray).
-    """
+    run_dir: Path
+    """Folder of the run."""
+    scheduler: str
+    """Name of the job's backend."""
+    id: str
+    """Id of the job in its scheduler."""
+    submitted: float
+    """Unix time, in seconds."""
+    command: list[str]
+    """Command that the job runs."""
+    details: dict[str, str]
+    """What its backend needs to find the job or its log, such as `log` or `address`."""
+
+
+def submitted_jobs(run_dir: Path) -> list[SubmittedJob]:
+    """Return the jobs of this run, oldest first."""
+    return [_job(run_dir, row) for row in _rows(run_dir)]
+
+
+def record_job(job: SubmittedJob) -> None:
+    """Append a job to its run's record."""
+    row = {
+        "scheduler": job.scheduler,
+        "job": job.id,
+        "submitted": job.submitted,
+        "command": job.command,
+    }
+    write_json(job.run_dir / FOLDER / JOBS, [*_rows(job.run_dir), row | job.details])
+
+
+def _rows(run_dir: Path) -> list[dict[str, Any]]:
     path = run_dir / FOLDER / JOBS
     return list(read_json(path)) if path.exists() else []
 
 
-def record_job(run_dir: Path, scheduler: str, job: str, command: list[str], **more: Any) -> None:
-    """Append a row to the run's record of jobs.
-
-    Args:
-        run_dir: Folder of the run.
-        scheduler: slurm or ray.
-        job: Id of the job in its scheduler.
-        command: Command that the job runs.
-        more: Further keys that are needed to find the job or its log.
-    """
-    row = {"scheduler": scheduler, "job": job, "submitted": time.time(), "command": command}
-    write_json(run_dir / FOLDER / JOBS, [*submitted_jobs(run_dir), row | more])
-
-
-def dns_name(name: str) -> str:
-    """Convert a run's name to lower-case letters, digits and dashes, with a letter first."""
-    short = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
-    return short if short[:1].isalpha() else f"run-{short}".strip("-")
+def _job(run_dir: Path, row: dict[str, Any]) -> SubmittedJob:
+    return SubmittedJob(
+        run_dir=run_dir,
+        scheduler=row.get("scheduler", "slurm"),  # older rows lack the key; all are Slurm's
+        id=row["job"],
+        submitted=row.get("submitted", 0.0),
+        command=row.get("command", []),
+        details={key: value for key, value in row.items() if key not in _KEYS},
+    )

@@ -46,11 +46,11 @@ def train_ranks(
         RankFailedError: See `run`.
         PreemptedError: See `run`.
     """
-    request = StopRequest(run_dir)
-    request.clear()
+    stop_request = StopRequest(run_dir)
+    stop_request.clear()
     with (
         ray_session(config.cluster, min_cpus=1),
-        on_preemption(request.make, config.checkpoint.grace_s),
+        on_preemption(stop_request.request, config.checkpoint.grace_s),
     ):
         failed_at: float | None = None
         for failures in range(config.cluster.max_failures + 1):
@@ -61,9 +61,9 @@ def train_ranks(
             if failure is None:
                 break
             problem, failed_at = failure
-            if request.made:
+            if stop_request.signal_name:
                 wait_for_old_ranks(run_dir)
-                raise PreemptedError(f"{problem} while stopping for {request.made}")
+                raise PreemptedError(f"{problem} while stopping for {stop_request.signal_name}")
             print(f"train: {problem}; attempt {failures + 1}", file=sys.stderr, flush=True)
             wait_for_old_ranks(run_dir)
         else:
@@ -71,9 +71,9 @@ def train_ranks(
                 f"trainer ranks died {config.cluster.max_failures + 1} times; last problem: "
                 f"{problem}; see {run_dir / 'logs'}, then rerun the command to resume"
             )
-        if request.made:
+        if stop_request.signal_name:
             # Too late to stop the ranks, but the stages after this one must not start.
-            raise PreemptedError(f"{request.made} arrived after training had ended")
+            raise PreemptedError(f"{stop_request.signal_name} arrived after training had ended")
 
 
 def _attempt(

@@ -9,7 +9,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from cluster.jobs.backend import describe_job
+from cluster.jobs.tracked import describe_newest_job
 from cluster.run_folder.contents import read_optional_json
 from cluster.run_folder.files import CONFIG, METRICS
 from cluster.run_folder.lock import saved_config
@@ -33,7 +33,7 @@ def run(config: RunConfig, run_dir: Path) -> None:
     cells = [_cell(folder) for folder in sorted(run_dir.iterdir()) if (folder / CONFIG).exists()]
     if cells:
         table.add_row("cells", "\n".join(cells))
-    job = describe_job(run_dir)
+    job = describe_newest_job(run_dir)
     if job is not None:
         table.add_row("job", job)
     Console().print(table)

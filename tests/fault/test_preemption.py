@@ -114,7 +114,7 @@ def test_a_signal_to_one_rank_in_the_middle_of_a_save(folder, name):
     run_dir = make_run(folder / name)
     codes, logs = ranks(run_dir, name)
     assert codes == [EXIT_PREEMPTED] * 2, logs
-    assert "the same command resumes" in logs[0]
+    assert "run the same command again to resume" in logs[0]
     newest = newest_valid(run_dir / "checkpoints")
     assert newest is not None and 100 < step_of(newest) < STEPS
     codes, logs = ranks(run_dir)
@@ -167,7 +167,7 @@ def test_signals_to_torchrun_and_to_one_of_its_ranks(folder):
         ranks = sorted(child.pid for child in psutil.Process(process.pid).children())
         os.kill(process.pid if name == "SIGTERM" else ranks[-1], getattr(signal, name))
         output, _ = process.communicate(timeout=100)
-        assert output.count("the same command resumes") == 2, output
+        assert output.count("run the same command again to resume") == 2, output
         if name == "SIGUSR1":  # an agent that is stopped itself does not report its ranks
             assert re.search(rf"exitcode\s*: {EXIT_PREEMPTED}\b", output), output
         newest = newest_valid(run_dir / "checkpoints")
@@ -212,7 +212,7 @@ def test_signals_to_a_driver_and_to_its_process_group(folder):
         kill(process.pid, signal.SIGTERM if kill is os.kill else signal.SIGUSR1)
         output, _ = process.communicate(timeout=100)
         assert process.returncode == EXIT_PREEMPTED, output
-        assert "preempted: " in output and "the same command resumes" in output
+        assert "preempted: " in output and "run the same command again to resume" in output
         newest = newest_valid(run_dir / "checkpoints")
         assert newest is not None
         steps.append(step_of(newest))

@@ -82,7 +82,10 @@ def launch(folder: Path, stage: str, address: str) -> subprocess.CompletedProces
         *(f"checkpoint.every_tokens={BATCH * EVERY}", "logging.wandb=disabled"),
         *("logging.every_steps=5", "submit=ray", "submit.stage=train", f"submit.address={address}"),
     ]
-    return subprocess.run(command, capture_output=True, text=True, timeout=150, check=False)
+    wide = os.environ | {"COLUMNS": "250"}  # the status table must not break lines
+    return subprocess.run(
+        command, env=wide, capture_output=True, text=True, timeout=150, check=False
+    )
 
 
 def step(folder: Path) -> int:

@@ -151,7 +151,7 @@ MUTATIONS = (
         6,
         "ranks ignore signals",
         "cluster/rank.py",
-        "return signalled.is_set() or (request is not None and bool(request.made))",
+        "return signalled.is_set() or bool(stop_request and stop_request.signal_name)",
         "return False",
         "tests/fault/test_preemption.py::test_a_signal_to_one_rank_in_the_middle_of_a_save",
     ),

@@ -1,23 +1,13 @@
-"""Call Slurm's commands, and describe the state of a job."""
+"""Call Slurm's commands."""
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import subprocess
-from pathlib import Path
-from typing import Any
 
 from cluster.errors import SchedulerError
-from cluster.run_folder.submitted_jobs import FOLDER
 
-ATTEMPTS = "attempts.jsonl"
-_OVER = (
-    *("COMPLETED", "CANCELLED", "FAILED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "DEADLINE"),
-    *("PREEMPTED", "BOOT_FAIL"),  # with PreemptMode=CANCEL a job ends as PREEMPTED
-)
-"""States of a job that has ended."""
 _TIMEOUT_S = 60.0
 
 
@@ -89,59 +79,3 @@ def job_fields(job: str) -> dict[str, str] | None:
             return None
         raise
     return dict(re.findall(r"(?:^| )([A-Za-z:/]+)=(\S*)", text))
-
-
-def unfinished_state(row: dict[str, Any]) -> str | None:
-    """Return the state of a submitted job, such as PENDING, or None if it has ended.
-
-    Raises:
-        SchedulerError: If Slurm does not answer.
-    """
-    fields = job_fields(row["job"])
-    if fields is None or fields["JobState"].startswith(_OVER):
-        return None
-    return fields["JobState"]
-
-
-def describe(row: dict[str, Any], run_dir: Path) -> str:
-    """Describe a submitted job in one line, followed by a line with its log file.
-
-    Raises:
-        SchedulerError: If Slurm does not answer.
-    """
-    job = row["job"]
-    fields = job_fields(job)
-    text = _forgotten(job, run_dir) if fields is None else _known(job, fields)
-    return f"{text}\nlog {row['log']}"
-
-
-def _known(job: str, fields: dict[str, str]) -> str:
-    state = fields["JobState"]
-    text = f"{job} {state}"
-    if fields.get("Reason", "None") != "None":
-        text += f" ({fields['Reason']})"
-    if state == "RUNNING":
-        text += f" on {fields['NodeList']}, {fields['RunTime']} of {fields['TimeLimit']}"
-    if fields.get("Restarts", "0") != "0":
-        text += f", requeued {fields['Restarts']} times"
-    if state.startswith(_OVER) and state != "COMPLETED":
-        code, _, number = fields.get("ExitCode", "0:0").partition(":")
-        text += f", signal {number}" if number not in ("", "0") else f", exit code {code}"
-        text += "; rerun stage=submit to resume"
-    return text
-
-
-def _forgotten(job: str, run_dir: Path) -> str:
-    """Describe a job that Slurm no longer knows, from what the job itself recorded."""
-    path = run_dir / FOLDER / ATTEMPTS
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    rows = [row for row in map(json.loads, lines) if row["job"] == job]
-    if rows and rows[-1]["event"] == "end":
-        code = rows[-1]["exit_code"]
-        return f"{job} ended with exit code {code}" + (
-            "; rerun stage=submit to resume" * bool(code)
-        )
-    return (
-        f"{job} ended without recording an exit code: it was killed (cancelled, out of memory or "
-        "node lost); rerun stage=submit to resume"
-    )

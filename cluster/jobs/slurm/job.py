@@ -32,6 +32,8 @@ from cluster.jobs.slurm.ray_nodes import blocked, head_address, ray_environment,
 from cluster.run_folder.submitted_jobs import FOLDER
 from foundation.errors import EXIT_PREEMPTED
 
+ATTEMPTS = "attempts.jsonl"
+"""File in the run's `submit/` with a row for the start and the end of each attempt."""
 _POLL_S = 0.2
 _NODES_TIMEOUT_S = 300
 
@@ -48,21 +50,21 @@ class Attempt:
         self.job = os.environ["SLURM_JOB_ID"]
         self.restarts = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
         self.n_nodes = int(os.environ["SLURM_JOB_NUM_NODES"])
-        self.asked = False
+        self.signalled = False
         self._run_dir = run_dir
         self._command = command
         for number in (signal.SIGUSR1, signal.SIGTERM):
-            signal.signal(number, self._ask)
+            signal.signal(number, self._on_signal)
 
-    def _ask(self, number: int, _: FrameType | None) -> None:
-        self.asked = True
+    def _on_signal(self, number: int, _: FrameType | None) -> None:
+        self.signalled = True
 
     def run(self) -> int:
         """Run the driver and return its exit code.
 
         The code is 75 (preempted) as well if a signal came before the driver could handle it.
         """
-        self._note("start", nodes=os.environ.get("SLURM_JOB_NODELIST"))
+        self._record("start", nodes=os.environ.get("SLURM_JOB_NODELIST"))
         with ExitStack() as stack:
             command = self._command
             address = None
@@ -74,17 +76,17 @@ class Attempt:
             stack.enter_context(_steps(address, self.n_nodes))
             code = 1
             if address is None or self._wait_for_nodes(address):
-                code = EXIT_PREEMPTED if self.asked else self._run_driver(command)
-            elif self.asked:
+                code = EXIT_PREEMPTED if self.signalled else self._run_driver(command)
+            elif self.signalled:
                 code = EXIT_PREEMPTED
             # Record this before Ray is stopped: that takes time, and Slurm may kill the job first.
-            self._note("end", exit_code=code)
+            self._record("end", exit_code=code)
         return code
 
-    def _note(self, event: str, **more: Any) -> None:
+    def _record(self, event: str, **more: Any) -> None:
         """Append a row to the attempts file, which `stage=status` reads for jobs Slurm forgot."""
         row = {"time": time.time(), "job": self.job, "restart": self.restarts, "event": event}
-        with open(self._run_dir / FOLDER / commands.ATTEMPTS, "a", encoding="utf-8") as file:
+        with open(self._run_dir / FOLDER / ATTEMPTS, "a", encoding="utf-8") as file:
             file.write(json.dumps(row | more) + "\n")
 
     def _wait_for_nodes(self, address: str) -> bool:
@@ -101,7 +103,7 @@ class Attempt:
         waiting = subprocess.Popen(wait)
         deadline = time.monotonic() + _NODES_TIMEOUT_S
         while waiting.poll() is None:
-            if self.asked or time.monotonic() > deadline:
+            if self.signalled or time.monotonic() > deadline:
                 print(f"job: stopped waiting for Ray on {self.n_nodes} nodes", flush=True)
                 waiting.kill()
             time.sleep(_POLL_S)
@@ -111,13 +113,13 @@ class Attempt:
         """Run the driver, send it one SIGUSR1 if Slurm signals, and return its exit code."""
         with blocked(signal.SIGTERM):
             driver = subprocess.Popen(command)
-        told = False
+        forwarded = False
         while driver.poll() is None:
-            if self.asked and not told:
+            if self.signalled and not forwarded:
                 driver.send_signal(signal.SIGUSR1)
-                told = True
+                forwarded = True
             time.sleep(_POLL_S)
-        if told and driver.returncode == -signal.SIGUSR1:
+        if forwarded and driver.returncode == -signal.SIGUSR1:
             return EXIT_PREEMPTED  # the signal came before the driver had installed its handler
         return driver.returncode
 
@@ -154,8 +156,8 @@ def main() -> None:
     run_dir, max_requeues, _, *command = sys.argv[1:]
     attempt = Attempt(Path(run_dir), command)
     code = attempt.run()
-    again = code == EXIT_PREEMPTED and attempt.restarts < int(max_requeues)
-    if again:
+    requeue = code == EXIT_PREEMPTED and attempt.restarts < int(max_requeues)
+    if requeue:
         try:
             commands.requeue(attempt.job)
         except SchedulerError as error:

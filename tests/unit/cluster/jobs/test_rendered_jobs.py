@@ -15,8 +15,12 @@ import pytest
 import yaml
 
 from cluster.errors import SchedulerError
-from cluster.jobs import kuberay, skypilot
-from conf.schema.submit import SubmitConfig, gigabytes
+from cluster.jobs import kuberay
+from cluster.jobs.backend import BACKENDS, Job
+from cluster.jobs.job_file import gigabytes
+from cluster.jobs.kuberay import KUBERAY
+from cluster.jobs.skypilot import SKYPILOT
+from conf.schema.submit import SubmitConfig
 from foundation.errors import ConfigError
 from tests.support.paths import ROOT
 
@@ -32,19 +36,21 @@ COMMON: dict[str, Any] = {
     "volume": "runs-claim",
     "max_requeues": 10,
 }
-KUBERAY = SubmitConfig(
+ON_KUBERAY = SubmitConfig(
     scheduler="kuberay", gpu="NVIDIA-H100-80GB-HBM3", secrets=["wandb"], namespace="sae", **COMMON
 )
-SKYPILOT = SubmitConfig(
+ON_SKYPILOT = SubmitConfig(
     scheduler="skypilot", gpu="H100", secrets=["WANDB_API_KEY"], spot=True, **COMMON
 )
 
 
+def job(config: SubmitConfig, name: str = "Big.1", command: list[str] = COMMAND) -> Job:
+    return Job(name, Path(name), command, config, 120.0)
+
+
 def rendered() -> dict[str, str]:
-    return {
-        "rayjob.yaml": kuberay.render(KUBERAY, "Big.1", COMMAND, 120.0),
-        "skypilot.yaml": skypilot.render(SKYPILOT, "Big.1", COMMAND, 120.0),
-    }
+    backends = ((KUBERAY, ON_KUBERAY), (SKYPILOT, ON_SKYPILOT))
+    return {backend.file_name: backend.text(job(config)) for backend, config in backends}
 
 
 @pytest.fixture(autouse=True)
@@ -54,15 +60,15 @@ def a_ray(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("name", ["rayjob.yaml", "skypilot.yaml"])
 def test_golden(name: str) -> None:
-    KUBERAY.validate(grace_s=120)
-    SKYPILOT.validate(grace_s=120)
+    KUBERAY.check(ON_KUBERAY, grace_s=120)
+    SKYPILOT.check(ON_SKYPILOT, grace_s=120)
     assert rendered()[name] == (GOLDEN / name).read_text()
 
 
 def test_a_rayjob_has_time_to_save_and_is_removed_when_done() -> None:
-    job = yaml.safe_load(rendered()["rayjob.yaml"])
-    assert (job["apiVersion"], job["kind"]) == ("ray.io/v1", "RayJob")
-    spec = job["spec"]
+    ray_job = yaml.safe_load(rendered()["rayjob.yaml"])
+    assert (ray_job["apiVersion"], ray_job["kind"]) == ("ray.io/v1", "RayJob")
+    spec = ray_job["spec"]
     assert spec["shutdownAfterJobFinishes"] is True and spec["backoffLimit"] == 10
     cluster = spec["rayClusterSpec"]
     (workers,) = cluster["workerGroupSpecs"]
@@ -88,9 +94,10 @@ def test_the_script_of_a_sky_node_is_valid_shell_and_quotes_words() -> None:
     assert "'data.path=my text.txt'" in task["run"]
     assert task["secrets"] == {"WANDB_API_KEY": None, "RAY_AUTH_TOKEN": None}
     assert task["resources"]["job_recovery"]["recover_on_exit_codes"] == [75]
-    alone = SubmitConfig(**{**vars(SKYPILOT), "nodes": 1})
-    task = yaml.safe_load(skypilot.render(alone, "one", COMMAND, 120.0))
-    assert "cluster=join" not in task["run"] and task["run"].startswith("exec python")
+    alone = SubmitConfig(**{**vars(ON_SKYPILOT), "nodes": 1})
+    task = yaml.safe_load(SKYPILOT.render(job(alone)))
+    assert task["run"].startswith("exec python") and "ray start" not in task["run"]
+    assert SKYPILOT.joins_ray(ON_SKYPILOT) and not SKYPILOT.joins_ray(alone)
 
 
 @pytest.mark.parametrize(
@@ -111,21 +118,22 @@ def test_the_script_of_a_sky_node_is_valid_shell_and_quotes_words() -> None:
     ],
 )
 def test_invalid_settings_are_refused(change: dict[str, Any], expected: str) -> None:
+    config = SubmitConfig(**{**vars(ON_KUBERAY), **change})
     with pytest.raises(ConfigError, match=expected):
-        SubmitConfig(**{**vars(KUBERAY), **change}).validate(grace_s=120)
+        BACKENDS[config.scheduler].check(config, grace_s=120)
 
 
 @pytest.mark.parametrize("word", ["data.path=a;b", "data.path=${runs_dir}/t", "name='x'", "a|b"])
 def test_a_rayjob_refuses_words_that_a_shell_would_change(word: str) -> None:
     with pytest.raises(SchedulerError, match=r"no characters that a shell interprets"):
-        kuberay.render(KUBERAY, "one", [*COMMAND, word], 120.0)
+        KUBERAY.render(job(ON_KUBERAY, command=[*COMMAND, word]))
 
 
 @pytest.mark.parametrize("name", ["1m_latents", "Big.1", "-", "x" * 80])
 def test_names_begin_with_a_letter_and_are_short(name: str) -> None:
-    job = yaml.safe_load(kuberay.render(KUBERAY, name, COMMAND, 120.0))
-    assert re.fullmatch(r"[a-z]([-a-z0-9]{0,35}[a-z0-9])?-", job["metadata"]["generateName"])
-    task = yaml.safe_load(skypilot.render(SKYPILOT, name, COMMAND, 120.0))
+    metadata = yaml.safe_load(KUBERAY.render(job(ON_KUBERAY, name)))["metadata"]
+    assert re.fullmatch(r"[a-z]([-a-z0-9]{0,35}[a-z0-9])?-", metadata["generateName"])
+    task = yaml.safe_load(SKYPILOT.render(job(ON_SKYPILOT, name)))
     assert re.fullmatch(r"[a-z]([-a-z0-9]*[a-z0-9])?", task["name"])
 
 

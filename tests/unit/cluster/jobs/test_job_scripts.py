@@ -15,8 +15,11 @@ import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from activation_store.config import MixedStore
-from cluster.jobs import ray_jobs, skypilot
+from cluster.jobs import ray_jobs
 from cluster.jobs import stage as jobs_stage
+from cluster.jobs.backend import Job
+from cluster.jobs.ray_jobs import RAY_JOBS
+from cluster.jobs.skypilot import SKYPILOT
 from cluster.jobs.slurm import batch_script
 from cluster.run_folder.submitted_jobs import FOLDER
 from conf.schema.run import RunConfig
@@ -62,12 +65,13 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def script(scheduler: str, setup: list[str], run_dir: Path, jobs: Jobs) -> str:
     config = SubmitConfig(scheduler=scheduler, setup=setup, image="an/image", volume="claim")
+    job = Job("job", run_dir, COMMAND, config, 120.0)
     if scheduler == "slurm":
-        return batch_script.script(config, "job", run_dir, COMMAND)
+        return batch_script.script(job)
     if scheduler == "ray":
-        ray_jobs.submit(config, "job", run_dir, COMMAND)
+        RAY_JOBS.submit(job)
         return str(jobs.sent["entrypoint"])
-    return str(yaml.safe_load(skypilot.render(config, "job", COMMAND, 120.0))["run"])
+    return str(yaml.safe_load(SKYPILOT.render(job))["run"])
 
 
 def stub(folder: Path, name: str, text: str) -> None:
@@ -177,7 +181,7 @@ def test_the_first_sky_node_ends_with_its_driver_or_if_others_do_not_join(
     config = SubmitConfig(nodes=2, image="an/image", volume="claim", setup=["export A=1"])
     python = tmp_path / "my python"
     command = [str(python), "launch.py", "my text.txt"]
-    task = yaml.safe_load(skypilot.render(config, "job", command, 120.0))
+    task = yaml.safe_load(SKYPILOT.render(Job("job", tmp_path, command, config, 120.0)))
     stub(tmp_path, python.name, f'[ "$1" != -m ] || exit {came}\nprintf "%s|" $A "$@"\nexit 7')
     stub(tmp_path / "stubs", "ray", f"echo $$ > '{tmp_path}/head'; exec sleep 60")
     place = {"SKYPILOT_NODE_IPS": "10.0.0.1\n10.0.0.2", "SKYPILOT_NODE_RANK": "0"}

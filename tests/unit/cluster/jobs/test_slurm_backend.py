@@ -1,4 +1,4 @@
-"""Test the batch script and the names of a sweep's cells."""
+"""Test the batch script, the settings and the states of Slurm jobs."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from hydra.conf import HydraConf
 
-from cluster.jobs.backend import describe_job, unfinished_job
+from cluster.jobs.backend import Job
+from cluster.jobs.slurm.backend import SLURM, seconds
 from cluster.jobs.slurm.batch_script import script
+from cluster.jobs.tracked import check_no_unfinished_job, describe_newest_job
 from cluster.run_folder.submitted_jobs import FOLDER, JOBS
-from conf.multirun import cell_name, with_constant_keys
-from conf.schema.submit import SubmitConfig, _seconds
+from conf.schema.submit import SubmitConfig
 from foundation.atomic_files import write_json
 from foundation.errors import ConfigError
 
@@ -28,7 +28,8 @@ def test_the_script_follows_the_config(tmp_path):
         sbatch=["--exclusive"],
     )
     run_dir = tmp_path / "a run 100%"
-    text = script(config, "big", run_dir, ["python", "launch.py", "data.path=my text.txt"])
+    command = ["python", "launch.py", "data.path=my text.txt"]
+    text = script(Job("big", run_dir, command, config, 120.0))
     options = [line.removeprefix("#SBATCH ") for line in text.splitlines() if "#SBATCH" in line]
     assert options == [
         "--job-name=big",
@@ -54,14 +55,13 @@ def test_the_script_follows_the_config(tmp_path):
     ]
     assert words[6:] == ["--", "python", "launch.py", "data.path=my text.txt"]
     subprocess.run(["bash", "-n"], input=text, text=True, check=True)
-    assert "--no-requeue" in script(SubmitConfig(max_requeues=0), "big", Path("/run"), ["true"])
+    once = Job("big", Path("/run"), ["true"], SubmitConfig(max_requeues=0), 120.0)
+    assert "--no-requeue" in script(once)
 
 
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
-        ({"scheduler": "pbs"}, "submit.scheduler='pbs'"),
-        ({"nodes": 0}, "submit.nodes=0"),
         ({"time": "a day"}, "submit.time='a day'"),
         ({"time": "5"}, "more than twice submit.signal_lead_s=150"),
         ({"time": "0-0:05:00"}, "more than twice"),
@@ -72,46 +72,19 @@ def test_the_script_follows_the_config(tmp_path):
 )
 def test_invalid_settings_are_refused(change, expected):
     with pytest.raises(ConfigError, match=expected):
-        SubmitConfig(**change).validate(grace_s=120)
+        SLURM.check(SubmitConfig(**change), grace_s=120)
+
+
+@pytest.mark.parametrize("change", [{"nodes": 0}, {"cpus_per_task": 0}, {"max_requeues": -1}])
+def test_impossible_numbers_are_refused_for_every_backend(change):
+    with pytest.raises(ConfigError, match=f"submit.{next(iter(change))}="):
+        SubmitConfig(**change).validate()
 
 
 def test_times_are_read_as_slurm_reads_them():
     times = ("90", "90:30", "24:00:00", "2-00", "1-02:30", "1-00:00:10")
-    seconds = [5400, 5430, 86_400, 172_800, 95_400, 86_410]
-    assert [_seconds(time) for time in times] == seconds
-
-
-def name_of(arguments: list[str], cell: list[str]) -> str:
-    """Return the name of `cell` in the sweep that `arguments` ask Hydra for."""
-    hydra = HydraConf()
-    (added,) = set(with_constant_keys(arguments)) - set(arguments)
-    hydra.job.config.override_dirname.exclude_keys = added.partition("=")[2].strip("[]").split(",")
-    hydra.overrides.task = cell
-    return cell_name("demo", hydra)
-
-
-def test_a_cell_is_named_after_what_varies():
-    typed = ["-m", "sae.k=16,32", "optim.lr=1e-3,2e-3", "train.tokens=200", "store.path=a/b"]
-    cell = ["sae.k=16", "optim.lr=1e-3", "train.tokens=200", "store.path=a/b"]
-    assert name_of(typed, cell) == "demo-k16-lr0.001"
-
-
-def test_cell_names_from_choices_paths_and_keys_with_equal_endings():
-    assert name_of(["-m", "sae=topk,other"], ["sae=topk"]) == "demo-sae-topk"
-    assert name_of(["-m", "store.path=a/b,c"], ["store.path=a/b"]) == "demo-path-a_b"
-    typed = ["-m", "train.tokens=1,2", "data.tokens=3,4"]
-    cell = ["train.tokens=1", "data.tokens=3"]
-    assert name_of(typed, cell) == "demo-train.tokens1-data.tokens3"
-
-
-def test_a_sweep_over_names_adds_nothing_and_one_run_is_not_a_sweep():
-    assert name_of(["-m", "name=demo,other"], ["name=demo"]) == "demo"
-    assert with_constant_keys(["sae.k=16"]) == ["sae.k=16"]
-
-
-def test_flags_stay_before_or_after_all_overrides():
-    assert with_constant_keys(["-m", "a=1,2", "b=3"])[:1] == ["-m"]
-    assert with_constant_keys(["a=1,2", "b=3", "-m"])[-1] == "-m"
+    expected = [5400, 5430, 86_400, 172_800, 95_400, 86_410]
+    assert [seconds(time) for time in times] == expected
 
 
 @pytest.mark.parametrize("state", ["PREEMPTED", "BOOT_FAIL", "CANCELLED by 1000"])
@@ -122,5 +95,5 @@ def test_a_finished_job_does_not_block_a_new_one(tmp_path, monkeypatch, state):
     scontrol.write_text(f"#!/bin/sh\necho 'JobId=7 JobState={state} Reason=None ExitCode=0:0'\n")
     scontrol.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
-    assert unfinished_job(tmp_path) is None
-    assert "rerun stage=submit to resume" in describe_job(tmp_path)
+    check_no_unfinished_job(tmp_path)
+    assert "rerun stage=submit to resume" in describe_newest_job(tmp_path)
