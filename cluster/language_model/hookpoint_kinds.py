@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
+from cluster.language_model.errors import ModelError
 from conf.hookpoint import Hookpoint, parse_hookpoint
 from conf.schema.model import ModelConfig
 from foundation.errors import ConfigError
@@ -33,15 +34,18 @@ class HookpointKind(ABC):
     That it is complete is checked in the first forward pass."""
 
     @abstractmethod
-    def attach(self, module: nn.Module, hookpoint: Hookpoint, visit: Visit) -> RemovableHandle:
+    def attach(
+        self, model: nn.Module, module: nn.Module, hookpoint: Hookpoint, visit: Visit
+    ) -> RemovableHandle:
         """Register a hook that calls `visit` whenever the module runs.
 
         Args:
-            module: The module that `hookpoint` names.
+            model: The language model, whose `config` has its sizes.
+            module: The module of it that `hookpoint` names.
             hookpoint: The hookpoint, for its options.
             visit: To be called with the hookpoint's value, before the model uses it any further.
-                If it returns a tensor, the model must continue with that one. It checks the shape
-                of the value, so the hook need not, and may raise to end the forward pass.
+                If it returns a tensor, the model must continue with that one. It checks the value
+                with `hidden_states`, and may raise to end the forward pass.
 
         Returns:
             Handle that removes the hook.
@@ -78,7 +82,9 @@ class OutputKind(HookpointKind):
 
     works_with_shards = True
 
-    def attach(self, module: nn.Module, hookpoint: Hookpoint, visit: Visit) -> RemovableHandle:
+    def attach(
+        self, model: nn.Module, module: nn.Module, hookpoint: Hookpoint, visit: Visit
+    ) -> RemovableHandle:
         """Register a forward hook."""
 
         def hook(_module: nn.Module, _inputs: Any, output: Any) -> Any:
@@ -113,6 +119,31 @@ def resolve(text: str) -> tuple[Hookpoint, HookpointKind]:
     kind = HOOKPOINT_KINDS[hookpoint.kind]
     kind.check(hookpoint)
     return hookpoint, kind
+
+
+def hidden_states(
+    hookpoint: Hookpoint, value: Any, expected: tuple[int, ...] | None = None
+) -> Tensor:
+    """Check that a value is a tensor [contexts, context_tokens, width], and return it.
+
+    Args:
+        hookpoint: Where the value was found, for the error.
+        value: What the hook took from the module.
+        expected: [contexts, context_tokens]; None: any.
+
+    Raises:
+        ModelError: If it is something else.
+    """
+    import torch
+
+    is_tensor = isinstance(value, torch.Tensor)
+    if not is_tensor or value.ndim != 3 or value.shape[:2] != (expected or value.shape[:2]):
+        raise ModelError(
+            f"model.hookpoints: the {hookpoint.describe()} is "
+            f"{list(value.shape) if is_tensor else type(value).__name__}; expected a tensor "
+            "[contexts, context_tokens, width]; choose another module"
+        )
+    return cast("Tensor", value)
 
 
 def require_usable(cfg: ModelConfig) -> None:

@@ -6,14 +6,13 @@ import difflib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from cluster.language_model.errors import ModelError
-from cluster.language_model.hookpoint_kinds import Visit, resolve
+from cluster.language_model.hookpoint_kinds import Visit, hidden_states, resolve
 from conf.hookpoint import parse_hookpoint
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor, nn
     from torch.utils.hooks import RemovableHandle
 
@@ -46,7 +45,7 @@ def capture(model: nn.Module, hookpoints: Sequence[str], input_ids: Tensor) -> d
 
     def keep(name: str, value: Any) -> None:
         # If a module runs more than once, its first run counts.
-        tensors.setdefault(name, _hidden(name, value, input_ids.shape))
+        tensors.setdefault(name, hidden_states(parse_hookpoint(name), value, input_ids.shape))
         if len(tensors) == len(hookpoints):
             raise _Captured
 
@@ -81,7 +80,7 @@ def splice(model: nn.Module, hookpoint: str, replace: Callable[[Tensor], Tensor]
     """
 
     def replaced(value: Any) -> Tensor:
-        hidden = _hidden(hookpoint, value)
+        hidden = hidden_states(parse_hookpoint(hookpoint), value)
         spliced = hidden.clone()
         spliced[:, 1:] = replace(hidden[:, 1:]).to(hidden.dtype)
         return spliced
@@ -111,24 +110,4 @@ def find_module(model: nn.Module, name: str) -> nn.Module:
 
 def _attach(model: nn.Module, name: str, visit: Visit) -> RemovableHandle:
     hookpoint, kind = resolve(name)
-    return kind.attach(find_module(model, hookpoint.module), hookpoint, visit)
-
-
-def _hidden(name: str, value: Any, expected: torch.Size | None = None) -> Tensor:
-    """Check that the value of a hookpoint is a tensor of hidden states, and return it.
-
-    Args:
-        name: The hookpoint.
-        value: What its kind took from the module.
-        expected: Shape [contexts, context_tokens] that the tensor must begin with; None: any.
-    """
-    import torch
-
-    is_tensor = isinstance(value, torch.Tensor)
-    if not is_tensor or value.ndim != 3 or value.shape[:2] != (expected or value.shape[:2]):
-        raise ModelError(
-            f"model.hookpoints: the {parse_hookpoint(name).describe()} is "
-            f"{list(value.shape) if is_tensor else type(value).__name__}; expected a tensor "
-            "[contexts, context_tokens, width]; choose another module"
-        )
-    return cast("Tensor", value)
+    return kind.attach(model, find_module(model, hookpoint.module), hookpoint, visit)

@@ -90,19 +90,11 @@ def test_unknown_kinds_and_options_are_refused_before_any_work() -> None:
 
 
 def test_the_kind_gives_the_width(tmp_path: Path) -> None:
-    class Wide(InputKind):
-        def width(self, hookpoint: Hookpoint, config: object) -> int:
-            return int(hookpoint.options[0][1])
-
-        def check(self, hookpoint: Hookpoint) -> None:
-            pass
-
     save_gpt2(tmp_path / "model")
     cfg = ModelConfig(path=str(tmp_path / "model"))
     with HOOKPOINT_KINDS.registered("input", InputKind()):
         assert hookpoint_width(cfg, "transformer.h.0@input", tmp_path) == 12
-    with HOOKPOINT_KINDS.registered("wide", Wide()):
-        assert hookpoint_width(cfg, "transformer.h.0@wide[width=7]", tmp_path) == 7
+        assert hookpoint_width(cfg, "transformer.h.0.attn.c_proj@input[head=1]", tmp_path) == 6
 
 
 def test_another_kind_is_captured_and_replaced(tmp_path: Path) -> None:
@@ -130,3 +122,18 @@ def test_another_kind_is_captured_and_replaced(tmp_path: Path) -> None:
     assert not torch.equal(found[inside], seen[0])
     assert torch.equal(spliced, zeroed)
     assert not torch.allclose(spliced[:, 1:], clean[:, 1:])
+
+
+def test_options_choose_a_part_of_the_tensor(tmp_path: Path) -> None:
+    model = save_gpt2(tmp_path / "model")
+    whole = "transformer.h.0.attn.c_proj@input"
+    heads = [f"{whole}[head={head}]" for head in (0, 1)]
+    with HOOKPOINT_KINDS.registered("input", InputKind()), torch.inference_mode():
+        found = capture(model, [whole, *heads], IDS)
+        with splice(model, heads[1], torch.zeros_like):
+            ablated = capture(model, [whole], IDS)[whole]
+        with pytest.raises(ConfigError, match=r"\[side=3\]': expected no option but head"):
+            capture(model, [f"{whole}[side=3]"], IDS)
+    assert torch.equal(torch.cat([found[head] for head in heads], -1), found[whole])
+    assert found[heads[1]].any() and not ablated[:, 1:, 6:].any()
+    assert torch.equal(ablated[:, :, :6], found[whole][:, :, :6])
