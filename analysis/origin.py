@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from analysis.errors import ExportError
+from conf.hookpoint import parse_hookpoint
 from conf.schema.data import DataConfig
 from conf.schema.model import ModelConfig
 from conf.schema.run import RunConfig
-from foundation.errors import FoundryError
+from foundation.errors import ConfigError, FoundryError
 
 if TYPE_CHECKING:
     from conf.schema.data import DataConfig
@@ -31,7 +31,7 @@ class Source:
     revision: str | None
     dataset: str
     hookpoint: str
-    """Module of the language model whose output the SAE reconstructs, e.g. `model.layers.9`."""
+    """Tensor of the language model that the SAE reconstructs, e.g. `model.layers.9`."""
     context_tokens: int
 
 
@@ -42,11 +42,10 @@ def source_of(config: RunConfig, sae: StoredSAE) -> Source:
         ExportError: If the hookpoint is not usable as a folder name.
     """
     hookpoint = sae.config.hookpoint or next(iter(config.model.hookpoints), "")
-    if not re.fullmatch(r"\w[\w.\-]*", hookpoint):
-        raise ExportError(
-            f"sae.hookpoint={hookpoint!r}: expected letters, digits, dots, dashes and underscores; "
-            "rename the array in the store"
-        )
+    try:
+        parse_hookpoint(hookpoint, "sae.hookpoint")
+    except ConfigError as error:
+        raise ExportError(f"{error}; rename the array in the store") from error
     return Source(
         model=model_name(config.model),
         revision=config.model.revision,

@@ -141,8 +141,11 @@ def load_sae(
         CheckpointError: If no SAE is found, it is damaged, or `name` is not in the checkpoint.
     """
     path = Path(path)
-    foreign = peer_formats.find(path)
-    stored = open_sae(path, name, verify_hashes) if foreign is None else foreign(path, allow_pt)
+    peer = peer_formats.find(path)
+    if peer is None:
+        stored = open_sae(path, name, verify_hashes)
+    else:
+        stored = peer_formats.open_peer(peer, path, allow_pt)
     tensors = {name: stored.whole(name) for name in ROWS}
     return SAE(
         stored.config, **tensors, b_dec=stored.b_dec, step=stored.step, metadata=stored.metadata

@@ -5,11 +5,14 @@ Apart from the exporters, only this file uses the other libraries' names.
 cfg.json, sae_weights.safetensors    SAELens 6
 cfg.json, sae.safetensors            sparsify
 ae.pt, or any *.pt                   dictionary_learning's AutoEncoderTopK; only with allow_pt=True
+
+Another format is added by subclassing `PeerFormat` and registering an instance in `PEER_FORMATS`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,6 +20,7 @@ from typing import Any
 import torch
 
 from foundation.atomic_files import read_json
+from foundation.registry import Registry
 from sae_core.checkpoint.folder import MANIFEST
 from sae_core.checkpoint.row_ranges import StoredTensor
 from sae_core.checkpoint.stored_sae import (
@@ -37,81 +41,143 @@ _SPARSIFY = {
     "encoder.bias": "b_enc",
     "b_dec": "b_dec",
 }
-Open = Callable[[Path, bool], StoredSAE]
-"""Function that takes a path and whether pickles are allowed, and returns the SAE."""
 
 
-def find(path: Path) -> Open | None:
-    """Return a reader for `path` if it looks like another library's SAE, else None."""
+class PeerFormat(ABC):
+    """A way in which another library saves a TopK SAE."""
+
+    @abstractmethod
+    def recognises(self, path: Path) -> bool:
+        """Return True if `path` looks like an SAE of this format; must not raise."""
+
+    @abstractmethod
+    def open(self, path: Path, allow_pt: bool) -> StoredSAE:
+        """Open the SAE.
+
+        Args:
+            path: A path that `recognises` accepted.
+            allow_pt: True if pickles may be read, with torch's restricted loader.
+
+        Raises:
+            CheckpointError: If the file is a pickle and `allow_pt` is False.
+            ValueError, KeyError, TypeError, ...: If the content is not a supported SAE; the caller
+                reports these as a CheckpointError.
+        """
+
+
+class DictionaryLearning(PeerFormat):
+    """dictionary_learning's AutoEncoderTopK, a pickle of tensors."""
+
+    def recognises(self, path: Path) -> bool:
+        """Return True for a `.pt` file, or a folder with `ae.pt`."""
+        return (path.suffix == ".pt" and path.is_file()) or (path / "ae.pt").is_file()
+
+    def open(self, path: Path, allow_pt: bool) -> StoredSAE:
+        """Read the file with torch's restricted loader."""
+        file = path if path.is_file() else path / "ae.pt"
+        if not allow_pt:
+            raise CheckpointError(
+                f"{file} is a pickle: expected safetensors; if you trust its source, use "
+                "load_sae(path, allow_pt=True), which reads only tensors and plain values from it"
+            )
+        try:
+            state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        except Exception as error:  # a malicious file can make the restricted loader raise anything
+            raise CheckpointError(f"{file}: {type(error).__name__}: {error}") from error
+        if isinstance(state, dict) and "pre_bias" in state:
+            raise CheckpointError(
+                f"{file}: expected an SAE on raw activations, found one of "
+                "openai/sparse_autoencoder, which normalises each token by its own mean and "
+                "standard deviation"
+            )
+        return _from_dictionary_learning(state, file)
+
+
+class SAELens(PeerFormat):
+    """A folder of SAELens 6."""
+
+    def recognises(self, path: Path) -> bool:
+        """Return True for a folder with both files."""
+        return _has(path, "cfg.json", "sae_weights.safetensors")
+
+    def open(self, path: Path, allow_pt: bool) -> StoredSAE:
+        """Open the tensors; W_enc is read at once, the others on demand."""
+        cfg = read_json(path / "cfg.json", _MAX_CONFIG_BYTES)
+        _expect(
+            cfg,
+            architecture="topk",
+            apply_b_dec_to_input=True,
+            normalize_activations="none",
+            rescale_acts_by_decoder_norm=False,
+        )
+        tensors = open_tensors(path / "sae_weights.safetensors")
+        metadata = cfg.get("metadata") or {}
+        config = _config(cfg["k"], cfg["d_sae"], metadata.get("hf_hook_name"))
+        shapes = {name: tensor.shape for name, tensor in tensors.items()}
+        check_shapes(config, shapes | {"W_enc": shapes["W_enc"][::-1]})
+        rows = {name: partial(_float_rows, tensors[name]) for name in ("W_dec", "b_enc")}
+        # W_enc is [D, L] on disk, so every row holds a part of each block of latents.
+        encoder = tensors["W_enc"].whole().float().T
+        b_dec = tensors["b_dec"].whole().float()
+        return StoredSAE(
+            config, len(b_dec), b_dec, {**rows, "W_enc": partial(_slice, encoder)}, 0, metadata
+        )
+
+
+class Sparsify(PeerFormat):
+    """The folder of one hookpoint of sparsify."""
+
+    def recognises(self, path: Path) -> bool:
+        """Return True for a folder with both files."""
+        return _has(path, "cfg.json", "sae.safetensors")
+
+    def open(self, path: Path, allow_pt: bool) -> StoredSAE:
+        """Open the tensors, which are read on demand."""
+        cfg = read_json(path / "cfg.json", _MAX_CONFIG_BYTES)
+        _expect(cfg, activation="topk", transcode=False, skip_connection=False)
+        n_latents = cfg.get("num_latents") or cfg["expansion_factor"] * cfg["d_in"]
+        tensors = open_tensors(path / "sae.safetensors")
+        ours = {_SPARSIFY[name]: tensor for name, tensor in tensors.items() if name in _SPARSIFY}
+        return from_tensors(_config(cfg["k"], n_latents, path.name), ours)
+
+
+DICTIONARY_LEARNING = DictionaryLearning()
+SAELENS = SAELens()
+SPARSIFY = Sparsify()
+
+PEER_FORMATS: Registry[PeerFormat] = Registry(
+    kind="peer format",
+    key="path",
+    group="peer_formats",
+    builtin={
+        "dictionary_learning": "sae_core.peer_formats:DICTIONARY_LEARNING",
+        "saelens": "sae_core.peer_formats:SAELENS",
+        "sparsify": "sae_core.peer_formats:SPARSIFY",
+    },
+)
+
+
+def find(path: Path) -> PeerFormat | None:
+    """Return the first format that recognises `path`, or None."""
     if any((path / name).exists() for name in (CONFIG_FILE, MANIFEST, "checkpoints")):
         return None  # our own format takes precedence, whatever other files there are
-    if (path.suffix == ".pt" and path.is_file()) or (path / "ae.pt").is_file():
-        return _open_pt
-    if not (path / "cfg.json").is_file():
-        return None
-    if (path / "sae_weights.safetensors").is_file():
-        return partial(_report_errors, _open_saelens)
-    if (path / "sae.safetensors").is_file():
-        return partial(_report_errors, _open_sparsify)
-    return None
+    return next((peer for _, peer in PEER_FORMATS.items() if peer.recognises(path)), None)
 
 
-def _report_errors(read: Callable[[Path], StoredSAE], path: Path, allow_pt: bool) -> StoredSAE:
+def open_peer(peer: PeerFormat, path: Path, allow_pt: bool) -> StoredSAE:
+    """Open an SAE of another library.
+
+    Raises:
+        CheckpointError: If it is not a supported TopK SAE, or a pickle and `allow_pt` is False.
+    """
     try:
-        return read(path)
+        return peer.open(path, allow_pt)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise CheckpointError(f"{path}: not a supported TopK SAE: {error!r}") from error
 
 
-def _open_saelens(folder: Path) -> StoredSAE:
-    cfg = read_json(folder / "cfg.json", _MAX_CONFIG_BYTES)
-    _expect(
-        cfg,
-        architecture="topk",
-        apply_b_dec_to_input=True,
-        normalize_activations="none",
-        rescale_acts_by_decoder_norm=False,
-    )
-    tensors = open_tensors(folder / "sae_weights.safetensors")
-    metadata = cfg.get("metadata") or {}
-    config = _config(cfg["k"], cfg["d_sae"], metadata.get("hf_hook_name"))
-    shapes = {name: tensor.shape for name, tensor in tensors.items()}
-    check_shapes(config, shapes | {"W_enc": shapes["W_enc"][::-1]})
-    rows = {name: partial(_float_rows, tensors[name]) for name in ("W_dec", "b_enc")}
-    # W_enc is [D, L] on disk, so every row holds a part of each block of latents: read it at once.
-    encoder = tensors["W_enc"].whole().float().T
-    b_dec = tensors["b_dec"].whole().float()
-    return StoredSAE(
-        config, len(b_dec), b_dec, {**rows, "W_enc": partial(_slice, encoder)}, 0, metadata
-    )
-
-
-def _open_sparsify(folder: Path) -> StoredSAE:
-    cfg = read_json(folder / "cfg.json", _MAX_CONFIG_BYTES)
-    _expect(cfg, activation="topk", transcode=False, skip_connection=False)
-    n_latents = cfg.get("num_latents") or cfg["expansion_factor"] * cfg["d_in"]
-    tensors = open_tensors(folder / "sae.safetensors")
-    ours = {_SPARSIFY[name]: tensor for name, tensor in tensors.items() if name in _SPARSIFY}
-    return from_tensors(_config(cfg["k"], n_latents, folder.name), ours)
-
-
-def _open_pt(path: Path, allow_pt: bool) -> StoredSAE:
-    file = path if path.is_file() else path / "ae.pt"
-    if not allow_pt:
-        raise CheckpointError(
-            f"{file} is a pickle: expected safetensors; if you trust its source, use "
-            "load_sae(path, allow_pt=True), which reads only tensors and plain values from it"
-        )
-    try:
-        state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # a malicious file can make the restricted loader raise anything
-        raise CheckpointError(f"{file}: {type(error).__name__}: {error}") from error
-    if isinstance(state, dict) and "pre_bias" in state:
-        raise CheckpointError(
-            f"{file}: expected an SAE on raw activations, found one of openai/sparse_autoencoder, "
-            "which normalises each token by its own mean and standard deviation"
-        )
-    return _report_errors(partial(_from_dictionary_learning, state), file, allow_pt)
+def _has(folder: Path, *names: str) -> bool:
+    return all((folder / name).is_file() for name in names)
 
 
 def _from_dictionary_learning(state: Any, file: Path) -> StoredSAE:

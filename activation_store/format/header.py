@@ -40,7 +40,8 @@ _MAX_SHARD_TOKENS = 1 << 24
 _MAX_SHARD_BYTES = 1 << 40
 _MAX_CHUNKS = 1 << 16
 _MAX_ITEMS = 100_000_000
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.\-]{0,199}")
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.\-@\[\]=,]{0,199}")
+"""Names of arrays. Hookpoints such as `model.layers.9@input[head=3]` are valid names."""
 
 
 @dataclass(frozen=True)
@@ -157,7 +158,9 @@ def check_header(header: StoreHeader) -> None:
     reserved = {*SIDECARS, VALID_ROWS, METADATA}
     for name, width in header.arrays.items():
         named = bool(_NAME.fullmatch(name)) and ".." not in name and name not in reserved
-        _require(named, "arrays", name, "a name of letters, digits, '_', '-', '.', without '..'")
+        _require(
+            named, "arrays", name, "a name of letters, digits and any of _-.@[]=,, without '..'"
+        )
         _require(_in(width, 1, _MAX_D_MODEL), f"arrays[{name!r}]", width, "a d_model up to 2**20")
     _check_disk_names(header, reserved)
     for key, value, largest in (

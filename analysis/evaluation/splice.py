@@ -51,7 +51,7 @@ class SplicedEvaluation:
     Args:
         model: The language model.
         sae: The SAE to splice in.
-        hookpoint: The module whose output is replaced.
+        hookpoint: The tensor of the model that is replaced.
         mean: [D], replaces every activation in the mean-ablated pass.
     """
 

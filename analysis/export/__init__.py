@@ -6,6 +6,8 @@
     export/dictionary_learning/          dictionary_learning
     export/README.md                     model card
 
+The folders are those of the registered `formats.EXPORT_FORMATS` that can hold the SAE.
+
 The weights are copied from the checkpoint in blocks of latents, so an export needs a few hundred
 MiB of memory for an SAE of any size. Only this package and `sae_core/peer_formats.py` use the other
 libraries' names for tensors and settings.

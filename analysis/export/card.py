@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from analysis.evaluation.metrics import METRIC_NAMES
 from analysis.number_format import value_text
+from conf.hookpoint import parse_hookpoint
 
 if TYPE_CHECKING:
+    from analysis.export.formats import ExportFormat
     from analysis.origin import Source
     from conf.schema.run import RunConfig
     from sae_core.checkpoint.stored_sae import StoredSAE
@@ -31,7 +33,11 @@ LIMITS = """\
 
 
 def model_card(
-    sae: StoredSAE, source: Source, config: RunConfig, metrics: dict[str, Any] | None
+    sae: StoredSAE,
+    source: Source,
+    config: RunConfig,
+    metrics: dict[str, Any] | None,
+    formats: Mapping[str, ExportFormat],
 ) -> str:
     """Return the model card in Markdown, with the front matter that model hubs read.
 
@@ -40,13 +46,14 @@ def model_card(
         source: Names of the model and the text.
         config: The config of the run.
         metrics: Contents of `eval/metrics.json`; None if the run has not been evaluated.
+        formats: The formats that were written, by the name of their folder.
     """
     parts = [
         _front_matter(source),
         f"# TopK sparse autoencoder: {_inline(source.model)}, `{source.hookpoint}`\n",
         _facts(sae, source, config),
         "## Metrics\n\n" + _metrics(metrics, sae),
-        "## Use\n\n" + _use(source),
+        "## Use\n\n" + _use(source, formats),
         "## Licence\n\n" + _licence(config),
         "## Limits\n\n" + LIMITS + "\n",
     ]
@@ -65,7 +72,7 @@ def _front_matter(source: Source) -> str:
 def _facts(sae: StoredSAE, source: Source, config: RunConfig) -> str:
     rows = {
         "model": source.model + (f" @ {source.revision}" if source.revision else ""),
-        "hookpoint": f"output of `{source.hookpoint}`, width {sae.d_model}",
+        "hookpoint": f"{parse_hookpoint(source.hookpoint).describe('`')}, width {sae.d_model}",
         "dictionary": f"{sae.config.n_latents:,} latents, k = {sae.config.k}, unit-norm decoder",
         "text": f"{source.dataset}, contexts of {source.context_tokens} tokens",
         "training": f"{sae.step:,} steps of {config.train.batch_tokens:,} tokens",
@@ -93,21 +100,15 @@ def _metrics(metrics: dict[str, Any] | None, sae: StoredSAE) -> str:
     return text
 
 
-def _use(source: Source) -> str:
+def _use(source: Source, formats: Mapping[str, ExportFormat]) -> str:
+    snippets = ['# this project\nfrom sae_core import load_sae\nsae = load_sae("export")\n']
+    for name, export_format in formats.items():
+        code = export_format.how_to_load(source, f"export/{name}").strip()
+        snippets.append(f"# {export_format.title}\n{code}\n")
+    code = "\n".join(snippets)
     return f"""\
 ```python
-from sae_core import load_sae
-sae = load_sae("export")                                            # this project
-
-from sae_lens import SAE
-sae = SAE.load_from_disk("export/saelens")                          # SAELens 6
-
-from sparsify import SparseCoder
-sae = SparseCoder.load_from_disk("export/sparsify/{source.hookpoint}")  # sparsify
-
-from dictionary_learning.trainers.top_k import AutoEncoderTopK
-sae = AutoEncoderTopK.from_pretrained("export/dictionary_learning/ae.pt")  # dictionary_learning
-```
+{code}```
 
 Pass raw activations: the normalisation of the training inputs is folded into the weights.
 The output is `relu(topk((x - b_dec) @ W_enc.T + b_enc)) @ W_dec + b_dec`.

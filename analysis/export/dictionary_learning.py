@@ -16,6 +16,7 @@ from typing import IO, TYPE_CHECKING, Any
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from analysis.export.formats import ExportFormat
 from foundation.atomic_files import write_json
 from sae_core.checkpoint.safetensors_file import BLOCK_BYTES, Entry, write_at, write_columns_at
 
@@ -24,34 +25,52 @@ if TYPE_CHECKING:
     from sae_core.checkpoint.stored_sae import StoredSAE
 
 
-def write_dictionary_learning(sae: StoredSAE, source: Source, folder: Path) -> None:
-    """Write the folder for dictionary_learning.
+class DictionaryLearning(ExportFormat):
+    """dictionary_learning's AutoEncoderTopK."""
 
-    torch first writes `ae.pt` from fake tensors, which use no memory. The values are then copied
-    into the file in blocks. Its decoder has shape [D, L], the transpose of our W_dec.
-    """
-    folder.mkdir(parents=True)
-    path = folder / "ae.pt"
-    entries = _create_layout(path, sae)
-    fd = os.open(path, os.O_WRONLY)
-    try:
-        for name, value in (
-            ("b_dec", sae.b_dec),
-            ("k", torch.tensor(sae.config.k, dtype=torch.int32)),
-            # -1 marks the threshold as unset: by default the library keeps the k largest latents.
-            ("threshold", torch.tensor(-1.0)),
-        ):
-            write_at(fd, value, entries[name].offset_bytes)
-        for ours, theirs in (("W_enc", "encoder.weight"), ("b_enc", "encoder.bias")):
-            entry = entries[theirs]
-            for first, rows in sae.blocks(ours):
-                write_at(fd, rows, entry.offset_bytes + first * entry.row_bytes)
-        for first, rows in sae.blocks("W_dec"):
-            write_columns_at(fd, entries["decoder.weight"], first, rows)
-    finally:
-        os.close(fd)
-    _rewrite_checksums(path)
-    write_json(folder / "config.json", dictionary_learning_config(sae, source))
+    title = "dictionary_learning"
+
+    def write(self, sae: StoredSAE, source: Source, folder: Path) -> None:
+        """Write `ae.pt` and `config.json`.
+
+        torch first writes `ae.pt` from fake tensors, which use no memory. The values are then
+        copied into the file in blocks. Its decoder has shape [D, L], the transpose of our W_dec.
+        """
+        path = folder / "ae.pt"
+        entries = _create_layout(path, sae)
+        fd = os.open(path, os.O_WRONLY)
+        try:
+            _write_values(fd, entries, sae)
+        finally:
+            os.close(fd)
+        _rewrite_checksums(path)
+        write_json(folder / "config.json", dictionary_learning_config(sae, source))
+
+    def how_to_load(self, source: Source, folder: str) -> str:
+        """Return the code that loads `ae.pt`."""
+        return (
+            "from dictionary_learning.trainers.top_k import AutoEncoderTopK\n"
+            f'sae = AutoEncoderTopK.from_pretrained("{folder}/ae.pt")'
+        )
+
+
+DICTIONARY_LEARNING = DictionaryLearning()
+
+
+def _write_values(fd: int, entries: dict[str, Entry], sae: StoredSAE) -> None:
+    for name, value in (
+        ("b_dec", sae.b_dec),
+        ("k", torch.tensor(sae.config.k, dtype=torch.int32)),
+        # -1 marks the threshold as unset: by default the library keeps the k largest latents.
+        ("threshold", torch.tensor(-1.0)),
+    ):
+        write_at(fd, value, entries[name].offset_bytes)
+    for ours, theirs in (("W_enc", "encoder.weight"), ("b_enc", "encoder.bias")):
+        entry = entries[theirs]
+        for first, rows in sae.blocks(ours):
+            write_at(fd, rows, entry.offset_bytes + first * entry.row_bytes)
+    for first, rows in sae.blocks("W_dec"):
+        write_columns_at(fd, entries["decoder.weight"], first, rows)
 
 
 def _create_layout(path: Path, sae: StoredSAE) -> dict[str, Entry]:

@@ -9,6 +9,8 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from analysis.export.formats import ExportFormat
+from conf.hookpoint import parse_hookpoint
 from foundation.atomic_files import write_json
 from sae_core.checkpoint.stored_sae import write_rows
 
@@ -24,16 +26,27 @@ _RESIDUAL = re.compile(
 )
 
 
-def write_saelens(sae: StoredSAE, source: Source, folder: Path) -> None:
-    """Write the folder for SAELens.
+class SAELens(ExportFormat):
+    """SAELens 6."""
 
-    W_enc is transposed to [d_in, d_sae]. All tensors are float32, in raw activation units. SAELens
-    computes the same function: h = (x - b_dec) @ W_enc + b_enc; relu(topk(h)) @ W_dec + b_dec.
-    """
-    folder.mkdir(parents=True)
-    names = {name: name for name in ("W_enc", "W_dec", "b_enc", "b_dec")}
-    write_rows(sae, folder / "sae_weights.safetensors", names, transposed="W_enc")
-    write_json(folder / "cfg.json", saelens_config(sae, source))
+    title = "SAELens 6"
+
+    def write(self, sae: StoredSAE, source: Source, folder: Path) -> None:
+        """Write `cfg.json` and `sae_weights.safetensors`.
+
+        W_enc is transposed to [d_in, d_sae]. All tensors are float32. SAELens computes the same
+        function: h = (x - b_dec) @ W_enc + b_enc; relu(topk(h)) @ W_dec + b_dec.
+        """
+        names = {name: name for name in ("W_enc", "W_dec", "b_enc", "b_dec")}
+        write_rows(sae, folder / "sae_weights.safetensors", names, transposed="W_enc")
+        write_json(folder / "cfg.json", saelens_config(sae, source))
+
+    def how_to_load(self, source: Source, folder: str) -> str:
+        """Return the code that loads the folder."""
+        return f'from sae_lens import SAE\nsae = SAE.load_from_disk("{folder}")'
+
+
+SAELENS = SAELens()
 
 
 def saelens_config(sae: StoredSAE, source: Source) -> dict[str, Any]:
@@ -65,5 +78,6 @@ def saelens_config(sae: StoredSAE, source: Source) -> dict[str, Any]:
 
 def hook_name(hookpoint: str) -> str:
     """Return TransformerLens' name for the output of a decoder layer; keep any other name."""
-    layer = _RESIDUAL.fullmatch(hookpoint)
+    # The shortest form of a module's output is the module's name.
+    layer = _RESIDUAL.fullmatch(str(parse_hookpoint(hookpoint)))
     return f"blocks.{layer[1]}.hook_resid_post" if layer else hookpoint

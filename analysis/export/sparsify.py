@@ -8,6 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from analysis.export.formats import ExportFormat
 from foundation.atomic_files import write_json
 from sae_core.checkpoint.stored_sae import write_rows
 
@@ -16,21 +17,36 @@ if TYPE_CHECKING:
     from sae_core.checkpoint.stored_sae import StoredSAE
 
 
-def write_sparsify(sae: StoredSAE, source: Source, folder: Path) -> None:
-    """Write `folder/<hookpoint>/`, where `SparseCoder.load_many(folder, local=True)` finds it.
+class Sparsify(ExportFormat):
+    """EleutherAI's sparsify."""
 
-    All tensors are float32, because the loader uses the dtype of the first tensor for all.
-    """
-    inside = folder / source.hookpoint
-    inside.mkdir(parents=True)
-    names = {
-        "W_enc": "encoder.weight",
-        "b_enc": "encoder.bias",
-        "W_dec": "W_dec",
-        "b_dec": "b_dec",
-    }
-    write_rows(sae, inside / "sae.safetensors", names)
-    write_json(inside / "cfg.json", sparsify_config(sae))
+    title = "sparsify"
+
+    def write(self, sae: StoredSAE, source: Source, folder: Path) -> None:
+        """Write `folder/<hookpoint>/`, where `SparseCoder.load_many(folder, local=True)` finds it.
+
+        All tensors are float32, because the loader uses the dtype of the first tensor for all.
+        """
+        inside = folder / source.hookpoint
+        inside.mkdir()
+        names = {
+            "W_enc": "encoder.weight",
+            "b_enc": "encoder.bias",
+            "W_dec": "W_dec",
+            "b_dec": "b_dec",
+        }
+        write_rows(sae, inside / "sae.safetensors", names)
+        write_json(inside / "cfg.json", sparsify_config(sae))
+
+    def how_to_load(self, source: Source, folder: str) -> str:
+        """Return the code that loads the folder of the hookpoint."""
+        return (
+            "from sparsify import SparseCoder\n"
+            f'sae = SparseCoder.load_from_disk("{folder}/{source.hookpoint}")'
+        )
+
+
+SPARSIFY = Sparsify()
 
 
 def sparsify_config(sae: StoredSAE) -> dict[str, Any]:

@@ -12,14 +12,14 @@ if TYPE_CHECKING:
 def run(config: RunConfig, run_dir: Path) -> None:
     """Export the newest valid checkpoint to `export/`, replacing any earlier export as a whole.
 
+    Formats that cannot hold this SAE are left out; a printed line gives the reason.
+
     Raises:
         CheckpointError: If the run has no valid checkpoint.
         ExportError: If the hookpoint is not usable as a folder name.
     """
     from analysis.export.card import model_card
-    from analysis.export.dictionary_learning import write_dictionary_learning
-    from analysis.export.saelens import write_saelens
-    from analysis.export.sparsify import write_sparsify
+    from analysis.export.formats import formats_for
     from analysis.origin import source_of, with_stored_provenance
     from cluster.run_folder.contents import read_optional_json
     from foundation.atomic_files import replaced_folder
@@ -29,13 +29,14 @@ def run(config: RunConfig, run_dir: Path) -> None:
     config = with_stored_provenance(config)
     source = source_of(config, sae)
     metrics = read_optional_json(run_dir / "eval" / "metrics.json")
+    formats, refusals = formats_for(sae)
+    for refusal in refusals:
+        print(f"export: left out: {refusal}")
     with replaced_folder(run_dir / "export") as folder:
         sae.save(folder)
-        write_saelens(sae, source, folder / "saelens")
-        write_sparsify(sae, source, folder / "sparsify")
-        write_dictionary_learning(sae, source, folder / "dictionary_learning")
-        (folder / "README.md").write_text(
-            model_card(sae, source, config, metrics), encoding="utf-8"
-        )
-    formats = "sae_core, saelens, sparsify, dictionary_learning"
-    print(f"export: {run_dir / 'export'} ({formats}), step {sae.step}")
+        for name, export_format in formats.items():
+            (folder / name).mkdir()
+            export_format.write(sae, source, folder / name)
+        card = model_card(sae, source, config, metrics, formats)
+        (folder / "README.md").write_text(card, encoding="utf-8")
+    print(f"export: {run_dir / 'export'} ({', '.join(['sae_core', *formats])}), step {sae.step}")

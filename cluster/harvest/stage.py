@@ -62,7 +62,8 @@ def run(config: RunConfig, run_dir: Path) -> None:
         ModelError: If the model or a hookpoint does not exist.
         TextError: If the text is missing, empty or unreadable.
         PlacementError: If the cluster has no room for the workers.
-        ConfigError: If the model cannot be split into `model.shards` parts.
+        ConfigError: If a hookpoint is malformed or of an unknown kind, or the model cannot be split
+            into `model.shards` parts.
         StoreBusyError: If another run is harvesting this store; the error names it.
     """
     job = prepare(config, run_dir)
@@ -90,18 +91,21 @@ def prepare(
         StoreMismatchError: If the store holds rows of other settings.
         ModelError: If the model does not exist.
         TextError: If the text is missing, empty or unreadable.
-        ConfigError: If the model cannot be split into `model.shards` parts.
+        ConfigError: If a hookpoint is malformed or of an unknown kind, or the model cannot be split
+            into `model.shards` parts.
     """
     from rich.console import Console
 
     from activation_store import HarvestLock
     from cluster.harvest.items import plan_items
     from cluster.language_model.contexts import prepare_contexts
+    from cluster.language_model.hookpoint_kinds import require_usable
     from cluster.language_model.loading import load_tokenizer
     from cluster.language_model.tensor_parallel import require_shardable
 
     console = console or Console(soft_wrap=True)
     cache_dir = Path(config.cache_dir).expanduser()
+    require_usable(config.model)
     require_shardable(config.model, cache_dir)
     path = store_path(config, run_dir)
     tokenizer = load_tokenizer(config.model, cache_dir)

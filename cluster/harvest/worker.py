@@ -130,7 +130,7 @@ class HarvestWorker:
 
     @cached_property
     def _forward(self) -> Callable[[NDArray[np.int64]], dict[str, Tensor]]:
-        """Function from input ids [contexts, context_tokens] to the hookpoints' outputs.
+        """Function from input ids [contexts, context_tokens] to the hookpoints' tensors.
 
         The first access loads the model.
         """

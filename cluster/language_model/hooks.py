@@ -1,63 +1,66 @@
-"""Capture a module's output, or replace it, during a forward pass."""
+"""Capture tensors of a model, or replace one, during a forward pass."""
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, cast
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 from cluster.language_model.errors import ModelError
+from cluster.language_model.hookpoint_kinds import Visit, hidden_states, resolve
+from conf.hookpoint import parse_hookpoint
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor, nn
+    from torch.utils.hooks import RemovableHandle
 
 
 class _Captured(Exception):
-    """Ends the forward pass once the outputs of all hookpoints are known."""
+    """Ends the forward pass once the tensors of all hookpoints are known."""
 
 
 def capture(model: nn.Module, hookpoints: Sequence[str], input_ids: Tensor) -> dict[str, Tensor]:
-    """Return the outputs of the named modules from one forward pass.
+    """Return the tensors of the hookpoints from one forward pass.
 
-    The pass stops as soon as the last of these modules has run.
+    The pass stops as soon as the last of them is known.
 
     Args:
         model: A causal language model.
-        hookpoints: Module names such as `model.layers.9`.
+        hookpoints: Hookpoints such as `model.layers.9`, the output of a module, or
+            `module@kind[option=value,...]`.
         input_ids: [contexts, context_tokens] int64, on the model's device.
 
     Returns:
         For each hookpoint a tensor [contexts, context_tokens, D] in the model's dtype.
 
     Raises:
-        ModelError: If a module does not exist, did not run, or has an output of another shape.
+        ModelError: If a module does not exist, did not run, or has a tensor of another shape.
+        ConfigError: If a hookpoint is malformed, or its kind or options do not exist.
     """
     import torch
 
-    outputs: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor] = {}
 
-    def keep(name: str, output: Any) -> None:
-        # If a module runs more than once, its first output counts.
-        outputs.setdefault(name, _hidden(name, output, input_ids.shape))
-        if len(outputs) == len(hookpoints):
+    def keep(name: str, value: Any) -> None:
+        # If a module runs more than once, its first run counts.
+        tensors.setdefault(name, hidden_states(parse_hookpoint(name), value, input_ids.shape))
+        if len(tensors) == len(hookpoints):
             raise _Captured
 
-    modules = [find_module(model, name) for name in hookpoints]
-    handles = [
-        module.register_forward_hook(lambda _m, _i, output, name=name: keep(name, output))
-        for name, module in zip(hookpoints, modules, strict=True)
-    ]
+    handles: list[RemovableHandle] = []
     try:
+        for name in hookpoints:
+            handles.append(_attach(model, name, partial(keep, name)))
         with torch.inference_mode():
             model(input_ids=input_ids, use_cache=False)
     except _Captured:
-        return outputs
+        return tensors
     finally:
         for handle in handles:
             handle.remove()
-    missing = sorted(set(hookpoints) - set(outputs))
+    missing = sorted(set(hookpoints) - set(tensors))
     raise ModelError(
         f"model.hookpoints: the forward pass did not run {missing}; choose modules that it runs"
     )
@@ -65,23 +68,24 @@ def capture(model: nn.Module, hookpoints: Sequence[str], input_ids: Tensor) -> d
 
 @contextmanager
 def splice(model: nn.Module, hookpoint: str, replace: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """Replace the output of `hookpoint` at every position but the first during the block.
+    """Replace the tensor of `hookpoint` at every position but the first during the block.
 
     Position 0, an attention sink, is left as it is. `replace` takes and returns
-    [contexts, context_tokens - 1, D]; its result is cast back to the dtype of the module's output.
+    [contexts, context_tokens - 1, D]; its result is cast back to the dtype of the tensor.
 
     Raises:
-        ModelError: If the module does not exist, or (from the forward pass) if its output is not
+        ModelError: If the module does not exist, or (from the forward pass) if the tensor is not
             [contexts, context_tokens, D].
+        ConfigError: If the hookpoint is malformed, or its kind or options do not exist.
     """
 
-    def hook(_module: nn.Module, _inputs: Any, output: Any) -> Any:
-        hidden = _hidden(hookpoint, output)
+    def replaced(value: Any) -> Tensor:
+        hidden = hidden_states(parse_hookpoint(hookpoint), value)
         spliced = hidden.clone()
         spliced[:, 1:] = replace(hidden[:, 1:]).to(hidden.dtype)
-        return (spliced, *output[1:]) if isinstance(output, tuple) else spliced
+        return spliced
 
-    handle = find_module(model, hookpoint).register_forward_hook(hook)
+    handle = _attach(model, hookpoint, replaced)
     try:
         yield
     finally:
@@ -104,19 +108,6 @@ def find_module(model: nn.Module, name: str) -> nn.Module:
     )
 
 
-def _hidden(name: str, output: Any, expected: torch.Size | None = None) -> Tensor:
-    """Return the hidden states in a module's output, which may be a tuple that begins with them.
-
-    `expected` is the shape [contexts, context_tokens] that the output must begin with.
-    """
-    import torch
-
-    hidden = output[0] if isinstance(output, tuple) else output
-    is_tensor = isinstance(hidden, torch.Tensor)
-    if not is_tensor or hidden.ndim != 3 or hidden.shape[:2] != (expected or hidden.shape[:2]):
-        raise ModelError(
-            f"model.hookpoints: the output of {name!r} is "
-            f"{list(hidden.shape) if is_tensor else type(hidden).__name__}; expected a tensor "
-            "[contexts, context_tokens, width]; choose another module"
-        )
-    return cast("Tensor", hidden)
+def _attach(model: nn.Module, name: str, visit: Visit) -> RemovableHandle:
+    hookpoint, kind = resolve(name)
+    return kind.attach(model, find_module(model, hookpoint.module), hookpoint, visit)

@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 from cluster.language_model.cache import built_once, digest
 from cluster.language_model.errors import ModelError
+from cluster.language_model.files import ModelFiles, locate_model
+from cluster.language_model.hookpoint_kinds import resolve
 from conf.schema.model import ModelConfig
 
 if TYPE_CHECKING:
     from torch import nn
-from cluster.language_model.files import ModelFiles, locate_model
 
 
 def load_tokenizer(cfg: ModelConfig, cache_dir: Path) -> Any:
@@ -168,15 +169,17 @@ def model_config(cfg: ModelConfig, cache_dir: Path) -> Any:
             ) from error
 
 
-def hidden_size(cfg: ModelConfig, cache_dir: Path) -> int:
-    """Return the width of the residual stream, read from the model's configuration alone.
+def hookpoint_width(cfg: ModelConfig, hookpoint: str, cache_dir: Path) -> int:
+    """Return the width D of a hookpoint's rows, read from the model's configuration alone.
 
     Raises:
-        ModelError: If the model is not found, or its configuration has no `hidden_size`.
+        ModelError: If the model is not found, or its configuration lacks the size.
+        ConfigError: If the hookpoint is malformed, or its kind or options do not exist.
     """
+    parsed, kind = resolve(hookpoint)
     try:
-        return int(model_config(cfg, cache_dir).hidden_size)
+        return kind.width(parsed, model_config(cfg, cache_dir))
     except AttributeError as error:
         raise ModelError(
-            f"model.path={cfg.path!r}: expected a config with hidden_size: {error}"
+            f"model.path={cfg.path!r}: expected a config with the width of {hookpoint!r}: {error}"
         ) from error

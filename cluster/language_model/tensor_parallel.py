@@ -32,6 +32,7 @@ from cluster.language_model.errors import ModelError
 from cluster.language_model.hooks import capture
 from cluster.language_model.loading import load_language_model, model_config, prepared_folder
 from cluster.run_folder.environment import ROOT
+from conf.hookpoint import parse_hookpoint
 from conf.schema.model import ModelConfig
 from foundation.errors import ConfigError
 
@@ -111,7 +112,7 @@ class ModelShards:
             raise
 
     def capture(self, input_ids: NDArray[np.int64]) -> dict[str, Tensor]:
-        """Return the outputs of the config's hookpoints; see `hooks.capture`.
+        """Return the tensors of the config's hookpoints; see `hooks.capture`.
 
         Args:
             input_ids: [contexts, context_tokens] int64.
@@ -120,7 +121,7 @@ class ModelShards:
             For each hookpoint a tensor [contexts, context_tokens, D] in the model's dtype.
 
         Raises:
-            ModelError: If a module does not exist, did not run, or has an output that is of another
+            ModelError: If a module does not exist, did not run, or has a tensor that is of another
                 shape or is split over the processes.
         """
         header = np.array(input_ids.shape, dtype=np.int64).tobytes()
@@ -131,7 +132,7 @@ class ModelShards:
                 member.stdin.flush()
             outputs = _capture(self._model, self._hookpoints, input_ids, self._device)
             if not self._checked:
-                _require_complete_outputs(outputs)
+                _require_complete(outputs)
                 self._checked = True
         except (RuntimeError, BrokenPipeError) as error:
             self._leave_if_broken(error)
@@ -218,13 +219,13 @@ def _capture(
     return capture(model, hookpoints, torch.from_numpy(input_ids).to(device))
 
 
-def _require_complete_outputs(outputs: dict[str, Tensor]) -> None:
-    """Check that every rank holds the complete output of each hookpoint.
+def _require_complete(outputs: dict[str, Tensor]) -> None:
+    """Check that every rank holds the complete tensor of each hookpoint.
 
     All ranks must call this together, and all of them raise or none.
 
     Raises:
-        ModelError: If the ranks hold different values of an output.
+        ModelError: If the ranks hold different values of a tensor.
     """
     import torch
     import torch.distributed as dist
@@ -239,8 +240,9 @@ def _require_complete_outputs(outputs: dict[str, Tensor]) -> None:
         if torch.any(worst > 0.01):
             raise ModelError(
                 f"model.hookpoints: with model.shards > 1 each process has only a part of the "
-                f"output of {name!r}; expected modules with complete outputs, such as blocks, "
-                "attention and MLPs; choose such a module, or set model.shards=1"
+                f"{parse_hookpoint(name).describe()}; expected a tensor that is complete in each, "
+                "such as the output of a block, attention or MLP; choose such a hookpoint, or set "
+                "model.shards=1"
             )
 
 
@@ -268,7 +270,7 @@ def _follow(member: dict[str, Any]) -> None:
         input_ids = np.frombuffer(data, dtype=np.int64).reshape(contexts, tokens).copy()
         outputs = _capture(model, cfg.hookpoints, input_ids, device)
         if not checked:
-            _require_complete_outputs(outputs)
+            _require_complete(outputs)
             checked = True
 
 

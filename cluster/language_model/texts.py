@@ -1,36 +1,22 @@
-"""Read documents from text files in a fixed order, and hash them all.
+"""Find the files of a text, hash them, and read their documents in a fixed order.
 
-Each source is split into documents as follows:
-
-| source | document |
-|---|---|
-| a folder of `.txt`/`.md` files | each file |
-| one `.txt`/`.md` file | each block between blank lines |
-| `.jsonl` | the `text_field` of each line, or the line itself if it is a JSON string |
-| `.json` | each element of a list or value of an object: a string, or an object's `text_field` |
-| `.parquet`, a saved Hugging Face dataset (`.arrow`) | the `text_field` of each row |
-
-All except `.parquet` and `.arrow` may be gzipped (`.jsonl.gz`). The files of a folder are read in
-the order of their names. Empty documents are skipped. JSON Lines, `.parquet`, `.arrow` and a single
-text file are streamed, so that they may be larger than memory.
+A source is one file or a folder of files, each in one of the formats of `text_formats.py`, or a
+saved Hugging Face dataset. The files of a folder are read in the order of their names. Empty
+documents are skipped.
 """
 
 from __future__ import annotations
 
-import gzip
 import json
-from collections.abc import Iterator
+import zlib
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
 
 from cluster.language_model.cache import digest, file_sha256, find_package
 from cluster.language_model.errors import TextError
+from cluster.language_model.text_formats import TextFormat, formats_by_suffix
 from conf.schema.data import DataConfig
-
-PLAIN = (".txt", ".md")
-READABLE = (*PLAIN, ".jsonl", ".json", ".parquet", ".arrow")
-ROWS_PER_READ = 1024
 
 
 @dataclass(frozen=True)
@@ -54,62 +40,20 @@ class TextSource:
         Raises:
             TextError: If a file cannot be read or lacks the `text_field`.
         """
+        formats = formats_by_suffix()
         for file in self.files:
-            for text in self._documents_of(file):
+            for text in self._documents_of(file, _format_of(file, formats)):
                 if text.strip():
                     # JSON may contain lone surrogates, which tokenizers reject.
                     yield text.encode("utf-8", "replace").decode("utf-8")
 
-    def _documents_of(self, file: Path) -> Iterator[str]:
-        kind = _suffix(file)
+    def _documents_of(self, file: Path, text_format: TextFormat) -> Iterator[str]:
         try:
-            if kind in PLAIN:
-                yield from _blocks(file) if file == self.root else [_open(file).read()]
-            elif kind == ".jsonl":
-                yield from self._json_lines(file)
-            elif kind == ".json":
-                yield from self._json_values(file)
-            else:
-                yield from self._columns(file, kind)
+            yield from text_format.documents(file, self.text_field, alone=file == self.root)
         except UnicodeDecodeError as error:
             raise TextError(f"{file} is not UTF-8 text ({error}); convert it to UTF-8") from error
-        except (OSError, EOFError, _arrow_invalid()) as error:
+        except (OSError, EOFError, zlib.error) as error:
             raise TextError(f"could not read {file}: {error}") from error
-
-    def _json_lines(self, file: Path) -> Iterator[str]:
-        with _open(file) as lines:
-            for number, line in enumerate(lines, start=1):
-                if line.strip():
-                    yield self._text_of(_parse(line, f"{file}, line {number}"), file)
-
-    def _json_values(self, file: Path) -> Iterator[str]:
-        with _open(file) as stream:
-            top = _parse(stream.read(), str(file))
-        if isinstance(top, dict):
-            # An object with the text field is one document; otherwise its values are the documents.
-            single = isinstance(top.get(self.text_field), str)
-            top = [top] if single else list(top.values())
-        if not isinstance(top, list):
-            raise TextError(
-                f"{file}: expected a JSON list or object of documents, not {type(top).__name__}"
-            )
-        for value in top:
-            yield self._text_of(value, file)
-
-    def _columns(self, file: Path, kind: str) -> Iterator[str]:
-        batches = _parquet_batches if kind == ".parquet" else _arrow_batches
-        for column in batches(file, self.text_field):
-            yield from (text for text in column if text is not None)
-
-    def _text_of(self, value: Any, file: Path) -> str:
-        text = value.get(self.text_field) if isinstance(value, dict) else value
-        if isinstance(text, str):
-            return text
-        fields = sorted(value) if isinstance(value, dict) else type(value).__name__
-        raise TextError(
-            f"{file}: expected text in the field data.text_field={self.text_field!r} of each "
-            f"document; found one with {fields}"
-        )
 
     def _name(self, file: Path) -> str:
         return file.name if file == self.root else file.relative_to(self.root).as_posix()
@@ -122,24 +66,41 @@ def find_text(data: DataConfig) -> TextSource:
         TextError: If the package or path does not exist, or has no file of a supported format.
     """
     root = _root(data)
+    formats = formats_by_suffix()
     if root.is_file():
-        if _suffix(root) not in READABLE:
-            raise TextError(
-                f"data.path={str(root)!r}: expected a file of one of the formats "
-                f"{', '.join(READABLE)}"
-            )
-        return TextSource(root, (root,), data.text_field)
-    if not root.is_dir():
+        files: tuple[Path, ...] = (root,)
+    elif root.is_dir():
+        files = _dataset_files(root) or tuple(
+            sorted(file for file in root.rglob("*") if file.is_file() and _suffix(file) in formats)
+        )
+    else:
         raise TextError(f"data.path={str(root)!r} not found; expected a file or a folder")
-    files = _dataset_files(root) or tuple(
-        sorted(file for file in root.rglob("*") if file.is_file() and _suffix(file) in READABLE)
-    )
     if not files:
         raise TextError(
             f"data.path={str(root)!r}: expected a folder with files of the formats "
-            f"{', '.join(READABLE)}; found none"
+            f"{', '.join(formats)}; found none"
         )
+    for file in files:
+        _format_of(file, formats)
     return TextSource(root, files, data.text_field)
+
+
+def _format_of(file: Path, formats: Mapping[str, TextFormat]) -> TextFormat:
+    """Return the format of a file.
+
+    Raises:
+        TextError: If there is none, or the file is gzipped and its format does not allow that.
+    """
+    suffix = _suffix(file)
+    if suffix not in formats:
+        raise TextError(
+            f"data.path: {file}: expected a file of one of the formats {', '.join(formats)}"
+        )
+    if file.suffix == ".gz" and not formats[suffix].may_be_gzipped:
+        raise TextError(
+            f"data.path: {file}: {suffix} files must not be gzipped; unpack it with gunzip"
+        )
+    return formats[suffix]
 
 
 def _root(data: DataConfig) -> Path:
@@ -176,66 +137,3 @@ def _dataset_files(folder: Path) -> tuple[Path, ...]:
 
 def _suffix(file: Path) -> str:
     return Path(file.stem).suffix if file.suffix == ".gz" else file.suffix
-
-
-def _open(file: Path) -> IO[str]:
-    if file.suffix == ".gz":
-        return gzip.open(file, "rt", encoding="utf-8")
-    return file.open(encoding="utf-8")
-
-
-def _blocks(file: Path) -> Iterator[str]:
-    block: list[str] = []
-    with _open(file) as lines:
-        for line in lines:
-            if line.strip():
-                block.append(line)
-            elif block:
-                yield "".join(block)
-                block = []
-    yield "".join(block)
-
-
-def _parse(text: str, where: str) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise TextError(f"{where}: expected JSON: {error}") from error
-
-
-def _parquet_batches(file: Path, field: str) -> Iterator[list[str | None]]:
-    import pyarrow.parquet
-
-    table = pyarrow.parquet.ParquetFile(file)
-    _require_column(field, table.schema_arrow, file)
-    for batch in table.iter_batches(batch_size=ROWS_PER_READ, columns=[field]):
-        yield batch.column(0).to_pylist()
-
-
-def _arrow_batches(file: Path, field: str) -> Iterator[list[str | None]]:
-    import pyarrow
-
-    with pyarrow.memory_map(str(file)) as source, pyarrow.ipc.open_stream(source) as stream:
-        _require_column(field, stream.schema, file)
-        for batch in stream:
-            yield batch.column(batch.schema.get_field_index(field)).to_pylist()
-
-
-def _require_column(field: str, schema: Any, file: Path) -> None:
-    import pyarrow
-
-    if field not in schema.names:
-        raise TextError(
-            f"{file}: column data.text_field={field!r} not found; it has the columns {schema.names}"
-        )
-    kind = schema.field(field).type
-    if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
-        raise TextError(f"{file}: column {field!r} has the type {kind}; expected strings")
-
-
-def _arrow_invalid() -> type[Exception]:
-    """Return the error that pyarrow raises if a file's content is not what its name says."""
-    from pyarrow import ArrowInvalid
-
-    invalid: type[Exception] = ArrowInvalid
-    return invalid

@@ -9,6 +9,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from cluster.language_model.hookpoint_kinds import require_usable
 from cluster.planning import tables
 from cluster.planning.hardware import GIB, Hardware
 from cluster.planning.local import planned_hardware
@@ -29,6 +30,7 @@ def run(config: RunConfig, run_dir: Path) -> None:
     Raises:
         ConfigError: If the run does not fit; the error names the setting to change.
     """
+    require_usable(config.model)
     d_model = _d_model(config)
     alone = config.stage == "plan"
     if not alone:
@@ -58,9 +60,10 @@ def run(config: RunConfig, run_dir: Path) -> None:
 def _d_model(config: RunConfig) -> int:
     if config.model.d_model is not None:
         return config.model.d_model
-    from cluster.language_model.loading import hidden_size
+    from cluster.language_model.loading import hookpoint_width
 
-    return hidden_size(config.model, Path(config.cache_dir).expanduser())
+    hookpoint = config.sae.hookpoint or config.model.hookpoints[0]
+    return hookpoint_width(config.model, hookpoint, Path(config.cache_dir).expanduser())
 
 
 def _summary(config: RunConfig, d_model: int, layout: Layout, hardware: Hardware) -> Table:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from conf.hookpoint import check_hookpoints
 from foundation.errors import ConfigError
 
 
@@ -25,7 +26,9 @@ class ModelConfig:
     dtype: str = "bfloat16"
     """Number format of the model's weights and activations: bfloat16, float16 or float32."""
     hookpoints: list[str] = field(default_factory=list)
-    """Names of the modules whose outputs are stored, such as `model.layers.9`."""
+    """What is stored: `module` for the output of a module, such as `model.layers.9`, or
+    `module@kind` or `module@kind[option=value,...]` for another tensor of it. On the command line,
+    quote those with options: "model.hookpoints=['model.layers.9@kind[option=value]']"."""
     batch_contexts: int = 8
     """Number of contexts in one forward pass."""
     shards: int = 1
@@ -55,13 +58,7 @@ class ModelConfig:
                 self.hookpoints,
                 "at least one module name, such as model.layers.9",
             )
-        if len(set(self.hookpoints)) != len(self.hookpoints):
-            raise ConfigError(
-                "model.hookpoints",
-                self.hookpoints,
-                "each module only once",
-                "remove the duplicates",
-            )
+        check_hookpoints(self.hookpoints)
         for name in ("batch_contexts", "shards"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"model.{name}", getattr(self, name), "at least 1")

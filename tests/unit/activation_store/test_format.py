@@ -124,6 +124,18 @@ def test_zarr_lists_the_arrays_and_nothing_else(tmp_path: Path) -> None:
     assert names == {"model.layers.9", "token_id", "document", "position", "valid_rows"}
 
 
+def test_hookpoints_of_all_kinds_are_names_of_arrays(tmp_path: Path) -> None:
+    arrays = {"h.0@input": 6, "h.0@input[head=3,part=-1]": 4}
+    write_store(tmp_path / "s", [16], arrays=arrays)
+    group, store = zarr.open_group(tmp_path / "s", mode="r"), open_store(tmp_path / "s")
+    assert store.arrays == arrays
+    for name, rows in expected([16], arrays).items():
+        for read in (store.read(name, 0, 16), group[name][:16]):
+            np.testing.assert_array_equal(read, rows)
+        if name in arrays:
+            np.testing.assert_array_equal(read_tensorstore(tmp_path / "s", name)[:16], rows)
+
+
 def test_bfloat16_fill_values_survive_zarr(tmp_path: Path) -> None:
     for value in (0.0, 1.5, float("inf"), float("-inf"), float("nan")):
         array = zarr.create_array(

@@ -7,19 +7,24 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from analysis.errors import ExportError
 from analysis.export import stage as export_stage
+from analysis.export.formats import EXPORT_FORMATS, ExportFormat
 from analysis.export.saelens import hook_name
-from analysis.origin import source_of
+from analysis.origin import Source, source_of
 from cluster.run_folder.errors import RunFileError
 from conf.schema.run import RunConfig
 from foundation.atomic_files import replaced_folder
+from sae_core.checkpoint.stored_sae import StoredSAE
 from sae_core.config import SAEConfig
+from sae_core.errors import CheckpointError
 from sae_core.inference import SAE, load_sae
+from sae_core.peer_formats import PEER_FORMATS, PeerFormat
 
 L, D, K = 12, 4, 3
 
@@ -183,8 +188,85 @@ def test_failed_export_leaves_the_earlier_one(config: RunConfig, run_dir: Path) 
         ("transformer.h.11", "blocks.11.hook_resid_post"),
         ("gpt_neox.layers.0", "blocks.0.hook_resid_post"),
         ("model.layers.9.mlp", "model.layers.9.mlp"),
+        ("model.layers.9@output", "blocks.9.hook_resid_post"),
+        ("model.layers.9@input", "model.layers.9@input"),
         ("encoder.layer.3", "encoder.layer.3"),
     ],
 )
 def test_hook_name(hookpoint: str, expected: str) -> None:
     assert hook_name(hookpoint) == expected
+
+
+class Npz(ExportFormat):
+    """A toy format: one `.npz` file for each matrix or vector."""
+
+    title = "numpy"
+
+    def write(self, sae: StoredSAE, source: Source, folder: Path) -> None:
+        np.savez(folder / "b_dec.npz", sae.b_dec.numpy())
+        for name in sae.rows:
+            blocks = {f"from_{first}": rows.numpy() for first, rows in sae.blocks(name)}
+            np.savez(folder / f"{name}.npz", **blocks)
+
+    def how_to_load(self, source: Source, folder: str) -> str:
+        return f'sae = my_npz_loader("{folder}", "{source.hookpoint}")'
+
+
+class ReadNpz(PeerFormat):
+    """The toy format, read back."""
+
+    def recognises(self, path: Path) -> bool:
+        return (path / "W_enc.npz").is_file()
+
+    def open(self, path: Path, allow_pt: bool) -> StoredSAE:
+        arrays = {
+            name: torch.from_numpy(np.load(path / f"{name}.npz")[key])
+            for name, key in (("W_enc", "from_0"), ("W_dec", "from_0"), ("b_enc", "from_0"))
+        }
+        rows = {name: lambda start, stop, x=x: x[start:stop] for name, x in arrays.items()}
+        b_dec = torch.from_numpy(np.load(path / "b_dec.npz")["arr_0"])
+        return StoredSAE(SAEConfig(n_latents=L, k=K), len(b_dec), b_dec, rows)
+
+
+def test_another_format_is_written_and_on_the_card(
+    config: RunConfig, run_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with EXPORT_FORMATS.registered("npz", Npz()):
+        export_stage.run(config, run_dir)
+    folder = run_dir / "export" / "npz"
+    assert sorted(path.stem for path in folder.iterdir()) == ["W_dec", "W_enc", "b_dec", "b_enc"]
+    assert "(sae_core, saelens, sparsify, dictionary_learning, npz), step 5" in (
+        capsys.readouterr().out
+    )
+    card = (run_dir / "export" / "README.md").read_text()
+    assert '# numpy\nsae = my_npz_loader("export/npz", "model.layers.9")\n```' in card
+    for line in (
+        'sae = load_sae("export")',
+        'sae = SAE.load_from_disk("export/saelens")',
+        'sae = SparseCoder.load_from_disk("export/sparsify/model.layers.9")',
+        'sae = AutoEncoderTopK.from_pretrained("export/dictionary_learning/ae.pt")',
+    ):
+        assert line in card
+    with PEER_FORMATS.registered("npz", ReadNpz()):
+        again, sae, x = load_sae(folder), make_sae(), torch.randn(6, D)
+    assert torch.equal(again(x), sae(x))
+    with pytest.raises(CheckpointError, match="no SAE found"):
+        load_sae(folder)
+
+
+def test_a_format_that_cannot_hold_the_sae_is_left_out(
+    config: RunConfig, run_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class OnlyGated(Npz):
+        architectures = ("gated", "relu")
+
+    stored = make_sae().stored()
+    message = "numpy cannot hold sae.architecture='topk'; expected one of: gated, relu"
+    with pytest.raises(ExportError, match=message):
+        OnlyGated().check(stored)
+    with EXPORT_FORMATS.registered("only_gated", OnlyGated()):
+        export_stage.run(config, run_dir)
+    assert not (run_dir / "export" / "only_gated").exists()
+    assert (run_dir / "export" / "saelens").is_dir()
+    assert f"export: left out: {message}" in capsys.readouterr().out
+    assert "numpy" not in (run_dir / "export" / "README.md").read_text()

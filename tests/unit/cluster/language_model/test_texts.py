@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import csv
 import gzip
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pyarrow
 import pyarrow.parquet
 import pytest
 
+from cluster.language_model.contexts import prepare_contexts
 from cluster.language_model.errors import TextError
+from cluster.language_model.text_formats import TEXT_FORMATS, TextFormat, open_text
 from cluster.language_model.texts import find_text
 from conf.schema.data import DataConfig
+from tests.support.tiny_models import save_tokenizer
 
+HASH = "15e3b22946edf59ed79f96b2702cb76da5e2f867241ca5bd32ad8c4120f43186"
 DOCUMENTS = ["first text", "zweiter Text\nin two lines", "третий"]
 
 
@@ -127,3 +133,77 @@ def test_missing_sources_say_what_to_do(tmp_path: Path) -> None:
         read(tmp_path / "empty")
     with pytest.raises(TextError, match="pip install --no-deps no-such-package"):
         find_text(DataConfig(package="no_such_package", path="x"))
+
+
+@pytest.mark.parametrize("suffix", [".parquet", ".arrow"])
+def test_columns_must_not_be_gzipped(tmp_path: Path, suffix: str) -> None:
+    file = tmp_path / f"a{suffix}.gz"
+    file.write_bytes(b"")
+    (tmp_path / "b.txt").write_text("text")
+    for path in (file, tmp_path):
+        with pytest.raises(
+            TextError, match=rf"a\{suffix}\.gz: \{suffix} files must not be gzipped"
+        ):
+            read(path)
+
+
+def test_a_damaged_gzip_file_is_named(tmp_path: Path) -> None:
+    content = bytearray(gzip.compress(json.dumps({"text": "word " * 100}).encode()))
+    content[10] = 0xFF  # an invalid type of block
+    (tmp_path / "a.jsonl.gz").write_bytes(content)
+    with pytest.raises(TextError, match=r"could not read .*a\.jsonl\.gz"):
+        read(tmp_path / "a.jsonl.gz")
+
+
+def test_a_file_of_a_dataset_must_have_a_format(tmp_path: Path) -> None:
+    files = [{"filename": "data-0.bin"}]
+    (tmp_path / "state.json").write_text(json.dumps({"_data_files": files}))
+    with pytest.raises(TextError, match=r"data-0\.bin: expected a file of one of the formats"):
+        read(tmp_path)
+
+
+def test_the_hash_of_a_folder_stays_what_it_was(tmp_path: Path) -> None:
+    (tmp_path / "text").mkdir()
+    for name in ("b.txt", "a.jsonl", "c.json"):
+        (tmp_path / "text" / name).write_text('{"text": "x"}')
+    source = find_text(DataConfig(path=str(tmp_path / "text")))
+    # Stores record this hash: a store harvested before must still match its text.
+    assert source.sha256(tmp_path / "cache") == HASH
+
+
+class Csv(TextFormat):
+    """A toy format: comma-separated values with a header."""
+
+    suffixes = (".csv",)
+    may_be_gzipped = True
+
+    def documents(self, file: Path, field: str, alone: bool) -> Iterator[str]:
+        with open_text(file) as lines:
+            yield from (row[field] for row in csv.DictReader(lines))
+
+
+def test_another_format_is_read_like_the_built_in_ones(tmp_path: Path) -> None:
+    text = 'id,text\n1,w0 w1 w2 w3\n2," "\n3,"w4 w5 w6 w7 w8"\n'
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "a.csv").write_text(text)
+    (tmp_path / "texts" / "b.txt").write_text("w9 w9")
+    with gzip.open(tmp_path / "a.csv.gz", "wt") as stream:
+        stream.write(text)
+    data = DataConfig(path=str(tmp_path / "a.csv.gz"), context_tokens=8, heldout_fraction=1e-9)
+    with pytest.raises(TextError, match=r"expected a file of one of the formats .*\.arrow$"):
+        find_text(data)
+    with TEXT_FORMATS.registered("csv", Csv()):
+        assert read(tmp_path / "a.csv.gz") == ["w0 w1 w2 w3", "w4 w5 w6 w7 w8"]
+        assert read(tmp_path / "texts") == ["w0 w1 w2 w3", "w4 w5 w6 w7 w8", "w9 w9"]
+        contexts = prepare_contexts(data, save_tokenizer(tmp_path / "tok"), tmp_path / "cache")
+    assert contexts.train.token_id.tolist() == [[3, 4, 5, 6, 1, 7, 8]]
+
+
+def test_two_formats_of_one_suffix_are_refused(tmp_path: Path) -> None:
+    class AlsoText(Csv):
+        suffixes = (".csv", ".txt")
+
+    (tmp_path / "a.txt").write_text("text")
+    message = "text formats 'plain' and 'also' both read .txt files"
+    with TEXT_FORMATS.registered("also", AlsoText()), pytest.raises(TextError, match=message):
+        read(tmp_path / "a.txt")

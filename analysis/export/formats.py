@@ -1,0 +1,87 @@
+"""Export formats: how a trained SAE is written for another library, and how it is loaded there.
+
+Another format is added by subclassing `ExportFormat` and registering an instance in
+`EXPORT_FORMATS`. The export stage writes all of them.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from analysis.errors import ExportError
+from foundation.registry import Registry
+
+if TYPE_CHECKING:
+    from analysis.origin import Source
+    from sae_core.checkpoint.stored_sae import StoredSAE
+
+
+class ExportFormat(ABC):
+    """The files of another library. Its name in the registry is its folder in the export."""
+
+    title: str
+    """Name of the library for people, with the version where it matters: "SAELens 6"."""
+    architectures: tuple[str, ...] = ("topk",)
+    """Architectures that the format can hold, as `sae.architecture` names them."""
+
+    @abstractmethod
+    def write(self, sae: StoredSAE, source: Source, folder: Path) -> None:
+        """Write the files.
+
+        Matrices must be copied by ranges of latents (`sae.blocks`), never read as a whole: an SAE
+        may be larger than memory. All values are in raw activation units.
+
+        Args:
+            sae: The SAE; `check` accepts it.
+            source: Names of the model, the text and the hookpoint.
+            folder: Empty folder to write to.
+        """
+
+    @abstractmethod
+    def how_to_load(self, source: Source, folder: str) -> str:
+        """Return Python code for the model card that loads the SAE as `sae`.
+
+        Args:
+            source: Names of the model, the text and the hookpoint.
+            folder: The folder that `write` wrote, such as "export/saelens".
+        """
+
+    def check(self, sae: StoredSAE) -> None:
+        """Check that the format can hold the SAE.
+
+        Raises:
+            ExportError: If it cannot; names what it cannot hold.
+        """
+        if sae.config.architecture not in self.architectures:
+            raise ExportError(
+                f"{self.title} cannot hold sae.architecture={sae.config.architecture!r}; expected "
+                f"one of: {', '.join(self.architectures)}"
+            )
+
+
+EXPORT_FORMATS: Registry[ExportFormat] = Registry(
+    kind="export format",
+    key="export.formats",
+    group="export_formats",
+    builtin={
+        "saelens": "analysis.export.saelens:SAELENS",
+        "sparsify": "analysis.export.sparsify:SPARSIFY",
+        "dictionary_learning": "analysis.export.dictionary_learning:DICTIONARY_LEARNING",
+    },
+)
+
+
+def formats_for(sae: StoredSAE) -> tuple[dict[str, ExportFormat], list[ExportError]]:
+    """Return the formats that can hold the SAE, by name, and the reasons of those that cannot."""
+    usable: dict[str, ExportFormat] = {}
+    refusals: list[ExportError] = []
+    for name, export_format in EXPORT_FORMATS.items():
+        try:
+            export_format.check(sae)
+        except ExportError as refusal:
+            refusals.append(refusal)
+        else:
+            usable[name] = export_format
+    return usable, refusals

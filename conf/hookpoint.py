@@ -1,0 +1,96 @@
+"""Parse hookpoints: which tensor of which module of the language model."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from foundation.errors import ConfigError
+
+DEFAULT_KIND = "output"
+"""Kind of a hookpoint that is only a module name."""
+
+_HOOKPOINT = re.compile(
+    r"(?P<module>\w[\w.\-]*)(?:@(?P<kind>\w[\w.\-]*)(?:\[(?P<options>[^\[\]]+)\])?)?", re.ASCII
+)
+_OPTION = re.compile(r"([\w.\-]+)=([\w.\-]+)", re.ASCII)
+
+
+@dataclass(frozen=True)
+class Hookpoint:
+    """A tensor of the language model: a module, and which of its tensors.
+
+    Two strings for the same tensor, such as `model.layers.9` and `model.layers.9@output`, give
+    equal hookpoints.
+    """
+
+    module: str
+    """Name of the module, such as `model.layers.9`."""
+    kind: str = DEFAULT_KIND
+    """Name of the hookpoint kind, such as `output`."""
+    options: tuple[tuple[str, str], ...] = ()
+    """Names and values of the kind's options, sorted by name; the kind defines what they mean."""
+
+    def __str__(self) -> str:
+        """Return the shortest string that `parse_hookpoint` reads as this hookpoint."""
+        options = ",".join(f"{name}={value}" for name, value in self.options)
+        if self.kind == DEFAULT_KIND and not options:
+            return self.module
+        return f"{self.module}@{self.kind}" + (f"[{options}]" if options else "")
+
+    def describe(self, quote: str = "'") -> str:
+        """Return words for people, such as "output of 'model.layers.9'".
+
+        Args:
+            quote: Character around the module's name.
+        """
+        options = ", ".join(f"{name}={value}" for name, value in self.options)
+        words = f"{self.kind} of {quote}{self.module}{quote}"
+        return f"{words} ({options})" if options else words
+
+
+def parse_hookpoint(text: str, key: str = "model.hookpoints") -> Hookpoint:
+    """Parse `module`, `module@kind` or `module@kind[option=value,...]`.
+
+    Only the syntax is checked: neither the module nor the kind needs to exist.
+
+    Args:
+        text: The hookpoint.
+        key: The setting that the hookpoint comes from, for the error.
+
+    Raises:
+        ConfigError: If the string has another form, or an option is given twice.
+    """
+    found = _HOOKPOINT.fullmatch(text)
+    if found is None:
+        raise _malformed(key, text)
+    options: dict[str, str] = {}
+    for part in found["options"].split(",") if found["options"] else []:
+        option = _OPTION.fullmatch(part)
+        if option is None or option[1] in options:
+            raise _malformed(key, text)
+        options[option[1]] = option[2]
+    return Hookpoint(found["module"], found["kind"] or DEFAULT_KIND, tuple(sorted(options.items())))
+
+
+def check_hookpoints(texts: Sequence[str]) -> None:
+    """Check the syntax of `model.hookpoints`, and that each tensor is listed once.
+
+    Raises:
+        ConfigError: If a string is malformed, or two strings name the same tensor.
+    """
+    if len({parse_hookpoint(text) for text in texts}) != len(texts):
+        raise ConfigError(
+            "model.hookpoints", list(texts), "each hookpoint only once", "remove the duplicates"
+        )
+
+
+def _malformed(key: str, text: str) -> ConfigError:
+    return ConfigError(
+        key,
+        text,
+        "module, module@kind or module@kind[option=value,...], with each option once and names of "
+        "letters, digits, dots, dashes and underscores",
+        "write for example model.layers.9 or model.layers.9@output",
+    )
