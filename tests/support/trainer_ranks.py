@@ -17,7 +17,7 @@ from sae_core.config import (
     CheckpointConfig,
     OptimConfig,
     ParallelConfig,
-    SAEConfig,
+    TopKConfig,
     TrainConfig,
     TrainerConfig,
 )
@@ -98,7 +98,7 @@ class Job:
 
 def config_of(job: Job) -> TrainerConfig:
     """Return the trainer's config of a job."""
-    sae = SAEConfig(n_latents=N_LATENTS, k=6, auxk=8, dead_after_tokens=8 * BATCH)
+    sae = TopKConfig(n_latents=N_LATENTS, k=6, auxk=8, dead_after_tokens=8 * BATCH)
     for key, value in job.overrides.items():
         setattr(sae, key, value)
     return TrainerConfig(
@@ -196,7 +196,7 @@ def _rank_main(job: Job) -> None:
             trainer.save()
     train_to_end(trainer)
     if job.update != "dense" and job.zero_stage == 0:
-        sae = trainer.engines[0].sae
+        sae = trainer.engine.sae
         assert all(p.grad is None for p in (sae.W_enc, sae.W_dec, sae.b_enc)), "dense gradient"
     if dist.get_rank() == 0:
         (Path(job.folder) / "rows.json").write_text(json.dumps(rows))
@@ -208,9 +208,8 @@ def _take_out(feature: str | None) -> None:
     """Disable one feature on purpose."""
     import torch.distributed as dist
 
-    from sae_core.architectures import sparse_autoencode
-    from sae_core.architectures import topk as topk_module
-    from sae_core.architectures.topk import TopKSAE
+    from sae_core.architectures import base, sparse_autoencode
+    from sae_core.architectures.topk.training import TopKSAE
     from sae_core.engine import fused_adam
     from sae_core.engine.deepspeed_engine import SAEEngine
 
@@ -219,7 +218,7 @@ def _take_out(feature: str | None) -> None:
     elif feature == "reconstruction all-reduce":
         sparse_autoencode.dist = _Without(dist, "all_reduce")
     elif feature == "fired all-reduce":
-        topk_module.dist = _Without(dist, "all_reduce")
+        base.dist = _Without(dist, "all_reduce")
     elif feature == "gradient average":
         SAEEngine.train_step = _without_average(SAEEngine.train_step)
     elif feature == "sharded mark":
@@ -251,7 +250,7 @@ def _without_mark(forward: Any) -> Any:
 
 def _poison_gradient(trainer: Any, job: Job) -> None:
     """Make the gradient or the loss of a step infinite, as an overflow in either would."""
-    engine = trainer.engines[0]
+    engine = trainer.engine
     train_step, forward = engine.train_step, engine.sae.forward
 
     def poisoned(raw: torch.Tensor, step: int) -> Any:
@@ -275,7 +274,7 @@ def _poison_gradient(trainer: Any, job: Job) -> None:
 
 def _compare_around(trainer: Any, bad_step: int) -> None:
     """Print whether step `bad_step` changed weights, ages or moments."""
-    engine = trainer.engines[0]
+    engine = trainer.engine
     train_step = engine.train_step
 
     def state() -> list[torch.Tensor]:

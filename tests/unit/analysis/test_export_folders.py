@@ -18,7 +18,8 @@ from analysis.origin import source_of
 from cluster.run_folder.errors import RunFileError
 from conf.schema.run import RunConfig
 from foundation.atomic_files import replaced_folder
-from sae_core.config import SAEConfig
+from sae_core.config import TopKConfig
+from sae_core.architectures.topk.inference import TopKInference
 from sae_core.inference import SAE, load_sae
 
 L, D, K = 12, 4, 3
@@ -26,9 +27,9 @@ L, D, K = 12, 4, 3
 
 def make_sae(hookpoint: str = "model.layers.9") -> SAE:
     torch.manual_seed(0)
-    config = SAEConfig(n_latents=L, k=K, hookpoint=hookpoint)
+    config = TopKConfig(n_latents=L, k=K, hookpoint=hookpoint)
     W_dec = torch.nn.functional.normalize(torch.randn(L, D), dim=1)
-    return SAE(config, torch.randn(L, D), W_dec, torch.randn(L), torch.randn(D), step=5)
+    return TopKInference(config, torch.randn(L, D), W_dec, torch.randn(L), torch.randn(D), step=5)
 
 
 @pytest.fixture
