@@ -31,6 +31,7 @@ from activation_store import Store, open_store
 from benchmarks.harness.one_rank import start_one_rank
 from benchmarks.harness.table import format_table, write_json
 from cluster.training.store_source import StoreSource
+from sae_core.architectures.topk.settings import topk_settings
 from sae_core.config import CheckpointConfig, OptimConfig, TopKConfig, TrainConfig, TrainerConfig
 from sae_core.distributed.mesh import Mesh
 from sae_core.kernels.prefilter import Prefilter, uncertified
@@ -162,7 +163,7 @@ def train(
         mesh = Mesh.create("cpu", 1, 1)
         trainer = Trainer(config, mesh, source, Path(folder), SEED, keep, report_every=10)
         # Not a config key: the Triton kernels set it themselves. Here the stock kernels try it.
-        kernels = trainer.engine.sae.plan.kernels
+        kernels = trainer.engine.sae.kernels
         kernels.gather_dtype = VARIANTS[name].get("gather_dtype")
         trainer.calibrate()
         _weaken(trainer, weakened)
@@ -173,7 +174,7 @@ def train(
             "L": config.sae.n_latents,
             "D": source.d_in,
             "B": BATCH_TOKENS,
-            "k": config.sae.k,
+            "k": config.sae.active_latents(),
             "tokens": config.train.tokens,
             "dead_after_tokens": config.sae.dead_after_tokens,
             "weakened": weakened,
@@ -193,9 +194,9 @@ def train(
 def _weaken(trainer: Trainer, share: float) -> None:
     """Scale the first `share` of the encoder's rows to a quarter."""
     engine = trainer.engine
-        with torch.no_grad():
-            engine.sae.W_enc[: int(share * len(engine.sae.W_enc))] /= 4
-        engine.sync_edited_parameters()
+    with torch.no_grad():
+        engine.sae.W_enc[: int(share * len(engine.sae.W_enc))] /= 4
+    engine.sync_edited_parameters()
 
 
 def _changed(base: TrainerConfig, values: dict[str, Any]) -> TrainerConfig:
@@ -219,7 +220,7 @@ def prefilter_rows(trainer: Trainer) -> list[dict[str, Any]]:
     sae = trainer.engine.sae
     exact = StockKernels(torch.float32)
     x = (sae.normalise(trainer.source.sample(CHECKED_ROWS)) - sae.b_dec).detach()
-    W, b, k = sae.W_enc.detach(), sae.b_enc.detach(), sae.config.k
+    W, b, k = sae.W_enc.detach(), sae.b_enc.detach(), topk_settings(sae.config).k
     wanted_values, wanted = exact.exact_topk(x, W, b, k)
 
     def float8_topk(x: SplitRows, W: SplitRows, b: torch.Tensor, count: int) -> Any:

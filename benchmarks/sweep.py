@@ -118,7 +118,7 @@ def measure(path: Path, configs: list[TrainerConfig]) -> list[dict[str, Any]]:
     ratios = [t / a for a, t in zip(taken["alone"], taken["together"], strict=True)]
     work = {
         "L": [config.sae.n_latents for config in configs],
-        "k": [config.sae.k for config in configs],
+        "k": [config.sae.active_latents() for config in configs],
         "B": BATCH_TOKENS,
         "steps": n_steps,
     }

@@ -85,6 +85,24 @@ class OptimConfig:
                 raise ConfigError(f"optim.{name}", value, "in [0, 1)")
         if self.eps <= 0:
             raise ConfigError("optim.eps", self.eps, "more than 0")
+        self._validate_update(zero_stage, sparse_gradient)
+        if self.clip_norm < 0:
+            raise ConfigError("optim.clip_norm", self.clip_norm, "0 (off) or more")
+        if self.warmup_tokens < 0 or self.decay_tokens < 0:
+            raise ConfigError(
+                "optim.warmup_tokens, optim.decay_tokens",
+                (self.warmup_tokens, self.decay_tokens),
+                "0 or more",
+            )
+        if self.warmup_tokens + self.decay_tokens > train_tokens:
+            raise ConfigError(
+                "optim.warmup_tokens + optim.decay_tokens",
+                self.warmup_tokens + self.decay_tokens,
+                f"at most train.tokens={train_tokens}",
+                "shorten the warm-up or the decay, or raise train.tokens",
+            )
+
+    def _validate_update(self, zero_stage: int, sparse_gradient: bool) -> None:
         if self.update not in ("auto", "fused", "dense"):
             raise ConfigError("optim.update", self.update, "auto, fused or dense")
         if self.update == "fused" and zero_stage:
@@ -108,21 +126,6 @@ class OptimConfig:
                 self.moments,
                 "float32 with the dense update, which uses torch's own Adam",
                 "set optim.update=fused and parallel.zero_stage=0, or optim.moments=float32",
-            )
-        if self.clip_norm < 0:
-            raise ConfigError("optim.clip_norm", self.clip_norm, "0 (off) or more")
-        if self.warmup_tokens < 0 or self.decay_tokens < 0:
-            raise ConfigError(
-                "optim.warmup_tokens, optim.decay_tokens",
-                (self.warmup_tokens, self.decay_tokens),
-                "0 or more",
-            )
-        if self.warmup_tokens + self.decay_tokens > train_tokens:
-            raise ConfigError(
-                "optim.warmup_tokens + optim.decay_tokens",
-                self.warmup_tokens + self.decay_tokens,
-                f"at most train.tokens={train_tokens}",
-                "shorten the warm-up or the decay, or raise train.tokens",
             )
 
 
@@ -353,9 +356,7 @@ class TrainerConfig:
         """
         check_settings(self.sae)
         self.train.validate()
-        self.optim.validate(
-            self.train.tokens, self.parallel.zero_stage, self.sae.sparse_gradient
-        )
+        self.optim.validate(self.train.tokens, self.parallel.zero_stage, self.sae.sparse_gradient)
         self.parallel.validate(self.sae.n_latents, self.train.batch_tokens)
         self.checkpoint.validate()
 

@@ -63,10 +63,15 @@ def _fvu(totals: Totals) -> float:
 
 
 TRAINING_METRICS = (
-    TrainingMetric("loss", "", "loss of the global batch, mean over steps", mean_over_steps("loss")),
+    TrainingMetric(
+        "loss", "", "loss of the global batch, mean over steps", mean_over_steps("loss")
+    ),
     TrainingMetric("fvu", "", "fraction of variance unexplained, over all rows", _fvu),
     TrainingMetric(
-        "l0", "latents/token", "active latents per token, mean over rows", mean_over_rows("n_active")
+        "l0",
+        "latents/token",
+        "active latents per token, mean over rows",
+        mean_over_rows("n_active"),
     ),
     TrainingMetric(
         "dead_fraction",

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from foundation.atomic_files import write_json
+from sae_core.architectures.topk.settings import topk_settings
 from sae_core.checkpoint.stored_sae import write_rows
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ def sparsify_config(sae: StoredSAE) -> dict[str, Any]:
         "expansion_factor": max(sae.config.n_latents // sae.d_model, 1),
         "normalize_decoder": True,
         "num_latents": sae.config.n_latents,
-        "k": sae.config.k,
+        "k": topk_settings(sae.config).k,
         "multi_topk": False,
         "skip_connection": False,
         "transcode": False,

@@ -12,7 +12,14 @@ import torch
 from benchmarks.step.work import Call, Case, Inputs, Setup, Work
 from sae_core.architectures.base import SparseAutoencoder
 from sae_core.architectures.registry import build_sae
-from sae_core.config import OptimConfig, ParallelConfig, TopKConfig, TrainConfig, TrainerConfig
+from sae_core.config import (
+    OptimConfig,
+    ParallelConfig,
+    SAEConfig,
+    TopKConfig,
+    TrainConfig,
+    TrainerConfig,
+)
 from sae_core.distributed.mesh import Mesh
 from sae_core.engine.deepspeed_engine import SAEEngine
 from sae_core.engine.fused_adam import FusedRowAdam
@@ -280,7 +287,9 @@ def _one_rank_mesh(device_type: str) -> Mesh:
     return Mesh.create(device_type, 1, 1)
 
 
-def fresh_sae(config: TopKConfig, d_model: int, kernels: Kernels, device: torch.device) -> SparseAutoencoder:
+def fresh_sae(
+    config: SAEConfig, d_model: int, kernels: Kernels, device: torch.device
+) -> SparseAutoencoder:
     """Make an SAE with random unit rows directly on the device: it may not fit host memory.
 
     Args:

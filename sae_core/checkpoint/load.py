@@ -98,8 +98,7 @@ def load_checkpoint(folder: Path, engine: SAEEngine) -> CheckpointState:
         engine.sae.get_buffer(name).copy_(buffer)
     local_moments = {
         name: {
-            moment: local_part(loaded[f"{engine.name}.{name}.{moment}"])
-            for moment in moments[name]
+            moment: local_part(loaded[f"{engine.name}.{name}.{moment}"]) for moment in moments[name]
         }
         for name in parameters
     }
@@ -159,6 +158,5 @@ def _check_same_sae(folder: Path, state: CheckpointState, engine: SAEEngine) -> 
     if differing:
         what = ", ".join(f"{key} {theirs.get(key)!r} -> {ours[key]!r}" for key in differing)
         raise CheckpointError(
-            f"{folder}: {engine.name} was trained with other settings: {what}; use another run "
-            "name"
+            f"{folder}: {engine.name} was trained with other settings: {what}; use another run name"
         )

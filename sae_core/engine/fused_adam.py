@@ -61,7 +61,7 @@ class FusedRowAdam(ShardedAdam):
         return result
 
     def _collect(self, gradient: SparseGradient) -> None:
-        """Receive the sparse gradient of a backward pass; see `SparseAutoencoder.send_gradient_to`."""
+        """Receive the sparse gradient of a backward pass; see `send_gradient_to` of the SAE."""
         assert self._gradient is None, "two backward passes without a step between them"
         self._gradient = gradient
 

@@ -26,9 +26,7 @@ class KernelBody:
     """Values of `train.compute_dtype` with which it can use them."""
 
 
-STOCK = KernelBody(
-    "sae_core.kernels.stock.body:build", ("bfloat16x3", "bfloat16"), ("float32",)
-)
+STOCK = KernelBody("sae_core.kernels.stock.body:build", ("bfloat16x3", "bfloat16"), ("float32",))
 TRITON = KernelBody("sae_core.kernels.triton.body:build", ("float8",), ("float32", "bfloat16"))
 REFERENCE = KernelBody("sae_core.kernels.reference:build")
 

@@ -15,9 +15,9 @@ from safetensors.torch import load_file, save_file
 from analysis.export import stage as export_stage
 from benchmarks.harness.peers import HOW_TO_MAKE, PEERS_PYTHON, peer_environment, peers_available
 from conf.schema.run import RunConfig
+from sae_core.architectures.topk.inference import TopKInference
 from sae_core.config import TopKConfig
 from sae_core.errors import CheckpointError
-from sae_core.architectures.topk.inference import TopKInference
 from sae_core.inference import SAE, load_sae
 from tests.support.paths import ROOT
 

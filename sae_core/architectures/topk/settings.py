@@ -61,6 +61,17 @@ class TopKConfig(SAEConfig):
         return AuxiliaryPath(self.auxk or default_auxk(d_model), self.auxk_rows)
 
 
+def topk_settings(settings: SAEConfig) -> TopKConfig:
+    """Return settings that must be those of a TopK SAE, for code that supports no other.
+
+    Raises:
+        ConfigError: If they are of another architecture.
+    """
+    if not isinstance(settings, TopKConfig) or settings.architecture != "topk":
+        raise ConfigError("sae.architecture", settings.architecture, "topk")
+    return settings
+
+
 def default_auxk(d_model: int) -> int:
     """Return d_model / 2 rounded down to a power of two, at least 1."""
     half = max(d_model // 2, 1)

@@ -18,8 +18,8 @@ from analysis.origin import source_of
 from cluster.run_folder.errors import RunFileError
 from conf.schema.run import RunConfig
 from foundation.atomic_files import replaced_folder
-from sae_core.config import TopKConfig
 from sae_core.architectures.topk.inference import TopKInference
+from sae_core.config import TopKConfig
 from sae_core.inference import SAE, load_sae
 
 L, D, K = 12, 4, 3
