@@ -12,7 +12,6 @@ from analysis.number_format import value_text
 if TYPE_CHECKING:
     from analysis.origin import Source
     from conf.schema.run import RunConfig
-    from sae_core.architectures.topk.settings import topk_settings
     from sae_core.checkpoint.stored_sae import StoredSAE
 
 # Licences of the model and the text in the shipped configs.
@@ -64,10 +63,12 @@ def _front_matter(source: Source) -> str:
 
 
 def _facts(sae: StoredSAE, source: Source, config: RunConfig) -> str:
+    active = sae.config.active_latents()
+    sparsity = "" if active is None else f", k = {active}"
     rows = {
         "model": source.model + (f" @ {source.revision}" if source.revision else ""),
         "hookpoint": f"output of `{source.hookpoint}`, width {sae.d_model}",
-        "dictionary": f"{sae.config.n_latents:,} latents, k = {topk_settings(sae.config).k}, unit-norm decoder",
+        "dictionary": f"{sae.config.n_latents:,} latents{sparsity}, unit-norm decoder",
         "text": f"{source.dataset}, contexts of {source.context_tokens} tokens",
         "training": f"{sae.step:,} steps of {config.train.batch_tokens:,} tokens",
         "checkpoint": str(sae.metadata.get("checkpoint", f"step {sae.step}")),

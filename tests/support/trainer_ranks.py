@@ -17,11 +17,13 @@ from sae_core.config import (
     CheckpointConfig,
     OptimConfig,
     ParallelConfig,
+    SAEConfig,
     TopKConfig,
     TrainConfig,
     TrainerConfig,
 )
 from sae_core.training.source import Batch
+from tests.support.toy_members import ToyConfig, registered_toys
 
 D, N_LATENTS, BATCH, STEPS = 24, 250, 48, 50
 
@@ -90,6 +92,8 @@ class Job:
     poison_step: int | None = None
     """Step whose batch contains NaN on rank `poison_rank`."""
     poison_rank: int = 0
+    architecture: str = "topk"
+    """topk, or toy (see `tests.support.toy_members`)."""
     overrides: dict[str, Any] = field(default_factory=dict)
     """Values to set in the SAE's config."""
     moments: str = "float32"
@@ -98,7 +102,9 @@ class Job:
 
 def config_of(job: Job) -> TrainerConfig:
     """Return the trainer's config of a job."""
-    sae = TopKConfig(n_latents=N_LATENTS, k=6, auxk=8, dead_after_tokens=8 * BATCH)
+    sae: SAEConfig = TopKConfig(n_latents=N_LATENTS, k=6, auxk=8, dead_after_tokens=8 * BATCH)
+    if job.architecture == "toy":
+        sae = ToyConfig(n_latents=N_LATENTS, dead_after_tokens=8 * BATCH)
     for key, value in job.overrides.items():
         setattr(sae, key, value)
     return TrainerConfig(
@@ -195,7 +201,7 @@ def _rank_main(job: Job) -> None:
         if job.steps == trainer.step:  # no step left: save the loaded state again
             trainer.save()
     train_to_end(trainer)
-    if job.update != "dense" and job.zero_stage == 0:
+    if trainer.engine.fused:
         sae = trainer.engine.sae
         assert all(p.grad is None for p in (sae.W_enc, sae.W_dec, sae.b_enc)), "dense gradient"
     if dist.get_rank() == 0:
@@ -304,4 +310,5 @@ class _Without:
 
 
 if __name__ == "__main__":
-    _rank_main(Job(**json.loads(sys.argv[1])))
+    with registered_toys():
+        _rank_main(Job(**json.loads(sys.argv[1])))
