@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import cast
 
 import hydra
-from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from cluster.openmp import waiting_variables
+from conf.config_store import store_schemas
 from conf.schema.run import RunConfig
 
 SCALING_LAWS = ("harvest", "sweep", "fit")
@@ -46,7 +46,7 @@ folder of the sweep.)"""
 STAGES_OF_EXISTING_RUNS = ("evaluate", "export", "report", "verify", "repair", "reshard", "status")
 MODULES = {**STAGES, HARVEST_AND_TRAIN: "cluster.concurrent"}
 
-ConfigStore.instance().store(name="run_schema", node=RunConfig)
+store_schemas()
 
 
 @hydra.main(config_path="conf", config_name="config", version_base="1.3")

@@ -177,7 +177,7 @@ def heldout_fvu(trainer: Trainer, rows: torch.Tensor) -> float:
     Computed on normalised rows. Normalising shifts and scales all rows alike, so the FVU is the
     same as in raw units.
     """
-    sae = trainer.engines[0].sae
+    sae = trainer.engine.sae
     error = sum(float(sae(part).squared_error) for part in rows.split(BATCH_ROWS))
     x = sae.normalise(rows).double()
     return error / float((x - x.mean(0)).square().sum())

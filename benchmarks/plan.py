@@ -36,7 +36,7 @@ from conf.schema.logging import LoggingConfig
 from conf.schema.model import ModelConfig
 from conf.schema.plan import PlanConfig
 from conf.schema.run import RunConfig
-from sae_core.config import CheckpointConfig, OptimConfig, ParallelConfig, SAEConfig, TrainConfig
+from sae_core.config import CheckpointConfig, OptimConfig, ParallelConfig, TopKConfig, TrainConfig
 
 _COLUMNS = ("work", "system", "op", "median_s", "ratio", "tokens_per_s", "peak_bytes", "peak_ratio")
 _ITEM_ROWS = 8192
@@ -98,7 +98,7 @@ def config_of(case: Case, store: Path, name: str, steps: int) -> RunConfig:
         stage="train",
         model=ModelConfig(hookpoints=["acts"], d_model=case.D),
         store=StoreConfig(path=str(store), buffer_tokens=_ITEM_ROWS, window_items=2),
-        sae=SAEConfig(n_latents=case.L, k=case.k),
+        sae=TopKConfig(n_latents=case.L, k=case.k),
         optim=OptimConfig(lr=1e-4),
         train=TrainConfig(
             tokens=steps * case.B, batch_tokens=case.B, sample_tokens=4096, device="cpu"

@@ -31,7 +31,8 @@ from activation_store import Store, open_store
 from benchmarks.harness.one_rank import start_one_rank
 from benchmarks.harness.table import format_table, write_json
 from cluster.training.store_source import StoreSource
-from sae_core.config import CheckpointConfig, OptimConfig, SAEConfig, TrainConfig, TrainerConfig
+from sae_core.architectures.topk.settings import topk_settings
+from sae_core.config import CheckpointConfig, OptimConfig, TopKConfig, TrainConfig, TrainerConfig
 from sae_core.distributed.mesh import Mesh
 from sae_core.kernels.prefilter import Prefilter, uncertified
 from sae_core.kernels.stock.body import StockKernels
@@ -123,7 +124,7 @@ def base_config(
         lr: learning rate; None: 2e-3 at 4096 latents, scaled as 1/sqrt(n_latents).
     """
     return TrainerConfig(
-        SAEConfig(n_latents=n_latents, k=k, auxk=256, dead_after_tokens=dead_after_tokens),
+        TopKConfig(n_latents=n_latents, k=k, auxk=256, dead_after_tokens=dead_after_tokens),
         OptimConfig(
             lr=lr or 2e-3 * (4096 / n_latents) ** 0.5,
             warmup_tokens=tokens // 20,
@@ -162,7 +163,7 @@ def train(
         mesh = Mesh.create("cpu", 1, 1)
         trainer = Trainer(config, mesh, source, Path(folder), SEED, keep, report_every=10)
         # Not a config key: the Triton kernels set it themselves. Here the stock kernels try it.
-        kernels = trainer.engines[0].sae.plan.kernels
+        kernels = trainer.engine.sae.kernels
         kernels.gather_dtype = VARIANTS[name].get("gather_dtype")
         trainer.calibrate()
         _weaken(trainer, weakened)
@@ -173,7 +174,7 @@ def train(
             "L": config.sae.n_latents,
             "D": source.d_in,
             "B": BATCH_TOKENS,
-            "k": config.sae.k,
+            "k": config.sae.active_latents(),
             "tokens": config.train.tokens,
             "dead_after_tokens": config.sae.dead_after_tokens,
             "weakened": weakened,
@@ -192,10 +193,10 @@ def train(
 
 def _weaken(trainer: Trainer, share: float) -> None:
     """Scale the first `share` of the encoder's rows to a quarter."""
-    for engine in trainer.engines:
-        with torch.no_grad():
-            engine.sae.W_enc[: int(share * len(engine.sae.W_enc))] /= 4
-        engine.sync_edited_parameters()
+    engine = trainer.engine
+    with torch.no_grad():
+        engine.sae.W_enc[: int(share * len(engine.sae.W_enc))] /= 4
+    engine.sync_edited_parameters()
 
 
 def _changed(base: TrainerConfig, values: dict[str, Any]) -> TrainerConfig:
@@ -216,10 +217,10 @@ def prefilter_rows(trainer: Trainer) -> list[dict[str, Any]]:
         no row is certified. `low_precision_equal_rows`: share of all rows whose low-precision TopK
         is already exact.
     """
-    sae = trainer.engines[0].sae
+    sae = trainer.engine.sae
     exact = StockKernels(torch.float32)
     x = (sae.normalise(trainer.source.sample(CHECKED_ROWS)) - sae.b_dec).detach()
-    W, b, k = sae.W_enc.detach(), sae.b_enc.detach(), sae.config.k
+    W, b, k = sae.W_enc.detach(), sae.b_enc.detach(), topk_settings(sae.config).k
     wanted_values, wanted = exact.exact_topk(x, W, b, k)
 
     def float8_topk(x: SplitRows, W: SplitRows, b: torch.Tensor, count: int) -> Any:

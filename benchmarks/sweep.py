@@ -28,7 +28,7 @@ from activation_store.storage.local import LocalStorage
 from benchmarks.harness.one_rank import start_one_rank
 from benchmarks.harness.table import format_table, write_json
 from cluster.training.store_source import StoreSource
-from sae_core.config import CheckpointConfig, OptimConfig, SAEConfig, TrainConfig, TrainerConfig
+from sae_core.config import CheckpointConfig, OptimConfig, TopKConfig, TrainConfig, TrainerConfig
 from sae_core.distributed.mesh import Mesh
 from sae_core.training.malloc import keep_freed_memory
 from sae_core.training.shared_source import SharedSource
@@ -118,7 +118,7 @@ def measure(path: Path, configs: list[TrainerConfig]) -> list[dict[str, Any]]:
     ratios = [t / a for a, t in zip(taken["alone"], taken["together"], strict=True)]
     work = {
         "L": [config.sae.n_latents for config in configs],
-        "k": [config.sae.k for config in configs],
+        "k": [config.sae.active_latents() for config in configs],
         "B": BATCH_TOKENS,
         "steps": n_steps,
     }
@@ -162,8 +162,8 @@ def _seconds(sides: list[Side], n_steps: int) -> float:
 def _require_same(alone: list[Side], together: Side) -> None:
     """Raise RuntimeError if a weight differs between the two sides."""
     for index, (side, trainer) in enumerate(zip(alone, together.trainers, strict=True)):
-        other = dict(side.trainers[0].engines[0].sae.named_parameters())
-        for name, tensor in trainer.engines[0].sae.named_parameters():
+        other = dict(side.trainers[0].engine.sae.named_parameters())
+        for name, tensor in trainer.engine.sae.named_parameters():
             if not torch.equal(tensor, other[name]):
                 raise RuntimeError(f"SAE {index}: {name} differs between alone and together")
 
@@ -172,7 +172,7 @@ def configs_of(n_latents: list[int], ks: list[int], tokens: int) -> list[Trainer
     """Return a config for every combination of size and k, each for `tokens` training tokens."""
     return [
         TrainerConfig(
-            SAEConfig(n_latents=n, k=k, dead_after_tokens=100_000),
+            TopKConfig(n_latents=n, k=k, dead_after_tokens=100_000),
             OptimConfig(lr_at_16k=1e-3, warmup_tokens=tokens // 20),
             TrainConfig(tokens, BATCH_TOKENS),
             checkpoint=CheckpointConfig(every_tokens=10**12),

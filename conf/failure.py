@@ -10,6 +10,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from conf.schema.run import RunConfig
 from foundation.errors import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_PREEMPTED, FoundryError
+from sae_core.architectures.registry import ARCHITECTURES
 
 _NOISE = ("object_type=", "reference_type=", "To append to", "Config search path", "provider=")
 """Beginnings of lines in Hydra's messages that do not help the user."""
@@ -40,11 +41,19 @@ def _config_message(error: BaseException) -> str:
         lines += str(error.__cause__).splitlines()
     kept = [line.strip().rstrip(".:") for line in lines]
     message = "; ".join(line for line in kept if line and not line.startswith(_NOISE))
-    unknown = re.search(r"full_key: ([\w.]+)", message)
-    if unknown and "not in" in message:
-        near = difflib.get_close_matches(unknown[1], _keys(RunConfig()), n=2)
+    unknown = re.search(r"not in '(\w+)'; full_key: ([\w.]+)", message)
+    if unknown:
+        near = difflib.get_close_matches(unknown[2], _keys(_config_with(unknown[1])), n=2)
         message += f"; did you mean {' or '.join(near)}?" if near else ""
     return message
+
+
+def _config_with(part: str) -> RunConfig:
+    """Return a config with the SAE settings of class `part`; with the default ones if none are."""
+    for _, architecture in ARCHITECTURES.items():
+        if architecture.settings.__name__ == part:
+            return RunConfig(sae=architecture.settings())
+    return RunConfig()
 
 
 def _keys(config: object, prefix: str = "") -> list[str]:

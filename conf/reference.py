@@ -6,7 +6,6 @@ import ast
 import inspect
 from collections.abc import Iterator
 from dataclasses import MISSING, Field, fields, is_dataclass
-from functools import cache
 from typing import Any, NamedTuple
 
 from conf.schema.run import RunConfig
@@ -121,7 +120,6 @@ def _default(part: Field[Any]) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-@cache
 def field_docstrings(kind: type) -> dict[str, str]:
     """Return the text below each field of a dataclass, also of those it inherits.
 

@@ -15,6 +15,8 @@ from omegaconf.errors import OmegaConfBaseException
 from conf.schema.run import RunConfig
 from conf.schema.sweep import SweepConfig
 from foundation.errors import ConfigError
+from sae_core.architectures.registry import with_architecture
+from sae_core.architectures.settings import SAEConfig
 
 _OVERRIDABLE = ("sae.", "optim.", "train.tokens=")
 """Prefixes of the settings that an override may change for one cell.
@@ -36,9 +38,10 @@ def cells_of(config: RunConfig, run_dir: Path) -> dict[str, RunConfig]:
             names an unknown cell or a setting that it may not change.
     """
     sweep = config.sweep
+    active: list[int | None] = [*sweep.k] or [None]
     axes = (
         sorted(sweep.n_latents) or [config.sae.n_latents],
-        sweep.k or [config.sae.k],
+        active,
         sweep.lr or [config.optim.lr],
         sweep.seed or [config.seed],
         sweep.architecture or [config.sae.architecture],
@@ -46,14 +49,15 @@ def cells_of(config: RunConfig, run_dir: Path) -> dict[str, RunConfig]:
     own = _by_cell(sweep.overrides)
     cells = {}
     for n_latents, k, lr, seed, architecture in product(*axes):
-        name = _name(sweep, n_latents, k, lr, seed, architecture)
+        sae = _settings(config.sae, architecture, n_latents, k)
+        name = _name(sweep, sae, lr, seed)
         cell = replace(
             copy.deepcopy(config),
             name=name,
             stage="train",
             seed=seed,
             runs_dir=str(run_dir),
-            sae=replace(config.sae, n_latents=n_latents, k=k, architecture=architecture),
+            sae=sae,
             optim=replace(config.optim, lr=lr),
             store=replace(config.store, order_seed=config.order_seed),
             sweep=SweepConfig(),
@@ -70,17 +74,39 @@ def cells_of(config: RunConfig, run_dir: Path) -> dict[str, RunConfig]:
     return cells
 
 
-def _name(
-    sweep: SweepConfig, n_latents: int, k: int, lr: float | None, seed: int, architecture: str
-) -> str:
+def _settings(base: SAEConfig, architecture: str, n_latents: int, k: int | None) -> SAEConfig:
+    """Return a cell's settings: those of `base`, with the cell's values of the axes.
+
+    Args:
+        base: The sweep's settings; another architecture takes over the fields that both have.
+        architecture: The cell's architecture.
+        n_latents: The cell's number of latents.
+        k: The cell's number of active latents; None: the sweep has no such axis.
+    """
+    values: dict[str, Any] = {"n_latents": n_latents} | ({} if k is None else {"k": k})
+    settings = with_architecture(base, architecture)
+    for axis, value in values.items():
+        if not hasattr(settings, axis):
+            raise ConfigError(
+                f"sweep.{axis}",
+                value,
+                f"no values, because the architecture {architecture} has no setting sae.{axis}",
+                "sweep the architectures that have it separately",
+            )
+    return replace(settings, **values)
+
+
+def _name(sweep: SweepConfig, sae: SAEConfig, lr: float | None, seed: int) -> str:
     """Return a name like `n1024-k32-lr0.001-seed1-topk`.
 
-    Its last three parts are there only if the sweep sets values for these axes.
+    Its last three parts are there only if the sweep sets values for these axes, and k only if the
+    architecture has it.
     """
-    parts = [f"n{n_latents}", f"k{k}"]
+    parts = [f"n{sae.n_latents}"]
+    parts += [f"k{sae.k}"] if hasattr(sae, "k") else []
     parts += [f"lr{'auto' if lr is None else f'{lr:g}'}"] if sweep.lr else []
     parts += [f"seed{seed}"] if sweep.seed else []
-    parts += [re.sub(r"[^A-Za-z0-9._-]+", "_", architecture)] if sweep.architecture else []
+    parts += [re.sub(r"[^A-Za-z0-9._-]+", "_", sae.architecture)] if sweep.architecture else []
     return "-".join(parts)
 
 

@@ -77,8 +77,7 @@ class Registry(Generic[T]):
         """
         self.check(name)
         if name not in self._members:
-            module, _, attribute = self._places[name].partition(":")
-            self._members[name] = cast(T, _attribute(import_module(module), attribute))
+            self._members[name] = cast(T, import_attribute(self._places[name]))
         return self._members[name]
 
     def check(self, name: str, key: str | None = None) -> None:
@@ -100,7 +99,10 @@ class Registry(Generic[T]):
             yield name, self[name]
 
 
-def _attribute(module: Any, path: str) -> Any:
+def import_attribute(place: str) -> Any:
+    """Import what "module:attribute" names; the attribute may have dots."""
+    module, _, path = place.partition(":")
+    value: Any = import_module(module)
     for part in path.split("."):
-        module = getattr(module, part)
-    return module
+        value = getattr(value, part)
+    return value

@@ -8,55 +8,20 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from foundation.errors import ConfigError
+from sae_core.architectures.registry import check_settings
+from sae_core.architectures.settings import SAEConfig
+from sae_core.architectures.topk.settings import TopKConfig
+from sae_core.kernels.registry import KERNELS, default_kernels
 
-
-@dataclass
-class SAEConfig:
-    """Settings of one sparse autoencoder."""
-
-    architecture: str = "topk"
-    """Name of the architecture in the registry."""
-    hookpoint: str | None = None
-    """Hookpoint (array of the store) that this SAE reconstructs; null: the store's first one."""
-    n_latents: int = 4096
-    """Number of latents in the dictionary."""
-    k: int = 32
-    """Number of active latents per token."""
-    auxk: int | None = None
-    """Number of dead latents per token with which the auxiliary loss explains the residual; null:
-    d_model / 2, rounded down to a power of two."""
-    auxk_coef: float = 1 / 32
-    """Weight of the auxiliary loss; 0 switches it off."""
-    auxk_rows: float = 1.0
-    """Fraction of the batch rows used to estimate the auxiliary loss; 1: all of them."""
-    dead_after_tokens: int = 10_000_000
-    """A latent counts as dead when it has not fired on this many training tokens."""
-
-    def validate(self) -> None:
-        """Validate all fields.
-
-        Raises:
-            ConfigError: If a value is out of range.
-        """
-        if self.architecture != "topk":
-            raise ConfigError("sae.architecture", self.architecture, "one of: topk")
-        if self.n_latents < 1:
-            raise ConfigError("sae.n_latents", self.n_latents, "at least 1")
-        if not 1 <= self.k <= self.n_latents:
-            raise ConfigError(
-                "sae.k",
-                self.k,
-                f"between 1 and sae.n_latents={self.n_latents}",
-                "lower sae.k or raise sae.n_latents",
-            )
-        if self.auxk is not None and self.auxk < 1:
-            raise ConfigError("sae.auxk", self.auxk, "at least 1, or null for d_model / 2")
-        if self.auxk_coef < 0:
-            raise ConfigError("sae.auxk_coef", self.auxk_coef, "0 (off) or more")
-        if not 0 < self.auxk_rows <= 1:
-            raise ConfigError("sae.auxk_rows", self.auxk_rows, "a fraction above 0 and at most 1")
-        if self.dead_after_tokens < 1:
-            raise ConfigError("sae.dead_after_tokens", self.dead_after_tokens, "at least 1")
+__all__ = [
+    "CheckpointConfig",
+    "OptimConfig",
+    "ParallelConfig",
+    "SAEConfig",
+    "TopKConfig",
+    "TrainConfig",
+    "TrainerConfig",
+]
 
 
 @dataclass
@@ -82,25 +47,33 @@ class OptimConfig:
     """Largest global gradient norm; larger gradients are clipped to it. 0 switches clipping off."""
     update: str = "auto"
     """How dictionary rows are updated: fused (only the rows that were used, without a dense
-    gradient; needs ZeRO 0), dense, or auto (fused with ZeRO 0, else dense)."""
+    gradient; needs ZeRO 0 and an architecture with sparse gradients, such as topk), dense, or auto
+    (fused where that is possible, else dense)."""
     moments: str = "float32"
     """Dtype of Adam's moments of both matrices: float32 (exact), or bfloat16 with stochastic
     rounding (half the bytes, unbiased; needs the fused update)."""
 
-    def fused(self, zero_stage: int) -> bool:
-        """Return True if dictionary rows are updated without a dense gradient."""
-        return self.update == "fused" or (self.update == "auto" and zero_stage == 0)
+    def fused(self, zero_stage: int, sparse_gradient: bool) -> bool:
+        """Return True if dictionary rows are updated without a dense gradient.
 
-    def validate(self, train_tokens: int, zero_stage: int) -> None:
+        Args:
+            zero_stage: ZeRO stage (`parallel.zero_stage`).
+            sparse_gradient: Whether the architecture has one (`SAEConfig.sparse_gradient`).
+        """
+        possible = zero_stage == 0 and sparse_gradient
+        return self.update == "fused" or (self.update == "auto" and possible)
+
+    def validate(self, train_tokens: int, zero_stage: int, sparse_gradient: bool) -> None:
         """Validate all fields.
 
         Args:
             train_tokens: Training tokens in all (`train.tokens`).
             zero_stage: ZeRO stage (`parallel.zero_stage`).
+            sparse_gradient: Whether the architecture has one (`SAEConfig.sparse_gradient`).
 
         Raises:
             ConfigError: If a value is out of range, or warm-up and decay together are longer than
-                training, or `update` or `moments` does not fit the ZeRO stage.
+                training, or `update` or `moments` does not fit the ZeRO stage or the architecture.
         """
         if self.lr is not None and self.lr <= 0:
             raise ConfigError("optim.lr", self.lr, "more than 0, or null for the 1/sqrt(n) rule")
@@ -112,24 +85,7 @@ class OptimConfig:
                 raise ConfigError(f"optim.{name}", value, "in [0, 1)")
         if self.eps <= 0:
             raise ConfigError("optim.eps", self.eps, "more than 0")
-        if self.update not in ("auto", "fused", "dense"):
-            raise ConfigError("optim.update", self.update, "auto, fused or dense")
-        if self.update == "fused" and zero_stage:
-            raise ConfigError(
-                "optim.update",
-                self.update,
-                "dense or auto with parallel.zero_stage=1, because ZeRO flattens the rows that the "
-                "fused update needs",
-            )
-        if self.moments not in ("float32", "bfloat16"):
-            raise ConfigError("optim.moments", self.moments, "float32 or bfloat16")
-        if self.moments != "float32" and not self.fused(zero_stage):
-            raise ConfigError(
-                "optim.moments",
-                self.moments,
-                "float32 with the dense update, which uses torch's own Adam",
-                "set optim.update=fused and parallel.zero_stage=0, or optim.moments=float32",
-            )
+        self._validate_update(zero_stage, sparse_gradient)
         if self.clip_norm < 0:
             raise ConfigError("optim.clip_norm", self.clip_norm, "0 (off) or more")
         if self.warmup_tokens < 0 or self.decay_tokens < 0:
@@ -144,6 +100,32 @@ class OptimConfig:
                 self.warmup_tokens + self.decay_tokens,
                 f"at most train.tokens={train_tokens}",
                 "shorten the warm-up or the decay, or raise train.tokens",
+            )
+
+    def _validate_update(self, zero_stage: int, sparse_gradient: bool) -> None:
+        if self.update not in ("auto", "fused", "dense"):
+            raise ConfigError("optim.update", self.update, "auto, fused or dense")
+        if self.update == "fused" and zero_stage:
+            raise ConfigError(
+                "optim.update",
+                self.update,
+                "dense or auto with parallel.zero_stage=1, because ZeRO flattens the rows that the "
+                "fused update needs",
+            )
+        if self.update == "fused" and not sparse_gradient:
+            raise ConfigError(
+                "optim.update",
+                self.update,
+                "dense or auto, because this architecture gives no sparse gradient",
+            )
+        if self.moments not in ("float32", "bfloat16"):
+            raise ConfigError("optim.moments", self.moments, "float32 or bfloat16")
+        if self.moments != "float32" and not self.fused(zero_stage, sparse_gradient):
+            raise ConfigError(
+                "optim.moments",
+                self.moments,
+                "float32 with the dense update, which uses torch's own Adam",
+                "set optim.update=fused and parallel.zero_stage=0, or optim.moments=float32",
             )
 
 
@@ -163,8 +145,9 @@ class TrainConfig:
     """Dtype of matrix products: float32, tf32 (triton kernels), bfloat16, or auto (bfloat16 on
     cuda, float32 on cpu)."""
     kernels: str = "auto"
-    """Implementation of the sparse operations: stock (torch), triton (CUDA), reference (plain and
-    slow, for tests), or auto (triton on cuda, stock elsewhere)."""
+    """Kernel body, which implements the sparse operations: stock (torch), triton (CUDA), reference
+    (plain and slow, for tests), another registered one, or auto (triton on cuda, stock
+    elsewhere)."""
     prefilter: str = "auto"
     """Low-precision product that finds TopK candidates, which are then rescored exactly. Rows whose
     candidates are not certified to hold the k largest are encoded again in full.
@@ -206,11 +189,9 @@ class TrainConfig:
             raise ConfigError(
                 "train.compute_dtype", self.compute_dtype, "auto, float32, tf32 or bfloat16"
             )
-        prefilters = ("auto", "none", "bfloat16x3", "bfloat16", "float8")
-        if self.prefilter not in prefilters:
-            raise ConfigError("train.prefilter", self.prefilter, f"one of {', '.join(prefilters)}")
-        if self.kernels not in ("auto", "stock", "triton", "reference"):
-            raise ConfigError("train.kernels", self.kernels, "auto, stock, triton or reference")
+        if self.kernels != "auto" and self.kernels not in KERNELS:
+            names = ", ".join(["auto", *KERNELS.names()])
+            raise ConfigError("train.kernels", self.kernels, f"one of: {names}")
         self._validate_prefilter()
         if self.threads_per_rank is not None and self.threads_per_rank < 1:
             raise ConfigError(
@@ -222,23 +203,24 @@ class TrainConfig:
 
     def _validate_prefilter(self) -> None:
         """Check the prefilter as far as possible before a rank knows its device."""
-        by_device = {"cpu": "stock", "cuda": "triton"}
-        kernels = by_device.get(self.device) if self.kernels == "auto" else self.kernels
-        if kernels is None or self.prefilter in ("auto", "none"):
+        if self.prefilter in ("auto", "none"):
             return
-        possible = {"stock": ("bfloat16x3", "bfloat16"), "triton": ("float8",)}.get(kernels, ())
-        if self.prefilter not in possible:
-            names = ", ".join(("auto", "none", *possible))
-            raise ConfigError(
-                "train.prefilter", self.prefilter, f"one of {names} with train.kernels={kernels}"
-            )
-        if self.compute_dtype == "tf32" or (
-            kernels == "stock" and self.compute_dtype == "bfloat16"
-        ):
+        name = self.kernels
+        if name == "auto" and self.device != "auto":
+            name = default_kernels(self.device)
+        bodies = [body for _, body in KERNELS.items()] if name == "auto" else [KERNELS[name]]
+        able = [body for body in bodies if self.prefilter in body.prefilters]
+        if not able:
+            names = ["auto", "none", *(known for body in bodies for known in body.prefilters)]
             raise ConfigError(
                 "train.prefilter",
                 self.prefilter,
-                f"none with train.compute_dtype={self.compute_dtype}",
+                f"one of {', '.join(names)} with train.kernels={name}",
+            )
+        dtype = self.compute_dtype
+        if dtype != "auto" and not any(dtype in body.prefilter_dtypes for body in able):
+            raise ConfigError(
+                "train.prefilter", self.prefilter, f"none with train.compute_dtype={dtype}"
             )
 
     @property
@@ -360,7 +342,7 @@ class CheckpointConfig:
 class TrainerConfig:
     """All settings of the trainer. The run's config has these parts under the same names."""
 
-    sae: SAEConfig = field(default_factory=SAEConfig)
+    sae: SAEConfig = field(default_factory=TopKConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
@@ -372,8 +354,13 @@ class TrainerConfig:
         Raises:
             ConfigError: For the first invalid value found.
         """
-        self.sae.validate()
+        check_settings(self.sae)
         self.train.validate()
-        self.optim.validate(self.train.tokens, self.parallel.zero_stage)
+        self.optim.validate(self.train.tokens, self.parallel.zero_stage, self.sae.sparse_gradient)
         self.parallel.validate(self.sae.n_latents, self.train.batch_tokens)
         self.checkpoint.validate()
+
+    @property
+    def fused(self) -> bool:
+        """True if dictionary rows are updated without a dense gradient."""
+        return self.optim.fused(self.parallel.zero_stage, self.sae.sparse_gradient)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -9,28 +10,30 @@ from typing import Any
 import torch
 from torch import nn
 
+from foundation.registry import import_attribute
 from sae_core import peer_formats
-from sae_core.checkpoint.stored_sae import ROWS, StoredSAE, open_sae
-from sae_core.config import SAEConfig
+from sae_core.architectures.registry import architecture_of
+from sae_core.architectures.settings import SAEConfig
+from sae_core.checkpoint.stored_sae import StoredSAE, open_sae, row_names
 from sae_core.errors import ShapeError
 from sae_core.kernels import compact, get_kernels
 
 
-class SAE(nn.Module):
-    """A trained TopK SAE that takes and returns raw activations.
+class SAE(nn.Module, ABC):
+    """A trained SAE that takes and returns raw activations.
 
-        pre_acts = (x - b_dec) @ W_enc.T + b_enc
-        latents  = relu(topk(pre_acts, k))
-        recon    = latents @ W_dec + b_dec
+    Each architecture has a subclass; `load_sae` picks it.
 
     Args:
-        config: Settings; `k`, `n_latents` and `hookpoint` are used.
+        config: Settings; `architecture`, sizes and `hookpoint` are used.
         W_enc: [L, D] float32.
-        W_dec: [L, D] float32, rows of unit norm.
+        W_dec: [L, D] float32.
         b_enc: [L] float32.
         b_dec: [D] float32.
         step: Number of optimiser steps it was trained for.
         metadata: Information about its origin.
+        vectors: The architecture's other tensors (`Architecture.vectors`), [L] float32 each. They
+            become attributes.
     """
 
     def __init__(
@@ -42,6 +45,7 @@ class SAE(nn.Module):
         b_dec: torch.Tensor,
         step: int = 0,
         metadata: dict[str, Any] | None = None,
+        **vectors: torch.Tensor,
     ) -> None:
         super().__init__()
         self.config = config
@@ -51,34 +55,29 @@ class SAE(nn.Module):
         self.W_dec = nn.Parameter(W_dec, requires_grad=False)
         self.b_enc = nn.Parameter(b_enc, requires_grad=False)
         self.b_dec = nn.Parameter(b_dec, requires_grad=False)
-        self._kernels = get_kernels("stock", torch.float32)
+        for name, vector in vectors.items():
+            self.register_parameter(name, nn.Parameter(vector, requires_grad=False))
+        self.kernels = get_kernels("stock", torch.float32)
 
     @property
     def d_model(self) -> int:
         """Width of the activations."""
         return self.b_dec.shape[0]
 
-    @torch.no_grad()
+    @abstractmethod
     def encode_topk(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the k largest latents of each row, in descending order.
+        """Return the active latents of each row, in descending order of their values.
 
         Args:
             x: [..., D] raw activations of any float dtype.
 
         Returns:
-            Values [..., k] float32 after the ReLU, and indices [..., k] int64. If fewer than k
-            pre-activations are positive, the remaining values are 0.
+            Values [..., K] float32 and indices [..., K] int64, where K is the largest number of
+            latents that can be active. If fewer are active, the remaining values are 0.
 
         Raises:
             ShapeError: If the last dimension of `x` is not D.
         """
-        flat = self._rows(x)
-        values, indices = self._kernels.encode_topk(
-            flat - self.b_dec, self.W_enc, self.b_enc, self.config.k
-        )
-        values, order = values.relu().sort(dim=1, descending=True, stable=True)
-        shape = (*x.shape[:-1], self.config.k)
-        return values.view(shape), indices.gather(1, order).view(shape)
 
     @torch.no_grad()
     def encode(self, x: torch.Tensor) -> torch.Tensor:
@@ -100,7 +99,7 @@ class SAE(nn.Module):
         """Decode the output of `encode_topk` into raw activations [..., D], float32."""
         k = values.shape[-1]
         active = compact(values.reshape(-1, k), indices.reshape(-1, k))
-        recon = self._kernels.decode(active, self.W_dec) + self.b_dec
+        recon = self.kernels.decode(active, self.W_dec) + self.b_dec
         return recon.view(*values.shape[:-1], self.d_model)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -109,7 +108,8 @@ class SAE(nn.Module):
 
     def stored(self) -> StoredSAE:
         """Return this SAE as a `StoredSAE`, which the exporters take."""
-        rows = {name: partial(_slice, getattr(self, name).detach()) for name in ROWS}
+        names = row_names(self.config)
+        rows = {name: partial(_slice, getattr(self, name).detach()) for name in names}
         b_dec = self.b_dec.detach()
         return StoredSAE(self.config, self.d_model, b_dec, rows, self.step, self.metadata)
 
@@ -117,7 +117,12 @@ class SAE(nn.Module):
         """Write `sae.safetensors` and `sae.json` into a folder; `load_sae` reads them back."""
         self.stored().save(folder)
 
-    def _rows(self, x: torch.Tensor) -> torch.Tensor:
+    def rows_of(self, x: torch.Tensor) -> torch.Tensor:
+        """Return raw activations [..., D] as [N, D] float32.
+
+        Raises:
+            ShapeError: If the last dimension of `x` is not D.
+        """
         if x.shape[-1] != self.d_model:
             raise ShapeError(f"x of shape {tuple(x.shape)}: expected [..., {self.d_model}]")
         return x.reshape(-1, self.d_model).float()
@@ -146,10 +151,12 @@ def load_sae(
         stored = open_sae(path, name, verify_hashes)
     else:
         stored = peer_formats.open_peer(peer, path, allow_pt)
-    tensors = {name: stored.whole(name) for name in ROWS}
-    return SAE(
+    tensors = {name: stored.whole(name) for name in row_names(stored.config)}
+    inference = import_attribute(architecture_of(stored.config).inference)
+    sae: SAE = inference(
         stored.config, **tensors, b_dec=stored.b_dec, step=stored.step, metadata=stored.metadata
     )
+    return sae
 
 
 def _slice(tensor: torch.Tensor, start: int, stop: int) -> torch.Tensor:

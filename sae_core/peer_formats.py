@@ -21,17 +21,17 @@ import torch
 
 from foundation.atomic_files import read_json
 from foundation.registry import Registry
+from sae_core.architectures.topk.settings import TopKConfig
 from sae_core.checkpoint.folder import MANIFEST
 from sae_core.checkpoint.row_ranges import StoredTensor
 from sae_core.checkpoint.stored_sae import (
     CONFIG_FILE,
-    ROWS,
     StoredSAE,
     check_shapes,
     from_tensors,
     open_tensors,
+    row_names,
 )
-from sae_core.config import SAEConfig
 from sae_core.errors import CheckpointError
 
 _MAX_CONFIG_BYTES = 1 << 20
@@ -191,7 +191,7 @@ def _from_dictionary_learning(state: Any, file: Path) -> StoredSAE:
     }
     config = _config(int(state["k"]), len(tensors["b_enc"]), None)
     width = check_shapes(config, {name: tuple(tensor.shape) for name, tensor in tensors.items()})
-    rows = {name: partial(_slice, tensors[name]) for name in ROWS}
+    rows = {name: partial(_slice, tensors[name]) for name in row_names(config)}
     return StoredSAE(config, width, tensors["b_dec"].float(), rows, 0, {"file": file.name})
 
 
@@ -207,11 +207,11 @@ def _expect_plain(name: str, tensor: torch.Tensor) -> None:
         raise ValueError(f"{name}: expected a plain tensor of floating-point numbers")
 
 
-def _config(k: Any, n_latents: Any, hookpoint: Any) -> SAEConfig:
+def _config(k: Any, n_latents: Any, hookpoint: Any) -> TopKConfig:
     if type(k) is not int or type(n_latents) is not int:
         raise ValueError(f"k={k!r:.40}, n_latents={n_latents!r:.40}: expected whole numbers")
     name = hookpoint if isinstance(hookpoint, str) else None
-    return SAEConfig(k=k, n_latents=n_latents, hookpoint=name)
+    return TopKConfig(k=k, n_latents=n_latents, hookpoint=name)
 
 
 def _expect(cfg: Mapping[str, Any], **values: Any) -> None:

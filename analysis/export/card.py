@@ -70,10 +70,12 @@ def _front_matter(source: Source) -> str:
 
 
 def _facts(sae: StoredSAE, source: Source, config: RunConfig) -> str:
+    active = sae.config.active_latents()
+    sparsity = "" if active is None else f", k = {active}"
     rows = {
         "model": source.model + (f" @ {source.revision}" if source.revision else ""),
         "hookpoint": f"{parse_hookpoint(source.hookpoint).describe('`')}, width {sae.d_model}",
-        "dictionary": f"{sae.config.n_latents:,} latents, k = {sae.config.k}, unit-norm decoder",
+        "dictionary": f"{sae.config.n_latents:,} latents{sparsity}, unit-norm decoder",
         "text": f"{source.dataset}, contexts of {source.context_tokens} tokens",
         "training": f"{sae.step:,} steps of {config.train.batch_tokens:,} tokens",
         "checkpoint": str(sae.metadata.get("checkpoint", f"step {sae.step}")),

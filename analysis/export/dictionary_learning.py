@@ -18,6 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from analysis.export.formats import ExportFormat
 from foundation.atomic_files import write_json
+from sae_core.architectures.topk.settings import topk_settings
 from sae_core.checkpoint.safetensors_file import BLOCK_BYTES, Entry, write_at, write_columns_at
 
 if TYPE_CHECKING:
@@ -60,7 +61,7 @@ DICTIONARY_LEARNING = DictionaryLearning()
 def _write_values(fd: int, entries: dict[str, Entry], sae: StoredSAE) -> None:
     for name, value in (
         ("b_dec", sae.b_dec),
-        ("k", torch.tensor(sae.config.k, dtype=torch.int32)),
+        ("k", torch.tensor(topk_settings(sae.config).k, dtype=torch.int32)),
         # -1 marks the threshold as unset: by default the library keeps the k largest latents.
         ("threshold", torch.tensor(-1.0)),
     ):
@@ -137,7 +138,7 @@ def dictionary_learning_config(sae: StoredSAE, source: Source) -> dict[str, Any]
             "dict_class": "AutoEncoderTopK",
             "activation_dim": sae.d_model,
             "dict_size": sae.config.n_latents,
-            "k": sae.config.k,
+            "k": topk_settings(sae.config).k,
             "lm_name": source.model,
             "submodule_name": source.hookpoint,
             "steps": sae.step,

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from analysis.export.formats import ExportFormat
 from conf.hookpoint import parse_hookpoint
 from foundation.atomic_files import write_json
+from sae_core.architectures.topk.settings import topk_settings
 from sae_core.checkpoint.stored_sae import write_rows
 
 if TYPE_CHECKING:
@@ -55,7 +56,7 @@ def saelens_config(sae: StoredSAE, source: Source) -> dict[str, Any]:
         "architecture": "topk",
         "d_in": sae.d_model,
         "d_sae": sae.config.n_latents,
-        "k": sae.config.k,  # without this key the loader silently uses 100
+        "k": topk_settings(sae.config).k,  # without this key the loader silently uses 100
         "dtype": "float32",
         "device": "cpu",
         "apply_b_dec_to_input": True,

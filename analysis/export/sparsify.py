@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from analysis.export.formats import ExportFormat
 from foundation.atomic_files import write_json
+from sae_core.architectures.topk.settings import topk_settings
 from sae_core.checkpoint.stored_sae import write_rows
 
 if TYPE_CHECKING:
@@ -59,7 +60,7 @@ def sparsify_config(sae: StoredSAE) -> dict[str, Any]:
         "expansion_factor": max(sae.config.n_latents // sae.d_model, 1),
         "normalize_decoder": True,
         "num_latents": sae.config.n_latents,
-        "k": sae.config.k,
+        "k": topk_settings(sae.config).k,
         "multi_topk": False,
         "skip_connection": False,
         "transcode": False,

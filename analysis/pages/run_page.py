@@ -85,7 +85,10 @@ def _summary(config: RunConfig) -> str:
     where = sae.hookpoint or ", ".join(config.model.hookpoints)
     model = model_name(config.model) or "a stored model"
     data = dataset_name(config.data) or "stored text"
-    shape = f"{sae.architecture} SAE, {sae.n_latents:,} latents, k = {sae.k}"
+    shape = f"{sae.architecture} SAE, {sae.n_latents:,} latents"
+    active = sae.active_latents()
+    if active is not None:
+        shape += f", k = {active}"
     return f"{shape}, on {where} of {model}; {data}"
 
 

@@ -38,8 +38,10 @@ class Cell:
     """One finished run of a sweep."""
 
     name: str
+    architecture: str
     n_latents: int
     k: int
+    """Active latents per row."""
     lr: float
     """Peak learning rate."""
     seed: int
@@ -124,7 +126,8 @@ def read_sweep(runs: str, metric: str) -> Sweep:
         metric: The setting `fit.metric`; a run without this metric is left out.
 
     Raises:
-        FitError: If no run is found, or if the cells were trained on different rows.
+        FitError: If no run is found, or if the cells were trained on different rows or
+            have different architectures.
     """
     folder, found = _run_folders(runs)
     cells, left_out = [], {}
@@ -134,6 +137,12 @@ def read_sweep(runs: str, metric: str) -> Sweep:
             cells.append(_read_cell(run_dir, name, metric))
         except _Unusable as reason:
             left_out[name] = str(reason)
+    architectures = sorted({cell.architecture for cell in cells})
+    if len(architectures) > 1:
+        raise FitError(
+            f"fit.runs={runs!r}: expected cells of one architecture, found "
+            f"{', '.join(architectures)}; use a pattern that matches only the cells of one"
+        )
     sources: dict[str, str] = {}
     for cell in cells:
         if cell.source is not None:
@@ -197,11 +206,18 @@ def _read_cell(run_dir: Path, name: str, metric: str) -> Cell:
     heldout = evaluation.get("fvu") if evaluation.get("heldout") else None
     if metric == HELDOUT_FVU and not (isinstance(heldout, float) and heldout > 0):
         raise _Unusable("no FVU on held-out text: run stage=evaluate on this run")
+    active = config.sae.active_latents()
+    if active is None:
+        raise _Unusable(
+            f"the laws need a fixed number of active latents, which {config.sae.architecture} does "
+            "not have"
+        )
     d_model, source = _checkpoint_facts(run_dir)
     return Cell(
         name=name,
+        architecture=config.sae.architecture,
         n_latents=config.sae.n_latents,
-        k=config.sae.k,
+        k=active,
         lr=peak_lr(config.optim, config.sae.n_latents),
         seed=config.seed,
         tokens=config.train.n_steps * config.train.batch_tokens,

@@ -12,7 +12,7 @@ import torch
 from sae_core.checkpoint.folder import CheckpointState, hash_file, payload_files
 from sae_core.checkpoint.row_ranges import SAVED_OFFSETS, SHARDING
 from sae_core.checkpoint.safetensors_file import TensorFileWriter, rows_per_block
-from sae_core.config import SAEConfig
+from sae_core.config import TopKConfig
 
 NAME = "model.layers.9"
 Shapes = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
@@ -61,7 +61,7 @@ def make_checkpoint(
         seed=0,
         batch_tokens=8,
         d_model=d_model,
-        saes={NAME: asdict(SAEConfig(n_latents=n_latents, k=4, hookpoint=NAME))},
+        saes={NAME: asdict(TopKConfig(n_latents=n_latents, k=4, hookpoint=NAME))},
         mesh={"latent": 2, "data": 1, "zero_stage": 0},
     )
     (folder / "state.json").write_text(json.dumps(state.to_json()))

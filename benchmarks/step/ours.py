@@ -10,8 +10,16 @@ from typing import Any
 import torch
 
 from benchmarks.step.work import Call, Case, Inputs, Setup, Work
-from sae_core.architectures import TopKSAE, build_sae
-from sae_core.config import OptimConfig, ParallelConfig, SAEConfig, TrainConfig, TrainerConfig
+from sae_core.architectures.base import SparseAutoencoder
+from sae_core.architectures.registry import build_sae
+from sae_core.config import (
+    OptimConfig,
+    ParallelConfig,
+    SAEConfig,
+    TopKConfig,
+    TrainConfig,
+    TrainerConfig,
+)
 from sae_core.distributed.mesh import Mesh
 from sae_core.engine.deepspeed_engine import SAEEngine
 from sae_core.engine.fused_adam import FusedRowAdam
@@ -255,9 +263,9 @@ def make_step(inputs: Inputs, variant: Variant) -> Call:
 
 
 def _trainer_config(inputs: Inputs, variant: Variant) -> TrainerConfig:
-    work, sae, optim = inputs.work, SAEConfig(), OptimConfig()
+    work, sae, optim = inputs.work, TopKConfig(), OptimConfig()
     config = TrainerConfig(
-        SAEConfig(
+        TopKConfig(
             n_latents=work.L,
             k=work.k,
             auxk_coef=sae.auxk_coef if variant.auxk_rows else 0.0,
@@ -279,7 +287,9 @@ def _one_rank_mesh(device_type: str) -> Mesh:
     return Mesh.create(device_type, 1, 1)
 
 
-def fresh_sae(config: SAEConfig, d_model: int, kernels: Kernels, device: torch.device) -> TopKSAE:
+def fresh_sae(
+    config: SAEConfig, d_model: int, kernels: Kernels, device: torch.device
+) -> SparseAutoencoder:
     """Make an SAE with random unit rows directly on the device: it may not fit host memory.
 
     Args:
@@ -304,7 +314,7 @@ def fresh_sae(config: SAEConfig, d_model: int, kernels: Kernels, device: torch.d
 
 
 def _trainer(
-    sae: TopKSAE, config: TrainerConfig, device: torch.device
+    sae: SparseAutoencoder, config: TrainerConfig, device: torch.device
 ) -> Callable[[torch.Tensor, int], object]:
     if engine_name() == "deepspeed":
         return SAEEngine("sae", sae, config, device).train_step
@@ -319,7 +329,7 @@ class PlainTrainer:
         config: optimiser and batch size.
     """
 
-    def __init__(self, sae: TopKSAE, config: TrainerConfig) -> None:
+    def __init__(self, sae: SparseAutoencoder, config: TrainerConfig) -> None:
         self.sae = sae
         self.batch_tokens = config.train.batch_tokens
         self.optimizer = FusedRowAdam(sae, _LR, config.optim, config.optim.clip_norm)

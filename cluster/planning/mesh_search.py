@@ -147,12 +147,12 @@ def too_large_error(layout: Layout, config: RunConfig) -> ConfigError:
         f"data {mesh.data} (largest parts of a rank, in GiB: {largest})"
     )
     if parts[0][0] == "step":
-        return ConfigError(
-            "train.batch_tokens",
-            config.train.batch_tokens,
-            expected,
-            "use a smaller batch, more data replicas (parallel.data), or sae.auxk_rows below 1",
-        )
+        remedy = "use a smaller batch, or more data replicas (parallel.data)"
+        if layout.work.auxk:
+            remedy = (
+                "use a smaller batch, more data replicas (parallel.data), or sae.auxk_rows below 1"
+            )
+        return ConfigError("train.batch_tokens", config.train.batch_tokens, expected, remedy)
     if parts[0][0] == "loader":
         return ConfigError(
             "store.buffer_tokens", config.store.buffer_tokens, expected, "use a smaller buffer"
@@ -169,7 +169,7 @@ def _smaller(layout: Layout, config: RunConfig) -> str:
         remedies.append("more machines")
     if layout.work.fused and config.optim.moments == "float32":
         remedies.append("optim.moments=bfloat16")
-    if not layout.work.fused and not layout.work.zero_stage:
+    if not layout.work.fused and not layout.work.zero_stage and config.sae.sparse_gradient:
         remedies.append("optim.update=fused")
     return ", or ".join(remedies)
 
@@ -184,7 +184,8 @@ def _meshes(config: RunConfig, n: int) -> Iterator[ParallelConfig]:
             mesh = ParallelConfig(latent, data, zero_stage)
             try:
                 mesh.validate(config.sae.n_latents, config.train.batch_tokens)
-                config.optim.validate(config.train.tokens, zero_stage)
+                sparse = config.sae.sparse_gradient
+                config.optim.validate(config.train.tokens, zero_stage, sparse)
             except ConfigError:
                 continue
             yield mesh

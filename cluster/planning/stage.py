@@ -78,7 +78,7 @@ def _summary(config: RunConfig, d_model: int, layout: Layout, hardware: Hardware
     rows = {
         "hardware": hardware.name if hardware.timed else f"{hardware.name}, not measured",
         "hookpoints": f"{', '.join(config.model.hookpoints)}, d_model {d_model}",
-        "dictionary": f"{config.sae.n_latents:,} latents, k {config.sae.k}, "
+        "dictionary": f"{config.sae.n_latents:,} latents, {_active(config)}, "
         f"{2 * config.sae.n_latents * d_model:,} weights",
         "mesh": f"{mesh.latent} latent x {mesh.data} data, ZeRO {mesh.zero_stage} "
         f"(parallel.latent={mesh.latent} parallel.data={mesh.data} "
@@ -93,6 +93,11 @@ def _summary(config: RunConfig, d_model: int, layout: Layout, hardware: Hardware
     for key, value in rows.items():
         table.add_row(key, value)
     return table
+
+
+def _active(config: RunConfig) -> str:
+    active = config.sae.active_latents()
+    return "all of them counted as active" if active is None else f"k {active}"
 
 
 def _show_details(config: RunConfig, layout: Layout, hardware: Hardware) -> None:

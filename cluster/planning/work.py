@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from activation_store.codecs.registry import CODECS
 from activation_store.format.header import DTYPES
 from conf.schema.run import RunConfig
-from sae_core.architectures.dictionary_init import default_auxk
 from sae_core.config import ParallelConfig
 from sae_core.distributed.mesh import row_range
 
@@ -32,11 +31,12 @@ class Work:
     shard: int
     """l, latents of this rank's shard."""
     k: int
-    """Active latents per row."""
+    """Active latents per row; all of them if their number depends on the data, which is an upper
+    bound."""
     auxk: int
-    """Dead latents selected per row; 0: the auxiliary loss is off or no latent is dead."""
+    """Dead latents selected per row; 0: there is no auxiliary path, or no latent is dead."""
     aux_rows: int
-    """Rows on which the auxiliary loss is computed."""
+    """Rows that take the auxiliary path."""
     dead: int
     """Dead latents of the shard."""
     latent: int
@@ -143,7 +143,7 @@ def work_of(
     start, stop = row_range(sae.n_latents, 0, mesh.latent)
     rows = train.batch_tokens // mesh.data
     dead = round((stop - start) * config.plan.dead_fraction)
-    aux = sae.auxk_coef > 0 and dead > 0
+    aux = sae.auxiliary_path(d_model) if dead > 0 else None
     low = on_gpu and train.compute_dtype in ("auto", "bfloat16")
     triton = on_gpu and train.kernels in ("auto", "triton")
     return Work(
@@ -151,14 +151,14 @@ def work_of(
         n_latents=sae.n_latents,
         rows=rows,
         shard=stop - start,
-        k=sae.k,
-        auxk=min(sae.auxk or default_auxk(d_model), dead * mesh.latent) if aux else 0,
-        aux_rows=max(1, round(rows * sae.auxk_rows)) if aux else 0,
+        k=sae.active_latents() or sae.n_latents,
+        auxk=min(aux.latents, dead * mesh.latent) if aux else 0,
+        aux_rows=max(1, round(rows * aux.row_share)) if aux else 0,
         dead=dead if aux else 0,
         latent=mesh.latent,
         data=mesh.data,
         zero_stage=mesh.zero_stage,
-        fused=optim.fused(mesh.zero_stage),
+        fused=optim.fused(mesh.zero_stage, sae.sparse_gradient),
         clip=optim.clip_norm > 0,
         moment_bytes=ITEM_BYTES[optim.moments],
         copy_bytes=2 if low and triton else 0,

@@ -14,6 +14,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from conf.schema.run import RunConfig
 from foundation.errors import ConfigError
+from sae_core.architectures.registry import ARCHITECTURES
+from sae_core.architectures.settings import SAEConfig
 
 _MAX_CONFIG_BYTES = 1 << 20
 _MAX_DEPTH = 16
@@ -61,17 +63,26 @@ def load_config(path: Path) -> RunConfig:
 
     Raises:
         ConfigError: If the file has an interpolation, an alias, a tag, an unknown key, or a value
-            of the wrong type.
+            of the wrong type, or if the run's architecture is not registered.
     """
     with open(path, "rb") as file:
         text = file.read(_MAX_CONFIG_BYTES + 1).decode("utf-8", errors="replace")
     try:
         _check_plain(path, text)
-        merged = OmegaConf.merge(OmegaConf.structured(RunConfig), OmegaConf.create(text))
+        values = OmegaConf.create(text)
+        schema = RunConfig(sae=_settings_class(path, values)())
+        merged = OmegaConf.merge(OmegaConf.structured(schema), values)
         return cast(RunConfig, OmegaConf.to_object(merged))
     except (yaml.YAMLError, OmegaConfBaseException) as error:
         what = "; ".join(line.strip() for line in str(error).splitlines() if line.strip())
         raise _not_plain(path, what[:300]) from error
+
+
+def _settings_class(path: Path, values: Any) -> type[SAEConfig]:
+    """Return the class of the run's SAE settings; without an architecture's name, that of topk."""
+    name = OmegaConf.select(values, "sae.architecture", default="topk")
+    ARCHITECTURES.check(str(name), f"{path}: sae.architecture")
+    return ARCHITECTURES[str(name)].settings
 
 
 def _check_plain(path: Path, text: str) -> None:

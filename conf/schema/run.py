@@ -20,6 +20,7 @@ from sae_core.config import (
     OptimConfig,
     ParallelConfig,
     SAEConfig,
+    TopKConfig,
     TrainConfig,
     TrainerConfig,
 )
@@ -42,7 +43,7 @@ class RunConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     store: StoreConfig = field(default_factory=StoreConfig)
-    sae: SAEConfig = field(default_factory=SAEConfig)
+    sae: SAEConfig = field(default_factory=TopKConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)

@@ -1,10 +1,22 @@
-"""What an architecture is to the rest of the trainer."""
+"""The interface of an architecture in training: what the trainer needs of every SAE.
+
+Shape legend: B batch rows of this replica, D d_model, L latents, l latents of this shard.
+"""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from typing import ClassVar, NamedTuple, cast
 
 import torch
+import torch.distributed as dist
+from torch import nn
+
+from sae_core.architectures.dictionary_init import random_unit_rows
+from sae_core.architectures.settings import SAEConfig
+from sae_core.distributed.mesh import Mesh
+from sae_core.kernels import Kernels, SparseGradient
 
 
 class StepOutput(NamedTuple):
@@ -14,12 +26,165 @@ class StepOutput(NamedTuple):
     """Scalar; the mean over data replicas is the loss of the global batch."""
     squared_error: torch.Tensor
     """Scalar: squared error summed over this replica's rows and D, for normalised inputs."""
-    aux_loss: torch.Tensor
-    """Scalar: auxiliary loss before its coefficient.
-
-    It is scaled so that the mean over data replicas is the auxiliary loss of the global batch.
-    """
     fired: torch.Tensor
     """[l] bool: local latents that fired on any row of this replica's batch."""
     n_active: torch.Tensor
     """Scalar: number of active (row, latent) pairs of this rank."""
+    metrics: Mapping[str, torch.Tensor]
+    """Scalars of the architecture's own metrics (`Architecture.metrics`), by name."""
+
+
+class SparseAutoencoder(nn.Module, ABC):
+    """One rank's shard of an SAE in training, with l of its L dictionary rows.
+
+    A subclass implements `forward` and `reconstruct_centred`, and `send_gradient_to` if its
+    settings have `sparse_gradient`. It may add parameters: those with one row per latent with
+    `add_rows`, which splits them over the shards; others as usual, the same on all ranks. All
+    parameters and persistent buffers go into checkpoints.
+
+    Args:
+        config: sizes and coefficients.
+        d_model: width D of the activations.
+        mesh: this rank's position; dictionary rows are split over its latent group.
+        kernels: implementation of the sparse operations.
+        seed: seed of the initial dictionary, which does not depend on the number of shards.
+    """
+
+    unit_rows: ClassVar[tuple[str, ...]] = ("W_dec",)
+    """Parameters whose rows are scaled to unit norm after every update. The fused update always
+    does this to `W_dec`, and to no other."""
+
+    def __init__(
+        self, config: SAEConfig, d_model: int, mesh: Mesh, kernels: Kernels, seed: int
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.d_model = d_model
+        self.mesh = mesh
+        self.kernels = kernels
+        self.first_latent, stop = mesh.rows(config.n_latents)
+        """Global index of the first local latent."""
+        self.latent_group = mesh.latent_group if mesh.n_latent > 1 else None
+        """The ranks that share the dictionary; None if it is not sharded."""
+        self.row_names: set[str] = {"tokens_since_fired"}
+        """Names of the parameters and buffers with one row per latent, split over the shards."""
+
+        n_rows = stop - self.first_latent
+        W_dec = random_unit_rows(self.first_latent, stop, d_model, seed)
+        # Tied at initialisation, which keeps latents alive.
+        self.W_enc = self.add_rows("W_enc", W_dec.clone())
+        self.b_enc = self.add_rows("b_enc", torch.zeros(n_rows))
+        self.W_dec = self.add_rows("W_dec", W_dec)
+        self.b_dec = nn.Parameter(torch.zeros(d_model))
+        self.input_mean: torch.Tensor
+        self.input_scale: torch.Tensor
+        self.tokens_since_fired: torch.Tensor
+        self.register_buffer("input_mean", torch.zeros(d_model))
+        self.register_buffer("input_scale", torch.ones(()))
+        self.register_buffer("tokens_since_fired", torch.zeros(n_rows, dtype=torch.int64))
+
+        self.W_enc_copy: torch.Tensor | None
+        self.W_dec_copy: torch.Tensor | None
+        for name in ("W_enc", "W_dec"):
+            copy = None
+            if kernels.copy_dtype is not None:
+                copy = getattr(self, name).detach().to(kernels.copy_dtype)
+            self.register_buffer(f"{name}_copy", copy, persistent=False)
+
+    def add_rows(self, name: str, rows: torch.Tensor) -> nn.Parameter:
+        """Register and return a parameter with one row per local latent, [l, ...] float32."""
+        parameter = nn.Parameter(rows)
+        # Marks a shard for DeepSpeed, which would otherwise leave other shards out of norms.
+        cast("_Sharded", parameter).tensor_model_parallel = True
+        self.register_parameter(name, parameter)
+        self.row_names.add(name)
+        return parameter
+
+    @abstractmethod
+    def forward(self, raw: torch.Tensor) -> StepOutput:
+        """Compute the loss on this replica's rows; collective over the latent and data groups.
+
+        Args:
+            raw: [B, D] raw activations, the same on all ranks of the latent group.
+        """
+
+    @abstractmethod
+    def reconstruct_centred(self, centred: torch.Tensor) -> torch.Tensor:
+        """Return the reconstruction of centred inputs over all shards, without `b_dec`.
+
+        Collective over the latent group; needs no gradient.
+
+        Args:
+            centred: [N, D] normalised inputs minus `b_dec`, the same on all ranks of the group.
+
+        Returns:
+            [N, D], the same on all ranks of the group.
+        """
+
+    def send_gradient_to(self, receive: Callable[[SparseGradient], None]) -> None:
+        """From now on, give the gradient of W_enc, b_enc and W_dec to `receive`, not to autograd.
+
+        Each backward pass calls `receive` once. The fused optimiser uses this.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no sparse gradient")
+
+    @torch.no_grad()
+    def calibrate_encoder(self, x: torch.Tensor) -> None:
+        """Initialise the encoder from a sample, once `b_dec` is set; collective over all ranks.
+
+        Scales W_enc so that reconstructions have the mean squared norm of their inputs.
+
+        Args:
+            x: [N, D] normalised rows, the same on all ranks.
+        """
+        centred = x - self.b_dec
+        recon = self.reconstruct_centred(centred)
+        scale = (centred.square().sum() / recon.square().sum().clamp_min(1e-30)).sqrt()
+        # All ranks take rank 0's number: rounding differences would make replicas diverge.
+        dist.broadcast(scale, src=0)
+        self.W_enc.mul_(scale)
+
+    @property
+    def copies(self) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """W_enc and W_dec in `Kernels.copy_dtype`; None if the kernels use no copies."""
+        if self.W_enc_copy is None or self.W_dec_copy is None:
+            return None
+        return self.W_enc_copy, self.W_dec_copy
+
+    @torch.no_grad()
+    def refresh_copies(self) -> None:
+        """Update the copies after the master weights were changed from outside."""
+        if self.copies is not None:
+            for copy, master in zip(self.copies, (self.W_enc, self.W_dec), strict=True):
+                copy.copy_(master)
+
+    def normalise(self, raw: torch.Tensor) -> torch.Tensor:
+        """Normalise raw activations, [B, D] in any float dtype, to float32 of unit mean square."""
+        return (raw.float() - self.input_mean) * self.input_scale
+
+    def dead(self) -> torch.Tensor:
+        """Return the local latents that have not fired for `dead_after_tokens` tokens, [l] bool."""
+        return self.tokens_since_fired >= self.config.dead_after_tokens
+
+    @torch.no_grad()
+    def update_tokens_since_fired(
+        self, fired: torch.Tensor, batch_tokens: int, skipped: torch.Tensor
+    ) -> None:
+        """Update `tokens_since_fired` after one global batch; collective over the data group.
+
+        Args:
+            fired: [l] bool, latents that fired on this replica.
+            batch_tokens: number of tokens in the global batch.
+            skipped: scalar, 1 if the update was skipped; nothing changes then.
+        """
+        anywhere = fired.to(torch.uint8)
+        if self.mesh.n_data > 1:
+            dist.all_reduce(anywhere, op=dist.ReduceOp.MAX, group=self.mesh.data_group)
+        aged = torch.where(anywhere > 0, 0, self.tokens_since_fired + batch_tokens)
+        self.tokens_since_fired = torch.where(skipped > 0, self.tokens_since_fired, aged)
+
+
+class _Sharded(nn.Parameter):
+    """Type of a parameter with DeepSpeed's mark for shards."""
+
+    tensor_model_parallel: bool

@@ -3,22 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-from typing import TYPE_CHECKING
 
 import torch
 
-if TYPE_CHECKING:
-    pass
-
-
 _BLOCK_ROWS = 1024
 """Dictionary rows drawn from one random generator."""
-
-
-def default_auxk(d_model: int) -> int:
-    """Return d_model / 2 rounded down to a power of two, at least 1."""
-    half = max(d_model // 2, 1)
-    return int(1 << (half.bit_length() - 1))
 
 
 def random_unit_rows(start: int, stop: int, d_model: int, seed: int) -> torch.Tensor:

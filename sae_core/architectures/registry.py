@@ -1,21 +1,122 @@
-"""Build an SAE by the name of its architecture."""
+"""The registry of architectures, and what follows from the name of one. Does not import torch."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any
+
 from foundation.errors import ConfigError
-from sae_core.architectures.topk import TopKSAE
-from sae_core.config import SAEConfig
-from sae_core.distributed.mesh import Mesh
-from sae_core.kernels import Kernels
+from foundation.registry import Registry, import_attribute
+from foundation.typed_json import from_json
+from sae_core.architectures.settings import SAEConfig
+from sae_core.metric_table import TrainingMetric
 
-_ARCHITECTURES = {"topk": TopKSAE}
+if TYPE_CHECKING:
+    from sae_core.architectures.base import SparseAutoencoder
+    from sae_core.distributed.mesh import Mesh
+    from sae_core.kernels.interface import Kernels
 
 
-def build_sae(config: SAEConfig, d_model: int, mesh: Mesh, kernels: Kernels, seed: int) -> TopKSAE:
+@dataclass(frozen=True)
+class LatentVector:
+    """A trained vector with one number per latent that inference needs beside `b_enc`."""
+
+    name: str
+    """Name of the parameter or buffer."""
+    in_activation_units: bool
+    """Whether it scales with the activations, as a threshold does; then it is divided by
+    `input_scale` when an SAE is read for use on raw activations."""
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """What the registry knows of an architecture without importing torch.
+
+    Every architecture has an encoder and a decoder matrix `W_enc` and `W_dec` [L, D], and biases
+    `b_enc` [L] and `b_dec` [D].
+    """
+
+    settings: type[SAEConfig]
+    """Its settings. Values of other kinds than JSON's plain ones are not supported."""
+    training: str
+    """"module:class" of its `sae_core.architectures.base.SparseAutoencoder`."""
+    inference: str
+    """"module:class" of its `sae_core.inference.SAE`."""
+    metrics: tuple[TrainingMetric, ...] = ()
+    """Training metrics of its own, beside those of `sae_core.metric_table`."""
+    vectors: tuple[LatentVector, ...] = ()
+    """Vectors that are stored with the dictionary, beside `b_enc`."""
+
+
+ARCHITECTURES: Registry[Architecture] = Registry(
+    "architecture",
+    "sae.architecture",
+    "architectures",
+    {"topk": "sae_core.architectures.topk.settings:TOPK"},
+)
+
+
+def architecture_of(settings: SAEConfig) -> Architecture:
+    """Return the architecture of some settings.
+
+    Raises:
+        ConfigError: If it is not registered, or has settings of another class.
+    """
+    architecture = ARCHITECTURES[settings.architecture]
+    if type(settings) is not architecture.settings:
+        raise ConfigError(
+            "sae.architecture",
+            settings.architecture,
+            f"the architecture of these settings, {type(settings).__name__}",
+            f"choose the architecture with its settings: sae={settings.architecture}",
+        )
+    return architecture
+
+
+def check_settings(settings: SAEConfig) -> None:
+    """Validate the architecture's name and all fields.
+
+    Raises:
+        ConfigError: If the architecture is unknown, or a value is out of range.
+    """
+    architecture_of(settings)
+    settings.validate()
+
+
+def settings_from_json(value: Any) -> SAEConfig:
+    """Return the settings stored in a checkpoint; without an architecture's name, those of topk.
+
+    Raises:
+        ConfigError: If the architecture is unknown.
+        ValueError: If a field is unknown or has the wrong type; the message names it.
+    """
+    name = value.get("architecture", "topk") if isinstance(value, dict) else "topk"
+    if not isinstance(name, str):
+        raise ValueError(f"architecture={name!r:.80}: expected a name")
+    return from_json(ARCHITECTURES[name].settings, value)
+
+
+def with_architecture(settings: SAEConfig, name: str) -> SAEConfig:
+    """Return settings of another architecture, with the values of all fields that both have.
+
+    Raises:
+        ConfigError: If the architecture is unknown.
+    """
+    if name == settings.architecture:
+        return settings
+    other = ARCHITECTURES[name].settings
+    shared = {part.name for part in fields(other)} - {"architecture"}
+    values = {key: value for key, value in vars(settings).items() if key in shared}
+    return other(architecture=name, **values)
+
+
+def build_sae(
+    settings: SAEConfig, d_model: int, mesh: Mesh, kernels: Kernels, seed: int
+) -> SparseAutoencoder:
     """Build this rank's shard of a newly initialised SAE.
 
     Args:
-        config: architecture, sizes and coefficients.
+        settings: architecture, sizes and coefficients.
         d_model: width D of the activations.
         mesh: this rank's position; dictionary rows are split over its latent group.
         kernels: implementation of the sparse operations.
@@ -24,7 +125,6 @@ def build_sae(config: SAEConfig, d_model: int, mesh: Mesh, kernels: Kernels, see
     Raises:
         ConfigError: If the architecture is unknown.
     """
-    if config.architecture not in _ARCHITECTURES:
-        known = ", ".join(sorted(_ARCHITECTURES))
-        raise ConfigError("sae.architecture", config.architecture, f"one of: {known}")
-    return _ARCHITECTURES[config.architecture](config, d_model, mesh, kernels, seed)
+    training = import_attribute(architecture_of(settings).training)
+    sae: SparseAutoencoder = training(settings, d_model, mesh, kernels, seed)
+    return sae

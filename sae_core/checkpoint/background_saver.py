@@ -63,8 +63,8 @@ class CheckpointSaver:
         self.writing_s = 0.0
         """Seconds that finished saves took in the background, without the copy."""
 
-    def save(self, engines: list[SAEEngine], state: CheckpointState) -> None:
-        """Begin a save. The engines may be changed as soon as it returns.
+    def save(self, engine: SAEEngine, state: CheckpointState) -> None:
+        """Begin a save. The engine may be changed as soon as it returns.
 
         Raises:
             CheckpointError: If the previous save failed; raised on all ranks.
@@ -72,7 +72,7 @@ class CheckpointSaver:
         self.wait()
         with self._pausing():
             self.last_began = time.monotonic()
-            tensors = self._copy.take(engines)
+            tensors = self._copy.take(engine)
             self._writing = _Background(
                 lambda: write_checkpoint(self._root, tensors, state, self._retention, self._group)
             )

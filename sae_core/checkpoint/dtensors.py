@@ -12,32 +12,27 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from sae_core.distributed.mesh import Mesh
 from sae_core.engine.deepspeed_engine import MOMENTS, SAEEngine
 
-SHARDED = {"W_enc", "W_dec", "b_enc", "tokens_since_fired"}
-"""Names of the tensors that are split over rows."""
 
-
-def weight_tensors(engines: list[SAEEngine]) -> dict[str, torch.Tensor]:
-    """Return parameters and buffers of all SAEs; sharded ones as DTensors on the same memory."""
+def weight_tensors(engine: SAEEngine) -> dict[str, torch.Tensor]:
+    """Return parameters and buffers; sharded ones as DTensors on the same memory."""
     return {
         f"{engine.name}.{name}": _global(name, tensor, engine)
-        for engine in engines
         for name, tensor in engine.sae.state_dict().items()
     }
 
 
 def moment_tensors(
-    engines: list[SAEEngine], moments: dict[str, dict[str, dict[str, torch.Tensor]]]
+    engine: SAEEngine, moments: dict[str, dict[str, torch.Tensor]]
 ) -> dict[str, torch.Tensor]:
     """Return Adam's moments under the names of a checkpoint; sharded ones as DTensors.
 
     Args:
-        engines: The engines of all SAEs.
-        moments: `{sae: {parameter: {moment: local tensor}}}`.
+        engine: The engine of the SAE.
+        moments: `{parameter: {moment: local tensor}}`.
     """
     return {
         f"{engine.name}.{parameter}.{moment}": _global(parameter, tensor[moment], engine)
-        for engine in engines
-        for parameter, tensor in moments[engine.name].items()
+        for parameter, tensor in moments.items()
         for moment in MOMENTS
     }
 
@@ -48,7 +43,7 @@ def local_part(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _global(name: str, local: torch.Tensor, engine: SAEEngine) -> torch.Tensor:
-    if name not in SHARDED:
+    if name not in engine.sae.row_names:
         return local
     return _shard_over_rows(local, engine.sae.config.n_latents, engine.sae.mesh)
 

@@ -24,8 +24,9 @@ from pathlib import Path
 from typing import Any
 
 from foundation.atomic_files import read_json
+from foundation.errors import ConfigError
 from foundation.typed_json import from_json
-from sae_core.config import SAEConfig
+from sae_core.architectures.registry import settings_from_json
 from sae_core.errors import DamagedCheckpointError
 
 SCHEMA = 1
@@ -57,7 +58,7 @@ class CheckpointState:
     d_model: int
     """Width of the activations."""
     saes: dict[str, dict[str, Any]]
-    """`{name: SAEConfig as a dict}`"""
+    """`{name: settings of the SAE as a dict}`"""
     mesh: dict[str, int]
     """Mesh that wrote the checkpoint. For information only: any mesh can load it."""
     schema: int = SCHEMA
@@ -174,6 +175,7 @@ def read_state(folder: Path) -> CheckpointState:
     Raises:
         DamagedCheckpointError: If `state.json` is unreadable, has another schema, or holds invalid
             values.
+        ConfigError: If the architecture of an SAE is not registered.
     """
     raw = _read(folder, STATE)
     if raw.get("schema") != SCHEMA:
@@ -184,7 +186,9 @@ def read_state(folder: Path) -> CheckpointState:
     try:
         state = from_json(CheckpointState, raw)
         for sae in state.saes.values():
-            from_json(SAEConfig, sae)
+            settings_from_json(sae)
+    except ConfigError:
+        raise  # an architecture that is not installed here; the checkpoint may be valid
     except ValueError as error:
         raise DamagedCheckpointError(f"{folder / STATE}: {error}") from error
     counts = (state.step, state.tokens, state.source_position, state.batch_tokens, state.d_model)

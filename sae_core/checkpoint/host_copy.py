@@ -9,7 +9,6 @@ import torch
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
-from sae_core.checkpoint.dtensors import SHARDED
 from sae_core.distributed.mesh import Mesh, row_range
 from sae_core.engine.deepspeed_engine import SAEEngine
 
@@ -44,18 +43,17 @@ class HostCopy:
         self._devices = DeviceMesh("cpu", ranks.T.contiguous())
         self._buffers: dict[str, torch.Tensor] = {}
 
-    def take(self, engines: list[SAEEngine]) -> HostTensors:
-        """Copy weights, buffers and moments of all SAEs to the host; collective under ZeRO 1.
+    def take(self, engine: SAEEngine) -> HostTensors:
+        """Copy weights, buffers and moments to the host; collective under ZeRO 1.
 
         Row-sharded tensors become DTensors over this rank's rows; others are whole.
         """
         taken = HostTensors({}, {})
-        for engine in engines:
-            for name, tensor in engine.sae.state_dict().items():
-                self._add(taken.weights, name, f"{engine.name}.{name}", tensor, engine)
-            for name, moment, tensor in _moments(engine):
-                key = f"{engine.name}.{name}.{moment}"
-                self._add(taken.optimizer, name, key, tensor, engine)
+        for name, tensor in engine.sae.state_dict().items():
+            self._add(taken.weights, name, f"{engine.name}.{name}", tensor, engine)
+        for name, moment, tensor in _moments(engine):
+            key = f"{engine.name}.{name}.{moment}"
+            self._add(taken.optimizer, name, key, tensor, engine)
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
         return taken
@@ -68,7 +66,7 @@ class HostCopy:
         tensor: torch.Tensor,
         engine: SAEEngine,
     ) -> None:
-        if name not in SHARDED:
+        if name not in engine.sae.row_names:
             taken[key] = self._to_host(key, tensor)
             return
         start, stop = row_range(len(tensor), self._mesh.data_rank, self._mesh.n_data)

@@ -64,27 +64,27 @@ def _problem(folder: Path, hashes: bool) -> str | None:
     return None
 
 
-def load_checkpoint(folder: Path, engines: list[SAEEngine]) -> CheckpointState:
-    """Load weights, moments and ages of latents into the engines; collective over all ranks.
+def load_checkpoint(folder: Path, engine: SAEEngine) -> CheckpointState:
+    """Load weights, moments and ages of latents into the engine; collective over all ranks.
 
     Args:
         folder: A checkpoint that `agreed_checkpoint` or `newest_valid` returned.
-        engines: Newly built engines of the same SAEs. Their mesh and ZeRO stage may differ from
-            those that wrote the checkpoint.
+        engine: Newly built engine of the same SAE. Its mesh and ZeRO stage may differ from those
+            that wrote the checkpoint.
 
     Returns:
         The checkpoint's scalars.
 
     Raises:
-        CheckpointError: If the checkpoint holds other SAEs or other sizes, or is damaged.
+        CheckpointError: If the checkpoint holds another SAE or other sizes, or is damaged.
     """
-    weights = weight_tensors(engines)
-    moments = {engine.name: engine.moments() for engine in engines}
-    loaded = moment_tensors(engines, moments)
+    weights = weight_tensors(engine)
+    moments = engine.moments()
+    loaded = moment_tensors(engine, moments)
 
     def look() -> CheckpointState:
         state = read_state(folder)
-        _check_same_saes(folder, state, engines)
+        _check_same_sae(folder, state, engine)
         _check_shapes(folder / WEIGHTS, weights)
         _check_shapes(folder / OPTIMIZER, loaded)
         return state
@@ -92,21 +92,17 @@ def load_checkpoint(folder: Path, engines: list[SAEEngine]) -> CheckpointState:
     state = _on_all_ranks(look)
     _load_tensors(folder / WEIGHTS, weights)
     _load_tensors(folder / OPTIMIZER, loaded)
-    for engine in engines:
-        parameters = {
-            name: local_part(weights[f"{engine.name}.{name}"])
-            for name, _ in engine.sae.named_parameters()
+    own = {name: local_part(weights[f"{engine.name}.{name}"]) for name in engine.sae.state_dict()}
+    parameters = {name: own.pop(name) for name in engine.parameter_names}
+    for name, buffer in own.items():
+        engine.sae.get_buffer(name).copy_(buffer)
+    local_moments = {
+        name: {
+            moment: local_part(loaded[f"{engine.name}.{name}.{moment}"]) for moment in moments[name]
         }
-        own = {
-            name: {
-                moment: local_part(loaded[f"{engine.name}.{name}.{moment}"])
-                for moment in moments[engine.name][name]
-            }
-            for name in parameters
-        }
-        for name, buffer in engine.sae.named_buffers():
-            buffer.copy_(local_part(weights[f"{engine.name}.{name}"]))
-        engine.load(parameters, own, state.step)
+        for name in parameters
+    }
+    engine.load(parameters, local_moments, state.step)
     return state
 
 
@@ -145,25 +141,22 @@ def _check_shapes(folder: Path, wanted: dict[str, torch.Tensor]) -> None:
             )
 
 
-def _check_same_saes(folder: Path, state: CheckpointState, engines: list[SAEEngine]) -> None:
-    names = [engine.name for engine in engines]
-    if sorted(names) != sorted(state.saes):
+def _check_same_sae(folder: Path, state: CheckpointState, engine: SAEEngine) -> None:
+    if list(state.saes) != [engine.name]:
         raise CheckpointError(
-            f"{folder}: contains SAEs {sorted(state.saes)}, expected {sorted(names)}; use another "
+            f"{folder}: contains SAEs {sorted(state.saes)}, expected {[engine.name]}; use another "
             "run name"
         )
-    for engine in engines:
-        width = engine.sae.b_dec.shape[0]
-        if width != state.d_model:
-            raise CheckpointError(
-                f"{folder}: SAE of width {state.d_model}, expected {width}, the width of the "
-                "store; use another run name or the store it was trained on"
-            )
-        ours, theirs = asdict(engine.sae.config), state.saes[engine.name]
-        differing = [key for key in _SIZES if ours[key] != theirs.get(key)]
-        if differing:
-            what = ", ".join(f"{key} {theirs.get(key)!r} -> {ours[key]!r}" for key in differing)
-            raise CheckpointError(
-                f"{folder}: {engine.name} was trained with other settings: {what}; use another run "
-                "name"
-            )
+    width = engine.sae.d_model
+    if width != state.d_model:
+        raise CheckpointError(
+            f"{folder}: SAE of width {state.d_model}, expected {width}, the width of the "
+            "store; use another run name or the store it was trained on"
+        )
+    ours, theirs = asdict(engine.sae.config), state.saes[engine.name]
+    differing = [key for key in _SIZES if ours[key] != theirs.get(key)]
+    if differing:
+        what = ", ".join(f"{key} {theirs.get(key)!r} -> {ours[key]!r}" for key in differing)
+        raise CheckpointError(
+            f"{folder}: {engine.name} was trained with other settings: {what}; use another run name"
+        )

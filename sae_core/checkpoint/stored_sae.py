@@ -1,8 +1,9 @@
 """A trained SAE on disk, in raw activation units, read by ranges of latents.
 
 Checkpoints, saved SAEs and files of other libraries all give the same interface: rows of `W_enc`
-and `W_dec` [L, D] and `b_enc` [L], and `b_dec` [D], all float32. Apart from `b_dec`, tensors are
-read on demand, so an SAE of any size can be converted to another format.
+and `W_dec` [L, D], of `b_enc` and the architecture's other vectors [L], and `b_dec` [D], all
+float32. Apart from `b_dec`, tensors are read on demand, so an SAE of any size can be converted to
+another format.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ import torch
 
 from foundation.atomic_files import read_json, write_json
 from foundation.errors import ConfigError
-from foundation.typed_json import from_json
+from sae_core.architectures.registry import architecture_of, check_settings, settings_from_json
+from sae_core.architectures.settings import SAEConfig
 from sae_core.checkpoint.folder import (
     MANIFEST,
     STATE,
@@ -29,19 +31,19 @@ from sae_core.checkpoint.folder import (
 )
 from sae_core.checkpoint.row_ranges import Piece, StoredTensor, read_layout
 from sae_core.checkpoint.safetensors_file import TensorFileWriter, read_header, rows_per_block
-from sae_core.config import SAEConfig
 from sae_core.errors import CheckpointError, DamagedCheckpointError
 
 Rows = Callable[[int, int], torch.Tensor]
 """Function that takes `start, stop` and returns rows [start, stop) of a tensor, float32."""
 WEIGHTS_FILE, CONFIG_FILE = "sae.safetensors", "sae.json"
-ROWS = ("W_enc", "W_dec", "b_enc")
+MATRICES = ("W_enc", "W_dec")
+"""Names of the [L, D] tensors; all others with rows are [L]."""
 _MAX_CONFIG_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
 class StoredSAE:
-    """A TopK SAE whose tensors are read on demand. To encode and decode, use `load_sae`."""
+    """An SAE whose tensors are read on demand. To encode and decode, use `load_sae`."""
 
     config: SAEConfig
     d_model: int
@@ -49,7 +51,8 @@ class StoredSAE:
     b_dec: torch.Tensor
     """[D] float32."""
     rows: Mapping[str, Rows]
-    """Readers of rows: `W_enc` and `W_dec` give [n, D], `b_enc` gives [n]."""
+    """Readers of rows, of the tensors in `row_names`: `W_enc` and `W_dec` give [n, D], the others
+    give [n]."""
     step: int = 0
     """Number of optimiser steps it was trained for."""
     metadata: dict[str, Any] = field(default_factory=dict)
@@ -58,14 +61,14 @@ class StoredSAE:
     def blocks(self, name: str) -> Iterator[tuple[int, torch.Tensor]]:
         """Yield (first row, rows) for consecutive blocks of a tensor, a few MiB each."""
         n_latents = self.config.n_latents
-        step = rows_per_block(4 * (1 if name == "b_enc" else self.d_model))
+        step = rows_per_block(4 * (self.d_model if name in MATRICES else 1))
         for start in range(0, n_latents, step):
             yield start, self.rows[name](start, min(start + step, n_latents))
 
     def whole(self, name: str) -> torch.Tensor:
         """Read a tensor in full: [L, D] or [L], float32."""
         shape = (self.config.n_latents, self.d_model)
-        out = torch.empty(shape[:1] if name == "b_enc" else shape)
+        out = torch.empty(shape if name in MATRICES else shape[:1])
         for start, rows in self.blocks(name):
             out[start : start + len(rows)] = rows
         return out
@@ -76,7 +79,7 @@ class StoredSAE:
         The weights are copied in pieces of a few MiB.
         """
         folder.mkdir(parents=True, exist_ok=True)
-        names = {"W_enc": "W_enc", "W_dec": "W_dec", "b_enc": "b_enc", "b_dec": "b_dec"}
+        names = {name: name for name in (*row_names(self.config), "b_dec")}
         # Replace the old file only when the new one is complete: it may be the one being read.
         temporary = folder / f"{WEIGHTS_FILE}.tmp"
         temporary.unlink(missing_ok=True)
@@ -86,28 +89,37 @@ class StoredSAE:
         write_json(folder / CONFIG_FILE, config)
 
 
+def row_names(config: SAEConfig) -> tuple[str, ...]:
+    """Return the names of the tensors with one row per latent that an SAE is stored with.
+
+    Raises:
+        ConfigError: If the architecture is unknown.
+    """
+    return (*MATRICES, "b_enc", *(vector.name for vector in architecture_of(config).vectors))
+
+
 def write_rows(sae: StoredSAE, path: Path, names: Mapping[str, str], transposed: str = "") -> None:
     """Write an SAE as a float32 safetensors file, in pieces of a few MiB.
 
     Args:
         sae: The SAE to write.
         path: The file to create; it must not exist.
-        names: `{our name: name in the file}`, in the order of the file.
+        names: `{our name: name in the file}` of `b_dec` and of tensors in `row_names`, in the
+            order of the file.
         transposed: Our name of a matrix to store as [D, L] instead of [L, D]; empty: none.
     """
     n_latents, width = sae.config.n_latents, sae.d_model
-    shapes: dict[str, tuple[int, ...]] = {
-        "W_enc": (n_latents, width),
-        "W_dec": (n_latents, width),
-        "b_enc": (n_latents,),
-        "b_dec": (width,),
-    }
+    shapes: dict[str, tuple[int, ...]] = {name: (n_latents,) for name in names}
+    shapes |= {name: (n_latents, width) for name in MATRICES}
+    shapes["b_dec"] = (width,)
     if transposed:
         shapes[transposed] = (width, n_latents)
     laid = {theirs: (torch.float32, shapes[ours]) for ours, theirs in names.items()}
     with TensorFileWriter(path, laid) as file:
         file.write_rows(names["b_dec"], 0, sae.b_dec)
-        for ours in ROWS:
+        for ours in names:
+            if ours == "b_dec":
+                continue
             write = file.write_columns if ours == transposed else file.write_rows
             for start, rows in sae.blocks(ours):
                 write(names[ours], start, rows)
@@ -142,7 +154,7 @@ def open_sae(path: str | Path, name: str | None = None, verify_hashes: bool = Tr
 def _open_saved(folder: Path) -> StoredSAE:
     try:
         raw = read_json(folder / CONFIG_FILE, _MAX_CONFIG_BYTES)
-        config = from_json(SAEConfig, raw["config"])
+        config = settings_from_json(raw["config"])
         step, metadata = raw["step"], raw["metadata"]
         if type(step) is not int or not isinstance(metadata, dict):
             raise ValueError("expected step to be an integer and metadata to be an object")
@@ -172,28 +184,30 @@ def from_tensors(
         ValueError: If a tensor is missing, a shape does not match `config`, or `config` is invalid.
     """
     width = check_shapes(config, {name: part.shape for name, part in tensors.items()})
-    rows = {name: _float_rows(tensors[name]) for name in ROWS}
+    rows = {name: _float_rows(tensors[name]) for name in row_names(config)}
     return StoredSAE(config, width, tensors["b_dec"].whole().float(), rows, step, metadata or {})
 
 
 def check_shapes(config: SAEConfig, shapes: Mapping[str, tuple[int, ...]]) -> int:
-    """Check that the shapes of the four tensors match `config`, and return the width D.
+    """Check that the shapes of all tensors match `config`, and return the width D.
 
     Raises:
         ValueError: If a tensor is missing, a shape does not match, or `config` is invalid.
     """
-    config.validate()
+    check_settings(config)
     b_dec = shapes.get("b_dec", ())
     width, n_latents = b_dec[0] if len(b_dec) == 1 else 0, config.n_latents
-    wanted = {"W_enc": (n_latents, width), "W_dec": (n_latents, width), "b_enc": (n_latents,)}
-    for name, shape in wanted.items():
+    for name in row_names(config):
+        shape = (n_latents, width) if name in MATRICES else (n_latents,)
         if shapes.get(name) != shape:
             raise ValueError(f"{name} has shape {shapes.get(name)}, expected {shape}")
     return width
 
 
-def _float_rows(tensor: StoredTensor) -> Rows:
-    return lambda start, stop: tensor.rows(start, stop).float()
+def _float_rows(tensor: StoredTensor, divisor: torch.Tensor | None = None) -> Rows:
+    if divisor is None:
+        return lambda start, stop: tensor.rows(start, stop).float()
+    return lambda start, stop: tensor.rows(start, stop) / divisor
 
 
 def open_checkpoint(folder: Path, name: str | None = None) -> StoredSAE:
@@ -206,7 +220,7 @@ def open_checkpoint(folder: Path, name: str | None = None) -> StoredSAE:
     state = read_state(folder)
     name = _pick(folder, state, name)
     try:
-        config = from_json(SAEConfig, state.saes[name])
+        config = settings_from_json(state.saes[name])
         stored = _under(read_layout(folder / WEIGHTS), f"{name}.")
         width = check_shapes(config, {key: tensor.shape for key, tensor in stored.items()})
         if (stored["input_scale"].shape, stored["input_mean"].shape) != ((), (width,)):
@@ -226,8 +240,11 @@ def _in_raw_units(
     # Training uses x_norm = (x - mean) * scale. In raw units the latents are those of training
     # divided by scale, so decoder rows keep unit norm and the encoder matrix does not change.
     scale, mean = stored["input_scale"].whole(), stored["input_mean"].whole()
-    rows = {name: _float_rows(stored[name]) for name in ROWS}
-    rows["b_enc"] = lambda start, stop: stored["b_enc"].rows(start, stop) / scale
+    rows = {name: _float_rows(stored[name]) for name in MATRICES}
+    rows["b_enc"] = _float_rows(stored["b_enc"], scale)
+    for vector in architecture_of(config).vectors:
+        divisor = scale if vector.in_activation_units else None
+        rows[vector.name] = _float_rows(stored[vector.name], divisor)
     b_dec = mean + stored["b_dec"].whole() / scale
     metadata = {
         "checkpoint": folder.name,

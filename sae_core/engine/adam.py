@@ -12,7 +12,7 @@ from sae_core.config import OptimConfig
 from sae_core.kernels import square_sum
 
 if TYPE_CHECKING:
-    from sae_core.architectures.topk import TopKSAE
+    from sae_core.architectures.base import SparseAutoencoder
 
 
 class ShardedAdam(torch.optim.Adam):
@@ -31,13 +31,13 @@ class ShardedAdam(torch.optim.Adam):
     """
 
     def __init__(
-        self, sae: TopKSAE, lr: float, config: OptimConfig, clip_norm: float | None
+        self, sae: SparseAutoencoder, lr: float, config: OptimConfig, clip_norm: float | None
     ) -> None:
         betas = (config.beta1, config.beta2)
         super().__init__(sae.parameters(), lr=lr, betas=betas, eps=config.eps, fused=True)
         device = sae.b_dec.device
         self.clip_norm = clip_norm
-        self.latent_group = sae.plan.group
+        self.latent_group = sae.latent_group
         self.found_inf = torch.zeros((), device=device)
         """Scalar: 1 to make no update, else 0. `step` may set it, and never clears it."""
         self.grad_scale: torch.Tensor | None = None

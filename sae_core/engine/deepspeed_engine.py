@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from sae_core.architectures import StepOutput, TopKSAE
+from sae_core.architectures.base import SparseAutoencoder, StepOutput
 from sae_core.config import TrainerConfig
 from sae_core.distributed.mesh import MeshMPU
 from sae_core.engine.adam import ShardedAdam
@@ -27,7 +27,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class SAEEngine:
-    """A `TopKSAE` shard with its optimiser; `train_step` is collective over all ranks.
+    """A shard of an SAE with its optimiser; `train_step` is collective over all ranks.
 
     Args:
         name: key of this SAE in metrics and checkpoints.
@@ -37,7 +37,7 @@ class SAEEngine:
     """
 
     def __init__(
-        self, name: str, sae: TopKSAE, config: TrainerConfig, device: torch.device
+        self, name: str, sae: SparseAutoencoder, config: TrainerConfig, device: torch.device
     ) -> None:
         self.name = name
         self.config = config
@@ -45,7 +45,7 @@ class SAEEngine:
         self.sae = sae.to(device)
         zero = config.parallel.zero_stage
         clip_norm = config.optim.clip_norm
-        self.fused = config.optim.fused(zero)
+        self.fused = config.fused
         optimizer_class = FusedRowAdam if self.fused else ShardedAdam
         self.optimizer = optimizer_class(
             sae,
@@ -91,8 +91,10 @@ class SAEEngine:
             (bad > 0) & (self.first_bad_step < 0), step, self.first_bad_step
         )
         if not self.fused:
-            renormalise_(self.sae.W_dec, bad)
-            self._push_to_zero(self.sae.W_dec)
+            for name in self.sae.unit_rows:
+                parameter = self.sae.get_parameter(name)
+                renormalise_(parameter, bad)
+                self._push_to_zero(parameter)
             self.sae.refresh_copies()
         self.sae.update_tokens_since_fired(out.fired, self.config.train.batch_tokens, bad)
         return out
@@ -186,7 +188,7 @@ class SAEEngine:
 
 
 def _initialise_deepspeed(
-    sae: TopKSAE, optimizer: ShardedAdam, config: TrainerConfig, clip_norm: float
+    sae: SparseAutoencoder, optimizer: ShardedAdam, config: TrainerConfig, clip_norm: float
 ) -> Any:
     """Create the DeepSpeed engine of an SAE; `clip_norm` is the norm ZeRO clips to, 0 for none."""
     device_type = next(sae.parameters()).device.type

@@ -8,7 +8,6 @@ optimiser. `step` exchanges it between replicas and lets the kernels update the 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,28 +18,28 @@ from sae_core.engine.adam import ShardedAdam
 from sae_core.kernels import AdamStep, RowState, RowUpdate, SparseGradient
 
 if TYPE_CHECKING:
-    from sae_core.architectures.topk import TopKSAE
+    from sae_core.architectures.base import SparseAutoencoder
 
 
 class FusedRowAdam(ShardedAdam):
     """A `ShardedAdam` that updates dictionary rows from a `SparseGradient`; ZeRO 0 only.
 
     Args:
-        sae: SAE to update. Its row-sharded parameters are set to not require gradients, and its
-            plan is changed to pass their sparse gradient to this optimiser.
+        sae: SAE with a sparse gradient. W_enc, b_enc and W_dec are set to not require gradients,
+            and their sparse gradient is sent to this optimiser.
         lr: learning rate of the first step.
         config: betas, eps, dtype of the moments.
         clip_norm: largest global gradient norm; 0: no limit.
     """
 
     def __init__(
-        self, sae: TopKSAE, lr: float, config: OptimConfig, clip_norm: float | None
+        self, sae: SparseAutoencoder, lr: float, config: OptimConfig, clip_norm: float | None
     ) -> None:
         super().__init__(sae, lr, config, clip_norm)
         self.sae = sae
         for parameter in (sae.W_enc, sae.b_enc, sae.W_dec):
             parameter.requires_grad_(False)
-        sae.plan = replace(sae.plan, collect=self._collect)
+        sae.send_gradient_to(self._collect)
         dtype = getattr(torch, config.moments)
         self._moment_dtypes: dict[torch.Tensor, torch.dtype] = {sae.W_enc: dtype, sae.W_dec: dtype}
         self._gradient: SparseGradient | None = None
@@ -53,7 +52,7 @@ class FusedRowAdam(ShardedAdam):
         gradient, self._gradient = self._gradient, None
         if self.sae.mesh.n_data > 1:
             gradient = gather_over_replicas(gradient, self.sae.mesh.data_group)
-        self._rows = self.sae.plan.kernels.row_update(gradient, self.sae.W_dec)
+        self._rows = self.sae.kernels.row_update(gradient, self.sae.W_dec)
         # Computes the norm, sets `grad_scale` and `found_inf`, and updates `b_dec`.
         result = super().step(closure)
         self.allocate_state()
@@ -62,7 +61,7 @@ class FusedRowAdam(ShardedAdam):
         return result
 
     def _collect(self, gradient: SparseGradient) -> None:
-        """Receive the sparse gradient of a backward pass; see `SparsePlan.collect`."""
+        """Receive the sparse gradient of a backward pass; see `send_gradient_to` of the SAE."""
         assert self._gradient is None, "two backward passes without a step between them"
         self._gradient = gradient
 
@@ -82,7 +81,7 @@ class FusedRowAdam(ShardedAdam):
         W_enc, W_dec, b_enc = (self.state[parameter] for parameter in parameters)
         exp_avg = (W_enc["exp_avg"], W_dec["exp_avg"], b_enc["exp_avg"])
         exp_avg_sq = (W_enc["exp_avg_sq"], W_dec["exp_avg_sq"], b_enc["exp_avg_sq"])
-        state = RowState(*parameters, exp_avg, exp_avg_sq, sae.copies, sae.plan.first_latent)
+        state = RowState(*parameters, exp_avg, exp_avg_sq, sae.copies, sae.first_latent)
         beta1, beta2 = options["betas"]
         adam = AdamStep(
             options["lr"], beta1, beta2, options["eps"], step, self.grad_scale, self.found_inf

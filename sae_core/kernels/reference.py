@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import torch
 
+from foundation.errors import ConfigError
 from sae_core.kernels.interface import (
     Decoded,
     RowGradients,
@@ -64,6 +65,19 @@ class ReferenceKernels:
     def row_update(self, gradient: SparseGradient, W_dec: torch.Tensor) -> RowUpdate:
         """See `Kernels.row_update`."""
         return StockRowUpdate(self.row_gradients(*gradient), W_dec)
+
+
+def build(compute_dtype: torch.dtype, tf32: bool, prefilter: str) -> ReferenceKernels:
+    """Build these kernels with the settings of training; see `get_kernels`."""
+    if tf32:
+        raise ConfigError("train.compute_dtype", "tf32", "float32 for kernels=reference")
+    if compute_dtype not in (torch.float32, torch.float64):
+        raise ConfigError(
+            "compute dtype", compute_dtype, "float32 or float64 for kernels=reference"
+        )
+    if prefilter not in ("auto", "none"):
+        raise ConfigError("train.prefilter", prefilter, "none for kernels=reference")
+    return ReferenceKernels()
 
 
 def _dense(active: SparseLatents, n_latents: int) -> torch.Tensor:

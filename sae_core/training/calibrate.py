@@ -1,26 +1,20 @@
-"""Initialisation of an SAE: dictionary rows, input normalisation, decoder bias, encoder scale.
+"""Initialisation of an SAE from a sample: input normalisation, decoder bias, encoder.
 
 This follows Gao et al. 2024 (arXiv 2406.04093, appendix A). Decoder rows are random with unit norm,
 and the encoder starts as a copy of the decoder. The decoder bias is the geometric median of a
-sample. The encoder is scaled so that the first reconstructions have the mean squared norm of their
-inputs.
+sample. Then the architecture initialises its encoder (`SparseAutoencoder.calibrate_encoder`).
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 import torch.distributed as dist
 
-from sae_core.architectures.sparse_autoencode import encode_shard
+from sae_core.architectures.base import SparseAutoencoder
 from sae_core.errors import ShapeError
 
-if TYPE_CHECKING:
-    from sae_core.architectures.topk import TopKSAE
-
-_SCALE_ROWS = 4096
-"""Most sample rows used to set the encoder's scale."""
+_ENCODER_ROWS = 4096
+"""Most sample rows used to initialise the encoder."""
 _MEDIAN_STEPS = 100
 """Most iterations for the geometric median."""
 
@@ -47,8 +41,8 @@ def geometric_median(x: torch.Tensor, tolerance: float = 1e-5) -> torch.Tensor:
 
 
 @torch.no_grad()
-def calibrate(sae: TopKSAE, sample: torch.Tensor) -> None:
-    """Set the input mean and scale, the decoder bias and the encoder scale; a collective call.
+def calibrate(sae: SparseAutoencoder, sample: torch.Tensor) -> None:
+    """Set the input mean and scale and the decoder bias, and initialise the encoder; collective.
 
     Args:
         sae: a newly built shard.
@@ -58,7 +52,7 @@ def calibrate(sae: TopKSAE, sample: torch.Tensor) -> None:
         ShapeError: If the sample has the wrong width or fewer than two rows, is not finite, or has
             zero variance.
     """
-    d_model = sae.b_dec.shape[0]
+    d_model = sae.d_model
     if sample.ndim != 2 or sample.shape[1] != d_model or len(sample) < 2:
         raise ShapeError(
             f"calibration sample has shape {tuple(sample.shape)}: expected "
@@ -75,19 +69,8 @@ def calibrate(sae: TopKSAE, sample: torch.Tensor) -> None:
     sae.input_mean.copy_(mean)
     sae.input_scale.copy_((d_model / power).sqrt())
     x = sae.normalise(raw)
-    # All ranks take rank 0's numbers: rounding differences would make replicas diverge.
     sae.b_dec.copy_(geometric_median(x))
-    scale = _encoder_scale(sae, x[:_SCALE_ROWS])
-    for tensor in (sae.input_mean, sae.input_scale, sae.b_dec, scale):
+    # All ranks take rank 0's numbers: rounding differences would make replicas diverge.
+    for tensor in (sae.input_mean, sae.input_scale, sae.b_dec):
         dist.broadcast(tensor, src=0)
-    sae.W_enc.mul_(scale)
-
-
-def _encoder_scale(sae: TopKSAE, x: torch.Tensor) -> torch.Tensor:
-    """Return the factor that gives reconstructions the mean squared norm of their inputs."""
-    centred = x - sae.b_dec
-    active = encode_shard(centred, sae.W_enc, sae.b_enc, sae.plan.k, sae.plan)
-    recon = sae.plan.kernels.decode(active, sae.W_dec)
-    if sae.plan.group is not None:
-        dist.all_reduce(recon, group=sae.plan.group)
-    return (centred.square().sum() / recon.square().sum().clamp_min(1e-30)).sqrt()
+    sae.calibrate_encoder(x[:_ENCODER_ROWS])

@@ -8,8 +8,10 @@ import sys
 import torch
 import torch.distributed as dist
 
-from sae_core.architectures import StepOutput
+from sae_core.architectures.base import StepOutput
+from sae_core.architectures.registry import architecture_of
 from sae_core.engine.deepspeed_engine import SAEEngine
+from sae_core.metric_table import Totals, with_own
 
 _PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12}
 """Peak dense bfloat16 FLOP/s on tensor cores, from NVIDIA's data sheets."""
@@ -24,15 +26,18 @@ class StepMetrics:
 
     def __init__(self, engine: SAEEngine) -> None:
         self.engine = engine
-        self.d_model = engine.sae.b_dec.shape[0]
+        own = architecture_of(engine.sae.config).metrics
+        self.own_names = [metric.name for metric in own]
+        self.table = with_own(own)
+        self.names = ("squared_error", "loss", *self.own_names, "n_active", "square")
         self._reset()
 
     def _reset(self) -> None:
-        device = self.engine.device
         self.n_steps = 0
         self.n_rows = 0
-        # Squared error, loss, auxiliary loss, active pairs, sum of squared inputs, inputs' sum [D].
-        self._sums = torch.zeros(5 + self.d_model, dtype=torch.float64, device=device)
+        # One vector, so that a report needs one collective: `names`, then the inputs' sum [D].
+        size = len(self.names) + self.engine.sae.d_model
+        self._sums = torch.zeros(size, dtype=torch.float64, device=self.engine.device)
 
     @torch.no_grad()
     def add(self, raw: torch.Tensor, out: StepOutput) -> None:
@@ -41,23 +46,30 @@ class StepMetrics:
         Args:
             raw: [B, D] raw rows of this replica.
             out: output of the step.
+
+        Raises:
+            ValueError: If the architecture's own metrics are not those that it has registered.
         """
+        if sorted(out.metrics) != sorted(self.own_names):
+            raise ValueError(
+                f"{type(self.engine.sae).__name__}: StepOutput.metrics has {sorted(out.metrics)}, "
+                f"expected the names in Architecture.metrics, {sorted(self.own_names)}"
+            )
         x = self.engine.sae.normalise(raw)
-        scalars = torch.stack(
-            [
-                out.squared_error.double(),
-                out.loss.detach().double(),
-                out.aux_loss.double(),
-                out.n_active.double(),
-                x.square().sum().double(),
-            ]
-        )
-        self._sums += torch.cat((scalars, x.sum(0).double()))
+        scalars = {
+            "squared_error": out.squared_error,
+            "loss": out.loss.detach(),
+            **out.metrics,
+            "n_active": out.n_active,
+            "square": x.square().sum(),
+        }
+        named = torch.stack([scalars[name].double() for name in self.names])
+        self._sums += torch.cat((named, x.sum(0).double()))
         self.n_steps += 1
         self.n_rows += raw.shape[0]
 
     def reduce(self) -> dict[str, float]:
-        """Return means over all ranks since the last call, and reset the sums.
+        """Return the metrics over all ranks since the last call, and reset the sums.
 
         A collective call over all ranks; the host waits for the device.
         """
@@ -67,24 +79,26 @@ class StepMetrics:
         packed = torch.cat((self._sums, dead))
         dist.all_reduce(packed)
         packed = packed.cpu()
+        n_names = len(self.names)
+        sums = dict(zip(self.names, packed[:n_names].tolist(), strict=True))
+        sums["dead"] = float(packed[-1])
+        rows = self.n_rows * mesh.n_data
         # All but the active pairs and dead latents are the same on every rank of a latent group, so
         # their sums over all ranks are divided by the size of the group.
-        error, loss, aux, active, square, *sums = (packed[:-1]).tolist()
-        rows = self.n_rows * mesh.n_data
-        mean = torch.tensor(sums, dtype=torch.float64) / mesh.n_latent / rows
-        variance = square / mesh.n_latent - rows * float(mean.square().sum())
-        steps = max(self.n_steps, 1) * dist.get_world_size()
-        row = {
-            "loss": loss / steps,
-            "fvu": error / mesh.n_latent / variance if variance > 0 else float("nan"),
-            "auxk_loss": aux / steps,
-            "l0": active / rows,
-            "dead_fraction": float(packed[-1]) / mesh.n_data / sae.config.n_latents,
-            "grad_norm": float(self.engine.grad_norm),
-            "lr": self.engine.lr,
-        }
+        mean = packed[n_names:-1] / mesh.n_latent / rows
+        totals = Totals(
+            sums=sums,
+            steps=max(self.n_steps, 1) * dist.get_world_size(),
+            rows=rows,
+            replicas=mesh.n_data,
+            shards=mesh.n_latent,
+            n_latents=sae.config.n_latents,
+            variance=sums["square"] / mesh.n_latent - rows * float(mean.square().sum()),
+            grad_norm=float(self.engine.grad_norm),
+            lr=self.engine.lr,
+        )
         self._reset()
-        return row
+        return {metric.name: metric.reduce(totals) for metric in self.table}
 
 
 def mfu(tokens_per_s: float, d_model: int, n_latents: int, n_ranks: int) -> float | None:

@@ -15,13 +15,13 @@ from typing import Any, Protocol
 import torch
 
 from foundation.errors import ConfigError
-from sae_core.architectures import build_sae
+from sae_core.architectures.registry import build_sae
 from sae_core.checkpoint import CheckpointSaver, CheckpointState, load_checkpoint
 from sae_core.config import TrainerConfig
 from sae_core.distributed.mesh import Mesh
 from sae_core.engine.deepspeed_engine import SAEEngine
 from sae_core.errors import CheckpointError, NonFiniteLossError
-from sae_core.kernels import get_kernels
+from sae_core.kernels.registry import default_kernels, get_kernels
 from sae_core.training.calibrate import calibrate
 from sae_core.training.metrics import StepMetrics, mfu, peak_memory_bytes
 from sae_core.training.source import ActivationSource
@@ -46,8 +46,9 @@ class Trainer:
         seed: Seed of the initial dictionary.
         report: Called on every rank with a row of metrics every `report_every` steps. If it raises
             an SAEError, which must happen on all ranks, this trainer ends. Keys: time, step,
-            tokens, sae, loss, fvu, auxk_loss, l0, dead_fraction, grad_norm, lr, tokens_per_s,
-            loader_wait_fraction, checkpoint_pause_s (since the last row), mfu, peak_memory_bytes.
+            tokens, sae, the metrics of `sae_core.metric_table` and of the architecture,
+            tokens_per_s, loader_wait_fraction, checkpoint_pause_s (since the last row), mfu,
+            peak_memory_bytes.
         report_every: Number of steps between two rows.
         stop_requested: Called about once a second on every rank. If it returns True on any rank,
             training ends with a checkpoint.
@@ -76,38 +77,38 @@ class Trainer:
         self.report = report
         self.report_every = report_every
         self.device = torch.device(mesh.devices.device_type)
+        name = config.train.kernels
         kernels = get_kernels(
-            kernels_name(config.train.kernels, self.device),
+            default_kernels(self.device.type) if name == "auto" else name,
             compute_dtype(config.train.compute_dtype, self.device),
             tf32=config.train.compute_dtype == "tf32",
             prefilter=config.train.prefilter,
         )
         sae = build_sae(config.sae, source.d_in, mesh, kernels, seed).to(self.device)
-        self.engines = [SAEEngine(config.sae.hookpoint or "sae", sae, config, self.device)]
+        self.engine = SAEEngine(config.sae.hookpoint or "sae", sae, config, self.device)
         self.step = 0
         self.saver = CheckpointSaver(
             checkpoints, config.checkpoint, mesh, self.device, config.train.batch_tokens
         )
-        self._metrics = [StepMetrics(engine) for engine in self.engines]
+        self._metrics = StepMetrics(self.engine)
         self._clock = _Clock()
         self._began: float | None = None
         self._seconds = 0.0
 
     def calibrate(self) -> None:
-        """Fit input scale, bias and encoder scale to a sample; call once, before a new run."""
+        """Fit input scale, bias and encoder to a sample; call once, before a new run."""
         sample = self.source.sample(self.config.train.sample_tokens).to(self.device)
-        for engine in self.engines:
-            calibrate(engine.sae, sample)
-            engine.sync_edited_parameters()
+        calibrate(self.engine.sae, sample)
+        self.engine.sync_edited_parameters()
 
     def resume(self, folder: Path) -> None:
         """Load a checkpoint written on this mesh or any other; collective over all ranks.
 
         Raises:
             ConfigError: If batch size, seed or source differ from those of the checkpoint.
-            CheckpointError: If the checkpoint holds other SAEs or is damaged.
+            CheckpointError: If the checkpoint holds another SAE or is damaged.
         """
-        state = load_checkpoint(folder, self.engines)
+        state = load_checkpoint(folder, self.engine)
         if state.batch_tokens != self.config.train.batch_tokens:
             raise ConfigError(
                 "train.batch_tokens",
@@ -197,9 +198,9 @@ class Trainer:
         }
 
     def save(self) -> None:
-        """Begin a checkpoint of all SAEs; collective. `saver.wait()` returns once it is written."""
+        """Begin a checkpoint; collective. `saver.wait()` returns once it is written."""
         self._raise_if_bad()
-        first, batch_tokens = self.engines[0], self.config.train.batch_tokens
+        sae, batch_tokens = self.engine.sae, self.config.train.batch_tokens
         paused = self.saver.pause_s
         state = CheckpointState(
             step=self.step,
@@ -208,61 +209,58 @@ class Trainer:
             source_identity=self.source.identity,
             seed=self.seed,
             batch_tokens=batch_tokens,
-            d_model=first.sae.b_dec.shape[0],
-            saes={engine.name: asdict(engine.sae.config) for engine in self.engines},
+            d_model=sae.d_model,
+            saes={self.engine.name: asdict(sae.config)},
             mesh=asdict(self.config.parallel),
         )
-        self.saver.save(self.engines, state)
+        self.saver.save(self.engine, state)
         self._clock.pause(self.saver.pause_s - paused)
 
     def _train_step(self) -> None:
         with self._clock.waiting():
             batch = self.source.next()
         raw = batch.x.to(self.device, non_blocking=True)
-        for engine, metric in zip(self.engines, self._metrics, strict=True):
-            metric.add(raw, engine.train_step(raw, self.step))
+        self._metrics.add(raw, self.engine.train_step(raw, self.step))
         self.step += 1
 
     def _report(self) -> None:
         self._raise_if_bad()
         seconds, waited, paused, steps = self._clock.lap()
         tokens_per_s = steps * self.config.train.batch_tokens / seconds
-        for engine, metric in zip(self.engines, self._metrics, strict=True):
-            self.report(
-                {
-                    "time": time.time(),
-                    "step": self.step,
-                    "tokens": self.step * self.config.train.batch_tokens,
-                    "sae": engine.name,
-                    **metric.reduce(),
-                    "tokens_per_s": tokens_per_s,
-                    "loader_wait_fraction": waited / seconds,
-                    "checkpoint_pause_s": paused,
-                    "mfu": mfu(
-                        tokens_per_s,
-                        self.source.d_in,
-                        self.config.sae.n_latents,
-                        self.config.parallel.n_ranks,
-                    ),
-                    "peak_memory_bytes": peak_memory_bytes(),
-                }
-            )
+        row = {
+            "time": time.time(),
+            "step": self.step,
+            "tokens": self.step * self.config.train.batch_tokens,
+            "sae": self.engine.name,
+            **self._metrics.reduce(),
+            "tokens_per_s": tokens_per_s,
+            "loader_wait_fraction": waited / seconds,
+            "checkpoint_pause_s": paused,
+            "mfu": mfu(
+                tokens_per_s,
+                self.source.d_in,
+                self.config.sae.n_latents,
+                self.config.parallel.n_ranks,
+            ),
+            "peak_memory_bytes": peak_memory_bytes(),
+        }
+        self.report(row)
 
     def _raise_if_bad(self) -> None:
         # Reading the flag waits for the device, so this runs only before a report or a save.
-        for engine in self.engines:
-            step = int(engine.first_bad_step)
-            if step >= 0:
-                failed: CheckpointError | None = None
-                try:
-                    self.saver.wait()  # let it finish: its weights are from before the bad step
-                except CheckpointError as error:
-                    failed = error
-                raise NonFiniteLossError(
-                    f"{engine.name}: loss or gradient of step {step} is not finite; no update was "
-                    "made from it. Check the store with stage=verify, or lower optim.lr; run the "
-                    "same command again to resume from the last checkpoint"
-                ) from failed
+        step = int(self.engine.first_bad_step)
+        if step < 0:
+            return
+        failed: CheckpointError | None = None
+        try:
+            self.saver.wait()  # let it finish: its weights are from before the bad step
+        except CheckpointError as error:
+            failed = error
+        raise NonFiniteLossError(
+            f"{self.engine.name}: loss or gradient of step {step} is not finite; no update was "
+            "made from it. Check the store with stage=verify, or lower optim.lr; run the same "
+            "command again to resume from the last checkpoint"
+        ) from failed
 
 
 class _Clock:
@@ -306,10 +304,3 @@ def compute_dtype(name: str, device: torch.device) -> torch.dtype:
     if name == "auto":
         return torch.bfloat16 if device.type == "cuda" else torch.float32
     return torch.bfloat16 if name == "bfloat16" else torch.float32
-
-
-def kernels_name(name: str, device: torch.device) -> str:
-    """Return the kernels to use for `train.kernels` on a device: "auto" becomes a name."""
-    if name == "auto":
-        return "triton" if device.type == "cuda" else "stock"
-    return name

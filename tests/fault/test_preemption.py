@@ -22,7 +22,7 @@ from conf.schema.run import RunConfig
 from foundation.errors import EXIT_PREEMPTED
 from sae_core.checkpoint.folder import list_checkpoints, newest_valid, step_of
 from sae_core.checkpoint.row_ranges import read_tensors
-from sae_core.config import CheckpointConfig, OptimConfig, ParallelConfig, SAEConfig, TrainConfig
+from sae_core.config import CheckpointConfig, OptimConfig, ParallelConfig, TopKConfig, TrainConfig
 from tests.support.forked_ranks import Ranks
 from tests.support.paths import ROOT
 from tests.support.tiny_models import save_gpt2, write_text
@@ -40,7 +40,7 @@ def make_run(folder: Path, grace_s: float = 60.0) -> Path:
         name="run",
         stage="train",
         runs_dir=str(folder),
-        sae=SAEConfig(n_latents=300, k=6, auxk=8, dead_after_tokens=20000),
+        sae=TopKConfig(n_latents=300, k=6, auxk=8, dead_after_tokens=20000),
         optim=OptimConfig(lr=2e-3),
         train=TrainConfig(STEPS * BATCH, BATCH, sample_tokens=2000, threads_per_rank=1),
         parallel=ParallelConfig(latent=2),

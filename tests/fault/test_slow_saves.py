@@ -13,7 +13,7 @@ from activation_store import StoreWriter
 from cluster.run_folder.saved_config import save_config
 from conf.schema.run import RunConfig
 from sae_core.checkpoint.folder import newest_valid, step_of
-from sae_core.config import CheckpointConfig, SAEConfig, TrainConfig
+from sae_core.config import CheckpointConfig, TopKConfig, TrainConfig
 from tests.support.forked_ranks import Ranks
 
 pytestmark = [pytest.mark.slow, pytest.mark.distributed]
@@ -32,7 +32,7 @@ def train(folder: Path, checkpoint: CheckpointConfig) -> tuple[int, str]:
         name="run",
         stage="train",
         runs_dir=str(folder),
-        sae=SAEConfig(n_latents=64, k=4, auxk=4),
+        sae=TopKConfig(n_latents=64, k=4, auxk=4),
         train=TrainConfig(STEPS * BATCH, BATCH, sample_tokens=500, hang_timeout_s=HANG_S),
         checkpoint=checkpoint,
     )

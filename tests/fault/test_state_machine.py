@@ -138,7 +138,7 @@ class _Rank:
     def train(self, steps: int, shown: Path) -> int:
         """Train, save the state to `shown`, and return the step."""
         for _ in range(steps):
-            self.trainer.engines[0].train_step(self.trainer.source.next().x, self.trainer.step)
+            self.trainer.engine.train_step(self.trainer.source.next().x, self.trainer.step)
             self.trainer.step += 1
         self.save(shown, 1, None)
         return self.trainer.step

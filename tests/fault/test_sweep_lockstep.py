@@ -20,7 +20,7 @@ from conf.sweep_cells import cells_of
 from foundation.errors import EXIT_PREEMPTED
 from sae_core.checkpoint.folder import list_checkpoints, step_of
 from sae_core.checkpoint.row_ranges import read_tensors
-from sae_core.config import CheckpointConfig, OptimConfig, ParallelConfig, SAEConfig, TrainConfig
+from sae_core.config import CheckpointConfig, OptimConfig, ParallelConfig, TopKConfig, TrainConfig
 from sae_core.errors import DivergedError
 from tests.support.forked_ranks import Ranks
 from tests.support.single_rank import make_store
@@ -48,7 +48,7 @@ def make_sweep(folder: Path, store: Path, grid: SweepConfig) -> list[str]:
         name=folder.name,
         stage="sweep",
         runs_dir=str(folder.parent),
-        sae=SAEConfig(n_latents=80, k=4, auxk=8, dead_after_tokens=1000),
+        sae=TopKConfig(n_latents=80, k=4, auxk=8, dead_after_tokens=1000),
         optim=OptimConfig(lr=2e-3),
         train=TrainConfig(STEPS * BATCH, BATCH, sample_tokens=500, threads_per_rank=1),
         parallel=ParallelConfig(latent=2),

@@ -25,7 +25,8 @@ from conf.schema.data import DataConfig
 from conf.schema.model import ModelConfig
 from conf.schema.run import RunConfig
 from sae_core import SAE
-from sae_core.config import SAEConfig
+from sae_core.architectures.topk.inference import TopKInference
+from sae_core.config import TopKConfig
 from tests.support.tiny_models import save_llama, write_text
 
 pytestmark = pytest.mark.ray
@@ -60,8 +61,8 @@ def harvested(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunConfig]:
 def save_sae(folder: Path, W: torch.Tensor, k: int, **biases: torch.Tensor) -> SAE:
     """Save an SAE with W_enc = W_dec = W [L, D] as the run's result, and return it."""
     zeros = {"b_enc": torch.zeros(len(W)), "b_dec": torch.zeros(W.shape[1])}
-    config = SAEConfig(n_latents=len(W), k=k, hookpoint=HOOKPOINT)
-    sae = SAE(config, W, W.clone(), **{**zeros, **biases}, step=7)
+    config = TopKConfig(n_latents=len(W), k=k, hookpoint=HOOKPOINT)
+    sae = TopKInference(config, W, W.clone(), **{**zeros, **biases}, step=7)
     sae.save(folder)
     return sae
 
@@ -208,8 +209,8 @@ def test_a_store_with_other_harvest_settings_has_no_heldout_text(
 
 
 def test_a_store_of_another_width_is_refused(harvested: RunConfig, tmp_path: Path) -> None:
-    config = SAEConfig(n_latents=4, k=2, hookpoint=HOOKPOINT)
+    config = TopKConfig(n_latents=4, k=2, hookpoint=HOOKPOINT)
     W = torch.eye(4, 3)
-    SAE(config, W, W.clone(), torch.zeros(4), torch.zeros(3)).save(tmp_path)
+    TopKInference(config, W, W.clone(), torch.zeros(4), torch.zeros(3)).save(tmp_path)
     with pytest.raises(StoreMismatchError, match=r"of width 3, found .*16"):
         evaluation_stage.run(harvested, tmp_path)

@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 from analysis.export import stage as export_stage
 from benchmarks.harness.peers import HOW_TO_MAKE, PEERS_PYTHON, peer_environment, peers_available
 from conf.schema.run import RunConfig
-from sae_core.config import SAEConfig
+from sae_core.architectures.topk.inference import TopKInference
+from sae_core.config import TopKConfig
 from sae_core.errors import CheckpointError
 from sae_core.inference import SAE, load_sae
 from tests.support.paths import ROOT
@@ -60,8 +61,8 @@ def make_sae(case: Case) -> SAE:
     W_enc = torch.randn(case.L, case.D)
     W_dec = torch.nn.functional.normalize(torch.randn(case.L, case.D), dim=1)
     b_enc, b_dec = torch.randn(case.L) * case.scale, torch.randn(case.D) * 3 * case.scale
-    config = SAEConfig(n_latents=case.L, k=case.k, hookpoint="model.layers.9")
-    return SAE(config, W_enc, W_dec, b_enc, b_dec, step=17)
+    config = TopKConfig(n_latents=case.L, k=case.k, hookpoint="model.layers.9")
+    return TopKInference(config, W_enc, W_dec, b_enc, b_dec, step=17)
 
 
 def rows_without_ties(sae: SAE, case: Case) -> torch.Tensor:

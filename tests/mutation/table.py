@@ -183,8 +183,8 @@ MUTATIONS = (
         7,
         "tokens_since_fired restarts from zero at a resume",
         _LOAD,
-        '            buffer.copy_(local_part(weights[f"{engine.name}.{name}"]))\n',
-        "            buffer.zero_()\n",
+        "        engine.sae.get_buffer(name).copy_(buffer)\n",
+        "        engine.sae.get_buffer(name).zero_()\n",
         _SAME_MESH,
     ),
     _one(

@@ -14,7 +14,7 @@ from cluster.run_folder.saved_config import save_config
 from conf.schema.run import RunConfig
 from sae_core.checkpoint.folder import list_checkpoints, step_of
 from sae_core.checkpoint.row_ranges import read_tensors
-from sae_core.config import CheckpointConfig, OptimConfig, SAEConfig, TrainConfig
+from sae_core.config import CheckpointConfig, OptimConfig, TopKConfig, TrainConfig
 from tests.support.forked_ranks import Ranks
 
 STEPS, EVERY, BATCH, D = 60, 20, 64, 16
@@ -38,7 +38,7 @@ def make_run(folder: Path, store: Path, wandb: str = "disabled") -> Path:
         name=folder.name,
         stage="train",
         runs_dir=str(folder.parent),
-        sae=SAEConfig(n_latents=80, k=4, auxk=8, dead_after_tokens=1000),
+        sae=TopKConfig(n_latents=80, k=4, auxk=8, dead_after_tokens=1000),
         optim=OptimConfig(lr=2e-3),
         train=TrainConfig(STEPS * BATCH, BATCH, sample_tokens=500, threads_per_rank=1),
         checkpoint=CheckpointConfig(every_tokens=EVERY * BATCH),

@@ -18,10 +18,12 @@ from sae_core.config import (
     OptimConfig,
     ParallelConfig,
     SAEConfig,
+    TopKConfig,
     TrainConfig,
     TrainerConfig,
 )
 from sae_core.training.source import Batch
+from tests.support.toy_members import ToyConfig, registered_toys
 
 D, N_LATENTS, BATCH, STEPS = 24, 250, 48, 50
 
@@ -90,6 +92,8 @@ class Job:
     poison_step: int | None = None
     """Step whose batch contains NaN on rank `poison_rank`."""
     poison_rank: int = 0
+    architecture: str = "topk"
+    """topk, or toy (see `tests.support.toy_members`)."""
     overrides: dict[str, Any] = field(default_factory=dict)
     """Values to set in the SAE's config."""
     moments: str = "float32"
@@ -98,7 +102,9 @@ class Job:
 
 def config_of(job: Job) -> TrainerConfig:
     """Return the trainer's config of a job."""
-    sae = SAEConfig(n_latents=N_LATENTS, k=6, auxk=8, dead_after_tokens=8 * BATCH)
+    sae: SAEConfig = TopKConfig(n_latents=N_LATENTS, k=6, auxk=8, dead_after_tokens=8 * BATCH)
+    if job.architecture == "toy":
+        sae = ToyConfig(n_latents=N_LATENTS, dead_after_tokens=8 * BATCH)
     for key, value in job.overrides.items():
         setattr(sae, key, value)
     return TrainerConfig(
@@ -195,8 +201,8 @@ def _rank_main(job: Job) -> None:
         if job.steps == trainer.step:  # no step left: save the loaded state again
             trainer.save()
     train_to_end(trainer)
-    if job.update != "dense" and job.zero_stage == 0:
-        sae = trainer.engines[0].sae
+    if trainer.engine.fused:
+        sae = trainer.engine.sae
         assert all(p.grad is None for p in (sae.W_enc, sae.W_dec, sae.b_enc)), "dense gradient"
     if dist.get_rank() == 0:
         (Path(job.folder) / "rows.json").write_text(json.dumps(rows))
@@ -208,9 +214,8 @@ def _take_out(feature: str | None) -> None:
     """Disable one feature on purpose."""
     import torch.distributed as dist
 
-    from sae_core.architectures import sparse_autoencode
-    from sae_core.architectures import topk as topk_module
-    from sae_core.architectures.topk import TopKSAE
+    from sae_core.architectures import base, sparse_autoencode
+    from sae_core.architectures.topk.training import TopKSAE
     from sae_core.engine import fused_adam
     from sae_core.engine.deepspeed_engine import SAEEngine
 
@@ -219,7 +224,7 @@ def _take_out(feature: str | None) -> None:
     elif feature == "reconstruction all-reduce":
         sparse_autoencode.dist = _Without(dist, "all_reduce")
     elif feature == "fired all-reduce":
-        topk_module.dist = _Without(dist, "all_reduce")
+        base.dist = _Without(dist, "all_reduce")
     elif feature == "gradient average":
         SAEEngine.train_step = _without_average(SAEEngine.train_step)
     elif feature == "sharded mark":
@@ -251,7 +256,7 @@ def _without_mark(forward: Any) -> Any:
 
 def _poison_gradient(trainer: Any, job: Job) -> None:
     """Make the gradient or the loss of a step infinite, as an overflow in either would."""
-    engine = trainer.engines[0]
+    engine = trainer.engine
     train_step, forward = engine.train_step, engine.sae.forward
 
     def poisoned(raw: torch.Tensor, step: int) -> Any:
@@ -275,7 +280,7 @@ def _poison_gradient(trainer: Any, job: Job) -> None:
 
 def _compare_around(trainer: Any, bad_step: int) -> None:
     """Print whether step `bad_step` changed weights, ages or moments."""
-    engine = trainer.engines[0]
+    engine = trainer.engine
     train_step = engine.train_step
 
     def state() -> list[torch.Tensor]:
@@ -305,4 +310,5 @@ class _Without:
 
 
 if __name__ == "__main__":
-    _rank_main(Job(**json.loads(sys.argv[1])))
+    with registered_toys():
+        _rank_main(Job(**json.loads(sys.argv[1])))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from foundation.errors import ConfigError
 from sae_core.kernels.interface import (
     Decoded,
     RowGradients,
@@ -18,6 +19,7 @@ from sae_core.kernels.interface import (
 )
 from sae_core.kernels.prefilter import Prefilter, prefiltered_topk
 from sae_core.kernels.stock.encode import streamed_topk
+from sae_core.kernels.stock.prefilter_bfloat16 import Bfloat16Prefilter, bfloat16_is_fast
 from sae_core.kernels.stock.update import StockRowUpdate
 
 
@@ -116,3 +118,32 @@ class StockKernels:
             out: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, W, b, "none", [], "")
             return out
         return F.linear(x, W, b)
+
+
+def build(compute_dtype: torch.dtype, tf32: bool, prefilter: str) -> StockKernels:
+    """Build these kernels with the settings of training; see `get_kernels`."""
+    if tf32:
+        raise ConfigError("train.compute_dtype", "tf32", "float32 for kernels=stock")
+    if compute_dtype not in (torch.float32, torch.bfloat16):
+        raise ConfigError("compute dtype", compute_dtype, "float32 or bfloat16 for kernels=stock")
+    return StockKernels(compute_dtype, _prefilter(prefilter, compute_dtype))
+
+
+def _prefilter(prefilter: str, compute_dtype: torch.dtype) -> Prefilter | None:
+    """Return the prefilter of this name; None: no prefilter."""
+    possible = compute_dtype == torch.float32 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    if prefilter == "auto":
+        prefilter = "bfloat16x3" if possible and bfloat16_is_fast() else "none"
+    if prefilter == "none":
+        return None
+    if prefilter not in ("bfloat16", "bfloat16x3"):
+        expected = "none, bfloat16 or bfloat16x3 for kernels=stock"
+        raise ConfigError("train.prefilter", prefilter, expected)
+    if not possible:
+        raise ConfigError(
+            "train.prefilter",
+            prefilter,
+            "none",
+            "for a bfloat16 prefilter, use compute_dtype=float32 on a CPU with AVX-512",
+        )
+    return Bfloat16Prefilter(split=prefilter == "bfloat16x3")

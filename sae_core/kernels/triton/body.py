@@ -186,6 +186,17 @@ class TritonKernels:
                 )
 
 
+def build(compute_dtype: torch.dtype, tf32: bool, prefilter: str) -> TritonKernels:
+    """Build these kernels with the settings of training; see `get_kernels`."""
+    if prefilter not in ("auto", "none", "float8"):
+        raise ConfigError("train.prefilter", prefilter, "none or float8 for kernels=triton")
+    if tf32 and prefilter == "float8":
+        raise ConfigError("train.prefilter", prefilter, "none with train.compute_dtype=tf32")
+    return TritonKernels(
+        compute_dtype, "tf32" if tf32 else "ieee", float8_prefilter=prefilter == "float8"
+    )
+
+
 def _nothing(B: int, L: int, k: int) -> bool:
     """Check the sizes, and return True if there is nothing to select.
 

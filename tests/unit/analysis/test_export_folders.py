@@ -20,8 +20,9 @@ from analysis.origin import Source, source_of
 from cluster.run_folder.errors import RunFileError
 from conf.schema.run import RunConfig
 from foundation.atomic_files import replaced_folder
+from sae_core.architectures.topk.inference import TopKInference
 from sae_core.checkpoint.stored_sae import StoredSAE
-from sae_core.config import SAEConfig
+from sae_core.config import TopKConfig
 from sae_core.errors import CheckpointError
 from sae_core.inference import SAE, load_sae
 from sae_core.peer_formats import PEER_FORMATS, PeerFormat
@@ -31,9 +32,9 @@ L, D, K = 12, 4, 3
 
 def make_sae(hookpoint: str = "model.layers.9") -> SAE:
     torch.manual_seed(0)
-    config = SAEConfig(n_latents=L, k=K, hookpoint=hookpoint)
+    config = TopKConfig(n_latents=L, k=K, hookpoint=hookpoint)
     W_dec = torch.nn.functional.normalize(torch.randn(L, D), dim=1)
-    return SAE(config, torch.randn(L, D), W_dec, torch.randn(L), torch.randn(D), step=5)
+    return TopKInference(config, torch.randn(L, D), W_dec, torch.randn(L), torch.randn(D), step=5)
 
 
 @pytest.fixture
@@ -225,7 +226,7 @@ class ReadNpz(PeerFormat):
         }
         rows = {name: lambda start, stop, x=x: x[start:stop] for name, x in arrays.items()}
         b_dec = torch.from_numpy(np.load(path / "b_dec.npz")["arr_0"])
-        return StoredSAE(SAEConfig(n_latents=L, k=K), len(b_dec), b_dec, rows)
+        return StoredSAE(TopKConfig(n_latents=L, k=K), len(b_dec), b_dec, rows)
 
 
 def test_another_format_is_written_and_on_the_card(

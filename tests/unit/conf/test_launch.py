@@ -44,7 +44,7 @@ def launch(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
         ("model.hookpoints=[]", "at least one module name"),
         ("sae.hookpoint=model.layers.3", "one of model.hookpoints"),
         ("data.heldout_fraction=0", "between 0 and 1"),
-        ("train.kernels=fast", "stock, triton or reference"),
+        ("train.kernels=fast", "one of: auto, stock, triton, reference"),
         ("seed=-1", "0 or more"),
         ("optim.lr=nan", "a finite number"),
         ("data.tokens=100", "at least a batch"),

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from sae_core.architectures.dictionary_init import default_auxk, random_unit_rows
+from sae_core.architectures.dictionary_init import random_unit_rows
+from sae_core.architectures.topk.settings import default_auxk
 from sae_core.distributed.mesh import row_range
 from sae_core.training.calibrate import geometric_median
 

@@ -9,15 +9,18 @@ import torch
 
 from sae_core import SAE, load_sae
 from sae_core.architectures.dictionary_init import random_unit_rows
-from sae_core.config import SAEConfig
+from sae_core.architectures.topk.inference import TopKInference
+from sae_core.config import TopKConfig
 from sae_core.errors import CheckpointError, ShapeError
 from tests.support.trainer_ranks import Job, SyntheticSource, run_job
 
 
 def small() -> SAE:
     W = random_unit_rows(0, 40, 6, 0)
-    config = SAEConfig(n_latents=40, k=3, hookpoint="model.layers.9")
-    return SAE(config, W * 2, W, torch.linspace(-1, 1, 40), torch.arange(6.0), 7, {"a": 1})
+    config = TopKConfig(n_latents=40, k=3, hookpoint="model.layers.9")
+    return TopKInference(
+        config, W * 2, W, torch.linspace(-1, 1, 40), torch.arange(6.0), 7, {"a": 1}
+    )
 
 
 def test_save_and_load(tmp_path):

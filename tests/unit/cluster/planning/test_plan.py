@@ -23,7 +23,7 @@ from cluster.planning.work import Work, work_of
 from conf.schema.plan import PlanConfig
 from conf.schema.run import RunConfig
 from foundation.errors import ConfigError
-from sae_core.config import OptimConfig, ParallelConfig, SAEConfig, TrainConfig
+from sae_core.config import OptimConfig, ParallelConfig, TopKConfig, TrainConfig
 from tests.support.paths import ROOT
 from tests.support.toy_codec import Halves
 
@@ -34,7 +34,7 @@ ONLY_PRODUCTS = Rates(2.0, *[INF] * 2, 0.0, *[INF] * 4, 0.0, 0.0)
 
 def config_of(n_latents=64, k=2, batch=8, latent=1, data=1, **plan) -> RunConfig:
     config = RunConfig(
-        sae=SAEConfig(n_latents=n_latents, k=k),
+        sae=TopKConfig(n_latents=n_latents, k=k),
         train=TrainConfig(tokens=1000 * batch, batch_tokens=batch, device="cuda"),
         parallel=ParallelConfig(latent, data),
         plan=PlanConfig(**{"dead_fraction": 0.0, "hardware": "h100", **plan}),

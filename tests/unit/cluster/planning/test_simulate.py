@@ -16,7 +16,7 @@ from cluster.planning.step_time import Phase, compute_seconds, step_seconds
 from conf.schema.plan import PlanConfig
 from conf.schema.run import RunConfig
 from foundation.errors import ConfigError
-from sae_core.config import ParallelConfig, SAEConfig, TrainConfig
+from sae_core.config import ParallelConfig, TopKConfig, TrainConfig
 
 PHASES = [
     Phase("encode", None, 0.05),
@@ -113,7 +113,7 @@ def test_a_run_without_progress_is_an_error():
 
 def config_of(latent=8, data=1, **plan) -> RunConfig:
     return RunConfig(
-        sae=SAEConfig(n_latents=1 << 17, k=32),
+        sae=TopKConfig(n_latents=1 << 17, k=32),
         train=TrainConfig(tokens=10**9, batch_tokens=8192, device="cuda"),
         parallel=ParallelConfig(latent, data),
         plan=PlanConfig(hardware="h100", **plan),

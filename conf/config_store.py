@@ -1,0 +1,29 @@
+"""The typed schemas that Hydra composes the config from, stored under their names."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from hydra.core.config_store import ConfigStore
+
+from conf.schema.run import RunConfig
+from sae_core.architectures.registry import ARCHITECTURES
+from sae_core.architectures.settings import SAEConfig
+
+_SAE_OPTIONS = Path(__file__).parent / "sae"
+
+
+def store_schemas() -> None:
+    """Store the run's schema, and one for the settings of each registered architecture.
+
+    `sae/<name>_schema` types a YAML file that names it in its defaults list, as conf/sae/topk.yaml
+    does. An architecture without such a file is the option `sae=<name>` by itself.
+    """
+    store = ConfigStore.instance()
+    # The group `sae` must replace these settings, so they have only the keys that all kinds share.
+    store.store(name="run_schema", node=RunConfig(sae=SAEConfig()))
+    for name, architecture in ARCHITECTURES.items():
+        node = architecture.settings(architecture=name)
+        store.store(group="sae", name=f"{name}_schema", node=node)
+        if not (_SAE_OPTIONS / f"{name}.yaml").is_file():
+            store.store(group="sae", name=name, node=node)

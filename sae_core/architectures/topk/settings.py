@@ -1,0 +1,93 @@
+"""Settings of the TopK architecture, and its entry in the registry. Does not import torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from foundation.errors import ConfigError
+from sae_core.architectures.registry import Architecture
+from sae_core.architectures.settings import AuxiliaryPath, SAEConfig
+from sae_core.metric_table import TrainingMetric, mean_over_steps
+
+
+@dataclass
+class TopKConfig(SAEConfig):
+    """Settings of a TopK SAE."""
+
+    sparse_gradient: ClassVar[bool] = True
+
+    architecture: str = "topk"
+    """Name of the architecture in the registry."""
+    k: int = 32
+    """Number of active latents per token."""
+    auxk: int | None = None
+    """Number of dead latents per token with which the auxiliary loss explains the residual; null:
+    d_model / 2, rounded down to a power of two."""
+    auxk_coef: float = 1 / 32
+    """Weight of the auxiliary loss; 0 switches it off."""
+    auxk_rows: float = 1.0
+    """Fraction of the batch rows used to estimate the auxiliary loss; 1: all of them."""
+
+    def validate(self) -> None:
+        """Validate all fields; see `SAEConfig.validate`.
+
+        Raises:
+            ConfigError: If a value is out of range.
+        """
+        super().validate()
+        if not 1 <= self.k <= self.n_latents:
+            raise ConfigError(
+                "sae.k",
+                self.k,
+                f"between 1 and sae.n_latents={self.n_latents}",
+                "lower sae.k or raise sae.n_latents",
+            )
+        if self.auxk is not None and self.auxk < 1:
+            raise ConfigError("sae.auxk", self.auxk, "at least 1, or null for d_model / 2")
+        if self.auxk_coef < 0:
+            raise ConfigError("sae.auxk_coef", self.auxk_coef, "0 (off) or more")
+        if not 0 < self.auxk_rows <= 1:
+            raise ConfigError("sae.auxk_rows", self.auxk_rows, "a fraction above 0 and at most 1")
+
+    def active_latents(self) -> int:
+        """Return `k`."""
+        return self.k
+
+    def auxiliary_path(self, d_model: int) -> AuxiliaryPath | None:
+        """Return the pass of the auxiliary loss; None if `auxk_coef` is 0."""
+        if self.auxk_coef == 0:
+            return None
+        return AuxiliaryPath(self.auxk or default_auxk(d_model), self.auxk_rows)
+
+
+def topk_settings(settings: SAEConfig) -> TopKConfig:
+    """Return settings that must be those of a TopK SAE, for code that supports no other.
+
+    Raises:
+        ConfigError: If they are of another architecture.
+    """
+    if not isinstance(settings, TopKConfig) or settings.architecture != "topk":
+        raise ConfigError("sae.architecture", settings.architecture, "topk")
+    return settings
+
+
+def default_auxk(d_model: int) -> int:
+    """Return d_model / 2 rounded down to a power of two, at least 1."""
+    half = max(d_model // 2, 1)
+    return int(1 << (half.bit_length() - 1))
+
+
+TOPK = Architecture(
+    settings=TopKConfig,
+    training="sae_core.architectures.topk.training:TopKSAE",
+    inference="sae_core.architectures.topk.inference:TopKInference",
+    metrics=(
+        TrainingMetric(
+            "auxk_loss",
+            "",
+            "fraction of the residual that the dead latents leave unexplained, mean over steps",
+            mean_over_steps("auxk_loss"),
+        ),
+    ),
+)

@@ -1,0 +1,122 @@
+"""TopK SAE with AuxK (Gao et al. 2024, arXiv 2406.04093), one shard of its dictionary per rank.
+
+    x         = (raw - input_mean) * input_scale
+    pre_acts  = (x - b_dec) @ W_enc.T + b_enc
+    latents   = relu(topk(pre_acts, k))          # exact over all shards
+    recon     = latents @ W_dec + b_dec
+    loss      = |x - recon|^2 / D + auxk_coef * |residual - aux_recon|^2 / |residual|^2
+
+The auxiliary term may be estimated, without bias, from a fixed fraction of the batch's rows.
+`input_scale` is chosen so that the calibration sample's mean squared norm is D; the first term of
+the loss is then the fraction of variance unexplained. Export folds the normalisation into the
+weights.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+import torch.distributed as dist
+
+from sae_core.architectures.base import SparseAutoencoder, StepOutput
+from sae_core.architectures.sparse_autoencode import (
+    AuxInput,
+    Dictionary,
+    SparsePlan,
+    encode_shard,
+    sparse_autoencode,
+)
+from sae_core.architectures.topk.settings import TopKConfig, default_auxk
+from sae_core.distributed.mesh import Mesh
+from sae_core.kernels import Kernels, SparseGradient
+
+
+class TopKSAE(SparseAutoencoder):
+    """One rank's shard of a TopK SAE; see `SparseAutoencoder` for the arguments."""
+
+    config: TopKConfig
+
+    def __init__(
+        self, config: TopKConfig, d_model: int, mesh: Mesh, kernels: Kernels, seed: int
+    ) -> None:
+        super().__init__(config, d_model, mesh, kernels, seed)
+        auxk = min(config.auxk or default_auxk(d_model), config.n_latents)
+        self.plan = SparsePlan(
+            kernels, config.n_latents, config.k, auxk, self.first_latent, self.latent_group
+        )
+
+    def forward(self, raw: torch.Tensor) -> StepOutput:
+        """See `SparseAutoencoder.forward`.
+
+        The metric `auxk_loss` is scaled so that its mean over the data replicas is that of the
+        global batch.
+        """
+        x = self.normalise(raw)
+        weights = Dictionary(self.W_enc, self.b_enc, self.W_dec, self.b_dec)
+        aux = self._aux_input(x.shape[0])
+        out = sparse_autoencode(x, weights, self.plan, aux, self.copies)
+        loss = out.squared_error / x.numel()
+        aux_loss = torch.zeros((), device=x.device)
+        if out.aux_squared_error is not None:
+            aux_loss = self._aux_loss(out.squared_error.detach(), out.aux_squared_error, x.shape[0])
+            loss = loss + self.config.auxk_coef * aux_loss
+        fired = torch.zeros_like(self.tokens_since_fired, dtype=torch.bool)
+        fired[out.active.latents] = True
+        n_active = torch.tensor(len(out.active.latents), device=x.device)
+        metrics = {"auxk_loss": aux_loss.detach()}
+        return StepOutput(loss, out.squared_error.detach(), fired, n_active, metrics)
+
+    @torch.no_grad()
+    def reconstruct_centred(self, centred: torch.Tensor) -> torch.Tensor:
+        """See `SparseAutoencoder.reconstruct_centred`."""
+        active = encode_shard(centred, self.W_enc, self.b_enc, self.plan.k, self.plan)
+        recon = self.kernels.decode(active, self.W_dec)
+        if self.latent_group is not None:
+            dist.all_reduce(recon, group=self.latent_group)
+        return recon
+
+    def send_gradient_to(self, receive: Callable[[SparseGradient], None]) -> None:
+        """See `SparseAutoencoder.send_gradient_to`."""
+        self.plan = replace(self.plan, collect=receive)
+
+    def _aux_input(self, n_rows: int) -> AuxInput | None:
+        """Return the dead latents and the rows of the auxiliary path; None if no rank has any."""
+        if self.config.auxk_coef == 0:
+            return None
+        dead = self.dead().nonzero().squeeze(1)
+        total = torch.tensor(len(dead), device=dead.device)
+        if self.plan.group is not None:
+            dist.all_reduce(total, group=self.plan.group)
+        if not bool(total > 0):
+            return None
+        taken = self._aux_rows(n_rows)
+        if taken == n_rows:
+            return AuxInput(dead, None)
+        # The stream is shuffled, so evenly spaced rows are as good as random ones.
+        return AuxInput(dead, torch.arange(taken, device=dead.device) * n_rows // taken)
+
+    def _aux_rows(self, n_rows: int) -> int:
+        """Return the number of rows of the auxiliary path."""
+        return max(1, math.ceil(self.config.auxk_rows * n_rows))
+
+    def _aux_loss(self, residual: torch.Tensor, missing: torch.Tensor, n_rows: int) -> torch.Tensor:
+        """Return the fraction of the residual that dead latents leave unexplained.
+
+        The result is scaled so that its mean over the replicas is that of the global batch.
+
+        Args:
+            residual: scalar, squared error of the main path over this replica's rows.
+            missing: scalar, squared error of the auxiliary path over the auxiliary rows.
+            n_rows: number of rows of this replica.
+        """
+        # Extrapolate from the auxiliary rows to all rows.
+        missing = missing * (n_rows / self._aux_rows(n_rows))
+        if self.mesh.n_data > 1:
+            residual = residual.clone()
+            dist.all_reduce(residual, group=self.mesh.data_group)
+            missing = missing * self.mesh.n_data  # because the engine averages over replicas
+        # A perfect reconstruction has no residual; its loss is 0, not NaN.
+        return torch.where(residual > 0, missing / residual.clamp_min(1e-30), 0.0)

@@ -1,0 +1,95 @@
+"""The training metrics: name, unit, description, and how each is reduced. Does not import torch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Totals:
+    """Sums over all ranks and over the steps since the last report."""
+
+    sums: Mapping[str, float]
+    """Sums of the scalars of `StepOutput` (`loss`, `squared_error`, `n_active`, and those of the
+    architecture), and of `dead` latents at the time of the report, over all ranks."""
+    steps: int
+    """Number of steps times number of ranks."""
+    rows: int
+    """Batch rows of all data replicas."""
+    replicas: int
+    """Data replicas."""
+    shards: int
+    """Shards of the dictionary. Scalars that are the same on all of them are counted this often."""
+    n_latents: int
+    """Latents in the dictionary."""
+    variance: float
+    """Squared distance of the normalised inputs from their mean, summed over all rows."""
+    grad_norm: float
+    """Gradient norm of the last step, before clipping."""
+    lr: float
+    """Learning rate of the last step."""
+
+
+@dataclass(frozen=True)
+class TrainingMetric:
+    """One number of a row of the training log."""
+
+    name: str
+    """Key in the row."""
+    unit: str
+    """Unit; empty for a ratio."""
+    description: str
+    """What it measures, as a noun phrase."""
+    reduce: Callable[[Totals], float]
+    """Function that computes the value of a row."""
+
+
+def mean_over_steps(name: str) -> Callable[[Totals], float]:
+    """Return the reduction to the mean over steps and ranks of a scalar of `StepOutput`."""
+    return lambda totals: totals.sums[name] / totals.steps
+
+
+def mean_over_rows(name: str) -> Callable[[Totals], float]:
+    """Return the reduction to the mean over rows of a scalar that is summed on each shard."""
+    return lambda totals: totals.sums[name] / totals.rows
+
+
+def _fvu(totals: Totals) -> float:
+    if totals.variance <= 0:
+        return math.nan
+    return totals.sums["squared_error"] / totals.shards / totals.variance
+
+
+TRAINING_METRICS = (
+    TrainingMetric(
+        "loss", "", "loss of the global batch, mean over steps", mean_over_steps("loss")
+    ),
+    TrainingMetric("fvu", "", "fraction of variance unexplained, over all rows", _fvu),
+    TrainingMetric(
+        "l0",
+        "latents/token",
+        "active latents per token, mean over rows",
+        mean_over_rows("n_active"),
+    ),
+    TrainingMetric(
+        "dead_fraction",
+        "",
+        "fraction of latents that have not fired for sae.dead_after_tokens tokens",
+        lambda totals: totals.sums["dead"] / totals.replicas / totals.n_latents,
+    ),
+    TrainingMetric(
+        "grad_norm",
+        "",
+        "gradient norm of the last step, before clipping",
+        lambda totals: totals.grad_norm,
+    ),
+    TrainingMetric("lr", "", "learning rate of the last step", lambda totals: totals.lr),
+)
+"""The metrics that every architecture has."""
+
+
+def with_own(own: tuple[TrainingMetric, ...]) -> tuple[TrainingMetric, ...]:
+    """Return the metrics of a row, with those of an architecture after the losses."""
+    return (*TRAINING_METRICS[:2], *own, *TRAINING_METRICS[2:])
