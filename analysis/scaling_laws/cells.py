@@ -15,6 +15,7 @@ from analysis.errors import FitError
 from analysis.scaling_laws.curves import Curve
 from cluster.run_folder.contents import read_optional_json
 from cluster.run_folder.errors import RunFileError
+from cluster.run_folder.files import METRICS
 from cluster.run_folder.metrics_log import read_training_log
 from cluster.run_folder.saved_config import load_config
 from cluster.run_folder.sweep_record import read_record
@@ -27,6 +28,8 @@ from sae_core.errors import CheckpointError
 CONFIG = "config.yaml"
 TRAINING_METRICS = ("fvu", "loss")
 HELDOUT_FVU = "heldout_fvu"
+"""The evaluation metric `HELDOUT_METRIC`, if it was measured on held-out text."""
+HELDOUT_METRIC = "fvu"
 _RISE = 1.25
 """A run whose final loss exceeds its lowest loss by more than this factor counts as diverged."""
 _EARLIEST = 0.1
@@ -194,7 +197,7 @@ def _read_cell(run_dir: Path, name: str, metric: str) -> Cell:
     if record is not None:
         raise _Unusable(f"{record.state}: {record.reason}")
     curves = _curves(run_dir, config)
-    heldout = evaluation.get("fvu") if evaluation.get("heldout") else None
+    heldout = evaluation.get(HELDOUT_METRIC) if evaluation.get("heldout") else None
     if metric == HELDOUT_FVU and not (isinstance(heldout, float) and heldout > 0):
         raise _Unusable("no FVU on held-out text: run stage=evaluate on this run")
     d_model, source = _checkpoint_facts(run_dir)
@@ -215,9 +218,9 @@ def _read_cell(run_dir: Path, name: str, metric: str) -> Cell:
 
 
 def _curves(run_dir: Path, config: RunConfig) -> dict[str, Curve]:
-    saes = read_training_log(run_dir / "metrics.jsonl").rows
+    saes = read_training_log(run_dir).rows
     if len(saes) != 1:
-        raise _Unusable(f"metrics.jsonl contains {len(saes)} SAEs, expected 1")
+        raise _Unusable(f"{METRICS} contains {len(saes)} SAEs, expected 1")
     (rows,) = saes.values()
     step, wanted = rows[-1]["step"], config.train.n_steps
     if step < wanted:
