@@ -11,7 +11,7 @@ from rich.table import Table
 from analysis.evaluation.metrics import METRICS
 from cluster.jobs.backend import describe_job
 from cluster.run_folder.contents import read_optional_json
-from cluster.run_folder.files import CONFIG
+from cluster.run_folder.files import CHECKPOINTS, CONFIG, EVALUATION
 from cluster.run_folder.lock import saved_config
 from cluster.run_folder.metrics_log import last_row
 from cluster.run_folder.sweep_record import read_record
@@ -28,7 +28,7 @@ def run(config: RunConfig, run_dir: Path) -> None:
     table.add_column(overflow="fold")
     table.add_row("store", _store(config))
     table.add_row("training", _training(config, run_dir))
-    names = [folder.name for folder in list_checkpoints(run_dir / "checkpoints")]
+    names = [folder.name for folder in list_checkpoints(run_dir / CHECKPOINTS)]
     table.add_row("checkpoints", ", ".join(names) or "none")
     table.add_row("evaluation", _evaluation(run_dir))
     cells = [_cell(folder) for folder in sorted(run_dir.iterdir()) if (folder / CONFIG).exists()]
@@ -93,7 +93,7 @@ def _training(config: RunConfig, run_dir: Path) -> str:
 
 
 def _evaluation(run_dir: Path) -> str:
-    metrics = read_optional_json(run_dir / "eval" / "metrics.json")
+    metrics = read_optional_json(run_dir / EVALUATION)
     if metrics is None:
         return "none"
     return ", ".join(

@@ -29,6 +29,7 @@ from cluster.planning.hardware import Hardware
 from cluster.planning.local import measured
 from cluster.planning.mesh_search import Layout, plan_layout
 from cluster.planning.simulate import Noise, simulate_step
+from cluster.run_folder.files import CONFIG
 from cluster.run_folder.metrics_log import logged_rows
 from cluster.run_folder.saved_config import save_config
 from cluster.training.openmp import waiting_variables
@@ -139,7 +140,7 @@ def run_ranks(config: RunConfig, run_dir: Path) -> tuple[float, int]:
         BenchmarkError: If a rank fails.
     """
     run_dir.mkdir(parents=True)
-    save_config(config, run_dir / "config.yaml")
+    save_config(config, run_dir / CONFIG)
     n_ranks = config.parallel.n_ranks
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -27,7 +27,7 @@ from sae_core.checkpoint.stored_sae import (
     from_tensors,
     open_tensors,
 )
-from sae_core.config import SAEConfig
+from sae_core.config import CHECKPOINTS, SAEConfig
 from sae_core.errors import CheckpointError
 
 _MAX_CONFIG_BYTES = 1 << 20
@@ -43,7 +43,7 @@ Open = Callable[[Path, bool], StoredSAE]
 
 def find(path: Path) -> Open | None:
     """Return a reader for `path` if it looks like another library's SAE, else None."""
-    if any((path / name).exists() for name in (CONFIG_FILE, MANIFEST, "checkpoints")):
+    if any((path / name).exists() for name in (CONFIG_FILE, MANIFEST, CHECKPOINTS)):
         return None  # our own format takes precedence, whatever other files there are
     if (path.suffix == ".pt" and path.is_file()) or (path / "ae.pt").is_file():
         return _open_pt

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from analysis.evaluation.measurement import Accumulator, Measured
 from analysis.evaluation.metrics import METRICS, definitions, metric_rows
 from cluster.harvest.provenance import describe, differences
-from cluster.run_folder.files import store_path
+from cluster.run_folder.files import EVALUATION, FREQUENCY, store_path
 from foundation.atomic_files import write_json
 
 if TYPE_CHECKING:
@@ -87,7 +87,7 @@ def run(config: RunConfig, run_dir: Path) -> None:
         "store": [store.n_items, store.n_tokens, store.header.provenance],
         "mixture": [config.store.weight, *map(asdict, config.store.mixture)],
     }
-    file = run_dir / "eval" / "metrics.json"
+    file = run_dir / EVALUATION
     if _is_up_to_date(file, inputs):
         console.print(f"evaluate: {file} is up to date with {checkpoint}")
         return
@@ -101,7 +101,7 @@ def run(config: RunConfig, run_dir: Path) -> None:
         "inputs": inputs,
     }
     file.parent.mkdir(parents=True, exist_ok=True)
-    write_json(file.with_name("frequency.json"), {"tokens": n_rows, "counts": counts})
+    write_json(run_dir / FREQUENCY, {"tokens": n_rows, "counts": counts})
     write_json(file, metrics)
     _print_table(console, metrics)
 

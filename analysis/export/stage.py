@@ -22,14 +22,15 @@ def run(config: RunConfig, run_dir: Path) -> None:
     from analysis.export.sparsify import write_sparsify
     from analysis.origin import source_of, with_stored_provenance
     from cluster.run_folder.contents import read_optional_json
+    from cluster.run_folder.files import EVALUATION, EXPORT
     from foundation.atomic_files import replaced_folder
     from sae_core.checkpoint.stored_sae import open_sae
 
     sae = open_sae(run_dir, verify_hashes=config.checkpoint.verify_hashes)
     config = with_stored_provenance(config)
     source = source_of(config, sae)
-    metrics = read_optional_json(run_dir / "eval" / "metrics.json")
-    with replaced_folder(run_dir / "export") as folder:
+    metrics = read_optional_json(run_dir / EVALUATION)
+    with replaced_folder(run_dir / EXPORT) as folder:
         sae.save(folder)
         write_saelens(sae, source, folder / "saelens")
         write_sparsify(sae, source, folder / "sparsify")
@@ -38,4 +39,4 @@ def run(config: RunConfig, run_dir: Path) -> None:
             model_card(sae, source, config, metrics), encoding="utf-8"
         )
     formats = "sae_core, saelens, sparsify, dictionary_learning"
-    print(f"export: {run_dir / 'export'} ({formats}), step {sae.step}")
+    print(f"export: {run_dir / EXPORT} ({formats}), step {sae.step}")

@@ -13,6 +13,7 @@ from analysis.evaluation.metrics import METRICS, Metric, MetricRow, metric_rows
 from analysis.number_format import bytes_text, flat, tree, value_text
 from analysis.pages.svg import histogram, line_chart, number
 from cluster.run_folder.contents import checkpoint_entries, read_optional_json
+from cluster.run_folder.files import ENVIRONMENT, EVALUATION, FREQUENCY, HARVEST
 from cluster.run_folder.metrics_log import TrainingLog, read_training_log
 
 if TYPE_CHECKING:
@@ -56,8 +57,8 @@ def render(config: RunConfig, run_dir: Path) -> str:
         loader=FileSystemLoader(TEMPLATES), autoescape=True, undefined=StrictUndefined
     )
     log = read_training_log(run_dir)
-    metrics = read_optional_json(run_dir / "eval" / "metrics.json")
-    harvest = read_optional_json(run_dir / "harvest.json")
+    metrics = read_optional_json(run_dir / EVALUATION)
+    harvest = read_optional_json(run_dir / HARVEST)
     return environment.get_template("run.html.j2").render(
         name=config.name,
         created=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
@@ -67,11 +68,11 @@ def render(config: RunConfig, run_dir: Path) -> str:
         saes=list(log.rows),
         unreadable_lines=log.unreadable_lines,
         metrics=_metric_rows(metrics),
-        frequency=_frequency(read_optional_json(run_dir / "eval" / "frequency.json")),
+        frequency=_frequency(read_optional_json(run_dir / FREQUENCY)),
         harvest=flat(harvest) if harvest else None,
         throughput=_throughput(log),
         config=tree(asdict(config)),
-        environment=flat(read_optional_json(run_dir / "env.json") or {}),
+        environment=flat(read_optional_json(run_dir / ENVIRONMENT) or {}),
         checkpoints=checkpoint_entries(run_dir),
         bytes=bytes_text,
     )

@@ -15,7 +15,7 @@ from analysis.errors import FitError
 from analysis.scaling_laws.curves import Curve
 from cluster.run_folder.contents import read_optional_json
 from cluster.run_folder.errors import RunFileError
-from cluster.run_folder.files import METRICS
+from cluster.run_folder.files import CHECKPOINTS, CONFIG, EVALUATION, METRICS
 from cluster.run_folder.metrics_log import read_training_log
 from cluster.run_folder.saved_config import load_config
 from cluster.run_folder.sweep_record import read_record
@@ -25,7 +25,6 @@ from sae_core.checkpoint.folder import list_checkpoints, read_state
 from sae_core.engine.lr_schedule import peak_lr
 from sae_core.errors import CheckpointError
 
-CONFIG = "config.yaml"
 TRAINING_METRICS = ("fvu", "loss")
 HELDOUT_FVU = "heldout_fvu"
 """The evaluation metric `HELDOUT_METRIC`, if it was measured on held-out text."""
@@ -190,7 +189,7 @@ def _run_folders(runs: str) -> tuple[Path, list[Path]]:
 def _read_cell(run_dir: Path, name: str, metric: str) -> Cell:
     try:
         config = load_config(run_dir / CONFIG)
-        evaluation = read_optional_json(run_dir / "eval" / "metrics.json") or {}
+        evaluation = read_optional_json(run_dir / EVALUATION) or {}
     except (ConfigError, RunFileError, OSError) as error:
         raise _Unusable(f"unreadable: {str(error).splitlines()[0]}") from error
     record = read_record(run_dir)
@@ -255,7 +254,7 @@ def _number(value: Any) -> float:
 
 def _checkpoint_facts(run_dir: Path) -> tuple[int | None, str | None]:
     """Return d_model and the identity of the rows from the newest readable checkpoint."""
-    for folder in list_checkpoints(run_dir / "checkpoints"):
+    for folder in list_checkpoints(run_dir / CHECKPOINTS):
         try:
             state = read_state(folder)
         except CheckpointError:

@@ -13,6 +13,7 @@ from analysis.evaluation.metrics import METRICS
 from analysis.scaling_laws.cells import HELDOUT_FVU, HELDOUT_METRIC, Cell, read_sweep
 from analysis.scaling_laws.laws import LEVEL, Interval
 from analysis.scaling_laws.study import Result, Study, study_sweep
+from cluster.run_folder.files import FIT
 from foundation.atomic_files import write_json
 
 if TYPE_CHECKING:
@@ -51,7 +52,7 @@ def run(config: RunConfig, run_dir: Path) -> None:
     options = config.fit
     sweep = read_sweep(options.runs or str(run_dir), options.metric)
     study = study_sweep(sweep, options.metric, options.hold_out, options.bootstrap, config.seed)
-    folder = sweep.folder / "fit"
+    folder = sweep.folder / FIT
     write_study(study, folder)
     for name, reason in sweep.left_out.items():
         print(f"fit: left out {name}: {reason}")

@@ -11,11 +11,11 @@ from uuid import uuid4
 
 from rich.console import Console
 
+from cluster.run_folder.files import WANDB_ID
 from cluster.run_folder.metrics_log import MetricsWriter
 from cluster.training.progress_line import TrainingLine
 from conf.schema.run import RunConfig
 
-_WANDB_ID = "wandb_id"
 _WANDB_TIMEOUT_S = 30.0
 """Time limit for wandb's start and for its end. Rows not sent by then stay in the run's folder."""
 
@@ -74,7 +74,7 @@ def _start_wandb(config: RunConfig, run_dir: Path) -> Any:
     try:
         import wandb
 
-        id_file = run_dir / _WANDB_ID
+        id_file = run_dir / WANDB_ID
         if not id_file.exists():
             id_file.write_text(uuid4().hex[:8])
         return wandb.init(
