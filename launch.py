@@ -32,7 +32,7 @@ STAGES = {
     "verify": "cluster.upkeep.verify",
     "repair": "cluster.upkeep.repair",
     "reshard": "cluster.upkeep.reshard",
-    "status": "cluster.upkeep.status",
+    "status": "analysis.status",
     "sweep": "cluster.sweep.stage",
     "fit": "analysis.scaling_laws.stage",
     "submit": "cluster.jobs.stage",

@@ -1,1 +1,1 @@
-"""Read the output of the other stages: evaluate, export, report and fit scaling laws."""
+"""Read the output of the other stages: evaluate, export, report, status, scaling laws."""

@@ -22,6 +22,7 @@ from typing import Any
 
 from benchmarks.harness.synthetic_checkpoint import make_checkpoint
 from cluster.run_folder.environment import ROOT, environment
+from cluster.run_folder.files import CHECKPOINTS
 
 WIDTH = 2048
 _BYTES_PER_LATENT = 6 * WIDTH * 4  # two matrices, and two moments of each
@@ -35,10 +36,11 @@ _PEAK = (
 _ACTIONS = {
     "export": "from analysis.export import stage;"
     "stage.run(RunConfig(name='big'), Path(sys.argv[1]))",
-    "reshard": "from sae_core.checkpoint.folder import newest_valid;"
+    "reshard": "from sae_core.config import CHECKPOINTS;"
+    "from sae_core.checkpoint.folder import newest_valid;"
     "from sae_core.checkpoint.reshard import reshard_checkpoint;"
     "run = Path(sys.argv[1]);"
-    "reshard_checkpoint(newest_valid(run / 'checkpoints'), run / 'out', 3)",
+    "reshard_checkpoint(newest_valid(run / CHECKPOINTS), run / 'out', 3)",
 }
 
 
@@ -65,9 +67,9 @@ def measure(run_dir: Path, *actions: str) -> tuple[int, float]:
 
 def table(run_dir: Path) -> list[dict[str, Any]]:
     """Measure each action on the run's checkpoint; return one row per action."""
-    files = (run_dir / "checkpoints").rglob("*.safetensors")
+    files = (run_dir / CHECKPOINTS).rglob("*.safetensors")
     size = sum(file.stat().st_size for file in files)
-    make_checkpoint(run_dir / "tiny" / "checkpoints", 16, 16)
+    make_checkpoint(run_dir / "tiny" / CHECKPOINTS, 16, 16)
     rows = []
     for action in ("baseline", *_ACTIONS):
         tiny = action == "baseline"
@@ -91,7 +93,7 @@ def main() -> None:
     run_dir = Path(tempfile.mkdtemp(dir=arguments.folder))
     try:
         n_latents = int(arguments.gib * 2**30) // _BYTES_PER_LATENT
-        make_checkpoint(run_dir / "checkpoints", n_latents, WIDTH)
+        make_checkpoint(run_dir / CHECKPOINTS, n_latents, WIDTH)
         rows = table(run_dir)
     finally:
         shutil.rmtree(run_dir)

@@ -9,7 +9,6 @@ plan uses are measured just before it. `ratio` and `peak_ratio` are predicted ov
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import socket
 import statistics
@@ -31,6 +30,8 @@ from cluster.planning.hardware import Hardware
 from cluster.planning.local import measured
 from cluster.planning.mesh_search import Layout, plan_layout
 from cluster.planning.simulate import Noise, simulate_step
+from cluster.run_folder.files import CONFIG
+from cluster.run_folder.metrics_log import logged_rows
 from cluster.run_folder.saved_config import save_config
 from conf.schema.logging import LoggingConfig
 from conf.schema.model import ModelConfig
@@ -139,7 +140,7 @@ def run_ranks(config: RunConfig, run_dir: Path) -> tuple[float, int]:
         BenchmarkError: If a rank fails.
     """
     run_dir.mkdir(parents=True)
-    save_config(config, run_dir / "config.yaml")
+    save_config(config, run_dir / CONFIG)
     n_ranks = config.parallel.n_ranks
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -165,8 +166,7 @@ def run_ranks(config: RunConfig, run_dir: Path) -> tuple[float, int]:
             raise BenchmarkError(
                 f"rank {rank} of {config.name} failed; its output ends with: {text}"
             )
-    lines = (run_dir / "metrics.jsonl").read_text().splitlines()
-    speeds = [json.loads(line)["tokens_per_s"] for line in lines]
+    speeds = [row["tokens_per_s"] for row in logged_rows(run_dir)]
     steps = [config.train.batch_tokens / speed for speed in speeds[1:]]  # the first one warms up
     return statistics.median(steps), max(peaks)
 

@@ -18,12 +18,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
+from cluster.run_folder.files import STOP_REQUEST
 from foundation.errors import EXIT_PREEMPTED
 
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 _BLOCKED = (signal.SIGUSR1,)
 """Signals that are blocked while Ray starts. SIGTERM is not: Ray stops its processes with it."""
-_REQUEST = "stop.request"
 
 
 class Interrupted(KeyboardInterrupt):
@@ -116,7 +116,7 @@ class StopRequest:
     """
 
     def __init__(self, run_dir: Path) -> None:
-        self._path = run_dir / _REQUEST
+        self._path = run_dir / STOP_REQUEST
 
     def clear(self) -> None:
         """Clear the request of an earlier driver; called before the ranks start."""

@@ -22,12 +22,11 @@ import torch.distributed as dist
 from cluster.errors import ClusterError, PreemptedError
 from cluster.preemption import StopRequest, on_preemption
 from cluster.run_folder.environment import environment
-from cluster.run_folder.files import CONFIG, ENVIRONMENT
+from cluster.run_folder.files import CONFIG, ENVIRONMENT, rank_heartbeat
 from cluster.run_folder.lock import rank_lock
 from cluster.run_folder.saved_config import load_config
 from cluster.run_folder.sweep_record import clear_record
 from cluster.training.group import Member, train_members
-from cluster.training.heartbeats import heartbeat_file
 from cluster.training.metric_sinks import MetricSinks
 from cluster.training.progress_line import training_costs
 from cluster.training.store_cursor import unregister
@@ -88,7 +87,7 @@ def run_rank(run_dir: Path, console: bool = False, cells: Sequence[str] = ()) ->
     with (
         on_preemption(lambda _: signalled.set(), config.checkpoint.grace_s),
         _locks({run_dir, *folders}, rank),
-        Watchdog(heartbeat_file(run_dir, rank), *timeouts_s) as watchdog,
+        Watchdog(rank_heartbeat(run_dir, rank), *timeouts_s) as watchdog,
     ):
         dist.init_process_group(
             "nccl" if device.type == "cuda" else "gloo",

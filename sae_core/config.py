@@ -285,6 +285,10 @@ class ParallelConfig:
         return self.latent * self.data
 
 
+CHECKPOINTS = "checkpoints"
+"""Folder in a run's folder with its checkpoints."""
+
+
 @dataclass
 class CheckpointConfig:
     """Settings of checkpoints: when to write them, how, and which ones to keep."""

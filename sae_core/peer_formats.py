@@ -32,6 +32,7 @@ from sae_core.checkpoint.stored_sae import (
     open_tensors,
     row_names,
 )
+from sae_core.config import CHECKPOINTS
 from sae_core.errors import CheckpointError
 
 _MAX_CONFIG_BYTES = 1 << 20
@@ -159,7 +160,7 @@ PEER_FORMATS: Registry[PeerFormat] = Registry(
 
 def find(path: Path) -> PeerFormat | None:
     """Return the first format that recognises `path`, or None."""
-    if any((path / name).exists() for name in (CONFIG_FILE, MANIFEST, "checkpoints")):
+    if any((path / name).exists() for name in (CONFIG_FILE, MANIFEST, CHECKPOINTS)):
         return None  # our own format takes precedence, whatever other files there are
     return next((peer for _, peer in PEER_FORMATS.items() if peer.recognises(path)), None)
 

@@ -1,46 +1,231 @@
-"""The evaluation metrics: names and definitions."""
+"""The evaluation metrics: names, definitions, units, formats, and how each one is computed.
+
+`eval/metrics.json`, the console, the run page, the model card and `stage=status` show the metrics
+of `METRICS`, in its order. To add one, register a `Metric`; see `Accumulator` for what it may use.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
 
-if TYPE_CHECKING:
-    pass
+from analysis.evaluation.measurement import CLEAN, MEAN, RECON, ZERO, Accumulator, Measured
+from analysis.evaluation.predictions import PredictionSums
+from analysis.evaluation.reconstruction import ReconstructionSums
+from analysis.number_format import value_text
+from foundation.registry import Registry
 
 
-METRIC_NAMES = (
-    "fvu",
-    "mse",
-    "l0",
-    "dead_fraction",
-    "ce_clean",
-    "ce_recon",
-    "ce_zero",
-    "ce_mean",
-    "ce_recovered",
-    "ce_recovered_mean",
-    "kl",
-    "tokens",
-)
-"""Keys of eval/metrics.json, in the order in which pages and cards show them."""
-SPLICED = ("ce_clean", "ce_recon", "ce_zero", "ce_mean", "ce_recovered", "ce_recovered_mean", "kl")
-DEFINITIONS = {
-    "fvu": "fraction of variance unexplained: sum |x - recon|^2 / sum |x - mean|^2 in raw "
+@dataclass(frozen=True)
+class Metric:
+    """One evaluation metric. Its name is the one that it is registered under."""
+
+    title: str
+    """Short name for people."""
+    definition: str
+    """What exactly is measured; written to `eval/metrics.json` beside the value."""
+    value: Callable[[Measured], float | int | None]
+    """Computes the value; None if the evaluation did not measure what the metric needs."""
+    accumulator: type[Accumulator] | None = None
+    """Class of the sums that `value` reads; metrics that name the same class share one instance."""
+    unit: str = ""
+    """Shown after the value; empty for a plain ratio."""
+    format: str = ".4g"
+    """Format specification of the value."""
+    better: Literal["lower", "higher"] | None = None
+    """Which values are better; None: neither."""
+    headline: bool = False
+    """Whether the metric is in the tiles of the run page and in `stage=status`."""
+
+    def number(self, value: object) -> str:
+        """Format a value, without its unit."""
+        finite = isinstance(value, int | float) and math.isfinite(value)
+        return format(value, self.format) if finite else value_text(value)
+
+    def text(self, value: object) -> str:
+        """Format a value with its unit."""
+        return f"{self.number(value)} {self.unit}".rstrip()
+
+
+class MetricRow(NamedTuple):
+    """One line of a table of metrics."""
+
+    name: str
+    value: str | None
+    """Formatted value; None if it was not measured."""
+    unit: str
+    definition: str
+    better: str
+    """`lower`, `higher`, or empty."""
+
+    @property
+    def text(self) -> str:
+        """The value with its unit, or a dash."""
+        return "–" if self.value is None else f"{self.value} {self.unit}".rstrip()
+
+
+def definitions() -> dict[str, str]:
+    """Return the definition of every metric, by name."""
+    return {name: metric.definition for name, metric in METRICS.items()}
+
+
+def metric_rows(evaluated: Mapping[str, Any]) -> list[MetricRow]:
+    """Return the lines of a table of metrics.
+
+    Args:
+        evaluated: Contents of `eval/metrics.json`. Metrics that it defines but that are not
+            registered in this process come last.
+    """
+    defined = evaluated.get("definitions", {})
+    metrics = dict(METRICS.items())
+    for name in defined:
+        metrics.setdefault(name, _UNREGISTERED)
+    rows = []
+    for name, metric in metrics.items():
+        value = evaluated.get(name)
+        text = None if value is None else metric.number(value)
+        definition = str(defined.get(name, ""))
+        rows.append(MetricRow(name, text, metric.unit, definition, metric.better or ""))
+    return rows
+
+
+def _dead_fraction(measured: Measured) -> float | None:
+    if not measured.n_stored_rows:
+        return None
+    return float((measured.firing_counts == 0).double().mean())
+
+
+FVU = Metric(
+    title="FVU",
+    definition="fraction of variance unexplained: sum |x - recon|^2 / sum |x - mean|^2 in raw "
     "activation units, where mean is the mean of the same rows; counts the rows that a store keeps "
     "(not position 0, and no special tokens if data.drop_special_tokens is set)",
-    "mse": "mean of (x - recon)^2 over the same rows and all dimensions, in raw activation units",
-    "l0": "mean number of latents above 0 per row, over the same rows",
-    "dead_fraction": "fraction of latents that are above 0 on none of the training rows stored at "
+    value=lambda measured: measured[ReconstructionSums].fvu,
+    accumulator=ReconstructionSums,
+    better="lower",
+    headline=True,
+)
+MSE = Metric(
+    title="MSE",
+    definition="mean of (x - recon)^2 over the same rows and all dimensions, in raw activation "
+    "units",
+    value=lambda measured: measured[ReconstructionSums].mse,
+    accumulator=ReconstructionSums,
+    better="lower",
+)
+L0 = Metric(
+    title="L0",
+    definition="mean number of latents above 0 per row, over the same rows",
+    value=lambda measured: measured[ReconstructionSums].l0,
+    accumulator=ReconstructionSums,
+    unit="latents per token",
+    format=".2f",
+    headline=True,
+)
+DEAD_FRACTION = Metric(
+    title="Dead",
+    definition="fraction of latents that are above 0 on none of the training rows stored at "
     "store.path (with cluster.retention=consumed: on none of the rows not yet deleted)",
-    "ce_clean": "next-token cross-entropy of the unmodified model in nats, over predictions from "
+    value=_dead_fraction,
+    unit="of all latents",
+    format=".2%",
+    better="lower",
+    headline=True,
+)
+CE_CLEAN = Metric(
+    title="CE clean",
+    definition="next-token cross-entropy of the unmodified model in nats, over predictions from "
     "position 1 on",
-    "ce_recon": "cross-entropy with the SAE spliced in at every position except 0",
-    "ce_zero": "cross-entropy with zeros spliced in at the same positions",
-    "ce_mean": "cross-entropy with the mean of the training rows stored at store.path spliced in "
+    value=lambda measured: measured[PredictionSums].cross_entropy(CLEAN),
+    accumulator=PredictionSums,
+    unit="nats",
+    format=".3f",
+)
+CE_RECON = Metric(
+    title="CE spliced",
+    definition="cross-entropy with the SAE spliced in at every position except 0",
+    value=lambda measured: measured[PredictionSums].cross_entropy(RECON),
+    accumulator=PredictionSums,
+    unit="nats",
+    format=".3f",
+    better="lower",
+)
+CE_ZERO = Metric(
+    title="CE zero-ablated",
+    definition="cross-entropy with zeros spliced in at the same positions",
+    value=lambda measured: measured[PredictionSums].cross_entropy(ZERO),
+    accumulator=PredictionSums,
+    unit="nats",
+    format=".3f",
+)
+CE_MEAN = Metric(
+    title="CE mean-ablated",
+    definition="cross-entropy with the mean of the training rows stored at store.path spliced in "
     "at the same positions",
-    "ce_recovered": "(ce_zero - ce_recon) / (ce_zero - ce_clean)",
-    "ce_recovered_mean": "(ce_mean - ce_recon) / (ce_mean - ce_clean)",
-    "kl": "mean over predictions of KL(clean || recon), in nats",
-    "tokens": "number of tokens evaluated, including BOS; without held-out text, the number of "
+    value=lambda measured: measured[PredictionSums].cross_entropy(MEAN),
+    accumulator=PredictionSums,
+    unit="nats",
+    format=".3f",
+)
+CE_RECOVERED = Metric(
+    title="CE recovered",
+    definition="(ce_zero - ce_recon) / (ce_zero - ce_clean)",
+    value=lambda measured: measured[PredictionSums].recovered(ZERO),
+    accumulator=PredictionSums,
+    unit="of zero ablation",
+    format=".2%",
+    better="higher",
+    headline=True,
+)
+CE_RECOVERED_MEAN = Metric(
+    title="CE recovered",
+    definition="(ce_mean - ce_recon) / (ce_mean - ce_clean)",
+    value=lambda measured: measured[PredictionSums].recovered(MEAN),
+    accumulator=PredictionSums,
+    unit="of mean ablation",
+    format=".2%",
+    better="higher",
+    headline=True,
+)
+KL = Metric(
+    title="KL",
+    definition="mean over predictions of KL(clean || recon), in nats",
+    value=lambda measured: measured[PredictionSums].kl,
+    accumulator=PredictionSums,
+    unit="nats per token",
+    better="lower",
+    headline=True,
+)
+TOKENS = Metric(
+    title="Evaluated",
+    definition="number of tokens evaluated, including BOS; without held-out text, the number of "
     "stored rows",
-}
+    value=lambda measured: measured.n_tokens,
+    unit="tokens",
+    format=",",
+)
+
+_UNREGISTERED = Metric(title="", definition="", value=lambda measured: None)
+"""Formats the values of metrics that are not registered in this process."""
+_HERE = "analysis.evaluation.metrics"
+METRICS: Registry[Metric] = Registry(
+    "metric",
+    "eval.metrics",
+    "metrics",
+    {
+        "fvu": f"{_HERE}:FVU",
+        "mse": f"{_HERE}:MSE",
+        "l0": f"{_HERE}:L0",
+        "dead_fraction": f"{_HERE}:DEAD_FRACTION",
+        "ce_clean": f"{_HERE}:CE_CLEAN",
+        "ce_recon": f"{_HERE}:CE_RECON",
+        "ce_zero": f"{_HERE}:CE_ZERO",
+        "ce_mean": f"{_HERE}:CE_MEAN",
+        "ce_recovered": f"{_HERE}:CE_RECOVERED",
+        "ce_recovered_mean": f"{_HERE}:CE_RECOVERED_MEAN",
+        "kl": f"{_HERE}:KL",
+        "tokens": f"{_HERE}:TOKENS",
+    },
+)

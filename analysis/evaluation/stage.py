@@ -9,18 +9,21 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from analysis.evaluation.metrics import DEFINITIONS, SPLICED
+from analysis.evaluation.measurement import Accumulator, Measured
+from analysis.evaluation.metrics import METRICS, definitions, metric_rows
 from cluster.harvest.provenance import describe, differences
-from cluster.run_folder.files import store_path
+from cluster.run_folder.files import EVALUATION, FREQUENCY, store_path
 from foundation.atomic_files import write_json
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from torch import Tensor
 
     from activation_store import Store
     from analysis.evaluation.firing import FiringPass
@@ -84,8 +87,8 @@ def run(config: RunConfig, run_dir: Path) -> None:
         "store": [store.n_items, store.n_tokens, store.header.provenance],
         "mixture": [config.store.weight, *map(asdict, config.store.mixture)],
     }
-    file = run_dir / "eval" / "metrics.json"
-    if file.is_file() and json.loads(file.read_text()).get("inputs") == inputs:
+    file = run_dir / EVALUATION
+    if _is_up_to_date(file, inputs):
         console.print(f"evaluate: {file} is up to date with {checkpoint}")
         return
     evaluation = Evaluation(config, sae.to(_device(config)), store, hookpoint, console)
@@ -94,11 +97,11 @@ def run(config: RunConfig, run_dir: Path) -> None:
         "hookpoint": hookpoint,
         "checkpoint": checkpoint,
         "seconds": round(time.monotonic() - started, 2),
-        "definitions": DEFINITIONS,
+        "definitions": definitions(),
         "inputs": inputs,
     }
     file.parent.mkdir(parents=True, exist_ok=True)
-    write_json(file.with_name("frequency.json"), {"tokens": n_rows, "counts": counts})
+    write_json(run_dir / FREQUENCY, {"tokens": n_rows, "counts": counts})
     write_json(file, metrics)
     _print_table(console, metrics)
 
@@ -106,23 +109,34 @@ def run(config: RunConfig, run_dir: Path) -> None:
 def _evaluate(evaluation: Evaluation) -> tuple[dict[str, Any], list[int], int]:
     """Return the metrics, each latent's number of firings, and the number of rows counted."""
     reason = _no_heldout_reason(evaluation)
-    firings = _count_firings(evaluation, with_errors=reason is not None)
+    kinds = {metric.accumulator for _, metric in METRICS.items() if metric.accumulator is not None}
+    sums = {kind: kind(evaluation.sae) for kind in kinds}
+    accumulators = list(sums.values())
+    firings = _count_firings(evaluation, accumulators if reason is not None else [])
     if reason is None:
-        measured = _spliced(evaluation, firings)
+        n_rows, n_tokens = _run_spliced(evaluation, firings.mean, accumulators)
     else:
         evaluation.console.print(f"evaluate: no held-out text, {reason}")
-        measured = {
-            **_reconstruction(firings.sums),
-            **dict.fromkeys(SPLICED),
-            "tokens": firings.sums.rows,
-        }
-    metrics = {
-        **measured,
-        "dead_fraction": firings.dead_fraction,
-        "heldout": reason is None,
-        "reason": reason,
+        n_rows = n_tokens = firings.n_rows
+    measured = Measured(sums, firings.counts, firings.n_rows, n_tokens)
+    metrics: dict[str, Any] = {
+        name: _json_number(metric.value(measured)) for name, metric in METRICS.items()
     }
-    return metrics, firings.counts.tolist(), firings.sums.rows
+    metrics |= {"rows": n_rows, "heldout": reason is None, "reason": reason}
+    return metrics, firings.counts.tolist(), firings.n_rows
+
+
+def _is_up_to_date(file: Path, inputs: dict[str, Any]) -> bool:
+    """Return whether the file has the metrics of these inputs, by the same definitions."""
+    if not file.is_file():
+        return False
+    written = json.loads(file.read_text())
+    return bool(written.get("inputs") == inputs and written.get("definitions") == definitions())
+
+
+def _json_number(value: float | int | None) -> float | int | None:
+    """Return the value, or None if it is not finite: JSON has no NaN or infinity."""
+    return value if value is not None and math.isfinite(value) else None
 
 
 def _no_heldout_reason(evaluation: Evaluation) -> str | None:
@@ -171,7 +185,7 @@ def _contamination_reason(path: str, wanted: dict[str, Any]) -> str | None:
     )
 
 
-def _count_firings(evaluation: Evaluation, *, with_errors: bool) -> FiringPass:
+def _count_firings(evaluation: Evaluation, accumulators: list[Accumulator]) -> FiringPass:
     from analysis.evaluation.firing import count_firings
     from cluster.progress import ProgressLine
 
@@ -181,14 +195,17 @@ def _count_firings(evaluation: Evaluation, *, with_errors: bool) -> FiringPass:
             evaluation.sae,
             store,
             evaluation.hookpoint,
-            with_errors=with_errors,
+            accumulators,
             progress=lambda rows: line.show(
                 f"evaluate: firing counts {rows:,}/{store.n_tokens:,} stored rows"
             ),
         )
 
 
-def _spliced(evaluation: Evaluation, firings: FiringPass) -> dict[str, Any]:
+def _run_spliced(
+    evaluation: Evaluation, mean: Tensor, accumulators: list[Accumulator]
+) -> tuple[int, int]:
+    """Evaluate on held-out text; return the number of rows and of tokens."""
     import numpy as np
 
     from analysis.evaluation.splice import SplicedEvaluation
@@ -215,18 +232,13 @@ def _spliced(evaluation: Evaluation, firings: FiringPass) -> dict[str, Any]:
             f"{config.eval.tokens:,} requires"
         )
     model = load_language_model(config.model, cache_dir, _device(config))
-    spliced = SplicedEvaluation(model, evaluation.sae, evaluation.hookpoint, firings.sums.mean)
+    spliced = SplicedEvaluation(model, evaluation.sae, evaluation.hookpoint, mean, accumulators)
     with ProgressLine(evaluation.console) as line:
         for start in range(0, len(order), config.eval.batch_contexts):
             spliced.add(split, order[start : start + config.eval.batch_contexts])
             done = min(start + config.eval.batch_contexts, len(order))
             line.show(f"evaluate: {done}/{len(order)} held-out contexts")
-    tokens = len(order) * config.data.context_tokens
-    return {**_reconstruction(spliced.rows), **spliced.losses.metrics(), "tokens": tokens}
-
-
-def _reconstruction(sums: Any) -> dict[str, Any]:
-    return {"fvu": sums.fvu, "mse": sums.mse, "l0": sums.l0, "rows": sums.rows}
+    return spliced.n_rows, len(order) * config.data.context_tokens
 
 
 def _check_width(sae: SAE, store: Store, hookpoint: str) -> None:
@@ -260,8 +272,8 @@ def _print_table(console: Console, metrics: dict[str, Any]) -> None:
     table = Table(title=f"{metrics['hookpoint']} · {metrics['checkpoint']} · {where}")
     table.add_column("metric")
     table.add_column("value", justify="right")
-    for name in ("fvu", "mse", "l0", "dead_fraction", *SPLICED, "tokens"):
-        value = metrics[name]
-        if value is not None:
-            table.add_row(name, f"{value:,}" if isinstance(value, int) else f"{value:.4g}")
+    table.add_column("unit")
+    for row in metric_rows(metrics):
+        if row.value is not None:
+            table.add_row(row.name, row.value, row.unit)
     console.print(table)

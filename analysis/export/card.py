@@ -6,8 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from analysis.evaluation.metrics import METRIC_NAMES
-from analysis.number_format import value_text
+from analysis.evaluation.metrics import metric_rows
 from conf.hookpoint import parse_hookpoint
 
 if TYPE_CHECKING:
@@ -87,13 +86,12 @@ def _facts(sae: StoredSAE, source: Source, config: RunConfig) -> str:
 def _metrics(metrics: dict[str, Any] | None, sae: StoredSAE) -> str:
     if metrics is None:
         return "Not evaluated yet: run `stage=evaluate`, then `stage=export` again.\n"
-    definitions = metrics.get("definitions", {})
     rows = [
-        (f"`{name}`", value_text(metrics[name]), definitions.get(name, ""))
-        for name in METRIC_NAMES
-        if metrics.get(name) is not None
+        (f"`{row.name}`", row.text, row.definition, row.better)
+        for row in metric_rows(metrics)
+        if row.value is not None
     ]
-    text = _table(("metric", "value", "definition"), rows)
+    text = _table(("metric", "value", "definition", "better"), rows)
     if not metrics.get("heldout", True):
         text += f"\nNot measured on held-out text: {_inline(metrics.get('reason'))}.\n"
     measured, exported = metrics.get("checkpoint"), sae.metadata.get("checkpoint")

@@ -22,21 +22,22 @@ def run(config: RunConfig, run_dir: Path) -> None:
     from analysis.export.formats import formats_for
     from analysis.origin import source_of, with_stored_provenance
     from cluster.run_folder.contents import read_optional_json
+    from cluster.run_folder.files import EVALUATION, EXPORT
     from foundation.atomic_files import replaced_folder
     from sae_core.checkpoint.stored_sae import open_sae
 
     sae = open_sae(run_dir, verify_hashes=config.checkpoint.verify_hashes)
     config = with_stored_provenance(config)
     source = source_of(config, sae)
-    metrics = read_optional_json(run_dir / "eval" / "metrics.json")
+    metrics = read_optional_json(run_dir / EVALUATION)
     formats, refusals = formats_for(sae)
     for refusal in refusals:
         print(f"export: left out: {refusal}")
-    with replaced_folder(run_dir / "export") as folder:
+    with replaced_folder(run_dir / EXPORT) as folder:
         sae.save(folder)
         for name, export_format in formats.items():
             (folder / name).mkdir()
             export_format.write(sae, source, folder / name)
         card = model_card(sae, source, config, metrics, formats)
         (folder / "README.md").write_text(card, encoding="utf-8")
-    print(f"export: {run_dir / 'export'} ({', '.join(['sae_core', *formats])}), step {sae.step}")
+    print(f"export: {run_dir / EXPORT} ({', '.join(['sae_core', *formats])}), step {sae.step}")

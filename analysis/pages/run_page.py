@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from analysis.evaluation.metrics import METRIC_NAMES
+from analysis.evaluation.metrics import METRICS, Metric, MetricRow, metric_rows
 from analysis.number_format import bytes_text, flat, tree, value_text
 from analysis.pages.svg import histogram, line_chart, number
 from cluster.run_folder.contents import checkpoint_entries, read_optional_json
+from cluster.run_folder.files import ENVIRONMENT, EVALUATION, FREQUENCY, HARVEST
 from cluster.run_folder.metrics_log import TrainingLog, read_training_log
 
 if TYPE_CHECKING:
@@ -56,9 +56,9 @@ def render(config: RunConfig, run_dir: Path) -> str:
     environment = Environment(
         loader=FileSystemLoader(TEMPLATES), autoescape=True, undefined=StrictUndefined
     )
-    log = read_training_log(run_dir / "metrics.jsonl")
-    metrics = read_optional_json(run_dir / "eval" / "metrics.json")
-    harvest = read_optional_json(run_dir / "harvest.json")
+    log = read_training_log(run_dir)
+    metrics = read_optional_json(run_dir / EVALUATION)
+    harvest = read_optional_json(run_dir / HARVEST)
     return environment.get_template("run.html.j2").render(
         name=config.name,
         created=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
@@ -68,11 +68,11 @@ def render(config: RunConfig, run_dir: Path) -> str:
         saes=list(log.rows),
         unreadable_lines=log.unreadable_lines,
         metrics=_metric_rows(metrics),
-        frequency=_frequency(read_optional_json(run_dir / "eval" / "frequency.json")),
+        frequency=_frequency(read_optional_json(run_dir / FREQUENCY)),
         harvest=flat(harvest) if harvest else None,
         throughput=_throughput(log),
         config=tree(asdict(config)),
-        environment=flat(read_optional_json(run_dir / "env.json") or {}),
+        environment=flat(read_optional_json(run_dir / ENVIRONMENT) or {}),
         checkpoints=checkpoint_entries(run_dir),
         bytes=bytes_text,
     )
@@ -100,33 +100,31 @@ def _tiles(
     steps = [rows[-1] for rows in log.rows.values() if rows]
     trained = max((row.get("tokens") or 0 for row in steps), default=0)
     rate = _median_rate(log)
-    tile = _tile(metrics)
-    text = "held-out text" if metrics.get("heldout", True) else "stored rows"
+    harvested = (harvest or {}).get("tokens_per_s")
+    where = "held-out text" if metrics.get("heldout", True) else "stored rows"
+    headlines = [
+        (metric.title, _shown(metric, metrics.get(name)), metric.unit or where)
+        for name, metric in METRICS.items()
+        if metric.headline
+    ]
     return [
-        tile("FVU", "fvu", text, "{:.4f}"),
-        tile("CE recovered", "ce_recovered", "of zero ablation", "{:.1%}"),
-        tile("CE recovered", "ce_recovered_mean", "of mean ablation", "{:.1%}"),
-        ("Cross-entropy", _change(metrics), "clean → spliced, nats"),
-        tile("KL", "kl", "nats per token", "{:.4f}"),
-        tile("L0", "l0", "latents per token", "{:.1f}"),
-        tile("Dead", "dead_fraction", "of all latents", "{:.2%}"),
+        *headlines,
+        ("Cross-entropy", _change(metrics), f"clean → spliced, {METRICS['ce_recon'].unit}"),
         ("Trained", number(trained) if trained else "–", "tokens"),
         ("Training", f"{rate:,.0f}" if rate else "–", "tokens/s, median"),
-        _tile(harvest or {})("Harvest", "tokens_per_s", "tokens/s", "{:,.0f}"),
+        ("Harvest", f"{harvested:,.0f}" if _finite(harvested) else "–", "tokens/s"),
     ]
 
 
+def _shown(metric: Metric, value: object) -> str:
+    return metric.number(value) if _finite(value) else "–"
+
+
 def _change(metrics: dict[str, Any]) -> str:
-    clean, spliced = metrics.get("ce_clean"), metrics.get("ce_recon")
-    return f"{clean:.2f} → {spliced:.2f}" if _finite(clean) and _finite(spliced) else "–"
-
-
-def _tile(metrics: dict[str, Any]) -> Callable[[str, str, str, str], tuple[str, str, str]]:
-    def tile(title: str, key: str, note: str, form: str) -> tuple[str, str, str]:
-        value = metrics.get(key)
-        return title, form.format(value) if _finite(value) else "–", note
-
-    return tile
+    ends = [(METRICS[name], metrics.get(name)) for name in ("ce_clean", "ce_recon")]
+    if not all(_finite(value) for _, value in ends):
+        return "–"
+    return " → ".join(metric.number(value) for metric, value in ends)
 
 
 def _finite(value: object) -> bool:
@@ -163,22 +161,18 @@ def _scaled(value: Any, scale: float) -> float:
     return float(value) * scale if _finite(value) else math.nan
 
 
-def _metric_rows(metrics: dict[str, Any] | None) -> list[tuple[str, str, str]] | None:
-    """Return (name, value, definition) of the known metrics, then of any other scalar entries."""
+def _metric_rows(metrics: dict[str, Any] | None) -> list[MetricRow] | None:
+    """Return the metrics, then any other scalar entries of `eval/metrics.json`."""
     if metrics is None:
         return None
-    definitions = metrics.get("definitions", {})
+    rows = metric_rows(metrics)
+    names = {row.name for row in rows}
     others = [
-        key
+        MetricRow(key, value_text(value), "", "", "")
         for key, value in metrics.items()
-        if key not in METRIC_NAMES and not isinstance(value, dict | list) and value is not None
+        if key not in names and not isinstance(value, dict | list) and value is not None
     ]
-    rows = []
-    for key in (*METRIC_NAMES, *others):
-        value = metrics.get(key)
-        text = "–" if value is None else value_text(value)
-        rows.append((key, text, str(definitions.get(key, ""))))
-    return rows
+    return [*rows, *others]
 
 
 def _frequency(data: dict[str, Any] | None) -> dict[str, Any] | None:

@@ -10,8 +10,9 @@ from typing import Any
 
 import numpy as np
 
+from analysis.evaluation.metrics import METRICS
 from analysis.pages.svg import N_COLOURS, Layer, Point, fit_chart, number, standalone, thin
-from analysis.scaling_laws.cells import Cell
+from analysis.scaling_laws.cells import HELDOUT_METRIC, Cell
 from analysis.scaling_laws.laws import COMPUTE_LAW, JOINT_LAW, Interval
 from analysis.scaling_laws.study import Result, Study
 
@@ -73,6 +74,7 @@ def render(study: Study, definitions: Mapping[str, str]) -> str:
         cells=[_cell_row(cell, study) for cell in study.sweep.cells],
         left_out={**study.sweep.left_out, **study.worse},
         definitions=definitions,
+        heldout_title=f"held-out {METRICS[HELDOUT_METRIC].title}",
     )
 
 
@@ -197,7 +199,7 @@ def _cell_row(cell: Cell, study: Study) -> tuple[str, ...]:
         "–" if flops is None else f"{flops * cell.tokens:.3g}",
         f"{cell.level('fvu'):.5g}",
         f"{cell.level('loss'):.5g}",
-        "–" if cell.heldout_fvu is None else f"{cell.heldout_fvu:.5g}",
+        "–" if cell.heldout_fvu is None else METRICS[HELDOUT_METRIC].number(cell.heldout_fvu),
         "–" if tokens is None else number(tokens),
     )
 

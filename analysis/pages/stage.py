@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from analysis.origin import with_stored_provenance
+from analysis.pages.run_page import render
+from cluster.run_folder.files import REPORT
 
 if TYPE_CHECKING:
     from conf.schema.run import RunConfig
-from analysis.pages.run_page import render
 
 
 def run(config: RunConfig, run_dir: Path) -> None:
@@ -20,10 +21,9 @@ def run(config: RunConfig, run_dir: Path) -> None:
     Raises:
         RunFileError: If a JSON file of the run exists but cannot be read.
     """
-    folder = run_dir / "report"
-    folder.mkdir(parents=True, exist_ok=True)
-    page = folder / "index.html"
-    temporary = page.with_name(".index.html.tmp")
+    page = run_dir / REPORT
+    page.parent.mkdir(parents=True, exist_ok=True)
+    temporary = page.with_name(f".{page.name}.tmp")
     temporary.write_text(render(with_stored_provenance(config), run_dir), encoding="utf-8")
     temporary.replace(page)
     print(f"report: {page}")

@@ -15,6 +15,7 @@ from analysis.errors import FitError
 from analysis.scaling_laws.curves import Curve
 from cluster.run_folder.contents import read_optional_json
 from cluster.run_folder.errors import RunFileError
+from cluster.run_folder.files import CHECKPOINTS, CONFIG, EVALUATION, METRICS
 from cluster.run_folder.metrics_log import read_training_log
 from cluster.run_folder.saved_config import load_config
 from cluster.run_folder.sweep_record import read_record
@@ -24,9 +25,10 @@ from sae_core.checkpoint.folder import list_checkpoints, read_state
 from sae_core.engine.lr_schedule import peak_lr
 from sae_core.errors import CheckpointError
 
-CONFIG = "config.yaml"
 TRAINING_METRICS = ("fvu", "loss")
 HELDOUT_FVU = "heldout_fvu"
+"""The evaluation metric `HELDOUT_METRIC`, if it was measured on held-out text."""
+HELDOUT_METRIC = "fvu"
 _RISE = 1.25
 """A run whose final loss exceeds its lowest loss by more than this factor counts as diverged."""
 _EARLIEST = 0.1
@@ -196,14 +198,14 @@ def _run_folders(runs: str) -> tuple[Path, list[Path]]:
 def _read_cell(run_dir: Path, name: str, metric: str) -> Cell:
     try:
         config = load_config(run_dir / CONFIG)
-        evaluation = read_optional_json(run_dir / "eval" / "metrics.json") or {}
+        evaluation = read_optional_json(run_dir / EVALUATION) or {}
     except (ConfigError, RunFileError, OSError) as error:
         raise _Unusable(f"unreadable: {str(error).splitlines()[0]}") from error
     record = read_record(run_dir)
     if record is not None:
         raise _Unusable(f"{record.state}: {record.reason}")
     curves = _curves(run_dir, config)
-    heldout = evaluation.get("fvu") if evaluation.get("heldout") else None
+    heldout = evaluation.get(HELDOUT_METRIC) if evaluation.get("heldout") else None
     if metric == HELDOUT_FVU and not (isinstance(heldout, float) and heldout > 0):
         raise _Unusable("no FVU on held-out text: run stage=evaluate on this run")
     active = config.sae.active_latents()
@@ -231,9 +233,9 @@ def _read_cell(run_dir: Path, name: str, metric: str) -> Cell:
 
 
 def _curves(run_dir: Path, config: RunConfig) -> dict[str, Curve]:
-    saes = read_training_log(run_dir / "metrics.jsonl").rows
+    saes = read_training_log(run_dir).rows
     if len(saes) != 1:
-        raise _Unusable(f"metrics.jsonl contains {len(saes)} SAEs, expected 1")
+        raise _Unusable(f"{METRICS} contains {len(saes)} SAEs, expected 1")
     (rows,) = saes.values()
     step, wanted = rows[-1]["step"], config.train.n_steps
     if step < wanted:
@@ -268,7 +270,7 @@ def _number(value: Any) -> float:
 
 def _checkpoint_facts(run_dir: Path) -> tuple[int | None, str | None]:
     """Return d_model and the identity of the rows from the newest readable checkpoint."""
-    for folder in list_checkpoints(run_dir / "checkpoints"):
+    for folder in list_checkpoints(run_dir / CHECKPOINTS):
         try:
             state = read_state(folder)
         except CheckpointError:

@@ -9,9 +9,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from analysis.scaling_laws.cells import Cell, read_sweep
+from analysis.evaluation.metrics import METRICS
+from analysis.scaling_laws.cells import HELDOUT_FVU, HELDOUT_METRIC, Cell, read_sweep
 from analysis.scaling_laws.laws import LEVEL, Interval
 from analysis.scaling_laws.study import Result, Study, study_sweep
+from cluster.run_folder.files import FIT
 from foundation.atomic_files import write_json
 
 if TYPE_CHECKING:
@@ -19,7 +21,8 @@ if TYPE_CHECKING:
 
 DEFINITIONS = {
     "fvu, loss": "mean of the logged values over the last 5% of a cell's training tokens",
-    "heldout_fvu": "fvu from a cell's eval/metrics.json, measured on held-out text",
+    HELDOUT_FVU: f"{HELDOUT_METRIC} from a cell's eval/metrics.json, measured on held-out text: "
+    f"{METRICS[HELDOUT_METRIC].definition}",
     "fit": "Huber's loss on log residuals, linear beyond 1.345 robust standard deviations; best of "
     "several start points",
     "interval": "95% interval: percentiles of a bootstrap over the residuals of the cells, "
@@ -49,7 +52,7 @@ def run(config: RunConfig, run_dir: Path) -> None:
     options = config.fit
     sweep = read_sweep(options.runs or str(run_dir), options.metric)
     study = study_sweep(sweep, options.metric, options.hold_out, options.bootstrap, config.seed)
-    folder = sweep.folder / "fit"
+    folder = sweep.folder / FIT
     write_study(study, folder)
     for name, reason in sweep.left_out.items():
         print(f"fit: left out {name}: {reason}")

@@ -9,7 +9,16 @@ from pathlib import Path
 
 import torch
 
-from sae_core.checkpoint.folder import CheckpointState, hash_file, payload_files
+from sae_core.checkpoint.folder import (
+    MANIFEST,
+    OPTIMIZER,
+    STATE,
+    WEIGHTS,
+    CheckpointState,
+    checkpoint_name,
+    hash_file,
+    payload_files,
+)
 from sae_core.checkpoint.row_ranges import SAVED_OFFSETS, SHARDING
 from sae_core.checkpoint.safetensors_file import TensorFileWriter, rows_per_block
 from sae_core.config import TopKConfig
@@ -33,7 +42,7 @@ def make_checkpoint(
     Returns:
         The checkpoint's folder, `root/step-N`.
     """
-    folder = root / f"step-{step:08d}"
+    folder = root / checkpoint_name(step)
     matrix, column = (n_latents, d_model), (n_latents,)
     weights: Shapes = {
         "W_enc": (torch.float32, matrix),
@@ -49,7 +58,7 @@ def make_checkpoint(
         for name in ("W_enc", "W_dec", "b_enc", "b_dec")
         for moment in ("exp_avg", "exp_avg_sq")
     }
-    for part, tensors in (("weights", weights), ("optimizer", moments)):
+    for part, tensors in ((WEIGHTS, weights), (OPTIMIZER, moments)):
         (folder / part).mkdir(parents=True)
         for rank in range(2):
             _write_rank(folder / part, tensors, n_latents, rank, empty)
@@ -64,7 +73,7 @@ def make_checkpoint(
         saes={NAME: asdict(TopKConfig(n_latents=n_latents, k=4, hookpoint=NAME))},
         mesh={"latent": 2, "data": 1, "zero_stage": 0},
     )
-    (folder / "state.json").write_text(json.dumps(state.to_json()))
+    (folder / STATE).write_text(json.dumps(state.to_json()))
     write_manifest(folder)
     return folder
 
@@ -75,7 +84,7 @@ def write_manifest(folder: Path) -> None:
         name: {"bytes": (folder / name).stat().st_size, "sha256": hash_file(folder / name)}
         for name in payload_files(folder)
     }
-    (folder / "manifest.json").write_text(json.dumps({"schema": 1, "files": files}))
+    (folder / MANIFEST).write_text(json.dumps({"schema": 1, "files": files}))
 
 
 def _write_rank(folder: Path, tensors: Shapes, n_latents: int, rank: int, empty: bool) -> None:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from cluster.errors import PlacementError
 from cluster.harvest.provenance import describe, matching_store
-from cluster.run_folder.files import consumer_name, store_path
+from cluster.run_folder.files import HARVEST, HARVEST_STARTS, consumer_name, store_path
 from foundation.atomic_files import write_json
 
 if TYPE_CHECKING:
@@ -113,7 +113,7 @@ def prepare(
     existing = matching_store(path, config, provenance)
     if existing and existing.finalised:
         console.print(f"harvest: {path} already holds all {existing.n_tokens:,} rows")
-        if not (run_dir / "harvest.json").is_file():
+        if not (run_dir / HARVEST).is_file():
             _write_summary(config, run_dir, path, {"seconds": 0.0, "tokens_per_s": None})
         return None
     contexts = prepare_contexts(config.data, tokenizer, cache_dir)
@@ -162,7 +162,7 @@ def _fill(job: HarvestJob, may_start: MayStart) -> dict[str, Any]:
             store_path=job.store,
             cache_dir=Path(config.cache_dir).expanduser().resolve(),
             device=device,
-            starts_dir=(job.run_dir / "logs" / "harvest-starts").resolve(),
+            starts_dir=(job.run_dir / HARVEST_STARTS).resolve(),
         )
         with WorkerPool(spec, n_workers, config.cluster) as pool:
             writer = StoreWriter(job.store) if job.resuming else _create(job, pool)
@@ -267,4 +267,4 @@ def _write_summary(config: RunConfig, run_dir: Path, path: str, session: dict[st
         "store_bytes": store.n_bytes,
     }
     run_dir.mkdir(parents=True, exist_ok=True)
-    write_json(run_dir / "harvest.json", summary)
+    write_json(run_dir / HARVEST, summary)

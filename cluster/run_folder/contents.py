@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.run_folder.errors import RunFileError
+from cluster.run_folder.files import CHECKPOINTS
 from foundation.atomic_files import read_json
 from sae_core.checkpoint.folder import MANIFEST, list_checkpoints
 
@@ -51,7 +52,7 @@ class CheckpointEntry:
 def checkpoint_entries(run_dir: Path) -> list[CheckpointEntry]:
     """List the run's checkpoints, newest first, without verifying their contents."""
     entries = []
-    for folder in list_checkpoints(run_dir / "checkpoints"):
+    for folder in list_checkpoints(run_dir / CHECKPOINTS):
         sizes = [file.stat().st_size for file in folder.rglob("*") if file.is_file()]
         written = datetime.fromtimestamp(folder.stat().st_mtime, UTC)
         manifest = (folder / MANIFEST).is_file()

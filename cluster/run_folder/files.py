@@ -1,26 +1,75 @@
-"""Names of the files in a run's folder, each defined once."""
+"""Names of the files and folders in a run's folder, each defined once.
+
+Every name is a path relative to the run's folder: `run_dir / METRICS`. The names inside a
+checkpoint are in `sae_core.checkpoint.folder`, those of submitted jobs in `submitted_jobs`, and
+those inside a store, `fit/` and `export/` in the modules that write them.
+"""
 
 from __future__ import annotations
 
 import hashlib
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from conf.schema.run import RunConfig
 
 from conf.schema.run import RunConfig
+from sae_core.config import CHECKPOINTS
 
-CONFIG, ENVIRONMENT = "config.yaml", "env.json"
-COSTS = "train.json"
-"""File in the run's folder with `Trainer.costs` of the last session."""
+__all__ = ["CHECKPOINTS"]
+
+CONFIG = "config.yaml"
+"""The resolved config of the run."""
+ENVIRONMENT = "env.json"
+"""Hardware, package versions, commit and command of the last start."""
+STORE = "store"
+"""The activation store, unless `store.path` is set."""
+HARVEST = "harvest.json"
+"""Summary of the harvest."""
 METRICS = "metrics.jsonl"
-"""File in the run's folder with the metric rows that `Trainer` reports."""
+"""The metric rows that `Trainer` reports; see `metrics_log`."""
+COSTS = "train.json"
+"""`Trainer.costs` of the last session."""
+WANDB_ID = "wandb_id"
+"""Id under which wandb continues the run."""
+SWEEP_RECORD = "sweep.json"
+"""Why a sweep's cell ended before its last step; see `sweep_record`."""
+EVALUATION = "eval/metrics.json"
+"""The evaluation metrics with their definitions."""
+FREQUENCY = "eval/frequency.json"
+"""How often each latent fires on the stored rows."""
+EXPORT = "export"
+"""The SAE in the formats of other libraries, with a model card."""
+REPORT = "report/index.html"
+"""The run's page."""
+FIT = "fit"
+"""In a sweep's folder: the fitted scaling laws."""
+RESHARDED = "resharded"
+"""Checkpoints written by `stage=reshard`."""
+LOGS = "logs"
+"""Logs and heartbeats of ranks and workers."""
+HARVEST_STARTS = "logs/harvest-starts"
+"""Folder with a file for each start of a harvest worker."""
+DRIVER_LOCK = "driver.lock"
+"""Held by the driver of the run."""
+RANKS_LOCK = "ranks.lock"
+"""Shared by all trainer ranks of the run."""
+TRAINER_LOCK = "trainer.lock"
+"""Held by rank 0 of the group that trains the run."""
+STOP_REQUEST = "stop.request"
+"""Asks the trainer ranks to save a checkpoint and stop."""
+
+
+def rank_log(run_dir: Path, rank: int) -> Path:
+    """Return the path of a trainer rank's log."""
+    return run_dir / LOGS / f"rank-{rank}.log"
+
+
+def rank_heartbeat(run_dir: Path, rank: int) -> Path:
+    """Return the path of a trainer rank's heartbeat."""
+    return run_dir / LOGS / f"rank-{rank}.heartbeat"
 
 
 def store_path(config: RunConfig, run_dir: Path) -> str:
     """Return `store.path`, or `store/` in the run folder if it is not set."""
-    return config.store.path or str(run_dir / "store")
+    return config.store.path or str(run_dir / STORE)
 
 
 def consumer_name(config: RunConfig, run_dir: Path) -> str:

@@ -12,12 +12,22 @@ from pathlib import Path
 
 from cluster.run_folder.environment import environment
 from cluster.run_folder.errors import RunDirError
-from cluster.run_folder.files import CONFIG, ENVIRONMENT
+from cluster.run_folder.files import (
+    CHECKPOINTS,
+    CONFIG,
+    DRIVER_LOCK,
+    ENVIRONMENT,
+    HARVEST,
+    LOGS,
+    METRICS,
+    RANKS_LOCK,
+    STORE,
+    TRAINER_LOCK,
+)
 from cluster.run_folder.saved_config import forbidden_changes, load_config, save_config
 from conf.schema.run import RunConfig
 from foundation.atomic_files import write_json
 
-_DRIVER_LOCK, _RANKS_LOCK, _TRAINER_LOCK = "driver.lock", "ranks.lock", "trainer.lock"
 _OLD_RANKS_TIMEOUT_S = 60.0
 
 
@@ -49,7 +59,7 @@ def open_run(
         return
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
-        (run_dir / "logs").mkdir(exist_ok=True)
+        (run_dir / LOGS).mkdir(exist_ok=True)
     except OSError as error:
         raise RunDirError(
             f"runs_dir={config.runs_dir}: expected a writable folder ({error})"
@@ -69,7 +79,7 @@ def saved_config(run_dir: Path) -> RunConfig | None:
 
 def _has_results(run_dir: Path) -> bool:
     """Return whether the run has results that depend on its config."""
-    made = ("metrics.jsonl", "harvest.json", "checkpoints", "store")
+    made = (METRICS, HARVEST, CHECKPOINTS, STORE)
     return any((run_dir / name).exists() for name in made)
 
 
@@ -97,7 +107,7 @@ def _agree_on_config(config: RunConfig, run_dir: Path) -> None:
 
 @contextmanager
 def _driver_lock(run_dir: Path) -> Iterator[None]:
-    with open(run_dir / _DRIVER_LOCK, "a+", encoding="utf-8") as lock:
+    with open(run_dir / DRIVER_LOCK, "a+", encoding="utf-8") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
@@ -123,8 +133,8 @@ def rank_lock(run_dir: Path, rank: int) -> Iterator[None]:
         RunDirError: If rank 0 of another group is training this run.
     """
     with (
-        open(run_dir / _RANKS_LOCK, "a", encoding="utf-8") as shared,
-        open(run_dir / _TRAINER_LOCK, "a", encoding="utf-8") as alone,
+        open(run_dir / RANKS_LOCK, "a", encoding="utf-8") as shared,
+        open(run_dir / TRAINER_LOCK, "a", encoding="utf-8") as alone,
     ):
         fcntl.flock(shared, fcntl.LOCK_SH)
         if rank == 0:
@@ -148,7 +158,7 @@ def wait_for_old_ranks(run_dir: Path) -> None:
         RunDirError: If some are still alive after a minute.
     """
     deadline = time.monotonic() + _OLD_RANKS_TIMEOUT_S
-    with open(run_dir / _RANKS_LOCK, "a", encoding="utf-8") as lock:
+    with open(run_dir / RANKS_LOCK, "a", encoding="utf-8") as lock:
         while True:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

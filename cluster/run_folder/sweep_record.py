@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import NamedTuple
 
+from cluster.run_folder.files import SWEEP_RECORD
 from foundation.atomic_files import read_json, write_json
 from sae_core.errors import DivergedError
 
-RECORD = "sweep.json"
 STOPPED, FAILED = "stopped", "failed"
 
 
@@ -22,7 +22,7 @@ class Record(NamedTuple):
 def write_record(run_dir: Path, error: BaseException) -> None:
     """Write the state and the reason into the cell's folder."""
     state = STOPPED if isinstance(error, DivergedError) else FAILED
-    write_json(run_dir / RECORD, {"state": state, "reason": str(error)})
+    write_json(run_dir / SWEEP_RECORD, {"state": state, "reason": str(error)})
 
 
 def read_record(run_dir: Path) -> Record | None:
@@ -31,17 +31,17 @@ def read_record(run_dir: Path) -> Record | None:
     An unreadable record counts as a failure.
     """
     try:
-        found = read_json(run_dir / RECORD)
+        found = read_json(run_dir / SWEEP_RECORD)
         return Record(str(found["state"]), str(found["reason"]))
     except FileNotFoundError:
         return None
     except (ValueError, KeyError, TypeError) as error:
-        return Record(FAILED, f"{RECORD} is not readable: {error}")
+        return Record(FAILED, f"{SWEEP_RECORD} is not readable: {error}")
 
 
 def clear_record(run_dir: Path) -> None:
     """Clear the cell's record, because the cell is about to be trained by itself."""
-    (run_dir / RECORD).unlink(missing_ok=True)
+    (run_dir / SWEEP_RECORD).unlink(missing_ok=True)
 
 
 def clear_failure(run_dir: Path) -> None:

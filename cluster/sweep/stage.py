@@ -16,6 +16,7 @@ from rich.console import Console
 
 from cluster.errors import RankFailedError, SweepFailedError
 from cluster.ray_session import ray_session
+from cluster.run_folder.files import SWEEP_RECORD
 from cluster.run_folder.lock import open_run, wait_for_old_ranks
 from cluster.run_folder.sweep_record import FAILED, clear_failure, read_record, write_record
 from cluster.sweep.table import DONE, SweepTable
@@ -72,8 +73,9 @@ def _train(config: RunConfig, run_dir: Path, cells: dict[str, RunConfig], consol
     failed = [name for name, state in table.states().items() if state == FAILED]
     if failed:
         raise SweepFailedError(
-            f"{len(failed)} of {len(cells)} cells failed: {', '.join(failed)}; see sweep.json in "
-            f"their folders in {run_dir} for the reasons, and rerun the command to try them again"
+            f"{len(failed)} of {len(cells)} cells failed: {', '.join(failed)}; see "
+            f"{SWEEP_RECORD} in their folders in {run_dir} for the reasons, and rerun the command "
+            "to try them again"
         )
 
 

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from cluster.run_folder.metrics_log import MetricRows
+from cluster.run_folder.metrics_log import NewRows
 from cluster.run_folder.sweep_record import read_record
 from conf.schema.run import RunConfig
 
@@ -35,7 +35,7 @@ class SweepTable:
         self._n_steps = {name: cell.train.n_steps for name, cell in cells.items()}
         self._states = dict.fromkeys(cells, WAITING)
         self._newest: dict[str, dict[str, Any]] = {}
-        self._rows: dict[str, MetricRows] = {}
+        self._rows: dict[str, NewRows] = {}
         self._reasons: dict[str, str] = {}
         self._live: Live | None = None
         self._printed = 0.0
@@ -51,7 +51,7 @@ class SweepTable:
 
     def begin(self, names: list[str]) -> None:
         """Follow these cells from now on, instead of those of the last call."""
-        self._rows = {name: MetricRows(self._run_dir / name) for name in names}
+        self._rows = {name: NewRows(self._run_dir / name) for name in names}
         self._states |= dict.fromkeys(names, RUNNING)
 
     def __enter__(self) -> None:
@@ -64,7 +64,7 @@ class SweepTable:
         """Read the rows that the ranks have written since the last call, and show them."""
         before = dict(self._states)
         for name, rows in self._rows.items():
-            for row in rows.new():
+            for row in rows.read():
                 self._newest[name] = row
                 if row["step"] >= self._n_steps[name]:
                     self._states[name] = DONE

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from activation_store import Store, open_store
-from cluster.run_folder.files import COSTS, consumer_name
+from cluster.run_folder.files import CHECKPOINTS, COSTS, consumer_name
 from cluster.run_folder.sweep_record import write_record
 from cluster.training.metric_sinks import MetricSinks
 from cluster.training.mixture_source import MixtureSource
@@ -160,7 +160,7 @@ def _create_trainers(
     """
     for index, member in enumerate(members):
         config = member.config
-        checkpoints = member.run_dir / "checkpoints"
+        checkpoints = member.run_dir / CHECKPOINTS
         try:
             trainer = Trainer(
                 replace(config.trainer, sae=replace(config.sae, hookpoint=array)),
@@ -221,7 +221,7 @@ def _cursor(member: Member, source: StoreSource) -> RunCursor | None:
         config.store.path,
         consumer_name(config, member.run_dir),
         source,
-        member.run_dir / "checkpoints",
+        member.run_dir / CHECKPOINTS,
         keep_everything=config.cluster.retention == "keep",
     )
     source.before_next = cursor.publish

@@ -8,15 +8,11 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
+from cluster.run_folder.files import rank_heartbeat
 from cluster.training.watchdog import EXIT_DELAY_S, HUNG
 
 _MARGIN_S = 3 * EXIT_DELAY_S
 """Seconds that the driver waits beyond a rank's own watchdog, so that the rank can report first."""
-
-
-def heartbeat_file(run_dir: Path, rank: int) -> Path:
-    """Return the path of a rank's heartbeat file."""
-    return run_dir / "logs" / f"rank-{rank}.heartbeat"
 
 
 class Heartbeats:
@@ -29,7 +25,7 @@ class Heartbeats:
     """
 
     def __init__(self, run_dir: Path, n_ranks: int, timeout_s: float) -> None:
-        self._files = [heartbeat_file(run_dir, rank) for rank in range(n_ranks)]
+        self._files = [rank_heartbeat(run_dir, rank) for rank in range(n_ranks)]
         for file in self._files:
             file.unlink(missing_ok=True)
         self._limit_s = timeout_s + _MARGIN_S

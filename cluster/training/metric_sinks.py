@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import json
-import math
 import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 from uuid import uuid4
 
 from rich.console import Console
 
-from cluster.run_folder.files import METRICS
+from cluster.run_folder.files import WANDB_ID
+from cluster.run_folder.metrics_log import MetricsWriter
 from cluster.training.progress_line import TrainingLine
 from conf.schema.run import RunConfig
 
-_WANDB_ID = "wandb_id"
 _WANDB_TIMEOUT_S = 30.0
 """Time limit for wandb's start and for its end. Rows not sent by then stay in the run's folder."""
 
@@ -32,19 +30,13 @@ class MetricSinks:
     """
 
     def __init__(self, config: RunConfig, run_dir: Path, console: bool) -> None:
-        self._file = _open_for_append(run_dir / METRICS)
+        self._log = MetricsWriter(run_dir)
         self._wandb = _start_wandb(config, run_dir)
         self._line = TrainingLine(config.train.n_steps, Console()) if console else None
 
     def write(self, row: dict[str, Any]) -> None:
-        """Append one row to the file, flush it, and pass it to wandb and the console."""
-        # JSON has no NaN or infinity; parsers of every language accept null.
-        clean = {
-            key: None if isinstance(value, float) and not math.isfinite(value) else value
-            for key, value in row.items()
-        }
-        self._file.write(json.dumps(clean) + "\n")
-        self._file.flush()
+        """Append one row to `metrics.jsonl`, and pass it to wandb and the console."""
+        clean = self._log.write(row)
         self._tell_wandb(
             lambda run: run.log({f"{row['sae']}/{k}": v for k, v in row.items() if k != "sae"})
         )
@@ -53,7 +45,7 @@ class MetricSinks:
 
     def close(self) -> None:
         """Close all sinks."""
-        self._file.close()
+        self._log.close()
         self._tell_wandb(lambda run: run.finish())
         if self._line is not None:
             self._line.close()
@@ -66,15 +58,6 @@ class MetricSinks:
         except Exception as error:  # a network failure or a wandb bug must not stop training
             print(f"wandb is off: {type(error).__name__}: {error}", file=sys.stderr)
             self._wandb = None
-
-
-def _open_for_append(path: Path) -> TextIO:
-    """Open the file for appending, ending a partial last line that a killed rank left."""
-    torn = path.exists() and path.stat().st_size > 0 and not path.read_bytes().endswith(b"\n")
-    file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - MetricSinks.close closes it
-    if torn:
-        file.write("\n")
-    return file
 
 
 def _start_wandb(config: RunConfig, run_dir: Path) -> Any:
@@ -91,7 +74,7 @@ def _start_wandb(config: RunConfig, run_dir: Path) -> Any:
     try:
         import wandb
 
-        id_file = run_dir / _WANDB_ID
+        id_file = run_dir / WANDB_ID
         if not id_file.exists():
             id_file.write_text(uuid4().hex[:8])
         return wandb.init(

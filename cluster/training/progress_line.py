@@ -9,7 +9,7 @@ from rich.console import Console
 
 from cluster.progress import ProgressLine, duration
 from cluster.run_folder.files import COSTS
-from cluster.run_folder.metrics_log import MetricRows
+from cluster.run_folder.metrics_log import NewRows
 from conf.schema.run import RunConfig
 from foundation.atomic_files import read_json
 
@@ -45,12 +45,12 @@ class RunProgress:
         self._console = console
 
     def __enter__(self) -> None:
-        self._rows = MetricRows(self._run_dir)
+        self._rows = NewRows(self._run_dir)
         self._line = TrainingLine(self._n_steps, self._console)
 
     def show(self) -> None:
         """Show the rows that rank 0 has written since the last call."""
-        for row in self._rows.new():
+        for row in self._rows.read():
             self._line.show(row)
 
     def __exit__(self, *_: object) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 from cluster.errors import PlacementError
 from cluster.openmp import waiting_variables
+from cluster.run_folder.files import rank_log
 from conf.schema.run import RunConfig
 
 
@@ -134,7 +135,7 @@ class RankActor:
         os.environ.update(waiting_variables(alone))
         # Left open until the process ends, so there is no `with`. Replacing the descriptors also
         # redirects the output of native libraries.
-        log = open(self.run_dir / "logs" / f"rank-{rank}.log", "ab", buffering=0)  # noqa: SIM115
+        log = open(rank_log(self.run_dir, rank), "ab", buffering=0)  # noqa: SIM115
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
 

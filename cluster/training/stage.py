@@ -12,6 +12,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from cluster.run_folder.files import CHECKPOINTS
 from cluster.run_folder.lock import wait_for_old_ranks
 from cluster.run_folder.sweep_record import clear_record
 from cluster.training.store_checks import check_store, warn_if_poorly_shuffled
@@ -57,7 +58,7 @@ def run(
     train_ranks(config, run_dir, RunProgress(config, run_dir, console), watch)
     watch()  # once more, for the last position that this run has published
     unregister(config, run_dir)
-    newest = newest_valid(run_dir / "checkpoints", hashes=False)
+    newest = newest_valid(run_dir / CHECKPOINTS, hashes=False)
     console.print(f"train: {training_costs(run_dir)}", soft_wrap=True)
     console.print(f"train: done, {newest}")
 
@@ -69,7 +70,7 @@ def finished(config: RunConfig, run_dir: Path) -> Path | None:
     for hashes in (False, config.checkpoint.verify_hashes):
         # Verify hashes only of a checkpoint that may be the last. One that training resumes from is
         # hashed by the ranks, which share the work.
-        newest = newest_valid(run_dir / "checkpoints", hashes)
+        newest = newest_valid(run_dir / CHECKPOINTS, hashes)
         if newest is None or read_state(newest).step < config.train.n_steps:
             return None
     return newest

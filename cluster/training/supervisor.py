@@ -12,6 +12,7 @@ from cluster.errors import PlacementError, PreemptedError, RankFailedError
 from cluster.preemption import StopRequest, on_preemption
 from cluster.progress import Progress
 from cluster.ray_session import ray_session
+from cluster.run_folder.files import LOGS
 from cluster.run_folder.lock import wait_for_old_ranks
 from cluster.training.heartbeats import Heartbeats
 from cluster.training.rank_actors import rank_group
@@ -69,7 +70,7 @@ def train_ranks(
         else:
             raise RankFailedError(
                 f"trainer ranks died {config.cluster.max_failures + 1} times; last problem: "
-                f"{problem}; see {run_dir / 'logs'}, then rerun the command to resume"
+                f"{problem}; see {run_dir / LOGS}, then rerun the command to resume"
             )
         if stop_request.signal_name:
             # Too late to stop the ranks, but the stages after this one must not start.

@@ -1,1 +1,1 @@
-"""Small stages that look after a run: verify, repair, reshard, status."""
+"""Small stages that look after a run: verify, repair, reshard."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from cluster.run_folder.files import CHECKPOINTS, RESHARDED
 from conf.schema.run import RunConfig
 
 
@@ -23,10 +24,10 @@ def run(config: RunConfig, run_dir: Path) -> None:
     from sae_core.checkpoint.reshard import reshard_checkpoint
     from sae_core.errors import CheckpointError
 
-    source = newest_valid(run_dir / "checkpoints", config.checkpoint.verify_hashes)
+    source = newest_valid(run_dir / CHECKPOINTS, config.checkpoint.verify_hashes)
     if source is None:
         raise CheckpointError(f"{run_dir}: no valid checkpoint found; train with stage=train first")
     to = config.reshard.to
-    root = Path(to).expanduser().resolve() if to else run_dir / "resharded"
+    root = Path(to).expanduser().resolve() if to else run_dir / RESHARDED
     final = reshard_checkpoint(source, root, config.reshard.shards)
     print(f"reshard: wrote {final}, with {config.reshard.shards} files each of weights and moments")

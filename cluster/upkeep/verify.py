@@ -9,6 +9,7 @@ from rich.console import Console
 from activation_store import open_store, verify_store
 from activation_store.errors import DamagedDataError
 from activation_store.writing.create import shorten
+from cluster.run_folder.files import CHECKPOINTS
 from cluster.run_folder.lock import saved_config
 from conf.schema.run import RunConfig
 from foundation.errors import FoundryError
@@ -29,10 +30,10 @@ def run(config: RunConfig, run_dir: Path) -> None:
     for path in config.store.paths:
         problems += [str(damage) for damage in verify_store(path)]
         problems += [f"{path}: {problem}" for problem in non_finite(path)]
-    checkpoints = list_checkpoints(run_dir / "checkpoints")
+    checkpoints = list_checkpoints(run_dir / CHECKPOINTS)
     for folder in checkpoints:
         problems += checkpoint_problems(folder)
-    for killed in sorted((run_dir / "checkpoints").glob("step-*.tmp")):
+    for killed in sorted((run_dir / CHECKPOINTS).glob("step-*.tmp")):
         console.print(
             f"verify: {killed} is an unfinished save, not a checkpoint; the next save removes it",
             soft_wrap=True,

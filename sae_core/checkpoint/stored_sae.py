@@ -31,6 +31,7 @@ from sae_core.checkpoint.folder import (
 )
 from sae_core.checkpoint.row_ranges import Piece, StoredTensor, read_layout
 from sae_core.checkpoint.safetensors_file import TensorFileWriter, read_header, rows_per_block
+from sae_core.config import CHECKPOINTS
 from sae_core.errors import CheckpointError, DamagedCheckpointError
 
 Rows = Callable[[int, int], torch.Tensor]
@@ -142,7 +143,7 @@ def open_sae(path: str | Path, name: str | None = None, verify_hashes: bool = Tr
     if (path / MANIFEST).is_file():
         check_manifest(path, verify_hashes)
         return open_checkpoint(path, name)
-    newest = newest_valid(path / "checkpoints", verify_hashes)
+    newest = newest_valid(path / CHECKPOINTS, verify_hashes)
     if newest is None:
         raise CheckpointError(
             f"{path}: no SAE found: expected a run with a valid checkpoint, a checkpoint, or a "

@@ -15,12 +15,13 @@ import torch
 from activation_store import MixtureStream, StoreWriter, open_store
 from activation_store.config import MixedStore
 from activation_store.errors import DamagedDataError, IncompleteStoreError
+from analysis import status
 from cluster.planning import stage as planning_stage
 from cluster.run_folder.saved_config import load_config, save_config
 from cluster.training.device_gather import to_torch
 from cluster.training.mixture_source import MixtureSource
 from cluster.training.store_checks import check_store
-from cluster.upkeep import status, verify
+from cluster.upkeep import verify
 from conf.schema.run import RunConfig
 from foundation.errors import ConfigError
 from sae_core.checkpoint.folder import list_checkpoints

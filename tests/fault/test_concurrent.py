@@ -18,6 +18,7 @@ import torch
 from activation_store import list_consumers, open_store
 from sae_core.checkpoint.folder import list_checkpoints
 from sae_core.checkpoint.row_ranges import read_tensors
+from tests.support.injection import last_step
 from tests.support.object_server import make_bucket, s3_server
 from tests.support.paths import ROOT
 from tests.support.tiny_models import save_gpt2, write_text
@@ -150,8 +151,7 @@ def test_killed(work, victim):
 
 def wait_for_step(folder: Path, step: int, process: subprocess.Popen[bytes]) -> None:
     deadline = time.monotonic() + 120
-    path = folder / "metrics.jsonl"
-    while not (path.exists() and f'"step": {step},' in path.read_text()):
+    while last_step(folder) < step:
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.02)
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from cluster.run_folder.metrics_log import logged_rows
 from tests.support.single_rank import EVERY, STEPS, assert_same_end, make_run, make_store, train
 
 pytestmark = [pytest.mark.slow, pytest.mark.distributed]
@@ -74,14 +75,9 @@ def test_a_run_resumes_from_the_checkpoint_before(
     (root / f"step-{STEPS + EVERY:08d}.tmp").mkdir()  # an unfinished save
     log = train(run_dir)
     assert "skipping a damaged checkpoint" in log and NEWEST in log and said in log
-    steps = [int(line.split(",")[1].split(":")[1]) for line in rows_since(clean, run_dir)]
+    n_before = len(list(logged_rows(clean)))
+    steps = [row["step"] for row in logged_rows(run_dir)][n_before:]
     assert steps == list(range(STEPS - EVERY + 5, STEPS + 1, 5)), (
         "did not resume from the checkpoint before"
     )
     assert_same_end(clean, run_dir)
-
-
-def rows_since(clean: Path, run_dir: Path) -> list[str]:
-    """Return the metrics lines of the second attempt."""
-    n_before = len((clean / "metrics.jsonl").read_text().splitlines())
-    return (run_dir / "metrics.jsonl").read_text().splitlines()[n_before:]

@@ -16,6 +16,8 @@ from activation_store import StoreWriter, open_store
 from activation_store.config import MixedStore
 from activation_store.errors import StoreMismatchError
 from analysis.evaluation import stage as evaluation_stage
+from analysis.evaluation.measurement import Accumulator, Measured, Predictions, Rows
+from analysis.evaluation.metrics import METRICS, Metric
 from cluster.harvest import stage as harvest_stage
 from cluster.language_model.contexts import prepare_contexts
 from cluster.language_model.loading import load_language_model, load_tokenizer
@@ -133,6 +135,42 @@ def test_metrics_agree_with_a_direct_computation(harvested: RunConfig, tmp_path:
     assert metrics["kl"] == pytest.approx(float(kl), rel=1e-4)
     ratio = (metrics["ce_zero"] - ce_recon) / (metrics["ce_zero"] - metrics["ce_clean"])
     assert metrics["ce_recovered"] == pytest.approx(float(ratio), rel=1e-3)
+
+
+def test_a_metric_from_outside_sees_held_out_rows_and_predictions(
+    harvested: RunConfig, tmp_path: Path
+) -> None:
+    class Seen(Accumulator):
+        def __init__(self, sae: SAE) -> None:
+            super().__init__(sae)
+            self.squares, self.n_rows = 0.0, 0
+            self.right: dict[str, int] = {}
+
+        def add_rows(self, rows: Rows) -> None:
+            self.squares += float((rows.x - rows.recon).double().square().sum())
+            self.n_rows += len(rows.x)
+
+        def add_predictions(self, predictions: Predictions) -> None:
+            right = int((predictions.logits.argmax(-1) == predictions.clean.argmax(-1)).sum())
+            self.right[predictions.variant] = self.right.get(predictions.variant, 0) + right
+
+    def agreement(measured: Measured) -> float:
+        right = measured[Seen].right
+        return right["recon"] / right["clean"]
+
+    error = Metric(
+        "Error", "a definition", lambda m: m[Seen].squares / m[Seen].n_rows / D, accumulator=Seen
+    )
+    top1 = Metric("Top 1", "a definition", agreement, accumulator=Seen, format=".1%")
+    save_sae(tmp_path, plus_minus(), k=D)
+    with METRICS.registered("error", error), METRICS.registered("top1", top1):
+        metrics = metrics_of(harvested, tmp_path)
+        assert metrics["heldout"] and metrics["error"] == pytest.approx(metrics["mse"], rel=1e-5)
+        assert metrics["top1"] == 1
+        save_sae(tmp_path, plus_minus(), k=2)
+        metrics = metrics_of(harvested, tmp_path)
+        assert metrics["error"] == pytest.approx(metrics["mse"], rel=1e-5) and metrics["mse"] > 0
+        assert metrics["top1"] < 1
 
 
 def test_firing_counts_are_those_of_the_stored_rows(harvested: RunConfig, tmp_path: Path) -> None:

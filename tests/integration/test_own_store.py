@@ -27,6 +27,7 @@ from conf.schema.data import DataConfig
 from conf.schema.model import ModelConfig
 from conf.schema.run import RunConfig
 from foundation.errors import ConfigError
+from tests.support.injection import last_step
 from tests.support.paths import ROOT
 
 
@@ -153,8 +154,7 @@ def test_the_trainer_names_non_finite_rows_that_arrive_later(tmp_path):
         cwd=ROOT,
     )
     try:
-        metrics = run_dir / "metrics.jsonl"
-        while not (metrics.exists() and '"step": 4,' in metrics.read_text()):
+        while last_step(run_dir) < 4:
             assert rank.poll() is None, rank.communicate()[1]
             time.sleep(0.05)
         rows[5, 2] = np.inf

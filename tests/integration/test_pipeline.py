@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import zarr
 
+from cluster.run_folder.metrics_log import logged_rows
 from sae_core import load_sae
 from tests.support.paths import ROOT
 from tests.support.tiny_models import save_gpt2, write_text
@@ -66,7 +67,7 @@ def test_pipeline(tmp_path):
     for key in ("clean", "recon", "zero", "mean", "recovered", "recovered_mean"):
         assert metrics[f"ce_{key}"] is not None
     assert metrics["hookpoint"] == "transformer.h.1" and metrics["l0"] <= 4
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    rows = list(logged_rows(run))
     assert rows[-1]["step"] == 50 and rows[-1]["fvu"] < rows[0]["fvu"]
     assert load_sae(run).config.hookpoint == "transformer.h.1"
     assert (run / "export" / "saelens" / "cfg.json").exists()
@@ -78,7 +79,7 @@ def test_pipeline(tmp_path):
     again = launch(tmp_path)
     assert again.returncode == 0, again.stderr
     assert "already done" in again.stdout
-    assert len((run / "metrics.jsonl").read_text().splitlines()) == len(rows)
+    assert len(list(logged_rows(run))) == len(rows)
 
     status = launch(tmp_path, "stage=status")
     assert "finalised" in status.stdout and "step-00000050" in status.stdout

@@ -21,7 +21,9 @@ import pytest
 
 from activation_store import StoreWriter
 from cluster.jobs import ray_jobs
+from cluster.run_folder.metrics_log import logged_rows
 from sae_core.checkpoint.folder import list_checkpoints
+from tests.support.injection import last_step
 from tests.support.paths import ROOT
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(400)]
@@ -88,13 +90,6 @@ def launch(folder: Path, stage: str, address: str) -> subprocess.CompletedProces
     )
 
 
-def step(folder: Path) -> int:
-    path = folder / "runs" / "job" / "metrics.jsonl"
-    lines = path.read_text().splitlines() if path.exists() else []
-    whole = [line for line in lines if line.endswith("}")]
-    return int(json.loads(whole[-1])["step"]) if whole else 0
-
-
 def test_a_job_is_stopped_with_a_checkpoint_and_resumed(tmp_path: Path, dashboard: str) -> None:
     writer = StoreWriter(tmp_path / "store", {"acts": 16}, dtype="float32", shard_tokens=512)
     for item in range(12):
@@ -117,7 +112,7 @@ def test_a_job_is_stopped_with_a_checkpoint_and_resumed(tmp_path: Path, dashboar
     def log() -> str:
         return str(client.get_job_logs(row["job"]))
 
-    wait_for(lambda: step(tmp_path) > 20 or client.get_job_status(row["job"]).is_terminal())
+    wait_for(lambda: last_step(run) > 20 or client.get_job_status(row["job"]).is_terminal())
     assert not client.get_job_status(row["job"]).is_terminal(), log()
     again = launch(tmp_path, "submit", dashboard)
     assert again.returncode == 2 and f"has job {row['job']} (RUNNING)" in again.stderr, again
@@ -132,8 +127,8 @@ def test_a_job_is_stopped_with_a_checkpoint_and_resumed(tmp_path: Path, dashboar
     row = json.loads((run / "submit" / "jobs.json").read_text())[-1]
     wait_for(lambda: client.get_job_status(row["job"]).is_terminal())
     assert client.get_job_status(row["job"]).value == "SUCCEEDED", log()
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    assert [one["step"] for one in rows].count(5) == 1, "restarted without the checkpoint"
+    steps = [row["step"] for row in logged_rows(run)]
+    assert steps.count(5) == 1, "restarted without the checkpoint"
     assert list_checkpoints(run / "checkpoints")[0].name == f"step-{STEPS:08d}"
 
 

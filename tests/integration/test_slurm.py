@@ -17,8 +17,10 @@ import torch
 
 from activation_store import StoreWriter
 from cluster.jobs.slurm.commands import job_fields
+from cluster.run_folder.metrics_log import logged_rows
 from sae_core.checkpoint.folder import list_checkpoints, step_of
 from sae_core.checkpoint.row_ranges import read_tensors
+from tests.support.injection import last_step
 from tests.support.paths import ROOT
 from tests.support.slurm_server import slurm_server, wait_until, why_not
 
@@ -116,10 +118,8 @@ class Job:
             raise AssertionError(f"{error}\n{self.fields}\n{log}") from None
 
     def wait_for_step(self, step: int) -> None:
-        metrics = self.run_dir / "metrics.jsonl"
-
         def reached() -> bool:
-            return metrics.exists() and f'"step": {step},' in metrics.read_text()
+            return last_step(self.run_dir) >= step
 
         wait_until(reached, f"job {self.id} does not reach step {step}", self._slurm)
 
@@ -129,8 +129,7 @@ class Job:
 
     def steps(self) -> list[int]:
         """List the steps of all metrics rows, repeated ones included."""
-        rows = (self.run_dir / "metrics.jsonl").read_text().splitlines()
-        return [json.loads(row)["step"] for row in rows if row]
+        return [row["step"] for row in logged_rows(self.run_dir)]
 
     def wait_until_gone(self) -> None:
         wait_until(lambda: not self.processes(), f"left of job {self.id}: {self.processes()}")

@@ -20,6 +20,8 @@ from typing import Any
 
 import psutil
 
+from cluster.run_folder.metrics_log import last_row
+
 KINDS = ("worker", "rank", "node", "driver")
 
 
@@ -148,9 +150,8 @@ def driver_pids(run_dir: Path) -> list[int]:
 
 def last_step(run_dir: Path) -> int:
     """Return the last step in the metrics; 0 if there is none."""
-    path = run_dir / "metrics.jsonl"
-    steps = re.findall(r'"step": (\d+),', path.read_text()) if path.exists() else []
-    return int(steps[-1]) if steps else 0
+    row = last_row(run_dir)
+    return 0 if row is None else int(row["step"])
 
 
 def reach(

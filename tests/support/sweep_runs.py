@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from cluster.run_folder.files import METRICS
+from cluster.run_folder.metrics_log import MetricsWriter
 from cluster.run_folder.saved_config import save_config
 from conf.schema.run import RunConfig
 
@@ -66,12 +68,13 @@ def write_run(
 
 
 def write_rows(folder: Path, steps: NDArray[Any], values: NDArray[Any]) -> None:
-    """Write `metrics.jsonl` with these FVUs; NaN becomes null, as in the trainer's sink."""
-    with (folder / "metrics.jsonl").open("w") as file:
-        for step, value in zip(steps.tolist(), values.tolist(), strict=True):
-            known = value if np.isfinite(value) else None
-            row = {"step": step, "tokens": step * BATCH_TOKENS, "sae": "a", "fvu": known}
-            file.write(json.dumps({**row, "loss": known}) + "\n")
+    """Write `metrics.jsonl` with these FVUs, in place of an earlier one."""
+    (folder / METRICS).unlink(missing_ok=True)
+    log = MetricsWriter(folder)
+    for step, value in zip(steps.tolist(), values.tolist(), strict=True):
+        row = {"step": step, "tokens": step * BATCH_TOKENS, "sae": "a", "fvu": value}
+        log.write({**row, "loss": value})
+    log.close()
 
 
 def _config(n_latents: int, k: int, seed: int, lr: float | None, decay_tokens: int) -> RunConfig:

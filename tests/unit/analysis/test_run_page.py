@@ -67,7 +67,7 @@ def test_full_page(tmp_path: Path) -> None:
     text = rendered(full_run(tmp_path))
     page = Page(text)
     assert page.tags.count("svg") >= 5  # loss, fvu, l0, throughput, histogram
-    for shown in ("0.1834", "2.80 → 3.10", "3,607", "1 MiB", "2 never fired", "step-00000039"):
+    for shown in ("0.1834", "2.800 → 3.100", "3,607", "1 MiB", "2 never fired", "step-00000039"):
         assert shown in text, shown
     assert "run <code>stage" not in text
 
@@ -110,7 +110,7 @@ def test_resumed_and_torn_log(tmp_path: Path) -> None:
     path.write_text(
         row(1) + row(2, loss=9.0) + row(2, loss=0.5) + row(1, sae="b") + '{"step": 3, "l'
     )
-    log = read_training_log(path)
+    log = read_training_log(tmp_path)
     assert [r["loss"] for r in log.rows["a"]] == [1.0, 0.5]
     assert list(log.rows) == ["a", "b"]
     assert log.unreadable_lines == 1

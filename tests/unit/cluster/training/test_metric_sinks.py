@@ -6,6 +6,7 @@ import json
 
 import pytest
 
+from cluster.run_folder.metrics_log import logged_rows
 from cluster.training.metric_sinks import MetricSinks
 from conf.schema.run import RunConfig
 
@@ -19,7 +20,7 @@ def config(wandb: str) -> RunConfig:
 
 
 def rows(folder):
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return list(logged_rows(folder))
 
 
 def test_rows_are_appended_over_restarts_and_nan_is_null(tmp_path):

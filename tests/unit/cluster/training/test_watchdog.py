@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 
 from activation_store import StoreWriter, open_store
+from cluster.run_folder.files import rank_heartbeat
 from cluster.training import heartbeats
-from cluster.training.heartbeats import Heartbeats, heartbeat_file
+from cluster.training.heartbeats import Heartbeats
 from cluster.training.store_source import StoreSource
 from cluster.training.watchdog import HUNG
 from tests.support.store_cases import item_columns
@@ -105,14 +106,14 @@ def wait_until(condition) -> None:
 def test_the_driver_sees_heartbeats_that_stop(tmp_path, monkeypatch):
     monkeypatch.setattr(heartbeats, "_MARGIN_S", 0.2)
     (tmp_path / "logs").mkdir()
-    heartbeat_file(tmp_path, 1).write_text(HUNG)  # from an earlier group of ranks
+    rank_heartbeat(tmp_path, 1).write_text(HUNG)  # from an earlier group of ranks
     seen = Heartbeats(tmp_path, 3, timeout_s=0.3)
     assert seen.frozen() == seen.hung() == []
     for rank, text in enumerate(("7", "3")):
-        heartbeat_file(tmp_path, rank).write_text(text)
+        rank_heartbeat(tmp_path, rank).write_text(text)
     assert seen.frozen() == [] and seen.steps_taken() == 7
     time.sleep(0.6)
-    os.utime(heartbeat_file(tmp_path, 1))
+    os.utime(rank_heartbeat(tmp_path, 1))
     assert seen.frozen() == [0]
-    heartbeat_file(tmp_path, 0).write_text(HUNG)
+    rank_heartbeat(tmp_path, 0).write_text(HUNG)
     assert seen.frozen() == [] and seen.hung() == [0] and seen.steps_taken() == 0

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import time
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
+from analysis.evaluation.metrics import METRICS
 from cluster.jobs.tracked import describe_newest_job
 from cluster.run_folder.contents import read_optional_json
-from cluster.run_folder.files import CONFIG, METRICS
+from cluster.run_folder.files import CHECKPOINTS, CONFIG, EVALUATION
 from cluster.run_folder.lock import saved_config
+from cluster.run_folder.metrics_log import last_row
 from cluster.run_folder.sweep_record import read_record
 from cluster.training.progress_line import render
 from conf.schema.run import RunConfig
@@ -27,7 +28,7 @@ def run(config: RunConfig, run_dir: Path) -> None:
     table.add_column(overflow="fold")
     table.add_row("store", _store(config))
     table.add_row("training", _training(config, run_dir))
-    names = [folder.name for folder in list_checkpoints(run_dir / "checkpoints")]
+    names = [folder.name for folder in list_checkpoints(run_dir / CHECKPOINTS)]
     table.add_row("checkpoints", ", ".join(names) or "none")
     table.add_row("evaluation", _evaluation(run_dir))
     cells = [_cell(folder) for folder in sorted(run_dir.iterdir()) if (folder / CONFIG).exists()]
@@ -87,16 +88,16 @@ def _size(path: str) -> str:
 
 
 def _training(config: RunConfig, run_dir: Path) -> str:
-    path = run_dir / METRICS
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    # A trainer that was killed in the middle of a write leaves an incomplete last line.
-    whole = [line for line in lines if line.endswith("}")]
-    return render(json.loads(whole[-1]), config.train.n_steps) if whole else "not started"
+    row = last_row(run_dir)
+    return "not started" if row is None else render(row, config.train.n_steps)
 
 
 def _evaluation(run_dir: Path) -> str:
-    metrics = read_optional_json(run_dir / "eval" / "metrics.json")
+    metrics = read_optional_json(run_dir / EVALUATION)
     if metrics is None:
         return "none"
-    keys = ("fvu", "l0", "dead_fraction", "ce_recovered")
-    return ", ".join(f"{key} {metrics[key]:.4f}" for key in keys if metrics.get(key) is not None)
+    return ", ".join(
+        f"{name} {metric.text(metrics[name])}"
+        for name, metric in METRICS.items()
+        if metric.headline and metrics.get(name) is not None
+    )

@@ -1,0 +1,85 @@
+"""What an evaluation shows to accumulators, and what it measured in the end."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeVar, cast
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from sae_core import SAE
+
+CLEAN, RECON, ZERO, MEAN = "clean", "recon", "zero", "mean"
+"""Variants of the forward pass: the hookpoint's output is unmodified, reconstructed by the SAE,
+replaced by zeros, or replaced by the mean of the stored training rows."""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A batch of the rows that the SAE is evaluated on, in raw activation units."""
+
+    x: Tensor
+    """[n, D] activations."""
+    recon: Tensor
+    """[n, D] their reconstructions."""
+    values: Tensor
+    """[n, K] float32 values of the selected latents, in descending order; 0: not active."""
+    indices: Tensor
+    """[n, K] int64 indices of the selected latents."""
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """The next-token predictions of one forward pass over a batch of held-out contexts."""
+
+    variant: str
+    """`clean`, `recon`, `zero` or `mean`; each batch is passed in this order."""
+    logits: Tensor
+    """[contexts, T - 2, vocabulary]: predictions from position 1 on."""
+    clean: Tensor
+    """[contexts, T - 2, vocabulary]: the same of the unmodified model."""
+    targets: Tensor
+    """[contexts, T - 2] int64 next tokens."""
+
+
+class Accumulator:
+    """Sums that metrics are computed from; one instance per evaluation and class.
+
+    A subclass overrides the methods for what it needs. Tensors are on the SAE's device, and no
+    gradients are recorded.
+
+    Args:
+        sae: The SAE that is evaluated.
+    """
+
+    def __init__(self, sae: SAE) -> None: ...
+
+    def add_rows(self, rows: Rows) -> None:
+        """Add a batch of rows: of held-out text, or stored ones if there is no held-out text."""
+
+    def add_predictions(self, predictions: Predictions) -> None:
+        """Add a batch of predictions; called only if there is held-out text."""
+
+
+A = TypeVar("A", bound=Accumulator)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What an evaluation measured: the input of every metric.
+
+    `measured[Kind]` returns the accumulator of a class that a metric asked for.
+    """
+
+    accumulators: Mapping[type[Accumulator], Accumulator]
+    firing_counts: Tensor
+    """[L] int64: on how many of the stored training rows each latent is above 0."""
+    n_stored_rows: int
+    """Number of stored training rows that were read."""
+    n_tokens: int
+    """Number of held-out tokens, including BOS; without held-out text, `n_stored_rows`."""
+
+    def __getitem__(self, kind: type[A]) -> A:
+        return cast(A, self.accumulators[kind])

@@ -1,0 +1,73 @@
+"""Measure how much worse a language model predicts, with sums over predicted tokens."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch import Tensor, nn
+
+from analysis.evaluation.measurement import CLEAN, RECON, Accumulator, Predictions
+
+if TYPE_CHECKING:
+    from sae_core import SAE
+
+
+class PredictionSums(Accumulator):
+    """Sums for the cross-entropies and the KL divergence, in nats.
+
+    B contexts of T tokens give B * (T - 2) predictions.
+    """
+
+    def __init__(self, sae: SAE) -> None:
+        super().__init__(sae)
+        self._loss: dict[str, float] = {}
+        self._kl = 0.0
+        self._predictions = 0
+
+    def add_predictions(self, predictions: Predictions) -> None:
+        """Add the losses of one forward pass; for `recon`, also its divergence from `clean`."""
+        variant, logits, targets = predictions.variant, predictions.logits, predictions.targets
+        self._loss[variant] = self._loss.get(variant, 0.0) + _loss(logits, targets)
+        if variant == CLEAN:
+            self._predictions += targets.numel()
+        if variant == RECON:
+            self._kl += _divergence(predictions.clean, logits)
+
+    def cross_entropy(self, variant: str) -> float | None:
+        """Return the mean cross-entropy of a variant; None without held-out text."""
+        loss = self._loss.get(variant)
+        return None if loss is None else loss / max(self._predictions, 1)
+
+    def recovered(self, ablated: str) -> float | None:
+        """Return (ablated - recon) / (ablated - clean) of the cross-entropies.
+
+        None without held-out text, or if the ablation changes nothing.
+        """
+        worst, recon, clean = map(self.cross_entropy, (ablated, RECON, CLEAN))
+        if worst is None or recon is None or clean is None or worst == clean:
+            return None
+        return (worst - recon) / (worst - clean)
+
+    @property
+    def kl(self) -> float | None:
+        """Mean of KL(clean || recon); None without held-out text."""
+        return self._kl / max(self._predictions, 1) if RECON in self._loss else None
+
+
+def _loss(logits: Tensor, targets: Tensor) -> float:
+    # One context at a time: the float32 log-probabilities of a whole batch would be the largest
+    # tensor of the evaluation.
+    total = 0.0
+    for context, wanted in zip(logits, targets, strict=True):
+        total += float(nn.functional.cross_entropy(context.float(), wanted, reduction="sum"))
+    return total
+
+
+def _divergence(clean: Tensor, other: Tensor) -> float:
+    """Return the sum over predictions of KL(clean || other), in nats."""
+    total = 0.0
+    for p, q in zip(clean, other, strict=True):
+        log_p, log_q = p.float().log_softmax(-1), q.float().log_softmax(-1)
+        # kl_div(input, target) is KL(target || input).
+        total += float(nn.functional.kl_div(log_q, log_p, reduction="sum", log_target=True))
+    return total
