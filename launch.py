@@ -32,7 +32,7 @@ STAGES = {
     "verify": "cluster.upkeep.verify",
     "repair": "cluster.upkeep.repair",
     "reshard": "cluster.upkeep.reshard",
-    "status": "analysis.status",
+    "status": "analysis.status.stage",
     "sweep": "cluster.sweep.stage",
     "fit": "analysis.scaling_laws.stage",
     "submit": "cluster.jobs.stage",

@@ -1,0 +1,1 @@
+"""How far a run has come: its progress, store, jobs and results."""
