@@ -38,8 +38,7 @@ def run(
             raises, the ranks are stopped.
 
     Raises:
-        ConfigError: If the config does not fit the store.
-        ConfigError: If the store is missing or unsuitable.
+        ConfigError: If the store is missing or unsuitable, or the config does not fit it.
         PlacementError: If the cluster has no room for the ranks.
         RankFailedError: If ranks died more often than `cluster.max_failures`.
         PreemptedError: If a signal stopped training; ranks that were able to have saved.
