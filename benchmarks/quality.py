@@ -30,6 +30,7 @@ import torch.distributed as dist
 from activation_store import Store, open_store
 from benchmarks.harness.one_rank import start_one_rank
 from benchmarks.harness.table import format_table, write_json
+from cluster.training.batch_order import BatchOrder
 from cluster.training.store_source import StoreSource
 from sae_core.architectures.topk.settings import topk_settings
 from sae_core.config import CheckpointConfig, OptimConfig, TopKConfig, TrainConfig, TrainerConfig
@@ -151,9 +152,8 @@ def train(
     """
     config = _changed(base, VARIANTS[name])
     array = next(iter(store.arrays))
-    source = StoreSource(
-        store, array, SEED, BATCH_TOKENS, 0, 1, window_items=16, buffer_tokens=65_536
-    )
+    order = BatchOrder(SEED, BATCH_TOKENS, window_items=16, buffer_tokens=65_536)
+    source = StoreSource(store, array, order)
     curve: list[dict[str, Any]] = []
 
     def keep(row: dict[str, Any]) -> None:

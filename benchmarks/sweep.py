@@ -27,6 +27,7 @@ from activation_store.storage.base import ReadHandle
 from activation_store.storage.local import LocalStorage
 from benchmarks.harness.one_rank import start_one_rank
 from benchmarks.harness.table import format_table, write_json
+from cluster.training.batch_order import BatchOrder
 from cluster.training.store_source import StoreSource
 from sae_core.config import CheckpointConfig, OptimConfig, TopKConfig, TrainConfig, TrainerConfig
 from sae_core.distributed.mesh import Mesh
@@ -74,9 +75,8 @@ class Side:
         self.storage = CountingStorage(path)
         store = Store(self.storage)
         array = next(iter(store.arrays))
-        self.source = StoreSource(
-            store, array, 0, BATCH_TOKENS, 0, 1, window_items=16, buffer_tokens=65_536
-        )
+        order = BatchOrder(0, BATCH_TOKENS, window_items=16, buffer_tokens=65_536)
+        self.source = StoreSource(store, array, order)
         shared_source = SharedSource(self.source, CPU)
         mesh = Mesh.create("cpu", 1, 1)
         self.trainers = [

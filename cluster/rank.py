@@ -35,6 +35,7 @@ from conf.schema.run import RunConfig
 from conf.schema.sweep import SweepConfig
 from foundation.atomic_files import write_json
 from foundation.errors import EXIT_FAILED, EXIT_PREEMPTED, ConfigError, FoundryError
+from sae_core.distributed.ranks import is_rank_zero
 from sae_core.training.malloc import keep_freed_memory
 
 _ENVIRONMENT = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
@@ -72,46 +73,42 @@ def run_rank(run_dir: Path, console: bool = False, cells: Sequence[str] = ()) ->
     configs = [load_config(folder / CONFIG) for folder in folders]
     limits = load_config(run_dir / CONFIG).sweep if cells else None
     config = configs[0]
-    rank = int(os.environ["RANK"])
-    local_rank = int(os.environ["LOCAL_RANK"])
-    device = _device(config.train.device, local_rank)
+    device = _device(config.train.device, int(os.environ["LOCAL_RANK"]))
     torch.set_num_threads(_threads(config))
     keep_freed_memory()
     signalled = threading.Event()
-    stop_request = StopRequest(run_dir) if rank == 0 and not console else None
+    stop_request = StopRequest(run_dir) if is_rank_zero() and not console else None
 
     def stop_requested() -> bool:
         return signalled.is_set() or bool(stop_request and stop_request.signal_name)
 
-    timeouts_s = config.train.hang_timeout_s, config.train.timeout_s
+    heartbeat = rank_heartbeat(run_dir, int(os.environ["RANK"]))
     with (
         on_preemption(lambda _: signalled.set(), config.checkpoint.grace_s),
-        _locks({run_dir, *folders}, rank),
-        Watchdog(rank_heartbeat(run_dir, rank), *timeouts_s) as watchdog,
+        _locks({run_dir, *folders}),
+        Watchdog(heartbeat, config.train.hang_timeout_s, config.train.timeout_s) as watchdog,
     ):
         dist.init_process_group(
             "nccl" if device.type == "cuda" else "gloo",
             timeout=timedelta(seconds=config.train.timeout_s),
         )
-        members = []
-        try:
-            if console and rank == 0:  # with a driver, the driver does this
-                for folder in folders:
-                    clear_record(folder)
-            for folder, own in zip(folders, configs, strict=True):
-                members.append(_member(folder, own, limits, console and not cells))
+        if console and is_rank_zero():  # with a driver, the driver does this
+            for folder in folders:
+                clear_record(folder)
+        # Sinks are closed after the barrier, so that a slow wandb does not keep the other ranks
+        # waiting.
+        with ExitStack() as open_sinks:
+            members = [
+                _member(folder, own, limits, console and not cells, open_sinks)
+                for folder, own in zip(folders, configs, strict=True)
+            ]
             outcomes = train_members(members, device, stop_requested, watchdog)
             if not cells and outcomes[0].error is not None:
                 raise outcomes[0].error
             dist.barrier()
             watchdog.stop()
             dist.destroy_process_group()
-        finally:
-            # After the barrier, so that a slow wandb does not keep the other ranks waiting.
-            for member in members:
-                if member.sinks is not None:
-                    member.sinks.close()
-        if console and rank == 0 and not cells:
+        if console and is_rank_zero() and not cells:
             if outcomes[0].finished:
                 unregister(config, run_dir)
             print(f"train: {training_costs(run_dir)}", flush=True)
@@ -120,18 +117,27 @@ def run_rank(run_dir: Path, console: bool = False, cells: Sequence[str] = ()) ->
 
 
 @contextmanager
-def _locks(folders: set[Path], rank: int) -> Iterator[None]:
+def _locks(folders: set[Path]) -> Iterator[None]:
     with ExitStack() as stack:
         for folder in sorted(folders):
-            stack.enter_context(rank_lock(folder, rank))
+            stack.enter_context(rank_lock(folder, is_rank_zero()))
         yield
 
 
-def _member(folder: Path, config: RunConfig, limits: SweepConfig | None, console: bool) -> Member:
-    if dist.get_rank() != 0:
+def _member(
+    folder: Path,
+    config: RunConfig,
+    limits: SweepConfig | None,
+    console: bool,
+    open_sinks: ExitStack,
+) -> Member:
+    """Return a member of the training group; `open_sinks` closes its metric sinks."""
+    if not is_rank_zero():
         return Member(folder, config, None, limits)
     write_json(folder / ENVIRONMENT, environment())
-    return Member(folder, config, MetricSinks(config, folder, console), limits)
+    sinks = MetricSinks(config, folder, console)
+    open_sinks.callback(sinks.close)
+    return Member(folder, config, sinks, limits)
 
 
 def _device(name: str, local_rank: int) -> torch.device:

@@ -123,7 +123,7 @@ def _driver_lock(run_dir: Path) -> Iterator[None]:
 
 
 @contextmanager
-def rank_lock(run_dir: Path, rank: int) -> Iterator[None]:
+def rank_lock(run_dir: Path, is_rank_zero: bool) -> Iterator[None]:
     """Hold a trainer rank's lock on the run for as long as the rank may write to it.
 
     All ranks of a group share one lock. Rank 0 also takes an exclusive lock, so that no second
@@ -137,7 +137,7 @@ def rank_lock(run_dir: Path, rank: int) -> Iterator[None]:
         open(run_dir / TRAINER_LOCK, "a", encoding="utf-8") as alone,
     ):
         fcntl.flock(shared, fcntl.LOCK_SH)
-        if rank == 0:
+        if is_rank_zero:
             try:
                 fcntl.flock(alone, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:

@@ -9,6 +9,7 @@ import torch
 from numpy.typing import NDArray
 
 from activation_store import StagedBatch, Store
+from sae_core.training.upload import Uploader
 
 
 class DeviceRows:
@@ -26,11 +27,10 @@ class DeviceRows:
 
     def __init__(self, store: Store, array: str, device: torch.device) -> None:
         self._array = array
-        self._device = device
+        self._uploader = Uploader(device)
         self._block: Any = None
         self._stored: dict[str, torch.Tensor] = {}
         self._order = torch.empty(0, dtype=torch.int64)
-        self._copied: torch.cuda.Event | None = None
         self._scale = ""
         self._formula: tuple[torch.Tensor, torch.Tensor] | None = None
         row_codec = store.row_codec(array)
@@ -66,17 +66,10 @@ class DeviceRows:
     def _upload(self, block: Any) -> None:
         if self._block is block:
             return
-        if self._copied is not None:
-            self._copied.synchronize()  # the stream is about to overwrite the old block's memory
-        self._stored = {
-            name: to_torch(rows).to(self._device, non_blocking=True)
-            for name, rows in block.arrays.items()
-        }
-        self._order = torch.from_numpy(block.order).to(self._device)
-        if self._device.type == "cuda":
-            self._copied = torch.cuda.Event()
-            self._copied.record()
-        self._block = block  # keep a reference: its memory must not be reused during the copy
+        rows = map(to_torch, block.arrays.values())
+        self._order, *stored = self._uploader.upload([torch.from_numpy(block.order), *rows])
+        self._stored = dict(zip(block.arrays, stored, strict=True))
+        self._block = block
 
 
 def decodes_on_device(store: Store, array: str) -> bool:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ import torch
 from activation_store import Store, open_store
 from cluster.run_folder.files import CHECKPOINTS, COSTS, consumer_name
 from cluster.run_folder.sweep_record import write_record
+from cluster.training.batch_order import BatchOrder
 from cluster.training.metric_sinks import MetricSinks
 from cluster.training.mixture_source import MixtureSource
 from cluster.training.shared_reads import SharedReads
@@ -112,18 +114,21 @@ def train_members(
     mesh = Mesh.create(device.type, config.parallel.latent, config.parallel.data)
     store = open_store(config.store.path)
     array = check_store(config)
-    source = _source(config, store, array, mesh, device)
-    watchdog.waits = lambda: source.waits
-    # Registered before the calibration sample is read, so that its rows are not deleted meanwhile.
-    cursor = _cursor(members[0], source) if isinstance(source, StoreSource) else None
-    try:
-        trainers: dict[int, Trainer] = {}
-        outcomes: dict[int, Outcome] = {}
-        # Each trainer that is ready counts as progress: setting up many takes longer than one.
-        watchdog.waits = lambda: source.waits + len(trainers) + len(outcomes)
-        _create_trainers(
-            members, mesh, SharedSource(source, device), array, stop_requested, trainers, outcomes
-        )
+    with closing(_source(config, store, array, mesh, device)) as source:
+        # Registered before the calibration sample is read, so that its rows are not deleted
+        # meanwhile.
+        cursor = _cursor(members[0], source) if isinstance(source, StoreSource) else None
+        shared_source = SharedSource(source, device)
+        started: list[Trainer | FoundryError] = []
+        # Each member that has started counts as progress: many take longer to set up than one.
+        watchdog.waits = lambda: source.waits + len(started)
+        for member in members:
+            started.append(_start(member, mesh, shared_source, array, stop_requested))
+        shared_source.clear_sample()
+        trainers = {i: one for i, one in enumerate(started) if isinstance(one, Trainer)}
+        outcomes = {
+            i: Outcome(False, one) for i, one in enumerate(started) if not isinstance(one, Trainer)
+        }
         watchdog.waits = lambda: source.waits + sum(t.saver.waits for t in trainers.values())
         watchdog.start_training(lambda: sum(trainer.step for trainer in trainers.values()))
         indices = list(trainers)
@@ -140,73 +145,65 @@ def train_members(
             source.seek(trainers[0].source.position)
             cursor.finish()
         return [outcomes[index] for index in range(len(members))]
-    finally:
-        source.close()
 
 
-def _create_trainers(
-    members: list[Member],
+def _start(
+    member: Member,
     mesh: Mesh,
     shared_source: SharedSource,
     array: str,
     stop_requested: Callable[[], bool],
-    trainers: dict[int, Trainer],
-    outcomes: dict[int, Outcome],
-) -> None:
-    """Create each member's trainer and calibrate or resume it; collective.
+) -> Trainer | FoundryError:
+    """Create a member's trainer, and calibrate it or resume it from a checkpoint; collective.
 
-    Fills `trainers` with those that are ready and `outcomes` with those that failed, both keyed by
-    the member's index.
+    Returns:
+        The trainer, or the error of its config, checkpoint or sample; the same on all ranks.
     """
-    for index, member in enumerate(members):
-        config = member.config
-        checkpoints = member.run_dir / CHECKPOINTS
-        try:
-            trainer = Trainer(
-                replace(config.trainer, sae=replace(config.sae, hookpoint=array)),
-                mesh,
-                shared_source.view(),
-                checkpoints,
-                config.seed,
-                report=member.report,
-                report_every=config.logging.every_steps,
-                stop_requested=stop_requested,
-            )
-            newest = agreed_checkpoint(checkpoints, config.checkpoint.verify_hashes)
-            if newest is None:
-                trainer.calibrate()
-            else:
-                trainer.resume(newest)
-            trainers[index] = trainer
-        except (SAEError, ConfigError) as error:
-            # Errors of config, checkpoint or sample are raised on all ranks alike.
-            member.record(error)
-            outcomes[index] = Outcome(False, error)
-    shared_source.clear_sample()
+    config = member.config
+    checkpoints = member.run_dir / CHECKPOINTS
+    try:
+        trainer = Trainer(
+            replace(config.trainer, sae=replace(config.sae, hookpoint=array)),
+            mesh,
+            shared_source.view(),
+            checkpoints,
+            config.seed,
+            report=member.report,
+            report_every=config.logging.every_steps,
+            stop_requested=stop_requested,
+        )
+        newest = agreed_checkpoint(checkpoints, config.checkpoint.verify_hashes)
+        if newest is None:
+            trainer.calibrate()
+        else:
+            trainer.resume(newest)
+        return trainer
+    except (SAEError, ConfigError) as error:
+        member.record(error)
+        return error
 
 
 def _source(
     config: RunConfig, store: Store, array: str, mesh: Mesh, device: torch.device
 ) -> StoreSource | MixtureSource:
     """Open the row stream that all members share: one store, or a mixture of several."""
-    order = (
-        array,
-        config.seed,
-        config.train.batch_tokens,
-        mesh.data_rank,
-        mesh.n_data,
-        config.store.window_items,
-        config.store.buffer_tokens,
-        device,
+    order = BatchOrder(
+        seed=config.seed,
+        batch_tokens=config.train.batch_tokens,
+        window_items=config.store.window_items,
+        buffer_tokens=config.store.buffer_tokens,
+        order_seed=config.store.order_seed,
+        replica=mesh.data_rank,
+        n_replicas=mesh.n_data,
     )
-    share, order_seed = SharedReads.for_mesh(mesh, config.train.timeout_s), config.store.order_seed
+    shared_reads = SharedReads.for_mesh(mesh, config.train.timeout_s)
     if config.store.mixture:
         stores = [store, *map(open_store, config.store.paths[1:])]
-        weights = config.store.weights
-        return MixtureSource(stores, weights, *order, share=share, order_seed=order_seed)
+        pin_memory = device.type == "cuda"
+        return MixtureSource(stores, config.store.weights, array, order, pin_memory, shared_reads)
     # In concurrent mode the driver stops the ranks if the harvest fails, so they may wait.
     wait_timeout_s = math.inf if config.cluster.mode == "concurrent" else WAIT_TIMEOUT_S
-    return StoreSource(store, *order, wait_timeout_s, share=share, order_seed=order_seed)
+    return StoreSource(store, array, order, device, wait_timeout_s, shared_reads)
 
 
 def _cursor(member: Member, source: StoreSource) -> RunCursor | None:

@@ -16,8 +16,8 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
-from foundation.errors import FoundryError
 from sae_core.distributed.mesh import Mesh
+from sae_core.distributed.ranks import exchange_device, on_all_ranks
 
 T = TypeVar("T")
 
@@ -61,39 +61,27 @@ class SharedReads:
     def read(self, read: Callable[[], T]) -> T:
         """Return the result of `read()`, once it has succeeded on all ranks; collective.
 
-        An error other than a FoundryError is raised unchanged on the rank where it occurred.
-
-        Raises:
-            FoundryError: If `read` raised it on any rank; all ranks raise it.
-            RuntimeError: If another rank raised any other error. As with a broken collective, this
-                rank is not at fault.
+        Raises the errors of `sae_core.distributed.ranks.on_all_ranks`.
         """
-        if self.host_group is None:
-            return read()
-        error: Exception | None = None
-        try:
-            found = read()
-        except Exception as raised:  # raised again below, once the other ranks know of it
-            error = raised
-        failed = torch.tensor(int(error is not None))
-        dist.all_reduce(failed, dist.ReduceOp.MAX, self.host_group)
-        if failed:
-            self._raise(error)
-        return found
+        return read() if self.host_group is None else on_all_ranks(read, self.host_group)
 
     def gather(self, rows: torch.Tensor, n_rows: int) -> torch.Tensor:
-        """Return all ranks' parts in order, [n_rows, ...]; collective, on the device of `rows`.
+        """Return all ranks' parts in order, [n_rows, ...]; collective.
 
         Args:
             rows: this rank's part of the rows, [n, ...].
             n_rows: number of rows of all parts together.
+
+        Returns:
+            The rows, on the device on which `group` exchanges them; if this rank has read all of
+            them itself, where they are.
         """
         starts = self._starts(n_rows)
         if not starts:
             return rows
         sizes = [stop - start for start, stop in pairwise(starts)]
         most = max(sizes)
-        sent = rows.contiguous()
+        sent = rows.contiguous().to(exchange_device(self.group))
         if len(rows) < most:
             # Pad to the largest part: only a gather of equal parts is supported by all backends.
             sent = torch.cat([sent, sent[: most - len(rows)]])
@@ -109,18 +97,6 @@ class SharedReads:
         if self.n_ranks == 1 or n_rows < self.n_ranks:
             return None
         return [n_rows * rank // self.n_ranks for rank in range(self.n_ranks + 1)]
-
-    def _raise(self, error: Exception | None) -> None:
-        """Exchange the ranks' errors; raise this rank's own, or else the first of another rank."""
-        known = error is None or isinstance(error, FoundryError)
-        told: list[Exception | None] = [None] * self.n_ranks
-        sent = error if known else RuntimeError(f"{type(error).__name__}: {error}")
-        dist.all_gather_object(told, sent, group=self.host_group)
-        if error is not None:
-            raise error
-        rank, met = next((rank, one) for rank, one in enumerate(told) if one is not None)
-        met.add_note(f"Raised by rank {rank} of the latent group.")
-        raise met
 
 
 def _as_bytes(rows: torch.Tensor) -> torch.Tensor:

@@ -9,6 +9,12 @@ from activation_store.writing.create import shorten
 from conf.schema.run import RunConfig
 from foundation.errors import ConfigError
 
+_DIAGNOSED_TOKENS = 20_000_000
+"""The shuffle of larger stores is not checked before training, because that takes too long.
+
+`python -m activation_store.maintenance.shuffle_quality` checks it on request.
+"""
+
 
 def check_store(config: RunConfig) -> str:
     """Check that the store fits the config and return the name of the array to train on.
@@ -17,8 +23,8 @@ def check_store(config: RunConfig) -> str:
     ranks without a driver.
 
     Raises:
-        ConfigError: If a setting does not fit the store.
-        ConfigError: If the store is missing, unfinished or has non-finite rows.
+        ConfigError: If a setting does not fit the store, or the store is missing, unfinished or has
+            non-finite rows.
     """
     if not store_exists(config.store.path):
         raise ConfigError(
@@ -88,13 +94,6 @@ def require_finite(store: Store, array: str, key: str = "store.path") -> None:
             f"items {shorten(list(bad))}",
             "store it again without them",
         )
-
-
-_DIAGNOSED_TOKENS = 20_000_000
-"""The shuffle of larger stores is not checked before training, because that takes too long.
-
-`python -m activation_store.maintenance.shuffle_quality` checks it on request.
-"""
 
 
 def warn_if_poorly_shuffled(config: RunConfig, console: Console) -> None:

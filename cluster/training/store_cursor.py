@@ -21,10 +21,10 @@ class RunCursor:
 
     Args:
         store: path of the store.
-        name: the consumer's name, from `provenance.consumer_name`.
+        name: the consumer's name, from `run_folder.files.consumer_name`.
         source: rank 0's source.
         checkpoints: folder of the run's checkpoints.
-        keep_everything: whether all items stay needed, so that none may be deleted.
+        keep_everything: publish that all items are still needed, so that none may be deleted.
     """
 
     def __init__(

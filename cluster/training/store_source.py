@@ -11,9 +11,9 @@ import torch
 
 from activation_store import ShuffledStream, StagedBatch, StagedStream, Store
 from activation_store.errors import IncompleteStoreError
+from cluster.training.batch_order import BatchOrder, equal_batches, store_digest
 from cluster.training.device_gather import DeviceRows, decodes_on_device, pinned, to_torch
 from cluster.training.shared_reads import SharedReads
-from cluster.training.stream_identity import equal_batches, order_name, store_digest
 from sae_core.training.source import Batch
 
 T = TypeVar("T")
@@ -33,66 +33,41 @@ class StoreSource:
     Args:
         store: an open store with at least one committed item.
         array: name of the array to train on.
-        seed: seed of the row order; the same on all ranks.
-        batch_tokens: rows of the global batch.
-        replica: index of this data replica.
-        n_replicas: replicas that share a global batch; divides `batch_tokens`.
-        window_items: work items that are shuffled together.
-        buffer_tokens: rows permuted together in memory.
-        device: device on which batches are returned; on cuda they are also gathered there, unless
-            the store's codec can only be decoded on the host. None: the CPU.
+        order: which rows a batch holds.
+        device: a CUDA device on which batches are gathered, and returned, unless the store's codec
+            can only be decoded on the host. Otherwise they are gathered on the host.
         wait_timeout_s: time limit for a growing store to get the rows that were requested.
-        share: shared reads of this replica's ranks, each of which reads a part of the rows.
-        order_seed: seed of the row order instead of `seed`; it becomes part of the identity.
+        shared_reads: shared reads of this replica's ranks, each of which reads a part of the rows.
+            None: this rank reads all of them.
     """
 
     def __init__(
         self,
         store: Store,
         array: str,
-        seed: int,
-        batch_tokens: int,
-        replica: int,
-        n_replicas: int,
-        window_items: int,
-        buffer_tokens: int,
+        order: BatchOrder,
         device: torch.device | None = None,
         wait_timeout_s: float = WAIT_TIMEOUT_S,
-        share: SharedReads | None = None,
-        order_seed: int | None = None,
+        shared_reads: SharedReads | None = None,
     ) -> None:
         self.d_in = self.d_out = store.arrays[array]
-        seed, order_of = order_name(seed, order_seed, window_items, buffer_tokens)
-        self.identity = f"{array}-{store_digest(store)}-{order_of}"
-        self._store = store
-        self._array = array
-        self._seed = seed
-        self._wait_timeout_s = wait_timeout_s
-        self._window_items = window_items
-        self._buffer_tokens = buffer_tokens
-        self._share = share or SharedReads()
-        self._batch_tokens = batch_tokens
-        self._n_rows = batch_tokens // n_replicas
-        self._first = replica * self._n_rows
-        order: dict[str, Any] = {
-            "seed": seed,
-            "batch_rows": batch_tokens,
-            "window_items": window_items,
-            "buffer_rows": buffer_tokens,
-            "rows": self._share.part(self._first, self._first + self._n_rows),
-            "wait_timeout_s": wait_timeout_s,
-        }
+        self.identity = f"{array}-{store_digest(store)}-{order.name}"
         self.before_next: Callable[[], None] = lambda: None
         """Called on this rank before it waits for a batch. If it raises, all ranks raise."""
-        self._device = device or torch.device("cpu")
+        self._store = store
+        self._array = array
+        self._order = order
+        self._wait_timeout_s = wait_timeout_s
+        self._shared_reads = shared_reads or SharedReads()
         self._waiting = False
         self._device_rows: DeviceRows | None = None
         self._stream: ShuffledStream | StagedStream
-        if self._device.type == "cuda" and decodes_on_device(store, array):
-            self._device_rows = DeviceRows(store, array, self._device)
-            self._stream = StagedStream(store, [array], allocate=pinned, **order)
+        settings = self._stream_settings(order.batch_tokens, *order.rows)
+        if device is not None and device.type == "cuda" and decodes_on_device(store, array):
+            self._device_rows = DeviceRows(store, array, device)
+            self._stream = StagedStream(store, [array], allocate=pinned, **settings)
         else:
-            self._stream = ShuffledStream(store, [array], **order)
+            self._stream = ShuffledStream(store, [array], **settings)
 
     @property
     def position(self) -> int:
@@ -105,14 +80,52 @@ class StoreSource:
 
     def next(self) -> Batch:
         """Return this replica's rows of the next batch, [batch_tokens / n_replicas, d_in]."""
-        first_row = self.position * self._batch_tokens + self._first
+        first_row = self._order.first_row(self.position)
         if self._device_rows is None:
-            x = self._gather(self._read_shared(self._read).to(self._device))
+            x = self._gather(self._read_shared(self._read))
         else:
             staged = self._device_rows.pick(self._read_shared(self._read_staged))
             shared = {name: self._gather(rows) for name, rows in staged.items()}
             x = self._device_rows.decode(shared)
         return Batch(x, None, first_row)
+
+    def sample(self, n: int) -> torch.Tensor:
+        """Return the first `n` rows of the order, [n, d_in], the same on all ranks.
+
+        If the store holds fewer rows, all of them are returned. The sample is read in equal batches
+        of at most `SAMPLE_BATCH` rows, so it may lack the few rows that do not divide evenly among
+        them.
+        """
+        with self._counted_as_waiting():
+            return self._sample(n)
+
+    def first_item_needed(self, position: int) -> int:
+        """Return the first item of the store that batches from `position` on may need."""
+        return self._stream.first_item_needed(position)
+
+    @property
+    def waits(self) -> int:
+        """A number that changes while the trainer waits for rows of a growing store.
+
+        It is 0 while only the background reader waits, so that a hang of the trainer itself is
+        still noticed.
+        """
+        return self._store.refreshes if self._waiting else 0
+
+    def close(self) -> None:
+        """Stop the background reader."""
+        self._stream.close()
+
+    def _stream_settings(self, batch_rows: int, lo: int, hi: int) -> dict[str, Any]:
+        """Return the settings of a stream of this rank's part of rows [lo, hi) of each batch."""
+        return {
+            "seed": self._order.row_seed,
+            "batch_rows": batch_rows,
+            "window_items": self._order.window_items,
+            "buffer_rows": self._order.buffer_tokens,
+            "rows": self._shared_reads.part(lo, hi),
+            "wait_timeout_s": self._wait_timeout_s,
+        }
 
     def _read(self) -> torch.Tensor:
         self.before_next()
@@ -125,62 +138,31 @@ class StoreSource:
         return self._stream.next()
 
     def _read_shared(self, read: Callable[[], T]) -> T:
-        with self._wait():
-            return self._share.read(read)
+        with self._counted_as_waiting():
+            return self._shared_reads.read(read)
 
     def _gather(self, rows: torch.Tensor) -> torch.Tensor:
-        return self._share.gather(rows, self._n_rows)
-
-    @property
-    def waits(self) -> int:
-        """A number that changes while the trainer waits for rows of a growing store.
-
-        It is 0 while only the background reader waits, so that a hang of the trainer itself is
-        still noticed.
-        """
-        return self._store.refreshes if self._waiting else 0
+        return self._shared_reads.gather(rows, self._order.n_rows)
 
     @contextmanager
-    def _wait(self) -> Iterator[None]:
+    def _counted_as_waiting(self) -> Iterator[None]:
         self._waiting = True
         try:
             yield
         finally:
             self._waiting = False
 
-    def sample(self, n: int) -> torch.Tensor:
-        """Return the first `n` rows of the order, [n, d_in], the same on all ranks.
-
-        If the store holds fewer rows, all of them are returned. The sample is read in equal batches
-        of at most `SAMPLE_BATCH` rows, so it may lack the few rows that do not divide evenly among
-        them.
-        """
-        with self._wait():
-            return self._sample(n)
-
     def _sample(self, n: int) -> torch.Tensor:
-        self._share.read(lambda: self._wait_for_rows(n))
+        self._shared_reads.read(lambda: self._wait_for_rows(n))
         n_batches, size = equal_batches(min(n, self._store.n_tokens))
-        stream = ShuffledStream(
-            self._store,
-            [self._array],
-            seed=self._seed,
-            batch_rows=size,
-            window_items=self._window_items,
-            buffer_rows=self._buffer_tokens,
-            rows=self._share.part(0, size),
-            wait_timeout_s=self._wait_timeout_s,
-        )
+        settings = self._stream_settings(size, 0, size)
+        stream = ShuffledStream(self._store, [self._array], **settings)
         try:
-            batches = [self._share.read(stream.next) for _ in range(n_batches)]
+            batches = [self._shared_reads.read(stream.next) for _ in range(n_batches)]
         finally:
             stream.close()
         parts = [to_torch(batch.arrays[self._array]) for batch in batches]
-        return torch.cat([self._share.gather(part.to(self._device), size) for part in parts])
-
-    def first_item_needed(self, position: int) -> int:
-        """Return the first item of the store that batches from `position` on may need."""
-        return self._stream.first_item_needed(position)
+        return torch.cat([self._shared_reads.gather(part, size) for part in parts])
 
     def _wait_for_rows(self, n: int) -> None:
         deadline = time.monotonic() + self._wait_timeout_s
@@ -193,7 +175,3 @@ class StoreSource:
                 )
             time.sleep(_POLL_S)
             self._store.refresh()
-
-    def close(self) -> None:
-        """Stop the background reader."""
-        self._stream.close()

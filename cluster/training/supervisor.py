@@ -6,7 +6,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from cluster.errors import PlacementError, PreemptedError, RankFailedError
 from cluster.preemption import StopRequest, on_preemption
@@ -23,6 +23,14 @@ _POLL_S = 0.5
 """Seconds between two looks at the ranks."""
 _SETTLE_S = 3.0
 """Seconds to wait after a first failure, to learn whether the process of some rank died."""
+
+
+class _Failure(NamedTuple):
+    """Why a group of ranks ended before it had trained to the end."""
+
+    problem: str
+    failed_at: float
+    """Time of `time.monotonic`."""
 
 
 def train_ranks(
@@ -84,7 +92,7 @@ def _attempt(
     watch: Callable[[], None],
     failed_at: float | None,
     cells: Sequence[str],
-) -> tuple[str, float] | None:
+) -> _Failure | None:
     """Run one group of ranks until it ends.
 
     Args:
@@ -96,7 +104,7 @@ def _attempt(
         cells: names of the sweep's cells to train; empty for an ordinary run.
 
     Returns:
-        The problem that ended the group and the time of it; None if it trained to the end.
+        Why the group ended; None if it trained to the end.
     """
     import ray
 
@@ -110,15 +118,15 @@ def _attempt(
                 frozen = _follow(tasks, progress, watch, heartbeats, failed_at)
             ended_at = time.monotonic()
             problem = frozen or _first_problem(tasks, heartbeats)
-            return (problem, ended_at) if problem else None
+            return _Failure(problem, ended_at) if problem else None
     except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError):
-        return "a trainer rank died before it began", failed_at or time.monotonic()
+        return _Failure("a trainer rank died before it began", failed_at or time.monotonic())
     except PlacementError as error:
         # Ray takes a while to notice a lost node. After a failure the ranks may soon fit again;
         # at the first attempt the error is final.
         if failed_at is None:
             raise
-        return str(error), failed_at
+        return _Failure(str(error), failed_at)
 
 
 def _follow(

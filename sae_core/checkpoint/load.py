@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -21,6 +21,7 @@ from sae_core.checkpoint.folder import (
     warn_skipped,
 )
 from sae_core.checkpoint.row_ranges import read_layout
+from sae_core.distributed.ranks import is_rank_zero, on_all_ranks
 from sae_core.engine.deepspeed_engine import SAEEngine
 from sae_core.errors import CheckpointError
 
@@ -38,30 +39,29 @@ def agreed_checkpoint(root: Path, hashes: bool = True) -> Path | None:
         The same folder on all ranks; None if there is no valid checkpoint.
     """
     # Only rank 0 lists the folder: ranks that list it at different times could see different files.
-    names = [[folder.name for folder in list_checkpoints(root)] if dist.get_rank() == 0 else []]
+    names = [[folder.name for folder in list_checkpoints(root)] if is_rank_zero() else []]
     dist.broadcast_object_list(names)
     for name in names[0]:
-        problems: list[str | None] = [None] * dist.get_world_size()
-        dist.all_gather_object(problems, _problem(root / name, hashes))
-        found = next((problem for problem in problems if problem), None)
-        if found is None:
+        try:
+            on_all_ranks(partial(_check_share, root / name, hashes))
             return root / name
-        if dist.get_rank() == 0:
-            warn_skipped(found)
+        except CheckpointError as error:
+            if is_rank_zero():
+                warn_skipped(str(error))
     return None
 
 
-def _problem(folder: Path, hashes: bool) -> str | None:
-    """Return what is wrong in this rank's share of the files, or None.
+def _check_share(folder: Path, hashes: bool) -> None:
+    """Check this rank's share of the files, and the scalars.
 
-    It is returned and not raised: an error on one rank alone would leave the others waiting.
+    Raises:
+        CheckpointError: If one of them is damaged or cannot be read.
     """
     try:
         check_manifest(folder, hashes, (dist.get_rank(), dist.get_world_size()))
         read_state(folder)
-    except (CheckpointError, OSError) as error:
-        return str(error)
-    return None
+    except OSError as error:
+        raise CheckpointError(str(error)) from error
 
 
 def load_checkpoint(folder: Path, engine: SAEEngine) -> CheckpointState:
@@ -89,7 +89,7 @@ def load_checkpoint(folder: Path, engine: SAEEngine) -> CheckpointState:
         _check_shapes(folder / OPTIMIZER, loaded)
         return state
 
-    state = _on_all_ranks(look)
+    state = on_all_ranks(look)
     _load_tensors(folder / WEIGHTS, weights)
     _load_tensors(folder / OPTIMIZER, loaded)
     own = {name: local_part(weights[f"{engine.name}.{name}"]) for name in engine.sae.state_dict()}
@@ -103,24 +103,6 @@ def load_checkpoint(folder: Path, engine: SAEEngine) -> CheckpointState:
         for name in parameters
     }
     engine.load(parameters, local_moments, state.step)
-    return state
-
-
-def _on_all_ranks(look: Callable[[], CheckpointState]) -> CheckpointState:
-    """Call `look` on every rank; if it fails on any of them, raise on all of them.
-
-    Otherwise a rank that alone fails to read would leave the others waiting in a collective.
-    """
-    error: CheckpointError | None = None
-    try:
-        state = look()
-    except CheckpointError as raised:
-        error = raised
-    told: list[CheckpointError | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(told, error)
-    first = next((one for one in told if one is not None), None)
-    if first is not None:
-        raise error or first
     return state
 
 

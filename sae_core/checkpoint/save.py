@@ -6,7 +6,7 @@ dies before the rename, the older checkpoints are untouched.
 
 torch's own `async_save` does only the writing, in a thread pool that the process waits for at its
 end. Hashes, votes, rename and pruning would need a second thread for each of its futures. So one
-thread of our own (`saver.py`) does everything, with the same storage writer.
+thread of our own (`background_saver.py`) does everything, with the same storage writer.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -38,6 +38,7 @@ from sae_core.checkpoint.folder import (
     prunable,
 )
 from sae_core.checkpoint.host_copy import HostTensors
+from sae_core.distributed.ranks import is_rank_zero, on_all_ranks
 from sae_core.errors import CheckpointError
 
 T = TypeVar("T")
@@ -77,62 +78,51 @@ def write_checkpoint(
     """
     final = root / checkpoint_name(state.step)
     temporary = root / f"{final.name}.tmp"
-    is_first = dist.get_rank() == 0
-    together = _Together(group)
-    together(lambda: _prepare(root, temporary) if is_first else None, "prepare", temporary)
-    together(lambda: _write(temporary, tensors, state, group), "write", temporary)
+
+    def together(verb: str, folder: Path, action: Callable[[], T]) -> T:
+        return on_all_ranks(lambda: _as_checkpoint_error(verb, folder, action), group)
+
+    together("prepare", temporary, lambda: _prepare(root, temporary) if is_rank_zero() else None)
+    together("write", temporary, lambda: _write(temporary, tensors, state, group))
     # On a network file system, one rank may not yet see files that another has just written.
-    seen = together(lambda: payload_files(temporary), "list", temporary)
-    names = sorted(set().union(*seen))
-    entries = together(lambda: _hash_share(temporary, names), "hash", temporary)
-    files = {name: entry for part in entries for name, entry in part.items()}
+    seen = together("list", temporary, lambda: payload_files(temporary))
+    names = sorted(set().union(*_gather(seen, group)))
+    hashed = together("hash", temporary, lambda: _hash_share(temporary, names))
+    files = {name: entry for part in _gather(hashed, group) for name, entry in part.items()}
     together(
-        lambda: _publish(temporary, final, state.step, files) if is_first else None,
         "finish",
         final,
+        lambda: _publish(temporary, final, state.step, files) if is_rank_zero() else None,
     )
-    if is_first:
+    if is_rank_zero():
         for old in list(prunable(root, retention.keep, retention.keep_every_steps)):
             _remove(old)
     return final
 
 
-class _Together:
-    """Runs an action on all ranks, and raises on all of them if any rank failed."""
+def _as_checkpoint_error(verb: str, folder: Path, action: Callable[[], T]) -> T:
+    """Return the result of `action()`; whatever it raises becomes a CheckpointError.
 
-    def __init__(self, group: dist.ProcessGroup) -> None:
-        self._group = group
+    Args:
+        verb: Names the stage of the save in the error.
+        folder: Folder to name in the error.
+        action: This rank's part of the stage.
+    """
+    try:
+        return action()
+    except Exception as error:
+        raise CheckpointError(
+            f"cannot {verb} {folder}: rank {dist.get_rank()}: {type(error).__name__}: {error}; "
+            "free disk space or fix the folder's permissions, then run the same command again; "
+            "older checkpoints are untouched"
+        ) from error
 
-    def __call__(self, action: Callable[[], T], what: str, folder: Path) -> list[T]:
-        """Run `action` on this rank and exchange the outcomes; collective.
 
-        If `action` fails, it must not leave other ranks waiting in a collective of its own.
-
-        Args:
-            action: The function to run.
-            what: Verb that names the stage in an error.
-            folder: Folder to name in an error.
-
-        Returns:
-            The results of all ranks, in the order of ranks.
-
-        Raises:
-            CheckpointError: If `action` failed on any rank; raised on all ranks.
-        """
-        outcome: tuple[T | None, str]
-        try:
-            outcome = (action(), "")
-        except Exception as error:  # exchanged below, and raised on every rank
-            outcome = (None, f"{type(error).__name__}: {error}")
-        votes: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(votes, outcome, group=self._group)
-        bad = [f"rank {rank}: {problem}" for rank, (_, problem) in enumerate(votes) if problem]
-        if bad:
-            raise CheckpointError(
-                f"cannot {what} {folder}: {'; '.join(bad)}; free disk space or fix the folder's "
-                "permissions, then run the same command again; older checkpoints are untouched"
-            )
-        return [result for result, _ in votes]
+def _gather(value: T, group: dist.ProcessGroup) -> list[T]:
+    """Return the values of all ranks, in the order of ranks; collective."""
+    values: list[T | None] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(values, value, group=group)
+    return cast(list[T], values)
 
 
 def _prepare(root: Path, temporary: Path) -> None:
@@ -152,7 +142,7 @@ def _write(
             raise failures[rank]
         if failures:
             return  # the ranks that failed raise; no rank writes the next part
-    if rank == 0:
+    if is_rank_zero():
         write_json(temporary / STATE, state.to_json())
 
 

@@ -15,24 +15,23 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
+from sae_core.distributed.ranks import is_rank_zero
+
 _EVERY_S = 1.0
 """Target time between two exchanges, in seconds."""
 _MOST_STEPS = 100
 """Most steps between two exchanges. Steps that were fast so far may soon have to wait for data."""
 
 
-class Decision(NamedTuple):
-    """The outcome of an exchange: each flag is True if any rank set it. Equal on all ranks."""
+class Flags(NamedTuple):
+    """What this rank asks for; after an exchange, what any rank asks for."""
 
-    stop: bool
+    stop: bool = False
     """Stop training after a checkpoint."""
-    save: bool
+    save: bool = False
     """Save a checkpoint now."""
-    failed: bool
+    save_failed: bool = False
     """A background save has failed."""
-
-
-NO_DECISION = Decision(False, False, False)
 
 
 class Agreement:
@@ -52,26 +51,20 @@ class Agreement:
         self._interval = 1
         self._began = time.monotonic()
 
-    def after_step(self) -> bool:
-        """Count a step. Returns True, on all ranks alike, when an exchange is due."""
+    def is_due_after_step(self) -> bool:
+        """Count a step; return True, on all ranks alike, if an exchange is due."""
         self._steps_left -= 1
         return self._steps_left <= 0
 
-    def exchange(self, stop: bool, save: bool, failed: bool) -> Decision:
-        """Combine the flags of all ranks; collective over all ranks.
-
-        Args:
-            stop: This rank was asked to stop.
-            save: This rank wants a checkpoint now.
-            failed: This rank's background save has failed.
-        """
+    def exchange(self, own: Flags) -> Flags:
+        """Return the flags that any rank has set, the same on all ranks; collective over all."""
         # Only rank 0 proposes an interval. The others send 0, so the maximum is its proposal.
-        interval = self._next_interval() if dist.get_rank() == 0 else 0
-        said = torch.tensor([stop, save, failed, interval], dtype=torch.int64)
-        dist.all_reduce(said, op=dist.ReduceOp.MAX, group=self._group)
-        *wanted, self._interval = said.tolist()
+        interval = self._next_interval() if is_rank_zero() else 0
+        numbers = torch.tensor([*own, interval], dtype=torch.int64)
+        dist.all_reduce(numbers, op=dist.ReduceOp.MAX, group=self._group)
+        *flags, self._interval = numbers.tolist()
         self._steps_left = self._interval
-        return Decision(*map(bool, wanted))
+        return Flags(*map(bool, flags))
 
     def _next_interval(self) -> int:
         now = time.monotonic()

@@ -74,11 +74,6 @@ class Mesh:
             n_data=data,
         )
 
-    @property
-    def is_first(self) -> bool:
-        """True on rank 0."""
-        return self.latent_rank == 0 and self.data_rank == 0
-
     def rows(self, n_latents: int) -> tuple[int, int]:
         """Return the dictionary rows [start, stop) that this rank holds."""
         return row_range(n_latents, self.latent_rank, self.n_latent)

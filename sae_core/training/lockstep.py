@@ -12,7 +12,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 from foundation.errors import FoundryError
-from sae_core.distributed.agreement import NO_DECISION, Agreement, Decision
+from sae_core.distributed.agreement import Agreement, Flags
 from sae_core.errors import CheckpointError, SAEError
 from sae_core.training.trainer import Trainer
 
@@ -79,14 +79,14 @@ class _Lockstep:
         self._agreement = Agreement(timeout_s)
 
     def run(self) -> list[Outcome]:
-        agreed = NO_DECISION
+        agreed = Flags()
         while (going := self._going()) and not agreed.stop:
             position = min(trainer.source.position for trainer in going)
-            now = [trainer for trainer in going if trainer.source.position == position]
-            for trainer in now:
+            stepping = [trainer for trainer in going if trainer.source.position == position]
+            for trainer in stepping:
                 self._guarded(trainer, trainer.take_step)
-            agreed = self._agree(now)
-            for trainer in now:
+            agreed = self._agree(stepping)
+            for trainer in stepping:
                 self._guarded(trainer, trainer.save_if_due, agreed.save or agreed.stop)
         for index, trainer in enumerate(self._trainers):
             if index in self._errors:
@@ -119,17 +119,19 @@ class _Lockstep:
             self._errors[index] = error
             self._failed(index, error)
 
-    def _agree(self, stepped: list[Trainer]) -> Decision:
-        """Agree with the other ranks about once a second; in between return `NO_DECISION`."""
-        if not self._agreement.after_step():
-            return NO_DECISION
+    def _agree(self, stepped: list[Trainer]) -> Flags:
+        """Exchange flags with the other ranks about once a second; in between none is set."""
+        if not self._agreement.is_due_after_step():
+            return Flags()
         trainers = [t for i, t in enumerate(self._trainers) if i not in self._errors]
-        agreed = self._agreement.exchange(
-            any(trainer.stop_requested() for trainer in trainers),
-            any(trainer.save_overdue for trainer in stepped),  # others have nothing new to save
-            any(trainer.saver.failed for trainer in trainers),
+        own = Flags(
+            stop=any(trainer.stop_requested() for trainer in trainers),
+            # The trainers that did not step have nothing new to save.
+            save=any(trainer.save_overdue for trainer in stepped),
+            save_failed=any(trainer.saver.failed for trainer in trainers),
         )
-        if agreed.failed:
+        agreed = self._agreement.exchange(own)
+        if agreed.save_failed:
             for trainer in trainers:
                 # Raises for each trainer whose save failed, on all ranks: they voted on it.
                 self._guarded(trainer, trainer.saver.wait)

@@ -5,24 +5,26 @@ from __future__ import annotations
 import torch
 
 from sae_core.training.source import ActivationSource, Batch
+from sae_core.training.upload import Uploader
 
 
 class SharedSource:
-    """A source shared by several trainers.
+    """A source shared by the trainers of one rank, whose batches it moves to their device.
 
     Each trainer gets a view, which is an `ActivationSource` with its own position. Views may ask
     for batches in any order, but only the newest batch is kept. Trainers in lockstep
-    (`sae_core.training.lockstep`) therefore cost one read and one
-    transfer per batch, whatever their number.
+    (`sae_core.training.lockstep`) therefore cost one read and one transfer per batch, whatever
+    their number.
 
     Args:
         source: Source that all trainers read.
-        device: Device that batches are moved to.
+        device: Device of the trainers.
     """
 
     def __init__(self, source: ActivationSource, device: torch.device) -> None:
         self.source = source
         self._device = device
+        self._uploader = Uploader(device)
         self._newest: tuple[int, Batch] | None = None
         self._sample: tuple[int, torch.Tensor] | None = None
 
@@ -49,10 +51,11 @@ class SharedSource:
         self._sample = None
 
     def _moved(self, batch: Batch) -> Batch:
-        target = batch.target
-        if target is not None:
-            target = target.to(self._device, non_blocking=True)
-        return Batch(batch.x.to(self._device, non_blocking=True), target, batch.first_row)
+        if batch.target is None:
+            (x,) = self._uploader.upload([batch.x])
+            return batch._replace(x=x)
+        x, target = self._uploader.upload([batch.x, batch.target])
+        return batch._replace(x=x, target=target)
 
 
 class SharedSourceView:
@@ -63,7 +66,7 @@ class SharedSourceView:
         self.d_in = source.d_in
         self.d_out = source.d_out
         self.identity = source.identity
-        self._fan_out = shared_source
+        self._shared_source = shared_source
         self._position = 0
 
     @property
@@ -73,14 +76,14 @@ class SharedSourceView:
 
     def sample(self, n: int) -> torch.Tensor:
         """Return the first `n` rows of the stream, [n, d_in], on the device."""
-        return self._fan_out.sample(n)
+        return self._shared_source.sample(n)
 
     def seek(self, position: int) -> None:
         """Make `position` the next batch of this view."""
         self._position = position
 
     def next(self) -> Batch:
-        """Return the batch at `position` and advance by one."""
-        batch = self._fan_out.batch(self._position)
+        """Return the batch at `position`, on the device, and advance by one."""
+        batch = self._shared_source.batch(self._position)
         self._position += 1
         return batch

@@ -11,7 +11,7 @@ class Batch(NamedTuple):
     """One replica's slice of a global batch."""
 
     x: torch.Tensor
-    """[B, D] raw activations, bfloat16 or float32, on the host or the trainer's device."""
+    """[B, D] raw activations, bfloat16 or float32."""
     target: torch.Tensor | None
     """[B, d_out] target of a transcoder; None for an autoencoder, whose target is `x`."""
     first_row: int
@@ -19,7 +19,12 @@ class Batch(NamedTuple):
 
 
 class ActivationSource(Protocol):
-    """A deterministic, seekable stream of batches: batch i is the same on every call."""
+    """A deterministic, seekable stream of batches: batch i is the same on every call.
+
+    A source returns tensors where it has them: usually on the host, or on a device if it gathers
+    them there. `SharedSource` is the one place that moves them to the trainers' device, once for
+    all trainers. It holds on to a batch in pinned memory until its copy to the device is complete.
+    """
 
     d_in: int
     """Width of `Batch.x`."""

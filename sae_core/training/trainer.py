@@ -19,6 +19,7 @@ from sae_core.architectures.registry import build_sae
 from sae_core.checkpoint import CheckpointSaver, CheckpointState, load_checkpoint
 from sae_core.config import TrainerConfig
 from sae_core.distributed.mesh import Mesh
+from sae_core.distributed.ranks import is_rank_zero
 from sae_core.engine.deepspeed_engine import SAEEngine
 from sae_core.errors import CheckpointError, NonFiniteLossError
 from sae_core.kernels.registry import default_kernels, get_kernels
@@ -41,7 +42,8 @@ class Trainer:
     Args:
         config: Settings of the SAE, its optimiser, the mesh and checkpoints.
         mesh: This rank's place in the mesh.
-        source: Batches of this data replica.
+        source: Batches of this data replica on this rank's device: a view of a `SharedSource`,
+            which moves them there.
         checkpoints: Folder of the run's checkpoints.
         seed: Seed of the initial dictionary.
         report: Called on every rank with a row of metrics every `report_every` steps. If it raises
@@ -97,7 +99,7 @@ class Trainer:
 
     def calibrate(self) -> None:
         """Fit input scale, bias and encoder to a sample; call once, before a new run."""
-        sample = self.source.sample(self.config.train.sample_tokens).to(self.device)
+        sample = self.source.sample(self.config.train.sample_tokens)
         calibrate(self.engine.sae, sample)
         self.engine.sync_edited_parameters()
 
@@ -170,7 +172,7 @@ class Trainer:
         """
         minutes = self.config.checkpoint.every_minutes
         since_save_s = time.monotonic() - self.saver.last_began
-        return minutes is not None and self.mesh.is_first and since_save_s > 60 * minutes
+        return minutes is not None and is_rank_zero() and since_save_s > 60 * minutes
 
     def end(self) -> None:
         """Wait for the last checkpoint.
@@ -219,8 +221,7 @@ class Trainer:
     def _train_step(self) -> None:
         with self._clock.waiting():
             batch = self.source.next()
-        raw = batch.x.to(self.device, non_blocking=True)
-        self._metrics.add(raw, self.engine.train_step(raw, self.step))
+        self._metrics.add(batch.x, self.engine.train_step(batch.x, self.step))
         self.step += 1
 
     def _report(self) -> None:

@@ -18,6 +18,7 @@ from activation_store.errors import DamagedDataError, IncompleteStoreError
 from analysis import status
 from cluster.planning import stage as planning_stage
 from cluster.run_folder.saved_config import load_config, save_config
+from cluster.training.batch_order import BatchOrder
 from cluster.training.device_gather import to_torch
 from cluster.training.mixture_source import MixtureSource
 from cluster.training.store_checks import check_store
@@ -139,7 +140,8 @@ def test_replicas_and_the_sample_read_the_stream_of_the_mixture(folder: Path) ->
     batches = [to_torch(stream.next().arrays["acts"]).clone() for _ in range(30)]
     stream.close()
     for replica in range(2):
-        source = MixtureSource(stores, [2.0, 6.0], "acts", 5, 48, replica, 2, 2, 128)
+        order_of_replica = BatchOrder(5, 48, 2, 128, replica=replica, n_replicas=2)
+        source = MixtureSource(stores, [2.0, 6.0], "acts", order_of_replica)
         for number, whole in enumerate(batches):
             batch = source.next()
             assert batch.first_row == number * 48 + replica * 24
@@ -154,8 +156,8 @@ def test_the_identity_follows_weights_and_order_but_not_their_scale(folder: Path
     stores = [open_store(folder / name) for name in ("one", "other")]
 
     def identity(weights: list[float], order_seed: int | None = None) -> str:
-        order = (5, 48, 0, 1, 2, 128)
-        source = MixtureSource(stores, weights, "acts", *order, order_seed=order_seed)
+        order = BatchOrder(5, 48, 2, 128, order_seed)
+        source = MixtureSource(stores, weights, "acts", order)
         source.close()
         return source.identity
 
@@ -170,7 +172,7 @@ def test_the_identity_follows_the_number_of_rows(folder: Path, tmp_path: Path) -
     for items in (3, 6):
         other_store(tmp_path / str(items), items=items)
         stores = [open_store(folder / "one"), open_store(tmp_path / str(items))]
-        source = MixtureSource(stores, [1, 3], "acts", 5, 48, 0, 1, 2, 128)
+        source = MixtureSource(stores, [1, 3], "acts", BatchOrder(5, 48, 2, 128))
         source.close()
         identities.append(source.identity)
     assert identities[0] != identities[1]

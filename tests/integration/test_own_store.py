@@ -20,8 +20,8 @@ from analysis.origin import with_stored_provenance
 from cluster.errors import NonFiniteRowsError
 from cluster.harvest.worker import HarvestWorker, WorkerSpec
 from cluster.run_folder.saved_config import save_config
+from cluster.training.batch_order import store_digest
 from cluster.training.store_checks import check_store, require_finite
-from cluster.training.stream_identity import store_digest
 from cluster.upkeep.verify import non_finite
 from conf.schema.data import DataConfig
 from conf.schema.model import ModelConfig

@@ -62,6 +62,7 @@ def _one(fault: int, what: str, file: str, old: str, new: str, *tests: str) -> M
     return Mutation(fault, what, (Edit(file, old, new),), tests)
 
 
+_RANKS = "sae_core/distributed/ranks.py"
 _SAVE, _FOLDER = "sae_core/checkpoint/save.py", "sae_core/checkpoint/folder.py"
 _LOAD, _ENGINE = "sae_core/checkpoint/load.py", "sae_core/engine/deepspeed_engine.py"
 _SWEEP = "tests/fault/test_sweep_lockstep.py::"
@@ -73,11 +74,16 @@ _SAME_MESH = f"{_MESH}test_resume_on_any_mesh[1-1-0]"
 _NO_CHECK = (
     "        try:\n            check_manifest(folder, hashes)\n            read_state(folder)\n"
 )
-_VOTE = "        dist.all_gather_object(votes, outcome, group=self._group)\n"
-_YES = (
-    f"        try:\n    {_VOTE}"
-    '        except RuntimeError:\n            votes = [({}, "")] * len(votes)\n'
-)
+_VOTE = "    dist.all_reduce(vote, dist.ReduceOp.MAX, group)\n"
+_TELL = "        _exchange(error, group)\n"
+_GATHER = "    dist.all_gather_object(values, value, group=group)\n"
+
+
+def _unless_broken(line: str, instead: str) -> str:
+    """Return a line in a `try` block; `instead` is run if a collective of it breaks."""
+    indent = line[: len(line) - len(line.lstrip())]
+    return f"{indent}try:\n    {line}{indent}except RuntimeError:\n{indent}    {instead}\n"
+
 
 MUTATIONS = (
     Mutation(
@@ -91,21 +97,24 @@ MUTATIONS = (
         ),
         (f"{_KILLS}test_a_kill_at_every_stage_of_a_save",),
     ),
-    _one(
+    Mutation(
         2,
         "a rank that does not answer counts as a yes vote",
-        _SAVE,
-        _VOTE,
-        _YES,
-        f"{_KILLS}test_a_rank_killed_during_a_save_ends_the_others[False]",
+        (
+            Edit(_RANKS, _VOTE, _unless_broken(_VOTE, "pass")),
+            Edit(_RANKS, _TELL, _unless_broken(_TELL, "return {}")),
+            Edit(_SAVE, _GATHER, _unless_broken(_GATHER, "values = [{}] * len(values)")),
+        ),
+        (f"{_KILLS}test_a_rank_killed_during_a_save_ends_the_others[False]",),
     ),
     _one(
         3,
-        "a save succeeds unless all ranks fail",
-        _SAVE,
-        "        if bad:\n",
-        "        if len(bad) == len(votes):\n",
+        "a rank that fails does not tell the others",
+        _RANKS,
+        "        _any_failed(True, group)\n        _exchange(error, group)\n",
+        "",
         f"{_KILLS}test_a_rank_that_cannot_write_fails_all_ranks",
+        "tests/distributed/test_ranks.py::test_an_error_of_one_rank_is_raised_on_all",
     ),
     _one(
         4,
@@ -427,8 +436,8 @@ EXTRA = (
         101,
         "a signal to one rank is not passed on to the others",
         "sae_core/distributed/agreement.py",
-        "        dist.all_reduce(said, op=dist.ReduceOp.MAX, group=self._group)\n",
-        "        dist.broadcast(said[3:], 0, group=self._group)\n",
+        "        dist.all_reduce(numbers, op=dist.ReduceOp.MAX, group=self._group)\n",
+        "        dist.broadcast(numbers[3:], 0, group=self._group)\n",
         "tests/fault/test_preemption.py::test_a_signal_to_one_rank_in_the_middle_of_a_save",
     ),
     _one(
@@ -451,7 +460,7 @@ EXTRA = (
         104,
         "a failed save on one rank does not end the others' training",
         "sae_core/training/lockstep.py",
-        "        if agreed.failed:\n",
+        "        if agreed.save_failed:\n",
         "        if False:\n",
         f"{_KILLS}test_a_failed_save_ends_training_long_before_the_next_one",
     ),
@@ -545,8 +554,8 @@ EXTRA = (
         115,
         "the seeds of a sweep change the order of its stream",
         "cluster/training/group.py",
-        "config.train.timeout_s), config.store.order_seed\n",
-        "config.train.timeout_s), None\n",
+        "order_seed=config.store.order_seed,\n",
+        "order_seed=None,\n",
         f"{_SWEEP}test_lockstep_training_gives_the_same_bits_from_one_read",
     ),
     _one(

@@ -17,6 +17,7 @@ from activation_store import open_store
 from activation_store.errors import StoreError
 from activation_store.reading.shard_reader import OpenShard, Wanted
 from activation_store.storage.atomic_files import Bytes
+from cluster.training.batch_order import BatchOrder
 from cluster.training.shared_reads import SharedReads
 from cluster.training.store_source import StoreSource
 from sae_core.distributed.mesh import Mesh
@@ -53,12 +54,12 @@ def _read(rank: int, folder: str, store: str, latent: int, data: int) -> None:
     ranks = latent * data
     dist.init_process_group("gloo", f"file://{folder}/meet", rank=rank, world_size=ranks)
     mesh = Mesh.create("cpu", latent, data)
-    share = SharedReads.for_mesh(mesh, 60)
+    shared_reads = SharedReads.for_mesh(mesh, 60)
     opened = open_store(store)
-    order = (7, BATCH, mesh.data_rank, data, 4, 192)
-    source = StoreSource(opened, ARRAY, *order, share=share)
+    order = BatchOrder(7, BATCH, 4, 192, replica=mesh.data_rank, n_replicas=data)
+    source = StoreSource(opened, ARRAY, order, shared_reads=shared_reads)
     source._stream._rows._prefetch = False  # else the next epoch's first block is counted as well
-    told: dict[str, Any] = {"exchanged": _exchange(share)}
+    told: dict[str, Any] = {"exchanged": _exchange(shared_reads)}
     counted = _count_reads()
     try:
         epoch = source._stream.batches_per_epoch
@@ -75,18 +76,18 @@ def _read(rank: int, folder: str, store: str, latent: int, data: int) -> None:
     Path(folder, f"{rank}.json").write_text(json.dumps(told))
     # An error's traceback is a reference cycle that keeps process groups alive. A group that is
     # still alive when the interpreter ends aborts the process.
-    del share, source
+    del shared_reads, source
     gc.collect()
     dist.destroy_process_group()
 
 
-def _exchange(share: SharedReads) -> list[bool]:
+def _exchange(shared_reads: SharedReads) -> list[bool]:
     """Return, for every type of a store, whether ranks gather their parts of seven rows exactly."""
-    lo, hi = share.part(0, 7)
+    lo, hi = shared_reads.part(0, 7)
     rows = torch.arange(21).reshape(7, 3)
     wholes = [rows.to(dtype) for dtype in (torch.bfloat16, torch.int8, torch.float32)]
     wholes.append(rows[:, 0].float())
-    return [torch.equal(share.gather(whole[lo:hi], 7), whole) for whole in wholes]
+    return [torch.equal(shared_reads.gather(whole[lo:hi], 7), whole) for whole in wholes]
 
 
 def _count_reads() -> Counter[str]:

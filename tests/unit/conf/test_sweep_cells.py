@@ -14,6 +14,7 @@ from cluster.planning.mesh_search import plan_layout
 from cluster.run_folder.saved_config import forbidden_changes
 from cluster.run_folder.sweep_record import STOPPED, clear_failure, read_record, write_record
 from cluster.sweep.groups import cells_that_fit, training_groups
+from cluster.training.batch_order import BatchOrder
 from cluster.training.store_source import StoreSource
 from conf.schema.plan import PlanConfig
 from conf.schema.run import RunConfig
@@ -150,7 +151,7 @@ def test_the_order_may_have_its_own_seed(tmp_path: Path) -> None:
     make_store(tmp_path / "s")
     store = open_store(tmp_path / "s")
     sources = [
-        StoreSource(store, "acts", seed, 64, 0, 1, 2, 512, order_seed=order)
+        StoreSource(store, "acts", BatchOrder(seed, 64, 2, 512, order))
         for seed, order in ((0, None), (1, None), (1, 0), (2, 0), (0, 3))
     ]
     first = [source.next().x for source in sources]

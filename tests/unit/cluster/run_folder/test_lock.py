@@ -24,20 +24,20 @@ def test_a_second_driver_is_refused_and_a_dead_ones_lock_is_free(tmp_path):
 
 def test_a_second_group_of_ranks_is_refused(tmp_path):
     with (
-        rank_lock(tmp_path, 0),
-        rank_lock(tmp_path, 1),
+        rank_lock(tmp_path, is_rank_zero=True),
+        rank_lock(tmp_path, is_rank_zero=False),
         pytest.raises(RunDirError, match="being trained by another group"),
-        rank_lock(tmp_path, 0),
+        rank_lock(tmp_path, is_rank_zero=True),
     ):
         pass
-    with rank_lock(tmp_path, 0):
+    with rank_lock(tmp_path, is_rank_zero=True):
         pass  # free again
 
 
 def test_ranks_of_an_earlier_attempt_are_waited_for(tmp_path, monkeypatch):
     monkeypatch.setattr(run_dir, "_OLD_RANKS_TIMEOUT_S", 0.3)
     with (
-        rank_lock(tmp_path, 1),
+        rank_lock(tmp_path, is_rank_zero=False),
         pytest.raises(RunDirError, match="earlier attempt are still running"),
     ):
         wait_for_old_ranks(tmp_path)

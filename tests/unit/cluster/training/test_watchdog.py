@@ -14,6 +14,7 @@ import pytest
 from activation_store import StoreWriter, open_store
 from cluster.run_folder.files import rank_heartbeat
 from cluster.training import heartbeats
+from cluster.training.batch_order import BatchOrder
 from cluster.training.heartbeats import Heartbeats
 from cluster.training.store_source import StoreSource
 from cluster.training.watchdog import HUNG
@@ -78,7 +79,7 @@ def test_only_a_trainer_that_waits_for_rows_is_excused(tmp_path):
     writer = StoreWriter(tmp_path / "s", {"a": 6}, dtype="float32", shard_tokens=16)
     for item in range(2):
         writer.write_item(item, *item_columns(item, 16, {"a": 6}))
-    source = StoreSource(open_store(tmp_path / "s"), "a", 0, 8, 0, 1, 1, 16)
+    source = StoreSource(open_store(tmp_path / "s"), "a", BatchOrder(0, 8, 1, 16))
     store = source._store
     for _ in range(4):  # all batches of both items
         source.next()

@@ -1,0 +1,41 @@
+"""Copies of host tensors to a device for which the host does not wait."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+
+class Uploader:
+    """Copies tensors to a device, in the order of its current stream.
+
+    A copy from pinned memory goes on after `upload` has returned. The memory must not change
+    meanwhile, but its owner may reuse it as soon as nothing refers to it. So the host tensors of an
+    upload are kept until the next one, which first waits for the copy to end.
+
+    Args:
+        device: Device to copy to.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._sent: Sequence[torch.Tensor] = ()
+        self._copied: torch.cuda.Event | None = None
+
+    def upload(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Return the tensors on the device; those that are there already are returned as they are.
+
+        Work that is queued on the device afterwards sees the complete copies.
+        """
+        if self._copied is not None:
+            self._copied.synchronize()
+            self._copied = None
+        self._sent = ()
+        found = [tensor.to(self._device, non_blocking=True) for tensor in tensors]
+        copied = any(one is not other for one, other in zip(found, tensors, strict=True))
+        if copied and self._device.type == "cuda":
+            self._sent = tensors
+            self._copied = torch.cuda.Event()
+            self._copied.record()
+        return found
