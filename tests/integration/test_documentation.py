@@ -32,6 +32,9 @@ CHECKED = [block for page in PAGES for block in page.blocks if block.mode not in
 RUN = [page for page in PAGES if any(block.mode == "run" for block in page.blocks)]
 _FOLDERS = ("activation_store", "analysis", "benchmarks", "cluster", "conf", "docker", "docs")
 _FOLDERS += ("foundation", "sae_core", "tests")
+_SETTING = re.compile(r"'?([a-z_]+)\.([a-z_0-9]+)(?=[='\s]|$)")
+_SUFFIXES = (".json", ".safetensors", ".yaml")
+"""File names may begin like a setting, such as `sae.json`."""
 
 
 @pytest.mark.parametrize("block", CHECKED, ids=lambda block: f"{block.where}-{block.mode}")
@@ -55,20 +58,18 @@ def test_a_command_is_valid(block: Block, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.ray
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("page", RUN, ids=lambda page: f"{page.name}-run")
 def test_the_examples_of_a_page_run(page: Page, tmp_path: Path) -> None:
     save_gpt2(tmp_path / "tiny-model")
     write_text(tmp_path / "tiny.txt", documents=300)
-    binaries = Path(sys.executable).parent
-    (tmp_path / ".venv").mkdir()
-    (tmp_path / ".venv" / "bin").symlink_to(binaries)
+    (tmp_path / ".venv").symlink_to(sys.prefix)
     for name in ("launch.py", "conf"):
         (tmp_path / name).symlink_to(ROOT / name)
     environment = {
         **os.environ,
         "PYTHONPATH": str(ROOT),
-        "PATH": f"{binaries}{os.pathsep}{os.environ['PATH']}",
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
     }
     for block in page.blocks:
         if block.mode == "run":
@@ -110,9 +111,9 @@ def unknown_names(page: Page) -> list[str]:
     stages = {"pipeline", "scaling_laws", *launch.STAGES}
     wrong = []
     for number, span in page.code_spans:
-        setting = re.match(r"'?([a-z_]+\.[a-z_0-9]+)(?=[='\s]|$)", span)
-        if setting and setting[1].partition(".")[0] in groups and not span.endswith(_SUFFIXES):
-            known = setting[1] in settings
+        setting = _SETTING.match(span)
+        if setting and setting[1] in groups and not span.endswith(_SUFFIXES):
+            known = f"{setting[1]}.{setting[2]}" in settings
         elif stage := re.match(r"stage=([a-z_]+)", span):
             known = stage[1] in stages
         elif module := re.match(r"python -m ([\w.]+)", span):
@@ -126,9 +127,6 @@ def unknown_names(page: Page) -> list[str]:
         if not known:
             wrong.append(f"{page.name}:{number}: `{span}` not found")
     return wrong
-
-
-_SUFFIXES = (".py", ".md", ".yaml", ".json", ".jsonl", ".log", ".html")
 
 
 def _settings() -> set[str]:
