@@ -24,7 +24,7 @@ from cluster.upkeep import status, verify
 from conf.schema.run import RunConfig
 from foundation.errors import ConfigError
 from sae_core.checkpoint.folder import list_checkpoints
-from tests.support.forked_ranks import Ranks
+from tests.support.ranks import Ranks
 from tests.support.single_rank import (
     BATCH,
     EVERY,

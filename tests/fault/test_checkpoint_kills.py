@@ -10,7 +10,7 @@ import torch
 
 from sae_core.checkpoint.folder import list_checkpoints, newest_valid, step_of
 from sae_core.checkpoint.row_ranges import read_tensors
-from tests.support.forked_ranks import CHECKPOINT_FAILED, Ranks
+from tests.support.ranks import CHECKPOINT_FAILED, Ranks
 from tests.support.saving import EVERY, FAILURE_STEP, STEPS, TOKENS_PER_SAVE, Failure, train
 from tests.support.trainer_ranks import BATCH
 

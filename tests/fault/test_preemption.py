@@ -23,8 +23,8 @@ from foundation.errors import EXIT_PREEMPTED
 from sae_core.checkpoint.folder import list_checkpoints, newest_valid, step_of
 from sae_core.checkpoint.row_ranges import read_tensors
 from sae_core.config import CheckpointConfig, OptimConfig, ParallelConfig, SAEConfig, TrainConfig
-from tests.support.forked_ranks import Ranks
 from tests.support.paths import ROOT
+from tests.support.ranks import Ranks, cluster_rank, torchrun_command
 from tests.support.tiny_models import save_gpt2, write_text
 
 pytestmark = [pytest.mark.slow, pytest.mark.distributed]
@@ -77,7 +77,6 @@ def ranks(run_dir: Path, trap: str = "") -> tuple[list[int], list[str]]:
 
 def _rank(run_dir: str, trap: str) -> int:
     """Run `python -m cluster.rank`; rank 1 gets the signals of `trap` during a save."""
-    from cluster import rank
     from sae_core.checkpoint import save
 
     real = save._hash_share
@@ -92,9 +91,7 @@ def _rank(run_dir: str, trap: str) -> int:
         return real(temporary, names)
 
     save._hash_share = in_a_save  # type: ignore[assignment]
-    sys.argv = ["rank", run_dir]
-    rank.main()
-    return 0
+    return cluster_rank(run_dir)
 
 
 def assert_same_end(one: Path, other: Path) -> None:
@@ -156,8 +153,7 @@ def start(*arguments: str) -> subprocess.Popen[str]:
 def test_signals_to_torchrun_and_to_one_of_its_ranks(folder):
     run_dir = make_run(folder / "torchrun")
     metrics = run_dir / "metrics.jsonl"
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-    command += ["--standalone", "-m", "cluster.rank", str(run_dir)]
+    command = torchrun_command(run_dir, 2)
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "cwd": ROOT}
     steps = []
     for name in ("SIGTERM", "SIGUSR1"):

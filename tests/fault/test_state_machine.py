@@ -29,7 +29,7 @@ from sae_core.checkpoint.folder import checkpoint_name, list_checkpoints, newest
 from sae_core.checkpoint.reshard import reshard_checkpoint
 from sae_core.checkpoint.row_ranges import read_tensors
 from tests.support.damage import DAMAGES, damage_some
-from tests.support.forked_ranks import Ranks
+from tests.support.ranks import Ranks
 from tests.support.saving import Failure, arm
 from tests.support.trainer_ranks import Job, SyntheticSource, config_of
 

@@ -20,6 +20,7 @@ from activation_store import StoreWriter
 from sae_core.checkpoint.folder import list_checkpoints, read_state
 from sae_core.checkpoint.row_ranges import read_tensors
 from tests.support.paths import ROOT
+from tests.support.ranks import torchrun_command
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.distributed]
 
@@ -190,9 +191,8 @@ def test_ranks_that_keep_dying_end_the_run(folder):
 def torchrun(run_dir: Path, config: str) -> subprocess.CompletedProcess[str]:
     (run_dir / "logs").mkdir(parents=True)
     (run_dir / "config.yaml").write_text(config)
-    two_ranks = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
     return subprocess.run(
-        [*two_ranks, "--standalone", "-m", "cluster.rank", str(run_dir)],
+        torchrun_command(run_dir, 2),
         cwd=ROOT,
         capture_output=True,
         text=True,

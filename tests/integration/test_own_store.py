@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import socket
-import subprocess
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -27,7 +23,7 @@ from conf.schema.data import DataConfig
 from conf.schema.model import ModelConfig
 from conf.schema.run import RunConfig
 from foundation.errors import ConfigError
-from tests.support.paths import ROOT
+from tests.support.ranks import Ranks, cluster_rank
 
 
 def own_store(path: Path, bad: int = 0, finalise: bool = True) -> RunConfig:
@@ -141,26 +137,15 @@ def test_the_trainer_names_non_finite_rows_that_arrive_later(tmp_path):
     config.logging.every_steps = 1
     run_dir.mkdir()
     save_config(config, run_dir / "config.yaml")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    environment = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
-    rank = subprocess.Popen(
-        [sys.executable, "-m", "cluster.rank", str(run_dir)],
-        env={**os.environ, **environment, "MASTER_PORT": port},
-        stderr=subprocess.PIPE,
-        text=True,
-        cwd=ROOT,
-    )
+    ranks = Ranks(tmp_path / "ranks", 1, cluster_rank, str(run_dir))
     try:
         metrics = run_dir / "metrics.jsonl"
         while not (metrics.exists() and '"step": 4,' in metrics.read_text()):
-            assert rank.poll() is None, rank.communicate()[1]
+            assert ranks.processes[0].is_alive(), ranks.logs()
             time.sleep(0.05)
         rows[5, 2] = np.inf
         writer.write_item(2, rows.astype(np.float32))
-        _, output = rank.communicate(timeout=120)
     finally:
-        rank.kill()
-    assert rank.returncode == 1
-    assert "acts holds 1 non-finite numbers in items [2]" in output.splitlines()[-1]
+        codes = ranks.codes()
+    assert codes == [1]
+    assert "acts holds 1 non-finite numbers in items [2]" in ranks.logs()[0].splitlines()[-1]

@@ -6,7 +6,6 @@ import os
 import resource
 import shutil
 import signal
-import sys
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -24,8 +23,8 @@ from tests.soak.run import (
     assert_named,
     damage_checkpoints,
 )
-from tests.support.forked_ranks import CHECKPOINT_FAILED, Ranks
 from tests.support.injection import last_step
+from tests.support.ranks import CHECKPOINT_FAILED, Ranks, cluster_rank
 
 RANKS = 2
 PATIENCE_S = 240
@@ -46,7 +45,7 @@ def ranks_episode(clean: Clean, episode: Episode) -> Verdict:
         strike = order.pop()
         barrier = _block_next_checkpoint(episode) if strike == "in the way" else None
         before = _metrics_bytes(episode)
-        ranks = Ranks(episode.folder / f"start-{start}", RANKS, _rank, str(episode.run_dir))
+        ranks = Ranks(episode.folder / f"start-{start}", RANKS, cluster_rank, str(episode.run_dir))
         try:
             if barrier is None and _reached(episode, before, ranks):
                 with suppress(ProcessLookupError):  # the process may end a moment before
@@ -70,15 +69,6 @@ def _make_run(clean: Clean, run_dir: Path) -> None:
     config.runs_dir = str(run_dir.parent)
     config.store.path = str(clean.store)
     save_config(config, run_dir / "config.yaml")
-
-
-def _rank(run_dir: str) -> int:
-    """Run what `python -m cluster.rank RUN_DIR` runs."""
-    from cluster import rank
-
-    sys.argv = ["rank", run_dir]
-    rank.main()
-    return 0
 
 
 def _block_next_checkpoint(episode: Episode) -> Path:

@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import socket
-import subprocess
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,6 +18,7 @@ from sae_core.config import (
     TrainerConfig,
 )
 from sae_core.training.source import Batch
+from tests.support.ranks import Ranks
 
 D, N_LATENTS, BATCH, STEPS = 24, 250, 48, 50
 
@@ -68,7 +65,7 @@ class SyntheticSource:
 
 @dataclass
 class Job:
-    """The job of a group of ranks; passed to them as JSON."""
+    """The job of a group of ranks."""
 
     folder: str
     latent: int = 1
@@ -129,33 +126,9 @@ def run_job(job: Job, timeout_s: float = 120) -> list[dict[str, Any]]:
     Raises:
         RanksFailed: If a rank ends with an error; the message has the output of all ranks.
     """
-    Path(job.folder).mkdir(parents=True, exist_ok=True)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    n_ranks = job.latent * job.data
-    command = [sys.executable, "-m", "tests.support.trainer_ranks", json.dumps(vars(job))]
-    processes = []
-    for rank in range(n_ranks):
-        environment = os.environ | {
-            "RANK": str(rank),
-            "LOCAL_RANK": str(rank),
-            "WORLD_SIZE": str(n_ranks),
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
-            "OMP_NUM_THREADS": "1",
-            "DS_ACCELERATOR": "cpu",
-        }
-        log = open(Path(job.folder) / f"rank-{rank}.log", "w")  # noqa: SIM115, outlives the block
-        processes.append(subprocess.Popen(command, env=environment, stdout=log, stderr=log))
-    try:
-        codes = [process.wait(timeout_s) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    if any(codes):
-        texts = [(Path(job.folder) / f"rank-{r}.log").read_text() for r in range(n_ranks)]
-        raise RanksFailed("\n".join(texts))
+    ranks = Ranks(Path(job.folder), job.latent * job.data, _rank_main, job)
+    if any(ranks.codes(timeout_s)):
+        raise RanksFailed("\n".join(ranks.logs()))
     return json.loads((Path(job.folder) / "rows.json").read_text())
 
 
@@ -163,7 +136,7 @@ class RanksFailed(Exception):
     """At least one rank ended with an error."""
 
 
-def _rank_main(job: Job) -> None:
+def _rank_main(job: Job) -> int:
     import torch.distributed as dist
 
     from sae_core.checkpoint import agreed_checkpoint
@@ -202,6 +175,7 @@ def _rank_main(job: Job) -> None:
         (Path(job.folder) / "rows.json").write_text(json.dumps(rows))
     dist.barrier()
     dist.destroy_process_group()
+    return 0
 
 
 def _take_out(feature: str | None) -> None:
@@ -302,7 +276,3 @@ class _Without:
 
     def __getattr__(self, name: str) -> Any:
         return (lambda *_, **__: None) if name == self._name else getattr(self._module, name)
-
-
-if __name__ == "__main__":
-    _rank_main(Job(**json.loads(sys.argv[1])))
