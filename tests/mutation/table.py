@@ -64,18 +64,18 @@ def _one(fault: int, what: str, file: str, old: str, new: str, *tests: str) -> M
 
 _SAVE, _FOLDER = "sae_core/checkpoint/save.py", "sae_core/checkpoint/folder.py"
 _LOAD, _ENGINE = "sae_core/checkpoint/load.py", "sae_core/engine/deepspeed_engine.py"
-_SWEEP = "tests/fault/test_sweep_lockstep.py::"
-_KILLS = "tests/fault/test_checkpoint_kills.py::"
-_MESH = "tests/distributed/test_mesh_training.py::"
-_OBJECTS = "tests/integration/test_store_objects.py::"
-_POISON = "tests/fault/test_untrusted_files.py::"
-_SAME_MESH = f"{_MESH}test_resume_on_any_mesh[1-1-0]"
-_NO_CHECK = (
+_SWEEP_TESTS = "tests/fault/test_sweep_lockstep.py::"
+_KILL_TESTS = "tests/fault/test_checkpoint_kills.py::"
+_MESH_TESTS = "tests/distributed/test_mesh_training.py::"
+_OBJECT_STORE_TESTS = "tests/integration/test_store_objects.py::"
+_UNTRUSTED_FILE_TESTS = "tests/fault/test_untrusted_files.py::"
+_RESUME_ON_SAME_MESH = f"{_MESH_TESTS}test_resume_on_any_mesh[1-1-0]"
+_CHECK_FOLDER = (
     "        try:\n            check_manifest(folder, hashes)\n            read_state(folder)\n"
 )
-_VOTE = "        dist.all_gather_object(votes, outcome, group=self._group)\n"
-_YES = (
-    f"        try:\n    {_VOTE}"
+_GATHER_VOTES = "        dist.all_gather_object(votes, outcome, group=self._group)\n"
+_GATHER_OR_ASSUME_YES = (
+    f"        try:\n    {_GATHER_VOTES}"
     '        except RuntimeError:\n            votes = [({}, "")] * len(votes)\n'
 )
 
@@ -87,17 +87,17 @@ MUTATIONS = (
             Edit(_SAVE, 'temporary = root / f"{final.name}.tmp"', "temporary = final"),
             Edit(_SAVE, "        shutil.rmtree(final)\n", "        pass\n"),
             Edit(_SAVE, ".mkdir(parents=True)\n", ".mkdir(parents=True, exist_ok=True)\n"),
-            Edit(_FOLDER, _NO_CHECK, "        try:\n            read_state(folder)\n"),
+            Edit(_FOLDER, _CHECK_FOLDER, "        try:\n            read_state(folder)\n"),
         ),
-        (f"{_KILLS}test_a_kill_at_every_stage_of_a_save",),
+        (f"{_KILL_TESTS}test_a_kill_at_every_stage_of_a_save",),
     ),
     _one(
         2,
         "a rank that does not answer counts as a yes vote",
         _SAVE,
-        _VOTE,
-        _YES,
-        f"{_KILLS}test_a_rank_killed_during_a_save_ends_the_others[False]",
+        _GATHER_VOTES,
+        _GATHER_OR_ASSUME_YES,
+        f"{_KILL_TESTS}test_a_rank_killed_during_a_save_ends_the_others[False]",
     ),
     _one(
         3,
@@ -105,7 +105,7 @@ MUTATIONS = (
         _SAVE,
         "        if bad:\n",
         "        if len(bad) == len(votes):\n",
-        f"{_KILLS}test_a_rank_that_cannot_write_fails_all_ranks",
+        f"{_KILL_TESTS}test_a_rank_that_cannot_write_fails_all_ranks",
     ),
     _one(
         4,
@@ -113,7 +113,7 @@ MUTATIONS = (
         _SAVE,
         "return {rank: failure for rank, (failure, _) in error.failures.items()}",
         "return {}",
-        f"{_KILLS}test_a_rank_that_cannot_write_fails_all_ranks",
+        f"{_KILL_TESTS}test_a_rank_that_cannot_write_fails_all_ranks",
     ),
     _one(
         4,
@@ -161,7 +161,7 @@ MUTATIONS = (
         "sae_core/training/trainer.py",
         "        self.source.seek(state.source_position)\n",
         "",
-        _SAME_MESH,
+        _RESUME_ON_SAME_MESH,
     ),
     _one(
         7,
@@ -169,7 +169,7 @@ MUTATIONS = (
         _LOAD,
         "    _load_tensors(folder / OPTIMIZER, loaded)\n",
         "",
-        _SAME_MESH,
+        _RESUME_ON_SAME_MESH,
     ),
     _one(
         7,
@@ -177,7 +177,7 @@ MUTATIONS = (
         _ENGINE,
         '            state["step"].fill_(float(step))\n',
         "            pass\n",
-        _SAME_MESH,
+        _RESUME_ON_SAME_MESH,
     ),
     _one(
         7,
@@ -185,7 +185,7 @@ MUTATIONS = (
         _LOAD,
         '            buffer.copy_(local_part(weights[f"{engine.name}.{name}"]))\n',
         "            buffer.zero_()\n",
-        _SAME_MESH,
+        _RESUME_ON_SAME_MESH,
     ),
     _one(
         8,
@@ -193,7 +193,7 @@ MUTATIONS = (
         "sae_core/distributed/mesh.py",
         "    size = -(-n_rows // n_shards)\n",
         "    size = n_rows // n_shards\n",
-        f"{_MESH}test_resume_on_any_mesh[3-1-0]",
+        f"{_MESH_TESTS}test_resume_on_any_mesh[3-1-0]",
     ),
     _one(
         8,
@@ -201,7 +201,7 @@ MUTATIONS = (
         _ENGINE,
         "        safe_set_full_optimizer_state(parameter, value, moment)\n",
         "        pass\n",
-        f"{_MESH}test_resume_on_any_mesh[2-2-1]",
+        f"{_MESH_TESTS}test_resume_on_any_mesh[2-2-1]",
     ),
     _one(
         9,
@@ -217,7 +217,7 @@ MUTATIONS = (
         _ENGINE,
         "        dist.all_reduce(flag, op=dist.ReduceOp.MAX)\n",
         "",
-        f"{_MESH}test_an_infinite_loss_on_one_rank_stops_all_before_the_update[1-2-0-fused]",
+        f"{_MESH_TESTS}test_an_infinite_loss_on_one_rank_stops_all_before_the_update[1-2-0-fused]",
     ),
     _one(
         10,
@@ -226,7 +226,7 @@ MUTATIONS = (
         "        self.optimizer.found_inf = torch.maximum(self.optimizer.found_inf, flag)\n"
         "        self.engine.backward(out.loss)\n",
         "        self.engine.backward(out.loss)\n",
-        f"{_MESH}test_an_infinite_loss_on_one_rank_stops_all_before_the_update[1-2-0-fused]",
+        f"{_MESH_TESTS}test_an_infinite_loss_on_one_rank_stops_all_before_the_update[1-2-0-fused]",
     ),
     _one(
         10,
@@ -234,7 +234,7 @@ MUTATIONS = (
         "sae_core/engine/adam.py",
         "self.found_inf = torch.maximum(self.found_inf, (~norm.isfinite()).float())",
         "pass",
-        f"{_MESH}test_an_infinite_gradient_with_a_finite_loss_stops_training[0-0.3-fused]",
+        f"{_MESH_TESTS}test_an_infinite_gradient_with_a_finite_loss_stops_training[0-0.3-fused]",
     ),
     _one(
         11,
@@ -291,7 +291,7 @@ MUTATIONS = (
         "sae_core/peer_formats.py",
         'map_location="cpu", weights_only=True',
         'map_location="cpu", weights_only=False',
-        f"{_POISON}test_a_pt_file_is_read_on_request_and_never_runs",
+        f"{_UNTRUSTED_FILE_TESTS}test_a_pt_file_is_read_on_request_and_never_runs",
     ),
     _one(
         15,
@@ -299,7 +299,7 @@ MUTATIONS = (
         _FOLDER,
         "    if not _PAYLOAD.fullmatch(name):\n",
         "    if False:\n",
-        f"{_POISON}test_planted_pickles_are_never_read",
+        f"{_UNTRUSTED_FILE_TESTS}test_planted_pickles_are_never_read",
     ),
     _one(
         15,
@@ -307,7 +307,7 @@ MUTATIONS = (
         "sae_core/checkpoint/safetensors_file.py",
         "fits = n_bytes <= min(_MAX_HEADER_BYTES, size - _LENGTH_BYTES)",
         "fits = True",
-        f"{_POISON}test_a_header_beyond_its_file_or_the_limit_is_not_read",
+        f"{_UNTRUSTED_FILE_TESTS}test_a_header_beyond_its_file_or_the_limit_is_not_read",
     ),
     _one(
         15,
@@ -379,7 +379,7 @@ MUTATIONS = (
         "conf/checks.py",
         "if isinstance(text, str) and _CREDENTIALS.search(text):",
         "if False:",
-        f"{_POISON}test_an_address_with_a_password_is_refused_without_repeating_it",
+        f"{_UNTRUSTED_FILE_TESTS}test_an_address_with_a_password_is_refused_without_repeating_it",
     ),
     _one(
         20,
@@ -387,7 +387,7 @@ MUTATIONS = (
         "activation_store/storage/object_store.py",
         "                problem = _summary(error)\n",
         "                problem = str(error)\n",
-        f"{_OBJECTS}test_a_server_that_does_not_answer_is_reported_soon_and_without_secrets",
+        f"{_OBJECT_STORE_TESTS}test_a_server_that_does_not_answer_is_reported_soon_and_without_secrets",
     ),
     _one(
         20,
@@ -403,7 +403,7 @@ MUTATIONS = (
         "activation_store/storage/object_store.py",
         'return self._ask("put", name, create) or self._holds(name, data)',
         'return self._ask("put", name, create)',
-        f"{_OBJECTS}test_a_commit_whose_answer_is_lost_succeeds",
+        f"{_OBJECT_STORE_TESTS}test_a_commit_whose_answer_is_lost_succeeds",
     ),
     _one(
         21,
@@ -411,12 +411,12 @@ MUTATIONS = (
         "activation_store/storage/object_store.py",
         "        for number in range(TRIES):\n",
         "        for number in range(1):\n",
-        f"{_OBJECTS}test_a_link_that_fails_now_and_then",
+        f"{_OBJECT_STORE_TESTS}test_a_link_that_fails_now_and_then",
     ),
     Mutation(
         22,
         "a run resumes from the newest checkpoint without checking it",
-        (Edit(_FOLDER, _NO_CHECK, "        try:\n            read_state(folder)\n"),),
+        (Edit(_FOLDER, _CHECK_FOLDER, "        try:\n            read_state(folder)\n"),),
         ("tests/fault/test_state_machine.py",),
         timeout_s=600,
     ),
@@ -437,7 +437,7 @@ EXTRA = (
         _SAVE,
         "        os.rename(old, doomed)\n        shutil.rmtree(doomed)\n",
         "        shutil.rmtree(old)\n",
-        f"{_KILLS}test_a_kill_during_pruning_leaves_no_damaged_checkpoint",
+        f"{_KILL_TESTS}test_a_kill_during_pruning_leaves_no_damaged_checkpoint",
     ),
     _one(
         103,
@@ -445,7 +445,7 @@ EXTRA = (
         "sae_core/checkpoint/host_copy.py",
         '        if not self._keep and tensor.device.type == "cpu":\n',
         '        if tensor.device.type == "cpu":\n',
-        f"{_KILLS}test_a_save_that_training_overtakes_holds_its_own_step",
+        f"{_KILL_TESTS}test_a_save_that_training_overtakes_holds_its_own_step",
     ),
     _one(
         104,
@@ -453,7 +453,7 @@ EXTRA = (
         "sae_core/training/lockstep.py",
         "        if agreed.failed:\n",
         "        if False:\n",
-        f"{_KILLS}test_a_failed_save_ends_training_long_before_the_next_one",
+        f"{_KILL_TESTS}test_a_failed_save_ends_training_long_before_the_next_one",
     ),
     _one(
         105,
@@ -494,7 +494,7 @@ EXTRA = (
         "            if not self._storage.put_if_absent(_name(number), [self._bytes()]):\n"
         "                continue\n",
         "            self._storage.put(_name(number), [self._bytes()])\n",
-        f"{_OBJECTS}test_a_lease_without_heartbeat_goes_to_exactly_one_taker",
+        f"{_OBJECT_STORE_TESTS}test_a_lease_without_heartbeat_goes_to_exactly_one_taker",
     ),
     _one(
         110,
@@ -547,7 +547,7 @@ EXTRA = (
         "cluster/training/group.py",
         "config.train.timeout_s), config.store.order_seed\n",
         "config.train.timeout_s), None\n",
-        f"{_SWEEP}test_lockstep_training_gives_the_same_bits_from_one_read",
+        f"{_SWEEP_TESTS}test_lockstep_training_gives_the_same_bits_from_one_read",
     ),
     _one(
         116,
@@ -555,7 +555,7 @@ EXTRA = (
         "sae_core/training/lockstep.py",
         "            self._errors[index] = error\n",
         "            raise\n",
-        f"{_SWEEP}test_cells_that_fail_or_diverge_leave_the_others_alone",
+        f"{_SWEEP_TESTS}test_cells_that_fail_or_diverge_leave_the_others_alone",
     ),
     _one(
         117,
@@ -563,6 +563,6 @@ EXTRA = (
         "sae_core/training/lockstep.py",
         "trainer.save_if_due, agreed.save or agreed.stop)",
         "trainer.save_if_due, agreed.save)",
-        f"{_SWEEP}test_a_signal_saves_all_cells",
+        f"{_SWEEP_TESTS}test_a_signal_saves_all_cells",
     ),
 )

@@ -40,7 +40,7 @@ def ranks_episode(clean: Clean, episode: Episode) -> Verdict:
     _make_run(clean, episode.run_dir)
     order: list[str] = []
     for start in range(MOST_STARTS):
-        harmed = damage_checkpoints(episode, most=3)
+        damaged = damage_checkpoints(episode, most=3)
         order = order or episode.random.sample(STRIKES, len(STRIKES))
         strike = order.pop()
         barrier = _block_next_checkpoint(episode) if strike == "in the way" else None
@@ -52,7 +52,7 @@ def ranks_episode(clean: Clean, episode: Episode) -> Verdict:
                     _strike(strike, episode, ranks)
         finally:
             codes = ranks.codes(PATIENCE_S)
-        assert_named(harmed, ranks.logs()[0])
+        assert_named(damaged, ranks.logs()[0])
         if barrier is not None and codes != [0] * RANKS:
             assert codes == [1] * RANKS and "cannot prepare" in ranks.logs()[0], ranks.logs()
             episode.happened("disk refuses", f"a file in the way, {barrier.name}")

@@ -60,7 +60,7 @@ class Injector:
         self.record.append(fault)
         if kind == "node":
             assert self.nodes is not None
-            self.nodes.lose(pid)
+            self.nodes.kill(pid)
         else:
             os.kill(pid, signal.SIGKILL)
         return fault
@@ -94,7 +94,7 @@ class Nodes:
         """Return the process ids of the nodes' raylets, sorted."""
         return sorted(_raylet(node) for node in self._cluster.worker_nodes)
 
-    def lose(self, raylet: int) -> None:
+    def kill(self, raylet: int) -> None:
         """Kill a node at once, with all processes that run on it."""
         tree = [psutil.Process(raylet), *psutil.Process(raylet).children(recursive=True)]
         for process in tree:
@@ -141,9 +141,10 @@ def worker_pids(run_dir: Path) -> list[int]:
 
 
 def driver_pids(run_dir: Path) -> list[int]:
-    """Return the process id of the driver that holds the run's lock."""
+    """Return the process id of the driver that holds the run's lock; [] without a lock file."""
     lock = run_dir / "driver.lock"
-    return [int(pid) for pid in re.findall(r"process (\d+)", lock.read_text())] * lock.exists()
+    holder = lock.read_text() if lock.exists() else ""
+    return [int(pid) for pid in re.findall(r"process (\d+)", holder)]
 
 
 def last_step(run_dir: Path) -> int:
@@ -153,7 +154,7 @@ def last_step(run_dir: Path) -> int:
     return int(steps[-1]) if steps else 0
 
 
-def reach(
+def wait_for_step(
     run_dir: Path, step: int, driver: subprocess.Popen[bytes], timeout_s: float = 180
 ) -> None:
     """Wait until the run has reported `step`; fail if the driver ends first, or on timeout."""
