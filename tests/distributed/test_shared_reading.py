@@ -148,5 +148,5 @@ def _count_reads() -> Counter[str]:
         counted.update(f"{Path(shard.path).name}/{part.chunk}" for part in run)
         read_run(shard, run, targets)
 
-    OpenShard.read_run = counting  # type: ignore[method-assign]
+    OpenShard.read_run = counting  # type: ignore[assignment, method-assign]
     return counted

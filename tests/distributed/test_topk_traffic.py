@@ -49,12 +49,13 @@ def _select(n_rows: int) -> int:
         sent += tensor.numel() * tensor.element_size() * (n_ranks - 1)
         return dist.all_gather_into_tensor(out, tensor, group=group)
 
-    global_topk.dist = SimpleNamespace(
+    counted = SimpleNamespace(
         all_to_all_single=all_to_all_single,
         all_gather_into_tensor=all_gather_into_tensor,
         get_rank=dist.get_rank,
         get_world_size=dist.get_world_size,
     )
+    vars(global_topk)["dist"] = counted
     whole = pre_acts(n_rows)
     start, stop = row_range(L, rank, n_ranks)
     values, latents = whole[:, start:stop].sort(dim=1, descending=True, stable=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -24,7 +25,7 @@ def run(folder: Path, n_ranks: int = 2, **more: object) -> tuple[list[int], list
     return ranks.codes(), ranks.logs()
 
 
-def _train(folder: str, more: dict) -> int:
+def _train(folder: str, more: dict[str, Any]) -> int:
     return train(folder, **more)
 
 

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
@@ -30,6 +31,7 @@ from tests.support.tiny_models import save_gpt2, write_text
 pytestmark = [pytest.mark.slow, pytest.mark.distributed]
 
 STEPS, BATCH = 600, 256
+PIPES: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
 
 
 def make_run(folder: Path, grace_s: float = 60.0) -> Path:
@@ -144,22 +146,28 @@ def wait_until(condition: Callable[[], bool], process: subprocess.Popen[str]) ->
         time.sleep(0.02)
 
 
+def size(file: Path) -> int:
+    return file.stat().st_size if file.exists() else 0
+
+
+def wait_for_growth(file: Path, before: int, process: subprocess.Popen[str]) -> None:
+    wait_until(lambda: size(file) > before, process)
+
+
 def start(*arguments: str) -> subprocess.Popen[str]:
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
     command = [sys.executable, str(ROOT / "launch.py"), *arguments]
-    return subprocess.Popen(command, text=True, start_new_session=True, **pipes)
+    return subprocess.Popen(command, text=True, start_new_session=True, **PIPES)
 
 
 def test_signals_to_torchrun_and_to_one_of_its_ranks(folder):
     run_dir = make_run(folder / "torchrun")
     metrics = run_dir / "metrics.jsonl"
     command = torchrun_command(run_dir, 2)
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "cwd": ROOT}
     steps = []
     for name in ("SIGTERM", "SIGUSR1"):
-        before = metrics.stat().st_size if metrics.exists() else 0
-        process = subprocess.Popen(command, text=True, **pipes)
-        wait_until(lambda b=before: metrics.exists() and metrics.stat().st_size > b, process)
+        before = size(metrics)
+        process = subprocess.Popen(command, text=True, cwd=ROOT, **PIPES)
+        wait_for_growth(metrics, before, process)
         ranks = sorted(child.pid for child in psutil.Process(process.pid).children())
         os.kill(process.pid if name == "SIGTERM" else ranks[-1], getattr(signal, name))
         output, _ = process.communicate(timeout=100)
@@ -202,9 +210,9 @@ def test_signals_to_a_driver_and_to_its_process_group(folder):
     metrics = run_dir / "metrics.jsonl"
     steps = []
     for kill in (os.kill, os.killpg):
-        before = metrics.stat().st_size if metrics.exists() else 0
+        before = size(metrics)
         process = start(*arguments)
-        wait_until(lambda b=before: metrics.exists() and metrics.stat().st_size > b, process)
+        wait_for_growth(metrics, before, process)
         kill(process.pid, signal.SIGTERM if kill is os.kill else signal.SIGUSR1)
         output, _ = process.communicate(timeout=100)
         assert process.returncode == EXIT_PREEMPTED, output

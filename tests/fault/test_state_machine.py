@@ -54,8 +54,7 @@ class Group:
 
     def __call__(self, *command: Any) -> Any:
         """Return rank 0's answer, or None if the command killed a rank and so ended the group."""
-        if self._ranks is None:
-            self._start()
+        ranks = self._ranks or self._start()
         try:
             for pipe in self._pipes:
                 pipe.send(command)
@@ -64,12 +63,12 @@ class Group:
             answers = [pipe.recv() for pipe in self._pipes]
             return answers[0]
         except (EOFError, OSError):
-            logs = self._ranks.logs()
+            logs = ranks.logs()
             self.end()
             assert command[0] == "save" and command[-1], (command, logs)
             return None
 
-    def _start(self) -> None:
+    def _start(self) -> Ranks:
         latent, data, _ = self._mesh
         ours, theirs = zip(*(Pipe() for _ in range(latent * data)), strict=True)
         folder = self._folder / f"{self._mesh}-{self._starts}"
@@ -78,6 +77,7 @@ class Group:
         self._starts += 1
         for end in theirs:
             end.close()
+        return self._ranks
 
     def end(self) -> None:
         """Stop the ranks if they still run."""

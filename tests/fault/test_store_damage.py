@@ -246,7 +246,7 @@ def test_a_record_that_claims_too_much_is_refused(tmp_path: Path) -> None:
         arrays = {key: {**good["arrays"][key], "bytes": size} for key, size in sizes.items()}
         return {"rows": rows, "arrays": arrays}
 
-    for change in (
+    changes: list[dict[str, object]] = [
         {"rows": 3},
         sized(17),
         sized(-1),
@@ -265,7 +265,8 @@ def test_a_record_that_claims_too_much_is_refused(tmp_path: Path) -> None:
         {"arrays": {**good["arrays"], name: {**shard, "sum": "much"}}},
         {"arrays": {**good["arrays"], name: {}}},
         {"arrays": 7},
-    ):
+    ]
+    for change in changes:
         record.write_bytes(dump_checksummed({**good, **change}))
         with pytest.raises(StoreFormatError, match=r"000000000.json"):
             open_store(path)

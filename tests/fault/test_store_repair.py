@@ -22,7 +22,7 @@ from activation_store import (
     verify_store,
 )
 from activation_store.errors import DamagedDataError, StoreBusyError, StoreError
-from activation_store.storage import local
+from activation_store.storage import atomic_files, local
 from activation_store.storage.checksummed_json import dump_checksummed, load_checksummed
 from tests.support.store_cases import expected, item_columns, tree, write_store
 
@@ -196,7 +196,7 @@ def test_read_errors_do_not_count_as_damage(path: Path, monkeypatch: pytest.Monk
     def fails(*_: object) -> None:
         raise OSError(5, "Input/output error")
 
-    monkeypatch.setattr(local.files, "read_into", fails)
+    monkeypatch.setattr(atomic_files, "read_into", fails)
     with pytest.raises(OSError, match="Input/output error"):
         repair_store(path)
     assert verify_store(path)[0].item is not None

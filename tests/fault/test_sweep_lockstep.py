@@ -97,7 +97,7 @@ def _rank(folder: str, cells: list[str], trap: str) -> int:
         real_calibrate(trainer)
 
     if trap == "large cells":
-        Trainer.calibrate = large  # type: ignore[method-assign]
+        Trainer.calibrate = large  # type: ignore[assignment, method-assign]
     save._hash_share = in_a_save  # type: ignore[assignment]
     StoreSource.next = counted  # type: ignore[assignment, method-assign]
     return cluster_rank(folder, *cells)

@@ -238,7 +238,7 @@ def _write(
 ) -> None:
     """Write the table as JSON; with `--only`, keep the file's rows of other faults."""
     path: Path = arguments.json
-    table = [
+    table: list[dict[str, Any]] = [
         {"fault": mutation.fault, "fault_text": FAULTS.get(mutation.fault, "")}
         | asdict(mutation)
         | asdict(verdict)

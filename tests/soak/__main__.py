@@ -103,7 +103,7 @@ def summary(row: dict[str, Any]) -> str:
 def table(episodes: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return a row for each kind of fault, over the episodes that had it, and two for totals."""
     kinds = sorted({fault["kind"] for row in episodes for fault in row["faults"]})
-    rows = [_row(kind, episodes, lambda found, kind=kind: found == kind) for kind in kinds]
+    rows = [_row(kind, episodes, kind.__eq__) for kind in kinds]
     rows.append(_row("process kills", episodes, lambda found: any(k in found for k in KILLS)))
     rows.append(_row("all but replies", episodes, lambda found: not found.startswith(REPLIES)))
     return rows

@@ -155,7 +155,7 @@ def last_step(run_dir: Path) -> int:
 
 
 def wait_for_step(
-    run_dir: Path, step: int, driver: subprocess.Popen[bytes], timeout_s: float = 180
+    run_dir: Path, step: int, driver: subprocess.Popen[Any], timeout_s: float = 180
 ) -> None:
     """Wait until the run has reported `step`; fail if the driver ends first, or on timeout."""
     deadline = time.monotonic() + timeout_s

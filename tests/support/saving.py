@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import resource
+import shutil
 import signal
 import time
 from collections.abc import Callable
@@ -87,6 +88,8 @@ class _Slow(SyntheticSource):
 
 def install_failure(failure: Failure) -> None:
     """Install the failure at `failure.point` of the save of step `failure.step`."""
+    from torch.distributed.checkpoint import HuggingFaceStorageWriter
+
     from sae_core.checkpoint import background_saver, save
 
     def fail() -> None:
@@ -111,7 +114,8 @@ def install_failure(failure: Failure) -> None:
         setattr(owner, name, trapped)
 
     if failure.point == "copy":
-        trainer_save = background_saver.CheckpointSaver.save
+        saver: Any = background_saver.CheckpointSaver
+        trainer_save = saver.save
 
         def trapped_save(self: Any, engines: Any, state: Any) -> None:
             if state.step == failure.step:
@@ -119,24 +123,23 @@ def install_failure(failure: Failure) -> None:
                 fail()
             trainer_save(self, engines, state)
 
-        background_saver.CheckpointSaver.save = trapped_save
+        saver.save = trapped_save
     elif failure.point == "write":
         before(save, "_save_tensors", lambda folder, *_: is_target(folder) and _torn(folder))
     elif failure.point == "begin":
         before(save, "_write")
     elif failure.point == "disk":
-        writer = save.dcp.HuggingFaceStorageWriter
-        before(writer, "write_data", lambda self, *_: is_target(self.path))
+        before(HuggingFaceStorageWriter, "write_data", lambda self, *_: is_target(self.path))
     elif failure.point == "no room":
         _limit_file_size(save, is_target)
     elif failure.point == "manifest":
         before(save, "_publish")
     elif failure.point == "rename":
-        before(save.os, "rename")
+        before(os, "rename")
     elif failure.point == "latest":
         before(save, "write_json", lambda path, value: path.name == "latest" and is_target(value))
     elif failure.point == "prune":
-        before(save.shutil, "rmtree", lambda path, *_: ".old" in Path(path).name)
+        before(shutil, "rmtree", lambda path, *_: ".old" in Path(path).name)
     else:
         raise ValueError(failure.point)
 

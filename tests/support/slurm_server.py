@@ -129,7 +129,7 @@ def _start_munge(stack: ExitStack, folder: Path) -> None:
     key = folder / "munge.key"
     key.write_bytes(secrets.token_bytes(128))
     key.chmod(0o600)
-    files = {"key": key, "socket": "munge.socket", "pid": "munged.pid", "seed": "munge.seed"}
+    files = {"key": key.name, "socket": "munge.socket", "pid": "munged.pid", "seed": "munge.seed"}
     paths = [
         f"--{name}{'' if name == 'socket' else '-file'}={folder / file}"
         for name, file in files.items()

@@ -182,28 +182,29 @@ def _take_out(feature: str | None) -> None:
     """Disable one feature on purpose."""
     import torch.distributed as dist
 
-    from sae_core.architectures import sparse_autoencode
-    from sae_core.architectures import topk as topk_module
+    from sae_core.architectures import sparse_autoencode, topk
     from sae_core.architectures.topk import TopKSAE
     from sae_core.engine import fused_adam
     from sae_core.engine.deepspeed_engine import SAEEngine
 
-    if feature == "global selection":
-        sparse_autoencode.select_global = lambda values, *_: values > float("-inf")
-    elif feature == "reconstruction all-reduce":
-        sparse_autoencode.dist = _Without(dist, "all_reduce")
-    elif feature == "fired all-reduce":
-        topk_module.dist = _Without(dist, "all_reduce")
-    elif feature == "gradient average":
-        SAEEngine.train_step = _without_average(SAEEngine.train_step)
-    elif feature == "sharded mark":
-        TopKSAE.forward = _without_mark(TopKSAE.forward)
-    elif feature == "replica exchange":
-        fused_adam.gather_over_replicas = lambda gradient, _: gradient
-    elif feature == "zero push":
-        SAEEngine._push_to_zero = lambda *_: None
-    elif feature is not None:
-        raise ValueError(feature)
+    without_all_reduce = _Without(dist, "all_reduce")
+    patches: dict[str, tuple[Any, str, Any]] = {
+        "global selection": (
+            sparse_autoencode,
+            "select_global",
+            lambda values, *_: values > float("-inf"),
+        ),
+        "reconstruction all-reduce": (sparse_autoencode, "dist", without_all_reduce),
+        "fired all-reduce": (topk, "dist", without_all_reduce),
+        "gradient average": (SAEEngine, "train_step", _without_average(SAEEngine.train_step)),
+        "sharded mark": (TopKSAE, "forward", _without_mark(TopKSAE.forward)),
+        "replica exchange": (fused_adam, "gather_over_replicas", lambda gradient, _: gradient),
+        "zero push": (SAEEngine, "_push_to_zero", lambda *_: None),
+    }
+    if feature is not None:
+        owner, name, replacement = patches[feature]
+        assert hasattr(owner, name)
+        setattr(owner, name, replacement)
 
 
 def _without_average(train_step: Any) -> Any:

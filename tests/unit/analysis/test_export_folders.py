@@ -151,7 +151,7 @@ def test_local_paths_are_not_exported(config: RunConfig, run_dir: Path) -> None:
 @pytest.mark.parametrize("name", ["../up", "a/b", ".hidden", ""])
 def test_hookpoint_that_is_not_a_folder_name_is_refused(config: RunConfig, name: str) -> None:
     with pytest.raises(ExportError, match=r"sae\.hookpoint"):
-        source_of(config, make_sae(name))
+        source_of(config, make_sae(name).stored())
 
 
 def test_export_replaces_the_earlier_one(config: RunConfig, run_dir: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -9,7 +11,7 @@ import torch
 from activation_store import Calibration, ShuffledStream, StagedStream, StoreWriter, open_store
 from cluster.training.device_gather import DeviceRows, to_torch
 
-ORDER = {"seed": 3, "batch_rows": 96, "window_items": 2, "buffer_rows": 300}
+ORDER: dict[str, Any] = {"seed": 3, "batch_rows": 96, "window_items": 2, "buffer_rows": 300}
 
 
 @pytest.mark.parametrize("codec", ["none", "int8"])
