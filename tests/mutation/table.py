@@ -121,7 +121,7 @@ MUTATIONS = (
         "activation_store/storage/atomic_files.py",
         "        path.unlink()\n        raise\n",
         "        pass\n",
-        "tests/fault/test_store_damage.py::test_a_failing_disk_leaves_a_store_that_can_be_continued",
+        "tests/fault/activation_store/test_damage.py::test_a_failing_disk_leaves_a_store_that_can_be_continued",
     ),
     _one(
         5,
@@ -209,7 +209,7 @@ MUTATIONS = (
         "cluster/run_folder/lock.py",
         "        if changes:\n",
         "        if False:\n",
-        "tests/unit/conf/test_launch.py::test_a_changed_config_is_refused_with_a_diff",
+        "tests/unit/test_launch.py::test_a_changed_config_is_refused_with_a_diff",
     ),
     _one(
         10,
@@ -283,7 +283,7 @@ MUTATIONS = (
         "activation_store/reading/shard_reader.py",
         "            if found != self._index.crc32c[part.chunk]:\n",
         "            if False:\n",
-        "tests/fault/test_store_damage.py::test_swapped_chunks_of_one_shard_are_named",
+        "tests/fault/activation_store/test_damage.py::test_swapped_chunks_of_one_shard_are_named",
     ),
     _one(
         15,
@@ -315,7 +315,7 @@ MUTATIONS = (
         "activation_store/format/header.py",
         'named = bool(_NAME.fullmatch(name)) and ".." not in name and name not in reserved',
         "named = True",
-        "tests/unit/activation_store/test_format.py::test_hostile_metadata_is_refused",
+        "tests/unit/activation_store/format/test_format.py::test_hostile_metadata_is_refused",
     ),
     _one(
         16,
@@ -323,7 +323,7 @@ MUTATIONS = (
         "analysis/pages/run_page.py",
         "autoescape=True",
         "autoescape=False",
-        "tests/unit/analysis/test_run_page.py::test_names_are_escaped_everywhere",
+        "tests/unit/analysis/pages/test_run_page.py::test_names_are_escaped_everywhere",
     ),
     _one(
         16,
@@ -331,7 +331,7 @@ MUTATIONS = (
         "analysis/pages/svg.py",
         'tip = f"<title>{escape(name)}:',
         'tip = f"<title>{name}:',
-        "tests/unit/analysis/test_run_page.py::test_names_are_escaped_everywhere",
+        "tests/unit/analysis/pages/test_run_page.py::test_names_are_escaped_everywhere",
     ),
     _one(
         17,
@@ -502,7 +502,7 @@ EXTRA = (
         "activation_store/reading/lookup.py",
         "found[:, np.lexsort((found[2], found[1]))]",
         "found",
-        "tests/unit/activation_store/test_lookup.py::test_the_rows_of_documents_are_found_in_order",
+        "tests/unit/activation_store/reading/test_lookup.py::test_the_rows_of_documents_are_found_in_order",
     ),
     _one(
         111,
@@ -510,7 +510,7 @@ EXTRA = (
         "activation_store/reading/lookup.py",
         "outside = wanted[(wanted < 0) | (wanted >= store.n_tokens)]",
         "outside = wanted[:0]",
-        "tests/unit/activation_store/test_lookup.py::test_missing_rows_and_arrays_are_named",
+        "tests/unit/activation_store/reading/test_lookup.py::test_missing_rows_and_arrays_are_named",
     ),
     _one(
         112,
@@ -518,7 +518,7 @@ EXTRA = (
         "activation_store/reading/lookup.py",
         "np.flatnonzero(np.diff(first[order])) + 1)",
         "np.arange(1, len(order)))",
-        "tests/unit/activation_store/test_lookup.py::test_each_chunk_is_read_once",
+        "tests/unit/activation_store/reading/test_lookup.py::test_each_chunk_is_read_once",
     ),
     _one(
         113,

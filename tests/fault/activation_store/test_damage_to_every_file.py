@@ -1,6 +1,6 @@
 """Damage every file of every kind of store in every way; it must be named, never read as rows.
 
-`test_store_damage.py` tests single mechanisms. This file asks whether any damage to any file goes
+`test_damage.py` tests single mechanisms. This file asks whether any damage to any file goes
 unnoticed.
 """
 
