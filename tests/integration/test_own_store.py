@@ -78,7 +78,7 @@ def test_invalid_stores_are_refused_before_ranks_start(tmp_path):
         check_store(own_store(tmp_path / "open", finalise=False))
     with pytest.raises(ConfigError, match=r"acts holds 3 non-finite numbers in items .0.;"):
         check_store(own_store(tmp_path / "bad", bad=3))
-    assert non_finite(str(tmp_path / "bad")) == ["acts: 3 numbers are not finite, in items [0]"]
+    assert non_finite(str(tmp_path / "bad")) == ["acts: 3 values are not finite, in items [0]"]
     assert non_finite(str(tmp_path / "s")) == []
 
 
@@ -102,7 +102,7 @@ def test_non_finite_rows_are_not_harvested(tmp_path):
     assert worker.run_item(6, contexts) == 4
     rows["b"][2:, 1] = np.inf
     worker._computed = (7, rows, sidecars)
-    found = "item 7: b holds 2 .* in 2 rows, the first at document 9, position 9: .*bfloat16"
+    found = "item 7: b has 2 values .* in 2 rows, the first at document 9, position 9; .*bfloat16"
     with pytest.raises(NonFiniteRowsError, match=found):
         worker.run_item(7, contexts)
     assert StoreWriter(tmp_path / "s").committed_items() == {6}
