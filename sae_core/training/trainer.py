@@ -31,7 +31,7 @@ from sae_core.training.source import ActivationSource
 class Report(Protocol):
     """Function that takes rows of metrics; see `Trainer`."""
 
-    def __call__(self, row: dict[str, Any]) -> None:
+    def __call__(self, row: dict[str, Any], /) -> None:
         """Take one row; called on every rank, with the same row."""
         ...
 

@@ -14,7 +14,7 @@ from foundation.atomic_files import read_json
 from sae_core.checkpoint.folder import list_checkpoints, payload_files
 from sae_core.checkpoint.reshard import reshard_checkpoint
 from sae_core.checkpoint.row_ranges import read_layout, read_tensors
-from tests.support.forked_ranks import CHECKPOINT_FAILED, Ranks
+from tests.support.ranks import CHECKPOINT_FAILED, Ranks
 from tests.support.trainer_ranks import N_LATENTS, Job, SyntheticSource, config_of, run_job
 
 pytestmark = pytest.mark.distributed

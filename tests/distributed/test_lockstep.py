@@ -15,7 +15,7 @@ from sae_core.errors import DivergedError
 from sae_core.training.lockstep import train_in_lockstep
 from sae_core.training.shared_source import SharedSource
 from sae_core.training.trainer import Report, Trainer
-from tests.support.forked_ranks import Ranks
+from tests.support.ranks import Ranks
 from tests.support.trainer_ranks import Job, SyntheticSource, config_of
 
 pytestmark = pytest.mark.distributed

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,12 +16,12 @@ pytestmark = pytest.mark.distributed
 
 
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict]]:
+def alone(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
     folder = tmp_path_factory.mktemp("alone")
     return folder, run_job(Job(str(folder)))
 
 
-def deviation(rows: list[dict], others: list[dict], key: str = "loss") -> float:
+def deviation(rows: list[dict[str, Any]], others: list[dict[str, Any]], key: str = "loss") -> float:
     tail = rows[len(rows) - len(others) :]
     assert [row["step"] for row in tail] == [row["step"] for row in others]
     pairs = [(a[key], b[key]) for a, b in zip(tail, others, strict=True)]

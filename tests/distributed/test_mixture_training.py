@@ -15,7 +15,7 @@ import torch
 from activation_store import MixtureStream, StoreWriter, open_store
 from activation_store.config import MixedStore
 from activation_store.errors import DamagedDataError, IncompleteStoreError
-from analysis import status
+from analysis.status import stage as status_stage
 from cluster.planning import stage as planning_stage
 from cluster.run_folder.saved_config import load_config, save_config
 from cluster.training.batch_order import BatchOrder
@@ -26,7 +26,7 @@ from cluster.upkeep import verify
 from conf.schema.run import RunConfig
 from foundation.errors import ConfigError
 from sae_core.checkpoint.folder import list_checkpoints
-from tests.support.forked_ranks import Ranks
+from tests.support.ranks import Ranks
 from tests.support.single_rank import (
     BATCH,
     EVERY,
@@ -198,7 +198,7 @@ def test_status_and_verify_cover_every_store(
     save_config(config, run_dir / "config.yaml")
     with pytest.raises(DamagedDataError, match=f"{tmp_path / 'bad'}: acts: 3 values"):
         verify.run(config, run_dir)
-    status.run(config, run_dir)
+    status_stage.run(config, run_dir)
     printed = " ".join(capsys.readouterr().out.split())
     assert "2,560 tokens in 5 items" in printed and "weight 2 to 1" in printed
 

@@ -11,7 +11,7 @@ import pytest
 
 from foundation.errors import ConfigError
 from sae_core.errors import DamagedCheckpointError
-from tests.support.forked_ranks import Ranks
+from tests.support.ranks import Ranks
 
 pytestmark = pytest.mark.distributed
 

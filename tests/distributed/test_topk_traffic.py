@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,6 +10,7 @@ import torch
 
 from sae_core.distributed import global_topk
 from sae_core.distributed.mesh import row_range
+from tests.support.ranks import Ranks
 
 pytestmark = pytest.mark.distributed
 
@@ -28,34 +26,17 @@ def pre_acts(n_rows: int) -> torch.Tensor:
 @pytest.mark.parametrize("n_ranks", [2, 3, 4])
 @pytest.mark.parametrize("n_rows", [1, 37])
 def test_traffic_and_selection(n_ranks: int, n_rows: int, tmp_path: Path):
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-m", "tests.distributed.test_topk_traffic", str(n_rows)],
-            env=os.environ
-            | {
-                "RANK": str(rank),
-                "WORLD_SIZE": str(n_ranks),
-                "OMP_NUM_THREADS": "1",
-                "STORE": str(tmp_path / "store"),
-            },
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(n_ranks)
-    ]
-    outputs = [process.communicate(timeout=120)[0] for process in processes]
-    assert not any(process.returncode for process in processes)
-    for rank, output in enumerate(outputs):
-        assert int(output) == global_topk.sent_bytes(n_rows, K, n_ranks, rank)
+    ranks = Ranks(tmp_path, n_ranks, _select, n_rows)
+    assert ranks.codes() == [0] * n_ranks, ranks.logs()
+    for rank, log in enumerate(ranks.logs()):
+        assert int(log.splitlines()[-1]) == global_topk.sent_bytes(n_rows, K, n_ranks, rank)
 
 
-def _rank(n_rows: int) -> None:
+def _select(n_rows: int) -> int:
     import torch.distributed as dist
 
-    rank, n_ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    dist.init_process_group(
-        "gloo", init_method=f"file://{os.environ['STORE']}", rank=rank, world_size=n_ranks
-    )
+    dist.init_process_group("gloo")
+    rank, n_ranks = dist.get_rank(), dist.get_world_size()
     sent = 0
 
     def all_to_all_single(out, tensor, out_sizes, sizes, group):
@@ -68,12 +49,13 @@ def _rank(n_rows: int) -> None:
         sent += tensor.numel() * tensor.element_size() * (n_ranks - 1)
         return dist.all_gather_into_tensor(out, tensor, group=group)
 
-    global_topk.dist = SimpleNamespace(
+    counted = SimpleNamespace(
         all_to_all_single=all_to_all_single,
         all_gather_into_tensor=all_gather_into_tensor,
         get_rank=dist.get_rank,
         get_world_size=dist.get_world_size,
     )
+    vars(global_topk)["dist"] = counted
     whole = pre_acts(n_rows)
     start, stop = row_range(L, rank, n_ranks)
     values, latents = whole[:, start:stop].sort(dim=1, descending=True, stable=True)
@@ -85,7 +67,4 @@ def _rank(n_rows: int) -> None:
     assert mine == [{i for i in row if start <= i < stop} for row in best]
     dist.destroy_process_group()
     print(sent)
-
-
-if __name__ == "__main__":
-    _rank(int(sys.argv[1]))
+    return 0

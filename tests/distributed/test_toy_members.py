@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -27,7 +28,7 @@ def toy(folder: Path, **changes: object) -> Job:
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict]]:
+def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
     folder = tmp_path_factory.mktemp("trained")
     return folder, run_job(toy(folder))
 
@@ -83,7 +84,8 @@ def test_it_trains_on_a_mesh(trained, tmp_path, latent, data, zero):
 
 def test_load_sae_encodes_and_decodes_with_it(trained, tmp_path):
     folder, rows = trained
-    assert checkpoint_problems(newest_valid(folder / "checkpoints")) == []
+    newest = newest_valid(folder / "checkpoints")
+    assert newest is not None and checkpoint_problems(newest) == []
     sae = load_sae(folder)
     assert type(sae) is ToyInference and type(sae.config) is ToyConfig
     x = SyntheticSource(0, 1).rows(STEPS)
@@ -104,7 +106,7 @@ def test_an_architecture_that_is_not_installed_is_named(trained, monkeypatch):
     from sae_core.architectures.registry import ARCHITECTURES
 
     monkeypatch.delitem(ARCHITECTURES._members, "toy")
-    with pytest.raises(ConfigError, match="sae.architecture='toy': expected one of: topk"):
+    with pytest.raises(ConfigError, match=r"sae.architecture='toy': expected one of: topk"):
         load_sae(folder)
 
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from sae_core.checkpoint.folder import list_checkpoints, newest_valid, step_of
 from sae_core.checkpoint.row_ranges import read_tensors
-from tests.support.forked_ranks import CHECKPOINT_FAILED, Ranks
+from tests.support.ranks import CHECKPOINT_FAILED, Ranks
 from tests.support.saving import EVERY, FAILURE_STEP, STEPS, TOKENS_PER_SAVE, Failure, train
 from tests.support.trainer_ranks import BATCH
 
@@ -24,7 +25,7 @@ def run(folder: Path, n_ranks: int = 2, **more: object) -> tuple[list[int], list
     return ranks.codes(), ranks.logs()
 
 
-def _train(folder: str, more: dict) -> int:
+def _train(folder: str, more: dict[str, Any]) -> int:
     return train(folder, **more)
 
 
@@ -53,7 +54,7 @@ def clean(tmp_path_factory) -> Path:
     [("copy", 10), ("write", 10), ("manifest", 10), ("rename", 10), ("latest", 20)],
 )
 def test_a_kill_at_every_stage_of_a_save(clean, tmp_path, point, left):
-    codes, logs = run(tmp_path, hurt=Failure(point))
+    codes, logs = run(tmp_path, failure=Failure(point))
     assert codes[0] == KILLED and codes[1] not in (0, KILLED), logs
     newest = newest_valid(tmp_path / "checkpoints")
     assert newest is not None and step_of(newest) == left
@@ -64,7 +65,7 @@ def test_a_kill_at_every_stage_of_a_save(clean, tmp_path, point, left):
 
 
 def test_a_kill_during_pruning_leaves_no_damaged_checkpoint(clean, tmp_path):
-    codes, _ = run(tmp_path, 1, latent=1, hurt=Failure("prune"))
+    codes, _ = run(tmp_path, 1, latent=1, failure=Failure("prune"))
     assert codes == [KILLED]
     root = tmp_path / "checkpoints"
     assert [path.name for path in root.glob("*.old.tmp")] == ["step-00000010.old.tmp"]
@@ -76,15 +77,15 @@ def test_a_kill_during_pruning_leaves_no_damaged_checkpoint(clean, tmp_path):
 @pytest.mark.parametrize("asynchronous", [True, False])
 def test_a_rank_killed_during_a_save_ends_the_others(tmp_path, asynchronous):
     settings = {"asynchronous": asynchronous}  # when False, only the save can notice the death
-    codes, logs = run(tmp_path, 4, hurt=Failure("write", rank=1), checkpoint=settings)
+    codes, logs = run(tmp_path, 4, failure=Failure("write", rank=1), checkpoint=settings)
     assert codes[1] == KILLED
     assert all(code not in (0, KILLED) for code in codes[:1] + codes[2:]), logs
     assert [step_of(folder) for folder in list_checkpoints(tmp_path / "checkpoints")] == [10]
 
 
-@pytest.mark.parametrize("hurt", [Failure("disk", "raise", rank=1), Failure("no room", rank=1)])
-def test_a_rank_that_cannot_write_fails_all_ranks(tmp_path, hurt):
-    codes, logs = run(tmp_path, hurt=hurt, step_s=0.02)
+@pytest.mark.parametrize("failure", [Failure("disk", "raise", rank=1), Failure("no room", rank=1)])
+def test_a_rank_that_cannot_write_fails_all_ranks(tmp_path, failure):
+    codes, logs = run(tmp_path, failure=failure, step_s=0.02)
     assert codes == [CHECKPOINT_FAILED] * 2, logs
     for log in logs:
         assert f"cannot write {tmp_path}/checkpoints/step-{FAILURE_STEP:08d}.tmp: rank 1" in log
@@ -93,7 +94,9 @@ def test_a_rank_that_cannot_write_fails_all_ranks(tmp_path, hurt):
 
 def test_a_failed_save_ends_training_long_before_the_next_one(tmp_path):
     every = {"every_tokens": FAILURE_STEP * BATCH}
-    codes, logs = run(tmp_path, hurt=Failure("disk", "raise", rank=1), step_s=0.4, checkpoint=every)
+    codes, logs = run(
+        tmp_path, failure=Failure("disk", "raise", rank=1), step_s=0.4, checkpoint=every
+    )
     assert codes == [CHECKPOINT_FAILED] * 2, logs
     ends = [int(re.findall(r"ended at step (\d+)", log)[0]) for log in logs]
     assert ends[0] == ends[1] and FAILURE_STEP <= ends[0] < STEPS, ends
@@ -111,7 +114,7 @@ def test_a_file_in_place_of_the_checkpoint_folder(tmp_path):
 
 @pytest.mark.parametrize(("latent", "zero"), [(1, 1), (2, 0)])
 def test_a_save_that_training_overtakes_holds_its_own_step(tmp_path, latent, zero):
-    more = {"latent": latent, "zero": zero, "hurt": Failure("begin", "wait")}
+    more = {"latent": latent, "zero": zero, "failure": Failure("begin", "wait")}
     for name, asynchronous in (("now", False), ("later", True)):
         settings = {"asynchronous": asynchronous, "keep": 9}
         codes, logs = run(tmp_path / name, checkpoint=settings, **more)

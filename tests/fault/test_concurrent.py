@@ -5,7 +5,6 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -18,7 +17,7 @@ import torch
 from activation_store import list_consumers, open_store
 from sae_core.checkpoint.folder import list_checkpoints
 from sae_core.checkpoint.row_ranges import read_tensors
-from tests.support.injection import last_step
+from tests.support.injection import alive, rank_pids, wait_for_step, worker_pids
 from tests.support.object_server import make_bucket, s3_server
 from tests.support.paths import ROOT
 from tests.support.tiny_models import save_gpt2, write_text
@@ -144,16 +143,10 @@ def test_killed(work, victim):
             process.wait()
             run(work, runs, *CONCURRENT)
         else:
-            os.kill(pid_of(folder, victim), signal.SIGKILL)
+            pids = worker_pids(folder) if victim == "worker" else rank_pids(folder)
+            os.kill(pids[0], signal.SIGKILL)
             assert process.wait(200) == 0, Path(log.name).read_text()
     assert_same_end(work, runs)
-
-
-def wait_for_step(folder: Path, step: int, process: subprocess.Popen[bytes]) -> None:
-    deadline = time.monotonic() + 120
-    while last_step(folder) < step:
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.02)
 
 
 def wait_for_items(folder: Path, n_items: int, process: subprocess.Popen[bytes]) -> None:
@@ -161,13 +154,6 @@ def wait_for_items(folder: Path, n_items: int, process: subprocess.Popen[bytes])
     while len(list((folder / "store" / "transformer.h.1").glob("c.*"))) < n_items:
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.02)
-
-
-def pid_of(folder: Path, victim: str) -> int:
-    if victim == "worker":
-        starts = sorted((folder / "logs" / "harvest-starts").iterdir())
-        return int(starts[0].name.split("-")[-2])
-    return int(re.findall(r"process (\d+)\n", (folder / "logs" / "rank-0.log").read_text())[-1])
 
 
 def test_a_store_in_an_object_store_trains_the_same(work, monkeypatch):
@@ -199,9 +185,8 @@ def test_a_harvest_that_fails_ends_the_trainer_too(work):
     # Every restarted worker fails at once, because the model is missing.
     moved = (work / "model").rename(work / "moved")
     try:
-        for start in (work / runs / "run" / "logs" / "harvest-starts").iterdir():
-            pid = int(start.name.split("-")[-2])
-            if Path(f"/proc/{pid}").exists():
+        for pid in worker_pids(work / runs / "run"):
+            if alive(pid):
                 os.kill(pid, signal.SIGKILL)
         output, _ = process.communicate(timeout=120)
     finally:

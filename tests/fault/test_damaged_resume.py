@@ -64,14 +64,14 @@ def no_manifest(folder: Path) -> str:
     return "manifest.json"
 
 
-@pytest.mark.parametrize("harm", [flip, truncate, delete, swap, no_manifest])
+@pytest.mark.parametrize("damage", [flip, truncate, delete, swap, no_manifest])
 def test_a_run_resumes_from_the_checkpoint_before(
-    clean: Path, tmp_path: Path, harm: Callable[[Path], str]
+    clean: Path, tmp_path: Path, damage: Callable[[Path], str]
 ) -> None:
     run_dir = tmp_path / "run"
     shutil.copytree(clean, run_dir)
     root = run_dir / "checkpoints"
-    said = harm(root / NEWEST)
+    said = damage(root / NEWEST)
     (root / f"step-{STEPS + EVERY:08d}.tmp").mkdir()  # an unfinished save
     log = train(run_dir)
     assert "skipping a damaged checkpoint" in log and NEWEST in log and said in log

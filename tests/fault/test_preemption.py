@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
@@ -23,13 +24,14 @@ from foundation.errors import EXIT_PREEMPTED
 from sae_core.checkpoint.folder import list_checkpoints, newest_valid, step_of
 from sae_core.checkpoint.row_ranges import read_tensors
 from sae_core.config import CheckpointConfig, OptimConfig, ParallelConfig, TopKConfig, TrainConfig
-from tests.support.forked_ranks import Ranks
 from tests.support.paths import ROOT
+from tests.support.ranks import Ranks, cluster_rank, torchrun_command
 from tests.support.tiny_models import save_gpt2, write_text
 
 pytestmark = [pytest.mark.slow, pytest.mark.distributed]
 
 STEPS, BATCH = 600, 256
+PIPES: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
 
 
 def make_run(folder: Path, grace_s: float = 60.0) -> Path:
@@ -77,7 +79,6 @@ def ranks(run_dir: Path, trap: str = "") -> tuple[list[int], list[str]]:
 
 def _rank(run_dir: str, trap: str) -> int:
     """Run `python -m cluster.rank`; rank 1 gets the signals of `trap` during a save."""
-    from cluster import rank
     from sae_core.checkpoint import save
 
     real = save._hash_share
@@ -92,9 +93,7 @@ def _rank(run_dir: str, trap: str) -> int:
         return real(temporary, names)
 
     save._hash_share = in_a_save  # type: ignore[assignment]
-    sys.argv = ["rank", run_dir]
-    rank.main()
-    return 0
+    return cluster_rank(run_dir)
 
 
 def assert_same_end(one: Path, other: Path) -> None:
@@ -147,23 +146,28 @@ def wait_until(condition: Callable[[], bool], process: subprocess.Popen[str]) ->
         time.sleep(0.02)
 
 
+def size(file: Path) -> int:
+    return file.stat().st_size if file.exists() else 0
+
+
+def wait_for_growth(file: Path, before: int, process: subprocess.Popen[str]) -> None:
+    wait_until(lambda: size(file) > before, process)
+
+
 def start(*arguments: str) -> subprocess.Popen[str]:
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
     command = [sys.executable, str(ROOT / "launch.py"), *arguments]
-    return subprocess.Popen(command, text=True, start_new_session=True, **pipes)
+    return subprocess.Popen(command, text=True, start_new_session=True, **PIPES)
 
 
 def test_signals_to_torchrun_and_to_one_of_its_ranks(folder):
     run_dir = make_run(folder / "torchrun")
     metrics = run_dir / "metrics.jsonl"
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-    command += ["--standalone", "-m", "cluster.rank", str(run_dir)]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "cwd": ROOT}
+    command = torchrun_command(run_dir, 2)
     steps = []
     for name in ("SIGTERM", "SIGUSR1"):
-        before = metrics.stat().st_size if metrics.exists() else 0
-        process = subprocess.Popen(command, text=True, **pipes)
-        wait_until(lambda b=before: metrics.exists() and metrics.stat().st_size > b, process)
+        before = size(metrics)
+        process = subprocess.Popen(command, text=True, cwd=ROOT, **PIPES)
+        wait_for_growth(metrics, before, process)
         ranks = sorted(child.pid for child in psutil.Process(process.pid).children())
         os.kill(process.pid if name == "SIGTERM" else ranks[-1], getattr(signal, name))
         output, _ = process.communicate(timeout=100)
@@ -206,9 +210,9 @@ def test_signals_to_a_driver_and_to_its_process_group(folder):
     metrics = run_dir / "metrics.jsonl"
     steps = []
     for kill in (os.kill, os.killpg):
-        before = metrics.stat().st_size if metrics.exists() else 0
+        before = size(metrics)
         process = start(*arguments)
-        wait_until(lambda b=before: metrics.exists() and metrics.stat().st_size > b, process)
+        wait_for_growth(metrics, before, process)
         kill(process.pid, signal.SIGTERM if kill is os.kill else signal.SIGUSR1)
         output, _ = process.communicate(timeout=100)
         assert process.returncode == EXIT_PREEMPTED, output

@@ -13,7 +13,7 @@ import pytest
 
 from activation_store import open_store, verify_store
 from tests.fault.test_concurrent import CONCURRENT, command, final, run
-from tests.support.injection import Injector, ray_nodes, reach
+from tests.support.injection import Injector, ray_nodes, wait_for_step
 from tests.support.tiny_models import save_gpt2, write_text
 
 pytestmark = [
@@ -50,7 +50,7 @@ def test_faults_on_several_nodes_change_nothing(tmp_path):
         step = 0
         for kind in injector.random.sample(["worker", "rank", "node", "driver"], 4):
             step += injector.random.randrange(30, 90)
-            reach(folder, step, process, PATIENCE_S)
+            wait_for_step(folder, step, process, PATIENCE_S)
             injector.strike(kind)
             if kind == "node":
                 nodes.add()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from pathlib import Path
 
@@ -14,7 +13,7 @@ from cluster.run_folder.saved_config import save_config
 from conf.schema.run import RunConfig
 from sae_core.checkpoint.folder import newest_valid, step_of
 from sae_core.config import CheckpointConfig, TopKConfig, TrainConfig
-from tests.support.forked_ranks import Ranks
+from tests.support.ranks import Ranks, cluster_rank
 
 pytestmark = [pytest.mark.slow, pytest.mark.distributed]
 
@@ -44,7 +43,6 @@ def train(folder: Path, checkpoint: CheckpointConfig) -> tuple[int, str]:
 
 def _rank(run_dir: str) -> int:
     """Run `python -m cluster.rank` with a disk that is slow for checkpoints."""
-    from cluster import rank
     from sae_core.checkpoint import save
 
     real = save._hash_share
@@ -54,9 +52,7 @@ def _rank(run_dir: str) -> int:
         return real(temporary, names)
 
     save._hash_share = slow  # type: ignore[assignment]
-    sys.argv = ["rank", run_dir]
-    rank.main()
-    return 0
+    return cluster_rank(run_dir)
 
 
 @pytest.mark.parametrize("asynchronous", [True, False])

@@ -29,8 +29,8 @@ from sae_core.checkpoint.folder import checkpoint_name, list_checkpoints, newest
 from sae_core.checkpoint.reshard import reshard_checkpoint
 from sae_core.checkpoint.row_ranges import read_tensors
 from tests.support.damage import DAMAGES, damage_some
-from tests.support.forked_ranks import Ranks
-from tests.support.saving import Failure, arm
+from tests.support.ranks import Ranks
+from tests.support.saving import Failure, install_failure
 from tests.support.trainer_ranks import Job, SyntheticSource, config_of
 
 pytestmark = [pytest.mark.slow, pytest.mark.distributed, pytest.mark.timeout(900)]
@@ -54,8 +54,7 @@ class Group:
 
     def __call__(self, *command: Any) -> Any:
         """Return rank 0's answer, or None if the command killed a rank and so ended the group."""
-        if self._ranks is None:
-            self._start()
+        ranks = self._ranks or self._start()
         try:
             for pipe in self._pipes:
                 pipe.send(command)
@@ -64,12 +63,12 @@ class Group:
             answers = [pipe.recv() for pipe in self._pipes]
             return answers[0]
         except (EOFError, OSError):
-            logs = self._ranks.logs()
+            logs = ranks.logs()
             self.end()
             assert command[0] == "save" and command[-1], (command, logs)
             return None
 
-    def _start(self) -> None:
+    def _start(self) -> Ranks:
         latent, data, _ = self._mesh
         ours, theirs = zip(*(Pipe() for _ in range(latent * data)), strict=True)
         folder = self._folder / f"{self._mesh}-{self._starts}"
@@ -78,6 +77,7 @@ class Group:
         self._starts += 1
         for end in theirs:
             end.close()
+        return self._ranks
 
     def end(self) -> None:
         """Stop the ranks if they still run."""
@@ -120,8 +120,8 @@ class _Rank:
         self.trainer = Trainer(self.config, mesh, source, Path(folder), 3, lambda row: None, 1)
         self.trainer.calibrate()
 
-    def resume(self, root: Path, shown: Path) -> tuple[str | None, list[str]]:
-        """Resume, save the state to `shown`, and return the checkpoint's name and the warnings."""
+    def resume(self, root: Path, snapshot: Path) -> tuple[str | None, list[str]]:
+        """Resume, save the state to `snapshot`; return the checkpoint's name and the warnings."""
         from sae_core.checkpoint import agreed_checkpoint
 
         with warnings.catch_warnings(record=True) as caught:
@@ -132,15 +132,15 @@ class _Rank:
             self.trainer.source.seek(0)
         else:
             self.trainer.resume(newest)
-            self.save(shown, 1, None)
+            self.save(snapshot, 1, None)
         return newest.name if newest else None, [str(warning.message) for warning in caught]
 
-    def train(self, steps: int, shown: Path) -> int:
-        """Train, save the state to `shown`, and return the step."""
+    def train(self, steps: int, snapshot: Path) -> int:
+        """Train, save the state to `snapshot`, and return the step."""
         for _ in range(steps):
             self.trainer.engine.train_step(self.trainer.source.next().x, self.trainer.step)
             self.trainer.step += 1
-        self.save(shown, 1, None)
+        self.save(snapshot, 1, None)
         return self.trainer.step
 
     def save(self, root: Path, keep: int, point: str | None) -> bool:
@@ -151,7 +151,7 @@ class _Rank:
 
         root.mkdir(exist_ok=True)
         if point and dist.get_rank() == 0:
-            arm(Failure(point, step=self.trainer.step))
+            install_failure(Failure(point, step=self.trainer.step))
         self.config.checkpoint.keep = keep
         self.trainer.saver = CheckpointSaver(
             root, self.config.checkpoint, self.trainer.mesh, torch.device("cpu"), 1
@@ -181,14 +181,14 @@ class Checkpoints(RuleBasedStateMachine):
         shutil.rmtree(self.folder, ignore_errors=True)
         self.folder.mkdir()
         self.root = self.folder / "checkpoints"
-        self.shown = self.folder / "shown"
+        self.snapshot = self.folder / "snapshot"
         self.root.mkdir()
-        self.there: dict[int, Saved] = {}
+        self.expected: dict[int, Saved] = {}
 
     @property
     def newest(self) -> int | None:
         """The step of the newest valid checkpoint, or None."""
-        return max((step for step, saved in self.there.items() if saved.tensors), default=None)
+        return max((step for step, saved in self.expected.items() if saved.tensors), default=None)
 
     @rule(
         mesh=st.sampled_from(MESHES),
@@ -200,15 +200,15 @@ class Checkpoints(RuleBasedStateMachine):
         self, mesh: tuple[int, int, int], steps: int, keep: int, point: str | None
     ) -> None:
         group, newest = self.groups[mesh], self.newest
-        name, told = group("resume", self.root, self.shown)
+        name, warned = group("resume", self.root, self.snapshot)
         assert name == (None if newest is None else checkpoint_name(newest))
-        for step in self.there:
+        for step in self.expected:
             if newest is None or step > newest:
-                assert any(checkpoint_name(step) in text for text in told), f"{step} is not named"
+                assert any(checkpoint_name(step) in text for text in warned), f"{step} is not named"
         if newest is not None:
-            assert_equal(self._take_shown(newest), self.there[newest].tensors)
-        step = group("train", steps, self.shown)
-        trained = self._take_shown(step)
+            assert_equal(self._take_snapshot(newest), self.expected[newest].tensors)
+        step = group("train", steps, self.snapshot)
+        trained = self._take_snapshot(step)
         left_over = any(self.root.glob("*.old.tmp"))  # the next save clears these first
         if group("save", self.root, keep, point):
             self._published(step, trained)
@@ -219,19 +219,19 @@ class Checkpoints(RuleBasedStateMachine):
             self._published(step, trained)
             self._prune(keep, most=1 if point == "prune" else 0)
         elif point == "rename":
-            self.there.pop(step, None)  # a damaged checkpoint of that step was removed first
+            self.expected.pop(step, None)  # a damaged checkpoint of that step was removed first
 
-    @precondition(lambda self: self.there)
+    @precondition(lambda self: self.expected)
     @rule(
         pick=st.integers(0, 9), how=st.sampled_from([*DAMAGES, "swap"]), seed=st.integers(0, 2**32)
     )
     def damage(self, pick: int, how: str, seed: int) -> None:
-        step = sorted(self.there)[-1 - pick % len(self.there)]
+        step = sorted(self.expected)[-1 - pick % len(self.expected)]
         files = sorted((self.root / checkpoint_name(step)).rglob("*.*"))
         if how == "flip":  # parts of the manifest are not checked
             files = [file for file in files if file.name != "manifest.json"]
         if damage_some(files, how, random.Random(seed)):
-            self.there[step].tensors = None
+            self.expected[step].tensors = None
 
     @precondition(lambda self: self.newest is not None)
     @rule(n_shards=st.sampled_from([1, 3, 7]), replace=st.booleans())
@@ -240,11 +240,11 @@ class Checkpoints(RuleBasedStateMachine):
         assert newest is not None
         source = self.root / checkpoint_name(newest)
         target = reshard_checkpoint(source, self.folder / "resharded", n_shards)
-        assert_equal(contents(target), self.there[newest].tensors)
+        assert_equal(contents(target), self.expected[newest].tensors)
         if replace:
             shutil.rmtree(source)
             target.rename(source)
-            self.there[newest].sizes = sizes(source)
+            self.expected[newest].sizes = sizes(source)
         shutil.rmtree(self.folder / "resharded")
 
     @invariant()
@@ -256,26 +256,26 @@ class Checkpoints(RuleBasedStateMachine):
 
     @invariant()
     def nothing_else_is_there_or_missing(self) -> None:
-        assert [step_of(f) for f in list_checkpoints(self.root)] == sorted(self.there)[::-1]
+        assert [step_of(f) for f in list_checkpoints(self.root)] == sorted(self.expected)[::-1]
 
-    def _take_shown(self, step: int) -> Tensors:
-        found = contents(self.shown / checkpoint_name(step))
-        shutil.rmtree(self.shown)
+    def _take_snapshot(self, step: int) -> Tensors:
+        found = contents(self.snapshot / checkpoint_name(step))
+        shutil.rmtree(self.snapshot)
         return found
 
     def _published(self, step: int, tensors: Tensors) -> None:
-        self.there[step] = Saved(tensors, sizes(self.root / checkpoint_name(step)))
+        self.expected[step] = Saved(tensors, sizes(self.root / checkpoint_name(step)))
 
     def _prune(self, keep: int, most: int = 99) -> None:
         """Model pruning: keep the newest `keep` that look undamaged, and all between them."""
         whole = 0
-        for step in sorted(self.there, reverse=True):
+        for step in sorted(self.expected, reverse=True):
             if whole == keep:
                 if most > 0:
-                    del self.there[step]
+                    del self.expected[step]
                 most -= 1
             elif sizes_now := sizes(self.root / checkpoint_name(step)):
-                whole += sizes_now == self.there[step].sizes
+                whole += sizes_now == self.expected[step].sizes
 
 
 def contents(folder: Path) -> Tensors:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 import time
 from pathlib import Path
 
@@ -22,7 +21,7 @@ from sae_core.checkpoint.folder import list_checkpoints, step_of
 from sae_core.checkpoint.row_ranges import read_tensors
 from sae_core.config import CheckpointConfig, OptimConfig, ParallelConfig, TopKConfig, TrainConfig
 from sae_core.errors import DivergedError
-from tests.support.forked_ranks import Ranks
+from tests.support.ranks import Ranks, cluster_rank
 from tests.support.single_rank import make_store
 
 pytestmark = [pytest.mark.slow, pytest.mark.distributed]
@@ -72,7 +71,6 @@ def ranks(folder: Path, cells: list[str], trap: str = "") -> tuple[list[int], li
 
 def _rank(folder: str, cells: list[str], trap: str) -> int:
     """Run `python -m cluster.rank`; rank 1 gets the signal `trap` during a save."""
-    from cluster import rank
     from cluster.training.store_source import StoreSource
     from sae_core.checkpoint import save
     from sae_core.training.trainer import Trainer
@@ -99,12 +97,10 @@ def _rank(folder: str, cells: list[str], trap: str) -> int:
         real_calibrate(trainer)
 
     if trap == "large cells":
-        Trainer.calibrate = large  # type: ignore[method-assign]
+        Trainer.calibrate = large  # type: ignore[assignment, method-assign]
     save._hash_share = in_a_save  # type: ignore[assignment]
     StoreSource.next = counted  # type: ignore[assignment, method-assign]
-    sys.argv = ["rank", folder, *cells]
-    rank.main()
-    return 0
+    return cluster_rank(folder, *cells)
 
 
 @pytest.fixture(scope="module")

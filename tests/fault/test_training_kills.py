@@ -19,8 +19,9 @@ import torch
 from activation_store import StoreWriter
 from sae_core.checkpoint.folder import list_checkpoints, read_state
 from sae_core.checkpoint.row_ranges import read_tensors
-from tests.support.injection import last_step
+from tests.support.injection import rank_pids, wait_for_step
 from tests.support.paths import ROOT
+from tests.support.ranks import torchrun_command
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.distributed]
 
@@ -97,25 +98,16 @@ def wait_until(condition: Callable[[], bool], process: subprocess.Popen[str]) ->
         time.sleep(0.02)
 
 
-def trained_beyond(folder: Path, step: int) -> bool:
-    return last_step(folder / "run") >= step
-
-
-def rank_pids(folder: Path) -> list[int]:
-    logs = sorted((folder / "run" / "logs").glob("rank-*.log"))
-    starts = [re.findall(r"process (\d+)\n", log.read_text()) for log in logs]
-    return [int(found[-1]) for found in starts if found]
-
-
 def start(folder: Path, *more: str) -> subprocess.Popen[str]:
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-    return subprocess.Popen(command(folder, *more), text=True, **pipes)
+    return subprocess.Popen(
+        command(folder, *more), text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
 
 
 def test_a_killed_driver(folder):
     mine = folder / "driver"
     process = start(mine, "parallel.latent=2")
-    wait_until(lambda: trained_beyond(mine, 100), process)
+    wait_for_step(mine / "run", 100, process)
     process.kill()
     process.wait()
     before = [path.name for path in list_checkpoints(mine / "run" / "checkpoints")]
@@ -128,8 +120,8 @@ def test_a_killed_driver(folder):
 def test_a_killed_rank(folder, victim):
     mine = folder / f"rank-{victim}"
     process = start(mine, "parallel.latent=2")
-    wait_until(lambda: trained_beyond(mine, 100), process)
-    os.kill(rank_pids(mine)[victim], signal.SIGKILL)
+    wait_for_step(mine / "run", 100, process)
+    os.kill(rank_pids(mine / "run")[victim], signal.SIGKILL)
     output, _ = process.communicate(timeout=150)
     assert process.returncode == 0, output
     assert "a trainer rank died" in output or "a trainer rank failed" in output
@@ -142,16 +134,16 @@ def test_a_killed_rank(folder, victim):
 def test_ranks_that_hang(folder):
     mine = folder / "hangs"
     process = start(mine, "parallel.latent=2", "train.hang_timeout_s=8")
-    wait_until(lambda: trained_beyond(mine, 100), process)
-    first = rank_pids(mine)
+    wait_for_step(mine / "run", 100, process)
+    first = rank_pids(mine / "run")
     os.kill(first[1], signal.SIGSTOP)
     # Rank 0 waits for rank 1 in a collective: it reports and ends; the frozen rank is killed.
-    wait_until(lambda: not set(first) & set(rank_pids(mine)), process)
+    wait_until(lambda: not set(first) & set(rank_pids(mine / "run")), process)
     log = (mine / "run" / "logs" / "rank-0.log").read_text()
     assert "no progress for 8 s" in log and "most recent call first" in log
     assert "in _train_step" in log, "the stack of the training thread is missing"
     began = log.count("process ")
-    again = rank_pids(mine)
+    again = rank_pids(mine / "run")
     wait_until((mine / "run" / "logs" / "rank-0.heartbeat").exists, process)
     for pid in again:  # all ranks are frozen, so only the driver can notice
         os.kill(pid, signal.SIGSTOP)
@@ -179,9 +171,9 @@ def test_ranks_that_keep_dying_end_the_run(folder):
     process = start(mine, "cluster.max_failures=1")
     killed: set[int] = set()
     for _ in range(2):
-        wait_until(lambda: bool(set(rank_pids(mine)) - killed), process)
-        os.kill(rank_pids(mine)[0], signal.SIGKILL)
-        killed.update(rank_pids(mine))
+        wait_until(lambda: bool(set(rank_pids(mine / "run")) - killed), process)
+        os.kill(rank_pids(mine / "run")[0], signal.SIGKILL)
+        killed.update(rank_pids(mine / "run"))
     output, _ = process.communicate(timeout=100)
     assert process.returncode == 1
     assert "trainer ranks died 2 times" in output and "resume" in output
@@ -190,9 +182,8 @@ def test_ranks_that_keep_dying_end_the_run(folder):
 def torchrun(run_dir: Path, config: str) -> subprocess.CompletedProcess[str]:
     (run_dir / "logs").mkdir(parents=True)
     (run_dir / "config.yaml").write_text(config)
-    two_ranks = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
     return subprocess.run(
-        [*two_ranks, "--standalone", "-m", "cluster.rank", str(run_dir)],
+        torchrun_command(run_dir, 2),
         cwd=ROOT,
         capture_output=True,
         text=True,

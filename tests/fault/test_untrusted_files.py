@@ -8,7 +8,7 @@ import os
 import pickle
 import struct
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -244,7 +244,8 @@ def test_links_in_a_checkpoint_are_refused(checkpoint: Path, tmp_path: Path, wha
         target = sorted(target.iterdir())[0]
     target.rename(tmp_path / "elsewhere")
     target.symlink_to(tmp_path / "elsewhere")
-    write_manifest(checkpoint) if what == "a file" else None
+    if what == "a file":
+        write_manifest(checkpoint)
     with pytest.raises(DamagedCheckpointError, match=r"a link|not in the manifest"):
         check_manifest(checkpoint)
 
@@ -341,21 +342,25 @@ def test_a_saved_config_is_read_back(tmp_path: Path):
 # ---- secrets ----
 
 
+def config_with(key: str, value: object) -> RunConfig:
+    config = OmegaConf.structured(RunConfig)
+    OmegaConf.update(config, key, value)
+    return cast(RunConfig, OmegaConf.to_object(config))
+
+
 @pytest.mark.parametrize("key", ["store.path", "data.path", "cluster.address", "reshard.to"])
 def test_an_address_with_a_password_is_refused_without_repeating_it(key: str):
-    config = OmegaConf.structured(RunConfig)
-    OmegaConf.update(config, key, "s3://key-id:swordfish@bucket/prefix")
+    config = config_with(key, "s3://key-id:swordfish@bucket/prefix")
     with pytest.raises(ConfigError, match=rf"{key}='s3://\*\*\*@bucket/prefix'") as refused:
-        validate(OmegaConf.to_object(config), ("pipeline",))
+        validate(config, ("pipeline",))
     assert "swordfish" not in str(refused.value) and "key-id" not in str(refused.value)
 
 
 @pytest.mark.parametrize("key", ["submit.setup", "submit.sbatch", "model.hookpoints"])
 def test_an_address_with_a_password_is_refused_in_a_list(key: str):
-    config = OmegaConf.structured(RunConfig)
-    OmegaConf.update(config, key, ["plain", "get https://key-id:swordfish@host/x"])
+    config = config_with(key, ["plain", "get https://key-id:swordfish@host/x"])
     with pytest.raises(ConfigError, match=rf"{key}='get https://\*\*\*@host/x'") as refused:
-        validate(OmegaConf.to_object(config), ("pipeline",))
+        validate(config, ("pipeline",))
     assert "swordfish" not in str(refused.value)
 
 
@@ -397,7 +402,9 @@ def test_no_secret_of_the_environment_is_saved(tmp_path: Path, monkeypatch, capf
         ({"metadata": "x"}, "AttributeError"),
     ],
 )
-def test_a_saelens_folder_of_another_kind_is_named(tmp_path: Path, change: dict, problem: str):
+def test_a_saelens_folder_of_another_kind_is_named(
+    tmp_path: Path, change: dict[str, Any], problem: str
+):
     config = RunConfig()
     stored = load_sae(make_checkpoint(tmp_path / "c", L, D)).stored()
     source = Source("m", None, "d", NAME, config.data.context_tokens)

@@ -185,8 +185,8 @@ def test_sparse_operations(B, L, D, k, weights):
     expected = REFERENCE.decoder_dot(grad.double(), exact, W.double())
     torch.testing.assert_close(dots.double(), expected, rtol=1e-4, atol=1e-4)
     decoded = body().decode_error(x.float(), active, W)
-    theirs = REFERENCE.decode_error(x.double(), exact, W.double())
-    for part, expected in zip(decoded, theirs, strict=True):
+    wanted = REFERENCE.decode_error(x.double(), exact, W.double())
+    for part, expected in zip(decoded, wanted, strict=True):
         assert part.dtype == torch.float32
         torch.testing.assert_close(part.double(), expected, rtol=1e-4, atol=1e-4)
     ours = body().row_gradients(active, dots, x, grad)
@@ -242,6 +242,7 @@ def test_a_whole_step_gives_the_gradients_of_the_stock_body():
         own = [part.to(DEVICE).clone().requires_grad_() for part in weights]
         plan = SparsePlan(kernels, L, k, 4, 0, None)
         out = sparse_autoencode(x, Dictionary(*own), plan, AuxInput(dead, None))
+        assert out.aux_squared_error is not None
         (out.squared_error + out.aux_squared_error / 32).backward()
         results.append([out.squared_error, out.aux_squared_error, *(part.grad for part in own)])
     for ours, theirs in zip(*results, strict=True):

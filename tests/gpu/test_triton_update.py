@@ -11,7 +11,7 @@ from sae_core.errors import ShapeError
 from sae_core.kernels import AdamStep, RowState, SparseGradient, SparseLatents, compact
 from sae_core.kernels.rounding import round_stochastically_, salt_of
 from sae_core.kernels.stock.body import StockKernels
-from sae_core.kernels.triton.update import round_stochastically
+from sae_core.kernels.triton.update import TritonRowUpdate, round_stochastically
 from sae_core.kernels.triton.update import salt_of as triton_salt_of
 from tests.gpu.test_triton_encode import DEVICE, INTERPRETED, REFERENCE, body, double_of, far_rows
 
@@ -80,15 +80,20 @@ def flat(state: RowState) -> list[torch.Tensor]:
     return rows + list(state.copies or ())
 
 
+def row_state(parts: list[torch.Tensor], first_latent: int) -> RowState:
+    """Return the state whose parts `flat` lists."""
+    W_enc, W_dec, b_enc = parts[:3]
+    exp_avg, exp_avg_sq = (parts[3], parts[4], parts[5]), (parts[6], parts[7], parts[8])
+    copies = (parts[9], parts[10]) if len(parts) > 9 else None
+    return RowState(W_enc, W_dec, b_enc, exp_avg, exp_avg_sq, copies, first_latent)
+
+
 def clone(state: RowState) -> RowState:
-    parts = [part.clone() for part in flat(state)]
-    copies = (parts[9], parts[10]) if state.copies else None
-    return RowState(*parts[:3], tuple(parts[3:6]), tuple(parts[6:9]), copies, state.first_latent)
+    return row_state([part.clone() for part in flat(state)], state.first_latent)
 
 
 def exact(state: RowState) -> RowState:
-    parts = [part.double() for part in flat(state)[:9]]
-    return RowState(*parts[:3], tuple(parts[3:6]), tuple(parts[6:9]), None, state.first_latent)
+    return row_state([part.double() for part in flat(state)[:9]], state.first_latent)
 
 
 def exact_gradient(gradient: SparseGradient) -> SparseGradient:
@@ -134,6 +139,7 @@ def test_a_first_moment_nearer_to_the_gradient(beta1):
 def test_copies_are_the_masters_rounded():
     gradient, state = gradient_of(5, 30, 40, 3), state_of(30, 40, copies=COPIES)
     body().row_update(gradient, state.W_dec).apply(state, adam_of())
+    assert state.copies is not None
     for copy, master in zip(state.copies, (state.W_enc, state.W_dec), strict=True):
         assert torch.equal(copy, master.to(COPIES))
 
@@ -156,9 +162,10 @@ def test_hot_latents_are_summed_in_pieces_to_the_same_bits(monkeypatch):
     square = update.square()
     update.apply(whole, adam_of())
     for module in ("segments", "update"):
-        monkeypatch.setattr(f"sae_core.kernels.triton_{module}.PIECE", 16)
+        monkeypatch.setattr(f"sae_core.kernels.triton.{module}.PIECE", 16)
     for state in (once, twice):
         update = body().row_update(gradient, state.W_dec)
+        assert isinstance(update, TritonRowUpdate)
         assert update.segments.piece_ends[-1] == 8 <= len(update.segments.dec) < B
         torch.testing.assert_close(update.square(), square)
         update.apply(state, adam_of())

@@ -64,7 +64,8 @@ def save_sae(folder: Path, W: torch.Tensor, k: int, **biases: torch.Tensor) -> S
     """Save an SAE with W_enc = W_dec = W [L, D] as the run's result, and return it."""
     zeros = {"b_enc": torch.zeros(len(W)), "b_dec": torch.zeros(W.shape[1])}
     config = TopKConfig(n_latents=len(W), k=k, hookpoint=HOOKPOINT)
-    sae = TopKInference(config, W, W.clone(), **{**zeros, **biases}, step=7)
+    both = {**zeros, **biases}
+    sae = TopKInference(config, W, W.clone(), both["b_enc"], both["b_dec"], step=7)
     sae.save(folder)
     return sae
 
@@ -126,7 +127,7 @@ def test_metrics_agree_with_a_direct_computation(harvested: RunConfig, tmp_path:
 
     # Run the rest of the model on the reconstruction at positions 1 and later.
     spliced = torch.cat([hidden[:, :1], sae(hidden[:, 1:])], dim=1)
-    model.model.layers[1].register_forward_hook(lambda *_: spliced)
+    model.get_submodule("model.layers.1").register_forward_hook(lambda *_: spliced)
     recon = model(ids).logits[:, 1:-1].log_softmax(-1)
     ce_recon = -recon.gather(-1, ids[:, 2:, None]).double().mean()
     assert metrics["ce_recon"] == pytest.approx(float(ce_recon), rel=1e-5)

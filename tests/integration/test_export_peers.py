@@ -145,6 +145,7 @@ def test_exports_are_read_back_the_same(cases: Path, case: Case, peer: str) -> N
         with pytest.raises(CheckpointError, match=r"is a pickle.*allow_pt=True"):
             load_sae(folder)
     again, sae = load_sae(folder, allow_pt=True), make_sae(case)
+    assert isinstance(again.config, TopKConfig)
     assert (again.config.k, again.config.n_latents) == (case.k, case.L)
     for name, parameter in sae.named_parameters():
         assert torch.equal(dict(again.named_parameters())[name], parameter), name

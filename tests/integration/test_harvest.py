@@ -125,6 +125,7 @@ def test_header_and_summary_describe_the_harvest(tmp_path: Path) -> None:
     assert provenance["dropped_positions"] == [0] and provenance["context_tokens"] == CONTEXT
     assert all(len(provenance[f"{name}_sha256"]) == 64 for name in ("weights", "tokenizer"))
     first = store.read("model.layers.1", 0, int(store.valid_rows[0])).astype(np.float64)
+    assert store.header.calibration is not None
     moments = store.header.calibration["model.layers.1"]
     np.testing.assert_allclose(moments.mean, first.mean(0), rtol=1e-5, atol=1e-7)
     np.testing.assert_allclose(moments.std, first.std(0), rtol=1e-5, atol=1e-7)

@@ -23,8 +23,9 @@ from conf.schema.data import DataConfig
 from conf.schema.model import ModelConfig
 from conf.schema.run import RunConfig
 from foundation.errors import ConfigError
-from sae_core import SAE, load_sae
-from sae_core.config import SAEConfig
+from sae_core import load_sae
+from sae_core.architectures.topk.inference import TopKInference
+from sae_core.config import TopKConfig
 from tests.support.input_kind import InputKind
 from tests.support.tiny_models import save_gpt2, write_text
 
@@ -136,4 +137,5 @@ def save_sae(folder: Path) -> None:
     """Save an SAE with the rows e_i and -e_i, which reconstructs every activation exactly."""
     W = torch.cat([torch.eye(D), -torch.eye(D)])
     zeros = torch.zeros(2 * D), torch.zeros(D)
-    SAE(SAEConfig(n_latents=2 * D, k=D, hookpoint=HOOKPOINT), W, W.clone(), *zeros).save(folder)
+    config = TopKConfig(n_latents=2 * D, k=D, hookpoint=HOOKPOINT)
+    TopKInference(config, W, W.clone(), *zeros).save(folder)

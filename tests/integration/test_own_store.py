@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import socket
-import subprocess
-import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import ml_dtypes
@@ -27,8 +22,9 @@ from conf.schema.data import DataConfig
 from conf.schema.model import ModelConfig
 from conf.schema.run import RunConfig
 from foundation.errors import ConfigError
+from sae_core.config import TopKConfig
 from tests.support.injection import last_step
-from tests.support.paths import ROOT
+from tests.support.ranks import Ranks, cluster_rank
 
 
 def own_store(path: Path, bad: int = 0, finalise: bool = True) -> RunConfig:
@@ -83,7 +79,7 @@ def test_invalid_stores_are_refused_before_ranks_start(tmp_path):
         check_store(own_store(tmp_path / "open", finalise=False))
     with pytest.raises(ConfigError, match=r"acts holds 3 non-finite numbers in items .0.;"):
         check_store(own_store(tmp_path / "bad", bad=3))
-    assert non_finite(str(tmp_path / "bad")) == ["acts: 3 numbers are not finite, in items [0]"]
+    assert non_finite(str(tmp_path / "bad")) == ["acts: 3 values are not finite, in items [0]"]
     assert non_finite(str(tmp_path / "s")) == []
 
 
@@ -107,7 +103,7 @@ def test_non_finite_rows_are_not_harvested(tmp_path):
     assert worker.run_item(6, contexts) == 4
     rows["b"][2:, 1] = np.inf
     worker._computed = (7, rows, sidecars)
-    found = "item 7: b holds 2 .* in 2 rows, the first at document 9, position 9: .*bfloat16"
+    found = "item 7: b has 2 values .* in 2 rows, the first at document 9, position 9; .*bfloat16"
     with pytest.raises(NonFiniteRowsError, match=found):
         worker.run_item(7, contexts)
     assert StoreWriter(tmp_path / "s").committed_items() == {6}
@@ -135,32 +131,21 @@ def test_the_trainer_names_non_finite_rows_that_arrive_later(tmp_path):
         writer.write_item(item, rows.astype(np.float32))
     config = RunConfig()
     config.store.path, config.store.window_items = str(tmp_path / "s"), 1
-    config.sae = replace(config.sae, n_latents=8, k=2, auxk=4)
+    config.sae = TopKConfig(n_latents=8, k=2, auxk=4)
     config.train.tokens, config.train.batch_tokens, config.train.sample_tokens = 256, 32, 64
     config.optim.warmup_tokens, config.optim.decay_tokens = 32, 32
     config.cluster.mode, config.train.device, config.logging.wandb = "concurrent", "cpu", "disabled"
     config.logging.every_steps = 1
     run_dir.mkdir()
     save_config(config, run_dir / "config.yaml")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    environment = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
-    rank = subprocess.Popen(
-        [sys.executable, "-m", "cluster.rank", str(run_dir)],
-        env={**os.environ, **environment, "MASTER_PORT": port},
-        stderr=subprocess.PIPE,
-        text=True,
-        cwd=ROOT,
-    )
+    ranks = Ranks(tmp_path / "ranks", 1, cluster_rank, str(run_dir))
     try:
         while last_step(run_dir) < 4:
-            assert rank.poll() is None, rank.communicate()[1]
+            assert ranks.processes[0].is_alive(), ranks.logs()
             time.sleep(0.05)
         rows[5, 2] = np.inf
         writer.write_item(2, rows.astype(np.float32))
-        _, output = rank.communicate(timeout=120)
     finally:
-        rank.kill()
-    assert rank.returncode == 1
-    assert "acts holds 1 non-finite numbers in items [2]" in output.splitlines()[-1]
+        codes = ranks.codes()
+    assert codes == [1]
+    assert "acts holds 1 non-finite numbers in items [2]" in ranks.logs()[0].splitlines()[-1]

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from omegaconf import OmegaConf
+import yaml
 
 from cluster.language_model.contexts import prepare_contexts
 from cluster.language_model.hooks import capture
@@ -19,10 +20,14 @@ from tests.support.paths import ROOT
 CONF = ROOT / "conf"
 
 
+def read_yaml(path: Path) -> dict[str, Any]:
+    return yaml.safe_load(path.read_text())
+
+
 @pytest.mark.slow
 def test_smollm2_is_sane_on_wikipedia_introductions(tmp_path: Path) -> None:
-    model_config = ModelConfig(**OmegaConf.load(CONF / "model" / "smollm2.yaml"))
-    data_config = DataConfig(**OmegaConf.load(CONF / "data" / "wikipedia_intros.yaml"))
+    model_config = ModelConfig(**read_yaml(CONF / "model" / "smollm2.yaml"))
+    data_config = DataConfig(**read_yaml(CONF / "data" / "wikipedia_intros.yaml"))
     tokenizer = load_tokenizer(model_config, tmp_path)
     contexts = prepare_contexts(data_config, tokenizer, tmp_path)
     assert contexts.n_documents == 10_033

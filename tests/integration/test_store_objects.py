@@ -155,9 +155,9 @@ def test_both_kinds_of_storage_behave_the_same(url: str, tmp_path: Path, kind: s
 def test_a_store_of_objects_is_the_local_one_bit_for_bit(
     url: str, tmp_path: Path, codec: str
 ) -> None:
-    options = {"arrays": ARRAYS, "codec": codec, "calibration": calibration(ARRAYS)}
+    order, moments = [3, 1, 6, 0, 2, 5, 4], calibration(ARRAYS)
     for path in (url, tmp_path / "s"):
-        writer = write_store(path, ROWS, order=[3, 1, 6, 0, 2, 5, 4], **options)
+        writer = write_store(path, ROWS, order, ARRAYS, codec=codec, calibration=moments)
         assert writer.header.finalised and verify_store(path) == []
     found, wanted = objects(url), tree(tmp_path / "s")
     assert set(found) == set(wanted)

@@ -35,7 +35,8 @@ import psutil
 
 from cluster.run_folder.environment import environment
 from foundation.atomic_files import read_json
-from tests.mutation.table import EXTRA, FAULTS, MUTATIONS, Edit, Mutation
+from tests.mutation.mutation import FAULTS, Edit, Mutation
+from tests.mutation.tables import EXTRA, MUTATIONS
 from tests.support.paths import ROOT
 
 _FAILED = 1
@@ -122,7 +123,7 @@ def mutated(text: str, edit: Edit) -> str:
     if text.count(edit.old) != 1:
         raise ValueError(
             f"{edit.file}: {text.count(edit.old)} times {edit.old!r}, expected once; "
-            "update tests/mutation/table.py"
+            "update the table in tests/mutation"
         )
     return text.replace(edit.old, edit.new)
 
@@ -238,7 +239,7 @@ def _write(
 ) -> None:
     """Write the table as JSON; with `--only`, keep the file's rows of other faults."""
     path: Path = arguments.json
-    table = [
+    table: list[dict[str, Any]] = [
         {"fault": mutation.fault, "fault_text": FAULTS.get(mutation.fault, "")}
         | asdict(mutation)
         | asdict(verdict)

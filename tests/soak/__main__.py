@@ -51,13 +51,14 @@ def soak(work: Path, minutes: float, seed: int, families: tuple[str, ...]) -> li
 
     Args:
         work: folder for all runs.
-        minutes: no episode starts after this time.
+        minutes: no episode starts after this time, counted from the end of the clean run. At least
+            one episode runs, because success after none would prove nothing.
         seed: determines the faults that are drawn.
         families: kinds of episodes, taken in turn.
     """
-    end = time.monotonic() + 60 * minutes
     clean = Clean(work)
     rows = []
+    end = time.monotonic() + 60 * minutes
     for number, family in enumerate(itertools.cycle(families)):
         if time.monotonic() > end:
             break
@@ -102,7 +103,7 @@ def summary(row: dict[str, Any]) -> str:
 def table(episodes: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return a row for each kind of fault, over the episodes that had it, and two for totals."""
     kinds = sorted({fault["kind"] for row in episodes for fault in row["faults"]})
-    rows = [_row(kind, episodes, lambda found, kind=kind: found == kind) for kind in kinds]
+    rows = [_row(kind, episodes, kind.__eq__) for kind in kinds]
     rows.append(_row("process kills", episodes, lambda found: any(k in found for k in KILLS)))
     rows.append(_row("all but replies", episodes, lambda found: not found.startswith(REPLIES)))
     return rows
@@ -128,13 +129,15 @@ def main() -> None:
     """Run the soak, print the table and write it as JSON with `--json`."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument(
-        "--minutes", type=float, default=20.0, help="no episode starts after this time"
+        "--minutes", type=float, default=20.0, help="start episodes for this long; more than 0"
     )
     parser.add_argument("--seed", type=int, default=0, help="determines the faults")
     parser.add_argument("--json", type=Path, help="write the rows and episodes to this file")
     parser.add_argument("--only", choices=FAMILIES, nargs="*", help="run only these episodes")
     parser.add_argument("--folder", type=Path, help="parent of the folder for the runs")
     arguments = parser.parse_args()
+    if not arguments.minutes > 0:  # so written, NaN is refused too
+        parser.error(f"--minutes={arguments.minutes:g}: must be more than 0, to run an episode")
     families = tuple(arguments.only or TURNS)
     work = Path(tempfile.mkdtemp(prefix="soak-", dir=arguments.folder))
     began = time.monotonic()

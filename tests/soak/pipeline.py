@@ -187,12 +187,12 @@ def _damage_between_drivers(episode: Episode, driver: Driver) -> None:
     store = episode.run_dir / "store"
     if not store_exists(store) or not open_store(store).n_items:
         return
-    harmed: list[tuple[str, list[str]]] = []
+    damaged: list[tuple[str, list[str]]] = []
     for how in episode.random.sample([*DAMAGES, "swap"], episode.random.randint(3, 4)):
         files = damage_some(_files_of(store), how, episode.random)
-        harmed.append((how, [str(file.relative_to(store)) for file in files]))
+        damaged.append((how, [str(file.relative_to(store)) for file in files]))
     found = "\n".join(str(damage) for damage in verify_store(store))
-    for how, names in harmed:
+    for how, names in damaged:
         if any(name in found for name in names):  # otherwise, the item was never committed
             episode.happened(f"store: {how}", ", ".join(names))
     driver.stage("repair")

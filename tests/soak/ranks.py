@@ -6,7 +6,6 @@ import os
 import resource
 import shutil
 import signal
-import sys
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -24,8 +23,8 @@ from tests.soak.run import (
     assert_named,
     damage_checkpoints,
 )
-from tests.support.forked_ranks import CHECKPOINT_FAILED, Ranks
 from tests.support.injection import last_step
+from tests.support.ranks import CHECKPOINT_FAILED, Ranks, cluster_rank
 
 RANKS = 2
 PATIENCE_S = 240
@@ -41,19 +40,19 @@ def ranks_episode(clean: Clean, episode: Episode) -> Verdict:
     _make_run(clean, episode.run_dir)
     order: list[str] = []
     for start in range(MOST_STARTS):
-        harmed = damage_checkpoints(episode, most=3)
+        damaged = damage_checkpoints(episode, most=3)
         order = order or episode.random.sample(STRIKES, len(STRIKES))
         strike = order.pop()
         barrier = _block_next_checkpoint(episode) if strike == "in the way" else None
         before = _metrics_bytes(episode)
-        ranks = Ranks(episode.folder / f"start-{start}", RANKS, _rank, str(episode.run_dir))
+        ranks = Ranks(episode.folder / f"start-{start}", RANKS, cluster_rank, str(episode.run_dir))
         try:
             if barrier is None and _reached(episode, before, ranks):
                 with suppress(ProcessLookupError):  # the process may end a moment before
                     _strike(strike, episode, ranks)
         finally:
             codes = ranks.codes(PATIENCE_S)
-        assert_named(harmed, ranks.logs()[0])
+        assert_named(damaged, ranks.logs()[0])
         if barrier is not None and codes != [0] * RANKS:
             assert codes == [1] * RANKS and "cannot prepare" in ranks.logs()[0], ranks.logs()
             episode.happened("disk refuses", f"a file in the way, {barrier.name}")
@@ -70,15 +69,6 @@ def _make_run(clean: Clean, run_dir: Path) -> None:
     config.runs_dir = str(run_dir.parent)
     config.store.path = str(clean.store)
     save_config(config, run_dir / "config.yaml")
-
-
-def _rank(run_dir: str) -> int:
-    """Run what `python -m cluster.rank RUN_DIR` runs."""
-    from cluster import rank
-
-    sys.argv = ["rank", run_dir]
-    rank.main()
-    return 0
 
 
 def _block_next_checkpoint(episode: Episode) -> Path:

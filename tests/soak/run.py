@@ -148,7 +148,7 @@ def final_tensors(run_dir: Path) -> dict[str, torch.Tensor]:
 
 def damage_checkpoints(episode: Episode, most: int) -> list[str]:
     """Damage up to `most` of the newest checkpoints, each in one way; return their names."""
-    harmed = []
+    damaged = []
     count = episode.random.randint(0, most)
     for folder in list_checkpoints(episode.run_dir / "checkpoints")[:count]:
         files = sorted(folder.rglob("*.*"))
@@ -157,13 +157,13 @@ def damage_checkpoints(episode: Episode, most: int) -> list[str]:
             files = [file for file in files if file.name != "manifest.json"]
         found = damage_some(files, how, episode.random)
         if found:
-            harmed.append(folder.name)
+            damaged.append(folder.name)
             names = ", ".join(f"{folder.name}/{file.relative_to(folder)}" for file in found)
             episode.happened(f"checkpoint: {how}", names)
-    return harmed
+    return damaged
 
 
-def assert_named(harmed: list[str], log: str) -> None:
+def assert_named(damaged: list[str], log: str) -> None:
     """Check that the log of a start names each damaged checkpoint that it skipped."""
-    for name in harmed:
+    for name in damaged:
         assert re.search(f"skipping a damaged checkpoint: .*{name}", log), f"{name}: {log}"

@@ -1,4 +1,9 @@
-"""Read the structure of the packages: modules, imports between them, floors, circles."""
+"""Read the structure of the packages and tests: modules, imports between them, floors, circles.
+
+Imports are those written down, at the top of a file or inside a function. Importing `a.b.c` also
+runs the `__init__.py` of `a` and `a.b`, but does not count as an import of them: a package may
+import its own members.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +19,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("cluster",),
     ("analysis",),
     ("launch", "benchmarks"),
+    ("tests",),
 )
 """Lowest first. A package imports only packages of lower floors, never one beside it."""
 MOST_MODULES = 16
@@ -42,6 +48,13 @@ def read_house(root: Path) -> dict[str, Module]:
     names = {_name(root, path) for path in paths}
     modules = (_read(root, path, names) for path in paths)
     return {module.name: module for module in modules}
+
+
+def packages_without_floor(root: Path) -> list[str]:
+    """List the folders in `root` that contain Python modules but have no place in `FLOORS`."""
+    placed = {package for floor in FLOORS for package in floor}
+    folders = {path.parent.name for path in root.glob("[!.]*/*.py")}
+    return sorted(folders - placed)
 
 
 def wrong_imports(house: dict[str, Module]) -> list[str]:
@@ -101,14 +114,28 @@ def crowded_folders(house: dict[str, Module]) -> list[str]:
 
 
 def unused_modules(house: dict[str, Module]) -> list[str]:
-    """List modules that nothing imports, starts by name or runs as a command."""
-    used = {target for module in house.values() for target in module.imports}
-    used |= {text for module in house.values() for text in module.strings}
-    return [
-        name
-        for name, module in house.items()
-        if name not in used and not module.is_command and module.path.name != "__init__.py"
-    ]
+    """List modules that nothing imports, starts by name or runs as a command.
+
+    A module of a package that only tests use is unused. Pytest uses test files and `conftest.py`.
+    """
+    used: set[str] = set()
+    used_by_tests: set[str] = set()
+    for module in house.values():
+        users = used_by_tests if _is_test(module) else used
+        users.update(module.imports, module.strings)
+    unused = []
+    for name, module in house.items():
+        is_run = module.is_command or module.path.name == "__init__.py"
+        if _is_test(module):
+            is_run = is_run or module.path.name.startswith(("test_", "conftest."))
+            is_run = is_run or name in used_by_tests
+        if not is_run and name not in used:
+            unused.append(name)
+    return unused
+
+
+def _is_test(module: Module) -> bool:
+    return module.name.split(".")[0] == "tests"
 
 
 def _name(root: Path, path: Path) -> str:

@@ -62,7 +62,7 @@ class Injector:
         self.record.append(fault)
         if kind == "node":
             assert self.nodes is not None
-            self.nodes.lose(pid)
+            self.nodes.kill(pid)
         else:
             os.kill(pid, signal.SIGKILL)
         return fault
@@ -96,7 +96,7 @@ class Nodes:
         """Return the process ids of the nodes' raylets, sorted."""
         return sorted(_raylet(node) for node in self._cluster.worker_nodes)
 
-    def lose(self, raylet: int) -> None:
+    def kill(self, raylet: int) -> None:
         """Kill a node at once, with all processes that run on it."""
         tree = [psutil.Process(raylet), *psutil.Process(raylet).children(recursive=True)]
         for process in tree:
@@ -143,9 +143,10 @@ def worker_pids(run_dir: Path) -> list[int]:
 
 
 def driver_pids(run_dir: Path) -> list[int]:
-    """Return the process id of the driver that holds the run's lock."""
+    """Return the process id of the driver that holds the run's lock; [] without a lock file."""
     lock = run_dir / "driver.lock"
-    return [int(pid) for pid in re.findall(r"process (\d+)", lock.read_text())] * lock.exists()
+    holder = lock.read_text() if lock.exists() else ""
+    return [int(pid) for pid in re.findall(r"process (\d+)", holder)]
 
 
 def last_step(run_dir: Path) -> int:
@@ -154,8 +155,8 @@ def last_step(run_dir: Path) -> int:
     return 0 if row is None else int(row["step"])
 
 
-def reach(
-    run_dir: Path, step: int, driver: subprocess.Popen[bytes], timeout_s: float = 180
+def wait_for_step(
+    run_dir: Path, step: int, driver: subprocess.Popen[Any], timeout_s: float = 180
 ) -> None:
     """Wait until the run has reported `step`; fail if the driver ends first, or on timeout."""
     deadline = time.monotonic() + timeout_s

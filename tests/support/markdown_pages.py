@@ -131,12 +131,8 @@ class Page:
         """Line numbers and texts of all code spans."""
         return [(number, span) for number, line in self.prose for span in _CODE_SPAN.findall(line)]
 
-    def broken_links(self, generated: tuple[str, ...] = ()) -> list[str]:
-        """List the relative links whose file or anchor does not exist.
-
-        Args:
-            generated: Files, relative to the root, that a command writes later.
-        """
+    def broken_links(self) -> list[str]:
+        """List the relative links whose file or anchor does not exist."""
         broken = []
         for number, target in self.links:
             if re.match(r"[a-z]+:", target):
@@ -144,8 +140,6 @@ class Page:
             path, _, anchor = target.partition("#")
             file = (self.root / self.name).parent / path if path else self.root / self.name
             relative = file.resolve().relative_to(self.root.resolve()).as_posix()
-            if relative in generated:
-                continue
             if not file.exists():
                 broken.append(f"{self.name}:{number}: {target}: file not found")
             elif anchor and anchor not in Page(self.root, relative).anchors:

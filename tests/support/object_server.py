@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+from tests.support.ranks import free_port
+
 Fault = str | None
 """A fault of one request; None: forward it unchanged.
 
@@ -27,9 +29,7 @@ Rule = Callable[[str, str], Fault]
 @contextmanager
 def s3_server() -> Iterator[int]:
     """Run a moto server during the block; yield its port."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
     server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:

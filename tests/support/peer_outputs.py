@@ -6,9 +6,12 @@ A case folder contains `export/` and `x.safetensors`; `peers.safetensors` and `p
 added.
 """
 
+from __future__ import annotations
+
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from dictionary_learning.trainers.top_k import AutoEncoderTopK
@@ -16,9 +19,12 @@ from sae_lens import SAE
 from safetensors.torch import load_file, save_file
 from sparsify import SparseCoder
 
+Outputs = tuple[dict[str, torch.Tensor], dict[str, Any]]
+"""Outputs by name; the facts that the loaded model states about itself."""
+
 
 @torch.no_grad()
-def saelens_outputs(folder, x):
+def saelens_outputs(folder: Path, x: torch.Tensor) -> Outputs:
     sae = SAE.load_from_disk(folder)
     latents = sae.encode(x)
     outputs = {"latents": latents, "decoded": sae.decode(latents), "recon": sae(x)}
@@ -26,7 +32,7 @@ def saelens_outputs(folder, x):
 
 
 @torch.no_grad()
-def sparsify_outputs(folder, x):
+def sparsify_outputs(folder: Path, x: torch.Tensor) -> Outputs:
     (coder,) = SparseCoder.load_many(str(folder), local=True).values()
     encoded = coder.encode(x)
     latents = torch.zeros(len(x), coder.num_latents)
@@ -37,7 +43,7 @@ def sparsify_outputs(folder, x):
 
 
 @torch.no_grad()
-def dictionary_learning_outputs(folder, x):
+def dictionary_learning_outputs(folder: Path, x: torch.Tensor) -> Outputs:
     coder = AutoEncoderTopK.from_pretrained(folder / "ae.pt")
     latents = coder.encode(x)
     outputs = {"latents": latents, "decoded": coder.decode(latents), "recon": coder(x)}
@@ -51,10 +57,11 @@ PEERS = {
 }
 
 
-def main():
+def main() -> None:
     for case in map(Path, sys.argv[1:]):
         x = load_file(case / "x.safetensors")["x"]
-        tensors, facts = {}, {}
+        tensors: dict[str, torch.Tensor] = {}
+        facts: dict[str, dict[str, Any]] = {}
         for peer, outputs in PEERS.items():
             computed, facts[peer] = outputs(case / "export" / peer, x)
             tensors |= {f"{peer}.{name}": value.contiguous() for name, value in computed.items()}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import resource
+import shutil
 import signal
 import time
 from collections.abc import Callable
@@ -34,7 +35,7 @@ def train(
     folder: str,
     latent: int = 2,
     zero: int = 0,
-    hurt: Failure | None = None,
+    failure: Failure | None = None,
     checkpoint: dict[str, Any] | None = None,
     step_s: float = 0.0,
 ) -> int:
@@ -53,8 +54,8 @@ def train(
     job = Job(folder, latent, mesh.n_data, zero, steps=STEPS, save_every=EVERY)
     config = config_of(job)
     config.checkpoint = replace(config.checkpoint, **(checkpoint or {}))
-    if hurt is not None and hurt.rank == dist.get_rank():
-        arm(hurt)
+    if failure is not None and failure.rank == dist.get_rank():
+        install_failure(failure)
     source = _Slow(mesh.data_rank, mesh.n_data, step_s)
     rows: list[dict[str, Any]] = []
     trainer = Trainer(config, mesh, source, root, 3, rows.append, 5)
@@ -85,60 +86,62 @@ class _Slow(SyntheticSource):
         return super().next()
 
 
-def arm(hurt: Failure) -> None:
-    """Install the failure at `hurt.point` of the save of step `hurt.step`."""
+def install_failure(failure: Failure) -> None:
+    """Install the failure at `failure.point` of the save of step `failure.step`."""
+    from torch.distributed.checkpoint import HuggingFaceStorageWriter
+
     from sae_core.checkpoint import background_saver, save
 
-    def spring() -> None:
-        if hurt.how == "kill":
+    def fail() -> None:
+        if failure.how == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
-        if hurt.how == "wait":
+        if failure.how == "wait":
             time.sleep(1)
             return
         raise OSError(28, "No space left on device (a test's)")
 
-    def is_it(*arguments: Any) -> bool:
-        return any(f"step-{hurt.step:08d}" in str(a) for a in arguments)
+    def is_target(*arguments: Any) -> bool:
+        return any(f"step-{failure.step:08d}" in str(a) for a in arguments)
 
-    def before(owner: Any, name: str, only: Callable[..., bool] = is_it) -> None:
+    def before(owner: Any, name: str, only: Callable[..., bool] = is_target) -> None:
         real = getattr(owner, name)
 
         def trapped(*arguments: Any, **more: Any) -> Any:
             if only(*arguments):
-                spring()
+                fail()
             return real(*arguments, **more)
 
         setattr(owner, name, trapped)
 
-    if hurt.point == "copy":
-        trainer_save = background_saver.CheckpointSaver.save
+    if failure.point == "copy":
+        saver: Any = background_saver.CheckpointSaver
+        trainer_save = saver.save
 
         def trapped_save(self: Any, engines: Any, state: Any) -> None:
-            if state.step == hurt.step:
+            if state.step == failure.step:
                 self.wait()  # or the kill could hit the previous save as well
-                spring()
+                fail()
             trainer_save(self, engines, state)
 
-        background_saver.CheckpointSaver.save = trapped_save
-    elif hurt.point == "write":
-        before(save, "_save_tensors", lambda folder, *_: is_it(folder) and _torn(folder))
-    elif hurt.point == "begin":
+        saver.save = trapped_save
+    elif failure.point == "write":
+        before(save, "_save_tensors", lambda folder, *_: is_target(folder) and _torn(folder))
+    elif failure.point == "begin":
         before(save, "_write")
-    elif hurt.point == "disk":
-        writer = save.dcp.HuggingFaceStorageWriter
-        before(writer, "write_data", lambda self, *_: is_it(self.path))
-    elif hurt.point == "no room":
-        _without_room(save, is_it)
-    elif hurt.point == "manifest":
+    elif failure.point == "disk":
+        before(HuggingFaceStorageWriter, "write_data", lambda self, *_: is_target(self.path))
+    elif failure.point == "no room":
+        _limit_file_size(save, is_target)
+    elif failure.point == "manifest":
         before(save, "_publish")
-    elif hurt.point == "rename":
-        before(save.os, "rename")
-    elif hurt.point == "latest":
-        before(save, "write_json", lambda path, value: path.name == "latest" and is_it(value))
-    elif hurt.point == "prune":
-        before(save.shutil, "rmtree", lambda path, *_: ".old" in Path(path).name)
+    elif failure.point == "rename":
+        before(os, "rename")
+    elif failure.point == "latest":
+        before(save, "write_json", lambda path, value: path.name == "latest" and is_target(value))
+    elif failure.point == "prune":
+        before(shutil, "rmtree", lambda path, *_: ".old" in Path(path).name)
     else:
-        raise ValueError(hurt.point)
+        raise ValueError(failure.point)
 
 
 def _torn(folder: Path) -> bool:
@@ -149,14 +152,14 @@ def _torn(folder: Path) -> bool:
     return True
 
 
-def _without_room(save: Any, is_it: Callable[..., bool]) -> None:
+def _limit_file_size(save: Any, is_target: Callable[..., bool]) -> None:
     """Limit the files that this process may write during the save to 4 KiB."""
     real = save._save_tensors
 
     def limited(folder: Path, *more: Any) -> Any:
         soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
         try:
-            if is_it(folder):
+            if is_target(folder):
                 resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
             return real(folder, *more)
         finally:

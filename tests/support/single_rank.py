@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +14,7 @@ from conf.schema.run import RunConfig
 from sae_core.checkpoint.folder import list_checkpoints, step_of
 from sae_core.checkpoint.row_ranges import read_tensors
 from sae_core.config import CheckpointConfig, OptimConfig, TopKConfig, TrainConfig
-from tests.support.forked_ranks import Ranks
+from tests.support.ranks import Ranks, cluster_rank
 
 STEPS, EVERY, BATCH, D = 60, 20, 64, 16
 
@@ -61,14 +60,11 @@ def train(run_dir: Path, **variables: str) -> str:
 
 
 def _rank(run_dir: str, variables: dict[str, str]) -> int:
-    from cluster import rank
     from cluster.training import metric_sinks
 
     os.environ.update(variables)
     metric_sinks._WANDB_TIMEOUT_S = 5.0
-    sys.argv = ["rank", run_dir]
-    rank.main()
-    return 0
+    return cluster_rank(run_dir)
 
 
 def last_state(run_dir: Path) -> dict[str, torch.Tensor]:

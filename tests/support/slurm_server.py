@@ -17,6 +17,8 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+from tests.support.ranks import free_ports
+
 NODES = ("n1", "n2")
 GRACE_S, KILL_WAIT_S = 60, 30
 _NEEDED = ("munged", "munge", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "scancel")
@@ -78,7 +80,7 @@ def slurm_server() -> Iterator[Path]:
             _CONF.format(
                 folder=folder,
                 host=host,
-                ports=_free_ports(1 + len(NODES)),
+                ports=free_ports(1 + len(NODES)),
                 kill_wait=KILL_WAIT_S,
                 grace=GRACE_S,
             )
@@ -127,7 +129,7 @@ def _start_munge(stack: ExitStack, folder: Path) -> None:
     key = folder / "munge.key"
     key.write_bytes(secrets.token_bytes(128))
     key.chmod(0o600)
-    files = {"key": key, "socket": "munge.socket", "pid": "munged.pid", "seed": "munge.seed"}
+    files = {"key": key.name, "socket": "munge.socket", "pid": "munged.pid", "seed": "munge.seed"}
     paths = [
         f"--{name}{'' if name == 'socket' else '-file'}={folder / file}"
         for name, file in files.items()
@@ -171,11 +173,3 @@ def _set_conf(path: str | None) -> None:
         os.environ.pop("SLURM_CONF", None)
     else:
         os.environ["SLURM_CONF"] = path
-
-
-def _free_ports(count: int) -> list[int]:
-    with ExitStack() as stack:
-        probes = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for probe in probes:
-            probe.bind(("127.0.0.1", 0))
-        return [probe.getsockname()[1] for probe in probes]

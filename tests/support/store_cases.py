@@ -50,7 +50,7 @@ def calibration(arrays: dict[str, int]) -> dict[str, Calibration]:
 
 
 def write_store(
-    path: Path,
+    path: Path | str,
     valid_rows: Sequence[int],
     order: Sequence[int] | None = None,
     arrays: dict[str, int] | None = None,
@@ -60,7 +60,7 @@ def write_store(
     """Write a store whose item i has valid_rows[i] rows.
 
     Args:
-        path: path of the store.
+        path: path or URL of the store.
         valid_rows: rows of each item.
         order: order in which items are committed; None: by number. Items left out stay missing.
         arrays: array name -> width; None: one array of width 6.

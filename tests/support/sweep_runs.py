@@ -13,6 +13,7 @@ from cluster.run_folder.files import METRICS
 from cluster.run_folder.metrics_log import MetricsWriter
 from cluster.run_folder.saved_config import save_config
 from conf.schema.run import RunConfig
+from sae_core.config import TopKConfig
 
 D_MODEL = 64
 STEPS, BATCH_TOKENS = 400, 1000
@@ -79,8 +80,7 @@ def write_rows(folder: Path, steps: NDArray[Any], values: NDArray[Any]) -> None:
 
 def _config(n_latents: int, k: int, seed: int, lr: float | None, decay_tokens: int) -> RunConfig:
     config = RunConfig(name="cell", seed=seed)
-    config.sae.n_latents = n_latents
-    config.sae.k = k
+    config.sae = TopKConfig(n_latents=n_latents, k=k)
     config.optim.lr = lr
     config.optim.decay_tokens = decay_tokens
     config.train.tokens = STEPS * BATCH_TOKENS

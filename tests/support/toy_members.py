@@ -112,7 +112,7 @@ class CopyingKernels(StockKernels):
     """Stock kernels that keep copies of the matrices, as kernels of low precision do."""
 
     name = "copying"
-    copy_dtype = torch.float32
+    copy_dtype: torch.dtype | None = torch.float32
 
 
 def build_copying(compute_dtype: torch.dtype, tf32: bool, prefilter: str) -> Kernels:

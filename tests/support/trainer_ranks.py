@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import socket
-import subprocess
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,6 +19,7 @@ from sae_core.config import (
     TrainerConfig,
 )
 from sae_core.training.source import Batch
+from tests.support.ranks import Ranks
 from tests.support.toy_members import ToyConfig, registered_toys
 
 D, N_LATENTS, BATCH, STEPS = 24, 250, 48, 50
@@ -70,7 +67,7 @@ class SyntheticSource:
 
 @dataclass
 class Job:
-    """The job of a group of ranks; passed to them as JSON."""
+    """The job of a group of ranks."""
 
     folder: str
     latent: int = 1
@@ -135,33 +132,9 @@ def run_job(job: Job, timeout_s: float = 120) -> list[dict[str, Any]]:
     Raises:
         RanksFailed: If a rank ends with an error; the message has the output of all ranks.
     """
-    Path(job.folder).mkdir(parents=True, exist_ok=True)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    n_ranks = job.latent * job.data
-    command = [sys.executable, "-m", "tests.support.trainer_ranks", json.dumps(vars(job))]
-    processes = []
-    for rank in range(n_ranks):
-        environment = os.environ | {
-            "RANK": str(rank),
-            "LOCAL_RANK": str(rank),
-            "WORLD_SIZE": str(n_ranks),
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
-            "OMP_NUM_THREADS": "1",
-            "DS_ACCELERATOR": "cpu",
-        }
-        log = open(Path(job.folder) / f"rank-{rank}.log", "w")  # noqa: SIM115, outlives the block
-        processes.append(subprocess.Popen(command, env=environment, stdout=log, stderr=log))
-    try:
-        codes = [process.wait(timeout_s) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    if any(codes):
-        texts = [(Path(job.folder) / f"rank-{r}.log").read_text() for r in range(n_ranks)]
-        raise RanksFailed("\n".join(texts))
+    ranks = Ranks(Path(job.folder), job.latent * job.data, _rank_main, job)
+    if any(ranks.codes(timeout_s)):
+        raise RanksFailed("\n".join(ranks.logs()))
     return json.loads((Path(job.folder) / "rows.json").read_text())
 
 
@@ -169,7 +142,12 @@ class RanksFailed(Exception):
     """At least one rank ended with an error."""
 
 
-def _rank_main(job: Job) -> None:
+def _rank_main(job: Job) -> int:
+    with registered_toys():
+        return _train(job)
+
+
+def _train(job: Job) -> int:
     import torch.distributed as dist
 
     from sae_core.checkpoint import agreed_checkpoint
@@ -208,6 +186,7 @@ def _rank_main(job: Job) -> None:
         (Path(job.folder) / "rows.json").write_text(json.dumps(rows))
     dist.barrier()
     dist.destroy_process_group()
+    return 0
 
 
 def _take_out(feature: str | None) -> None:
@@ -219,22 +198,24 @@ def _take_out(feature: str | None) -> None:
     from sae_core.engine import fused_adam
     from sae_core.engine.deepspeed_engine import SAEEngine
 
-    if feature == "global selection":
-        sparse_autoencode.select_global = lambda values, *_: values > float("-inf")
-    elif feature == "reconstruction all-reduce":
-        sparse_autoencode.dist = _Without(dist, "all_reduce")
-    elif feature == "fired all-reduce":
-        base.dist = _Without(dist, "all_reduce")
-    elif feature == "gradient average":
-        SAEEngine.train_step = _without_average(SAEEngine.train_step)
-    elif feature == "sharded mark":
-        TopKSAE.forward = _without_mark(TopKSAE.forward)
-    elif feature == "replica exchange":
-        fused_adam.gather_over_replicas = lambda gradient, _: gradient
-    elif feature == "zero push":
-        SAEEngine._push_to_zero = lambda *_: None
-    elif feature is not None:
-        raise ValueError(feature)
+    without_all_reduce = _Without(dist, "all_reduce")
+    patches: dict[str, tuple[Any, str, Any]] = {
+        "global selection": (
+            sparse_autoencode,
+            "select_global",
+            lambda values, *_: values > float("-inf"),
+        ),
+        "reconstruction all-reduce": (sparse_autoencode, "dist", without_all_reduce),
+        "fired all-reduce": (base, "dist", without_all_reduce),
+        "gradient average": (SAEEngine, "train_step", _without_average(SAEEngine.train_step)),
+        "sharded mark": (TopKSAE, "forward", _without_mark(TopKSAE.forward)),
+        "replica exchange": (fused_adam, "gather_over_replicas", lambda gradient, _: gradient),
+        "zero push": (SAEEngine, "_push_to_zero", lambda *_: None),
+    }
+    if feature is not None:
+        owner, name, replacement = patches[feature]
+        assert hasattr(owner, name)
+        setattr(owner, name, replacement)
 
 
 def _without_average(train_step: Any) -> Any:
@@ -307,8 +288,3 @@ class _Without:
 
     def __getattr__(self, name: str) -> Any:
         return (lambda *_, **__: None) if name == self._name else getattr(self._module, name)
-
-
-if __name__ == "__main__":
-    with registered_toys():
-        _rank_main(Job(**json.loads(sys.argv[1])))

@@ -1,4 +1,4 @@
-"""The house: which package may import which, no circles, no crowded folder, nothing unused."""
+"""Test which package imports which, and that no folder is crowded and no module unused."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ from pathlib import Path
 import pytest
 
 from tests.support.house import (
+    FLOORS,
     MOST_MODULES,
     circles,
     crowded_folders,
+    packages_without_floor,
     read_house,
     unused_modules,
     wrong_imports,
@@ -31,6 +33,12 @@ LIBRARIES_KEPT_OUT = {
 @pytest.fixture(scope="module")
 def house():
     return read_house(ROOT)
+
+
+def test_every_package_is_read(house):
+    assert packages_without_floor(ROOT) == []
+    read = {name.split(".")[0] for name in house}
+    assert read == {package for floor in FLOORS for package in floor}
 
 
 def test_packages_import_only_lower_floors(house):
@@ -81,6 +89,24 @@ def test_an_import_upwards_or_sideways_is_seen(tmp_path):
     assert "sae_core/mesh.py:1 imports activation_store.files" in found[0]
 
 
+def test_an_import_of_tests_is_seen(tmp_path):
+    write_house(
+        tmp_path,
+        {
+            "cluster/rank.py": "def f():\n    from tests.support.ranks import Ranks\n",
+            "tests/support/ranks.py": "import cluster.rank\n",
+        },
+    )
+    (found,) = wrong_imports(read_house(tmp_path))
+    assert "cluster/rank.py:2 imports tests.support.ranks" in found
+
+
+def test_a_package_without_a_floor_is_seen(tmp_path):
+    write_house(tmp_path, {"sae_core/mesh.py": "", "tests/unit/test_x.py": "", "extra/x.py": ""})
+    write_house(tmp_path, {".venv/x.py": "", "docs/page.md": ""})
+    assert packages_without_floor(tmp_path) == ["extra"]
+
+
 def test_a_circle_is_seen_even_inside_functions(tmp_path):
     write_house(
         tmp_path,
@@ -99,8 +125,9 @@ def test_a_crowded_folder_is_seen(tmp_path):
     write_house(tmp_path, {"analysis/__init__.py": "", "analysis/__main__.py": ""})
     assert crowded_folders(read_house(tmp_path)) == []
     write_house(tmp_path, {"analysis/one_more.py": ""})
-    (found,) = crowded_folders(read_house(tmp_path))
-    assert f"{MOST_MODULES + 1} modules" in found
+    write_house(tmp_path, {f"tests/unit/test_{i}.py": "" for i in range(MOST_MODULES + 2)})
+    one, other = crowded_folders(read_house(tmp_path))
+    assert f"{MOST_MODULES + 1} modules" in one and f"{MOST_MODULES + 2} modules" in other
 
 
 def test_an_unused_module_is_seen(tmp_path):
@@ -112,9 +139,16 @@ def test_an_unused_module_is_seen(tmp_path):
             "cluster/used.py": "",
             "cluster/unused.py": "",
             "cluster/command.py": "if __name__ == '__main__':\n    print()\n",
+            "cluster/only_tested.py": "",
+            "tests/unit/test_only_tested.py": "from cluster import only_tested\n"
+            "from tests.support import used\n",
+            "tests/unit/conftest.py": "",
+            "tests/support/used.py": "",
+            "tests/support/unused.py": "",
         },
     )
-    assert unused_modules(read_house(tmp_path)) == ["cluster.unused"]
+    found = unused_modules(read_house(tmp_path))
+    assert found == ["cluster.only_tested", "cluster.unused", "tests.support.unused"]
 
 
 def test_the_config_needs_nothing_heavy():

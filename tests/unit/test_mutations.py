@@ -1,13 +1,15 @@
-"""Test that the snippets and tests named in the table of mutations exist."""
+"""Test that the snippets and tests named in the tables of mutations exist."""
 
 from __future__ import annotations
 
 import ast
+from types import ModuleType
 
 import pytest
 
+from tests.mutation.mutation import FAULTS, Edit, Mutation
 from tests.mutation.runner import mutated
-from tests.mutation.table import EXTRA, FAULTS, MUTATIONS, Edit, Mutation
+from tests.mutation.tables import ALL, MUTATIONS, TABLES
 from tests.support.paths import ROOT
 
 
@@ -15,7 +17,16 @@ def test_every_fault_has_a_mutation() -> None:
     assert sorted(FAULTS) == list(range(1, 23)) == sorted({m.fault for m in MUTATIONS})
 
 
-@pytest.mark.parametrize("mutation", [*MUTATIONS, *EXTRA], ids=lambda mutation: mutation.what)
+@pytest.mark.parametrize("table", TABLES, ids=lambda table: table.__name__)
+def test_a_table_holds_the_mutations_of_its_package(table: ModuleType) -> None:
+    packages = {name.__name__.rpartition(".")[2] for name in TABLES}
+    for mutation in table.MUTATIONS:
+        package = mutation.edits[0].file.partition("/")[0]
+        expected = package if package in packages else "project"
+        assert table.__name__ == f"tests.mutation.{expected}", mutation.what
+
+
+@pytest.mark.parametrize("mutation", ALL, ids=lambda mutation: mutation.what)
 def test_a_mutation_applies_and_its_tests_exist(mutation: Mutation) -> None:
     texts: dict[str, str] = {}
     for edit in mutation.edits:

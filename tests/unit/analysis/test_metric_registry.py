@@ -11,15 +11,16 @@ import pytest
 import torch
 
 from activation_store import StoreWriter
-from analysis import status
 from analysis.evaluation import stage as evaluation_stage
 from analysis.evaluation.measurement import Accumulator, Measured, Rows
 from analysis.evaluation.metrics import METRICS, Metric, definitions, metric_rows
 from analysis.export import stage as export_stage
 from analysis.pages import stage as report_stage
+from analysis.status import stage as status_stage
 from conf.schema.run import RunConfig
 from sae_core import SAE
-from sae_core.config import SAEConfig
+from sae_core.architectures.topk.inference import TopKInference
+from sae_core.config import TopKConfig
 
 D, HOOKPOINT = 16, "acts"
 DEFINITION = "mean over rows of the cosine of the angle between x and recon"
@@ -58,8 +59,8 @@ def run(tmp_path: Path) -> tuple[RunConfig, Path, float]:
     writer.write_item(1, {HOOKPOINT: rows[64:]})
     writer.finalise()
     W = torch.cat([torch.eye(D), -torch.eye(D)])
-    sae_config = SAEConfig(n_latents=2 * D, k=5, hookpoint=HOOKPOINT)
-    sae = SAE(sae_config, W, W.clone(), torch.zeros(2 * D), torch.zeros(D), step=7)
+    sae_config = TopKConfig(n_latents=2 * D, k=5, hookpoint=HOOKPOINT)
+    sae = TopKInference(sae_config, W, W.clone(), torch.zeros(2 * D), torch.zeros(D), step=7)
     sae.save(tmp_path)
     x = torch.from_numpy(rows)
     config = RunConfig(name="run")
@@ -95,7 +96,7 @@ def test_a_metric_from_outside_appears_everywhere(
         card = (run_dir / "export" / "README.md").read_text(encoding="utf-8")
         assert f"| `cosine` | {shown} of 1 | {DEFINITION} | higher |" in card
 
-        status.run(config, run_dir)
+        status_stage.run(config, run_dir)
         assert f"cosine {shown} of 1" in " ".join(capsys.readouterr().out.split())
     differing = {"cosine", "definitions", "seconds"}
     assert {key: value for key, value in metrics.items() if key not in differing} == {

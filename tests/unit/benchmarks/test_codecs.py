@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,7 +15,7 @@ from tests.support.toy_codec import Halves
 
 def test_every_codec_has_a_row(tmp_path: Path) -> None:
     arrays = {"a": 16}
-    options = {"arrays": arrays, "shard_tokens": 2048, "chunk_bytes": 4096}
+    options: dict[str, Any] = {"arrays": arrays, "shard_tokens": 2048, "chunk_bytes": 4096}
     write_store(tmp_path / "source", [2048] * 3, calibration=calibration(arrays), **options)
     source = open_store(tmp_path / "source")
     with CODECS.registered("halves", Halves()):

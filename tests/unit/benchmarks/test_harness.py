@@ -174,4 +174,4 @@ def test_peer_rows() -> None:
     for row in rows:
         assert row["work"] == WORK
         assert row["ratio"] == pytest.approx(row["median_s"] / row["gemm_s"])
-        assert row["tokens_per_s"] == pytest.approx(WORK["B"] / row["median_s"])  # type: ignore[operator]
+        assert row["tokens_per_s"] == pytest.approx(WORK["B"] / row["median_s"])

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from typing import Any
 
 from cluster.preemption import signals_kept
 from tests.support.paths import ROOT
@@ -45,7 +46,7 @@ def test_sigusr1_while_ray_starts_is_not_lost():
 
 
 def test_processes_started_by_ray_survive_sigusr1_and_a_rank_receives_it():
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     with signals_kept():
         rank = subprocess.Popen([sys.executable, "-c", RANK], env=ENVIRONMENT, **pipes)
     assert rank.stdout is not None and rank.stdout.readline() == "up\n"

@@ -9,6 +9,7 @@ from omegaconf import OmegaConf
 from conf.reference import as_markdown, field_docstrings, groups
 from conf.schema.run import RunConfig
 from conf.tree import changed_settings, config_tree
+from sae_core.config import TopKConfig
 from tests.support.paths import ROOT
 
 
@@ -60,7 +61,7 @@ def test_docstrings_of_fields_are_inherited():
 def test_only_changed_settings_are_shown_at_the_start():
     config = RunConfig(name="x")
     assert changed_settings(config, RunConfig(name="x")) == {}
-    config.sae.k = 7
+    config.sae = TopKConfig(k=7)
     config.data.path = "[red]text.txt"
     found = changed_settings(config, RunConfig(name="x"))
     assert found == {"data.path": "[red]text.txt", "sae.k": 7}

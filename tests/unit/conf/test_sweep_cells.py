@@ -21,7 +21,7 @@ from conf.schema.run import RunConfig
 from conf.schema.sweep import SweepConfig
 from conf.sweep_cells import cells_of
 from foundation.errors import ConfigError
-from sae_core.config import ParallelConfig
+from sae_core.config import ParallelConfig, TopKConfig
 from sae_core.engine.lr_schedule import peak_lr
 from sae_core.errors import CheckpointError, DivergedError
 from sae_core.training.shared_source import SharedSource
@@ -38,6 +38,7 @@ def test_a_grid_of_ordinary_runs() -> None:
     cells = cells_of(base, Path("/r/s"))
     assert len(cells) == 16 and next(iter(cells)) == "n256-k8-lrauto-seed1"
     cell = cells["n512-k16-lr0.01-seed2"]
+    assert isinstance(cell.sae, TopKConfig)
     assert (cell.sae.n_latents, cell.sae.k, cell.optim.lr, cell.seed) == (512, 16, 0.01, 2)
     assert (cell.name, cell.runs_dir, cell.stage) == ("n512-k16-lr0.01-seed2", "/r/s", "train")
     assert {one.order_seed for one in cells.values()} == {5}, "seeds must not move the stream"

@@ -54,7 +54,7 @@ def rendered() -> dict[str, str]:
 
 
 @pytest.fixture(autouse=True)
-def a_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+def fixed_ray_version(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kuberay, "version", lambda package: "2.60.0")
 
 

@@ -96,4 +96,5 @@ def test_a_finished_job_does_not_block_a_new_one(tmp_path, monkeypatch, state):
     scontrol.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
     check_no_unfinished_job(tmp_path)
-    assert "rerun stage=submit to resume" in describe_newest_job(tmp_path)
+    description = describe_newest_job(tmp_path)
+    assert description is not None and "rerun stage=submit to resume" in description

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,13 +15,14 @@ from conf.schema.data import DataConfig
 from tests.support.tiny_models import save_tokenizer, write_text
 
 
-def prepare(tmp_path: Path, text: str | None = None, **settings: object) -> Contexts:
+def prepare(tmp_path: Path, text: str | None = None, **settings: Any) -> Contexts:
     file = tmp_path / "text.txt"
     if text is None:
         write_text(file)
     else:
         file.write_text(text)
-    data = DataConfig(path=str(file), **{"context_tokens": 8, "heldout_fraction": 0.3, **settings})
+    settings = {"context_tokens": 8, "heldout_fraction": 0.3, **settings}
+    data = DataConfig(path=str(file), **settings)
     return prepare_contexts(data, save_tokenizer(tmp_path / "tokenizer"), tmp_path / "cache")
 
 

@@ -174,7 +174,7 @@ def test_the_hash_of_a_folder_stays_what_it_was(tmp_path: Path) -> None:
 class Csv(TextFormat):
     """A toy format: comma-separated values with a header."""
 
-    suffixes = (".csv",)
+    suffixes: tuple[str, ...] = (".csv",)
     may_be_gzipped = True
 
     def documents(self, file: Path, field: str, alone: bool) -> Iterator[str]:

@@ -29,7 +29,7 @@ from tests.support.toy_codec import Halves
 
 H100 = gpu(PlanConfig(hardware="h100"))
 INF = float("inf")
-ONLY_PRODUCTS = Rates(2.0, *[INF] * 2, 0.0, *[INF] * 4, 0.0, 0.0)
+ONLY_PRODUCTS = Rates(2.0, INF, INF, 0.0, INF, INF, INF, INF, 0.0, 0.0)
 
 
 def config_of(n_latents=64, k=2, batch=8, latent=1, data=1, **plan) -> RunConfig:
@@ -316,7 +316,7 @@ def test_harvest_and_training_at_once_take_the_longer_time_and_the_gpus_of_both(
     hardware = replace(H100, peak_flops=1.0, price_per_hour=2.0)
     layout = replace(plan_layout(config, 16, hardware, config.parallel), read_s=step_s)
     what, value = (list(column.cells) for column in run_table(layout, config, hardware).columns)
-    rows = dict(zip(what, value, strict=True))
+    rows = dict(zip(what, map(str, value), strict=True))
     assert rows["duration"].startswith(duration) and rows["cost"].startswith(cost), rows
 
 

@@ -51,7 +51,8 @@ def test_without_stragglers_a_step_is_the_sum_of_its_phases():
 def test_more_stragglers_are_never_faster(share, more, factor, slower, seed, mesh):
     def step(slow_ranks, slow_factor):
         noise = Noise(0.05, slow_ranks, slow_factor)
-        return simulate_step(PHASES, *mesh, noise, steps=5, seed=seed)
+        latent, data = mesh
+        return simulate_step(PHASES, latent, data, noise, steps=5, seed=seed)
 
     shares, factors = sorted((share, more)), sorted((factor, slower))
     assert step(shares[0], factors[0]) <= step(shares[1], factors[1]) + 1e-12

@@ -37,12 +37,12 @@ def names_in(source: str) -> list[tuple[int, str]]:
             found.append((node.lineno, str(node.value)))
         if isinstance(node, ast.JoinedStr):
             text = "".join(
-                part.value if isinstance(part, ast.Constant) else "{}" for part in node.values
+                str(part.value) if isinstance(part, ast.Constant) else "{}" for part in node.values
             )
             if RANK_FILE.search(text):
                 found.append((node.lineno, text))
         found += [
-            (part.lineno, part.value)
+            (part.lineno, str(part.value))
             for part in path_parts(node)
             if isinstance(part, ast.Constant) and part.value in PARTS
         ]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -14,12 +16,13 @@ from activation_store import (
     StoreWriter,
     open_store,
 )
+from cluster.training.batch_order import BatchOrder
 from cluster.training.device_gather import DeviceRows, decodes_on_device, to_torch
 from cluster.training.store_source import StoreSource
 from tests.support.store_cases import calibration, write_store
 from tests.support.toy_codec import Halves
 
-ORDER = {"seed": 3, "batch_rows": 96, "window_items": 2, "buffer_rows": 300}
+ORDER: dict[str, Any] = {"seed": 3, "batch_rows": 96, "window_items": 2, "buffer_rows": 300}
 
 
 @pytest.fixture(autouse=True)
@@ -63,6 +66,6 @@ def test_rows_that_only_the_host_can_decode(tmp_path):
         store = open_store(tmp_path)
         assert not decodes_on_device(store, "a")
         # Uses no GPU yet: rows are gathered on the host and uploaded batch by batch.
-        source = StoreSource(store, "a", 0, 8, 0, 1, 1, 16, device=torch.device("cuda"))
+        source = StoreSource(store, "a", BatchOrder(0, 8, 1, 16), torch.device("cuda"))
         assert isinstance(source._stream, ShuffledStream)
         source.close()

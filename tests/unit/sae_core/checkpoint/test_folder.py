@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -61,7 +62,12 @@ def swap(folder: Path) -> None:
     (folder / "b").rename(c)
 
 
-DAMAGES = {
+def empty(folder: Path) -> None:
+    shutil.rmtree(folder)
+    folder.mkdir()
+
+
+DAMAGES: dict[str, Callable[[Path], object]] = {
     "flipped": flip,
     "truncated": lambda f: (f / "weights" / "a.safetensors").write_bytes(b"x"),
     "swapped": swap,
@@ -72,7 +78,7 @@ DAMAGES = {
     "manifest is a list": lambda f: (f / "manifest.json").write_text("[]"),
     "an entry is a number": lambda f: (f / "manifest.json").write_text('{"files": {"a": 1}}'),
     "state edited": lambda f: (f / "state.json").write_text(json.dumps(STATE | {"step": 99})),
-    "empty folder": lambda f: [shutil.rmtree(f), f.mkdir()],
+    "empty folder": empty,
 }
 
 

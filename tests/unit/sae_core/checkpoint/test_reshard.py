@@ -11,12 +11,12 @@ import torch
 import torch.distributed.checkpoint as dcp
 from safetensors import safe_open
 from safetensors.torch import load_file
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from benchmarks.export_memory import measure
 from benchmarks.harness.synthetic_checkpoint import NAME, make_checkpoint
 from foundation.errors import ConfigError
 from sae_core import load_sae
-from sae_core.checkpoint import reshard as module
 from sae_core.checkpoint.folder import check_manifest, newest_valid
 from sae_core.checkpoint.reshard import reshard_checkpoint
 from sae_core.checkpoint.row_ranges import read_layout, read_tensors
@@ -70,7 +70,10 @@ def test_torch_reads_the_files(source: Path, tmp_path: Path):
     target = reshard_checkpoint(source, tmp_path / "to", 3)
     reader = dcp.HuggingFaceStorageReader(str(target / "weights"))
     metadata = reader.read_metadata().state_dict_metadata
-    read = {name: torch.empty(e.size, dtype=e.properties.dtype) for name, e in metadata.items()}
+    read = {}
+    for name, entry in metadata.items():
+        assert isinstance(entry, TensorStorageMetadata)
+        read[name] = torch.empty(entry.size, dtype=entry.properties.dtype)
     dcp.load(read, storage_reader=reader, no_dist=True)
     expected = read_tensors(source / "weights")
     assert read.keys() == expected.keys()
@@ -90,7 +93,7 @@ def test_an_interrupted_reshard_leaves_no_checkpoint(source: Path, tmp_path: Pat
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(module.os, "rename", killed)
+        patch.setattr("os.rename", killed)
         reshard_checkpoint(source, tmp_path / "to", 2)
     assert newest_valid(tmp_path / "to") is None
     assert [path.name for path in (tmp_path / "to").iterdir()] == ["reshard-step-00000007.tmp"]

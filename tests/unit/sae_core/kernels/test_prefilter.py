@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from foundation.errors import ConfigError
 from sae_core.config import TrainConfig
 from sae_core.kernels import get_kernels
-from sae_core.kernels.prefilter import Candidates, prefiltered_topk, uncertified
+from sae_core.kernels.prefilter import Candidates, Prefilter, prefiltered_topk, uncertified
 from sae_core.kernels.stock.body import StockKernels
 from sae_core.kernels.stock.prefilter_bfloat16 import Bfloat16Prefilter
 from sae_core.kernels.triton.prefilter_float8 import (
@@ -30,7 +30,7 @@ def emulated_float8_topk(x, W, b, count):
     return EXACT.exact_topk(dequantise(x), dequantise(W), b, count)
 
 
-PREFILTERS = [
+PREFILTERS: list[Prefilter] = [
     Bfloat16Prefilter(split=True),
     Bfloat16Prefilter(split=False),
     Float8Prefilter(emulated_float8_topk, split_rows),
@@ -194,7 +194,8 @@ def massive_channel_case():
 
 @pytest.mark.parametrize("prefilter", PREFILTERS, ids=names(PREFILTERS))
 def test_latents_that_read_only_a_massive_channel(prefilter):
-    assert_exact(prefilter, *massive_channel_case(), 32)
+    x, W, b = massive_channel_case()
+    assert_exact(prefilter, x, W, b, 32)
 
 
 def test_rounding_errors_that_add_up_do_not_fool_the_proven_margin():

@@ -1,4 +1,7 @@
-"""Start real trainer ranks quickly, by forking a process that has already imported everything."""
+"""Start groups of real ranks on this machine.
+
+Ranks start in milliseconds: they are forked from a process that has already imported everything.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ import socket
 import sys
 import traceback
 from collections.abc import Callable
+from contextlib import ExitStack
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -15,7 +19,55 @@ from typing import Any
 CHECKPOINT_FAILED = 3
 """Exit code of a rank that ended with a CheckpointError."""
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["tests.support.forked_ranks", "deepspeed", "cluster.rank"])
+_CONTEXT.set_forkserver_preload(["tests.support.ranks", "deepspeed", "cluster.rank"])
+
+
+def free_ports(count: int) -> list[int]:
+    """Return distinct TCP ports of this machine that are free now."""
+    with ExitStack() as stack:
+        probes = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for probe in probes:
+            probe.bind(("127.0.0.1", 0))
+        return [probe.getsockname()[1] for probe in probes]
+
+
+def free_port() -> int:
+    """Return a TCP port of this machine that is free now."""
+    return free_ports(1)[0]
+
+
+def rank_environment(rank: int, n_ranks: int, port: int) -> dict[str, str]:
+    """Return the environment variables of one CPU rank, as torchrun sets them on one machine.
+
+    Args:
+        rank: number of the rank in the group, from 0.
+        n_ranks: size of the group.
+        port: port on which the ranks meet.
+    """
+    return {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(n_ranks),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "OMP_NUM_THREADS": "1",
+        "DS_ACCELERATOR": "cpu",
+    }
+
+
+def torchrun_command(run_dir: Path, n_ranks: int) -> list[str]:
+    """Return the command line that starts `cluster.rank` for a run under torchrun."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    return [*torchrun, "--nproc-per-node", str(n_ranks), "-m", "cluster.rank", str(run_dir)]
+
+
+def cluster_rank(run_dir: str, *cells: str) -> int:
+    """Run what `python -m cluster.rank RUN_DIR [CELL ...]` runs; a body for `Ranks`."""
+    from cluster import rank
+
+    sys.argv = ["rank", run_dir, *cells]
+    rank.main()
+    return 0
 
 
 class Ranks:
@@ -33,20 +85,10 @@ class Ranks:
     ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
+        port = free_port()
         self.processes: list[BaseProcess] = []
         for rank in range(n_ranks):
-            place = {
-                "RANK": str(rank),
-                "LOCAL_RANK": str(rank),
-                "WORLD_SIZE": str(n_ranks),
-                "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": str(port),
-                "OMP_NUM_THREADS": "1",
-                "DS_ACCELERATOR": "cpu",
-            }
+            place = rank_environment(rank, n_ranks, port)
             log = str(folder / f"rank-{rank}.log")
             process = _CONTEXT.Process(target=_main, args=(place, log, body, arguments))
             process.start()

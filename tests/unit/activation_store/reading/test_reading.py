@@ -156,7 +156,9 @@ def test_a_device_gathers_the_same_batches(tmp_path: Path, codec: str) -> None:
             assert len(part.block.arrays["a"]) <= part.block.block.n_rows
             numbers = part.block.arrays["a"][part.picks].astype(np.float32)
             if codec == "int8":
-                formula = store.row_codec("a").scale_offset  # type: ignore[union-attr]
+                row_codec = store.row_codec("a")
+                assert row_codec is not None and row_codec.scale_offset is not None
+                formula = row_codec.scale_offset
                 scale = part.block.arrays["a" + formula.scale][part.picks]
                 numbers = formula.offset + scale[:, None] * (formula.factor * numbers)
             rows.append(numbers.astype(batch.arrays["a"].dtype))

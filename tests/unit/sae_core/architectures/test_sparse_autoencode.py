@@ -50,19 +50,23 @@ def test_gradients(kernels, n_dead):
     plan = SparsePlan(get_kernels(kernels, torch.float32), L, K, AUXK, 0, None)
     aux = AuxInput(dead.nonzero().squeeze(1), None)
     out = sparse_autoencode(x, Dictionary(*ours), plan, aux)
+    assert out.aux_squared_error is not None
     aux_loss = out.aux_squared_error / out.squared_error.detach()
     loss = out.squared_error / x.numel() + aux_loss / 32
     loss.backward()
 
     theirs = [p.clone().requires_grad_() for p in parameters]
-    expected = dense(x, *theirs, dead)
+    W_enc, b_enc, W_dec, b_dec = theirs
+    expected = dense(x, W_enc, b_enc, W_dec, b_dec, dead)
     expected.backward()
     torch.testing.assert_close(loss, expected)
     for name, a, b in zip(("W_enc", "b_enc", "W_dec", "b_dec"), ours, theirs, strict=True):
         wanted = b.grad
+        assert wanted is not None
         if name == "W_dec":  # ours leaves out the component along the unit rows
             wanted = wanted - (wanted * b).sum(1, keepdim=True) * b.detach()
         torch.testing.assert_close(a.grad, wanted, atol=1e-6, rtol=1e-4, msg=name)
+    assert ours[0].grad is not None
     assert (ours[0].grad[dead].abs().sum(1) > 0).any()  # AuxK reaches the dead encoder rows
 
 
@@ -73,7 +77,7 @@ def test_the_decoder_gradient_is_orthogonal_to_its_rows():
     plan = SparsePlan(get_kernels("stock", torch.float32), L, K, AUXK, 0, None)
     weights = Dictionary(W, torch.zeros(L), W_dec, torch.zeros(D))
     sparse_autoencode(x, weights, plan, None).squared_error.backward()
-    assert W_dec.grad.norm() > 1
+    assert W_dec.grad is not None and W_dec.grad.norm() > 1
     assert (W_dec.grad * W_dec).sum(1).abs().max() < 1e-4
 
 

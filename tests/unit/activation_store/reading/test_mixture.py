@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ def stores(tmp_path_factory: pytest.TempPathFactory) -> list[Store]:
     return [open_store(folder / str(number)) for number in range(len(ROWS))]
 
 
-def mixture(stores: list[Store], weights: list[float], **options: Any) -> MixtureStream:
+def mixture(stores: list[Store], weights: Sequence[float], **options: Any) -> MixtureStream:
     return MixtureStream(stores, weights, ["a", "token_id"], **{**OPTIONS, **options})
 
 

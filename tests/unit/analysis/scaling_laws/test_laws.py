@@ -96,7 +96,7 @@ def test_intervals_cover(law: Law, theta: Array, x: Array, noise: float, outlier
 
 def test_an_absent_floor_has_an_interval_above_zero() -> None:
     """Fit a pure power law: e is 0, but the upper end of its interval is positive."""
-    x = 2.0 ** np.arange(10, 18)[:, None]
+    x: Array = 2.0 ** np.arange(10.0, 18.0)[:, None]
     y, rng = measured(FLOOR_LAW, np.array([0.0, -0.2, -60.0]), x, 0.01, 0, seed=4)
     floor = fit(FLOOR_LAW, x, y, 100, rng).coefficients()["e"]
     assert floor.value < 1e-9 and floor.low == 0.0

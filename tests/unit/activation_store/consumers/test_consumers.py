@@ -26,6 +26,7 @@ from activation_store import (
     verify_store,
 )
 from activation_store.consumers import cursors, retention
+from activation_store.consumers.deletion_mark import write_deletion_mark
 from activation_store.errors import DamagedDataError, StoreFormatError
 from foundation.errors import ConfigError
 from tests.support.store_cases import expected, item_columns, tree, write_store
@@ -94,7 +95,7 @@ def test_items_before_the_first_one_needed_are_not_read_again(
     source.seek(position)
     items = [source.next().arrays["token_id"] // 100_000 for _ in range(position, per_epoch)]
     assert min(batch.min() for batch in items) >= first
-    if first + window_items <= len(ROWS) and sum(ROWS[first : first + window_items]):
+    if first + window_items <= len(ROWS) and any(ROWS[first : first + window_items]):
         # Not a window too early: the next batch begins in this window.
         window = range(first, first + window_items)
         assert int(items[0][0]) in window
@@ -206,14 +207,14 @@ def test_a_consumer_that_registers_during_a_deletion_is_counted_or_refused(
     path = tmp_path / "s"
     write_store(path, ROWS, arrays=ARRAYS)
     publish(Consumer(path, "old"), 6)
-    write, came = retention.write_deletion_mark, []
+    came: list[str] = []
 
     def announce(storage: Any, mark: Any) -> None:
         if not came:
             came.append(moment)
             if moment == "before":
                 Consumer(path, "new")
-            write(storage, mark)
+            write_deletion_mark(storage, mark)
             if moment == "after":
                 with pytest.raises(DeletedDataError, match="below 6 are being deleted"):
                     Consumer(path, "new")
@@ -221,7 +222,7 @@ def test_a_consumer_that_registers_during_a_deletion_is_counted_or_refused(
         if moment == "during":  # too late to be counted, so it must see the announcement
             with pytest.raises(DeletedDataError):
                 Consumer(path, "new")
-        write(storage, mark)
+        write_deletion_mark(storage, mark)
 
     monkeypatch.setattr(retention, "write_deletion_mark", announce)
     assert delete_consumed(path) == ([] if moment == "before" else [0, 1, 2, 3, 4, 5])

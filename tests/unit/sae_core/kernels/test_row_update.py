@@ -35,11 +35,16 @@ def sparse_gradient(seed):
 
 def fresh_state(dtype=torch.float32, first_latent=0):
     weights = normal(0, L, D), torch.nn.functional.normalize(normal(1, L, D), dim=1), normal(2, L)
-    moments = [
-        tuple(torch.zeros_like(w, dtype=dtype if w.ndim == 2 else None) for w in weights)
-        for _ in range(2)
-    ]
-    return RowState(*weights, *moments, None, first_latent)
+
+    def zeros():
+        W_enc, W_dec, b_enc = weights
+        return (
+            torch.zeros_like(W_enc, dtype=dtype),
+            torch.zeros_like(W_dec, dtype=dtype),
+            torch.zeros_like(b_enc),
+        )
+
+    return RowState(*weights, zeros(), zeros(), None, first_latent)
 
 
 def adam_step(step, skip=0.0, divisor=None):

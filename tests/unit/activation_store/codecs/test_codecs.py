@@ -63,8 +63,16 @@ def test_every_reader_sees_what_was_written(
 ) -> None:
     path = tmp_path_factory.mktemp("store") / "s"
     arrays = {"a": width}
-    options = {"dtype": dtype, "shard_tokens": 24, "chunk_bytes": chunk_bytes, "codec": codec}
-    write_store(path, valid_rows, arrays=arrays, calibration=calibration(arrays), **options)
+    write_store(
+        path,
+        valid_rows,
+        arrays=arrays,
+        calibration=calibration(arrays),
+        dtype=dtype,
+        shard_tokens=24,
+        chunk_bytes=chunk_bytes,
+        codec=codec,
+    )
     store, total = open_store(path), sum(valid_rows)
     rows = expected(valid_rows, arrays, dtype)["a"]
     read = store.read("a", 0, total)
@@ -99,8 +107,8 @@ def test_we_read_shards_that_other_libraries_wrote(
 ) -> None:
     """Replace our shard with theirs, add our checksum table and update our record."""
     path, arrays = tmp_path / "s", {"a": 6}
-    options = {"dtype": dtype, "codec": codec, "calibration": calibration(arrays)}
-    write_store(path, [16], arrays=arrays, **options)
+    moments = calibration(arrays)
+    write_store(path, [16], arrays=arrays, dtype=dtype, codec=codec, calibration=moments)
     header, before = open_store(path).header, open_store(path).read("a", 0, 16)
     record = path / "_log" / "000000" / "000000000.json"
     document = load_checksummed(str(record), record.read_bytes())

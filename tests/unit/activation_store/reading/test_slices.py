@@ -89,8 +89,8 @@ def test_only_a_chunk_where_strips_meet_is_read_twice(
 def test_strips_are_equal_and_slices_of_one_order(
     start: int, chunks: list[int], batch_rows: int, data: st.DataObject
 ) -> None:
-    columns = [np.zeros(len(chunks)), np.arange(len(chunks)), chunks]
-    block = Block(0, start, np.stack(columns, axis=1).astype(np.int64), (0, 0, 0))
+    rows = np.array([(0, number, size) for number, size in enumerate(chunks)], np.int64)
+    block = Block(0, start, rows, (0, 0, 0))
     shuffle = Shuffle(5, 9, 1, 100, batch_rows)
     order = shuffle.row_order(block, 0, batch_rows)
     assert sorted(order.tolist()) == list(range(block.n_rows))

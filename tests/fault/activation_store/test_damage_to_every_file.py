@@ -1,6 +1,6 @@
 """Damage every file of every kind of store in every way; it must be named, never read as rows.
 
-`test_store_damage.py` tests single mechanisms. This file asks whether any damage to any file goes
+`test_damage.py` tests single mechanisms. This file asks whether any damage to any file goes
 unnoticed.
 """
 
@@ -97,16 +97,16 @@ def path(kind: str, tmp_path: Path) -> Path:
     return tmp_path / "s"
 
 
-def names_it(file: str, problem: str, kind: str, harm: str) -> bool:
+def is_named(file: str, problem: str, kind: str, damage: str) -> bool:
     if file in problem:
         return True
     # Without the deletion mark, deleted items count as missing.
-    return (file, harm) == ("_deleted.json", "gone") and "c.0" in problem
+    return (file, damage) == ("_deleted.json", "gone") and "c.0" in problem
 
 
-def is_harmless(file: str, harm: str, good: bytes, bad: bytes | None) -> bool:
+def is_harmless(file: str, damage: str, good: bytes, bad: bytes | None) -> bool:
     """Return whether the change leaves a valid store."""
-    if bad == good or (file.startswith("_consumers/") and harm == "gone"):
+    if bad == good or (file.startswith("_consumers/") and damage == "gone"):
         return True  # a consumer may unregister at any time
     try:  # Zarr's own JSON has no checksum: only its meaning counts
         return file.endswith("zarr.json") and bool(json.loads(bad or b"") == json.loads(good))
@@ -114,31 +114,31 @@ def is_harmless(file: str, harm: str, good: bytes, bad: bytes | None) -> bool:
         return False
 
 
-def harmed(path: Path) -> Iterator[tuple[str, str, bool]]:
+def damaged(path: Path) -> Iterator[tuple[str, str, bool]]:
     """Damage each file in each way, one at a time; yield its name, the damage, and if harmless."""
     pristine = tree(path)
     for name, good in pristine.items():
-        for harm, change in DAMAGES.items():
+        for damage, change in DAMAGES.items():
             bad = change(good)
             (path / name).unlink()
             if bad is not None:
                 (path / name).write_bytes(bad)
-            yield name, harm, is_harmless(name, harm, good, bad)
+            yield name, damage, is_harmless(name, damage, good, bad)
             (path / name).write_bytes(good)
 
 
-def check(path: Path, name: str, harm: str, kind: str, baseline: dict[str, Any]) -> bool:
+def check(path: Path, name: str, damage: str, kind: str, baseline: dict[str, Any]) -> bool:
     """Check that damage is named by verify and readers; return whether it stopped a reader."""
     problems = str([str(damage) for damage in verify_store(path)])
-    assert names_it(name, problems, kind, harm), (name, harm, problems)
+    assert is_named(name, problems, kind, damage), (name, damage, problems)
     try:
         found = read_all(path)
     except StoreError as error:
-        assert names_it(name, str(error), kind, harm), (name, harm, str(error))
+        assert is_named(name, str(error), kind, damage), (name, damage, str(error))
         return True
-    assert found.keys() == baseline.keys(), (name, harm)
+    assert found.keys() == baseline.keys(), (name, damage)
     for key, rows in baseline.items():
-        np.testing.assert_array_equal(found[key], rows, err_msg=f"{name} {harm}")
+        np.testing.assert_array_equal(found[key], rows, err_msg=f"{name} {damage}")
     return False
 
 
@@ -156,15 +156,15 @@ def check_redone(path: Path, name: str, baseline: dict[str, Any]) -> None:
 
 @pytest.mark.slow
 def test_no_damage_to_any_file_goes_unnoticed(path: Path, kind: str) -> None:
-    baseline, stopped, n_harms = read_all(path), set(), 0
-    for name, harm, harmless in harmed(path):
-        if kind == "growing" and harm == "gone" and name.startswith("_log/"):
+    baseline, stopped, n_damaged = read_all(path), set(), 0
+    for name, damage, harmless in damaged(path):
+        if kind == "growing" and damage == "gone" and name.startswith("_log/"):
             check_redone(path, name, baseline)
         elif not harmless:
-            n_harms += 1
-            if check(path, name, harm, kind, baseline):
+            n_damaged += 1
+            if check(path, name, damage, kind, baseline):
                 stopped.add(name.split("/")[0])
-    assert n_harms > 200
+    assert n_damaged > 200
     # Damage to every kind of file stopped a reader, except `valid_rows`, which only others read.
     everything = {name.split("/")[0] for name in tree(path)}
     assert stopped >= everything - {"valid_rows"}, everything - stopped

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -30,7 +32,8 @@ class Bare(torch.nn.Module):
 
 
 def adam(parameters, clip_norm):
-    return ShardedAdam(Bare(parameters), 0.1, OptimConfig(eps=1e-8), clip_norm)
+    sae: Any = Bare(parameters)
+    return ShardedAdam(sae, 0.1, OptimConfig(eps=1e-8), clip_norm)
 
 
 @pytest.mark.parametrize("clip_norm", [0.0, 0.5, 100.0])

@@ -104,16 +104,18 @@ DAMAGES: dict[str, Callable[[Path, bytes], object]] = {
 }
 
 
-@pytest.mark.parametrize("harm", list(DAMAGES))
-def test_a_file_cut_short_grown_or_gone_is_named(pristine: Path, tmp_path: Path, harm: str) -> None:
+@pytest.mark.parametrize("damage", list(DAMAGES))
+def test_a_file_cut_short_grown_or_gone_is_named(
+    pristine: Path, tmp_path: Path, damage: str
+) -> None:
     path = tmp_path / "s"
     shutil.copytree(pristine, path)
     for name, good in tree(pristine).items():
-        DAMAGES[harm](path / name, good)
+        DAMAGES[damage](path / name, good)
         damages = verify_store(path)
         assert name in str([(damage.file, damage.problem) for damage in damages])
         # A missing snapshot is harmless, because the single records say the same.
-        if is_needed_to_read(name) and (harm, name) != ("gone", "_log/000000.json"):
+        if is_needed_to_read(name) and (damage, name) != ("gone", "_log/000000.json"):
             with pytest.raises(StoreError, match=name):
                 read_all(path)
         else:
@@ -244,7 +246,7 @@ def test_a_record_that_claims_too_much_is_refused(tmp_path: Path) -> None:
         arrays = {key: {**good["arrays"][key], "bytes": size} for key, size in sizes.items()}
         return {"rows": rows, "arrays": arrays}
 
-    for change in (
+    changes: list[dict[str, object]] = [
         {"rows": 3},
         sized(17),
         sized(-1),
@@ -263,7 +265,8 @@ def test_a_record_that_claims_too_much_is_refused(tmp_path: Path) -> None:
         {"arrays": {**good["arrays"], name: {**shard, "sum": "much"}}},
         {"arrays": {**good["arrays"], name: {}}},
         {"arrays": 7},
-    ):
+    ]
+    for change in changes:
         record.write_bytes(dump_checksummed({**good, **change}))
         with pytest.raises(StoreFormatError, match=r"000000000.json"):
             open_store(path)

@@ -49,8 +49,14 @@ def test_every_reader_sees_what_was_written(
 ) -> None:
     path = tmp_path_factory.mktemp("store") / "s"
     arrays = {f"model.layers.{i}": width for i, width in enumerate(widths)}
-    options = {"dtype": dtype, "shard_tokens": shard_tokens, "chunk_bytes": chunk_bytes}
-    write_store(path, valid_rows, arrays=arrays, **options)
+    write_store(
+        path,
+        valid_rows,
+        arrays=arrays,
+        dtype=dtype,
+        shard_tokens=shard_tokens,
+        chunk_bytes=chunk_bytes,
+    )
     store = open_store(path)
     total = sum(valid_rows)
     assert (store.n_items, store.n_tokens) == (len(valid_rows), total)

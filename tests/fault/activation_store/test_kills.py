@@ -41,21 +41,23 @@ N_BATCHES = 3 * sum(ROWS) // (2 * STREAM["batch_rows"])  # half of the second ep
 class Victim:
     """A process that is killed and restarted, and the file in which it reports its progress."""
 
-    def __init__(self, start: Callable[[int | None], ForkServerProcess], told: Path) -> None:
+    def __init__(
+        self, start: Callable[[int | None], ForkServerProcess], progress_file: Path
+    ) -> None:
         self._start = start
-        self._told = told
-        self._told.touch()
+        self._progress_file = progress_file
+        self._progress_file.touch()
         self.begin(STEPS_PER_LIFE)
 
     def begin(self, most: int | None) -> None:
-        self._before = self._told.stat().st_size
+        self._before = self._progress_file.stat().st_size
         self.process = self._start(most)
 
     def kill(self, rng: random.Random, step: int) -> None:
         """Kill it at a random moment of a random call, or while it waits for rows."""
         wanted = self._before + step * rng.randrange(STEPS_PER_LIFE)
         patience = time.monotonic() + 0.4
-        while self._told.stat().st_size < wanted and time.monotonic() < patience:
+        while self._progress_file.stat().st_size < wanted and time.monotonic() < patience:
             time.sleep(0.001)
         time.sleep(rng.uniform(0, 2 * CALL_S))
         assert self.process.exitcode is None, "the process ended before it was killed"

@@ -6,6 +6,7 @@ import os
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -114,7 +115,7 @@ def test_files_without_a_record_are_ignored(tmp_path: Path) -> None:
 
 def test_opening_another_store_shows_what_differs(tmp_path: Path) -> None:
     moments = Calibration(np.zeros(6), np.ones(6), 2.5)
-    options = {"n_items": 9, "provenance": {"model": "a", "positions": (0,)}}
+    options: dict[str, Any] = {"n_items": 9, "provenance": {"model": "a", "positions": (0,)}}
     write_store(
         tmp_path / "s", ROWS, finalise=False, calibration={"model.layers.9": moments}, **options
     )

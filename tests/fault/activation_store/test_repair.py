@@ -22,7 +22,7 @@ from activation_store import (
     verify_store,
 )
 from activation_store.errors import DamagedDataError, StoreBusyError, StoreError
-from activation_store.storage import local
+from activation_store.storage import atomic_files, local
 from activation_store.storage.checksummed_json import dump_checksummed, load_checksummed
 from tests.support.store_cases import expected, item_columns, tree, write_store
 
@@ -90,12 +90,12 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
 }
 
 
-@pytest.mark.parametrize("harm", list(DAMAGES))
+@pytest.mark.parametrize("damage", list(DAMAGES))
 def test_damaged_items_are_redone_and_the_store_is_what_it_was(
-    path: Path, pristine: Path, harm: str
+    path: Path, pristine: Path, damage: str
 ) -> None:
     for name in ("a/c.3.0", "b/c.3.0", "token_id/c.6"):
-        DAMAGES[harm](path / name)
+        DAMAGES[damage](path / name)
     report = repair_store(path)
     assert report.redo == [3, 6] and "items to redo: [3, 6]" in str(report)
     assert verify_store(path) == [] and repair_store(path) == RepairReport()
@@ -114,7 +114,7 @@ def test_any_few_files_may_be_damaged(
     pristine: Path, tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
 ) -> None:
     names = [name for name in tree(pristine) if name != "zarr.json"]
-    path = tmp_path_factory.mktemp("harmed") / "s"
+    path = tmp_path_factory.mktemp("damaged") / "s"
     shutil.copytree(pristine, path)
     for name in data.draw(st.lists(st.sampled_from(names), min_size=1, max_size=6, unique=True)):
         DAMAGES[data.draw(st.sampled_from(list(DAMAGES)))](path / name)
@@ -196,7 +196,7 @@ def test_read_errors_do_not_count_as_damage(path: Path, monkeypatch: pytest.Monk
     def fails(*_: object) -> None:
         raise OSError(5, "Input/output error")
 
-    monkeypatch.setattr(local.files, "read_into", fails)
+    monkeypatch.setattr(atomic_files, "read_into", fails)
     with pytest.raises(OSError, match="Input/output error"):
         repair_store(path)
     assert verify_store(path)[0].item is not None

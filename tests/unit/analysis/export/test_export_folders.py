@@ -157,7 +157,7 @@ def test_local_paths_are_not_exported(config: RunConfig, run_dir: Path) -> None:
 @pytest.mark.parametrize("name", ["../up", "a/b", ".hidden", ""])
 def test_hookpoint_that_is_not_a_folder_name_is_refused(config: RunConfig, name: str) -> None:
     with pytest.raises(ExportError, match=r"sae\.hookpoint"):
-        source_of(config, make_sae(name))
+        source_of(config, make_sae(name).stored())
 
 
 def test_export_replaces_the_earlier_one(config: RunConfig, run_dir: Path) -> None:
@@ -207,7 +207,7 @@ class Npz(ExportFormat):
         np.savez(folder / "b_dec.npz", sae.b_dec.numpy())
         for name in sae.rows:
             blocks = {f"from_{first}": rows.numpy() for first, rows in sae.blocks(name)}
-            np.savez(folder / f"{name}.npz", **blocks)
+            np.savez(folder / f"{name}.npz", allow_pickle=False, **blocks)
 
     def how_to_load(self, source: Source, folder: str) -> str:
         return f'sae = my_npz_loader("{folder}", "{source.hookpoint}")'
