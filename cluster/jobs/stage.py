@@ -16,7 +16,7 @@ from cluster.jobs import kuberay, skypilot
 from cluster.jobs.backend import _END, _FILES, _RENDER, _SUBMIT, unfinished_job
 from cluster.run_folder.environment import ROOT
 from cluster.run_folder.errors import RunDirError
-from cluster.run_folder.lock import open_run
+from cluster.run_folder.opening import open_run
 from cluster.run_folder.submitted_jobs import FOLDER
 from conf.schema.run import RunConfig
 from conf.schema.submit import SubmitConfig
