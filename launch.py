@@ -54,7 +54,7 @@ def compose_and_run(composed: DictConfig) -> None:
     """Validate the config, then run its stage, or all stages of the pipeline in order."""
     with _report_errors():
         from cluster.preemption import on_preemption, raise_interrupted
-        from cluster.run_folder.lock import open_run
+        from cluster.run_folder.opening import open_run
         from conf.checks import validate
         from conf.multirun import cell_name
 

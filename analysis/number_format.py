@@ -1,4 +1,4 @@
-"""Format values for a page: numbers, byte counts, nested settings."""
+"""Format numbers, byte counts and other plain values for people."""
 
 from __future__ import annotations
 
@@ -6,26 +6,8 @@ import math
 from typing import Any
 
 
-def tree(value: Any) -> Any:
-    """Convert a nested config for the template: lists of (key, subtree | text)."""
-    if isinstance(value, dict):
-        return [(str(key), tree(item)) for key, item in value.items()]
-    return value_text(value)
-
-
-def flat(values: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
-    """Flatten nested dicts into rows of (dotted key, text)."""
-    rows: list[tuple[str, str]] = []
-    for key, value in values.items():
-        if isinstance(value, dict):
-            rows += flat(value, f"{prefix}{key}.")
-        else:
-            rows.append((f"{prefix}{key}", value_text(value, str(key))))
-    return rows
-
-
 def value_text(value: Any, key: str = "") -> str:
-    """Format a value for the page; a number whose key ends in `_bytes` gets a binary unit."""
+    """Format a value; a number whose key ends in `_bytes` gets a binary unit."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     if isinstance(value, list | tuple):
@@ -42,3 +24,14 @@ def bytes_text(count: float) -> str:
     units = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
     power = min(int(math.log2(count) // 10), len(units) - 1) if count >= 1 else 0
     return f"{count / 1024**power:.3g} {units[power]}"
+
+
+def number(value: float, digits: int = 3) -> str:
+    """Format a value briefly: 12k, 3.5M, 0.02, 1e-6."""
+    if value == 0:
+        return "0"
+    size = abs(value)
+    for factor, suffix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if size >= factor:
+            return f"{value / factor:.{digits}g}{suffix}"
+    return f"{value:.2g}".replace("e-0", "e-") if size < 1e-3 else f"{value:.{digits}g}"

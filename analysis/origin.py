@@ -14,9 +14,6 @@ from conf.schema.run import RunConfig
 from foundation.errors import ConfigError, FoundryError
 
 if TYPE_CHECKING:
-    from conf.schema.data import DataConfig
-    from conf.schema.model import ModelConfig
-    from conf.schema.run import RunConfig
     from sae_core.checkpoint.stored_sae import StoredSAE
 
 

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from analysis.evaluation.metrics import METRICS, Metric, MetricRow, metric_rows
-from analysis.number_format import bytes_text, flat, tree, value_text
-from analysis.pages.svg import histogram, line_chart, number
+from analysis.number_format import bytes_text, number, value_text
+from analysis.pages.settings import flat, tree
+from analysis.pages.svg import histogram, line_chart
 from cluster.run_folder.contents import checkpoint_entries, read_optional_json
 from cluster.run_folder.files import ENVIRONMENT, EVALUATION, FREQUENCY, HARVEST
 from cluster.run_folder.metrics_log import TrainingLog, read_training_log

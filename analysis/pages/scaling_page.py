@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 
 from analysis.evaluation.metrics import METRICS
-from analysis.pages.svg import N_COLOURS, Layer, Point, fit_chart, number, standalone, thin
+from analysis.number_format import number
+from analysis.pages.svg import N_COLOURS, Layer, Point, fit_chart, standalone, thin
 from analysis.scaling_laws.cells import HELDOUT_METRIC, Cell
 from analysis.scaling_laws.laws import COMPUTE_LAW, JOINT_LAW, Interval
 from analysis.scaling_laws.study import Result, Study

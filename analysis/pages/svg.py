@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 
+from analysis.number_format import number
+
 # Size of a chart and its margins, in px.
 WIDTH = 560
 HEIGHT = 250
@@ -94,8 +96,8 @@ def line_chart(
     x_axis = Axis(*_x_range([x for x, _ in points]), LEFT, WIDTH - RIGHT)
     y_axis = Axis(*_y_range([y for _, y in points], log), HEIGHT - BOTTOM, TOP, log)
     body = [_frame(x_axis, y_axis, x_label)]
-    for number, (name, parts) in enumerate(runs.items()):
-        colour = f"s{number % N_COLOURS}"
+    for index, (name, parts) in enumerate(runs.items()):
+        colour = f"s{index % N_COLOURS}"
         body += [_polyline(part, x_axis, y_axis, colour, name) for part in parts]
     return _svg(label, "".join(body))
 
@@ -171,17 +173,6 @@ def thin(points: Sequence[Point], limit: int = MAX_POINTS) -> list[Point]:
         ends = {min(part, key=lambda p: p[1]), max(part, key=lambda p: p[1])}
         kept += sorted(ends)
     return kept
-
-
-def number(value: float, digits: int = 3) -> str:
-    """Format a value briefly: 12k, 3.5M, 0.02, 1e-6."""
-    if value == 0:
-        return "0"
-    size = abs(value)
-    for factor, suffix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if size >= factor:
-            return f"{value / factor:.{digits}g}{suffix}"
-    return f"{value:.2g}".replace("e-0", "e-") if size < 1e-3 else f"{value:.{digits}g}"
 
 
 def _labels(ticks: Sequence[float]) -> list[str]:

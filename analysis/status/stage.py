@@ -12,8 +12,8 @@ from analysis.evaluation.metrics import METRICS
 from cluster.jobs.tracked import describe_newest_job
 from cluster.run_folder.contents import read_optional_json
 from cluster.run_folder.files import CHECKPOINTS, CONFIG, EVALUATION
-from cluster.run_folder.lock import saved_config
 from cluster.run_folder.metrics_log import last_row
+from cluster.run_folder.saved_config import saved_config
 from cluster.run_folder.sweep_record import read_record
 from cluster.training.progress_line import render
 from conf.schema.run import RunConfig

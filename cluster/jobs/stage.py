@@ -12,7 +12,7 @@ from rich.console import Console
 from cluster.jobs.backend import BACKENDS, Job, Place
 from cluster.jobs.command import job_command
 from cluster.jobs.tracked import TrackedBackend, check_no_unfinished_job
-from cluster.run_folder.lock import open_run
+from cluster.run_folder.opening import open_run
 from conf.schema.run import RunConfig
 
 

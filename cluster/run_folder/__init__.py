@@ -1,1 +1,1 @@
-"""The run's folder: file names, lock, saved config, metrics log, contents."""
+"""The run's folder: file names, locks, saved config, metrics log, contents."""

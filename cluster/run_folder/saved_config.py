@@ -12,6 +12,7 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from cluster.run_folder.files import CONFIG
 from conf.schema.run import RunConfig
 from foundation.errors import ConfigError
 from sae_core.architectures.registry import ARCHITECTURES
@@ -76,6 +77,12 @@ def load_config(path: Path) -> RunConfig:
     except (yaml.YAMLError, OmegaConfBaseException) as error:
         what = "; ".join(line.strip() for line in str(error).splitlines() if line.strip())
         raise _not_plain(path, what[:300]) from error
+
+
+def saved_config(run_dir: Path) -> RunConfig | None:
+    """Return the config that the run was started with, or None if it was never started."""
+    path = run_dir / CONFIG
+    return load_config(path) if path.exists() else None
 
 
 def _settings_class(path: Path, values: Any) -> type[SAEConfig]:

@@ -17,7 +17,8 @@ from rich.console import Console
 from cluster.errors import RankFailedError, SweepFailedError
 from cluster.ray_session import ray_session
 from cluster.run_folder.files import SWEEP_RECORD
-from cluster.run_folder.lock import open_run, wait_for_old_ranks
+from cluster.run_folder.lock import wait_for_old_ranks
+from cluster.run_folder.opening import open_run
 from cluster.run_folder.sweep_record import FAILED, clear_failure, read_record, write_record
 from cluster.sweep.table import DONE, SweepTable
 from cluster.training.stage import finished

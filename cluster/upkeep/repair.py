@@ -7,7 +7,7 @@ from pathlib import Path
 from rich.console import Console
 
 from activation_store import repair_store
-from cluster.run_folder.lock import saved_config
+from cluster.run_folder.saved_config import saved_config
 from conf.schema.run import RunConfig
 
 

@@ -10,7 +10,7 @@ from activation_store import open_store, verify_store
 from activation_store.errors import DamagedDataError
 from activation_store.writing.create import shorten
 from cluster.run_folder.files import CHECKPOINTS
-from cluster.run_folder.lock import saved_config
+from cluster.run_folder.saved_config import saved_config
 from conf.schema.run import RunConfig
 from foundation.errors import FoundryError
 from sae_core.checkpoint.folder import list_checkpoints

@@ -16,7 +16,7 @@ from sae_core import load_sae
 from sae_core.checkpoint.folder import newest_valid
 from sae_core.checkpoint.row_ranges import read_tensors
 from sae_core.checkpoint.verify import checkpoint_problems
-from tests.support.toy_members import ToyConfig, ToyInference, registered_toys
+from tests.support.toys.architecture import ToyConfig, ToyInference, registered_toys
 from tests.support.trainer_ranks import Job, SyntheticSource, run_job
 
 pytestmark = pytest.mark.distributed

@@ -19,7 +19,7 @@ from omegaconf import OmegaConf
 from analysis.export.saelens import saelens_config
 from analysis.origin import Source
 from benchmarks.harness.synthetic_checkpoint import NAME, make_checkpoint, write_manifest
-from cluster.run_folder.lock import open_run
+from cluster.run_folder.opening import open_run
 from cluster.run_folder.saved_config import load_config, save_config
 from cluster.training.metric_sinks import MetricSinks
 from conf.checks import validate

@@ -20,8 +20,8 @@ import pytest
 
 import launch
 from conf.schema.run import RunConfig
-from tests.support.documented_commands import check_commands
-from tests.support.markdown_pages import Block, Page, PageError, linked_pages, pages
+from tests.support.documentation.commands import check_commands
+from tests.support.documentation.pages import Block, Page, PageError, linked_pages, pages
 from tests.support.paths import ROOT
 from tests.support.tiny_models import save_gpt2, write_text
 

@@ -26,8 +26,8 @@ from foundation.errors import ConfigError
 from sae_core import load_sae
 from sae_core.architectures.topk.inference import TopKInference
 from sae_core.config import TopKConfig
-from tests.support.input_kind import InputKind
 from tests.support.tiny_models import save_gpt2, write_text
+from tests.support.toys.hookpoint_kind import InputKind
 
 D, MODULE = 12, "transformer.h.1"
 HOOKPOINT = f"{MODULE}@input"

@@ -21,7 +21,7 @@ MUTATIONS = (
     one_edit(
         9,
         "a changed config is accepted",
-        "cluster/run_folder/lock.py",
+        "cluster/run_folder/opening.py",
         "        if changes:\n",
         "        if False:\n",
         "tests/unit/test_launch.py::test_a_changed_config_is_refused_with_a_diff",

@@ -20,7 +20,7 @@ from sae_core.config import (
 )
 from sae_core.training.source import Batch
 from tests.support.ranks import Ranks
-from tests.support.toy_members import ToyConfig, registered_toys
+from tests.support.toys.architecture import ToyConfig, registered_toys
 
 D, N_LATENTS, BATCH, STEPS = 24, 250, 48, 50
 
@@ -90,7 +90,7 @@ class Job:
     """Step whose batch contains NaN on rank `poison_rank`."""
     poison_rank: int = 0
     architecture: str = "topk"
-    """topk, or toy (see `tests.support.toy_members`)."""
+    """topk, or toy (see `tests.support.toys.architecture`)."""
     overrides: dict[str, Any] = field(default_factory=dict)
     """Values to set in the SAE's config."""
     moments: str = "float32"

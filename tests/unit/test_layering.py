@@ -153,7 +153,7 @@ def test_an_unused_module_is_seen(tmp_path):
 
 def test_the_config_needs_nothing_heavy():
     code = (
-        "import sys, conf.schema.run, conf.checks, cluster.run_folder.lock, launch\n"
+        "import sys, conf.schema.run, conf.checks, cluster.run_folder.opening, launch\n"
         "heavy = {'torch', 'ray', 'deepspeed', 'transformers', 'zarr', 'wandb', 'numpy'}\n"
         "print(sorted(heavy & set(sys.modules)))"
     )

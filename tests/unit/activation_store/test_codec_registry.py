@@ -28,7 +28,7 @@ from activation_store.errors import CodecError, DamagedDataError, UnknownCodecEr
 from activation_store.format import commit_log
 from foundation.errors import ConfigError
 from tests.support.store_cases import DTYPES, calibration, expected, item_columns, tree, write_store
-from tests.support.toy_codec import PEAK, HalfRows, Halves, Masked
+from tests.support.toys.codec import PEAK, HalfRows, Halves, Masked
 
 ARRAYS = {"a": 6, "b": 3}
 ROWS = [16, 5, 0, 16, 9]

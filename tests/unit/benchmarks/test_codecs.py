@@ -10,7 +10,7 @@ import pytest
 from activation_store import CODECS, open_store
 from benchmarks.codecs import measure
 from tests.support.store_cases import calibration, write_store
-from tests.support.toy_codec import Halves
+from tests.support.toys.codec import Halves
 
 
 def test_every_codec_has_a_row(tmp_path: Path) -> None:

@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 
+from analysis.number_format import number
 from analysis.pages import stage as report_stage
-from analysis.pages.svg import histogram, line_chart, number, thin
+from analysis.pages.svg import histogram, line_chart, thin
 from cluster.run_folder.errors import RunFileError
 from cluster.run_folder.metrics_log import read_training_log
 from conf.schema.run import RunConfig

@@ -14,8 +14,8 @@ from cluster.language_model.loading import hookpoint_width
 from conf.hookpoint import Hookpoint, parse_hookpoint
 from conf.schema.model import ModelConfig
 from foundation.errors import ConfigError
-from tests.support.input_kind import InputKind
 from tests.support.tiny_models import save_gpt2, save_llama
+from tests.support.toys.hookpoint_kind import InputKind
 
 IDS = torch.tensor([[0, 5, 9, 30], [0, 7, 7, 8]])
 

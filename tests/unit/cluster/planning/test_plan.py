@@ -25,7 +25,7 @@ from conf.schema.run import RunConfig
 from foundation.errors import ConfigError
 from sae_core.config import OptimConfig, ParallelConfig, TopKConfig, TrainConfig
 from tests.support.paths import ROOT
-from tests.support.toy_codec import Halves
+from tests.support.toys.codec import Halves
 
 H100 = gpu(PlanConfig(hardware="h100"))
 INF = float("inf")

@@ -8,7 +8,8 @@ import pytest
 
 from cluster.run_folder import lock as run_dir
 from cluster.run_folder.errors import RunDirError
-from cluster.run_folder.lock import open_run, rank_lock, wait_for_old_ranks
+from cluster.run_folder.lock import rank_lock, wait_for_old_ranks
+from cluster.run_folder.opening import open_run
 from conf.schema.run import RunConfig
 
 

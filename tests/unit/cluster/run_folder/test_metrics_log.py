@@ -65,6 +65,7 @@ def test_the_last_of_repeated_steps_counts_for_each_sae(tmp_path: Path) -> None:
     a, b = {"sae": "a"}, {"sae": "b"}
     write(tmp_path, a | {"step": 2, "fvu": 0.5}, b | {"step": 2, "fvu": 0.7}, a | {"step": 3})
     write(tmp_path, a | {"step": 2, "fvu": 0.4})
+    assert (tmp_path / METRICS).read_text().count("\n") == 4  # a whole line is not ended again
     rows = read_training_log(tmp_path).rows
     assert [(row["step"], row.get("fvu")) for row in rows["a"]] == [(2, 0.4), (3, None)]
     assert [row["fvu"] for row in rows["b"]] == [0.7]
@@ -92,3 +93,5 @@ def test_the_last_row_is_found_without_reading_the_whole_file(tmp_path: Path) ->
     with (tmp_path / METRICS).open("r+b") as file:
         file.write(b"\xff" * 1000)  # damage at the beginning does not matter
     assert last_row(tmp_path) == {"step": 2}
+    append(tmp_path, "x" * (1 << 16))
+    assert last_row(tmp_path) is None  # it looks no further back

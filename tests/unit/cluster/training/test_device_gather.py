@@ -20,7 +20,7 @@ from cluster.training.batch_order import BatchOrder
 from cluster.training.device_gather import DeviceRows, decodes_on_device, to_torch
 from cluster.training.store_source import StoreSource
 from tests.support.store_cases import calibration, write_store
-from tests.support.toy_codec import Halves
+from tests.support.toys.codec import Halves
 
 ORDER: dict[str, Any] = {"seed": 3, "batch_rows": 96, "window_items": 2, "buffer_rows": 300}
 

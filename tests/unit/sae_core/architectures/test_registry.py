@@ -34,7 +34,7 @@ from sae_core.architectures.registry import (
 from sae_core.config import OptimConfig, ParallelConfig, SAEConfig, TopKConfig, TrainConfig
 from sae_core.kernels.registry import KERNELS
 from tests.support.paths import ROOT
-from tests.support.toy_members import TOY, ToyConfig, registered_toys
+from tests.support.toys.architecture import TOY, ToyConfig, registered_toys
 
 
 @pytest.fixture(autouse=True)

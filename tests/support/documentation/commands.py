@@ -21,7 +21,7 @@ from typing import Any
 from unittest.mock import patch
 
 import launch
-from tests.support.markdown_pages import Block, PageError
+from tests.support.documentation.pages import Block, PageError
 from tests.support.paths import ROOT
 
 _PRINTS_ONLY = ("--help", "--cfg")

@@ -99,8 +99,8 @@ class ToyInference(SAE):
 
 TOY = Architecture(
     settings=ToyConfig,
-    training="tests.support.toy_members:ToySAE",
-    inference="tests.support.toy_members:ToyInference",
+    training="tests.support.toys.architecture:ToySAE",
+    inference="tests.support.toys.architecture:ToyInference",
     metrics=(
         TrainingMetric("size", "", "sum of the latents, mean over rows", mean_over_steps("size")),
     ),
@@ -120,7 +120,7 @@ def build_copying(compute_dtype: torch.dtype, tf32: bool, prefilter: str) -> Ker
     return CopyingKernels(compute_dtype)
 
 
-COPYING = KernelBody("tests.support.toy_members:build_copying")
+COPYING = KernelBody("tests.support.toys.architecture:build_copying")
 
 
 @contextmanager
