@@ -1,1 +1,1 @@
-"""Encodings of an array on disk: the sharding layout, raw bytes, blosc, int8."""
+"""Codecs: how rows become bytes on disk. The interface, its members, and the sharding layout."""

@@ -212,7 +212,7 @@ class StagedStream(_Stream):
     """The batches of a `ShuffledStream` with the same arguments, to be gathered on a device.
 
     The rows of a block stay in chunk order and in the stored data type: the host neither permutes
-    nor dequantises them.
+    nor decodes them.
     """
 
     _staged = True
