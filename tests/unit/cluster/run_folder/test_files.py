@@ -62,7 +62,8 @@ def path_parts(node: ast.AST) -> list[ast.expr]:
 
 def test_names_of_run_files_stand_once() -> None:
     homes = {Path(str(module.__file__)) for module in HOMES.values()}
-    packages = [package for floor in FLOORS for package in floor]
+    # Tests spell names out: they check what a user finds.
+    packages = [package for floor in FLOORS for package in floor if package != "tests"]
     paths = [path for package in packages for path in (ROOT / package).rglob("*.py")]
     again = [
         f"{path.relative_to(ROOT)}:{line} {name!r}"
