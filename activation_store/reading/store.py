@@ -45,6 +45,7 @@ def open_store(path: str | Path) -> Store:
 
     Raises:
         StoreFormatError: If there is no activation store at `path`, or its metadata is invalid.
+        UnknownCodecError: If its codec is not installed here.
         MissingDataError: If a file of the header or the commit log is missing.
         DamagedDataError: If a file of the header or the commit log fails its checksum.
     """
