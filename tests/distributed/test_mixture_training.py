@@ -208,7 +208,7 @@ def test_status_and_verify_cover_every_store(
     [
         (None, ConfigError, "store.mixture=.*: expected a store"),
         ({"finalise": False}, IncompleteStoreError, "not finalised"),
-        ({"arrays": {"acts": D + 1}}, ConfigError, "of one width"),
+        ({"arrays": {"acts": D + 1}}, ConfigError, "the same dtype and width"),
         ({"arrays": {"else": D}}, ConfigError, "arrays='acts'"),
         ({"bad": True}, ConfigError, "finite activations"),
     ],
