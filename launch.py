@@ -46,8 +46,6 @@ folder of the sweep.)"""
 STAGES_OF_EXISTING_RUNS = ("evaluate", "export", "report", "verify", "repair", "reshard", "status")
 MODULES = {**STAGES, HARVEST_AND_TRAIN: "cluster.concurrent"}
 
-store_schemas()
-
 
 @hydra.main(config_path="conf", config_name="config", version_base="1.3")
 def compose_and_run(composed: DictConfig) -> None:
@@ -137,6 +135,7 @@ def _print_keys(words: list[str]) -> None:
 @contextmanager
 def _report_errors() -> Iterator[None]:
     """Turn expected errors into one message and an exit code; let others through."""
+    from cluster.errors import SchedulerError
     from cluster.jobs.slurm.commands import requeue_sweep_cell
     from conf.failure import describe_error
     from foundation.errors import EXIT_PREEMPTED
@@ -149,7 +148,10 @@ def _report_errors() -> Iterator[None]:
             raise
         print(message, file=sys.stderr)
         if code == EXIT_PREEMPTED:
-            requeue_sweep_cell()
+            try:
+                requeue_sweep_cell()
+            except SchedulerError as refused:
+                print(f"{refused}; run the same command again to resume", file=sys.stderr)
         sys.exit(code)
 
 
@@ -170,6 +172,7 @@ def main() -> None:
     with _report_errors():
         from conf.multirun import with_constant_keys
 
+        store_schemas()
         sys.argv[1:] = with_constant_keys(sys.argv[1:])
         if "--keys" in sys.argv:
             _print_keys([word for word in sys.argv[1:] if word != "--keys"])

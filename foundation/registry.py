@@ -8,7 +8,7 @@ from importlib import import_module
 from importlib.metadata import entry_points
 from typing import Any, Generic, TypeVar, cast
 
-from foundation.errors import ConfigError
+from foundation.errors import ConfigError, FoundryError
 
 T = TypeVar("T")
 
@@ -33,6 +33,8 @@ class Registry(Generic[T]):
         self.key = key
         self.group = f"latent_foundry.{group}"
         self._places = dict(builtin)
+        self._packages: dict[str, str] = {}
+        """Name of each installed member -> the package that declares it."""
         self._members: dict[str, T] = {}
         self._looked_for_plugins = False
 
@@ -59,10 +61,22 @@ class Registry(Generic[T]):
         """Return the names of all members: built-in, installed and registered ones, in this order.
 
         Imports no member.
+
+        Raises:
+            FoundryError: If an installed package declares a name that exists already.
         """
         if not self._looked_for_plugins:
             for point in entry_points(group=self.group):
-                self._places.setdefault(point.name, point.value)
+                package = point.dist.name if point.dist else "an installed package"
+                if self._places.get(point.name, point.value) != point.value:
+                    owner = self._packages.get(point.name, "this project")
+                    raise FoundryError(
+                        f"{package} declares the {self.kind} {point.name!r}, which {owner} has "
+                        f"already; uninstall {package}, or rename its entry point in the group "
+                        f"{self.group}"
+                    )
+                self._places[point.name] = point.value
+                self._packages[point.name] = package
             self._looked_for_plugins = True
         return list(dict.fromkeys([*self._places, *self._members]))
 
@@ -74,11 +88,25 @@ class Registry(Generic[T]):
 
         Raises:
             ConfigError: If no member has this name; lists those there are.
+            FoundryError: If the package that declares the member cannot be imported.
         """
         self.check(name)
         if name not in self._members:
-            self._members[name] = cast(T, import_attribute(self._places[name]))
+            self._members[name] = self._import(name)
         return self._members[name]
+
+    def _import(self, name: str) -> T:
+        place = self._places[name]
+        try:
+            return cast(T, import_attribute(place))
+        except Exception as error:  # the package's code can raise anything
+            if name not in self._packages:
+                raise
+            package = self._packages[name]
+            raise FoundryError(
+                f"{self.kind} {name!r} of {package} could not be imported from {place}: "
+                f"{type(error).__name__}: {error}; mend or uninstall {package}"
+            ) from error
 
     def check(self, name: str, key: str | None = None) -> None:
         """Check that there is a member of this name, without importing it.

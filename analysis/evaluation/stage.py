@@ -259,8 +259,11 @@ def _device(config: RunConfig) -> str:
 
 
 def _weights_sha256(sae: SAE) -> str:
+    from sae_core.checkpoint.stored_sae import row_names
+
     sha256 = hashlib.sha256()
-    for tensor in (sae.W_enc, sae.W_dec, sae.b_enc, sae.b_dec):
+    for name in (*row_names(sae.config), "b_dec"):
+        tensor = getattr(sae, name)
         sha256.update(tensor.detach().cpu().contiguous().numpy().data)
     return sha256.hexdigest()
 

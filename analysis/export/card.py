@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from analysis.evaluation.metrics import metric_rows
 from conf.hookpoint import parse_hookpoint
+from sae_core.architectures.registry import architecture_of
 
 if TYPE_CHECKING:
     from analysis.export.formats import ExportFormat
@@ -48,22 +49,28 @@ def model_card(
         formats: The formats that were written, by the name of their folder.
     """
     parts = [
-        _front_matter(source),
-        f"# TopK sparse autoencoder: {_inline(source.model)}, `{source.hookpoint}`\n",
+        _front_matter(sae, source, formats),
+        f"# {_title(sae)} sparse autoencoder: {_inline(source.model)}, `{source.hookpoint}`\n",
         _facts(sae, source, config),
         "## Metrics\n\n" + _metrics(metrics, sae),
-        "## Use\n\n" + _use(source, formats),
+        "## Use\n\n" + _use(sae, source, formats),
         "## Licence\n\n" + _licence(config),
         "## Limits\n\n" + LIMITS + "\n",
     ]
     return "\n".join(parts)
 
 
-def _front_matter(source: Source) -> str:
+def _title(sae: StoredSAE) -> str:
+    return architecture_of(sae.config).title or sae.config.architecture
+
+
+def _front_matter(sae: StoredSAE, source: Source, formats: Mapping[str, ExportFormat]) -> str:
+    library = "saelens" if "saelens" in formats else "latent-foundry"
     # Every JSON string is a valid YAML string, so no name can break out of the front matter.
     model, dataset = json.dumps(source.model), json.dumps(source.dataset)
     return (
-        f"---\nlibrary_name: saelens\ntags: [sparse-autoencoder, topk]\n"
+        f"---\nlibrary_name: {library}\n"
+        f"tags: [sparse-autoencoder, {json.dumps(sae.config.architecture)}]\n"
         f"base_model_name: {model}\ndataset_name: {dataset}\n---\n"
     )
 
@@ -100,19 +107,20 @@ def _metrics(metrics: dict[str, Any] | None, sae: StoredSAE) -> str:
     return text
 
 
-def _use(source: Source, formats: Mapping[str, ExportFormat]) -> str:
+def _use(sae: StoredSAE, source: Source, formats: Mapping[str, ExportFormat]) -> str:
     snippets = ['# this project\nfrom sae_core import load_sae\nsae = load_sae("export")\n']
     for name, export_format in formats.items():
         code = export_format.how_to_load(source, f"export/{name}").strip()
         snippets.append(f"# {export_format.title}\n{code}\n")
     code = "\n".join(snippets)
+    formula = architecture_of(sae.config).formula
+    output = f"The output is `{formula}`.\n" if formula else ""
     return f"""\
 ```python
 {code}```
 
 Pass raw activations: the normalisation of the training inputs is folded into the weights.
-The output is `relu(topk((x - b_dec) @ W_enc.T + b_enc)) @ W_dec + b_dec`.
-"""
+{output}"""
 
 
 def _licence(config: RunConfig) -> str:

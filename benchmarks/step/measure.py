@@ -16,7 +16,7 @@ from benchmarks.step.memory import free_bytes, peak_memory, release
 from benchmarks.step.ours import our_cases
 from benchmarks.step.work import Call, Case, Inputs, Setup, Work
 from benchmarks.step.yardstick import encoder_gemms
-from sae_core.training.metrics import mfu
+from sae_core.training.step_metrics import mfu
 
 Row = dict[str, Any]
 

@@ -58,8 +58,14 @@ def _arguments_on_shared_folders(
             )
             paths["store.mixture"] = f"[{','.join(entries)}]"
     kept = _without(overrides, "stage=", "name=", *(f"{key}=" for key in paths))
+    paths = {key: text if key == "store.mixture" else _word(text) for key, text in paths.items()}
     added = {"stage": config.submit.stage, "name": config.name, **paths}
     return [*kept, *(f"{key}={value}" for key, value in added.items())]
+
+
+def _word(text: str) -> str:
+    """Return a path as Hydra reads it: as it is, or quoted if it has characters with a meaning."""
+    return text if re.fullmatch(r"[\w./:+@%-]*", text) else _quoted(text)
 
 
 def _quoted(text: str) -> str:
@@ -78,7 +84,7 @@ def _arguments_in_container(config: RunConfig, overrides: list[str]) -> list[str
             )
     kept = _without(overrides, "stage=", "name=", "runs_dir=", "cache_dir=", "submit=", "submit.")
     mount = config.submit.mount
-    paths = [f"runs_dir={mount}", f"cache_dir={mount}/.cache"]
+    paths = [f"runs_dir={_word(mount)}", f"cache_dir={_word(f'{mount}/.cache')}"]
     return [*kept, f"stage={config.submit.stage}", f"name={config.name}", *paths]
 
 

@@ -9,7 +9,7 @@ from foundation.errors import ConfigError
 from foundation.registry import Registry, import_attribute
 from foundation.typed_json import from_json
 from sae_core.architectures.settings import SAEConfig
-from sae_core.metric_table import TrainingMetric
+from sae_core.training_metrics import TrainingMetric
 
 if TYPE_CHECKING:
     from sae_core.architectures.base import SparseAutoencoder
@@ -42,8 +42,12 @@ class Architecture:
     """"module:class" of its `sae_core.architectures.base.SparseAutoencoder`."""
     inference: str
     """"module:class" of its `sae_core.inference.SAE`."""
+    title: str = ""
+    """Name for people, as in the title of a model card; empty: the name in the registry."""
+    formula: str = ""
+    """Its output as a formula of raw activations `x`, for the model card; empty: none is given."""
     metrics: tuple[TrainingMetric, ...] = ()
-    """Training metrics of its own, beside those of `sae_core.metric_table`."""
+    """Training metrics of its own, beside those of `sae_core.training_metrics`."""
     vectors: tuple[LatentVector, ...] = ()
     """Vectors that are stored with the dictionary, beside `b_enc`."""
 

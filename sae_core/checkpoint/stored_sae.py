@@ -17,7 +17,6 @@ from typing import Any
 import torch
 
 from foundation.atomic_files import read_json, write_json
-from foundation.errors import ConfigError
 from sae_core.architectures.registry import architecture_of, check_settings, settings_from_json
 from sae_core.architectures.settings import SAEConfig
 from sae_core.checkpoint.folder import (
@@ -217,16 +216,20 @@ def open_checkpoint(folder: Path, name: str | None = None) -> StoredSAE:
     Raises:
         DamagedCheckpointError: If the state or the tensors are invalid.
         CheckpointError: If the checkpoint has no SAE of that name, or several and `name` is None.
+        ConfigError: If no installed package has its architecture.
     """
     state = read_state(folder)
     name = _pick(folder, state, name)
     try:
         config = settings_from_json(state.saes[name])
+    except ValueError as error:
+        raise DamagedCheckpointError(f"{folder / STATE}: {error}") from error
+    try:
         stored = _under(read_layout(folder / WEIGHTS), f"{name}.")
         width = check_shapes(config, {key: tensor.shape for key, tensor in stored.items()})
         if (stored["input_scale"].shape, stored["input_mean"].shape) != ((), (width,)):
             raise ValueError(f"input_scale or input_mean: expected shapes () and ({width},)")
-    except (ValueError, KeyError, ConfigError) as error:
+    except (ValueError, KeyError) as error:
         raise DamagedCheckpointError(f"{folder / STATE} and {WEIGHTS}: {error}") from error
     return _in_raw_units(folder, state, name, config, stored)
 

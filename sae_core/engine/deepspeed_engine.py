@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from foundation.errors import ConfigError
 from sae_core.architectures.base import SparseAutoencoder, StepOutput
 from sae_core.config import TrainerConfig
 from sae_core.distributed.mesh import MeshMPU
@@ -46,6 +47,13 @@ class SAEEngine:
         zero = config.parallel.zero_stage
         clip_norm = config.optim.clip_norm
         self.fused = config.fused
+        if self.fused and tuple(sae.unit_rows) != ("W_dec",):
+            raise ConfigError(
+                "optim.update",
+                config.optim.update,
+                f"dense: the fused update scales the rows of W_dec to unit norm, and "
+                f"sae.architecture={config.sae.architecture!r} scales those of {sae.unit_rows}",
+            )
         optimizer_class = FusedRowAdam if self.fused else ShardedAdam
         self.optimizer = optimizer_class(
             sae,

@@ -24,8 +24,8 @@ from sae_core.engine.deepspeed_engine import SAEEngine
 from sae_core.errors import CheckpointError, NonFiniteLossError
 from sae_core.kernels.registry import default_kernels, get_kernels
 from sae_core.training.calibrate import calibrate
-from sae_core.training.metrics import StepMetrics, mfu, peak_memory_bytes
 from sae_core.training.source import ActivationSource
+from sae_core.training.step_metrics import StepMetrics, mfu, peak_memory_bytes
 
 
 class Report(Protocol):
@@ -48,7 +48,7 @@ class Trainer:
         seed: Seed of the initial dictionary.
         report: Called on every rank with a row of metrics every `report_every` steps. If it raises
             an SAEError, which must happen on all ranks, this trainer ends. Keys: time, step,
-            tokens, sae, the metrics of `sae_core.metric_table` and of the architecture,
+            tokens, sae, the metrics of `sae_core.training_metrics` and of the architecture,
             tokens_per_s, loader_wait_fraction, checkpoint_pause_s (since the last row), mfu,
             peak_memory_bytes.
         report_every: Number of steps between two rows.

@@ -8,7 +8,7 @@ from typing import ClassVar
 from foundation.errors import ConfigError
 from sae_core.architectures.registry import Architecture
 from sae_core.architectures.settings import AuxiliaryPath, SAEConfig
-from sae_core.metric_table import TrainingMetric, mean_over_steps
+from sae_core.training_metrics import TrainingMetric, mean_over_steps
 
 
 @dataclass
@@ -82,6 +82,8 @@ TOPK = Architecture(
     settings=TopKConfig,
     training="sae_core.architectures.topk.training:TopKSAE",
     inference="sae_core.architectures.topk.inference:TopKInference",
+    title="TopK",
+    formula="relu(topk((x - b_dec) @ W_enc.T + b_enc)) @ W_dec + b_dec",
     metrics=(
         TrainingMetric(
             "auxk_loss",

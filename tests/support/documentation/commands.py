@@ -82,7 +82,7 @@ def compose(arguments: Sequence[str], folder: Path, where: str) -> list[str]:
         patch.dict(os.environ),
         patch.object(sys, "argv", ["launch.py", *arguments]),
         patch.object(launch, "import_module", recorded),
-        patch("cluster.run_folder.lock.open_run", no_lock),
+        patch("cluster.run_folder.opening.open_run", no_lock),
         patch.object(launch, "_print_config", lambda config: None),
         _in_folder(folder),
         redirect_stderr(messages),

@@ -23,7 +23,7 @@ from sae_core.inference import SAE
 from sae_core.kernels import Kernels
 from sae_core.kernels.registry import KERNELS, KernelBody
 from sae_core.kernels.stock.body import StockKernels
-from sae_core.metric_table import TrainingMetric, mean_over_steps
+from sae_core.training_metrics import TrainingMetric, mean_over_steps
 
 
 @dataclass

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import sys
-
 import pytest
 
-from foundation.errors import ConfigError
+from foundation.errors import ConfigError, FoundryError
 from foundation.registry import Registry
 
 
@@ -48,9 +46,15 @@ def test_an_installed_package_adds_members(tmp_path, monkeypatch):
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: round-shapes\nVersion: 1.0\n")
     (info / "entry_points.txt").write_text(
-        "[latent_foundry.shapes]\ncircle = round_shapes:Shapes.CIRCLE\npath = round_shapes:Shapes\n"
+        "[latent_foundry.shapes]\ncircle = round_shapes:Shapes.CIRCLE\noval = round_shapes:OVAL\n"
+        "[latent_foundry.forms]\npath = round_shapes:Shapes\n"
     )
     monkeypatch.syspath_prepend(str(tmp_path))
     registry = shapes()
     assert registry["circle"] == "a circle"
-    assert registry["path"] is not sys.modules["round_shapes"].Shapes  # built-in members win
+    with pytest.raises(FoundryError, match=r"'oval' of round-shapes could not .*mend or uninstall"):
+        registry["oval"]
+    forms: Registry[object] = Registry("form", "draw.form", "forms", {"path": "pathlib:Path"})
+    for _ in range(2):  # also when it is asked again
+        with pytest.raises(FoundryError, match="round-shapes declares the form 'path', which this"):
+            forms.names()

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from sae_core.architectures.base import StepOutput
 from sae_core.architectures.registry import architecture_of
 from sae_core.engine.deepspeed_engine import SAEEngine
-from sae_core.metric_table import Totals, with_own
+from sae_core.training_metrics import Totals, with_own
 
 _PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12}
 """Peak dense bfloat16 FLOP/s on tensor cores, from NVIDIA's data sheets."""

@@ -90,6 +90,21 @@ TRAINING_METRICS = (
 """The metrics that every architecture has."""
 
 
+TRAINER_KEYS = (
+    *("time", "step", "tokens", "sae", "tokens_per_s", "loader_wait_fraction"),
+    *("checkpoint_pause_s", "mfu", "peak_memory_bytes"),
+)
+"""Keys of a row of the training log that the trainer fills in itself."""
+
+
 def with_own(own: tuple[TrainingMetric, ...]) -> tuple[TrainingMetric, ...]:
-    """Return the metrics of a row, with those of an architecture after the losses."""
+    """Return the metrics of a row, with those of an architecture after the losses.
+
+    Raises:
+        ValueError: If two metrics have the same name, or one that the trainer uses itself.
+    """
+    names = [metric.name for metric in (*TRAINING_METRICS, *own)]
+    twice = {name for name in names if names.count(name) > 1 or name in TRAINER_KEYS}
+    if twice:
+        raise ValueError(f"training metrics {sorted(twice)}: expected names that are not used yet")
     return (*TRAINING_METRICS[:2], *own, *TRAINING_METRICS[2:])
