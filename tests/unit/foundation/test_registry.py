@@ -35,10 +35,10 @@ def test_a_member_can_be_registered_once():
     registry = shapes()
     with registry.registered("square", 4):
         assert registry["square"] == 4 and registry.names()[-1] == "square"
-        with pytest.raises(ValueError, match="'square' exists already"):
+        with pytest.raises(ValueError, match="'square' already exists"):
             registry.register("square", 5)
     assert "square" not in registry
-    with pytest.raises(ValueError, match="'path' exists already"):
+    with pytest.raises(ValueError, match="'path' already exists"):
         registry.register("path", 5)
 
 
