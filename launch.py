@@ -59,7 +59,7 @@ def compose_and_run(composed: DictConfig) -> None:
         if HydraConfig.get().mode == RunMode.MULTIRUN:
             composed.name = cell_name(composed.name, HydraConfig.get())
         config: RunConfig = OmegaConf.to_object(composed)  # type: ignore[assignment]
-        # Before validation, which must see that two spellings of a path are the same store.
+        # Do this before validation, which must recognise two spellings of a path as one store.
         _make_paths_absolute(config)
         validate(config, ("pipeline", "scaling_laws", *STAGES))
         stages: tuple[str, ...] = (config.stage,)
@@ -162,10 +162,10 @@ def main() -> None:
     # The packages of this checkout must be importable from any working directory, and in workers.
     root = str(Path(__file__).resolve().parent)
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
-    # Before a stage imports torch: the driver evaluates the SAE in this process.
+    # Set these before a stage imports torch, because the driver evaluates the SAE in this process.
     os.environ.update(waiting_variables(alone=True))
-    # submitit, which Hydra's Slurm launcher uses, sends this signal before a job's time is over.
-    # USR1 is one that we handle.
+    # submitit, which Hydra's Slurm launcher uses, sends this signal shortly before a job's time
+    # limit. `on_preemption` handles USR1.
     os.environ.setdefault("SUBMITIT_PREEMPT_SIGNAL", "USR1")
     # Hydra warns that conf/hydra/launcher overrides the plugin's defaults; this is intended.
     warnings.filterwarnings("ignore", "(?s).*is validated against ConfigStore schema")

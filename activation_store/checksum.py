@@ -11,7 +11,7 @@ def crc32c(data: Any, before: int = 0) -> int:
     """Return the crc32c of `data`.
 
     Args:
-        data: bytes, or a flat C-contiguous array of uint8; not copied.
+        data: Bytes, or a flat C-contiguous array of uint8; not copied.
         before: The crc32c of the preceding bytes, to continue from.
     """
     return int(_package.crc32c(data, before))

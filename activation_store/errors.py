@@ -18,7 +18,7 @@ class UnknownCodecError(StoreFormatError):
 
 
 class CodecError(StoreError):
-    """A codec gave other arrays or larger chunks than it declares; it must be corrected."""
+    """A codec returned other arrays or larger chunks than it declares; the codec must be fixed."""
 
 
 class StoreMismatchError(StoreError):

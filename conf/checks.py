@@ -24,8 +24,8 @@ def validate(config: RunConfig, stages: tuple[str, ...]) -> None:
         stages: Names that `stage` may have.
 
     Raises:
-        ConfigError: If a value is invalid; names the key, the value and what was expected.
-        ConfigError: In the same way, for a key of the store.
+        ConfigError: If a value is invalid; the message names the key, the value and what was
+            expected.
     """
     if config.stage not in stages:
         raise ConfigError("stage", config.stage, f"one of: {', '.join(stages)}")
@@ -111,13 +111,13 @@ def _check_harvest_fits_store(config: RunConfig) -> None:
         raise ConfigError(
             "store.shard_tokens",
             config.store.shard_tokens,
-            f"room for one context of {rows} rows (data.context_tokens - 1)",
+            f"at least {rows}, the rows of one context (data.context_tokens - 1)",
         )
     if config.data.tokens < config.train.batch_tokens:
         raise ConfigError(
             "data.tokens",
             config.data.tokens,
-            f"at least a batch: train.batch_tokens={config.train.batch_tokens}",
+            f"at least one batch: train.batch_tokens={config.train.batch_tokens}",
         )
     _check_concurrent(config)
     hookpoint = config.sae.hookpoint
@@ -146,7 +146,7 @@ def _check_concurrent(config: RunConfig) -> None:
             cluster.max_lead_items,
             f"at least {needed}: enough windows (store.window_items={window}) for a batch of "
             f"train.batch_tokens={config.train.batch_tokens}, and one more",
-            "raise it, or harvest and training would wait for each other",
+            "raise it; otherwise harvest and training would wait for each other forever",
         )
     if cluster.retention == "consumed" and config.train.tokens > config.data.tokens:
         raise ConfigError(

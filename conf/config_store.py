@@ -16,11 +16,13 @@ _SAE_OPTIONS = Path(__file__).parent / "sae"
 def store_schemas() -> None:
     """Store the run's schema, and one for the settings of each registered architecture.
 
-    `sae/<name>_schema` types a YAML file that names it in its defaults list, as conf/sae/topk.yaml
-    does. An architecture without such a file is the option `sae=<name>` by itself.
+    `sae/<name>_schema` is the schema of a YAML file that names it in its defaults list, as
+    conf/sae/topk.yaml does. For an architecture without such a file, the schema itself becomes the
+    option `sae=<name>`.
     """
     store = ConfigStore.instance()
-    # The group `sae` must replace these settings, so they have only the keys that all kinds share.
+    # The group `sae` must replace these settings, so they have only the keys that all
+    # architectures share.
     store.store(name="run_schema", node=RunConfig(sae=SAEConfig()))
     for name, architecture in ARCHITECTURES.items():
         node = architecture.settings(architecture=name)

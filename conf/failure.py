@@ -35,7 +35,7 @@ def describe_error(error: BaseException) -> tuple[str | None, int]:
 
 
 def _config_message(error: BaseException) -> str:
-    """Return the useful lines of Hydra's message as one line; suggest keys for an unknown one."""
+    """Return the useful lines of Hydra's message as one line, with suggestions for a wrong key."""
     lines = str(error).splitlines()
     if error.__cause__ is not None and str(error.__cause__) not in str(error):
         lines += str(error.__cause__).splitlines()
@@ -49,7 +49,7 @@ def _config_message(error: BaseException) -> str:
 
 
 def _config_with(part: str) -> RunConfig:
-    """Return a config with the SAE settings of class `part`; with the default ones if none are."""
+    """Return a config with the SAE settings of class `part`, or the default ones if none match."""
     for _, architecture in ARCHITECTURES.items():
         if architecture.settings.__name__ == part:
             return RunConfig(sae=architecture.settings())

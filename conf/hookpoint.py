@@ -1,4 +1,4 @@
-"""Parse hookpoints: which tensor of which module of the language model."""
+"""Parse hookpoints, which select a tensor of a module of the language model."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def parse_hookpoint(text: str, key: str = "model.hookpoints") -> Hookpoint:
         key: The setting that the hookpoint comes from, for the error.
 
     Raises:
-        ConfigError: If the string has another form, or an option is given twice.
+        ConfigError: If the text does not have one of these forms, or an option is given twice.
     """
     found = _HOOKPOINT.fullmatch(text)
     if found is None:
@@ -92,5 +92,5 @@ def _malformed(key: str, text: str) -> ConfigError:
         text,
         "module, module@kind or module@kind[option=value,...], with each option once and names of "
         "letters, digits, dots, dashes and underscores",
-        "write for example model.layers.9 or model.layers.9@output",
+        "use for example model.layers.9 or model.layers.9@output",
     )

@@ -1,6 +1,6 @@
 """Names of the cells of a Hydra sweep (`-m`): each cell gets its own run folder.
 
-The name of a cell is made of the settings that vary in the sweep.
+The name of a cell is composed of the settings that vary in the sweep.
 """
 
 from __future__ import annotations

@@ -16,13 +16,13 @@ class Key(NamedTuple):
     """One setting."""
 
     name: str
-    """As on the command line: `sae.n_latents`."""
+    """Name on the command line: `sae.n_latents`."""
     type: str
-    """As in the schema: `int | None`."""
+    """Type in the schema: `int | None`."""
     default: str
-    """As YAML shows it; empty if there is none."""
+    """Default in YAML notation; empty if there is none."""
     text: str
-    """What it sets."""
+    """Description: the docstring of the field."""
 
 
 class Group(NamedTuple):
@@ -37,7 +37,7 @@ def groups(only: str | None = None) -> list[Group]:
     """List the groups of the config with all their keys.
 
     Args:
-        only: name of one group, or None for all.
+        only: Name of one group, or None for all.
 
     Raises:
         ConfigError: If there is no group of that name.
@@ -121,9 +121,9 @@ def _default(part: Field[Any]) -> str:
 
 
 def field_docstrings(kind: type) -> dict[str, str]:
-    """Return the text below each field of a dataclass, also of those it inherits.
+    """Return the docstring of each field of a dataclass, including inherited fields.
 
-    Python keeps no docstrings of fields, so they are read from the source.
+    Python does not keep the docstrings of fields, so they are read from the source.
     """
     texts: dict[str, str] = {}
     for base in reversed(kind.__mro__):

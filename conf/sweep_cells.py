@@ -21,7 +21,7 @@ from sae_core.architectures.settings import SAEConfig
 _OVERRIDABLE = ("sae.", "optim.", "train.tokens=")
 """Prefixes of the settings that an override may change for one cell.
 
-The cells of a group share the row stream and the ranks, so settings of those must be the same.
+The cells of a group share the row stream and the ranks, so the settings of both must be the same.
 """
 _NOT_OVERRIDABLE = ("sae.hookpoint=", "sae.n_latents=", "sae.k=", "sae.architecture=")
 """Exceptions: the hookpoint is shared, and the others are axes of the sweep."""
@@ -78,7 +78,7 @@ def _settings(base: SAEConfig, architecture: str, n_latents: int, k: int | None)
     """Return a cell's settings: those of `base`, with the cell's values of the axes.
 
     Args:
-        base: The sweep's settings; another architecture takes over the fields that both have.
+        base: The sweep's settings; another architecture inherits the fields that both have.
         architecture: The cell's architecture.
         n_latents: The cell's number of latents.
         k: The cell's number of active latents; None: the sweep has no such axis.
@@ -99,7 +99,7 @@ def _settings(base: SAEConfig, architecture: str, n_latents: int, k: int | None)
 def _name(sweep: SweepConfig, sae: SAEConfig, lr: float | None, seed: int) -> str:
     """Return a name like `n1024-k32-lr0.001-seed1-topk`.
 
-    Its last three parts are there only if the sweep sets values for these axes, and k only if the
+    The last three parts appear only if the sweep sets values for these axes, and k only if the
     architecture has it.
     """
     parts = [f"n{sae.n_latents}"]

@@ -15,9 +15,9 @@ def changed_settings(config: Any, default: Any, prefix: str = "") -> dict[str, A
     """Return the settings that differ from those of `default`, as `{key: value}`.
 
     Args:
-        config: a config, or one of its groups.
-        default: a config or group of the same kind.
-        prefix: what the keys begin with, such as `sae.`.
+        config: A config, or one of its groups.
+        default: A config or group of the same kind.
+        prefix: Prefix of the keys, such as `sae.`.
     """
     found: dict[str, Any] = {}
     for part in fields(config):
@@ -31,7 +31,7 @@ def changed_settings(config: Any, default: Any, prefix: str = "") -> dict[str, A
 
 
 def config_tree(config: RunConfig) -> Tree:
-    """Return the settings that differ from the schema's defaults as a tree, a line a group."""
+    """Return the settings that differ from the schema's defaults as a tree, one line per group."""
     lines: dict[str, list[str]] = {}
     for key, value in changed_settings(config, RunConfig(name=config.name)).items():
         group, _, name = key.rpartition(".")

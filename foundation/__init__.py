@@ -1,1 +1,1 @@
-"""What the two libraries share: base errors, atomic files, typed JSON."""
+"""Code shared by all packages: base errors, the registry, atomic files, typed JSON."""

@@ -29,7 +29,7 @@ class ConfigError(FoundryError, ValueError):
         key: Name of the setting, such as `sae.k`.
         value: Its value.
         expected: What is allowed, as a noun phrase.
-        remedy: How to mend it, as an imperative; may be empty.
+        remedy: How to fix it, as an imperative; may be empty.
     """
 
     def __init__(self, key: str, value: object, expected: str, remedy: str = "") -> None:
@@ -38,5 +38,6 @@ class ConfigError(FoundryError, ValueError):
         self._arguments = (key, value, expected, remedy)
 
     def __reduce__(self) -> tuple[type, tuple[str, object, str, str]]:
-        # Errors travel between processes. The default would call this class with the message alone.
+        # Errors are pickled between processes. By default, unpickling would call this class with
+        # the message as its only argument.
         return type(self), self._arguments

@@ -16,14 +16,14 @@ T = TypeVar("T")
 class Registry(Generic[T]):
     """Members of one kind, such as architectures or codecs, by name.
 
-    There are three ways in: built-in members are listed by the package that owns the registry,
-    installed packages declare an entry point in the group `latent_foundry.<group>`, and `register`
-    adds a member in this process. Members are imported when they are first looked up, so that a
-    list of names costs no heavy import.
+    Members come from three sources: the package that owns the registry lists the built-in ones,
+    installed packages declare entry points in the group `latent_foundry.<group>`, and `register`
+    adds a member in this process. A member is imported when it is first looked up, so that listing
+    the names needs no heavy import.
 
     Args:
-        kind: What a member is, in words, for messages: "architecture".
-        key: The setting that names a member, for messages: "sae.architecture".
+        kind: Word for a member, for messages: "architecture".
+        key: Setting that names a member, for messages: "sae.architecture".
         group: Last part of the entry point group: "architectures".
         builtin: Name -> "module:attribute" of each built-in member.
     """
@@ -45,7 +45,7 @@ class Registry(Generic[T]):
             ValueError: If the name is taken.
         """
         if name in self.names():
-            raise ValueError(f"{self.kind} {name!r} exists already; choose another name")
+            raise ValueError(f"{self.kind} {name!r} already exists; choose another name")
         self._members[name] = member
 
     @contextmanager
@@ -58,9 +58,9 @@ class Registry(Generic[T]):
             del self._members[name]
 
     def names(self) -> list[str]:
-        """Return the names of all members: built-in, installed and registered ones, in this order.
+        """Return the names of all members: first built-in, then installed, then registered ones.
 
-        Imports no member.
+        No member is imported.
 
         Raises:
             FoundryError: If an installed package declares a name that exists already.
@@ -71,8 +71,8 @@ class Registry(Generic[T]):
                 if self._places.get(point.name, point.value) != point.value:
                     owner = self._packages.get(point.name, "this project")
                     raise FoundryError(
-                        f"{package} declares the {self.kind} {point.name!r}, which {owner} has "
-                        f"already; uninstall {package}, or rename its entry point in the group "
+                        f"{package} declares the {self.kind} {point.name!r}, which already belongs "
+                        f"to {owner}; uninstall {package}, or rename its entry point in the group "
                         f"{self.group}"
                     )
                 self._places[point.name] = point.value
@@ -84,10 +84,10 @@ class Registry(Generic[T]):
         return name in self.names()
 
     def __getitem__(self, name: str) -> T:
-        """Return a member; the first time, import it.
+        """Return a member, importing it on first use.
 
         Raises:
-            ConfigError: If no member has this name; lists those there are.
+            ConfigError: If no member has this name; the message lists the existing names.
             FoundryError: If the package that declares the member cannot be imported.
         """
         self.check(name)
@@ -109,14 +109,14 @@ class Registry(Generic[T]):
             ) from error
 
     def check(self, name: str, key: str | None = None) -> None:
-        """Check that there is a member of this name, without importing it.
+        """Check that a member of this name exists, without importing it.
 
         Args:
             name: The name.
-            key: The setting to name in the error, if it is another one than usual.
+            key: Setting to name in the error; None: the registry's own.
 
         Raises:
-            ConfigError: If there is none.
+            ConfigError: If no member has this name.
         """
         if name not in self.names():
             raise ConfigError(key or self.key, name, f"one of: {', '.join(self.names())}")
@@ -128,7 +128,7 @@ class Registry(Generic[T]):
 
 
 def import_attribute(place: str) -> Any:
-    """Import what "module:attribute" names; the attribute may have dots."""
+    """Import the object named "module:attribute"; the attribute may contain dots."""
     module, _, path = place.partition(":")
     value: Any = import_module(module)
     for part in path.split("."):

@@ -14,8 +14,8 @@ _LARGEST = 1 << 62
 def from_json(kind: type[T], value: Any) -> T:
     """Return an instance of the dataclass `kind` with the fields of a JSON object.
 
-    Integers must be at most 2**62 in size and floats must be finite. A field may be missing if it
-    has a default.
+    Integers must be at most 2**62 in magnitude and floats must be finite. A field may be missing if
+    it has a default.
 
     Raises:
         ValueError: If `value` is not an object, has an unknown field, lacks a required one, or has

@@ -46,9 +46,9 @@ class OptimConfig:
     clip_norm: float = 1.0
     """Largest global gradient norm; larger gradients are clipped to it. 0 switches clipping off."""
     update: str = "auto"
-    """How dictionary rows are updated: fused (only the rows that were used, without a dense
-    gradient; needs ZeRO 0 and an architecture with sparse gradients, such as topk), dense, or auto
-    (fused where that is possible, else dense)."""
+    """Update of the dictionary rows: fused (directly from the sparse gradient, without a dense one;
+    needs ZeRO 0 and an architecture with sparse gradients, such as topk), dense, or auto (fused if
+    possible, else dense)."""
     moments: str = "float32"
     """Dtype of Adam's moments of both matrices: float32 (exact), or bfloat16 with stochastic
     rounding (half the bytes, unbiased; needs the fused update)."""
@@ -58,7 +58,7 @@ class OptimConfig:
 
         Args:
             zero_stage: ZeRO stage (`parallel.zero_stage`).
-            sparse_gradient: Whether the architecture has one (`SAEConfig.sparse_gradient`).
+            sparse_gradient: True if the architecture has one (`SAEConfig.sparse_gradient`).
         """
         possible = zero_stage == 0 and sparse_gradient
         return self.update == "fused" or (self.update == "auto" and possible)
@@ -67,9 +67,9 @@ class OptimConfig:
         """Validate all fields.
 
         Args:
-            train_tokens: Training tokens in all (`train.tokens`).
+            train_tokens: Total training tokens (`train.tokens`).
             zero_stage: ZeRO stage (`parallel.zero_stage`).
-            sparse_gradient: Whether the architecture has one (`SAEConfig.sparse_gradient`).
+            sparse_gradient: True if the architecture has one (`SAEConfig.sparse_gradient`).
 
         Raises:
             ConfigError: If a value is out of range, or warm-up and decay together are longer than
@@ -134,7 +134,7 @@ class TrainConfig:
     """Settings of training: length, batch size, device, precision and time limits."""
 
     tokens: int = 1_000_000
-    """Training tokens in all, counted over all epochs; rounded down to whole batches."""
+    """Total training tokens, over all epochs; rounded down to whole batches."""
     batch_tokens: int = 2048
     """Tokens in the global batch, over all data replicas."""
     sample_tokens: int = 32_768
@@ -286,7 +286,7 @@ class ParallelConfig:
 
 
 CHECKPOINTS = "checkpoints"
-"""Folder in a run's folder with its checkpoints."""
+"""Name of the folder of checkpoints in a run folder."""
 
 
 @dataclass
@@ -356,7 +356,7 @@ class TrainerConfig:
         """Validate all parts, and how they fit together.
 
         Raises:
-            ConfigError: For the first invalid value found.
+            ConfigError: If a value is invalid; the message names the first one found.
         """
         check_settings(self.sae)
         self.train.validate()

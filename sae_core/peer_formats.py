@@ -45,7 +45,7 @@ _SPARSIFY = {
 
 
 class PeerFormat(ABC):
-    """A way in which another library saves a TopK SAE."""
+    """A file format in which another library saves a TopK SAE."""
 
     @abstractmethod
     def recognises(self, path: Path) -> bool:
@@ -161,7 +161,7 @@ PEER_FORMATS: Registry[PeerFormat] = Registry(
 def find(path: Path) -> PeerFormat | None:
     """Return the first format that recognises `path`, or None."""
     if any((path / name).exists() for name in (CONFIG_FILE, MANIFEST, CHECKPOINTS)):
-        return None  # our own format takes precedence, whatever other files there are
+        return None  # our own format takes precedence, even beside files of others
     return next((peer for _, peer in PEER_FORMATS.items() if peer.recognises(path)), None)
 
 
@@ -216,7 +216,7 @@ def _config(k: Any, n_latents: Any, hookpoint: Any) -> TopKConfig:
 
 
 def _expect(cfg: Mapping[str, Any], **values: Any) -> None:
-    """Check that the keys which are present have values for which the SAE computes what ours does.
+    """Check that keys, where present, have the values with which the SAE computes the same as ours.
 
     Raises:
         ValueError: If a key has another value.

@@ -21,7 +21,7 @@ class Totals:
     replicas: int
     """Data replicas."""
     shards: int
-    """Shards of the dictionary. Scalars that are the same on all of them are counted this often."""
+    """Shards of the dictionary. Scalars that are equal on all shards are summed once per shard."""
     n_latents: int
     """Latents in the dictionary."""
     variance: float
@@ -41,7 +41,7 @@ class TrainingMetric:
     unit: str
     """Unit; empty for a ratio."""
     description: str
-    """What it measures, as a noun phrase."""
+    """Description of the metric, as a noun phrase."""
     reduce: Callable[[Totals], float]
     """Function that computes the value of a row."""
 

@@ -1,6 +1,6 @@
 """The interface of a codec: how rows of a hookpoint become arrays on disk, and rows again.
 
-A codec has two parts, and may lack either. A `RowCodec` converts rows to the arrays that are
+A codec has up to two parts. A `RowCodec` converts rows to the arrays that are
 stored, such as int8 values and one scale per row. A `ChunkCompressor` packs the bytes of each chunk
 of such an array. A codec with neither stores the rows as they are. Sidecars are always stored as
 they are.
@@ -27,8 +27,11 @@ from activation_store.storage.atomic_files import Bytes
 Floats = NDArray[np.float32]
 
 SCALE = ".scale"
-"""Suffix of the name of an array of row scales. No hookpoint may be called `<another one>.scale`,
-whatever the codec, so that the same hookpoints can be stored with every codec."""
+"""Suffix of the name of an array of row scales.
+
+No hookpoint may be called `<other hookpoint>.scale`, whatever the codec, so that the same
+hookpoints can be stored with every codec.
+"""
 
 
 class ChunkCompressor(ABC):
@@ -46,13 +49,13 @@ class ChunkCompressor(ABC):
 
     @abstractmethod
     def compress(self, data: Bytes, itemsize: int) -> Bytes:
-        """Compress a chunk that holds numbers of `itemsize` bytes each; the same every time."""
+        """Compress a chunk of numbers of `itemsize` bytes each; must be deterministic."""
 
     @abstractmethod
     def decompress(self, packed: Bytes, target: Bytes) -> None:
         """Decompress a chunk into `target`.
 
-        `packed` has passed its checksum, but it may be the work of another writer.
+        `packed` has passed its checksum, but another program may have written it.
 
         Raises:
             ValueError: If `packed` does not decompress to exactly the size of `target`.
@@ -119,21 +122,21 @@ class RowCodec(ABC):
         """
 
     def attributes(self, name: str) -> dict[str, Any]:
-        """Return the attributes of the Zarr array `name`, with all that other readers need."""
+        """Return the attributes of the Zarr array `name`, so that other readers can decode it."""
         del name
         return {}
 
     @property
     def scale_offset(self) -> ScaleOffset | None:
-        """How a device decodes rows; None: only the host can, so rows are uploaded decoded."""
+        """Formula for a device to decode rows; None: the host decodes them before the upload."""
         return None
 
 
 class Codec(ABC):
-    """How the hookpoint arrays of a store are encoded."""
+    """Encoding of the hookpoint arrays of a store."""
 
     needs_calibration: bool = False
-    """Whether `row_codec` needs the statistics of the hookpoint."""
+    """True if `row_codec` needs the statistics of the hookpoint."""
 
     @abstractmethod
     def disk_arrays(self, dtype: np.dtype[Any], width: int) -> dict[str, DiskArray]:

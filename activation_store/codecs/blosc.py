@@ -12,7 +12,7 @@ from activation_store.storage.atomic_files import Bytes
 
 LEVEL = 1
 BLOCK_BYTES = 262_144
-"""Block size; with Blosc's default, bfloat16 activations hardly shrink at all."""
+"""Block size; with Blosc's default, bfloat16 activations are hardly compressed."""
 _OVERHEAD_BYTES = 16
 
 

@@ -68,7 +68,7 @@ class Scaling(RowCodec):
             out[part] = rows
 
     def attributes(self, name: str) -> dict[str, Any]:
-        """Return the attributes of the Zarr array of q, with all that a reader needs."""
+        """Return the attributes of the Zarr array of q, with which other readers can decode it."""
         return {
             "dequantise": "mean[c] + scale[t] * (std[c] * q[t, c])",
             "scale": name + SCALE,
@@ -88,7 +88,7 @@ class Int8(Codec):
     needs_calibration = True
 
     def disk_arrays(self, dtype: np.dtype[Any], width: int) -> dict[str, DiskArray]:
-        """Return the arrays of q and scale; rows of every dtype are stored alike."""
+        """Return the arrays of q and scale, which are the same for every dtype of the rows."""
         return {
             "": DiskArray(np.dtype(np.int8), (width,)),
             SCALE: DiskArray(np.dtype("<f4"), ()),

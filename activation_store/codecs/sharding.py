@@ -117,7 +117,7 @@ def encode_shard(layout: ShardLayout, rows: NDArray[Any]) -> EncodedShard:
         rows: [n, ...] with n <= shard_rows, C-contiguous, little-endian.
 
     Raises:
-        CodecError: If a chunk compresses to more bytes than its compressor allows, or to none.
+        CodecError: If a chunk compresses to more bytes than its compressor allows, or to 0 bytes.
     """
     data = as_bytes(rows)
     chunks = [
@@ -149,7 +149,7 @@ def _compress(layout: ShardLayout, compressor: ChunkCompressor, chunk: Bytes) ->
     if not least <= len(packed) <= most:
         raise CodecError(
             f"{type(compressor).__name__} compressed a chunk of {len(chunk)} bytes to "
-            f"{len(packed)}: expected {least} to {most}; correct its most_bytes or compress"
+            f"{len(packed)}: expected {least} to {most}; fix its most_bytes or compress"
         )
     return packed
 

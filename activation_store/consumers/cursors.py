@@ -81,8 +81,8 @@ class Consumer:
     ) -> None:
         """Save the progress of this consumer; call it once per window, not for every batch.
 
-        All ranks of the consumer must have passed this position, so give that of the slowest rank,
-        or the last but one. A run of more than one epoch must keep all items: `keep_from_item=0`.
+        All ranks of the consumer must have passed this position, so publish that of the slowest
+        rank. A run of more than one epoch must keep all items: `keep_from_item=0`.
 
         Args:
             epoch: Epoch that it is reading.
@@ -108,7 +108,7 @@ class Consumer:
                 raise ConfigError(key, value, "at least 0")
         before: ConsumerState | None = getattr(self, "state", None)
         state = replace(state, updated=time.time())
-        # Write the cursor before reading the deletion mark: see the head of this file.
+        # Write the cursor before reading the deletion mark: see the module docstring.
         self._write(state)
         mark = read_deletion_mark(self._storage)
         if state.keep_from_item < mark.announced:

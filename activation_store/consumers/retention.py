@@ -1,4 +1,4 @@
-"""Delete shards that every consumer has passed, so that a run needs no disk space for all rows.
+"""Delete shards that every consumer has passed, so that the disk need not hold all rows at once.
 
 The deletion mark (see `deletion_mark.py`) records the progress: shards of items below `below` are
 deleted or about to be, and those below `swept` are deleted. `announced` is the value to which a
@@ -55,7 +55,7 @@ def _advance(storage: Storage, mark: DeletionMark) -> DeletionMark:
     target = _allowed(storage, mark)
     if target.below > mark.below:
         write_deletion_mark(storage, replace(mark, announced=target.below))
-        # A consumer that registered before the announcement is found by this second look; one that
+        # A consumer that registered before the announcement is found by this second check; one that
         # registers after it sees the announcement.
         agreed = _allowed(storage, mark)
         below = min(target.below, agreed.below)

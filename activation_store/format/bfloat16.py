@@ -1,7 +1,8 @@
 """The Zarr data type `bfloat16`, which zarr-python lacks; tensorstore and zarrs use the same name.
 
-Importing this module registers the data type; `zarr_hook.py` imports it when zarr is imported. It
-is also listed in the entry point group `zarr.data_type`, for versions of zarr-python that load it.
+Importing this module registers the data type. `zarr_registration.py` imports it when zarr is
+imported. It is also listed in the entry point group `zarr.data_type`, for versions of zarr-python
+that load it.
 """
 
 from __future__ import annotations

@@ -63,13 +63,13 @@ class StoreHeader:
     planned_items: int
     """Number of items that the arrays are shaped for; `UNPLANNED_ITEMS` if it is not known."""
     provenance: dict[str, Any]
-    """Where the rows come from (model, dataset, ...), as JSON values."""
+    """Origin of the rows (model, dataset, ...), as JSON values."""
     calibration: dict[str, Calibration] | None = None
     """Hookpoint to its calibration; some codecs, such as int8, need it."""
     sidecars: tuple[str, ...] = tuple(SIDECARS)
     """Names of the per-row integer arrays that are stored next to the activations."""
     codec: str = "none"
-    """How the hookpoint arrays are encoded: a name in `CODECS`. Sidecars are stored as they are."""
+    """Codec of the hookpoint arrays, a name in `CODECS`. Sidecars are stored as they are."""
     finalised: bool = False
     """True once no more items can be added."""
     n_items: int = 0
@@ -90,7 +90,7 @@ class StoreHeader:
 
     @cached_property
     def disk_arrays(self) -> dict[str, DiskArray]:
-        """Every array on disk by name: hookpoints, sidecars, then what else the codec stores."""
+        """Every array on disk by name: hookpoints, sidecars, then the codec's other arrays."""
         parts: dict[str, DiskArray] = {}
         for name in self.arrays:
             parts |= self._parts(name)
@@ -135,13 +135,18 @@ class StoreHeader:
 
 def header_checksum(document: dict[str, Any]) -> int:
     """Return the checksum of a header document that has no `crc32c` key yet."""
-    # Of the canonical form, not of the file: Zarr tools may rewrite zarr.json around the header.
+    # Hash the canonical form and not the file, because Zarr tools may rewrite zarr.json around the
+    # header.
     canonical = json.dumps(document, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return crc32c(canonical.encode())
 
 
 def largest_chunk_rows(row_bytes: int, shard_tokens: int, size: int) -> int:
-    """Rows of a chunk of at most `size` bytes: a power of two, lowered to divide `shard_tokens`."""
+    """Return the number of rows per chunk.
+
+    It is the largest divisor of `shard_tokens` that is at most the largest power of two of rows
+    that fits in `size` bytes; at least 1.
+    """
     rows = 1 << max(size // row_bytes, 1).bit_length() - 1
     return max(part for part in range(1, min(rows, shard_tokens) + 1) if shard_tokens % part == 0)
 
@@ -158,9 +163,7 @@ def check_header(header: StoreHeader) -> None:
     reserved = {*SIDECARS, VALID_ROWS, METADATA}
     for name, width in header.arrays.items():
         named = bool(_NAME.fullmatch(name)) and ".." not in name and name not in reserved
-        _require(
-            named, "arrays", name, "a name of letters, digits and any of _-.@[]=,, without '..'"
-        )
+        _require(named, "arrays", name, "a name of letters, digits and '_-.@[]=,', without '..'")
         _require(_in(width, 1, _MAX_D_MODEL), f"arrays[{name!r}]", width, "a d_model up to 2**20")
     _check_disk_names(header, reserved)
     for key, value, largest in (
@@ -201,7 +204,7 @@ def _check_disk_names(header: StoreHeader, reserved: set[str]) -> None:
     taken = {*reserved, *header.arrays}
     for name in header.arrays:
         for part in dict.fromkeys([*header.disk_names(name)[1:], name + SCALE]):
-            reason = f"another name: this one is reserved for what codecs store beside {name!r}"
+            reason = f"another name: this one is reserved for arrays that codecs add to {name!r}"
             _require(part not in taken, "arrays", part, reason)
             taken.add(part)
 
@@ -223,7 +226,7 @@ def _check_calibration(header: StoreHeader) -> None:
         raise ConfigError(
             "codec",
             header.codec,
-            f"a calibration of {missing}, whose mean and std {header.codec} needs as scales",
+            f"a calibration of {missing}, because {header.codec} scales by its mean and std",
             "pass calibration={name: Calibration(mean, std, norm)} to StoreWriter, or use codec "
             "none",
         )

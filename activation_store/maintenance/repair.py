@@ -43,7 +43,7 @@ _SHARD = re.compile(r"c\.(\d+)(\.0)*")
 
 @dataclass(frozen=True)
 class RepairReport:
-    """What a repair did; all lists are empty if nothing was wrong."""
+    """Result of a repair; all lists are empty if nothing was wrong."""
 
     redo: list[int] = field(default_factory=list)
     """Committed items that have to be harvested again, in ascending order."""

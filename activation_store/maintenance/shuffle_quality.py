@@ -25,7 +25,10 @@ _PIECE_ROWS = 1 << 20
 
 @dataclass(frozen=True)
 class ShuffleQuality:
-    """How many other tokens of its own document a token meets in its batch: its companions."""
+    """Result of `shuffle_quality`.
+
+    The companions of a token are the other tokens of its document in the same batch.
+    """
 
     companions: float
     """Mean number of companions over tokens and batches, as configured."""

@@ -32,7 +32,7 @@ class Damage:
     file: str
     """Path of the file, relative to the store."""
     problem: str
-    """What is wrong, as a phrase that follows the file's name."""
+    """Description of the damage, as a phrase that follows the file's name."""
     item: int | None = None
     """Item that the file belongs to, if any."""
     chunk: int | None = None
@@ -79,7 +79,7 @@ def item_damages(
 
     Raises:
         StorageError: If an object store cannot be reached; this says nothing about the data.
-        OSError: If a file cannot be read for another reason than damage.
+        OSError: If a file is unreadable for a reason other than damage.
     """
     damages = _counts(header, record)
     for name in header.disk_arrays if with_shards else ():

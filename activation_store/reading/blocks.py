@@ -45,7 +45,7 @@ class LoadedBlock:
 
 @dataclass(frozen=True, eq=False)
 class LoadedRows:
-    """A run of stream rows that lie in one block."""
+    """Consecutive stream rows that belong to one block."""
 
     block: LoadedBlock
     place: slice
@@ -79,7 +79,7 @@ class ShuffledRows:
         seed: Seed of the row order, not negative.
         window_items: Number of items that are shuffled together.
         buffer_rows: Number of rows that are permuted together.
-        batch_rows: Rows of a global batch; see `shuffle.py`.
+        batch_rows: Rows of a global batch; see `shuffle_order.py`.
         rows: The slice [lo, hi) of each global batch that this reader gets.
         prefetch: Read the next block in a thread while the current one is in use.
         wait_timeout_s: Seconds to wait for a growing store before raising an error.
@@ -134,7 +134,7 @@ class ShuffledRows:
         self._fetch: _Fetch | None = None
 
     def parts(self, epoch: int, start: int, stop: int) -> list[LoadedRows]:
-        """Load stream rows [start, stop) of an epoch and return where they lie.
+        """Load stream rows [start, stop) of an epoch and return where they are.
 
         Successive calls must ask for increasing rows; call `reset` before going elsewhere. All rows
         must belong to the slice of this reader.
@@ -195,7 +195,7 @@ class ShuffledRows:
         return out
 
     def reset(self) -> None:
-        """Drop the current block and the read-ahead, so that the next rows may be any."""
+        """Drop the current block and the read-ahead, so that any rows may be requested next."""
         if self._fetch:
             self._stop.set()
             self._fetch.join()
@@ -255,12 +255,12 @@ class ShuffledRows:
         assert self._blocks is not None
         fetch = self._fetch
         self._fetch = None
-        staged = fetch.result() if fetch else next(self._blocks)
+        block = fetch.result() if fetch else next(self._blocks)
         self.wait_s += time.monotonic() - started
-        return staged
+        return block
 
     def _read_blocks(self, epoch: int, row: int) -> Iterator[LoadedBlock]:
-        """Yield blocks without end, starting with the one that holds `row`; runs in the thread."""
+        """Yield blocks endlessly from the one with `row` on; runs in the read-ahead thread."""
         while True:
             for block in self._plan(epoch, row):
                 first, last = self._shuffle.memory(block, *self._slice)
@@ -400,14 +400,14 @@ class _Fetch(threading.Thread):
     def __init__(self, blocks: Iterator[LoadedBlock]) -> None:
         super().__init__(name="activation-reader", daemon=True)
         self._blocks = blocks
-        self._staged: LoadedBlock | None = None
+        self._block: LoadedBlock | None = None
         self._error: BaseException | None = None
         self.start()
 
     def run(self) -> None:
         """Read the block and keep it, or the error, for `result`."""
         try:
-            self._staged = next(self._blocks)
+            self._block = next(self._blocks)
         except BaseException as error:  # `result` raises it in the thread that waits
             self._error = error
 
@@ -416,5 +416,5 @@ class _Fetch(threading.Thread):
         self.join()
         if self._error is not None:
             raise self._error
-        assert self._staged is not None
-        return self._staged
+        assert self._block is not None
+        return self._block

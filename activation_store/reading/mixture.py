@@ -1,6 +1,6 @@
 """Read several stores as one stream in fixed proportions, with their rows interleaved evenly.
 
-A table of `period` entries, repeated over and over, says which store each row of the mixture comes
+A table of `period` entries, repeated endlessly, gives the store that each row of the mixture comes
 from. Store s has exactly `counts[s]` evenly spread entries in it. So the proportions are exact over
 every period and accurate to about one row in between. The number of rows of each store that come
 before a given row is a table look-up, which makes seek O(1).
@@ -230,14 +230,14 @@ def check_mixture(stores: Sequence[Store], weights: Sequence[float], arrays: Seq
 
 def _load_rows_forever(part: ShuffledRows, start: int, stop: int) -> list[LoadedRows]:
     """Load rows [start, stop) of the endless stream over all epochs of a store."""
-    staged: list[LoadedRows] = []
+    loaded: list[LoadedRows] = []
     n_tokens = part.store.n_tokens
     while start < stop:
         epoch, row = divmod(start, n_tokens)
         count = min(stop - start, n_tokens - row)
-        staged += part.parts(epoch, row, row + count)
+        loaded += part.parts(epoch, row, row + count)
         start += count
-    return staged
+    return loaded
 
 
 def _check_compatible(first: Store, store: Store, arrays: Sequence[str]) -> None:

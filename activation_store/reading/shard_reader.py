@@ -176,7 +176,7 @@ class OpenShard:
             if len(target) < chunk_bytes:
                 found = crc32c(padding[:-CRC_BYTES], found)
             if found != self._index.crc32c[part.chunk]:
-                raise self._fails(part.chunk)
+                raise self._checksum_error(part.chunk)
 
     def _read_compressed(
         self, compressor: ChunkCompressor, run: list[Wanted], targets: list[Bytes]
@@ -187,7 +187,7 @@ class OpenShard:
         for part, target, data in zip(run, targets, stored, strict=True):
             packed = data[:-CRC_BYTES]
             if crc32c(packed) != self._index.crc32c[part.chunk]:
-                raise self._fails(part.chunk)
+                raise self._checksum_error(part.chunk)
             whole = len(target) == chunk_bytes
             rows = target if whole else scratch("chunk", chunk_bytes)
             try:
@@ -199,10 +199,10 @@ class OpenShard:
             if not whole:
                 target[:] = rows[: len(target)]
 
-    def _fails(self, chunk: int) -> DamagedDataError:
+    def _checksum_error(self, chunk: int) -> DamagedDataError:
         return DamagedDataError(f"{self.path}: chunk {chunk} fails its checksum; {_REMEDY}")
 
     def _read(self, views: list[Bytes], offset: int, what: str) -> None:
-        """Read bytes from `offset` on into `views`; `what` is named if the file ends too early."""
+        """Read bytes from `offset` on into `views`; `what` names them in the error message."""
         if not self._file.read_into(views, offset):
             raise DamagedDataError(f"{self.path} ends before the end of {what}; {_REMEDY}")

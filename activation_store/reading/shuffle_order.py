@@ -6,10 +6,10 @@ form a window. All chunks of a window are permuted and packed into blocks of at 
 rows; the last block takes the rest. The stream of an epoch is the concatenation of its blocks, and
 batch i is rows [i * B, (i + 1) * B) of the stream, where B is `batch_rows`.
 
-The rows of a block, in the order of its chunks, are cut into B strips of equal length, give or take
-one row. Row j of every batch is drawn from strip j, in random order. So each batch is spread evenly
-over the block, and a reader of a slice [lo, hi) of every batch reads only the chunks that overlap
-its strips. Two readers share at most the chunk in which their strips meet.
+The rows of a block, in the order of its chunks, are cut into B strips whose lengths differ by at
+most one row. Row j of every batch is drawn from strip j, in random order. So each batch is spread
+evenly over the block, and a reader of a slice [lo, hi) of every batch reads only the chunks that
+overlap its strips. Two readers share at most the chunk in which their strips meet.
 """
 
 from __future__ import annotations

@@ -218,7 +218,7 @@ class Store:
             count = min(valid - skip, stop - done)
             if count == valid:
                 whole.append((item, chunk, done - start))
-            else:  # the range cuts the first and the last chunk: read the whole chunk, keep a part
+            else:  # only a part of this chunk is in the range, but chunks are read as a whole
                 part = np.empty((valid, *shape), dtype)
                 self.read_chunks(name, [(item, chunk, 0)], part)
                 rows[done - start : done - start + count] = part[skip : skip + count]
@@ -313,7 +313,7 @@ class Store:
         run_all(reads, min(1 + n_bytes // _BYTES_PER_THREAD, self._storage.n_threads + 1))
 
     def row_codec(self, array: str) -> RowCodec | None:
-        """Return what decodes the rows of an array; None: they are stored as readers get them."""
+        """Return the codec of an array's rows; None: they are stored as readers get them."""
         return self._row_codecs.get(array)
 
     @property

@@ -1,1 +1,1 @@
-"""Where a store's files are: a local folder or an object store, behind one interface."""
+"""Storage of a store's files in a local folder or an object store, behind one interface."""

@@ -150,7 +150,7 @@ def _newest(storage: Storage) -> int:
 
 
 def _read(storage: Storage, number: int) -> dict[str, Any]:
-    """Return {} if the lease file is missing or unreadable."""
+    """Read a lease file; return {} if it is missing or unreadable."""
     try:
         return parse_json(storage.where(_name(number)), storage.read(_name(number), _FILE_BYTES))
     except (MissingDataError, StoreFormatError):

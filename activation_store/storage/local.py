@@ -31,8 +31,8 @@ class LocalStorage(Storage):
         path: Folder of the store.
     """
 
-    # Small enough for the data to be still in the CPU cache when it is verified and copied; larger
-    # reads were no faster, with a cold or a warm page cache.
+    # Small enough that the data are still in the CPU cache when they are verified and copied.
+    # Larger reads were no faster, with a cold or a warm page cache.
     run_bytes = 1 << 20
     gap_bytes = 0
     n_threads = N_THREADS
@@ -124,7 +124,7 @@ class LocalStorage(Storage):
         """Create a folder durably if it does not exist."""
         folder = self.path / name
         folder.mkdir(exist_ok=True)
-        # Also if it existed: another writer may have created it without having synced it yet.
+        # Sync even if the folder existed: its creator may not have synced it yet.
         atomic_files.fsync_folder(folder.parent)
 
     def sync(self, folders: Sequence[str]) -> None:

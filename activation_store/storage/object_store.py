@@ -41,7 +41,7 @@ from foundation.errors import ConfigError
 T = TypeVar("T")
 
 TRIES = 5
-"""Tries of a request; within each, obstore retries up to `_RETRIES` times if that is safe."""
+"""Number of tries of a request. In each, obstore retries up to `_RETRIES` times if that is safe."""
 _BACKOFF_S = 0.2
 _RETRIES = 3
 _CONNECT_S, _STALL_S, _REQUEST_S = 10, 120, 1200

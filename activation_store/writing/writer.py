@@ -198,8 +198,8 @@ class StoreWriter:
         Does nothing if the store is already finalised.
 
         Raises:
-            IncompleteStoreError: If an item is missing, out of the planned number of items or, if
-                that is not known, below the last committed one.
+            IncompleteStoreError: If a planned item is missing; without a planned number, if an item
+                before the last committed one is missing.
         """
         self.header = read_header(self._storage)
         if self.header.finalised:

@@ -23,15 +23,14 @@ class ClusterConfig:
     address: str | None = None
     """Address of a Ray cluster to join. Null: start a private cluster on this machine."""
     harvest_workers: int = 2
-    """Number of harvest workers. With GPUs, fewer are started if the GPUs do not
-    suffice."""
+    """Number of harvest workers. With GPUs, fewer are started if there are not enough GPUs."""
     items_in_flight: int = 2
     """Work items assigned to each harvest worker at a time, including the one that it computes."""
     max_failures: int = 3
-    """How often the trainer ranks are restarted after one of them has died, before the run
-    fails."""
+    """Number of times that the trainer ranks are restarted after the death of one of them, before
+    the run fails."""
     placement_timeout_s: float = 30.0
-    """Seconds to wait for Ray to place workers and ranks before it is an error."""
+    """Seconds to wait for Ray to place workers and ranks before the run fails."""
 
     def validate(self) -> None:
         """Validate all fields.
@@ -47,7 +46,7 @@ class ClusterConfig:
             raise ConfigError(
                 "cluster.retention",
                 self.retention,
-                "keep, as cluster.mode=sequential",
+                "keep with cluster.mode=sequential",
                 "set cluster.mode=concurrent to delete consumed activations",
             )
         for name in ("harvest_workers", "items_in_flight"):

@@ -45,7 +45,7 @@ class DataConfig:
             raise ConfigError(
                 "data.context_tokens",
                 self.context_tokens,
-                "at least 2, as position 0 is never stored",
+                "at least 2, because position 0 is never stored",
             )
         if not 0 < self.heldout_fraction < 1:
             raise ConfigError(

@@ -9,7 +9,7 @@ from foundation.errors import ConfigError
 
 @dataclass
 class LoggingConfig:
-    """How often metrics are written, and where to besides `metrics.jsonl`."""
+    """Cadence of the metrics, and where to write them in addition to `metrics.jsonl`."""
 
     wandb: str = "auto"
     """Mode of Weights & Biases: auto (online if an API key is set, otherwise offline), online,

@@ -26,7 +26,7 @@ class ModelConfig:
     dtype: str = "bfloat16"
     """Number format of the model's weights and activations: bfloat16, float16 or float32."""
     hookpoints: list[str] = field(default_factory=list)
-    """What is stored: `module` for the output of a module, such as `model.layers.9`, or
+    """Tensors to store: `module` for the output of a module, such as `model.layers.9`, or
     `module@kind` or `module@kind[option=value,...]` for another tensor of it. On the command line,
     quote those with options: "model.hookpoints=['model.layers.9@kind[option=value]']"."""
     batch_contexts: int = 8

@@ -16,7 +16,7 @@ _OVERRIDES = (
     "disk_gb_per_s",
     "price_per_hour",
 )
-"""Numbers of the hardware that the user may override; null: the hardware's own."""
+"""Hardware figures that the user may override; null: the value of `plan.hardware`."""
 
 
 @dataclass
@@ -50,7 +50,7 @@ class PlanConfig:
     price_per_hour: float | None = None
     """Price of one GPU in US dollars per hour."""
     dead_fraction: float = 0.05
-    """Share of latents that are assumed dead, which the auxiliary loss trains; 0: none."""
+    """Share of latents that are assumed to be dead and trained by the auxiliary loss; 0: none."""
     harvest_mfu: float = 0.3
     """Share of peak FLOP/s that the language model's forward pass is assumed to reach."""
     simulate: bool = False

@@ -33,7 +33,7 @@ class RunConfig:
     name: str = "demo"
     """Name of the run, and of its folder under `runs_dir`."""
     stage: str = "pipeline"
-    """What to run: pipeline (all stages in order) or the name of one stage."""
+    """Stage to run: pipeline (all stages in order) or the name of a single one."""
     seed: int = 0
     """Seed of the initial dictionary; also of the order of rows if `store.order_seed` is null."""
     runs_dir: str = "runs"

@@ -45,7 +45,7 @@ class SubmitConfig:
     """slurm: seconds before the time limit at which the job saves a checkpoint and is requeued.
     ray: seconds that a stopped job has to save a checkpoint."""
     max_requeues: int = 100
-    """slurm, kuberay, skypilot: how often a preempted job is requeued. 0: never."""
+    """slurm, kuberay, skypilot: number of times that a preempted job is requeued. 0: never."""
     setup: list[str] = field(default_factory=list)
     """slurm, ray, skypilot: bash lines to run before the job's command, such as `module load cuda`.
     If a line fails, the job continues unless the line ends with `|| exit 1`. Refused by kuberay."""

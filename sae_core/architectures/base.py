@@ -1,4 +1,4 @@
-"""The interface of an architecture in training: what the trainer needs of every SAE.
+"""The training interface of an architecture: what the trainer needs from every SAE.
 
 Shape legend: B batch rows of this replica, D d_model, L latents, l latents of this shard.
 """
@@ -43,11 +43,11 @@ class SparseAutoencoder(nn.Module, ABC):
     parameters and persistent buffers go into checkpoints.
 
     Args:
-        config: sizes and coefficients.
-        d_model: width D of the activations.
-        mesh: this rank's position; dictionary rows are split over its latent group.
-        kernels: implementation of the sparse operations.
-        seed: seed of the initial dictionary, which does not depend on the number of shards.
+        config: Sizes and coefficients.
+        d_model: Width D of the activations.
+        mesh: This rank's position; dictionary rows are split over its latent group.
+        kernels: Implementation of the sparse operations.
+        seed: Seed of the initial dictionary, which does not depend on the number of shards.
     """
 
     unit_rows: ClassVar[tuple[str, ...]] = ("W_dec",)
@@ -122,7 +122,7 @@ class SparseAutoencoder(nn.Module, ABC):
         """
 
     def send_gradient_to(self, receive: Callable[[SparseGradient], None]) -> None:
-        """From now on, give the gradient of W_enc, b_enc and W_dec to `receive`, not to autograd.
+        """Send all further gradients of W_enc, b_enc and W_dec to `receive` instead of autograd.
 
         Each backward pass calls `receive` once. The fused optimiser uses this.
         """
@@ -174,8 +174,8 @@ class SparseAutoencoder(nn.Module, ABC):
 
         Args:
             fired: [l] bool, latents that fired on this replica.
-            batch_tokens: number of tokens in the global batch.
-            skipped: scalar, 1 if the update was skipped; nothing changes then.
+            batch_tokens: Number of tokens in the global batch.
+            skipped: Scalar, 1 if the update was skipped; nothing changes then.
         """
         anywhere = fired.to(torch.uint8)
         if self.mesh.n_data > 1:

@@ -1,4 +1,4 @@
-"""The registry of architectures, and what follows from the name of one. Does not import torch."""
+"""The registry of architectures, and functions that look one up. Does not import torch."""
 
 from __future__ import annotations
 
@@ -19,29 +19,29 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class LatentVector:
-    """A trained vector with one number per latent that inference needs beside `b_enc`."""
+    """A trained vector with one number per latent that inference needs in addition to `b_enc`."""
 
     name: str
     """Name of the parameter or buffer."""
     in_activation_units: bool
-    """Whether it scales with the activations, as a threshold does; then it is divided by
+    """True if it scales with the activations, as a threshold does. It is then divided by
     `input_scale` when an SAE is read for use on raw activations."""
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """What the registry knows of an architecture without importing torch.
+    """Registry entry of an architecture, which is available without importing torch.
 
     Every architecture has an encoder and a decoder matrix `W_enc` and `W_dec` [L, D], and biases
     `b_enc` [L] and `b_dec` [D].
     """
 
     settings: type[SAEConfig]
-    """Its settings. Values of other kinds than JSON's plain ones are not supported."""
+    """Class of its settings. Their values must be plain JSON values."""
     training: str
-    """"module:class" of its `sae_core.architectures.base.SparseAutoencoder`."""
+    """"module:class" of its subclass of `sae_core.architectures.base.SparseAutoencoder`."""
     inference: str
-    """"module:class" of its `sae_core.inference.SAE`."""
+    """"module:class" of its subclass of `sae_core.inference.SAE`."""
     title: str = ""
     """Name for people, as in the title of a model card; empty: the name in the registry."""
     formula: str = ""
@@ -49,7 +49,7 @@ class Architecture:
     metrics: tuple[TrainingMetric, ...] = ()
     """Training metrics of its own, beside those of `sae_core.training_metrics`."""
     vectors: tuple[LatentVector, ...] = ()
-    """Vectors that are stored with the dictionary, beside `b_enc`."""
+    """Vectors that are stored with the dictionary, in addition to `b_enc`."""
 
 
 ARCHITECTURES: Registry[Architecture] = Registry(
@@ -120,11 +120,11 @@ def build_sae(
     """Build this rank's shard of a newly initialised SAE.
 
     Args:
-        settings: architecture, sizes and coefficients.
-        d_model: width D of the activations.
-        mesh: this rank's position; dictionary rows are split over its latent group.
-        kernels: implementation of the sparse operations.
-        seed: seed of the initial dictionary, which does not depend on the number of shards.
+        settings: Architecture, sizes and coefficients.
+        d_model: Width D of the activations.
+        mesh: This rank's position; dictionary rows are split over its latent group.
+        kernels: Implementation of the sparse operations.
+        seed: Seed of the initial dictionary, which does not depend on the number of shards.
 
     Raises:
         ConfigError: If the architecture is unknown.

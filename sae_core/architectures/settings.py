@@ -14,7 +14,7 @@ class AuxiliaryPath(NamedTuple):
     latents: int
     """Dead latents selected per row."""
     row_share: float
-    """Fraction of the batch rows that take it."""
+    """Fraction of the batch rows that take this path."""
 
 
 @dataclass
@@ -22,7 +22,7 @@ class SAEConfig:
     """Settings that all architectures share; each architecture adds its own in a subclass."""
 
     sparse_gradient: ClassVar[bool] = False
-    """Whether training gives the gradient of the dictionary rows as a `SparseGradient`, which the
+    """True if training gives the gradient of the dictionary rows as a `SparseGradient`, which the
     fused update (`optim.update`) needs."""
 
     architecture: str = ""
@@ -50,7 +50,7 @@ class SAEConfig:
         return None
 
     def auxiliary_path(self, d_model: int) -> AuxiliaryPath | None:
-        """Return the pass through the dead latents, which the plan counts; None: there is none.
+        """Return the pass through the dead latents, for the plan; None: the architecture has none.
 
         Args:
             d_model: Width of the activations.

@@ -37,7 +37,7 @@ class Dictionary(NamedTuple):
 
 @dataclass(frozen=True)
 class SparsePlan:
-    """What to select in a step, and over which ranks."""
+    """Sizes and ranks of the selection of a step."""
 
     kernels: Kernels
     n_latents: int
@@ -96,9 +96,9 @@ def encode_shard(
         x: [B, D] centred input, the same on every rank of the latent group.
         W_enc: [l, D] local rows.
         b_enc: [l].
-        k: number of latents selected per token over all shards.
-        plan: kernels, latent group and offsets.
-        rows: local latents to select from, int64, ascending; None: all.
+        k: Number of latents selected per token over all shards.
+        plan: Kernels, latent group and offsets.
+        rows: Local latents to select from, int64, ascending; None: all.
 
     Returns:
         Pairs with a positive value; `latents` are local to the shard.
@@ -135,9 +135,9 @@ def sparse_autoencode(
 
     Args:
         x: [B, D] normalised input, the same on every rank of the latent group; gets no gradient.
-        weights: weights of this shard.
-        plan: what to select and over which ranks.
-        aux: input of the auxiliary path; None if no rank of the latent group has a dead latent, or
+        weights: Weights of this shard.
+        plan: What to select and over which ranks.
+        aux: Input of the auxiliary path; None if no rank of the latent group has a dead latent, or
             the auxiliary loss is off. All ranks must agree on whether it is None, and on the rows.
         copies: W_enc and W_dec in `Kernels.copy_dtype`; None: use the weights themselves.
     """
@@ -233,9 +233,9 @@ def _weigh(
     """Join the weighted pairs of all paths; their rows index into the stacked inputs and errors.
 
     Args:
-        paths: main path, and auxiliary path if there is one.
-        weights: scalar per path, -2 times the gradient of its squared error.
-        dtype: dtype of the stacked inputs and errors; None: unchanged.
+        paths: Main path, and auxiliary path if there is one.
+        weights: Scalar per path, -2 times the gradient of its squared error.
+        dtype: Dtype of the stacked inputs and errors; None: unchanged.
     """
     rows = []
     offsets = []

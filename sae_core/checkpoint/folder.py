@@ -143,7 +143,7 @@ def find_damage(folder: Path, hashes: bool = True, share: tuple[int, int] = (0, 
 
 
 def check_manifest(folder: Path, hashes: bool = True, share: tuple[int, int] = (0, 1)) -> None:
-    """Check a checkpoint against its manifest; takes the same arguments as `damages`.
+    """Check a checkpoint against its manifest; takes the same arguments as `find_damage`.
 
     Raises:
         DamagedCheckpointError: If anything differs; names each file and the difference.
@@ -218,8 +218,8 @@ def warn_skipped(error: object) -> None:
 def prunable(root: Path, keep: int, keep_every_steps: int | None = None) -> Iterable[Path]:
     """Yield the checkpoints that may be deleted.
 
-    Kept are the `keep` newest ones that pass a size check, any newer ones that fail it (for a
-    person to inspect), and the milestones. Unfinished saves are ignored.
+    The `keep` newest checkpoints that pass a size check are kept, as are newer ones that fail it
+    (for a person to inspect) and the milestones. Unfinished saves are ignored.
 
     Args:
         root: The run's `checkpoints` folder.
@@ -244,9 +244,9 @@ def _milestones(finished: list[Path], every_steps: int | None) -> set[Path]:
         return set()
     first: dict[int, Path] = {}
     for folder in reversed(finished):
-        stretch = step_of(folder) // every_steps
-        if stretch and stretch not in first and _looks_whole(folder):
-            first[stretch] = folder
+        period = step_of(folder) // every_steps
+        if period and period not in first and _looks_whole(folder):
+            first[period] = folder
     return set(first.values())
 
 

@@ -51,7 +51,7 @@ class Retention:
     keep: int
     """Number of newest valid checkpoints to keep."""
     keep_every_steps: int | None = None
-    """Also keep the first checkpoint of every N steps permanently; None: no others."""
+    """Keep the first checkpoint of every N steps permanently, too; None: no others."""
 
 
 def write_checkpoint(
@@ -101,11 +101,11 @@ def write_checkpoint(
 
 
 def _as_checkpoint_error(verb: str, folder: Path, action: Callable[[], T]) -> T:
-    """Return the result of `action()`; whatever it raises becomes a CheckpointError.
+    """Return the result of `action()`; any error becomes a CheckpointError.
 
     Args:
-        verb: Names the stage of the save in the error.
-        folder: Folder to name in the error.
+        verb: Stage of the save, for the error message.
+        folder: Folder, for the error message.
         action: This rank's part of the stage.
     """
     try:

@@ -114,8 +114,8 @@ def write_rows(sae: StoredSAE, path: Path, names: Mapping[str, str], transposed:
     shapes["b_dec"] = (width,)
     if transposed:
         shapes[transposed] = (width, n_latents)
-    laid = {theirs: (torch.float32, shapes[ours]) for ours, theirs in names.items()}
-    with TensorFileWriter(path, laid) as file:
+    layout = {theirs: (torch.float32, shapes[ours]) for ours, theirs in names.items()}
+    with TensorFileWriter(path, layout) as file:
         file.write_rows(names["b_dec"], 0, sae.b_dec)
         for ours in names:
             if ours == "b_dec":

@@ -20,11 +20,14 @@ from sae_core.distributed.ranks import is_rank_zero
 _EVERY_S = 1.0
 """Target time between two exchanges, in seconds."""
 _MOST_STEPS = 100
-"""Most steps between two exchanges. Steps that were fast so far may soon have to wait for data."""
+"""Largest number of steps between two exchanges.
+
+Steps that were fast so far may soon have to wait for data.
+"""
 
 
 class Flags(NamedTuple):
-    """What this rank asks for; after an exchange, what any rank asks for."""
+    """Requests of this rank; after an exchange, requests of any rank."""
 
     stop: bool = False
     """Stop training after a checkpoint."""

@@ -29,9 +29,9 @@ def select_global(
         values: [B, C] float32 local candidates; `-inf` means an empty slot. C must be the same on
             every rank.
         latents: [B, C] int64, local to the shard.
-        k: number selected per token; ties go to the lowest global index.
-        first_latent: global index of this shard's first row.
-        group: ranks that share the dictionary; with None or one rank nothing is exchanged.
+        k: Number selected per token; ties go to the lowest global index.
+        first_latent: Global index of this shard's first row.
+        group: Ranks that share the dictionary; with None or one rank nothing is exchanged.
 
     Returns:
         [B, C] bool, True for selected candidates.
@@ -57,7 +57,7 @@ def sent_bytes(n_rows: int, width: int, n_ranks: int, rank: int) -> int:
         n_rows: B, rows of the batch.
         width: C, candidates per rank and row.
         n_ranks: G, number of ranks that share the dictionary.
-        rank: the sender's rank among them.
+        rank: The sender's rank among them.
     """
     start, stop = row_range(n_rows, rank, n_ranks)
     largest = row_range(n_rows, 0, n_ranks)[1]
@@ -78,6 +78,6 @@ def _kth_keys(keys: torch.Tensor, k: int, group: dist.ProcessGroup) -> torch.Ten
     share_size = shares[0][1]  # the largest share; the others are padded to it
     kth = keys.new_full((share_size,), EMPTY_KEY)
     kth[:mine] = merged.topk(min(k, n_ranks * C), dim=1).values[:, -1]
-    everyone = keys.new_empty(n_ranks * share_size)
-    dist.all_gather_into_tensor(everyone, kth, group=group)
-    return everyone[:B]
+    gathered = keys.new_empty(n_ranks * share_size)
+    dist.all_gather_into_tensor(gathered, kth, group=group)
+    return gathered[:B]

@@ -1,4 +1,4 @@
-"""Rank 0 by name, and actions that succeed or fail on all ranks together."""
+"""Rank 0, the device of collectives, and actions that succeed or fail on all ranks together."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def on_all_ranks(action: Callable[[], T], group: dist.ProcessGroup | None = None
     try:
         result = action()
     except Exception as error:
-        # Raised here and not after the `try`: a failing vote then shows this error as its context.
+        # Vote inside the `except` block, so that a failing vote shows this error as its context.
         _any_failed(True, group)
         _exchange(error, group)
         raise

@@ -19,8 +19,8 @@ def gather_over_replicas(gradient: SparseGradient, group: dist.ProcessGroup) -> 
     Each replica's loss is a mean over its own rows, and all replicas have the same number of rows.
 
     Args:
-        gradient: sparse gradient of this replica's loss.
-        group: the data group.
+        gradient: Sparse gradient of this replica's loss.
+        group: The data group.
 
     Returns:
         The sparse gradient of the global batch, the same on every replica.

@@ -1,4 +1,4 @@
-"""Adam over a sharded dictionary, and the learning rate as a pure function of the tokens seen."""
+"""Adam over a sharded dictionary, clipped by the norm of the gradient over all shards."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ class ShardedAdam(torch.optim.Adam):
 
     Args:
         sae: SAE to update; its sharded parameters have `tensor_model_parallel=True`.
-        lr: learning rate of the first step.
-        config: betas, eps.
-        clip_norm: largest global gradient norm; 0: no limit; None: leave the norm and clipping to
+        lr: Learning rate of the first step.
+        config: Betas, eps.
+        clip_norm: Largest global gradient norm; 0: no limit; None: leave the norm and clipping to
             the engine. ZeRO 1 needs None, because it passes flat pieces of parameters, and this
             class cannot tell which of them are sharded.
     """

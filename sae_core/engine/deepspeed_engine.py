@@ -31,10 +31,10 @@ class SAEEngine:
     """A shard of an SAE with its optimiser; `train_step` is collective over all ranks.
 
     Args:
-        name: key of this SAE in metrics and checkpoints.
-        sae: this rank's shard, calibrated or about to be loaded from a checkpoint.
-        config: config of the optimiser, batch and mesh.
-        device: device of the parameters.
+        name: Key of this SAE in metrics and checkpoints.
+        sae: This rank's shard, calibrated or about to be loaded from a checkpoint.
+        config: Config of the optimiser, batch and mesh.
+        device: Device of the parameters.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class SAEEngine:
             clip_norm if zero == 0 else None,
         )
         self.engine = _initialise_deepspeed(sae, self.optimizer, config, clip_norm if zero else 0.0)
-        # -1 until the first step that is not finite.
+        # -1 until a step is not finite; then the index of the first such step.
         self.first_bad_step = torch.full((), -1, dtype=torch.int64, device=device)
 
     def train_step(self, raw: torch.Tensor, step: int) -> StepOutput:
@@ -75,7 +75,7 @@ class SAEEngine:
 
         Args:
             raw: [B / n_data, D] raw rows of this replica on `device`.
-            step: index of this optimiser step.
+            step: Index of this optimiser step.
 
         Returns:
             The loss and metrics of this replica.
@@ -114,7 +114,7 @@ class SAEEngine:
         self.sae.refresh_copies()
 
     def _push_to_zero(self, parameter: torch.nn.Parameter) -> None:
-        """Under ZeRO 1, copy a changed parameter to the optimiser, else it will overwrite it."""
+        """Under ZeRO 1, copy a changed parameter to the optimiser, which would overwrite it."""
         mapping = getattr(parameter, "_hp_mapping", None)
         if mapping is not None:
             mapping.update_hp()
@@ -160,8 +160,8 @@ class SAEEngine:
 
         Args:
             parameters: `{name: tensor}`; each tensor has its parameter's shape.
-            moments: moments in the format of `moments()`.
-            step: number of optimiser steps made.
+            moments: Moments in the format of `moments()`.
+            step: Number of optimiser steps made.
         """
         self._allocate_state()
         for name, parameter in self.sae.named_parameters():

@@ -27,9 +27,9 @@ class FusedRowAdam(ShardedAdam):
     Args:
         sae: SAE with a sparse gradient. W_enc, b_enc and W_dec are set to not require gradients,
             and their sparse gradient is sent to this optimiser.
-        lr: learning rate of the first step.
-        config: betas, eps, dtype of the moments.
-        clip_norm: largest global gradient norm; 0: no limit.
+        lr: Learning rate of the first step.
+        config: Betas, eps, dtype of the moments.
+        clip_norm: Largest global gradient norm; 0: no limit.
     """
 
     def __init__(

@@ -1,17 +1,12 @@
-"""The learning-rate schedule."""
+"""The learning-rate schedule, a pure function of the tokens seen."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from sae_core.config import OptimConfig
-
-if TYPE_CHECKING:
-    pass
 
 
 def peak_lr(config: OptimConfig, n_latents: int) -> float:
-    """Return the learning rate between warmup and decay.
+    """Return the learning rate between warm-up and decay.
 
     If `config.lr` is not set, it is `config.lr_at_16k` scaled as 1 / sqrt(n_latents) (Gao et al.
     2024).

@@ -152,7 +152,7 @@ class Kernels(Protocol):
             x: [B, D] centred inputs.
             W_enc: [L, D].
             b_enc: [L].
-            k: number to select; at most L.
+            k: Number to select; at most L.
 
         Returns:
             values [B, k] in the accumulation dtype, before the ReLU, and latents [B, k] int64.
@@ -174,7 +174,7 @@ class Kernels(Protocol):
 
         Args:
             vectors: [B, D].
-            active: pairs of the B rows.
+            active: Pairs of the B rows.
             matrix: [L, D].
         """
         ...
@@ -188,7 +188,7 @@ class Kernels(Protocol):
 
         Args:
             target: [B, D] vectors to reconstruct.
-            active: pairs of the B rows.
+            active: Pairs of the B rows.
             W_dec: [L, D].
         """
         ...
@@ -201,7 +201,7 @@ class Kernels(Protocol):
         Terms are added in row order, so the result is reproducible bit for bit.
 
         Args:
-            active: active pairs; `rows` index into `x` and `error`.
+            active: Active pairs; `rows` index into `x` and `error`.
             dvalues: [N] gradient of each pair's pre-activation; the weights of `x` in the gradient
                 of W_enc.
             x: [R, D] centred inputs.
@@ -214,7 +214,7 @@ class Kernels(Protocol):
         """Prepare the fused update of the dictionary rows.
 
         Args:
-            gradient: gradient of the global batch, the same on all data replicas.
+            gradient: Gradient of the global batch, the same on all data replicas.
             W_dec: [L, D] master rows, used to project W_dec's gradient (see `project`).
         """
         ...

@@ -1,4 +1,4 @@
-"""ExactKernels TopK behind a cheap product: find candidates in low precision, rescore them exactly.
+"""Exact TopK behind a cheap product: find candidates in low precision, rescore them exactly.
 
 A low-precision product gives each row C > k candidates: the latents with the C largest approximate
 pre-activations, or with the C largest upper bounds on them. The exact value of any other latent is
@@ -50,7 +50,7 @@ class Prefilter(Protocol):
             x: [B, D].
             W_enc: [L, D].
             b_enc: [L].
-            k: number of latents to select from the candidates.
+            k: Number of latents to select from the candidates.
         """
         ...
 
@@ -87,12 +87,12 @@ def prefiltered_topk(
     waits for the device once, to learn which rows failed.
 
     Args:
-        prefilter: finds the candidates.
-        exact: rescores the candidates and encodes the rows that fail.
+        prefilter: Finds the candidates.
+        exact: Rescores the candidates and encodes the rows that fail.
         x: [B, D] centred inputs.
         W_enc: [L, D].
         b_enc: [L].
-        k: number to select; at most L.
+        k: Number to select; at most L.
 
     Returns:
         values [B, k] float32 and latents [B, k] int64.
@@ -112,7 +112,7 @@ def uncertified(offered: Candidates, kth: torch.Tensor, n_latents: int) -> torch
     """Mark the rows whose candidates may not include all of the k largest latents, [B] bool.
 
     Args:
-        offered: candidates found by the prefilter.
+        offered: Candidates found by the prefilter.
         kth: [B] k-th largest exact value among the candidates.
         n_latents: L. If all L latents are candidates, no row is marked.
     """

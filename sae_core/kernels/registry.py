@@ -15,15 +15,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class KernelBody:
-    """What the registry knows of a kernel body without importing torch."""
+    """Registry entry of a kernel body, which is available without importing torch."""
 
     build: str
     """"module:function" that takes `compute_dtype`, `tf32` and `prefilter`, as in `get_kernels`,
     and returns the `Kernels`. It raises a ConfigError for options that it does not support."""
     prefilters: tuple[str, ...] = ()
-    """Names of its prefilters, beside `auto` and `none`."""
+    """Names of its prefilters, in addition to `auto` and `none`."""
     prefilter_dtypes: tuple[str, ...] = ()
-    """Values of `train.compute_dtype` with which it can use them."""
+    """Values of `train.compute_dtype` that its prefilters support."""
 
 
 STOCK = KernelBody("sae_core.kernels.stock.body:build", ("bfloat16x3", "bfloat16"), ("float32",))
@@ -49,10 +49,10 @@ def get_kernels(
 
     Args:
         name: Name in `KERNELS`.
-        compute_dtype: dtype of the encoder product's inputs.
+        compute_dtype: Dtype of the encoder product's inputs.
         tf32: Multiply float32 in TF32 on tensor cores, with 10 bits of mantissa.
-        prefilter: none; bfloat16 or bfloat16x3 (stock with float32); float8 (triton); or auto,
-            which means bfloat16x3 for stock on CPUs that multiply bfloat16 in hardware, else none.
+        prefilter: `none`, `bfloat16` or `bfloat16x3` (stock with float32), `float8` (triton), or
+            `auto`: bfloat16x3 for stock on CPUs that multiply bfloat16 in hardware, else none.
 
     Raises:
         ConfigError: If the name is unknown, or these kernels do not run on this machine or do not

@@ -22,8 +22,8 @@ def salt_of(step: torch.Tensor, array: int) -> torch.Tensor:
     """Return a scalar int32 salt that differs between updates and between arrays.
 
     Args:
-        step: scalar, number of the update; a whole number in any dtype.
-        array: index of the rounded array within the update, 0 to 7.
+        step: Scalar, number of the update; a whole number in any dtype.
+        array: Index of the rounded array within the update, 0 to 7.
     """
     return (step.to(torch.int32) * 8 + array) * SALT
 
@@ -36,8 +36,8 @@ def round_stochastically_(
     Args:
         target: [n, D] bfloat16.
         source: [n, D] float32; infinities and NaN are copied unchanged.
-        first_row: global index of row 0.
-        salt: as returned by `salt_of`.
+        first_row: Global index of row 0.
+        salt: As returned by `salt_of`.
     """
     bits = source.contiguous().view(torch.int32)
     rounded = bits + (random_bits(source.shape, first_row, salt, source.device) & 0xFFFF)

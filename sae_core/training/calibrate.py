@@ -14,9 +14,9 @@ from sae_core.architectures.base import SparseAutoencoder
 from sae_core.errors import ShapeError
 
 _ENCODER_ROWS = 4096
-"""Most sample rows used to initialise the encoder."""
+"""Largest number of sample rows used to initialise the encoder."""
 _MEDIAN_STEPS = 100
-"""Most iterations for the geometric median."""
+"""Largest number of iterations for the geometric median."""
 
 
 def geometric_median(x: torch.Tensor, tolerance: float = 1e-5) -> torch.Tensor:
@@ -24,7 +24,7 @@ def geometric_median(x: torch.Tensor, tolerance: float = 1e-5) -> torch.Tensor:
 
     Args:
         x: [N, D] rows.
-        tolerance: stop when a step moves the point by less than this fraction of its norm.
+        tolerance: Stop when a step moves the point by less than this fraction of its norm.
 
     Returns:
         [D] the geometric median.
@@ -45,7 +45,7 @@ def calibrate(sae: SparseAutoencoder, sample: torch.Tensor) -> None:
     """Set the input mean and scale and the decoder bias, and initialise the encoder; collective.
 
     Args:
-        sae: a newly built shard.
+        sae: A newly built shard.
         sample: [N, D] raw activations, the same on every rank.
 
     Raises:

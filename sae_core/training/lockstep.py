@@ -1,8 +1,8 @@
 """The training loop: one trainer, or several in lockstep on one stream.
 
-All ranks hold the same trainers in the same order and take the same decisions. A trainer is dropped
+All ranks hold the same trainers in the same order and make the same decisions. A trainer is dropped
 for a loss that is not finite, for divergence, or for a checkpoint that could not be written. Each
-is decided from numbers that all ranks share, so that no rank is missing from a collective.
+of these is decided from numbers that all ranks share, so that no rank is missing from a collective.
 """
 
 from __future__ import annotations

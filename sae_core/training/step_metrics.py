@@ -1,4 +1,4 @@
-"""Training metrics, summed on the device and reduced over the ranks from time to time."""
+"""Training metrics, summed on the device and reduced over the ranks when a row is logged."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class StepMetrics:
     """Metrics of one SAE, summed over the steps since the last `reduce`.
 
     Args:
-        engine: engine of the SAE.
+        engine: Engine of the SAE.
     """
 
     def __init__(self, engine: SAEEngine) -> None:
@@ -45,7 +45,7 @@ class StepMetrics:
 
         Args:
             raw: [B, D] raw rows of this replica.
-            out: output of the step.
+            out: Output of the step.
 
         Raises:
             ValueError: If the architecture's own metrics are not those that it has registered.

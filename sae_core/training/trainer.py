@@ -125,8 +125,7 @@ class Trainer:
             raise ConfigError(
                 "store.path",
                 self.source.identity,
-                f"the stores, their weights and the order (store.window_items, "
-                f"store.buffer_tokens) that "
+                f"the stores, weights and order (store.window_items, store.buffer_tokens) that "
                 f"{folder.name} was trained on, {state.source_identity}",
                 "use that store and those settings, or start a new run with another name=...",
             )
@@ -158,7 +157,7 @@ class Trainer:
         """Begin a checkpoint if the cadence, the end of training or `asked` requires one.
 
         Args:
-            asked: Save in any case.
+            asked: Save regardless of the cadence.
         """
         every = max(1, self.config.checkpoint.every_tokens // self.config.train.batch_tokens)
         if self.step % every == 0 or self.is_done or asked:

@@ -1,4 +1,4 @@
-"""Copies of host tensors to a device for which the host does not wait."""
+"""Copy host tensors to a device without making the host wait."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 class Uploader:
     """Copies tensors to a device, in the order of its current stream.
 
-    A copy from pinned memory goes on after `upload` has returned. The memory must not change
+    A copy from pinned memory continues after `upload` has returned. The memory must not change
     meanwhile, but its owner may reuse it as soon as nothing refers to it. So the host tensors of an
     upload are kept until the next one, which first waits for the copy to end.
 
@@ -24,7 +24,7 @@ class Uploader:
         self._copied: torch.cuda.Event | None = None
 
     def upload(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """Return the tensors on the device; those that are there already are returned as they are.
+        """Return the tensors on the device; those that are already there are returned unchanged.
 
         Work that is queued on the device afterwards sees the complete copies.
         """

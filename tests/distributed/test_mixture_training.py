@@ -130,7 +130,7 @@ def test_other_weights_are_another_stream(folder: Path) -> None:
     save_config(config, run_dir / "config.yaml")
     ranks = Ranks(run_dir / "ranks-2", 1, _rank, str(run_dir))
     assert ranks.codes() == [1]
-    assert "the stores, their weights and the order" in ranks.logs()[0]
+    assert "the stores, weights and order" in ranks.logs()[0]
 
 
 def test_replicas_and_the_sample_read_the_stream_of_the_mixture(folder: Path) -> None:

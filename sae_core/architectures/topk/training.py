@@ -108,9 +108,9 @@ class TopKSAE(SparseAutoencoder):
         The result is scaled so that its mean over the replicas is that of the global batch.
 
         Args:
-            residual: scalar, squared error of the main path over this replica's rows.
-            missing: scalar, squared error of the auxiliary path over the auxiliary rows.
-            n_rows: number of rows of this replica.
+            residual: Scalar, squared error of the main path over this replica's rows.
+            missing: Scalar, squared error of the auxiliary path over the auxiliary rows.
+            n_rows: Number of rows of this replica.
         """
         # Extrapolate from the auxiliary rows to all rows.
         missing = missing * (n_rows / self._aux_rows(n_rows))

@@ -27,9 +27,9 @@ class StockKernels:
     """Implementation in stock torch operations; see `Kernels`.
 
     Args:
-        compute_dtype: dtype of the encoder product. With bfloat16, pre-activations are summed in
+        compute_dtype: Dtype of the encoder product. With bfloat16, pre-activations are summed in
             float32 and then rounded to bfloat16, so nearly equal ones become ties.
-        prefilter: finds candidates in low precision before the exact selection; None: compute the
+        prefilter: Finds candidates in low precision before the exact selection; None: compute the
             full product in `compute_dtype`.
     """
 

@@ -30,11 +30,11 @@ def streamed_topk(
     """Select the `count` largest pre-activations of every row; ties go to the lowest latent.
 
     Args:
-        product: computes the pre-activations of a range of latents.
+        product: Computes the pre-activations of a range of latents.
         n_rows: B.
         n_latents: L.
-        count: number to select; at most L.
-        device: device of the result.
+        count: Number to select; at most L.
+        device: Device of the result.
 
     Returns:
         values [B, count] float32, descending, and latents [B, count] int64.
@@ -53,7 +53,7 @@ def _merge(best: torch.Tensor, pre_acts: torch.Tensor, start: int) -> torch.Tens
     Args:
         best: [B, count] int64 keys of the largest values so far, descending.
         pre_acts: [B, C] pre-activations of latents [start, start + C).
-        start: first latent of the piece.
+        start: First latent of the piece.
 
     Returns:
         [B, count] keys of the largest values among both, descending.

@@ -4,8 +4,8 @@
 computes x1 w1 + x2 w1 + x1 w2 as one product of depth 3 D. Its certificate is proven. Rounding to
 bfloat16 changes an element by at most 2**-8 of its magnitude. So, by the Cauchy-Schwarz inequality,
 the terms left out (x2 w2, and the rounding of x2 and of w2) add up to at most 3 * 2**-16 |x| |w|.
-The margin also covers the rounding of the float32 sums of this product and of
-the exact one, 2**-24 |x| |w| per column of depth, and the rounding of the result to bfloat16.
+The margin also covers the rounding of the float32 sums of this product and of the exact one,
+2**-24 |x| |w| per column of depth, and the rounding of the result to bfloat16.
 
 `bfloat16` multiplies the high parts only. A worst-case bound would leave many rows of real
 activations uncertified, so its certificate is probabilistic, like that of `float8`: see
@@ -134,7 +134,7 @@ def error_deviation(
         x: [B, D] inputs.
         moved: [B, D] actual rounding errors of x, so outlier channels count with their true error.
         W_enc: [L, D].
-        rounding: root mean square of the relative rounding error of a weight.
+        rounding: Root mean square of the relative rounding error of a weight.
     """
     variances = moved.square() + rounding**2 * x.square()
     longest = torch.linalg.vector_norm(W_enc, dim=1, dtype=torch.float32).max().square()

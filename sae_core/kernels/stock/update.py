@@ -24,7 +24,7 @@ class StockRowUpdate:
     """Update of dictionary rows in stock torch operations; see `RowUpdate`.
 
     Args:
-        rows: row gradients; those of W_dec are projected in place (see `project`).
+        rows: Row gradients; those of W_dec are projected in place (see `project`).
         W_dec: [L, D] master rows.
     """
 
@@ -123,7 +123,7 @@ def renormalise_(W_dec: torch.Tensor, skipped: torch.Tensor) -> None:
 
     Args:
         W_dec: [n, D] decoder rows.
-        skipped: scalar, 1 if the update was skipped.
+        skipped: Scalar, 1 if the update was skipped.
     """
     norm = W_dec.norm(dim=1, keepdim=True).clamp_min(1e-12)
     W_dec.mul_(torch.where(skipped > 0, 1.0, 1.0 / norm))

@@ -38,9 +38,9 @@ class TritonKernels:
     be run again (once, or twice with the prefilter), and `row_gradients` (once).
 
     Args:
-        compute_dtype: dtype of the encoder product's inputs.
-        precision: how float32 inputs are multiplied, "ieee" or "tf32".
-        float8_prefilter: find candidate latents with a float8 product, then compute only these
+        compute_dtype: Dtype of the encoder product's inputs.
+        precision: How float32 inputs are multiplied, "ieee" or "tf32".
+        float8_prefilter: Find candidate latents with a float8 product, then compute only these
             exactly.
 
     Raises:
@@ -93,7 +93,7 @@ class TritonKernels:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Run `encode_topk` without a prefilter."""
         self._check(x, W_enc, b_enc)
-        if _nothing(x.shape[0], W_enc.shape[0], k):
+        if _is_empty(x.shape[0], W_enc.shape[0], k):
             shape = (x.shape[0], k)
             return x.new_empty(shape, dtype=torch.float32), x.new_empty(shape, dtype=torch.int64)
         return self._encoder.topk(x, W_enc, b_enc, k)
@@ -110,7 +110,7 @@ class TritonKernels:
             x: B split rows.
             W: L split rows.
             b: [L].
-            count: number to select; at most L.
+            count: Number to select; at most L.
 
         Returns:
             values [B, count] float32, descending, and latents [B, count] int64.
@@ -132,7 +132,7 @@ class TritonKernels:
         from sae_core.kernels.triton.quantise import FP8
 
         B, L = len(x.scales), len(W.scales)
-        if _nothing(B, L, count):
+        if _is_empty(B, L, count):
             return x.scales.new_empty(B, count), b.new_empty(B, count, dtype=torch.int64)
         return _encoder(FP8, "ieee", self.interpreted).topk_split(x, W, b, count)
 
@@ -197,7 +197,7 @@ def build(compute_dtype: torch.dtype, tf32: bool, prefilter: str) -> TritonKerne
     )
 
 
-def _nothing(B: int, L: int, k: int) -> bool:
+def _is_empty(B: int, L: int, k: int) -> bool:
     """Check the sizes, and return True if there is nothing to select.
 
     Raises:

@@ -97,9 +97,9 @@ class Encoder:
     """Encoder product and TopK in one dtype.
 
     Args:
-        dtype: dtype of the product's inputs; sums are float32. `FP8` takes split rows only.
-        precision: how float32 inputs are multiplied, "ieee" or "tf32".
-        tiles: tile configurations.
+        dtype: Dtype of the product's inputs; sums are float32. `FP8` takes split rows only.
+        precision: How float32 inputs are multiplied, "ieee" or "tf32".
+        tiles: Tile configurations.
         interpreted: True if kernels run in Triton's interpreter, which cannot multiply float8.
     """
 
@@ -156,10 +156,10 @@ class Encoder:
         """Select again for rows whose pool overflowed, keeping every key of a piece of latents.
 
         Args:
-            x: the R rows.
+            x: The R rows.
             W_enc: L rows.
             b_enc: [L] float32.
-            k: number to select.
+            k: Number to select.
 
         Returns:
             [R, k] int64 keys, descending.

@@ -63,7 +63,7 @@ _SAMPLE_ROWS = 8192
 
 
 class SplitSpec(NamedTuple):
-    """How to split the rows of one matrix, and how to compute their error bounds.
+    """Rule to split the rows of one matrix and to compute their error bounds.
 
     With `t_j = moved_j * rounding_error_j**2 + squares_j * element_j**2`, a row's first bound is
     `deviations * sqrt(|t|)`.
@@ -106,7 +106,7 @@ class Float8Prefilter:
     """A prefilter that multiplies in float8 and bfloat16; see `Prefilter`.
 
     Args:
-        topk: selects the largest values of the product of split rows.
+        topk: Selects the largest values of the product of split rows.
         split: `split_rows`, or an equivalent function for another device.
     """
 
@@ -151,7 +151,7 @@ def split_spec(x: torch.Tensor, W_enc: torch.Tensor) -> tuple[SplitSpec, SplitSp
         W_enc: [L, D].
 
     Returns:
-        The weights for x and those for W_enc.
+        The rule for x and the rule for W_enc.
     """
     D = x.shape[1]
     n_side = min(side_width(D) - SLOTS, D // 2)
@@ -175,7 +175,7 @@ def split_rows(matrix: torch.Tensor, weights: SplitSpec) -> SplitRows:
 
     Args:
         matrix: [n, D], any float dtype.
-        weights: as returned by `split_spec` for this matrix.
+        weights: As returned by `split_spec` for this matrix.
     """
     n, D = matrix.shape
     n_side = weights.n_side

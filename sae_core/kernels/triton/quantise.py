@@ -109,7 +109,7 @@ def split_rows(matrix: torch.Tensor, weights: SplitSpec) -> SplitRows:
 
     Args:
         matrix: [n, D] bfloat16, float16 or float32.
-        weights: as returned by `split_spec` for this matrix.
+        weights: As returned by `split_spec` for this matrix.
 
     Raises:
         ShapeError: If a row does not fit in a program's registers.

@@ -166,7 +166,7 @@ def select(
         counts: [B] int32 number of appended keys; set to k.
         threshold: [B] float32; set to each row's k-th value.
         overflow: [B] int32; set to 1 for rows that lost keys.
-        k: number of keys to keep.
+        k: Number of keys to keep.
     """
     B, width = pool.shape
     if width <= LARGEST_NETWORK:

@@ -187,7 +187,7 @@ class TritonRowUpdate:
     2 N / 512 rows for each of the two matrices.
 
     Args:
-        gradient: sparse gradient of the rows; x and error in any float dtype the kernels take.
+        gradient: Sparse gradient of the rows; x and error in any float dtype the kernels take.
         W_dec: [L, D] float32 master rows.
     """
 

@@ -33,10 +33,10 @@ def test_a_member_can_be_registered_once():
     registry = shapes()
     with registry.registered("square", 4):
         assert registry["square"] == 4 and registry.names()[-1] == "square"
-        with pytest.raises(ValueError, match="'square' exists already"):
+        with pytest.raises(ValueError, match="'square' already exists"):
             registry.register("square", 5)
     assert "square" not in registry
-    with pytest.raises(ValueError, match="'path' exists already"):
+    with pytest.raises(ValueError, match="'path' already exists"):
         registry.register("path", 5)
 
 
@@ -56,5 +56,7 @@ def test_an_installed_package_adds_members(tmp_path, monkeypatch):
         registry["oval"]
     forms: Registry[object] = Registry("form", "draw.form", "forms", {"path": "pathlib:Path"})
     for _ in range(2):  # also when it is asked again
-        with pytest.raises(FoundryError, match="round-shapes declares the form 'path', which this"):
+        with pytest.raises(
+            FoundryError, match="round-shapes declares the form 'path', which already"
+        ):
             forms.names()
