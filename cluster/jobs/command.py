@@ -65,7 +65,7 @@ def _arguments_on_shared_folders(
 
 def _word(text: str) -> str:
     """Return a path as Hydra reads it: as it is, or quoted if it has characters with a meaning."""
-    return text if re.fullmatch(r"[\w./:+@%-]*", text) else _quoted(text)
+    return text if re.fullmatch(r"[\w./:+@%-]+( [\w./:+@%-]+)*", text) else _quoted(text)
 
 
 def _quoted(text: str) -> str:
