@@ -95,10 +95,10 @@ def measure(source: Store, n_items: int, folder: Path, rounds: int) -> list[dict
     """Write the first items of `source` with every codec and return one row per codec.
 
     Args:
-        source: store to copy rows from.
-        n_items: number of items to copy.
-        folder: folder for the new stores, each named after its codec.
-        rounds: timed epochs of each kind and codec.
+        source: Store to copy rows from.
+        n_items: Number of items to copy.
+        folder: Folder for the new stores, each named after its codec.
+        rounds: Timed epochs of each kind and codec.
 
     Returns:
         One row per codec, `none` first.
@@ -137,8 +137,8 @@ def lost_variance(items: list[NDArray[Any]], store: Store) -> dict[str, float]:
     """Return the fraction of variance that a codec loses, per channel and in total, in float64.
 
     Args:
-        items: original rows, [n, d_model] each.
-        store: the same rows, written with the codec.
+        items: Original rows, [n, d_model] each.
+        store: The same rows, written with the codec.
     """
     width = items[0].shape[1]
     total, square, error = (np.zeros(width) for _ in range(3))

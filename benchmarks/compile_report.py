@@ -231,7 +231,7 @@ def compile_one(configuration: Configuration) -> dict[str, Any]:
 
 
 def spills(row: dict[str, Any]) -> bool:
-    """Return whether the compiler spilled registers to local memory."""
+    """Return True if the compiler spilled registers to local memory."""
     used = row["instructions"]
     return bool(row["local_bytes"] or used.get("LDL") or used.get("STL"))
 

@@ -89,10 +89,10 @@ def config_of(case: Case, store: Path, name: str, steps: int) -> RunConfig:
     Dead latents are not planned for: none can die in so few steps.
 
     Args:
-        case: sizes and mesh.
-        store: path of a store with rows of width `case.D`.
-        name: name of the run.
-        steps: number of training steps; one checkpoint is saved halfway.
+        case: Sizes and mesh.
+        store: Path of a store with rows of width `case.D`.
+        name: Name of the run.
+        steps: Number of training steps; one checkpoint is saved halfway.
     """
     return RunConfig(
         name=name,
@@ -175,10 +175,10 @@ def rows_of(case: Case, folder: Path, hardware: Hardware, steps: int) -> list[di
     """Run one case and predict it; return the measured row, then the predicted one.
 
     Args:
-        case: sizes and mesh.
-        folder: folder for stores and runs.
-        hardware: this machine's measured rates.
-        steps: number of training steps.
+        case: Sizes and mesh.
+        folder: Folder for stores and runs.
+        hardware: This machine's measured rates.
+        steps: Number of training steps.
     """
     store = make_store(folder, case.D)
     op = case.op.replace(",", "").replace(" ", "-")

@@ -118,11 +118,11 @@ def base_config(
     """Return the config that every variant modifies.
 
     Args:
-        n_latents: latents of the SAE.
-        tokens: training tokens.
-        dead_after_tokens: tokens without firing after which a latent counts as dead.
-        k: active latents per token.
-        lr: learning rate; None: 2e-3 at 4096 latents, scaled as 1/sqrt(n_latents).
+        n_latents: Latents of the SAE.
+        tokens: Training tokens.
+        dead_after_tokens: Tokens without firing after which a latent counts as dead.
+        k: Active latents per token.
+        lr: Learning rate; None: 2e-3 at 4096 latents, scaled as 1/sqrt(n_latents).
     """
     return TrainerConfig(
         TopKConfig(n_latents=n_latents, k=k, auxk=256, dead_after_tokens=dead_after_tokens),
@@ -142,10 +142,10 @@ def train(
     """Train one variant on the first array of a store.
 
     Args:
-        store: activations.
-        base: config that the variant modifies.
-        name: key of `VARIANTS`.
-        weakened: share of latents whose encoder row starts at a quarter of its length.
+        store: Activations.
+        base: Config that the variant modifies.
+        name: Key of `VARIANTS`.
+        weakened: Share of latents whose encoder row starts at a quarter of its length.
 
     Returns:
         The trainer, and the variant's row.
@@ -209,7 +209,7 @@ def _changed(base: TrainerConfig, values: dict[str, Any]) -> TrainerConfig:
 
 
 def prefilter_rows(trainer: Trainer) -> list[dict[str, Any]]:
-    """Measure how often each prefilter certifies real rows, and if it is then exact.
+    """Measure how often each prefilter certifies real rows, and how often it is then exact.
 
     Returns:
         One row per prefilter. `certified`: share of rows whose candidates are proven to hold the

@@ -1,11 +1,11 @@
-"""Compare SAEs trained each on its own stream with the same SAEs sharing one stream.
+"""Compare SAEs that each train on their own stream with the same SAEs on one shared stream.
 
     python -m benchmarks.sweep --store runs/demo/store --json FILE
 
 Measures the bytes read and the time of the steps. Both sides pass once over the store. They
 alternate in rounds of a few steps, so that other load on the machine affects both alike. Bytes are
 counted at the store's file handles, without those read for calibration. A stream reads one block
-(`store.buffer_tokens`) ahead, also across the end of the pass, so each reads a little more than one
+(`store.buffer_tokens`) ahead, even past the end of the pass, so each reads slightly more than one
 pass. At the end, the weights of both sides must agree bit for bit. No checkpoints are written.
 """
 
@@ -66,9 +66,9 @@ class Side:
     """One or more trainers on one stream.
 
     Args:
-        path: path of the store.
-        configs: configs of the trainers, which step in lockstep.
-        folder: checkpoint folder, which stays empty.
+        path: Path of the store.
+        configs: Configs of the trainers, which step in lockstep.
+        folder: Checkpoint folder, which stays empty.
     """
 
     def __init__(self, path: Path, configs: list[TrainerConfig], folder: Path) -> None:

@@ -31,7 +31,7 @@ _POLL_S = 0.2
 def run(config: RunConfig, run_dir: Path) -> None:
     """Fill the store and train on it; return when both are finished.
 
-    Raises the errors of `cluster.harvest.stage.run` and `cluster.training.stage.run` as well.
+    The errors of `cluster.harvest.stage.run` and `cluster.training.stage.run` are raised as well.
 
     Raises:
         ConfigError: If consumed rows are to be deleted, but training needs more than one pass.
@@ -117,7 +117,7 @@ class _Harvest(threading.Thread):
             delete_consumed(self._job.store)
 
     def wait_for_rows(self) -> None:
-        """Wait until the first item is committed; raise the error if the harvest ends before."""
+        """Wait until the first item is committed; raise the error if the harvest ends first."""
         while not _has_rows(self._job.store):
             self.join(_POLL_S)
             if not self.is_alive():
@@ -143,7 +143,7 @@ class _Harvest(threading.Thread):
         return item < slowest + max_lead or not self._sample_is_complete()
 
     def _sample_is_complete(self) -> bool:
-        """Return True if the complete windows have the rows that the trainer samples at its start.
+        """Return True if the complete windows contain the rows that the trainer samples first.
 
         Until then the lead must not stop the harvest, or both sides would wait for each other.
         """

@@ -1,4 +1,4 @@
-"""How OpenMP threads wait: environment variables that libgomp reads when torch is imported."""
+"""Control how OpenMP threads wait, with variables that libgomp reads when torch is imported."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ def waiting_variables(alone: bool) -> dict[str, str]:
     on the machine makes a step ten times as slow.
 
     The driver sets the variables of a lone process for itself, and the processes that it starts
-    inherit them. So this function replaces these values, but leaves alone what a user has set.
+    inherit them. So this function replaces these values, but keeps those that a user has set.
 
     Args:
-        alone: whether no other process of the run uses the cores.
+        alone: Whether no other process of the run uses the cores.
     """
     by_user = os.environ.get("GOMP_SPINCOUNT", _SPINS) != _SPINS
     if by_user or "OMP_WAIT_POLICY" in os.environ:

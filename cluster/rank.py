@@ -52,16 +52,16 @@ def run_rank(run_dir: Path, console: bool = False, cells: Sequence[str] = ()) ->
     MASTER_ADDR, MASTER_PORT.
 
     Args:
-        run_dir: the run's folder with its `config.yaml`, on a file system that all ranks share.
-        console: whether the ranks run without a driver. Rank 0 then prints the progress line
+        run_dir: The run's folder with its `config.yaml`, on a file system that all ranks share.
+        console: Whether the ranks run without a driver. Rank 0 then prints the progress line
             itself, and only a signal to a rank can stop training.
-        cells: names of the cells to train; `run_dir` is then the sweep's folder.
+        cells: Names of the cells to train; `run_dir` is then the sweep's folder.
 
     Raises:
-        ClusterError: If one of these variables is not set.
+        ClusterError: If one of the environment variables is not set.
         PreemptedError: If this rank or another was asked to stop; a checkpoint has been saved.
-        SAEError: If the config, the loss or the checkpoints are at fault.
-        StoreError: If the store is at fault.
+        SAEError: If a setting or checkpoint is invalid, or the loss is not finite.
+        StoreError: If the store is damaged, incomplete or unreadable.
     """
     missing = [name for name in _ENVIRONMENT if name not in os.environ]
     if missing:
@@ -176,21 +176,22 @@ def main() -> None:
     try:
         run_rank(Path(sys.argv[1]).resolve(), console=True, cells=sys.argv[2:])
     except PreemptedError as error:
-        sys.exit(_say(f"{error}; run the same command again to resume", EXIT_PREEMPTED))
+        sys.exit(_report(f"{error}; run the same command again to resume", EXIT_PREEMPTED))
     except FoundryError as error:
-        _leave(_say(f"error: {error}", EXIT_FAILED))
+        _exit_now(_report(f"error: {error}", EXIT_FAILED))
     except Exception:
         traceback.print_exc()
-        _leave(1)
+        _exit_now(1)
 
 
-def _say(message: str, code: int) -> int:
+def _report(message: str, code: int) -> int:
+    """Print a message to stderr and return the exit code."""
     print(message, file=sys.stderr, flush=True)
     return code
 
 
-def _leave(code: int) -> None:
-    """Exit without the interpreter's cleanup, which may wait for a save that other ranks left."""
+def _exit_now(code: int) -> None:
+    """Exit without the interpreter's cleanup, which may wait for an abandoned save."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

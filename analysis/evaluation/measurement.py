@@ -1,4 +1,4 @@
-"""What an evaluation shows to accumulators, and what it measured in the end."""
+"""Data that an evaluation passes to accumulators, and its results."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ A = TypeVar("A", bound=Accumulator)
 
 @dataclass(frozen=True)
 class Measured:
-    """What an evaluation measured: the input of every metric.
+    """Results of an evaluation: the input of every metric.
 
     `measured[Kind]` returns the accumulator of a class that a metric asked for.
     """

@@ -23,9 +23,9 @@ class Metric:
     """One evaluation metric. Its name is the one that it is registered under."""
 
     title: str
-    """Short name for people."""
+    """Human-readable name, for headings and tables."""
     definition: str
-    """What exactly is measured; written to `eval/metrics.json` beside the value."""
+    """Exact definition of the value; written to `eval/metrics.json` together with it."""
     value: Callable[[Measured], float | int | None]
     """Computes the value; None if the evaluation did not measure what the metric needs."""
     accumulator: type[Accumulator] | None = None
@@ -37,7 +37,7 @@ class Metric:
     better: Literal["lower", "higher"] | None = None
     """Which values are better; None: neither."""
     headline: bool = False
-    """Whether the metric is in the tiles of the run page and in `stage=status`."""
+    """True to show the metric in the tiles of the run page and in `stage=status`."""
 
     def number(self, value: object) -> str:
         """Format a value, without its unit."""

@@ -127,7 +127,7 @@ def _evaluate(evaluation: Evaluation) -> tuple[dict[str, Any], list[int], int]:
 
 
 def _is_up_to_date(file: Path, inputs: dict[str, Any]) -> bool:
-    """Return whether the file has the metrics of these inputs, by the same definitions."""
+    """Return True if the file has the metrics of these inputs, with the same definitions."""
     if not file.is_file():
         return False
     written = json.loads(file.read_text())

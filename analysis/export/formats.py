@@ -1,7 +1,7 @@
 """Export formats: how a trained SAE is written for another library, and how it is loaded there.
 
-Another format is added by subclassing `ExportFormat` and registering an instance in
-`EXPORT_FORMATS`. The export stage writes all of them.
+To add a format, subclass `ExportFormat` and register an instance in `EXPORT_FORMATS`. The export
+stage writes all of them.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class ExportFormat(ABC):
     """The files of another library. Its name in the registry is its folder in the export."""
 
     title: str
-    """Name of the library for people, with the version where it matters: "SAELens 6"."""
+    """Human-readable name of the library, with the version if it matters: "SAELens 6"."""
     architectures: tuple[str, ...] = ("topk",)
     """Architectures that the format can hold, as `sae.architecture` names them."""
 
@@ -52,7 +52,7 @@ class ExportFormat(ABC):
         """Check that the format can hold the SAE.
 
         Raises:
-            ExportError: If it cannot; names what it cannot hold.
+            ExportError: If it cannot; the error gives the reason.
         """
         if sae.config.architecture not in self.architectures:
             raise ExportError(
@@ -74,7 +74,7 @@ EXPORT_FORMATS: Registry[ExportFormat] = Registry(
 
 
 def formats_for(sae: StoredSAE) -> tuple[dict[str, ExportFormat], list[ExportError]]:
-    """Return the formats that can hold the SAE, by name, and the reasons of those that cannot."""
+    """Return the formats that can hold the SAE, by name, and the errors of those that cannot."""
     usable: dict[str, ExportFormat] = {}
     refusals: list[ExportError] = []
     for name, export_format in EXPORT_FORMATS.items():

@@ -204,7 +204,7 @@ def _y_range(values: Sequence[float], log: bool) -> tuple[float, float]:
     low, high = min(values), max(values)
     if log:
         return (low / 1.15, high * 1.15)
-    # The axis spans at least a tenth of the value, so that small noise on a constant looks flat.
+    # Let the axis span at least a tenth of the value, so that noise on a constant looks flat.
     spread = (abs(high) * 0.1 or 1.0) - (high - low)
     if spread > 0:
         low, high = (low if low == 0 else low - spread / 2), high + spread / 2

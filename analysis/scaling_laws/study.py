@@ -28,7 +28,8 @@ Array = NDArray[np.float64]
 MIN_CELLS = {FLOOR_LAW.name: 4, JOINT_LAW.name: 8, TOKENS_LAW.name: 3, COMPUTE_LAW.name: 4}
 """Law name -> cells that it requires: more than it has coefficients."""
 MIN_SIZES = 3
-"""Different n that every law requires; for L(n, k) also different k, for L(C) frontier cells."""
+"""Minimum number of different n for every law; also of different k for L(n, k), and of cells on
+the frontier for L(C)."""
 
 
 @dataclass(frozen=True)

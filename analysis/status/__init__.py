@@ -1,1 +1,1 @@
-"""How far a run has come: its progress, store, jobs and results."""
+"""Status of a run: its progress, store, jobs and results."""

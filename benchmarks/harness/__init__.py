@@ -1,1 +1,1 @@
-"""What all benchmarks share: timing, tables, the peers' environment."""
+"""Shared by all benchmarks: timing, tables, the peers' environment."""

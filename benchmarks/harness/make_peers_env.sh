@@ -1,5 +1,5 @@
 #!/bin/sh
-# Make .venv-peers in the repository root: the peers' libraries, separate from the project's own environment.
+# Create .venv-peers in the repository root: the peers' libraries, separate from the project's own environment.
 # Does nothing if it is already complete. Usage: PYTHON=python3.12 benchmarks/harness/make_peers_env.sh
 set -eu
 
@@ -32,4 +32,4 @@ import sae_lens, sparsify
 import dictionary_learning.trainers.top_k
 '
 echo "$want" >"$stamp"
-echo "made $env_dir"
+echo "created $env_dir"

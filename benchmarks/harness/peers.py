@@ -16,11 +16,11 @@ from cluster.run_folder.environment import ROOT, threads
 
 PEERS = ("eai-sparsify", "sae-lens", "dictionary-learning")
 PEERS_PYTHON = ROOT / ".venv-peers" / "bin" / "python"
-HOW_TO_MAKE = "make it with: benchmarks/harness/make_peers_env.sh"
+HOW_TO_MAKE = "create it with: benchmarks/harness/make_peers_env.sh"
 
 
 def peers_available() -> bool:
-    """Return whether the peers' environment was installed completely."""
+    """Return True if the peers' environment was installed completely."""
     return (PEERS_PYTHON.parent.parent / ".complete").exists()
 
 
@@ -39,9 +39,9 @@ def peer_rows(
     Args:
         work: L latents, D width, B batch rows, k active; `adam`: "fused" (default) or "stock", the
             peer's own choice. Other keys (dtype) are only repeated in the row.
-        peers: package names out of `PEERS`.
-        rounds: samples of the step and of each GEMM.
-        timeout_s: time limit for one peer.
+        peers: Package names out of `PEERS`.
+        rounds: Samples of the step and of each GEMM.
+        timeout_s: Time limit for one peer.
 
     Returns:
         One row per peer: {work, system, op, median_s, ratio, tokens_per_s, peak_bytes, gemm_s,
@@ -68,9 +68,9 @@ def run_in_peers(what: str, arguments: Sequence[str], timeout_s: float) -> Any:
     """Run one of our modules in the peers' environment; return the JSON that it writes to `--out`.
 
     Args:
-        what: name of the measurement, for error messages.
-        arguments: the module and its arguments, without `--out`.
-        timeout_s: time limit.
+        what: Name of the measurement, for error messages.
+        arguments: The module and its arguments, without `--out`.
+        timeout_s: Time limit.
 
     Raises:
         PeerError: If the process fails or takes too long.

@@ -33,11 +33,11 @@ def make_checkpoint(
     """Write a checkpoint of one SAE in blocks that fit memory.
 
     Args:
-        root: folder of the checkpoint.
-        n_latents: latents L.
-        d_model: width D.
-        step: training step of the checkpoint.
-        empty: write zeros instead of random values, which is faster.
+        root: Folder of the checkpoint.
+        n_latents: Latents L.
+        d_model: Width D.
+        step: Training step of the checkpoint.
+        empty: Write zeros instead of random values, which is faster.
 
     Returns:
         The checkpoint's folder, `root/step-N`.

@@ -36,11 +36,11 @@ def interleaved(
     So no callable always runs after the same neighbour, with its caches or its pending disk writes.
 
     Args:
-        callables: name -> callable to time; its result is ignored.
-        rounds: samples per callable.
-        warmup: untimed rounds before (allocator, autotuning, lazy optimiser state).
-        synchronize: called before each reading of the clock, `torch.cuda.synchronize` on a GPU.
-        prepare: called before each callable, not timed.
+        callables: Name -> callable to time; its result is ignored.
+        rounds: Samples per callable.
+        warmup: Untimed rounds before (allocator, autotuning, lazy optimiser state).
+        synchronize: Called before each reading of the clock, `torch.cuda.synchronize` on a GPU.
+        prepare: Called before each callable, not timed.
 
     Returns:
         name -> Timing, in the order of `callables`.

@@ -1,1 +1,1 @@
-"""One training step beside the bare encoder GEMM, baselines and the peers' trainers."""
+"""One training step compared with the bare encoder GEMM, baselines and the peers' trainers."""

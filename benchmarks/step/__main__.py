@@ -3,7 +3,7 @@
     python -m benchmarks.step [--device cpu|cuda] [--work L,D,B,k ...] [--rounds N]
         [--slope L1,L2,L3] [--slope-work D,B,k] [--budget-s S] [--no-peers] [--json FILE]
 
-Measures the works and the slope that are given; if neither is given, the device's defaults. Needs
+Measures the given workloads and slope, or the device's defaults if neither is given. Needs
 torch and NumPy, and triton on cuda. Steps run through DeepSpeed if it is installed, otherwise
 through the optimiser alone; `engine` in a step's row says which.
 
@@ -11,8 +11,8 @@ Our steps and the baselines are measured in this process. Each peer package is m
 of its own, on the CPU only and only if `.venv-peers` exists. Every process times the GEMM beside
 the step, round by round, and ratios are always within one process. On a CPU, this process keeps the
 memory that it frees, as a training run does. That spares the GEMM more page faults than the step,
-so it makes our ratios larger. The peers' allocator settings are not changed, so their ratios are
-without this effect.
+so it makes our ratios larger. The peers' allocator settings are not changed, so their ratios do
+not have this effect.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ _RESERVE = 0.05
 
 @dataclass(frozen=True)
 class Defaults:
-    """The measurements of a device if neither works nor a slope are given."""
+    """The measurements of a device if neither workloads nor a slope are given."""
 
     works: tuple[str, ...]
     slope: str | None
@@ -98,10 +98,10 @@ def main() -> int:
 
 
 def plan(options: argparse.Namespace) -> tuple[list[Work], list[Work]]:
-    """Return the works to measure, and the works of the slope.
+    """Return the workloads to measure, and those of the slope.
 
     Args:
-        options: the parsed command line.
+        options: The parsed command line.
 
     Raises:
         BenchmarkError: If an option is invalid or this machine lacks the device.
@@ -152,7 +152,7 @@ def _options() -> argparse.Namespace:
         "--no-peers", action="store_true", help="do not measure the peers' packages"
     )
     parser.add_argument(
-        "--json", metavar="FILE", help="write the rows to this file, again after each work"
+        "--json", metavar="FILE", help="write the rows to this file, again after each workload"
     )
     return parser.parse_args()
 
@@ -173,7 +173,7 @@ def _measure_all(
         )
 
     def keep() -> None:
-        # Write after every work, so that an interrupted run keeps what it has measured.
+        # Write after every workload, so that an interrupted run keeps what it has measured.
         if options.json:
             write_json(options.json, rows)
 

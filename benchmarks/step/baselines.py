@@ -36,7 +36,7 @@ class Autoencoder:
     """Parameters of a TopK SAE with torch's fused Adam.
 
     Args:
-        inputs: sizes and device.
+        inputs: Sizes and device.
     """
 
     def __init__(self, inputs: Inputs) -> None:
@@ -60,8 +60,8 @@ def dense_gradients(model: Autoencoder, inputs: Inputs) -> None:
     """Compute gradients by autograd through dense latents [B, L] and a dense decoder product.
 
     Args:
-        model: receives the gradients of the mean squared error.
-        inputs: batch and dtype of the products.
+        model: Receives the gradients of the mean squared error.
+        inputs: Batch and dtype of the products.
     """
     x, setup = inputs.raw, inputs.setup
     with torch.autocast(setup.device.type, setup.dtype, enabled=setup.dtype != torch.float32):
@@ -79,8 +79,8 @@ def sparse_gradients(model: Autoencoder, inputs: Inputs) -> None:
     Only the encoder product is dense.
 
     Args:
-        model: receives the gradients of the mean squared error.
-        inputs: batch and dtype of the encoder product.
+        model: Receives the gradients of the mean squared error.
+        inputs: Batch and dtype of the encoder product.
     """
     centred = inputs.raw - model.b_dec
     dtype = inputs.setup.dtype

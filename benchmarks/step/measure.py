@@ -1,4 +1,4 @@
-"""Measure the cases of a work side by side, within the memory and the time available."""
+"""Measure the cases of a workload side by side, within the memory and the time available."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from sae_core.training.step_metrics import mfu
 Row = dict[str, Any]
 
 OUT_OF_TIME = "budget"
-"""The `error` of a row that the time budget did not allow."""
+"""The `error` of a row for which the time budget was too short."""
 SLOPE_OP = "step + clip"
 """The operation whose scaling with L is measured."""
 _MEMORY_SHARE = 0.6
-"""Share of the free memory that the cases timed together may need. The rest is for temporaries."""
+"""Share of the free memory available to cases timed together. The rest is for temporaries."""
 _ERROR_CHARACTERS = 300
 
 
@@ -46,7 +46,7 @@ class Budget:
 
 
 def work_cases(inputs: Inputs) -> list[Case]:
-    """Return all cases of a work: the yardstick first, then ours, then the baselines."""
+    """Return all cases of a workload: the yardstick first, then ours, then the baselines."""
     return yardstick_cases(inputs) + our_cases(inputs) + baseline_cases(inputs)
 
 
@@ -75,25 +75,25 @@ def measure(
     budget: Budget,
     share: Budget,
 ) -> list[Row]:
-    """Measure all cases of a work.
+    """Measure all cases of a workload.
 
     Cases are timed in blocks, each as large as memory allows. Every block includes the yardstick: a
     row's `gemm_s` and `ratio` are those of its own block.
 
     Args:
-        work: sizes.
-        setup: device and dtype.
-        cases_of: returns the cases; the first one must be the yardstick.
-        rounds: samples of each case; fewer if time is short.
-        budget: deadline after which no case is started.
-        share: time for this work; the number of rounds is cut to fit.
+        work: Sizes.
+        setup: Device and dtype.
+        cases_of: Returns the cases; the first one must be the yardstick.
+        rounds: Samples of each case; fewer if time is short.
+        budget: Deadline after which no case is started.
+        share: Time for this workload; the number of rounds is cut to fit.
 
     Returns:
         One row per case, in their order; a case that cannot run has an `error` instead of figures.
     """
     inputs = Inputs(work, setup)
     yardstick, *others = cases_of(inputs)
-    release(setup.device)  # memory of the previous work
+    release(setup.device)  # memory of the previous workload
     free = free_bytes(setup.device)
     room = math.inf if free is None else max(0.0, free - inputs.needs_bytes)
     fitting = [case for case in others if case.needs_bytes <= room]

@@ -103,8 +103,8 @@ def state_bytes(inputs: Inputs, moments: str) -> int:
     """Return the bytes of both matrices, their moments and the copies that the kernels need.
 
     Args:
-        inputs: sizes and setup.
-        moments: dtype of the moments.
+        inputs: Sizes and setup.
+        moments: Dtype of the moments.
     """
     copy = 0 if inputs.setup.kernels == "stock" else inputs.setup.dtype.itemsize
     moment = getattr(torch, moments).itemsize
@@ -130,11 +130,11 @@ def _encode_case(
     """Return the case of the encoder product and its TopK.
 
     Args:
-        inputs: batch and sizes.
-        op: name of the row.
-        prefilter: as in the training config.
-        tf32: multiply float32 inputs in TF32, instead of inputs in the setup's dtype.
-        notes: further keys of the row.
+        inputs: Batch and sizes.
+        op: Name of the row.
+        prefilter: As in the training config.
+        tf32: Multiply float32 inputs in TF32, instead of inputs in the setup's dtype.
+        notes: Further keys of the row.
     """
     work, setup = inputs.work, inputs.setup
 
@@ -221,7 +221,7 @@ def load_engine(setup: Setup) -> None:
     """Run one tiny step, so that the engine's imports do not count as memory of the first row.
 
     Args:
-        setup: device and dtype.
+        setup: Device and dtype.
     """
     make_step(Inputs(_TINY, setup), VARIANTS[0])()
 
@@ -242,8 +242,8 @@ def make_step(inputs: Inputs, variant: Variant) -> Call:
     """Return a whole training step: forward, backward, clip, Adam, renormalise, update ages.
 
     Args:
-        inputs: batch and sizes.
-        variant: settings of the step.
+        inputs: Batch and sizes.
+        variant: Settings of the step.
     """
     work, setup = inputs.work, inputs.setup
     config = _trainer_config(inputs, variant)
@@ -293,10 +293,10 @@ def fresh_sae(
     """Make an SAE with random unit rows directly on the device: it may not fit host memory.
 
     Args:
-        config: sizes.
-        d_model: width D.
-        kernels: kernels of the step.
-        device: device of the parameters.
+        config: Sizes.
+        d_model: Width D.
+        kernels: Kernels of the step.
+        device: Device of the parameters.
     """
     mesh = _one_rank_mesh(device.type)
     with torch.device("meta"):
@@ -325,8 +325,8 @@ class PlainTrainer:
     """A trainer that does the work of `SAEEngine.train_step` on one rank, without DeepSpeed.
 
     Args:
-        sae: an unsharded SAE.
-        config: optimiser and batch size.
+        sae: An unsharded SAE.
+        config: Optimiser and batch size.
     """
 
     def __init__(self, sae: SparseAutoencoder, config: TrainerConfig) -> None:

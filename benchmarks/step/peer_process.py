@@ -35,8 +35,8 @@ def saelens_step(work: dict[str, Any], x: Tensor) -> tuple[Step, list[Any]]:
     """Make a call of `SAETrainer.step` on a TopK training SAE with the package's defaults.
 
     Args:
-        work: sizes.
-        x: batch [B, D].
+        work: Sizes.
+        x: Batch [B, D].
 
     Returns:
         The step, and the optimisers that it uses.

@@ -16,7 +16,7 @@ Call = Callable[[], object]
 
 @dataclass(frozen=True)
 class Work:
-    """Sizes of one measurement."""
+    """A workload: the sizes of one measurement."""
 
     L: int
     """Latents."""
@@ -46,9 +46,9 @@ def parse_sizes(text: str, count: int, form: str) -> list[int]:
     """Parse whole numbers separated by commas.
 
     Args:
-        text: the numbers.
-        count: how many are expected.
-        form: their names, for error messages.
+        text: The numbers.
+        count: How many are expected.
+        form: Their names, for error messages.
 
     Raises:
         BenchmarkError: If there are not `count` numbers, or one is below 1.
@@ -61,7 +61,7 @@ def parse_sizes(text: str, count: int, form: str) -> list[int]:
 
 @dataclass(frozen=True)
 class Setup:
-    """Device, kernels and dtype that a work is computed with."""
+    """Device, kernels and dtype that a workload is computed with."""
 
     device: torch.device
     kernels: str
@@ -88,11 +88,11 @@ class Setup:
 
 
 class Inputs:
-    """The tensors that all operations on one work share, made on the device at first use.
+    """The tensors that all operations of a workload share, created on the device at first use.
 
     Args:
-        work: sizes.
-        setup: device and dtype.
+        work: Sizes.
+        setup: Device and dtype.
     """
 
     def __init__(self, work: Work, setup: Setup) -> None:
@@ -142,7 +142,7 @@ class Case:
     make: Callable[[], Call]
     """Returns the function to time."""
     needs_bytes: int
-    """Least memory needed beside the inputs; a case that needs more than is free is not run."""
+    """Minimum memory in addition to the inputs; a case that needs more than is free is not run."""
     stateful: bool = False
     """Count the weights and moments that `make` builds as the row's memory."""
     prepare: Call = lambda: None

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 _PIECE_ELEMENTS = 1 << 30
-"""Most pre-activations of one product; limits memory, and keeps BLAS offsets within 32 bits."""
+"""Limit of pre-activations per product; bounds memory, and keeps BLAS offsets within 32 bits."""
 
 
 def encoder_gemms(x: Tensor, W_enc: Tensor, b_enc: Tensor) -> dict[str, Callable[[], None]]:

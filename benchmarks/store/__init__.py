@@ -1,1 +1,1 @@
-"""Read and write the store beside a memmap, zarr-python, tensorstore and the peers."""
+"""Read and write the store, compared with a memmap, zarr-python, tensorstore and the peers."""

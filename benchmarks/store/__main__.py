@@ -98,10 +98,10 @@ def as_rows(
     """Return the benchmark rows of timings.
 
     Args:
-        data: sizes of the data.
-        timings: by the names that `_named` gives.
-        yardstick: the timing that ratios are relative to.
-        n_rows: rows that each call handles; None: all rows of the data.
+        data: Sizes of the data.
+        timings: By the names that `_named` gives.
+        yardstick: The timing that ratios are relative to.
+        n_rows: Rows that each call handles; None: all rows of the data.
     """
     n_rows = n_rows or data.n_rows
     base_s = timings[_name(yardstick)].median_s

@@ -1,8 +1,8 @@
 """Read the same rows with other packages, shuffled as their users shuffle them.
 
 zarr-python and tensorstore read our own store, checksums included. The buffers of OpenMOSS'
-Language-Model-SAEs and of dictionary_learning are reimplemented here in their style. The original
-of the first one is refilled from safetensors files, the second one by a language model. OpenMOSS
+Language-Model-SAEs and of dictionary_learning are reimplemented here in their style. The first
+original refills its buffer from safetensors files, the second from a language model. OpenMOSS
 copies its whole buffer for every batch; this version does not.
 """
 
@@ -38,8 +38,8 @@ def peer_calls(data: Data) -> Calls:
         (tensorstore, "sequential"): lambda: _sequential(data, by_tensorstore, shard),
         (tensorstore, "shuffled, gathered"): lambda: _shuffled(data, by_tensorstore, chunk),
         (safetensors, "sequential, no checksums"): lambda: _safetensors(data, shuffled=False),
-        # No peer shuffles like this: rows of different shards are never mixed. It is the least that
-        # reading and gathering once can cost.
+        # No peer shuffles like this: rows of different shards are never mixed. It is a lower bound:
+        # the cost of reading and gathering once.
         (safetensors, "shuffled in shards, no checksums"): lambda: _safetensors(
             data, shuffled=True
         ),

@@ -71,7 +71,7 @@ def plan_items(split: Split, seed: int, tokens: int, shard_tokens: int) -> ItemP
             break
     if not n_rows:
         raise TextError(
-            "data.path: the text consists of special tokens only; expected other text, or set "
+            "data.path: the text consists of special tokens only; use another text, or set "
             "data.drop_special_tokens=false"
         )
     return ItemPlan(order[:n_contexts], shard_tokens // rows_per_context, n_rows)

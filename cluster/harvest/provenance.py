@@ -76,7 +76,7 @@ def matching_store(path: str, config: RunConfig, provenance: dict[str, Any]) -> 
     found = differences(there, wanted)
     if found:
         raise StoreMismatchError(
-            f"store.path={path!r} holds rows of other settings, with the arrays "
+            f"store.path={path!r} holds rows harvested with other settings, in the arrays "
             f"{dict(store.arrays)}:\n"
             + "\n".join(f"  {line}" for line in found)
             + "\nset store.path to a new folder, or train on this one with stage=train"
@@ -89,5 +89,5 @@ def differences(there: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
     lines = []
     for key, value in wanted.items():
         if key not in NAMES and there.get(key) != value:
-            lines.append(f"{key}: the store has {there.get(key)!r}, this run wants {value!r}")
+            lines.append(f"{key}: the store has {there.get(key)!r}, this run has {value!r}")
     return lines

@@ -58,7 +58,7 @@ def run(config: RunConfig, run_dir: Path) -> None:
     the start of Ray to the finalised store; `tokens_per_s` is null if no item was left to compute.
 
     Raises:
-        StoreMismatchError: If the store holds rows of other settings; raised before any work.
+        StoreMismatchError: If the store was harvested with other settings; raised before any work.
         ModelError: If the model or a hookpoint does not exist.
         TextError: If the text is missing, empty or unreadable.
         PlacementError: If the cluster has no room for the workers.
@@ -88,7 +88,7 @@ def prepare(
         The planned harvest, or None if the store is already full.
 
     Raises:
-        StoreMismatchError: If the store holds rows of other settings.
+        StoreMismatchError: If the store was harvested with other settings.
         ModelError: If the model does not exist.
         TextError: If the text is missing, empty or unreadable.
         ConfigError: If a hookpoint is malformed or of an unknown kind, or the model cannot be split
@@ -191,7 +191,7 @@ def _workers(wanted: int, shards: int, console: Console) -> tuple[int, str]:
         )
     if room < wanted:
         console.print(
-            f"harvest: using {room} workers, as {gpus} GPUs have room for no more "
+            f"harvest: using {room} workers, the most that fit on {gpus} GPUs "
             f"(cluster.harvest_workers={wanted})"
         )
     return min(wanted, room), "cuda"

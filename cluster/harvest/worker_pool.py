@@ -100,9 +100,9 @@ class WorkerPool:
 
         queue = iter(work)
         upcoming = next(queue, None)
-        free = deque(self.workers * self._in_flight)  # one entry for each free place of a worker
+        free = deque(self.workers * self._in_flight)  # one entry per free slot of a worker
         pending: dict[Any, tuple[Any, Work]] = {}  # task -> its worker and its item
-        patience = _StallTimeout(self._placement_timeout_s)
+        stall = _StallTimeout(self._placement_timeout_s)
         finished: set[int] = set()
         starts = self._starts()
         while True:
@@ -110,7 +110,7 @@ class WorkerPool:
             if upcoming is None and not open_items:
                 return
             if not open_items:
-                patience.reset()  # idle time must not count as a stall
+                stall.reset()  # idle time must not count as a stall
             may_start(None)
             while upcoming is not None and free and may_start(upcoming[0]):
                 worker = free.popleft()
@@ -126,13 +126,13 @@ class WorkerPool:
                 worker, (item, _) = pending.pop(task)
                 free.append(worker)
                 starts = self._starts()
-                patience.reset()
+                stall.reset()
                 if item not in finished:  # a reassigned item finishes twice
                     finished.add(item)
                     yield rows
             if not done:
                 self._check_restarts(starts)
-                if patience.lost():
+                if stall.timed_out():
                     # A frozen worker never answers, and one whose node is lost may never be
                     # placed again. Give their items to idle workers as well: two workers may
                     # safely compute the same item because they produce the same bytes.
@@ -190,7 +190,7 @@ class _StallTimeout:
         self._since = now
         self._ran_out = False
 
-    def lost(self) -> bool:
+    def timed_out(self) -> bool:
         """Return True if the timeout has run out, and restart it in that case."""
         now = time.monotonic()
         if now - self._since <= max(self._least_s, 3 * self._longest_s):

@@ -1,4 +1,4 @@
-"""The interface of a job backend: a scheduler, cloud or cluster that runs a run as a batch job.
+"""The interface of a job backend: a scheduler, cloud or cluster that executes a run as a job.
 
 To add one, implement `JobBackend`, or one of its two bases: `cluster.jobs.tracked.TrackedBackend`
 submits jobs and knows their state; `cluster.jobs.job_file.JobFileBackend` writes a file that a
@@ -22,11 +22,11 @@ class Place(Enum):
     """Which folders of the submitting machine a job sees; its command's paths depend on it."""
 
     SAME_FOLDER = "same folder"
-    """All of them, and it starts in the folder where the command was typed."""
+    """The job sees all folders and starts in the folder where the command was typed."""
     OTHER_FOLDER = "other folder"
-    """All of them, but it starts in a copy of the code, so that paths must be absolute."""
+    """The job sees all folders but starts in a copy of the code, so its paths must be absolute."""
     CONTAINER = "container"
-    """None. The run folder is on a volume mounted at `submit.mount`."""
+    """The job sees no folder. The run folder is on a volume mounted at `submit.mount`."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Job:
     run_dir: Path
     """Folder of the run on this machine."""
     command: list[str]
-    """Command of the driver, where the job runs."""
+    """Command that starts the driver, with paths as the job sees them."""
     config: SubmitConfig
     """Settings of the job; the backend has checked them."""
     grace_s: float
@@ -57,7 +57,7 @@ class JobBackend(ABC):
     def check(self, config: SubmitConfig, grace_s: float) -> None:
         """Check the settings that this backend uses, before any work and any heavy import.
 
-        `SubmitConfig.validate` has checked what is the same for all backends.
+        `SubmitConfig.validate` has already made the checks that all backends share.
 
         Args:
             config: Settings of the job.

@@ -21,7 +21,7 @@ def job_command(config: RunConfig, backend: JobBackend, overrides: list[str]) ->
         overrides: Arguments of the command line.
 
     Raises:
-        SchedulerError: If an argument has no meaning where the job runs.
+        SchedulerError: If an argument would not work where the job runs.
     """
     submit = config.submit
     place = backend.place(submit)

@@ -20,7 +20,7 @@ class JobFileBackend(JobBackend):
     file_name: ClassVar[str]
     """Name of the file in the run's `submit/`."""
     secret_name: ClassVar[re.Pattern[str]]
-    """What a whole name in `submit.secrets` must match."""
+    """Pattern that each name in `submit.secrets` must match completely."""
 
     @abstractmethod
     def render(self, job: Job) -> str:

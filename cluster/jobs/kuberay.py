@@ -31,7 +31,7 @@ class KubeRay(JobFileBackend):
     secret_name: ClassVar[re.Pattern[str]] = _LABEL
 
     def check(self, config: SubmitConfig, grace_s: float) -> None:
-        """Check what Kubernetes needs for a pod."""
+        """Check the settings of a pod: namespace, CPU cores, memory, and no setup lines."""
         super().check(config, grace_s)
         check_quantity("submit.shm", config.shm)
         if not _LABEL.fullmatch(config.namespace):

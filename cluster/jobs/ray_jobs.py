@@ -1,8 +1,8 @@
 """Submit a run to a Ray cluster through its Jobs API, and query the state of the job.
 
 The job is the driver. It joins the cluster, whose nodes must share the run folder. To stop a job,
-Ray sends SIGTERM to the driver, on which the run saves a checkpoint, and kills it
-`RAY_JOB_STOP_WAIT_TIME_S` seconds later. The job sets that variable itself.
+Ray sends SIGTERM to the driver, which then saves a checkpoint. Ray kills the driver
+`RAY_JOB_STOP_WAIT_TIME_S` seconds later; the job sets that variable itself.
 """
 
 from __future__ import annotations
@@ -79,8 +79,8 @@ class RayJobs(TrackedBackend):
         info, address = _info(job), job.details["address"]
         if info is None:
             return (
-                f"{job.id} is unknown to the Ray cluster at {address}, which was restarted since; "
-                "rerun stage=submit to resume"
+                f"{job.id} is unknown to the Ray cluster at {address}, which has been "
+                "restarted since; rerun stage=submit to resume"
             )
         text = f"{job.id} {info.status.value}"
         if info.status.is_terminal() and info.status.value != "SUCCEEDED":

@@ -28,7 +28,7 @@ class SkyPilot(JobFileBackend):
     secret_name: ClassVar[re.Pattern[str]] = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
     def check(self, config: SubmitConfig, grace_s: float) -> None:
-        """Check that GPUs have a name and a number, or neither."""
+        """Check that name and number of the GPUs are either both set or both unset."""
         super().check(config, grace_s)
         if (config.gpu is None) != (config.gpus_per_node is None):
             raise ConfigError(

@@ -26,7 +26,7 @@ def run(config: RunConfig, run_dir: Path, overrides: list[str]) -> None:
             `submit.stage`.
 
     Raises:
-        ConfigError: If a setting of `submit` is not one that the backend can use.
+        ConfigError: If a setting of `submit` is invalid for the backend.
         RunDirError: If the run is in use, already has a job, or was started with another config.
         SchedulerError: If the scheduler is not found, does not answer, or refuses the job.
     """

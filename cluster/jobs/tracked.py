@@ -1,4 +1,4 @@
-"""Backends that submit jobs by themselves and know their state, and the newest job of a run."""
+"""Backends that submit jobs and query their state; checks and status of a run's newest job."""
 
 from __future__ import annotations
 
@@ -28,18 +28,18 @@ class Submission:
     id: str
     """Id of the job in its scheduler."""
     title: str
-    """The job in words for the user: its id and where it is."""
+    """Description of the job for the user: its id and location."""
     follow: str
     """Shell command that follows the job's log."""
     details: dict[str, str] = field(default_factory=dict)
-    """What is needed later to find the job or its log; kept in the run folder."""
+    """Values needed later to find the job or its log; kept in the run folder."""
 
 
 class TrackedBackend(JobBackend):
     """A scheduler that takes jobs from this machine. Each job is recorded in its run folder."""
 
     end_command: ClassVar[str]
-    """Command that ends a job, given its id: "scancel"."""
+    """Command that ends the job whose id follows it, such as "scancel"."""
 
     def check(self, config: SubmitConfig, grace_s: float) -> None:
         """Check that a job that is told to stop has enough time for its last checkpoint."""
@@ -121,7 +121,7 @@ def describe_newest_job(run_dir: Path) -> str | None:
         return None
     try:
         return _backend_of(jobs[-1]).describe(jobs[-1])
-    except FoundryError as error:  # the rest of the run's status is still of use
+    except FoundryError as error:  # the rest of the run's status is still useful
         return f"{jobs[-1].id}: {error}"
 
 

@@ -1,20 +1,16 @@
-"""The language model: find and hash its files, load it, and read or replace its activations."""
+"""Find the files of the language model, and hash its weights."""
 
 from __future__ import annotations
 
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from cluster.language_model.cache import digest, file_sha256, find_package
 from cluster.language_model.errors import ModelError
 from conf.schema.model import ModelConfig
 
-if TYPE_CHECKING:
-    pass
-
-# Weights only as safetensors. Pickled weights can run code when loaded, so never download them.
+# Download weights only as safetensors: pickled weights can run code when they are loaded.
 HUB_FILES = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
 
 
@@ -23,7 +19,7 @@ class ModelFiles:
     """The files of a model on this machine."""
 
     name: str
-    """Name for people: the Hub name, the folder, or package/file."""
+    """Human-readable name: the Hub name, the folder, or package/file."""
     revision: str | None
     """Commit of a Hub model; None for local files."""
     folder: Path
@@ -43,7 +39,7 @@ class ModelFiles:
         expected = self.gguf_file or "config.json and *.safetensors"
         if (len(files) < 2 and not self.gguf_file) or not all(file.is_file() for file in files):
             raise ModelError(
-                f"model.path: expected {expected} in {self.folder}, not found; "
+                f"model.path: expected {expected} in {self.folder}, but not found; "
                 "convert the model with save_pretrained(safe_serialization=True), or set "
                 "model.gguf_file"
             )

@@ -1,8 +1,8 @@
 """Kinds of hookpoints: which tensor of a module is captured or replaced.
 
 A hookpoint is written `module`, `module@kind` or `module@kind[option=value,...]`; without a kind it
-is the module's output. Another kind is added by subclassing `HookpointKind` and registering an
-instance in `HOOKPOINT_KINDS`.
+is the module's output. To add a kind, subclass `HookpointKind` and register an instance in
+`HOOKPOINT_KINDS`.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ class HookpointKind(ABC):
     """One way to take a tensor [contexts, context_tokens, D] from a module, and to replace it."""
 
     works_with_shards: bool = False
-    """True if the tensor may be complete on every rank of a model that is split over processes.
-    That it is complete is checked in the first forward pass."""
+    """True if the kind may be used with a model that is split over processes. Every rank must then
+    hold the complete tensor; the first forward pass checks this."""
 
     @abstractmethod
     def attach(
@@ -41,11 +41,11 @@ class HookpointKind(ABC):
 
         Args:
             model: The language model, whose `config` has its sizes.
-            module: The module of it that `hookpoint` names.
+            module: The module of `model` that `hookpoint` names.
             hookpoint: The hookpoint, for its options.
-            visit: To be called with the hookpoint's value, before the model uses it any further.
-                If it returns a tensor, the model must continue with that one. It checks the value
-                with `hidden_states`, and may raise to end the forward pass.
+            visit: Function that the hook must call with the hookpoint's value before the model uses
+                it any further. If it returns a tensor, the model must continue with that tensor. It
+                checks the value with `hidden_states`, and may raise to end the forward pass.
 
         Returns:
             Handle that removes the hook.
@@ -132,7 +132,7 @@ def hidden_states(
         expected: [contexts, context_tokens]; None: any.
 
     Raises:
-        ModelError: If it is something else.
+        ModelError: If the value is not such a tensor.
     """
     import torch
 

@@ -44,7 +44,7 @@ def capture(model: nn.Module, hookpoints: Sequence[str], input_ids: Tensor) -> d
     tensors: dict[str, Tensor] = {}
 
     def keep(name: str, value: Any) -> None:
-        # If a module runs more than once, its first run counts.
+        # If a module runs more than once, keep the value of its first run.
         tensors.setdefault(name, hidden_states(parse_hookpoint(name), value, input_ids.shape))
         if len(tensors) == len(hookpoints):
             raise _Captured

@@ -222,7 +222,7 @@ def _capture(
 def _require_complete(outputs: dict[str, Tensor]) -> None:
     """Check that every rank holds the complete tensor of each hookpoint.
 
-    All ranks must call this together, and all of them raise or none.
+    All ranks must call this together. Either all of them raise, or none does.
 
     Raises:
         ModelError: If the ranks hold different values of a tensor.

@@ -2,14 +2,14 @@
 
 | format | files | document |
 |---|---|---|
-| plain | `.txt`, `.md` | each file of a folder; of a single file, each block between blank lines |
+| plain | `.txt`, `.md` | each file of a folder, or each block between blank lines of one file |
 | jsonl | `.jsonl` | the text field of each line, or the line itself if it is a JSON string |
 | json | `.json` | each element of a list or value of an object: a string, or its text field |
 | parquet, arrow | `.parquet`, `.arrow` | the text field of each row |
 
 Files of the first three may be gzipped (`.jsonl.gz`). All formats but json, and plain files of a
-folder, are streamed, so that a file may be larger than memory. Another format is added by
-subclassing `TextFormat` and registering an instance in `TEXT_FORMATS`.
+folder, are streamed, so that a file may be larger than memory. To add a format, subclass
+`TextFormat` and register an instance in `TEXT_FORMATS`.
 """
 
 from __future__ import annotations
@@ -198,7 +198,7 @@ def formats_by_suffix() -> dict[str, TextFormat]:
             if suffix in owners:
                 raise TextError(
                     f"the text formats {owners[suffix]!r} and {name!r} both read {suffix} files; "
-                    "expected one format a suffix: remove the package that adds one of them"
+                    "expected one format per suffix; remove the package that adds one of them"
                 )
             owners[suffix] = name
             formats[suffix] = text_format

@@ -119,7 +119,7 @@ def _root(data: DataConfig) -> Path:
 def _dataset_files(folder: Path) -> tuple[Path, ...]:
     """Return the Arrow files of a folder written by `save_to_disk` of Hugging Face datasets.
 
-    Of a folder with several splits, the train split is used. Other folders have no such files.
+    If the dataset has several splits, the train split is used. For any other folder, return ().
     """
     if (folder / "dataset_dict.json").is_file():
         splits = json.loads((folder / "dataset_dict.json").read_text())["splits"]

@@ -1,4 +1,4 @@
-"""Measurement of this machine's kernels, the link between two ranks and the disk, in seconds.
+"""Measure this machine: the kernels of a step, the link between two ranks, and the disk.
 
 The kernels of a training step run one after the other, on a shape too large for any cache. The rate
 of each part is its amount of work divided by its time.
@@ -33,7 +33,7 @@ _L, _D, _B, _K = 32768, 512, 1024, 32
 _DEPTH = {"bfloat16x3": 3, "bfloat16": 1}
 """Bfloat16 parts of each weight in the product, by prefilter."""
 _ROUNDS = 9
-"""Repetitions of each measurement; the median counts."""
+"""Repetitions of each measurement; the median is used."""
 _LINK_ELEMENTS = 2 << 20
 """float32 elements that a rank contributes to a measured collective."""
 _FILE_BYTES = 64 << 20
@@ -63,18 +63,18 @@ def main() -> None:
 @torch.no_grad()
 def _rates() -> tuple[Rates, str, float]:
     """Return the rates of the stock kernels, the prefilter that they use, and bfloat16 FLOP/s."""
-    rehearsal = _MeasuredStep()
+    measured = _MeasuredStep()
     # The first round is dropped: it also pays for the first touch of the memory.
-    rounds = [rehearsal.step() for _ in range(1 + _ROUNDS)][1:]
+    rounds = [measured.step() for _ in range(1 + _ROUNDS)][1:]
     taken = {part: statistics.median(one[part] for one in rounds) for part in rounds[0]}
-    depth = rehearsal.depth
+    depth = measured.depth
     pairs = _B * _K
-    used = rehearsal.used
+    used = measured.used
     split_bytes = float("inf")
-    if rehearsal.prefilter != "none":
+    if measured.prefilter != "none":
         split_bytes = _L * _D * (4 + 2 * depth) / taken["split"]
     flops = 2 * _B * _L * _D * depth / taken["product"]
-    gathered = (rehearsal.n_candidates + 2 * pairs) * _D * 4
+    gathered = (measured.n_candidates + 2 * pairs) * _D * 4
     rates = Rates(
         product_flops=flops,
         split_bytes=split_bytes,
@@ -87,14 +87,14 @@ def _rates() -> tuple[Rates, str, float]:
         pair_s=0.0,
         step_s=_STEP_S,
     )
-    return rates, rehearsal.prefilter, flops
+    return rates, measured.prefilter, flops
 
 
 class _MeasuredStep:
     """The kernels of a training step, run in the order of a step and timed one by one.
 
-    If each kernel was repeated on its own, it would find its data in a cache; in a real step the
-    other kernels evict it.
+    A kernel that is repeated on its own finds its data in a cache; in a real step the other kernels
+    evict that data.
     """
 
     def __init__(self) -> None:

@@ -84,17 +84,17 @@ class Hardware:
     price_per_hour: float
     """US dollars per rank and hour; 0: unknown."""
     ranks_per_node: int
-    """Most ranks in a node."""
+    """Maximum number of ranks in a node."""
     process_bytes: float
     """Bytes that a rank's process holds before it trains; on a GPU the CUDA context and NCCL."""
     prefilter: str = "none"
     """The prefilter that `train.prefilter=auto` selects on this device."""
     shared: bool = False
-    """Whether rates and links are those of the machine, divided among its ranks."""
+    """True if rates and links are those of the whole machine, which its ranks share."""
     peak_flops: float = 0.0
     """Peak dense bfloat16 FLOP/s, for the language model."""
     timed: bool = True
-    """Whether the rates are known; if not, only memory can be planned."""
+    """True if the rates are known. Otherwise only memory can be planned."""
 
 
 @dataclass(frozen=True)

@@ -126,7 +126,7 @@ def seconds(call: Collective, work: Work, hardware: Hardware) -> float:
 
 
 def crosses_nodes(group: str, work: Work, ranks_per_node: int) -> bool:
-    """Return whether the ranks of a latent or data group are in more than one node."""
+    """Return True if the ranks of a latent or data group are in more than one node."""
     size, stride = {"latent": (work.latent, 1), "data": (work.data, work.latent)}[group]
     return _members_in_node(size, stride, ranks_per_node) < size
 

@@ -1,4 +1,4 @@
-"""This machine as hardware: measured once (`calibrate`), cached by processor and torch version."""
+"""Describe this machine: measured once (`calibrate`), cached by processor and torch version."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ def local(plan: PlanConfig, cache_dir: Path, device: str, *, measure: bool) -> H
     """Return this machine, from the cache or measured now.
 
     Args:
-        plan: settings of the plan, which may override measured numbers.
-        cache_dir: folder in which measurements are cached.
+        plan: Settings of the plan, which may override measured numbers.
+        cache_dir: Folder in which measurements are cached.
         device: `train.device`.
-        measure: whether to measure this machine if the cache has no measurement; if not, hardware
+        measure: Whether to measure this machine if the cache has no measurement; if not, hardware
             without times (`timed` is False) is returned.
 
     Raises:
@@ -120,7 +120,7 @@ def measured(folder: Path) -> Hardware:
     """Measure this machine in a new process with the OpenMP settings of a lone rank.
 
     Args:
-        folder: folder for the results; a file of 64 MiB is temporarily written to it.
+        folder: Folder for the results; a file of 64 MiB is temporarily written to it.
 
     Raises:
         ClusterError: If the process failed.
@@ -161,8 +161,8 @@ def planned_hardware(config: RunConfig, *, measure: bool) -> Hardware:
     """Return the hardware that `plan.hardware` names.
 
     Args:
-        config: config of the run.
-        measure: whether to measure this machine if plan.hardware=local and it has not been
+        config: Config of the run.
+        measure: Whether to measure this machine if plan.hardware=local and it has not been
             measured before.
     """
     if config.plan.hardware != "local":

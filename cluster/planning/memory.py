@@ -23,8 +23,8 @@ def device_bytes(work: Work, hardware: Hardware) -> dict[str, float]:
     """Return the parts of a rank's peak memory, on the GPU or in the process of a CPU rank.
 
     Args:
-        work: the rank's work.
-        hardware: the rank's hardware, with the fixed memory of a process.
+        work: The rank's work.
+        hardware: The rank's hardware, with the fixed memory of a process.
 
     Returns:
         `{part: bytes}`, whose sum is the peak. The calibration sample is freed before the first

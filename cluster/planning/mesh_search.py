@@ -55,7 +55,7 @@ class Layout:
 
     @property
     def fits(self) -> bool:
-        """Whether the layout fits in memory; true if the limit is unknown."""
+        """True if the layout fits in memory, or the limit is unknown."""
         return self.limit_bytes <= 0 or self.needed_bytes <= _ROOM * self.limit_bytes
 
     @property
@@ -79,10 +79,10 @@ def plan_layout(
     """Plan one mesh.
 
     Args:
-        config: config of the run.
-        d_model: width D of the activations.
-        hardware: hardware of one rank.
-        parallel: the mesh.
+        config: Config of the run.
+        d_model: Width D of the activations.
+        hardware: Hardware of one rank.
+        parallel: The mesh.
     """
     work = work_of(
         config,

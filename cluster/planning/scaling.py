@@ -71,11 +71,11 @@ def _at(
     """Simulate the plan at `n_ranks`.
 
     Args:
-        config: config of the planned run.
-        d_model: width of the activations.
-        hardware: hardware of one rank.
-        n_ranks: number of ranks to simulate.
-        share_s: seconds of a rank's computations in the plan, the reference for efficiency.
+        config: Config of the planned run.
+        d_model: Width of the activations.
+        hardware: Hardware of one rank.
+        n_ranks: Number of ranks to simulate.
+        share_s: Seconds of a rank's computations in the plan, the reference for efficiency.
     """
     scaled = grown(config, n_ranks)
     plan = config.plan
@@ -94,7 +94,7 @@ def _at(
         steps=plan.simulate_steps,
         seed=config.seed,
     )
-    # The number of steps of the plan itself, also if the batch has grown.
+    # Use the plan's own number of steps even if the batch has grown.
     n_steps = config.train.n_steps
     cadence = _cadence(scaled, layout, hardware, step_s)
     cost = simulate_run(n_steps, step_s, cadence, config.seed)

@@ -75,13 +75,13 @@ def simulate_step(
     """Return the mean seconds of a step on a mesh of `latent` x `data` ranks.
 
     Args:
-        phases: computations and collectives of a step, in order.
-        latent: ranks of a latent group.
-        data: number of data replicas.
-        noise: differences between ranks.
-        read_s: seconds for reading a batch.
-        steps: number of steps to simulate.
-        seed: seed of the random numbers.
+        phases: Computations and collectives of a step, in order.
+        latent: Ranks of a latent group.
+        data: Number of data replicas.
+        noise: Differences between ranks.
+        read_s: Seconds for reading a batch.
+        steps: Number of steps to simulate.
+        seed: Seed of the random numbers.
     """
     random = np.random.default_rng(seed)
     slow = _slow_factors(latent * data, noise, random).reshape(data, latent)
@@ -107,10 +107,10 @@ def simulate_run(n_steps: int, step_s: float, cadence: Cadence, seed: int = 0) -
     """Simulate a whole run, which resumes after each failure from the newest written checkpoint.
 
     Args:
-        n_steps: steps of the run.
-        step_s: seconds of a step.
-        cadence: frequency and cost of checkpoints and failures.
-        seed: seed of the random numbers.
+        n_steps: Steps of the run.
+        step_s: Seconds of a step.
+        cadence: Frequency and cost of checkpoints and failures.
+        seed: Seed of the random numbers.
 
     Raises:
         ValueError: If failures are so frequent that the run makes no progress.

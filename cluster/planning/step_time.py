@@ -1,6 +1,6 @@
 """Time of a step, as a sequence of computations and collectives with the seconds of each.
 
-Bytes and operations of the kernels are counted as in benchmarks/notes/kernels.md and NOTES-cpu.md.
+Bytes and operations of the kernels are counted as in benchmarks/notes/kernels.md and cpu.md.
 Computations do not overlap with collectives, because the code waits for each collective. Reading
 overlaps with the whole step.
 """
@@ -39,8 +39,8 @@ def schedule(work: Work, hardware: Hardware) -> list[Phase]:
     """Return the phases of a step of one rank, in order.
 
     Args:
-        work: the rank's work.
-        hardware: hardware of one rank, or of a machine that its ranks share.
+        work: The rank's work.
+        hardware: Hardware of one rank, or of a machine that its ranks share.
     """
     here = shared_among(hardware, min(work.n_ranks, hardware.ranks_per_node))
     computing = _computations(work, here)

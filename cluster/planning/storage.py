@@ -6,11 +6,11 @@ from cluster.planning.work import stored_row_bytes
 from conf.schema.run import RunConfig
 
 _SIDECAR_BYTES_PER_TOKEN = 4 + 8 + 4
-"""Bytes that the store's sidecar arrays take for each token, beside the activations."""
+"""Bytes per token of the store's sidecar arrays, in addition to the activations."""
 
 
 def store_bytes_total(config: RunConfig, d_model: int) -> int:
-    """Return the most bytes that the store takes at once: all arrays and sidecars.
+    """Return the largest size in bytes that the store reaches, with all arrays and sidecars.
 
     Compressed chunks are counted as uncompressed, which is an upper bound.
 

@@ -131,7 +131,7 @@ def run_table(layout: Layout, config: RunConfig, hardware: Hardware) -> Table:
 
 
 def _smaller_codec(config: RunConfig, d_model: int) -> str:
-    """Return a hint to the codec with the fewest bytes per row; empty if the run has such a one."""
+    """Suggest the codec with the fewest bytes per row; empty if no codec needs fewer than now."""
     dtype = DTYPES[config.store.dtype]
     row_bytes = {name: codec.row_bytes(dtype, d_model) for name, codec in CODECS.items()}
     least = min(row_bytes, key=row_bytes.__getitem__)
@@ -140,7 +140,7 @@ def _smaller_codec(config: RunConfig, d_model: int) -> str:
 
 
 def scaling_table(rows: Sequence[Simulated], grows: str) -> Table:
-    """Return simulated weak scaling, in which `grows` grows and a rank's share stays the same."""
+    """Return simulated weak scaling; `grows` names what grows in proportion to the ranks."""
     table = _table(
         f"simulated weak scaling (in proportion to the ranks: {grows})",
         *("ranks", "latent x data", "step ms", "efficiency", "failures", "with failures"),
@@ -177,9 +177,9 @@ def harvest_tokens_per_s(layout: Layout, config: RunConfig, hardware: Hardware) 
     This is a lower bound: it counts all layers, but the forward pass ends after the last hookpoint.
 
     Args:
-        layout: layout of the trainer ranks.
-        config: config of the run; `model.n_parameters` must be set.
-        hardware: one GPU, or this machine, which all harvest workers share.
+        layout: Layout of the trainer ranks.
+        config: Config of the run; `model.n_parameters` must be set.
+        hardware: One GPU, or this machine, which all harvest workers share.
     """
     assert config.model.n_parameters is not None
     gpus = 1 if hardware.shared else _harvest_gpus(layout, config)

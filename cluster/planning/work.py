@@ -46,9 +46,9 @@ class Work:
     zero_stage: int
     """ZeRO stage, 0 or 1."""
     fused: bool
-    """Whether the update is the fused one."""
+    """True if the update is the fused one."""
     clip: bool
-    """Whether gradients are clipped."""
+    """True if gradients are clipped."""
     moment_bytes: int
     """Bytes of an element of Adam's moments."""
     copy_bytes: int
@@ -68,11 +68,11 @@ class Work:
     sample_rows: int
     """Rows of the calibration sample."""
     asynchronous_save: bool
-    """Whether checkpoints are written while training continues."""
+    """True if checkpoints are written while training continues."""
     on_gpu: bool
-    """Whether the rank trains on a GPU."""
+    """True if the rank trains on a GPU."""
     mixture: bool
-    """Whether rows come from several stores. Then every rank reads all rows, and the host gathers
+    """True if rows come from several stores. Every rank then reads all rows, and the host gathers
     and decodes the rank's own."""
 
     @property
@@ -131,12 +131,12 @@ def work_of(
     """Return the work of rank 0, whose shard is the largest.
 
     Args:
-        config: config of the run.
-        d_model: width D of the activations.
-        on_gpu: whether ranks train on GPUs, with Triton's kernels and bfloat16 copies; if not, with
+        config: Config of the run.
+        d_model: Width D of the activations.
+        on_gpu: Whether ranks train on GPUs, with Triton's kernels and bfloat16 copies; if not, with
             stock torch.
-        prefilter: the prefilter that `train.prefilter=auto` selects on the device.
-        parallel: mesh to use instead of the config's.
+        prefilter: The prefilter that `train.prefilter=auto` selects on the device.
+        parallel: Mesh to use instead of the config's.
     """
     sae, optim, train = config.sae, config.optim, config.train
     mesh = parallel or config.parallel

@@ -70,7 +70,7 @@ def rank_lock(run_dir: Path, is_rank_zero: bool) -> Iterator[None]:
 def wait_for_old_ranks(run_dir: Path) -> None:
     """Wait until no rank of an earlier attempt is alive.
 
-    The ranks of a killed driver run on for a moment, and two groups of ranks must not write
+    The ranks of a killed driver keep running for a moment, and two groups of ranks must not write
     checkpoints into the same folder.
 
     Raises:

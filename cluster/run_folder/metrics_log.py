@@ -1,4 +1,4 @@
-"""Write and read `metrics.jsonl`, the log of training metrics: one JSON object a line.
+"""Write and read `metrics.jsonl`, the log of training metrics: one JSON object per line.
 
 A kill in the middle of a write leaves an incomplete last line. The next writer ends that line, and
 every reader skips it. A resumed run logs the steps after its checkpoint again.

@@ -33,9 +33,9 @@ def open_run(
     The kernel holds the lock (`flock`), so it is released even if the driver is killed.
 
     Args:
-        config: the composed and validated config; written to `config.yaml` on the first call.
-        read_only: whether the stage only reads; then nothing is locked or written.
-        must_exist: whether the stage needs the results of an earlier one.
+        config: The composed and validated config; written to `config.yaml` on the first call.
+        read_only: Whether the stage only reads; then nothing is locked or written.
+        must_exist: Whether the stage needs the results of an earlier one.
 
     Yields:
         The run's folder.
@@ -65,7 +65,7 @@ def open_run(
 
 
 def _has_results(run_dir: Path) -> bool:
-    """Return whether the run has results that depend on its config."""
+    """Return True if the run has results that depend on its config."""
     made = (METRICS, HARVEST, CHECKPOINTS, STORE)
     return any((run_dir / name).exists() for name in made)
 
@@ -86,7 +86,7 @@ def _agree_on_config(config: RunConfig, run_dir: Path) -> None:
                 f"{run_dir} was started with another config:{diff}\n"
                 "use another name=..., restore the values, or delete the folder"
             )
-    # Written to a temporary file and renamed, so that a reader never sees half a config.
+    # Write a temporary file and rename it, so that a reader never sees a partial config.
     temporary = path.with_suffix(".yaml.tmp")
     save_config(config, temporary)
     os.replace(temporary, path)

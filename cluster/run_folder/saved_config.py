@@ -86,7 +86,7 @@ def saved_config(run_dir: Path) -> RunConfig | None:
 
 
 def _settings_class(path: Path, values: Any) -> type[SAEConfig]:
-    """Return the class of the run's SAE settings; without an architecture's name, that of topk."""
+    """Return the class of the run's SAE settings; that of topk if no architecture is named."""
     name = OmegaConf.select(values, "sae.architecture", default="topk")
     ARCHITECTURES.check(str(name), f"{path}: sae.architecture")
     return ARCHITECTURES[str(name)].settings

@@ -29,7 +29,7 @@ class SubmittedJob:
     command: list[str]
     """Command that the job runs."""
     details: dict[str, str]
-    """What its backend needs to find the job or its log, such as `log` or `address`."""
+    """Values that the backend needs to find the job or its log, such as `log` or `address`."""
 
 
 def submitted_jobs(run_dir: Path) -> list[SubmittedJob]:
@@ -56,7 +56,7 @@ def _rows(run_dir: Path) -> list[dict[str, Any]]:
 def _job(run_dir: Path, row: dict[str, Any]) -> SubmittedJob:
     return SubmittedJob(
         run_dir=run_dir,
-        scheduler=row.get("scheduler", "slurm"),  # older rows lack the key; all are Slurm's
+        scheduler=row.get("scheduler", "slurm"),  # older rows lack this key: they are all Slurm's
         id=row["job"],
         submitted=row.get("submitted", 0.0),
         command=row.get("command", []),

@@ -1,4 +1,4 @@
-"""Record in a sweep cell's folder of why the cell ended before its last step."""
+"""Record, in a sweep cell's folder, why the cell ended before its last step."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Division of a sweep's cells into groups that train at the same time, as many as fit in memory."""
+"""Divide the cells of a sweep into groups that fit in memory and train at the same time."""
 
 from __future__ import annotations
 
@@ -50,9 +50,9 @@ def cells_that_fit(cells: dict[str, RunConfig], d_model: int, hardware: Hardware
     """Return how many cells fit in memory at the same time, if all were as large as the largest.
 
     Args:
-        cells: the cells, from `cells_of`.
-        d_model: width of the activations.
-        hardware: the planned hardware. The memory of a GPU belongs to one rank; that of a machine
+        cells: The cells, from `cells_of`.
+        d_model: Width of the activations.
+        hardware: The planned hardware. The memory of a GPU belongs to one rank; that of a machine
             without GPUs is shared by all ranks.
 
     Raises:

@@ -1,9 +1,9 @@
 """The sweep stage: train a grid of SAEs on one store, several at the same time per row stream.
 
 A cell of the grid is an ordinary run with the folder `<sweep>/<cell>/`. Training it alone with
-`stage=train` gives the same bits, and evaluate, export, status and fit work on it. Finished cells
-are skipped. If a cell fails, the reason is written to its folder (`sweep_record.py`) and the
-others continue.
+`stage=train` gives bit-identical weights, and evaluate, export, status and fit work on it.
+Finished cells are skipped. If a cell fails, the reason is written to its folder
+(`sweep_record.py`) and the others continue.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def run(config: RunConfig, run_dir: Path) -> None:
     _check_store(config)  # before torch is imported, which takes seconds
     with ExitStack() as stack:
         for cell in cells.values():
-            # Locked for the whole sweep, so that no other driver can work on a cell meanwhile.
+            # Lock the cells for the whole sweep, so that no other driver can work on them.
             stack.enter_context(open_run(cell))
         _train(config, run_dir, cells, console)
 

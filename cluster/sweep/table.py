@@ -24,9 +24,9 @@ class SweepTable:
     """A `Progress` that updates the cells in training; other cells keep their last row.
 
     Args:
-        run_dir: the sweep's folder.
-        cells: the cells, from `cells_of`.
-        console: console to print to.
+        run_dir: The sweep's folder.
+        cells: The cells, from `cells_of`.
+        console: Console to print to.
     """
 
     def __init__(self, run_dir: Path, cells: dict[str, RunConfig], console: Console) -> None:

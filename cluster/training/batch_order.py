@@ -10,7 +10,7 @@ from activation_store import Store
 from activation_store.reading.shuffle_order import ORDER
 
 SAMPLE_BATCH = 4096
-"""Most rows of a batch in which a sample is read."""
+"""Maximum number of rows of a batch in which a sample is read."""
 
 
 @dataclass(frozen=True)

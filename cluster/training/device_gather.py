@@ -1,4 +1,4 @@
-"""Gathering of batches on the device, from blocks of stored rows that are uploaded once."""
+"""Gather batches on the device, from blocks of stored rows that are uploaded once."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ class DeviceRows:
     bus: with codec int8, half as many as with bfloat16.
 
     Args:
-        store: the store; its codec must allow decoding on a device, see `decodes_on_device`.
-        array: name of the array (a hookpoint).
-        device: device on which batches are wanted.
+        store: The store; its codec must allow decoding on a device, see `decodes_on_device`.
+        array: Name of the array (a hookpoint).
+        device: Device on which batches are gathered.
     """
 
     def __init__(self, store: Store, array: str, device: torch.device) -> None:
@@ -73,7 +73,7 @@ class DeviceRows:
 
 
 def decodes_on_device(store: Store, array: str) -> bool:
-    """Return whether a device can decode the stored rows of an array; if not, the host must."""
+    """Return True if a device can decode the stored rows of an array; otherwise the host must."""
     row_codec = store.row_codec(array)
     return row_codec is None or row_codec.scale_offset is not None
 

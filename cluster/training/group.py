@@ -81,7 +81,7 @@ class Member:
         try:
             write_record(self.run_dir, error)
         except OSError as refused:
-            # For example a full disk. The cell stays unfinished; the other cells continue.
+            # The disk may be full. The cell stays unfinished; the other cells continue.
             print(
                 f"sweep: {self.run_dir.name}: {error}; could not record this ({refused})",
                 file=sys.stderr,
@@ -98,10 +98,10 @@ def train_members(
     """Train all members to their ends, each from its newest valid checkpoint; collective.
 
     Args:
-        members: runs whose configs differ only in `sae`, `optim`, `seed` and `train.tokens`.
-        device: device of this rank.
-        stop_requested: see `Trainer`.
-        watchdog: watchdog of this rank, to which the members' progress is reported.
+        members: Runs whose configs differ only in `sae`, `optim`, `seed` and `train.tokens`.
+        device: Device of this rank.
+        stop_requested: See `Trainer`.
+        watchdog: Watchdog of this rank, to which the members' progress is reported.
 
     Returns:
         The outcome of each member, in the order of `members`.
@@ -115,8 +115,8 @@ def train_members(
     store = open_store(config.store.path)
     array = check_store(config)
     with closing(_source(config, store, array, mesh, device)) as source:
-        # Registered before the calibration sample is read, so that its rows are not deleted
-        # meanwhile.
+        # Register before the calibration sample is read, so that its rows are not deleted in the
+        # meantime.
         cursor = _cursor(members[0], source) if isinstance(source, StoreSource) else None
         shared_source = SharedSource(source, device)
         started: list[Trainer | FoundryError] = []
@@ -229,7 +229,7 @@ def _check_rows_after_nan(outcomes: dict[int, Outcome], store: Store, array: str
     """Check the store for non-finite rows if a loss was not finite.
 
     Rows that were harvested after training started have not been checked yet. An error that names
-    them says more than one about the loss.
+    them is more helpful than one about the loss.
     """
     if any(isinstance(outcome.error, NonFiniteLossError) for outcome in outcomes.values()):
         store.refresh()

@@ -19,9 +19,9 @@ class Heartbeats:
     """Heartbeats of one group of ranks. The files of an earlier group are removed.
 
     Args:
-        run_dir: the run's folder.
-        n_ranks: number of ranks in the group.
-        timeout_s: seconds without a heartbeat, plus a margin, after which a rank counts as frozen.
+        run_dir: The run's folder.
+        n_ranks: Number of ranks in the group.
+        timeout_s: Seconds without a heartbeat, plus a margin, after which a rank counts as frozen.
     """
 
     def __init__(self, run_dir: Path, n_ranks: int, timeout_s: float) -> None:

@@ -21,12 +21,12 @@ _WANDB_TIMEOUT_S = 30.0
 
 
 class MetricSinks:
-    """Writer of metric rows. Only a failure of the disk stops training; one of wandb does not.
+    """Writer of metric rows. A failure of the disk stops training; a failure of wandb does not.
 
     Args:
-        config: config of the run, with its name and logging settings.
-        run_dir: the run's folder.
-        console: whether to print a progress line as well.
+        config: Config of the run, with its name and logging settings.
+        run_dir: The run's folder.
+        console: Whether to print a progress line as well.
     """
 
     def __init__(self, config: RunConfig, run_dir: Path, console: bool) -> None:

@@ -22,12 +22,12 @@ class MixtureSource:
     that share the replica's rows.
 
     Args:
-        stores: finished stores; `array` has the same width and dtype in all of them.
-        weights: each store's share of every batch; see `MixtureStream`.
-        array: name of the array to train on.
-        order: which rows of the mixture a batch holds.
-        pin_memory: read batches into page-locked memory, from which a GPU can copy asynchronously.
-        shared_reads: shared reads of this replica's ranks, each of which gathers a part of the
+        stores: Finished stores; `array` has the same width and dtype in all of them.
+        weights: Each store's share of every batch; see `MixtureStream`.
+        array: Name of the array to train on.
+        order: Which rows of the mixture a batch holds.
+        pin_memory: Read batches into page-locked memory, from which a GPU can copy asynchronously.
+        shared_reads: Shared reads of this replica's ranks, each of which gathers a part of the
             rows. None: this rank reads all of them.
     """
 
@@ -79,7 +79,7 @@ class MixtureSource:
         batches, so it may lack the few rows that do not divide evenly among them.
         """
         n_batches, size = equal_batches(min(n, sum(store.n_tokens for store in self._stores)))
-        # Not into page-locked memory: all batches of the sample are in memory together.
+        # Do not use page-locked memory: all batches of the sample are in memory at the same time.
         stream = self._open(size, 0, size, anonymous)
         try:
             return torch.cat([self._read(stream, size) for _ in range(n_batches)])

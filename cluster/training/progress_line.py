@@ -18,8 +18,8 @@ class TrainingLine:
     """Display of the newest metrics row: one live line on a terminal, plain lines elsewhere.
 
     Args:
-        n_steps: optimiser steps of the whole run.
-        console: console to print to.
+        n_steps: Optimiser steps of the whole run.
+        console: Console to print to.
     """
 
     def __init__(self, n_steps: int, console: Console) -> None:

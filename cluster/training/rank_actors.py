@@ -1,4 +1,4 @@
-"""Trainer ranks as Ray actors, which are placed all or none and killed together at the end."""
+"""Trainer ranks as Ray actors, which are placed together or not at all and killed together."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def _wait_until_ready(ranks: list[Any], timeout_s: float) -> None:
 
 
 def _failed_to_start(error: Any) -> bool:
-    """Return whether the actor's own constructor raised, and not its process or node died.
+    """Return True if the actor's constructor raised, False if its process or node died.
 
     Only the text of Ray's error tells the two apart.
     """
@@ -105,7 +105,7 @@ def _gpu_group(config: RunConfig, n_ranks: int) -> Any:
         remove_placement_group(group)
         raise PlacementError(
             f"{what}: expected one free GPU per rank within {timeout_s:.0f} s, but the cluster "
-            f"has {have} GPUs in all; wait until they are free, or use fewer ranks"
+            f"has {have} GPUs in total; wait until they are free, or use fewer ranks"
         )
     return group
 
@@ -122,10 +122,10 @@ class RankActor:
     """Ray actor whose process becomes one trainer rank.
 
     Args:
-        run_dir: the run's folder; output goes to `logs/rank-<rank>.log` in it.
-        rank: index of this rank.
-        n_ranks: number of ranks.
-        alone: see `waiting_variables`.
+        run_dir: The run's folder; output goes to `logs/rank-<rank>.log` in it.
+        rank: Index of this rank.
+        n_ranks: Number of ranks.
+        alone: See `waiting_variables`.
     """
 
     def __init__(self, run_dir: str, rank: int, n_ranks: int, alone: bool) -> None:
@@ -133,7 +133,7 @@ class RankActor:
         self.rank = rank
         self.n_ranks = n_ranks
         os.environ.update(waiting_variables(alone))
-        # Left open until the process ends, so there is no `with`. Replacing the descriptors also
+        # Keep the file open until the process ends, hence no `with`. Replacing the descriptors also
         # redirects the output of native libraries.
         log = open(rank_log(self.run_dir, rank), "ab", buffering=0)  # noqa: SIM115
         os.dup2(log.fileno(), 1)
@@ -157,9 +157,9 @@ class RankActor:
         """Train the run, or these cells if it is a sweep.
 
         Args:
-            host: address of rank 0.
-            port: port of rank 0.
-            cells: names of the sweep's cells to train; empty for an ordinary run.
+            host: Address of rank 0.
+            port: Port of rank 0.
+            cells: Names of the sweep's cells to train; empty for an ordinary run.
         """
         os.environ.update(
             RANK=str(self.rank),

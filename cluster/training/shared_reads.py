@@ -43,8 +43,8 @@ class SharedReads:
         """Return the shared reads of this rank's latent group; collective over all ranks.
 
         Args:
-            mesh: the mesh of ranks; those of a latent group train on the same rows.
-            timeout_s: time limit of a collective between the hosts.
+            mesh: The mesh of ranks; those of a latent group train on the same rows.
+            timeout_s: Time limit of a collective between the hosts.
         """
         if mesh.n_latent == 1:
             return cls()
@@ -69,12 +69,12 @@ class SharedReads:
         """Return all ranks' parts in order, [n_rows, ...]; collective.
 
         Args:
-            rows: this rank's part of the rows, [n, ...].
-            n_rows: number of rows of all parts together.
+            rows: This rank's part of the rows, [n, ...].
+            n_rows: Number of rows of all parts together.
 
         Returns:
-            The rows, on the device on which `group` exchanges them; if this rank has read all of
-            them itself, where they are.
+            The rows, on the device on which `group` exchanges them. If this rank has read all of
+            them itself, `rows` is returned unchanged.
         """
         starts = self._starts(n_rows)
         if not starts:

@@ -28,17 +28,17 @@ def run(
     """Train to `train.tokens`, resuming from the newest valid checkpoint.
 
     Args:
-        config: config of the run.
-        run_dir: the run's folder.
-        console: console on which progress is shown; None: stdout.
-        watch: called twice a second while ranks run, and once after they have finished; if it
+        config: Config of the run.
+        run_dir: The run's folder.
+        console: Console on which progress is shown; None: stdout.
+        watch: Called twice a second while ranks run, and once after they have finished; if it
             raises, the ranks are stopped.
 
     Raises:
         ConfigError: If the store is missing, or does not fit the config.
         PlacementError: If the cluster has no room for the ranks.
         RankFailedError: If ranks died more often than `cluster.max_failures`.
-        PreemptedError: If a signal stopped training; ranks that were able to have saved.
+        PreemptedError: If a signal stopped training, after saving a checkpoint if possible.
     """
     console = console or Console()
     check_store(config)  # before torch is imported, which takes seconds

@@ -78,12 +78,12 @@ def require_finite(store: Store, array: str, key: str = "store.path") -> None:
     """Check that no committed row of an array holds NaN or infinities.
 
     Args:
-        store: the store to check.
-        array: name of the array.
-        key: setting that gives the store's path, for the error.
+        store: The store to check.
+        array: Name of the array.
+        key: Setting that gives the store's path, for the error.
 
     Raises:
-        ConfigError: If some do; the error names their items.
+        ConfigError: If any does; the error names the items.
     """
     bad = store.non_finite_items(array)
     if bad:
@@ -92,7 +92,7 @@ def require_finite(store: Store, array: str, key: str = "store.path") -> None:
             str(store.path),
             f"finite activations, but {array} holds {sum(bad.values())} non-finite numbers in "
             f"items {shorten(list(bad))}",
-            "store it again without them",
+            "write the store again without them",
         )
 
 

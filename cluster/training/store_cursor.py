@@ -20,11 +20,11 @@ class RunCursor:
     """Registration of a run as a consumer of its store; rank 0 updates it before every batch.
 
     Args:
-        store: path of the store.
-        name: the consumer's name, from `run_folder.files.consumer_name`.
-        source: rank 0's source.
-        checkpoints: folder of the run's checkpoints.
-        keep_everything: publish that all items are still needed, so that none may be deleted.
+        store: Path of the store.
+        name: The consumer's name, from `run_folder.files.consumer_name`.
+        source: Rank 0's source.
+        checkpoints: Folder of the run's checkpoints.
+        keep_everything: Publish that all items are still needed, so that none may be deleted.
     """
 
     def __init__(

@@ -21,7 +21,7 @@ T = TypeVar("T")
 WAIT_TIMEOUT_S = 600.0
 """Default time limit for a growing store to get the rows that were requested."""
 _POLL_S = 0.2
-"""Seconds between two looks at a growing store."""
+"""Seconds between two checks of a growing store."""
 
 
 class StoreSource:
@@ -31,13 +31,13 @@ class StoreSource:
     collective over the ranks that share the replica's rows.
 
     Args:
-        store: an open store with at least one committed item.
-        array: name of the array to train on.
-        order: which rows a batch holds.
-        device: a CUDA device on which batches are gathered, and returned, unless the store's codec
+        store: An open store with at least one committed item.
+        array: Name of the array to train on.
+        order: Which rows a batch holds.
+        device: A CUDA device on which batches are gathered, and returned, unless the store's codec
             can only be decoded on the host. Otherwise they are gathered on the host.
-        wait_timeout_s: time limit for a growing store to get the rows that were requested.
-        shared_reads: shared reads of this replica's ranks, each of which reads a part of the rows.
+        wait_timeout_s: Time limit for a growing store to get the rows that were requested.
+        shared_reads: Shared reads of this replica's ranks, each of which reads a part of the rows.
             None: this rank reads all of them.
     """
 

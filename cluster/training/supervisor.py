@@ -20,7 +20,7 @@ from conf.schema.run import RunConfig
 from foundation.errors import FoundryError
 
 _POLL_S = 0.5
-"""Seconds between two looks at the ranks."""
+"""Seconds between two checks of the ranks."""
 _SETTLE_S = 3.0
 """Seconds to wait after a first failure, to learn whether the process of some rank died."""
 
@@ -30,7 +30,7 @@ class _Failure(NamedTuple):
 
     problem: str
     failed_at: float
-    """Time of `time.monotonic`."""
+    """When it ended, as `time.monotonic()`."""
 
 
 def train_ranks(
@@ -43,11 +43,11 @@ def train_ranks(
     """Start groups of ranks, one after the other, until one has trained to the end.
 
     Args:
-        config: config of the run, or of any cell of a sweep.
-        run_dir: the run's folder, or the sweep's.
-        progress: display of the training progress.
-        watch: see `run`.
-        cells: for a sweep, a function that returns the cells that are still to be trained; called
+        config: Config of the run, or of any cell of a sweep.
+        run_dir: The run's folder, or the sweep's.
+        progress: Display of the training progress.
+        watch: See `run`.
+        cells: For a sweep, a function that returns the cells that are still to be trained; called
             before every attempt.
 
     Raises:
@@ -96,12 +96,12 @@ def _attempt(
     """Run one group of ranks until it ends.
 
     Args:
-        config: see `train_ranks`.
-        run_dir: see `train_ranks`.
-        progress: see `train_ranks`.
-        watch: see `train_ranks`.
-        failed_at: time (`time.monotonic`) at which the last attempt failed; None: no failure yet.
-        cells: names of the sweep's cells to train; empty for an ordinary run.
+        config: See `train_ranks`.
+        run_dir: See `train_ranks`.
+        progress: See `train_ranks`.
+        watch: See `train_ranks`.
+        failed_at: Time (`time.monotonic`) at which the last attempt failed; None: no failure yet.
+        cells: Names of the sweep's cells to train; empty for an ordinary run.
 
     Returns:
         Why the group ended; None if it trained to the end.
@@ -165,7 +165,7 @@ def _first_problem(tasks: list[Any], heartbeats: Heartbeats) -> str | None:
 
     if all(_is_done(task) and _error_of(task) is None for task in tasks):
         return None
-    # A survivor's broken connection often shows before the death that caused it.
+    # A surviving rank often reports a broken connection before Ray reports the death behind it.
     ray.wait(tasks, num_returns=len(tasks), timeout=_SETTLE_S)
     errors = [error for error in map(_error_of, filter(_is_done, tasks)) if error is not None]
     deaths = [error for error in errors if isinstance(error, ray.exceptions.RayActorError)]

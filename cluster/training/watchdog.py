@@ -27,7 +27,7 @@ EXIT_DELAY_S = 3.0
 The exit of one rank ends the others, so this gives them time to write their stacks first.
 """
 _TICK_S = 1.0
-"""Most seconds between two heartbeats."""
+"""Maximum number of seconds between two heartbeats."""
 _STDERR = 2
 """File descriptor of stderr. `faulthandler` needs one, and `sys.stderr` may have been replaced."""
 
@@ -42,10 +42,10 @@ class Watchdog:
     the stacks and ends the process a little later.
 
     Args:
-        heartbeat: heartbeat file, rewritten about once a second for a driver that may be on another
+        heartbeat: Heartbeat file, rewritten about once a second for a driver that may be on another
             machine. It holds the number of steps taken by this process, or `HUNG`.
-        timeout_s: seconds without progress after which the process ends with exit code 1.
-        startup_timeout_s: the same before the first step; at least `timeout_s` is used.
+        timeout_s: Seconds without progress after which the process ends with exit code 1.
+        startup_timeout_s: The same before the first step; at least `timeout_s` is used.
     """
 
     def __init__(self, heartbeat: Path, timeout_s: float, startup_timeout_s: float) -> None:
@@ -102,7 +102,7 @@ class Watchdog:
                 seen = now
                 since = time.monotonic()
                 limit_s = self._timeout_s if now[0] else self._startup_timeout_s
-                # Restart the timer that ends the process should this thread be stuck.
+                # Restart the timer that ends the process if this thread gets stuck.
                 late_s = limit_s + 2 * EXIT_DELAY_S
                 faulthandler.dump_traceback_later(late_s, exit=True, file=_STDERR)
             elif time.monotonic() - since > limit_s:

@@ -114,7 +114,9 @@ def test_a_prefilter_trains_the_same(alone, tmp_path):
         (1, 2, "auto", 1, "zero push"),
     ],
 )
-def test_the_comparison_sees_a_broken_part(alone, tmp_path, latent, data, update, zero, breakage):
+def test_the_comparison_detects_a_disabled_part(
+    alone, tmp_path, latent, data, update, zero, breakage
+):
     _, rows = alone
     meshed = run_job(Job(str(tmp_path), latent, data, zero, update, breakage=breakage))
     worst = max(deviation(rows, meshed), deviation(rows, meshed, "grad_norm"))

@@ -28,10 +28,10 @@ def act(folder: Path, n_ranks: int, failing: dict[int, str], size: int = 0) -> l
     """Run an action twice on all ranks, the first time with errors; return what each rank got.
 
     Args:
-        folder: new folder for the logs and results.
-        n_ranks: number of ranks.
-        failing: rank -> kind of error that its action raises.
-        size: ranks of each group that acts together; 0: all ranks.
+        folder: New folder for the logs and results.
+        n_ranks: Number of ranks.
+        failing: Rank -> kind of error that its action raises.
+        size: Ranks of each group that acts together; 0: all ranks.
     """
     ranks = Ranks(folder, n_ranks, _act, str(folder), failing, size)
     assert ranks.codes() == [0] * n_ranks, ranks.logs()

@@ -85,10 +85,10 @@ def read_on_mesh(folder: Path, store: Path, latent: int, data: int) -> list[dict
     """Read one epoch, and a batch after a seek, on every rank.
 
     Args:
-        folder: new folder for the results.
-        store: path of the store.
-        latent: ranks in each latent group.
-        data: number of replicas.
+        folder: New folder for the results.
+        store: Path of the store.
+        latent: Ranks in each latent group.
+        data: Number of replicas.
 
     Returns:
         The report of each rank: the chunks that it read, first rows, a sample, or its error.
@@ -112,7 +112,7 @@ def _read(folder: str, store: str, latent: int, data: int) -> int:
     opened = open_store(store)
     order = BatchOrder(7, BATCH, 4, 192, replica=mesh.data_rank, n_replicas=data)
     source = StoreSource(opened, ARRAY, order, shared_reads=shared_reads)
-    source._stream._rows._prefetch = False  # else the next epoch's first block is counted as well
+    source._stream._rows._prefetch = False  # or the next epoch's first block would count
     report: dict[str, Any] = {"exchanged": _exchange(shared_reads)}
     counted = _count_reads()
     try:

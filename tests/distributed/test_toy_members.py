@@ -94,7 +94,9 @@ def test_load_sae_encodes_and_decodes_with_it(trained, tmp_path):
     assert torch.equal(dense.gather(1, latents), values) and (dense >= 0).all()
     torch.testing.assert_close(sae.decode_topk(values, latents), sae.decode(dense))
     error = (x - sae(x)).square().sum() / (x - x.mean(0)).square().sum()
-    assert float(error) == pytest.approx(rows[-1]["fvu"], rel=0.2)  # raw units: thresholds, too
+    assert float(error) == pytest.approx(
+        rows[-1]["fvu"], rel=0.2
+    )  # the thresholds are in raw units as well
     assert float((dense > 0).sum(1).float().mean()) == pytest.approx(rows[-1]["l0"], rel=0.2)
     sae.save(tmp_path)
     assert json.loads((tmp_path / "sae.json").read_text())["config"]["architecture"] == "toy"

@@ -1,4 +1,4 @@
-"""Test concurrent harvest and training: same weights as in sequence, also after kills."""
+"""Test concurrent harvest and training: same weights as in sequential mode, even after kills."""
 
 from __future__ import annotations
 

@@ -300,7 +300,7 @@ def groups(tmp_path: Path) -> Iterator[dict[tuple[int, int, int], Group]]:
         group.end()
 
 
-def test_whatever_happens_the_newest_valid_one_loads(tmp_path, groups):
+def test_the_newest_valid_checkpoint_always_loads(tmp_path, groups):
     Checkpoints.groups, Checkpoints.folder = groups, tmp_path / "machine"
     run_state_machine_as_test(
         Checkpoints,

@@ -79,7 +79,7 @@ def test_planted_pickles_are_never_read(checkpoint: Path, marker: Path):
     (checkpoint / "weights" / ".metadata").write_bytes(pickle.dumps(Payload(marker)))
     with pytest.raises(DamagedCheckpointError, match=r"\.metadata: not in the manifest"):
         load_sae(checkpoint)
-    write_manifest(checkpoint)  # the manifest is no secret
+    write_manifest(checkpoint)  # an attacker can write a valid manifest
     with pytest.raises(
         DamagedCheckpointError, match=r"\.metadata: unexpected file in a checkpoint"
     ):

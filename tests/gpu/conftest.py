@@ -1,4 +1,4 @@
-"""Tests of the Triton kernels: skipped without a CUDA device, unless Triton's interpreter is on."""
+"""Skip the tests of the Triton kernels without a CUDA device or Triton's interpreter."""
 
 from __future__ import annotations
 

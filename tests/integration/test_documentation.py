@@ -96,7 +96,7 @@ def _script(block: Block) -> list[str]:
 
 
 @pytest.mark.parametrize("page", linked_pages(ROOT), ids=lambda page: page.name)
-def test_links_lead_somewhere(page: Page) -> None:
+def test_links_have_targets(page: Page) -> None:
     assert page.broken_links() == []
 
 
@@ -146,7 +146,7 @@ def _settings() -> set[str]:
         ("```bash\nls\n```\n", "expected a comment"),
         ("<!-- test: skip -->\n```bash\nls\n```\n", "expected a comment"),
         ("```\nls\n```\n", "language ''"),
-        ("<!-- test: compose -->\n```bash\nls\n```\n", "do not know how"),
+        ("<!-- test: compose -->\n```bash\nls\n```\n", "unsupported command"),
         ("<!-- test: make -->\n```bash\nmake nothing\n```\n", "No rule to make target"),
         ("<!-- test: compose -->\n```bash\npython launch.py sae.kk=1\n```\n", "did you mean sae.k"),
         ("<!-- test: compose -->\n```bash\npython launch.py sae.k=0\n```\n", "sae.k=0: expected"),
@@ -160,7 +160,7 @@ def _settings() -> set[str]:
         ("`stage=nothing`\n", "not found"),
     ],
 )
-def test_a_wrong_page_is_noticed(text: str, expected: str, tmp_path: Path) -> None:
+def test_errors_in_a_page_are_reported(text: str, expected: str, tmp_path: Path) -> None:
     (tmp_path / "page.md").write_text(text)
     page = Page(tmp_path, "page.md")
     with pytest.raises(AssertionError, match=re.escape(expected)):

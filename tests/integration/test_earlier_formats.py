@@ -1,4 +1,4 @@
-"""Stores and checkpoints written in November 2026, before the packages had rooms, still open."""
+"""Test that stores and checkpoints written by an earlier version (November 2026) still open."""
 
 from __future__ import annotations
 

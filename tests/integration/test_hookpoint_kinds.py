@@ -79,7 +79,7 @@ def harvest(config: RunConfig, run_dir: Path) -> None:
     writer.finalise()
 
 
-def test_a_kind_from_outside_goes_through_the_whole_line(config: RunConfig, tmp_path: Path) -> None:
+def test_a_kind_from_outside_works_in_every_stage(config: RunConfig, tmp_path: Path) -> None:
     harvest(config, tmp_path / "run")
     store = open_store(config.store.path)
     assert store.arrays == {MODULE: D, HOOKPOINT: D} and verify_store(config.store.path) == []

@@ -1,4 +1,4 @@
-"""Test a language model split over two processes: same rows as with one, also after a kill."""
+"""Test a language model split over two processes: same rows as with one, even after a kill."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def members() -> list[int]:
 @pytest.mark.ray
 @pytest.mark.slow
 @pytest.mark.usefixtures("_ray")
-def test_two_ranks_store_what_one_does_also_when_one_is_killed(work: Path) -> None:
+def test_two_ranks_store_the_rows_of_one_even_if_one_is_killed(work: Path) -> None:
     harvest_stage.run(make_config(work, shards=1), work / "one")
     harvest_stage.run(make_config(work, shards=2), work / "two")
     killed: list[int] = []

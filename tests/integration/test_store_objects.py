@@ -1,4 +1,4 @@
-"""Test the store on a real S3 server, also over a link that drops, stalls and loses answers."""
+"""Test the store on a real S3 server, directly and over a link with injected faults."""
 
 from __future__ import annotations
 

@@ -119,7 +119,7 @@ MUTATIONS = (
         108,
         "a frozen harvest worker is waited for",
         "cluster/harvest/worker_pool.py",
-        "                if patience.lost():\n",
+        "                if stall.timed_out():\n",
         "                if False:\n",
         "tests/integration/test_harvest.py::test_a_frozen_worker_does_not_block_the_harvest",
     ),

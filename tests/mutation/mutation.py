@@ -1,6 +1,6 @@
 """The faults, and how a mutation removes the protection against one.
 
-The mutations stand in one table a package; `tests.mutation.tables` collects them.
+Each package has one table of mutations; `tests.mutation.tables` collects them.
 """
 
 from __future__ import annotations

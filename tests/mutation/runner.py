@@ -153,9 +153,9 @@ def run_tests(tree: Path, tests: Sequence[str], timeout_s: float) -> Verdict:
     """Run tests in a copy until the first failure.
 
     Args:
-        tree: the copy.
+        tree: The copy.
         tests: pytest's ids.
-        timeout_s: time limit of each test; a test that takes longer counts as failed.
+        timeout_s: Time limit of each test; a test that takes longer counts as failed.
 
     Returns:
         The verdict; "survived" if all tests pass.

@@ -1,4 +1,4 @@
-"""Inject random faults into tiny runs, which must end as if there had been none.
+"""Inject random faults into tiny runs, which must end like a run without faults.
 
     python -m tests.soak --minutes 20 --seed 0 --json FILE
 
@@ -50,11 +50,11 @@ def soak(work: Path, minutes: float, seed: int, families: tuple[str, ...]) -> li
     The folder of a failed episode is kept.
 
     Args:
-        work: folder for all runs.
-        minutes: no episode starts after this time, counted from the end of the clean run. At least
+        work: Folder for all runs.
+        minutes: No episode starts after this time, counted from the end of the clean run. At least
             one episode runs, because success after none would prove nothing.
-        seed: determines the faults that are drawn.
-        families: kinds of episodes, taken in turn.
+        seed: Determines the faults that are drawn.
+        families: Kinds of episodes, taken in turn.
     """
     clean = Clean(work)
     rows = []
@@ -136,7 +136,7 @@ def main() -> None:
     parser.add_argument("--only", choices=FAMILIES, nargs="*", help="run only these episodes")
     parser.add_argument("--folder", type=Path, help="parent of the folder for the runs")
     arguments = parser.parse_args()
-    if not arguments.minutes > 0:  # so written, NaN is refused too
+    if not arguments.minutes > 0:  # unlike `<= 0`, this also refuses NaN
         parser.error(f"--minutes={arguments.minutes:g}: must be more than 0, to run an episode")
     families = tuple(arguments.only or TURNS)
     work = Path(tempfile.mkdtemp(prefix="soak-", dir=arguments.folder))

@@ -48,8 +48,8 @@ class Driver:
     """The driver of a run, started again with the same command each time it ends.
 
     Args:
-        episode: the episode of the run.
-        argv: the command line.
+        episode: The episode of the run.
+        argv: The command line.
     """
 
     def __init__(self, episode: Episode, argv: list[str]) -> None:

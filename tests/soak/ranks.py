@@ -88,10 +88,10 @@ def _reached(episode: Episode, before: int, ranks: Ranks) -> bool:
     """Wait until training is a random number of steps further; return False if it ends first.
 
     Args:
-        episode: the episode of the ranks.
-        before: size of the metrics file when the ranks were started. Until it grows, its last step
+        episode: The episode of the ranks.
+        before: Size of the metrics file when the ranks were started. Until it grows, its last step
             may be from an earlier start whose checkpoints were damaged since.
-        ranks: the running ranks.
+        ranks: The running ranks.
     """
     target = last_step(episode.run_dir) + episode.random.randrange(10, 90)
     while _metrics_bytes(episode) == before or last_step(episode.run_dir) < min(target, STEPS - 5):
@@ -149,7 +149,7 @@ def _hang(victim: int, ranks: Ranks) -> bool:
     """Freeze a rank and wait for the others to report it and end; then kill it, as torchrun would.
 
     Returns:
-        Whether a log reports the hang.
+        True if a log reports the hang.
     """
     process = ranks.processes[victim]
     assert process.pid is not None

@@ -89,7 +89,7 @@ class Clean:
     """The clean run, without faults: first it harvests, then it trains.
 
     Args:
-        work: folder for the run, its model and its text.
+        work: Folder for the run, its model and its text.
     """
 
     def __init__(self, work: Path) -> None:

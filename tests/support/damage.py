@@ -1,4 +1,4 @@
-"""Damage files in the ways that disks and people do."""
+"""Damage files: flip a bit, truncate, delete, swap."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Read the structure of the packages and tests: modules, imports between them, floors, circles.
+"""Read the structure of the packages and tests: modules, their imports, layers, import cycles.
 
-Imports are those written down, at the top of a file or inside a function. Importing `a.b.c` also
+All import statements count, at the top of a file or inside a function. Importing `a.b.c` also
 runs the `__init__.py` of `a` and `a.b`, but does not count as an import of them: a package may
 import its own members.
 """
@@ -12,7 +12,7 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-FLOORS: tuple[tuple[str, ...], ...] = (
+LAYERS: tuple[tuple[str, ...], ...] = (
     ("foundation",),
     ("activation_store", "sae_core"),
     ("conf",),
@@ -21,9 +21,9 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("launch", "benchmarks"),
     ("tests",),
 )
-"""Lowest first. A package imports only packages of lower floors, never one beside it."""
+"""Lowest first. A package imports only packages of lower layers, never one of its own layer."""
 MOST_MODULES = 16
-"""In one folder, `__init__.py` and `__main__.py` not counted."""
+"""Limit of modules in one folder; `__init__.py` and `__main__.py` do not count."""
 
 
 @dataclass(frozen=True)
@@ -33,16 +33,16 @@ class Module:
     name: str
     path: Path
     imports: dict[str, int]
-    """Imported module, of the house or not -> line of the first import."""
+    """Imported module, of this project or not -> line of the first import."""
     strings: frozenset[str]
-    """String constants: a module that is started by name is mentioned in one."""
+    """String constants, which may name modules that are started by name."""
     is_command: bool
-    """Whether it runs as `python -m name`."""
+    """True if it runs as `python -m name`."""
 
 
 def read_house(root: Path) -> dict[str, Module]:
-    """Read all modules of the packages in `FLOORS` below `root`, by name."""
-    packages = [package for floor in FLOORS for package in floor]
+    """Read all modules of the packages in `LAYERS` below `root`, by name."""
+    packages = [package for layer in LAYERS for package in layer]
     paths = [path for package in packages for path in sorted((root / package).rglob("*.py"))]
     paths += [root / f"{package}.py" for package in packages if (root / f"{package}.py").is_file()]
     names = {_name(root, path) for path in paths}
@@ -50,28 +50,28 @@ def read_house(root: Path) -> dict[str, Module]:
     return {module.name: module for module in modules}
 
 
-def packages_without_floor(root: Path) -> list[str]:
-    """List the folders in `root` that contain Python modules but have no place in `FLOORS`."""
-    placed = {package for floor in FLOORS for package in floor}
+def packages_without_layer(root: Path) -> list[str]:
+    """List the folders in `root` that contain Python modules but are not listed in `LAYERS`."""
+    placed = {package for layer in LAYERS for package in layer}
     folders = {path.parent.name for path in root.glob("[!.]*/*.py")}
     return sorted(folders - placed)
 
 
 def wrong_imports(house: dict[str, Module]) -> list[str]:
-    """List imports of a package on the same floor or a higher one."""
-    floor_of = {package: floor for floor, row in enumerate(FLOORS) for package in row}
+    """List imports of a package in the same layer or a higher one."""
+    layer_of = {package: layer for layer, row in enumerate(LAYERS) for package in row}
     wrong = []
     for module in house.values():
         package = module.name.split(".")[0]
         for target, line in module.imports.items():
             other = target.split(".")[0]
-            if other in floor_of and other != package and floor_of[other] >= floor_of[package]:
+            if other in layer_of and other != package and layer_of[other] >= layer_of[package]:
                 wrong.append(f"{module.path}:{line} imports {target}")
     return wrong
 
 
-def circles(house: dict[str, Module]) -> list[list[str]]:
-    """List groups of modules that import each other, in a circle of any length."""
+def import_cycles(house: dict[str, Module]) -> list[list[str]]:
+    """List groups of modules that import each other, in cycles of any length."""
     found: list[list[str]] = []
     index: dict[str, int] = {}
     lowest: dict[str, int] = {}
@@ -157,7 +157,7 @@ def _read(root: Path, path: Path, names: set[str]) -> Module:
                 member = f"{node.module}.{alias.name}"
                 targets.append(member if member in names else node.module)
         elif isinstance(node, ast.Constant) and isinstance(node.value, str):
-            strings.add(node.value.partition(":")[0])  # "module:attribute", too
+            strings.add(node.value.partition(":")[0])  # also of "module:attribute"
         for target in targets:
             if target != name:
                 imports.setdefault(target, getattr(node, "lineno", 0))

@@ -1,4 +1,4 @@
-"""Inject seeded faults into a running run: kill workers, ranks, nodes or the driver.
+"""Inject seeded faults into an active run: kill workers, ranks, nodes or the driver.
 
 Victims are found from outside, from the files in the run's folder, as an operator would find them.
 A node is a raylet with all its children, on a Ray cluster of several nodes on this machine.
@@ -37,12 +37,12 @@ class Fault:
 
 
 class Injector:
-    """Pick victims of one run by a seed, and record each fault.
+    """Pick victims in one run, determined by a seed, and record each fault.
 
     Args:
-        run_dir: the run's folder.
-        seed: determines every choice, given the same processes.
-        nodes: cluster for `node` faults; None for a run on a private cluster.
+        run_dir: The run's folder.
+        seed: Determines every choice, given the same processes.
+        nodes: Cluster for `node` faults; None for a run on a private cluster.
     """
 
     def __init__(self, run_dir: Path, seed: int, nodes: Nodes | None = None) -> None:
@@ -167,7 +167,7 @@ def wait_for_step(
 
 
 def alive(pid: int) -> bool:
-    """Return whether a process runs; a zombie does not count as running."""
+    """Return True if a process runs; a zombie does not count as running."""
     with suppress(psutil.NoSuchProcess):
         return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
     return False

@@ -58,7 +58,7 @@ class Proxy:
     """A proxy in front of the server; `rule` chooses the fault of each request.
 
     Args:
-        upstream: port of the server.
+        upstream: Port of the server.
     """
 
     def __init__(self, upstream: int) -> None:

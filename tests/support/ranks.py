@@ -40,9 +40,9 @@ def rank_environment(rank: int, n_ranks: int, port: int) -> dict[str, str]:
     """Return the environment variables of one CPU rank, as torchrun sets them on one machine.
 
     Args:
-        rank: number of the rank in the group, from 0.
-        n_ranks: size of the group.
-        port: port on which the ranks meet.
+        rank: Number of the rank in the group, from 0.
+        n_ranks: Size of the group.
+        port: Port on which the ranks meet.
     """
     return {
         "RANK": str(rank),
@@ -62,7 +62,7 @@ def torchrun_command(run_dir: Path, n_ranks: int) -> list[str]:
 
 
 def cluster_rank(run_dir: str, *cells: str) -> int:
-    """Run what `python -m cluster.rank RUN_DIR [CELL ...]` runs; a body for `Ranks`."""
+    """Do the same as `python -m cluster.rank RUN_DIR [CELL ...]`; a body for `Ranks`."""
     from cluster import rank
 
     sys.argv = ["rank", run_dir, *cells]
@@ -74,10 +74,10 @@ class Ranks:
     """A group of ranks that run `body(*arguments)`, each with its rank in the environment.
 
     Args:
-        folder: folder for the logs, `rank-N.log`.
-        n_ranks: number of ranks.
-        body: an importable function; its result is the exit code.
-        arguments: arguments of the body; they are pickled.
+        folder: Folder for the logs, `rank-N.log`.
+        n_ranks: Number of ranks.
+        body: An importable function; its result is the exit code.
+        arguments: Arguments of the body; they are pickled.
     """
 
     def __init__(

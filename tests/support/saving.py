@@ -98,7 +98,7 @@ def install_failure(failure: Failure) -> None:
         if failure.how == "wait":
             time.sleep(1)
             return
-        raise OSError(28, "No space left on device (a test's)")
+        raise OSError(28, "No space left on device (injected by a test)")
 
     def is_target(*arguments: Any) -> bool:
         return any(f"step-{failure.step:08d}" in str(a) for a in arguments)

@@ -104,10 +104,10 @@ def wait_until(
     """Wait for a condition.
 
     Args:
-        condition: returns a true value when it is met.
-        what: error text if it is not met in time.
+        condition: Returns a true value when it is met.
+        what: Error text if it is not met in time.
         folder: Slurm's folder; the ends of its logs are added to the error text.
-        timeout_s: time limit.
+        timeout_s: Time limit.
 
     Raises:
         AssertionError: If the condition is not met within `timeout_s`.

@@ -21,9 +21,9 @@ def item_columns(item: int, n_rows: int, arrays: dict[str, int]) -> tuple[Column
     """Return the rows and sidecars of an item, a pure function of its number as in a harvest.
 
     Args:
-        item: number of the item.
-        n_rows: rows of the item.
-        arrays: array name -> width.
+        item: Number of the item.
+        n_rows: Rows of the item.
+        arrays: Array name -> width.
 
     Returns:
         (arrays [n_rows, width] float32, sidecars [n_rows]), each by name.
@@ -60,12 +60,12 @@ def write_store(
     """Write a store whose item i has valid_rows[i] rows.
 
     Args:
-        path: path or URL of the store.
-        valid_rows: rows of each item.
-        order: order in which items are committed; None: by number. Items left out stay missing.
-        arrays: array name -> width; None: one array of width 6.
-        finalise: finalise the store.
-        options: arguments of `StoreWriter`.
+        path: Path or URL of the store.
+        valid_rows: Rows of each item.
+        order: Order in which items are committed; None: by number. Items left out stay missing.
+        arrays: Array name -> width; None: one array of width 6.
+        finalise: Finalise the store.
+        options: Arguments of `StoreWriter`.
     """
     arrays = arrays or {"model.layers.9": 6}
     writer = StoreWriter(path, arrays, **{"shard_tokens": 16, "chunk_bytes": 48, **options})

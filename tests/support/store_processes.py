@@ -50,9 +50,9 @@ def write_items(path: Path, begun: Path, most: int | None) -> None:
     """Write missing items in a random order that differs between processes.
 
     Args:
-        path: path of the store.
-        begun: file that gets one byte for each item that is started.
-        most: after this many items, sleep until killed; None: write all.
+        path: Path of the store.
+        begun: File that gets one byte for each item that is started.
+        most: After this many items, sleep until killed; None: write all.
     """
     with small_segments(), begun.open("ab", buffering=0) as progress:
         writer = StoreWriter(path, ARRAYS, **LAYOUT)
@@ -72,10 +72,10 @@ def read_batches(path: Path, seen: Path, stop: int, most: int | None) -> None:
     """Read batches up to `stop`, continuing after those recorded in `seen`.
 
     Args:
-        path: path of the store; it may not exist yet.
-        seen: file that gets the digest of each batch.
-        stop: number of the batch to stop before.
-        most: after this many batches, sleep until killed; None: read all.
+        path: Path of the store; it may not exist yet.
+        seen: File that gets the digest of each batch.
+        stop: Number of the batch to stop before.
+        most: After this many batches, sleep until killed; None: read all.
     """
     with small_segments(), seen.open("ab", buffering=0) as progress:
         while not store_exists(path):

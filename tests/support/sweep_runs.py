@@ -39,17 +39,17 @@ def write_run(
     """Write a run whose FVU falls to `level`, with 1% of noise on every row; return its folder.
 
     Args:
-        folder: folder of the run.
-        n_latents: latents of the SAE.
-        k: active latents.
-        level: final FVU.
-        rng: source of the noise.
-        seed: seed in the run's config.
-        lr: learning rate in the run's config.
-        steps_done: last step; fewer than `STEPS` for an unfinished run.
-        decay_tokens: tokens of learning-rate decay in the run's config.
-        settles_tokens: the distance to `level` falls by a factor of e in this many tokens.
-        identity: identity of the training data in the checkpoint.
+        folder: Folder of the run.
+        n_latents: Latents of the SAE.
+        k: Active latents.
+        level: Final FVU.
+        rng: Source of the noise.
+        seed: Seed in the run's config.
+        lr: Learning rate in the run's config.
+        steps_done: Last step; fewer than `STEPS` for an unfinished run.
+        decay_tokens: Tokens of learning-rate decay in the run's config.
+        settles_tokens: The distance to `level` falls by a factor of e in this many tokens.
+        identity: Identity of the training data in the checkpoint.
         heldout: FVU of an evaluation on held-out rows; None: not evaluated.
     """
     (folder / "eval").mkdir(parents=True)

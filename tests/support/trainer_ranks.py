@@ -29,9 +29,9 @@ class SyntheticSource:
     """A source of sparse sums of fixed directions; batch i is a pure function of i.
 
     Args:
-        replica: which of the replicas' equal parts of each batch to return.
-        n_replicas: number of replicas.
-        poison: batch whose first value is NaN; None: no batch.
+        replica: Which of the replicas' equal parts of each batch to return.
+        n_replicas: Number of replicas.
+        poison: Batch whose first value is NaN; None: no batch.
     """
 
     d_in = d_out = D
@@ -163,7 +163,7 @@ def _train(job: Job) -> int:
     rows: list[dict[str, Any]] = []
     checkpoints = Path(job.folder) / "checkpoints"
     checkpoints.mkdir(exist_ok=True)
-    _take_out(job.breakage)
+    _disable(job.breakage)
     trainer = Trainer(config_of(job), mesh, source, checkpoints, 3, rows.append, 1)
     if dist.get_rank() == job.poison_rank:
         _poison_gradient(trainer, job)
@@ -189,7 +189,7 @@ def _train(job: Job) -> int:
     return 0
 
 
-def _take_out(feature: str | None) -> None:
+def _disable(feature: str | None) -> None:
     """Disable one feature on purpose."""
     import torch.distributed as dist
 

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 
 from tests.support.house import (
-    FLOORS,
+    LAYERS,
     MOST_MODULES,
-    circles,
     crowded_folders,
-    packages_without_floor,
+    import_cycles,
+    packages_without_layer,
     read_house,
     unused_modules,
     wrong_imports,
@@ -36,17 +36,17 @@ def house():
 
 
 def test_every_package_is_read(house):
-    assert packages_without_floor(ROOT) == []
+    assert packages_without_layer(ROOT) == []
     read = {name.split(".")[0] for name in house}
-    assert read == {package for floor in FLOORS for package in floor}
+    assert read == {package for layer in LAYERS for package in layer}
 
 
-def test_packages_import_only_lower_floors(house):
+def test_packages_import_only_lower_layers(house):
     assert wrong_imports(house) == []
 
 
 def test_no_modules_import_each_other(house):
-    assert circles(house) == []
+    assert import_cycles(house) == []
 
 
 def test_no_folder_is_crowded(house):
@@ -72,7 +72,7 @@ def write_house(root: Path, files: dict[str, str]) -> None:
         path.write_text(text)
 
 
-def test_an_import_upwards_or_sideways_is_seen(tmp_path):
+def test_an_import_of_a_higher_or_the_same_layer_is_detected(tmp_path):
     write_house(
         tmp_path,
         {
@@ -89,7 +89,7 @@ def test_an_import_upwards_or_sideways_is_seen(tmp_path):
     assert "sae_core/mesh.py:1 imports activation_store.files" in found[0]
 
 
-def test_an_import_of_tests_is_seen(tmp_path):
+def test_an_import_of_tests_is_detected(tmp_path):
     write_house(
         tmp_path,
         {
@@ -101,13 +101,13 @@ def test_an_import_of_tests_is_seen(tmp_path):
     assert "cluster/rank.py:2 imports tests.support.ranks" in found
 
 
-def test_a_package_without_a_floor_is_seen(tmp_path):
+def test_a_package_without_a_layer_is_detected(tmp_path):
     write_house(tmp_path, {"sae_core/mesh.py": "", "tests/unit/test_x.py": "", "extra/x.py": ""})
     write_house(tmp_path, {".venv/x.py": "", "docs/page.md": ""})
-    assert packages_without_floor(tmp_path) == ["extra"]
+    assert packages_without_layer(tmp_path) == ["extra"]
 
 
-def test_a_circle_is_seen_even_inside_functions(tmp_path):
+def test_an_import_cycle_is_detected_even_inside_functions(tmp_path):
     write_house(
         tmp_path,
         {
@@ -117,10 +117,10 @@ def test_a_circle_is_seen_even_inside_functions(tmp_path):
             "cluster/d.py": "from cluster.a import g\n",
         },
     )
-    assert circles(read_house(tmp_path)) == [["cluster.a", "cluster.b", "cluster.c"]]
+    assert import_cycles(read_house(tmp_path)) == [["cluster.a", "cluster.b", "cluster.c"]]
 
 
-def test_a_crowded_folder_is_seen(tmp_path):
+def test_a_crowded_folder_is_detected(tmp_path):
     write_house(tmp_path, {f"analysis/m{i}.py": "" for i in range(MOST_MODULES)})
     write_house(tmp_path, {"analysis/__init__.py": "", "analysis/__main__.py": ""})
     assert crowded_folders(read_house(tmp_path)) == []
@@ -130,7 +130,7 @@ def test_a_crowded_folder_is_seen(tmp_path):
     assert f"{MOST_MODULES + 1} modules" in one and f"{MOST_MODULES + 2} modules" in other
 
 
-def test_an_unused_module_is_seen(tmp_path):
+def test_an_unused_module_is_detected(tmp_path):
     write_house(
         tmp_path,
         {

@@ -35,7 +35,7 @@ class Slurm(TrackedBackend):
     end_command: ClassVar[str] = "scancel"
 
     def check(self, config: SubmitConfig, grace_s: float) -> None:
-        """Check the time limit, and that options are one line each, as they go into a script."""
+        """Check the time limit, and that each option is a single line, as it goes into a script."""
         super().check(config, grace_s)
         if config.time is not None:
             _check_time(config.time, config.signal_lead_s)
@@ -46,7 +46,7 @@ class Slurm(TrackedBackend):
                 )
         for word in (config.partition, config.account, config.qos, config.mem, *config.sbatch):
             if word is not None and "\n" in word:
-                raise ConfigError("submit", word, "a text of one line", "remove the line break")
+                raise ConfigError("submit", word, "a single line", "remove the line break")
 
     def place(self, config: SubmitConfig) -> Place:
         """Return `Place.SAME_FOLDER`."""
@@ -86,7 +86,7 @@ def _check_time(time: str, signal_lead_s: int) -> None:
             "submit.time",
             time,
             f"more than twice submit.signal_lead_s={signal_lead_s} seconds",
-            "use a longer time, or every attempt is asked to stop soon after its start",
+            "use a longer time; otherwise every attempt is asked to stop soon after its start",
         )
 
 

@@ -62,7 +62,7 @@ class Attempt:
     def run(self) -> int:
         """Run the driver and return its exit code.
 
-        The code is 75 (preempted) as well if a signal came before the driver could handle it.
+        The code is also 75 (preempted) if a signal came before the driver could handle it.
         """
         self._record("start", nodes=os.environ.get("SLURM_JOB_NODELIST"))
         with ExitStack() as stack:

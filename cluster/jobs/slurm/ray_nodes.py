@@ -97,7 +97,7 @@ def ray_node(address: str, head: bool = False) -> Iterator[subprocess.Popen[byte
 
 
 def stand_by(address: str | None) -> None:
-    """Run the job's process on each node until standard input is closed.
+    """Run this job step's process on a node until standard input is closed.
 
     On the first node, forward Slurm's signals to the batch process: on preemption with a grace
     period Slurm signals the job steps only. On the other nodes, run a Ray node.

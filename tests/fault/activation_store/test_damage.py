@@ -105,7 +105,7 @@ DAMAGES: dict[str, Callable[[Path, bytes], object]] = {
 
 
 @pytest.mark.parametrize("damage", list(DAMAGES))
-def test_a_file_cut_short_grown_or_gone_is_named(
+def test_a_truncated_extended_or_missing_file_is_named(
     pristine: Path, tmp_path: Path, damage: str
 ) -> None:
     path = tmp_path / "s"

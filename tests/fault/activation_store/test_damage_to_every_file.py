@@ -1,6 +1,6 @@
-"""Damage every file of every kind of store in every way; it must be named, never read as rows.
+"""Test that damage of any kind to any file of a store is named and never read as rows.
 
-`test_damage.py` tests single mechanisms. This file asks whether any damage to any file goes
+`test_damage.py` tests single mechanisms. This file checks that no damage to any file goes
 unnoticed.
 """
 
@@ -105,7 +105,7 @@ def is_named(file: str, problem: str, kind: str, damage: str) -> bool:
 
 
 def is_harmless(file: str, damage: str, good: bytes, bad: bytes | None) -> bool:
-    """Return whether the change leaves a valid store."""
+    """Return True if the change leaves a valid store."""
     if bad == good or (file.startswith("_consumers/") and damage == "gone"):
         return True  # a consumer may unregister at any time
     try:  # Zarr's own JSON has no checksum: only its meaning counts

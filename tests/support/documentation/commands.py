@@ -57,7 +57,7 @@ def check_commands(block: Block, folder: Path) -> list[str]:
             check_docker(words[1:], folder, block.where)
             done.append(f"files and launch.py's arguments checked: {words}")
         else:
-            raise PageError(f"{block.where}: do not know how to check {words}")
+            raise PageError(f"{block.where}: unsupported command {words}")
     return done
 
 
@@ -188,7 +188,7 @@ def check_docker(arguments: Sequence[str], folder: Path, where: str) -> None:
     elif arguments[0] == "run" and "launch" in arguments:
         compose(arguments[arguments.index("launch") + 1 :], folder, where)
     else:
-        raise PageError(f"{where}: do not know how to check docker {list(arguments)}")
+        raise PageError(f"{where}: unsupported command docker {list(arguments)}")
 
 
 @contextmanager

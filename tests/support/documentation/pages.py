@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 
 MODES = ("run", "compose", "parse", "make", "docker", "shell", "python-names")
-"""What a comment `<!-- test: MODE ... -->` may ask for; docs/development.md describes them."""
+"""Valid values of MODE in `<!-- test: MODE ... -->`; docs/development.md describes them."""
 TESTED = ("bash", "sh", "shell", "console", "python")
 """Languages of blocks that need such a comment."""
 NOT_TESTED = ("text", "toml", "yaml", "json", "mermaid")

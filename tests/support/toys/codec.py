@@ -74,7 +74,7 @@ class HalfRows(RowCodec):
 
 
 class Halves(Codec):
-    """The codec; with the options, codecs that break a rule."""
+    """The toy codec; its options make it violate the interface."""
 
     needs_calibration = True
 

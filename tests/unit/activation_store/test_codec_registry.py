@@ -227,7 +227,7 @@ def test_what_the_toy_needs_is_checked(tmp_path: Path) -> None:
     assert not (tmp_path / "s").exists()
 
 
-class Liar(Halves):
+class WrongDtype(Halves):
     """Declares another data type than its rows have."""
 
     def disk_arrays(self, dtype: np.dtype[Any], width: int) -> dict[str, DiskArray]:
@@ -238,11 +238,11 @@ class Liar(Halves):
 @pytest.mark.parametrize(
     ("codec", "message"),
     [
-        (Liar(), "codec broken encoded 16 rows of 'a' as .*float16.*: expected .*float32"),
+        (WrongDtype(), "codec broken encoded 16 rows of 'a' as .*float16.*: expected .*float32"),
         (Halves(Masked(grows=9)), "Masked compressed a chunk of 48 bytes to 58: expected 1 to 49"),
     ],
 )
-def test_a_codec_that_breaks_its_word_commits_nothing(
+def test_a_codec_that_violates_the_interface_commits_nothing(
     tmp_path: Path, codec: Codec, message: str
 ) -> None:
     with CODECS.registered("broken", codec):

@@ -1,4 +1,4 @@
-"""The reference of all settings is complete, and the page made from it is up to date."""
+"""Test that the reference of all settings is complete and that its page is up to date."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Members of a registry: built in, installed, registered; unknown names."""
+"""Test the members of a registry: built in, installed, registered; unknown names."""
 
 from __future__ import annotations
 

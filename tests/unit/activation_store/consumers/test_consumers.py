@@ -48,7 +48,7 @@ def publish(consumer: Consumer, item: int) -> None:
     consumer.publish(next_item=item, keep_from_item=item, position=0)
 
 
-def test_a_cursor_says_how_far_its_consumer_is(tmp_path: Path) -> None:
+def test_a_cursor_gives_the_position_of_its_consumer(tmp_path: Path) -> None:
     write_store(tmp_path / "s", ROWS, arrays=ARRAYS, finalise=False)
     assert list_consumers(tmp_path / "s") == {} and lead_items(tmp_path / "s") is None
     one, two = (Consumer(tmp_path / "s", name) for name in ("one", "two"))
@@ -155,7 +155,7 @@ def test_items_that_all_consumers_have_passed_are_deleted(tmp_path: Path) -> Non
     assert [damage.file for damage in verify_store(path)] == ["a/c.7.0"]
 
 
-def test_a_stream_that_needs_deleted_items_says_so(tmp_path: Path) -> None:
+def test_a_stream_that_needs_deleted_items_raises(tmp_path: Path) -> None:
     path = tmp_path / "s"
     writer = write_store(path, ROWS, arrays=ARRAYS, finalise=False)
     source = stream(open_store(path))

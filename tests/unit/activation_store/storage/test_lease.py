@@ -1,4 +1,4 @@
-"""Test a lease that others take and release between a taker's look and its put."""
+"""Test a lease that others take and release between a process's check and its put."""
 
 from __future__ import annotations
 

@@ -81,7 +81,7 @@ def test_a_second_attempt_with_other_bytes_is_refused(tmp_path: Path, rows: int)
 
 @pytest.mark.parametrize("same", [True, False])
 def test_a_late_attempt_never_touches_what_is_committed(tmp_path: Path, same: bool) -> None:
-    """The second attempt at an item looks before the first has committed."""
+    """The second attempt at an item checks for a commit before the first has committed."""
     path = tmp_path / "s"
     write_store(path, [], finalise=False)
     answers = iter([False])  # not committed when it looks first

@@ -25,7 +25,7 @@ Launch = Callable[..., tuple[int, str, str]]
 
 
 class Spool(TrackedBackend):
-    """Write each job into a folder, where it waits until somebody runs and deletes it."""
+    """Write each job into a folder, where it waits until a user runs and deletes it."""
 
     end_command = "rm"
 
@@ -117,7 +117,7 @@ def test_a_registered_backend_takes_a_run(spool: Path, tmp_path: Path, run: Laun
     assert "toy-0 SPOOLED" in run("stage=status")[1]
     code, _, err = run(*submit)
     assert code == 2 and "already has job toy-0 (SPOOLED)" in err and "end it with rm\n" in err
-    # A job that is still waiting blocks a job of another backend, too, and says how to end it.
+    # A waiting job also blocks a job of another backend; the error says how to end it.
     code, _, err = run("stage=submit", "submit=slurm")
     assert code == 2 and "end it with rm\n" in err
 

@@ -67,7 +67,7 @@ def test_the_script_follows_the_config(tmp_path):
         ({"time": "0-0:05:00"}, "more than twice"),
         ({"signal_lead_s": 60}, "at least checkpoint.grace_s=120"),
         ({"sbatch": ["exclusive"]}, "an option of sbatch"),
-        ({"partition": "gpu\nrm -rf x"}, "a text of one line"),
+        ({"partition": "gpu\nrm -rf x"}, "expected a single line"),
     ],
 )
 def test_invalid_settings_are_refused(change, expected):

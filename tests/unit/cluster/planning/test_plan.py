@@ -320,7 +320,7 @@ def test_harvest_and_training_at_once_take_the_longer_time_and_the_gpus_of_both(
     assert rows["duration"].startswith(duration) and rows["cost"].startswith(cost), rows
 
 
-def test_a_codec_says_how_many_bytes_a_row_has():
+def test_a_codec_gives_the_number_of_bytes_per_row():
     config = config_of()
     sizes = {}
     with CODECS.registered("halves", Halves()):

@@ -58,7 +58,7 @@ def test_more_stragglers_are_never_faster(share, more, factor, slower, seed, mes
     assert step(shares[0], factors[0]) <= step(shares[1], factors[1]) + 1e-12
 
 
-def test_one_slow_rank_holds_up_all():
+def test_one_slow_rank_delays_all():
     slow = simulate_step(FREE, 8, 8, Noise(0.0, 1e-6, 1.5))
     assert slow == pytest.approx(1.5 * simulate_step(FREE, 8, 8, QUIET))
 
@@ -86,7 +86,7 @@ def test_a_run_without_failures_is_its_steps_and_pauses():
     assert (cost.seconds, cost.failures, cost.lost_s) == (105.0, 0, 0.0)
 
 
-def test_a_save_waits_for_the_one_before():
+def test_a_save_waits_for_the_previous_one():
     cost = simulate_run(100, 1.0, replace(CADENCE, write_s=30.0))
     assert cost.paused_s == 10 * 20.0
 

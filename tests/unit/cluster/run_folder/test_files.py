@@ -1,4 +1,4 @@
-"""Test that the name of every file in a run's folder stands in one place."""
+"""Test that the name of every file in a run's folder is defined in one place."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 from cluster.run_folder import files, submitted_jobs
 from sae_core import config
-from tests.support.house import FLOORS
+from tests.support.house import LAYERS
 from tests.support.paths import ROOT
 
 HOMES = {
@@ -19,7 +19,7 @@ HOMES = {
 }
 """Name or relative path -> the module that defines it."""
 PARTS = {part for path in HOMES for part in path.split("/")} - {
-    "index.html",  # the folder of scaling laws has one, too
+    "index.html",  # the folder of scaling laws has one as well
 }
 UNMISTAKABLE = {name for name in {*HOMES, *PARTS} if not name.isalpha()}
 PATH_CALLS = {"Path", "joinpath", "join", "with_name"}
@@ -60,10 +60,10 @@ def path_parts(node: ast.AST) -> list[ast.expr]:
     return []
 
 
-def test_names_of_run_files_stand_once() -> None:
+def test_names_of_run_files_are_defined_once() -> None:
     homes = {Path(str(module.__file__)) for module in HOMES.values()}
     # Tests spell names out: they check what a user finds.
-    packages = [package for floor in FLOORS for package in floor if package != "tests"]
+    packages = [package for layer in LAYERS for package in layer if package != "tests"]
     paths = [path for package in packages for path in (ROOT / package).rglob("*.py")]
     again = [
         f"{path.relative_to(ROOT)}:{line} {name!r}"
@@ -74,7 +74,7 @@ def test_names_of_run_files_stand_once() -> None:
     assert again == [], "use the constants and functions of cluster/run_folder/files.py"
 
 
-def test_a_literal_is_seen() -> None:
+def test_literal_names_are_detected() -> None:
     for source, name in (
         ('open(folder / "metrics.jsonl")', "metrics.jsonl"),
         ('file = "eval/metrics.json"', "eval/metrics.json"),
