@@ -1,4 +1,7 @@
-"""All codecs by name. This file must not import NumPy, because `--help` imports it."""
+"""All codecs by name. This file must not import NumPy, because `--help` imports it.
+
+To add a codec, implement the interface in `base.py`.
+"""
 
 from __future__ import annotations
 

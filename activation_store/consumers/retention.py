@@ -4,6 +4,9 @@ The deletion mark (see `deletion_mark.py`) records the progress: shards of items
 deleted or about to be, and those below `swept` are deleted. `announced` is the value to which a
 deletion is about to raise `below`; `cursors.py` explains why it must be written first. Commit
 records are never deleted, so row numbers, checksums and statistics remain available.
+
+Whether a run deletes at all is `cluster.retention`; what a training run still needs is decided in
+`cluster/training/store_cursor.py`.
 """
 
 from __future__ import annotations

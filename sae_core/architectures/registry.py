@@ -1,4 +1,9 @@
-"""The registry of architectures, and functions that look one up. Does not import torch."""
+"""The registry of architectures, and functions that look one up. Does not import torch.
+
+To add an architecture, write its settings (`settings.py`), its training class (`base.py`) and its
+inference class (`sae_core/inference.py`), and name the three in an `Architecture`. The folder
+`topk/` is an example; `docs/extending.md` has the steps.
+"""
 
 from __future__ import annotations
 
