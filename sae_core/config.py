@@ -109,7 +109,7 @@ class OptimConfig:
             raise ConfigError(
                 "optim.update",
                 self.update,
-                "dense or auto with parallel.zero_stage=1, because ZeRO flattens the rows that the "
+                "dense or auto if parallel.zero_stage=1, because ZeRO flattens the rows that the "
                 "fused update needs",
             )
         if self.update == "fused" and not sparse_gradient:

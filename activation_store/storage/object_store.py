@@ -246,8 +246,8 @@ class ObjectStorage(Storage):
         data = b"".join(part if isinstance(part, bytes) else part.data for part in parts)
         if len(data) > _MOST_BYTES:
             raise StorageError(
-                f"{self.where(name)} would have {len(data)} bytes: expected at most {_MOST_BYTES}, "
-                "the limit of a single S3 put; lower store.shard_tokens"
+                f"{self.where(name)} would be {len(data)} bytes: expected at most {_MOST_BYTES}, "
+                "the limit for a single S3 PUT; lower store.shard_tokens"
             )
         return data
 

@@ -80,10 +80,10 @@ def _local_gpu(plan: PlanConfig, name: str, measure: bool) -> Hardware:
         raise ConfigError(
             "plan.hardware",
             plan.hardware,
-            "h100, h200 or a100, because the ranks train on GPUs and only CPUs are measured (this "
-            f"machine has {name or 'no GPU'})",
-            "name the most similar GPU, and override its numbers with plan.tflops, plan.memory_gib "
-            "and so on",
+            "h100, h200 or a100, because the ranks train on GPUs but the plan can measure only CPUs "
+            f"(GPU of this machine: {name or 'none'})",
+            "choose the GPU closest to yours and override its data sheet with plan.tflops, "
+            "plan.memory_gib and their neighbours",
         )
     memory = torch.cuda.get_device_properties(0).total_memory if name else 0
     if not kinds:
