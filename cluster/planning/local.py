@@ -80,7 +80,7 @@ def _local_gpu(plan: PlanConfig, name: str, measure: bool) -> Hardware:
         raise ConfigError(
             "plan.hardware",
             plan.hardware,
-            "h100, h200 or a100, because the ranks train on GPUs but the plan can measure only CPUs "
+            "h100, h200 or a100, because the ranks train on GPUs but only CPUs can be measured "
             f"(GPU of this machine: {name or 'none'})",
             "choose the GPU closest to yours and override its data sheet with plan.tflops, "
             "plan.memory_gib and their neighbours",
