@@ -1,8 +1,8 @@
 """The `data x latent` mesh of trainer ranks, and the interface to it that DeepSpeed needs.
 
 Each latent shard holds some rows of the dictionary. Data replicas hold the same rows and read
-different tokens. Ranks of one latent group have consecutive numbers, so that they share the fastest
-link: they exchange candidates and partial reconstructions in every step.
+different tokens. Ranks of one latent group exchange candidates and partial reconstructions in every
+step. They have consecutive numbers, so that they share the fastest link.
 """
 
 from __future__ import annotations

@@ -70,7 +70,7 @@ def calibrate(sae: SparseAutoencoder, sample: torch.Tensor) -> None:
     sae.input_scale.copy_((d_model / power).sqrt())
     x = sae.normalise(raw)
     sae.b_dec.copy_(geometric_median(x))
-    # All ranks take rank 0's numbers: rounding differences would make replicas diverge.
+    # All ranks use rank 0's values: rounding differences would otherwise make replicas diverge.
     for tensor in (sae.input_mean, sae.input_scale, sae.b_dec):
         dist.broadcast(tensor, src=0)
     sae.calibrate_encoder(x[:_ENCODER_ROWS])
