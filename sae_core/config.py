@@ -29,7 +29,7 @@ class OptimConfig:
     """Settings of Adam and its schedule: linear warm-up, constant rate, linear decay to zero."""
 
     lr: float | None = None
-    """Peak learning rate. If null, lr_at_16k / sqrt(n_latents / 2**14)."""
+    """Peak learning rate; null: lr_at_16k / sqrt(n_latents / 2**14)."""
     lr_at_16k: float = 2e-4
     """Peak learning rate at 2**14 latents, used when `lr` is null. 2e-4 suits long training (Gao et
     al. 2024); short training needs a higher rate."""

@@ -107,7 +107,7 @@ class SAE(nn.Module, ABC):
         return self.decode_topk(*self.encode_topk(x))
 
     def stored(self) -> StoredSAE:
-        """Return this SAE as a `StoredSAE`, which the exporters take."""
+        """Return this SAE as a `StoredSAE`, which the exporters accept."""
         names = row_names(self.config)
         rows = {name: partial(_slice, getattr(self, name).detach()) for name in names}
         b_dec = self.b_dec.detach()
@@ -139,8 +139,8 @@ def load_sae(
             or a `.pt` file).
         name: Name of the SAE. It may be None if the checkpoint holds only one.
         verify_hashes: Verify the SHA-256 of every file of a checkpoint first.
-        allow_pt: Allow a `.pt` file to be read. It is a pickle, which is loaded with torch's
-            restricted loader (`weights_only=True`): it accepts only tensors and plain values.
+        allow_pt: Allow a `.pt` file to be read. Such a file is a pickle. It is loaded with torch's
+            restricted loader (`weights_only=True`), which accepts only tensors and plain values.
 
     Raises:
         CheckpointError: If no SAE is found, the SAE is damaged, or `name` is not in the checkpoint.

@@ -14,9 +14,9 @@ from sae_core.architectures.base import SparseAutoencoder
 from sae_core.errors import ShapeError
 
 _ENCODER_ROWS = 4096
-"""Largest number of sample rows used to initialise the encoder."""
+"""Maximum number of sample rows used to initialise the encoder."""
 _MEDIAN_STEPS = 100
-"""Largest number of iterations for the geometric median."""
+"""Maximum number of iterations for the geometric median."""
 
 
 def geometric_median(x: torch.Tensor, tolerance: float = 1e-5) -> torch.Tensor:
