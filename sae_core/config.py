@@ -313,11 +313,9 @@ class CheckpointConfig:
     copy is made."""
     grace_s: float = 120.0
     """Seconds from SIGTERM or SIGUSR1 to the end of the process, in which to write a last
-    checkpoint. If it is not finished in time, the process exits, and only the earlier checkpoints
-    remain."""
+    checkpoint. If it is not finished in time, only the earlier checkpoints remain."""
     timeout_s: float = 1800.0
-    """Time limit for a save, in seconds. Waiting for a save within this limit does not count as a
-    hang."""
+    """Time limit for a save, in seconds. Waiting within this limit does not count as a hang."""
     verify_hashes: bool = True
     """Verify the SHA-256 of every file before loading."""
 

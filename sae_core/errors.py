@@ -16,7 +16,7 @@ class CheckpointError(SAEError):
 
 
 class DamagedCheckpointError(CheckpointError):
-    """A checkpoint folder does not match its manifest; the message names the difference."""
+    """A checkpoint folder does not match its manifest; the message names file and difference."""
 
 
 class NonFiniteLossError(SAEError):

@@ -28,8 +28,7 @@ class SAEConfig:
     architecture: str = ""
     """Name of the architecture in the registry; each subclass has its own default."""
     hookpoint: str | None = None
-    """Hookpoint (array of the store) that this SAE reconstructs. If null, the store's first
-    hookpoint."""
+    """Hookpoint (array of the store) that this SAE reconstructs. If null, the store's first."""
     n_latents: int = 4096
     """Number of latents in the dictionary."""
     dead_after_tokens: int = 10_000_000

@@ -4,7 +4,7 @@
                               optimizer/*.safetensors   Adam's moments, the same row ranges
                               state.json                step, tokens, source position, config
                               manifest.json             size and SHA-256 of all of the above
-    checkpoints/latest                                  name of the newest one, for people to read
+    checkpoints/latest                                  name of the newest (for people to read)
 
 A folder is a checkpoint only if it has its final name and a manifest. `step-*.tmp` is an unfinished
 save.

@@ -80,7 +80,7 @@ class StoredSAE:
         """
         folder.mkdir(parents=True, exist_ok=True)
         names = {name: name for name in (*row_names(self.config), "b_dec")}
-        # Replace the old file only when the new one is complete: the old one may be being read.
+        # Replace the old file only when the new one is complete: the old file may be the source.
         temporary = folder / f"{WEIGHTS_FILE}.tmp"
         temporary.unlink(missing_ok=True)
         write_rows(self, temporary, names)

@@ -65,7 +65,7 @@ def sent_bytes(n_rows: int, width: int, n_ranks: int, rank: int) -> int:
 
 
 def _kth_keys(keys: torch.Tensor, k: int, group: dist.ProcessGroup) -> torch.Tensor:
-    """Return each token's k-th largest key over all ranks, [B]; EMPTY_KEY if there are fewer."""
+    """Return each token's k-th largest key over all ranks, [B]; EMPTY_KEY if fewer exist."""
     B, C = keys.shape
     n_ranks = dist.get_world_size(group)
     rank = dist.get_rank(group)

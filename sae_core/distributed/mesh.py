@@ -16,7 +16,7 @@ from foundation.errors import ConfigError
 
 
 def row_range(n_rows: int, shard: int, n_shards: int) -> tuple[int, int]:
-    """Return the rows [start, stop) of one shard: ceil(n / shards) each, fewer in the last ones.
+    """Return the rows [start, stop) of one shard: ceil(n / shards), or fewer in the last ones.
 
     `DTensor` splits the same way with `Shard(0)`, so a checkpoint needs no layout of its own.
     """

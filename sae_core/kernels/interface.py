@@ -88,8 +88,7 @@ class RowState(NamedTuple):
     exp_avg_sq: tuple[torch.Tensor, torch.Tensor, torch.Tensor]
     """Second moments, with the same shapes and dtypes."""
     copies: tuple[torch.Tensor, torch.Tensor] | None
-    """Copies of W_enc and W_dec in `Kernels.copy_dtype`, updated with the rows; None if there are
-    none."""
+    """Copies of W_enc and W_dec in `Kernels.copy_dtype`, updated with the rows, or None."""
     first_latent: int
     """Global index of row 0; stochastic rounding depends on the global index."""
 
@@ -132,8 +131,7 @@ class Kernels(Protocol):
 
     name: str
     copy_dtype: torch.dtype | None
-    """Dtype of the dictionary copies kept in addition to the float32 masters; None means no
-    copies."""
+    """Dtype of the dictionary copies kept along with the float32 masters; None means no copies."""
     gather_dtype: torch.dtype | None
     """Dtype of the inputs and errors gathered for the row gradients; None leaves it unchanged.
 

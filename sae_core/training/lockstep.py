@@ -121,7 +121,7 @@ class _Lockstep:
             self._failed(index, error)
 
     def _agree(self, stepped: list[Trainer]) -> Flags:
-        """Exchange flags with the other ranks about once a second; return no flags in between."""
+        """Exchange flags with all ranks about once a second; between exchanges, no flag is set."""
         if not self._agreement.is_due_after_step():
             return Flags()
         trainers = [t for i, t in enumerate(self._trainers) if i not in self._errors]

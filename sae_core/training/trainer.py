@@ -281,7 +281,7 @@ class _Clock:
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        """Count the block as time waiting for data, and as one step."""
+        """Count the block's duration as time waiting for data, and the block as one step."""
         began = time.perf_counter()
         yield
         self._waited += time.perf_counter() - began

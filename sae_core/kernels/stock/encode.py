@@ -13,8 +13,8 @@ import torch
 from sae_core.kernels.keys import EMPTY_KEY, pack_keys, unpack_keys
 
 PIECE_ELEMENTS = 1 << 25
-"""Number of pre-activations in a piece. Larger pieces have fewer values to examine again and fewer
-merges."""
+"""Number of pre-activations in a piece. Larger pieces have fewer values to examine again
+and need fewer merges."""
 _GROUPS = (64, 32, 16, 8)
 """Group sizes in latents, largest first.
 
@@ -131,7 +131,7 @@ def _bounds_of(
 
 
 def _bits(values: torch.Tensor) -> torch.Tensor:
-    """Return the bits of bfloat16 values as int16, which sort like positive values.
+    """Return the int16 bits of bfloat16 values; those of positive values sort like the values.
 
     A NaN with its sign bit set sorts below them and may be dropped. This is harmless: only
     prefilters select in bfloat16, and they have no finite margin for inputs that give NaN, so

@@ -17,8 +17,7 @@ _BLOCK_BYTES = 4 << 20
 With smaller blocks the overhead of the calls exceeds what the cache saves.
 """
 _NORM_PIECE = 1024
-"""Elements per partial sum: few enough for float32 accuracy, and enough to keep partial sums
-few."""
+"""Elements per partial sum: few enough for float32 accuracy, with few partial sums."""
 
 
 class StockRowUpdate:

@@ -1,11 +1,11 @@
 """Fused encoder and TopK, without writing the [B, L] pre-activations.
 
-Each row has a pool of selection keys. The first latents fill it. The remaining latents follow in
-segments, each three times as wide as all latents before it. After each segment `select` reduces the
-pool to its k largest keys and sets the row's threshold to the k-th value so far; the next segment
-appends only keys of values above the threshold. Latents come in ascending order, so a value equal
-to the threshold would lose the tie to an earlier latent, and a strict comparison is exact. A row
-with more keys than its pool can hold is run again with all of its keys kept.
+Each row has a pool of selection keys. The first latents fill the pool. The remaining latents follow
+in segments, each three times as wide as all latents before it. After each segment `select` reduces
+the pool to its k largest keys and sets the row's threshold to the k-th value so far; the next
+segment appends only keys of values above the threshold. Latents come in ascending order, so a value
+equal to the threshold would lose the tie to an earlier latent, and a strict comparison is exact. A
+row with more keys than its pool can hold is run again with all of its keys kept.
 
 A prefilter passes split rows: float8 columns, bfloat16 columns and a scale. The latents selected
 from their product are candidates, which the prefilter then rescores exactly.
@@ -63,8 +63,7 @@ class Tiles:
     """Tile configurations for one dtype."""
 
     few: TileConfig
-    """For segments in which a row appends at most about one key per tile; nearly all of the
-    work."""
+    """For segments in which a row appends at most about one key per tile: nearly all the work."""
     many: TileConfig
     """For segments with more keys, or where every key is written.
 

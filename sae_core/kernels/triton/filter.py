@@ -136,7 +136,7 @@ def _append_few(
     tile, rows, columns, limit, pool, counts, n_rows, n_latents, first_latent, WIDTH: tl.constexpr
 ):
     """Append the keys of values above the limit, one per row at a time, for tiles with few."""
-    # Columns past the last latent become "none"; so do all columns of rows past the last row.
+    # Columns past the last latent, and all columns of rows past the last row, become `_NONE`.
     column = tl.where(columns < n_latents, columns, _NONE)[None, :]
     found = _first_above(tile, column, limit, rows < n_rows)
     while tl.min(found, 0) < _NONE:

@@ -31,8 +31,9 @@ def row_shape(D: int, per_thread: int, in_flight: int) -> dict[str, int]:
 
     Args:
         D: d_model.
-        per_thread: Desired columns per thread; more are used if they would need more than 8 warps.
-            Fewer columns per thread mean larger programs, so that fewer of them share an L1 cache.
+        per_thread: Desired columns per thread; more are used if this number would need more than 8
+            warps. Fewer columns per thread mean larger programs, so that fewer of them share an L1
+            cache.
         in_flight: Elements of a tile that a thread loads at once; halved for programs with more
             than 8 warps, which have half the registers per thread.
 

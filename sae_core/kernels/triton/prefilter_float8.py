@@ -9,10 +9,11 @@ errors of different channels are assumed to be independent with zero mean. The e
 has the variance `sum_j v_j w_j^2` with `v_j = dx_j^2 + r_j^2 x_j^2`. Here dx is the actual rounding
 error of x, and r_j is the root mean square of the relative rounding error of w_j. By the
 Cauchy-Schwarz inequality the variance is at most `|v / c| |c w^2|` for any channel weights c: a
-factor of the row times a factor of the latent. Two extra columns of the bfloat16 product add
-`DEVIATIONS` times the root of this bound, and the precision that float8 sums lose, to every
-pre-activation. Candidates are therefore chosen by their *upper bounds*. A latent with large weights
-on channels with large rounding errors gets a higher bound, and does not raise any other latent's.
+factor of the row times a factor of the latent. To every pre-activation, two extra columns of the
+bfloat16 product add `DEVIATIONS` times the root of this bound and an allowance for the precision
+that float8 sums lose. Candidates are therefore chosen by their *upper bounds*. A latent with large
+weights on channels with large rounding errors gets a higher bound, and does not raise any other
+latent's.
 """
 
 from __future__ import annotations
@@ -44,8 +45,7 @@ _BFLOAT16 = 2.0**-8 / 3**0.5
 _SUM_WIDTH = 32
 """Number of products that Hopper's float8 units add at once (published for the H100)."""
 _SUM_ROUNDING = 2.0**-13
-"""Largest relative rounding error of a sum of float8 products (published for the H100, not measured
-here)."""
+"""Largest relative rounding error of a sum of float8 products (published, not measured here)."""
 _SIDE_SUM_WIDTH = 16
 """Number of products that Hopper's bfloat16 units add at once."""
 _SIDE_SUM_ROUNDING = 2.0**-22

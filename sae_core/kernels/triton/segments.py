@@ -39,8 +39,7 @@ class Segments(NamedTuple):
     piece_ends: torch.Tensor
     """[S] int64: cumulative number of hot-slot pieces, up to and including this slot."""
     dec: torch.Tensor
-    """[P, D] float32: each piece's weighted sum of `error`. P is an upper bound on the number of
-    pieces."""
+    """[P, D] float32: each piece's weighted sum of `error`. P is at least the number of pieces."""
     enc: torch.Tensor
     """[P, D] float32: each piece's weighted sum of `x`."""
     bias: torch.Tensor
