@@ -114,7 +114,7 @@ class SAEEngine:
         self.sae.refresh_copies()
 
     def _push_to_zero(self, parameter: torch.nn.Parameter) -> None:
-        """Under ZeRO 1, copy a changed parameter to the optimiser, which would otherwise undo it."""
+        """Copy a changed parameter to the ZeRO 1 optimiser, which would otherwise overwrite it."""
         mapping = getattr(parameter, "_hp_mapping", None)
         if mapping is not None:
             mapping.update_hp()
