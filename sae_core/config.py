@@ -34,21 +34,21 @@ class OptimConfig:
     """Peak learning rate at 2**14 latents, used when `lr` is null. 2e-4 suits long training (Gao et
     al. 2024); short training needs a higher rate."""
     warmup_tokens: int = 0
-    """Length of the linear warm-up, in tokens; 0: no warm-up."""
+    """Length of the linear warm-up, in tokens; 0 disables it."""
     decay_tokens: int = 0
-    """Length of the final linear decay to zero, in tokens; 0: no decay."""
+    """Length of the final linear decay to zero, in tokens; 0 disables it."""
     beta1: float = 0.9
-    """Adam's decay rate of the first moment."""
+    """Adam's decay rate for the first moment."""
     beta2: float = 0.999
-    """Adam's decay rate of the second moment."""
+    """Adam's decay rate for the second moment."""
     eps: float = 6.25e-10
     """Adam's epsilon."""
     clip_norm: float = 1.0
-    """Largest global gradient norm; larger gradients are clipped to it. 0 switches clipping off."""
+    """Maximum global gradient norm; larger gradients are scaled down to it. 0 disables clipping."""
     update: str = "auto"
-    """Update of the dictionary rows: fused (directly from the sparse gradient, without a dense one;
-    needs ZeRO 0 and an architecture with sparse gradients, such as topk), dense, or auto (fused if
-    possible, else dense)."""
+    """How dictionary rows are updated: fused, dense, or auto (fused if possible, else dense). The
+    fused update works directly from the sparse gradient and never builds a dense gradient. It needs
+    ZeRO 0 and an architecture with sparse gradients, such as topk."""
     moments: str = "float32"
     """Dtype of Adam's moments of both matrices: float32 (exact), or bfloat16 with stochastic
     rounding (half the bytes, unbiased; needs the fused update)."""
@@ -58,7 +58,8 @@ class OptimConfig:
 
         Args:
             zero_stage: ZeRO stage (`parallel.zero_stage`).
-            sparse_gradient: True if the architecture has one (`SAEConfig.sparse_gradient`).
+            sparse_gradient: True if the architecture has a sparse gradient
+                (`SAEConfig.sparse_gradient`).
         """
         possible = zero_stage == 0 and sparse_gradient
         return self.update == "fused" or (self.update == "auto" and possible)
@@ -69,11 +70,13 @@ class OptimConfig:
         Args:
             train_tokens: Total training tokens (`train.tokens`).
             zero_stage: ZeRO stage (`parallel.zero_stage`).
-            sparse_gradient: True if the architecture has one (`SAEConfig.sparse_gradient`).
+            sparse_gradient: True if the architecture has a sparse gradient
+                (`SAEConfig.sparse_gradient`).
 
         Raises:
             ConfigError: If a value is out of range, or warm-up and decay together are longer than
-                training, or `update` or `moments` does not fit the ZeRO stage or the architecture.
+                training, or `update` or `moments` is incompatible with the ZeRO stage or the
+                architecture.
         """
         if self.lr is not None and self.lr <= 0:
             raise ConfigError("optim.lr", self.lr, "more than 0, or null for the 1/sqrt(n) rule")
@@ -150,29 +153,29 @@ class TrainConfig:
     elsewhere)."""
     prefilter: str = "auto"
     """Low-precision product that finds TopK candidates, which are then rescored exactly. Rows whose
-    candidates are not certified to hold the k largest are encoded again in full.
+    candidates are not certified to include the k largest latents are encoded again in full.
     none: no prefilter.
     bfloat16x3 (stock kernels, float32): each row is proven exact.
     bfloat16 (stock kernels, float32): faster; certified with a margin of eight standard deviations,
     assuming independent rounding errors.
-    float8 (triton kernels): certified in the same way with a margin of six.
+    float8 (triton kernels): certified in the same way, with a margin of six.
     auto: bfloat16x3 on CPUs that multiply bfloat16 in hardware, else none."""
     threads_per_rank: int | None = None
-    """CPU threads of each rank; null: cores of this machine / ranks on it, at least 1."""
+    """CPU threads per rank. If null, the machine's cores divided by the ranks on it, at least 1."""
     timeout_s: float = 600.0
-    """Time limit of a collective, in seconds; a slower one fails the run."""
+    """Time limit for a collective operation, in seconds. Exceeding it fails the run."""
     hang_timeout_s: float = 600.0
-    """Time without a step after which a rank counts as hung, in seconds. It then writes its thread
-    stacks to its log and exits, and the training group is restarted. Time spent waiting for rows of
-    a growing store or for a checkpoint (see `checkpoint.timeout_s`) does not count. Before the
-    first step the limit is `timeout_s`."""
+    """Time without a step after which a rank counts as hung, in seconds. The rank then writes its
+    thread stacks to its log and exits, and the training group is restarted. Time spent waiting for
+    rows of a growing store or for a checkpoint (see `checkpoint.timeout_s`) does not count. Before
+    the first step the limit is `timeout_s`."""
 
     def validate(self) -> None:
         """Validate all fields.
 
         Raises:
-            ConfigError: If a size is out of range, a name is unknown, or the prefilter does not fit
-                the kernels or the dtype.
+            ConfigError: If a size is out of range, a name is unknown, or the prefilter is
+                incompatible with the kernels or the dtype.
         """
         for name in ("tokens", "batch_tokens", "sample_tokens"):
             if getattr(self, name) < 1:
@@ -268,7 +271,7 @@ class ParallelConfig:
                 f"a multiple of parallel.data={self.data}",
                 f"use train.batch_tokens={batch_tokens // self.data * self.data or self.data}",
             )
-        # Rounded up, as in `mesh.row_range`: with too many shards, the last ones would be empty.
+        # Rounded up, as in `mesh.row_range`: with too many shards, the last shards would be empty.
         rows_per_rank = -(-n_latents // self.latent)
         if rows_per_rank * (self.latent - 1) >= n_latents:
             raise ConfigError(
@@ -296,22 +299,23 @@ class CheckpointConfig:
     every_tokens: int = 100_000_000
     """Training tokens between two checkpoints."""
     every_minutes: float | None = 30.0
-    """Also save when this many minutes have passed since the last save began, by rank 0's clock;
-    null: save by tokens only."""
+    """Also save when this many minutes have passed since the last save began, according to rank 0's
+    clock. If null, save by tokens only."""
     keep: int = 2
     """Number of newest valid checkpoints to keep; at least 2, so that a run can fall back on an
     older one if the newest is damaged."""
     keep_every_tokens: int | None = None
     """Keep the first checkpoint of every N tokens permanently, with the activations needed to
-    resume from the oldest of them; null: none."""
+    resume from the oldest of them. If null, none is kept permanently."""
     asynchronous: bool = True
     """Write checkpoints in the background. Training then waits only while weights and moments are
-    copied to host memory. false: training waits for the files, and on the CPU no copy is made."""
+    copied to host memory. If false, training waits for the files to be written, and on the CPU no
+    copy is made."""
     grace_s: float = 120.0
-    """Seconds from SIGTERM or SIGUSR1 to the end of the process, for a last checkpoint. If it is
-    not finished in time, the process exits with the checkpoints written before."""
+    """Seconds from SIGTERM or SIGUSR1 to the end of the process, in which to write a last
+    checkpoint. If it is not finished in time, only the earlier checkpoints remain."""
     timeout_s: float = 1800.0
-    """Time limit for a save, in seconds. Waiting for one within it does not count as a hang."""
+    """Time limit for a save, in seconds. Waiting within this limit does not count as a hang."""
     verify_hashes: bool = True
     """Verify the SHA-256 of every file before loading."""
 
@@ -353,10 +357,10 @@ class TrainerConfig:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
 
     def validate(self) -> None:
-        """Validate all parts, and how they fit together.
+        """Validate all parts, and that they are compatible with each other.
 
         Raises:
-            ConfigError: If a value is invalid; the message names the first one found.
+            ConfigError: If a value is invalid. The message names the first invalid value found.
         """
         check_settings(self.sae)
         self.train.validate()

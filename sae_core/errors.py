@@ -16,7 +16,7 @@ class CheckpointError(SAEError):
 
 
 class DamagedCheckpointError(CheckpointError):
-    """A checkpoint folder does not match its manifest; names the file and the difference."""
+    """A checkpoint folder does not match its manifest; the message names file and difference."""
 
 
 class NonFiniteLossError(SAEError):
@@ -26,7 +26,7 @@ class NonFiniteLossError(SAEError):
 
 
 class DivergedError(SAEError):
-    """Training has diverged: its FVU is above the configured limit."""
+    """Training has diverged: the fraction of variance unexplained is above the configured limit."""
 
 
 class ShapeError(SAEError, ValueError):

@@ -30,8 +30,8 @@ class SAE(nn.Module, ABC):
         W_dec: [L, D] float32.
         b_enc: [L] float32.
         b_dec: [D] float32.
-        step: Number of optimiser steps it was trained for.
-        metadata: Information about its origin.
+        step: Number of optimiser steps for which the SAE was trained.
+        metadata: Information about the SAE's origin.
         vectors: The architecture's other tensors (`Architecture.vectors`), [L] float32 each. They
             become attributes.
     """
@@ -107,7 +107,7 @@ class SAE(nn.Module, ABC):
         return self.decode_topk(*self.encode_topk(x))
 
     def stored(self) -> StoredSAE:
-        """Return this SAE as a `StoredSAE`, which the exporters take."""
+        """Return this SAE as a `StoredSAE`, which the exporters accept."""
         names = row_names(self.config)
         rows = {name: partial(_slice, getattr(self, name).detach()) for name in names}
         b_dec = self.b_dec.detach()
@@ -137,13 +137,13 @@ def load_sae(
         path: Run folder (its newest valid checkpoint is loaded), checkpoint folder, folder written
             by `SAE.save`, or a plain TopK SAE of SAELens, sparsify or dictionary_learning (a folder
             or a `.pt` file).
-        name: Name of the SAE if the checkpoint holds several; None: the only one.
+        name: Name of the SAE. It may be None if the checkpoint holds only one.
         verify_hashes: Verify the SHA-256 of every file of a checkpoint first.
-        allow_pt: Allow a `.pt` file to be read. It is a pickle, which is loaded with torch's
-            restricted loader (`weights_only=True`): it accepts only tensors and plain values.
+        allow_pt: Allow a `.pt` file to be read. Such a file is a pickle. It is loaded with torch's
+            restricted loader (`weights_only=True`), which accepts only tensors and plain values.
 
     Raises:
-        CheckpointError: If no SAE is found, it is damaged, or `name` is not in the checkpoint.
+        CheckpointError: If no SAE is found, the SAE is damaged, or `name` is not in the checkpoint.
     """
     path = Path(path)
     peer = peer_formats.find(path)

@@ -6,7 +6,7 @@ cfg.json, sae_weights.safetensors    SAELens 6
 cfg.json, sae.safetensors            sparsify
 ae.pt, or any *.pt                   dictionary_learning's AutoEncoderTopK; only with allow_pt=True
 
-Another format is added by subclassing `PeerFormat` and registering an instance in `PEER_FORMATS`.
+To add a format, subclass `PeerFormat` and register an instance in `PEER_FORMATS`.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ class DictionaryLearning(PeerFormat):
 
 
 class SAELens(PeerFormat):
-    """A folder of SAELens 6."""
+    """A folder that SAELens 6 writes."""
 
     def recognises(self, path: Path) -> bool:
         """Return True for a folder with both files."""
@@ -126,7 +126,7 @@ class SAELens(PeerFormat):
 
 
 class Sparsify(PeerFormat):
-    """The folder of one hookpoint of sparsify."""
+    """A folder that sparsify writes for one hookpoint."""
 
     def recognises(self, path: Path) -> bool:
         """Return True for a folder with both files."""
@@ -161,7 +161,7 @@ PEER_FORMATS: Registry[PeerFormat] = Registry(
 def find(path: Path) -> PeerFormat | None:
     """Return the first format that recognises `path`, or None."""
     if any((path / name).exists() for name in (CONFIG_FILE, MANIFEST, CHECKPOINTS)):
-        return None  # our own format takes precedence, even beside files of others
+        return None  # our own format takes precedence, even next to files of others
     return next((peer for _, peer in PEER_FORMATS.items() if peer.recognises(path)), None)
 
 
@@ -169,7 +169,7 @@ def open_peer(peer: PeerFormat, path: Path, allow_pt: bool) -> StoredSAE:
     """Open an SAE of another library.
 
     Raises:
-        CheckpointError: If it is not a supported TopK SAE, or a pickle and `allow_pt` is False.
+        CheckpointError: If it is not a supported TopK SAE, or is a pickle and `allow_pt` is False.
     """
     try:
         return peer.open(path, allow_pt)
@@ -216,7 +216,7 @@ def _config(k: Any, n_latents: Any, hookpoint: Any) -> TopKConfig:
 
 
 def _expect(cfg: Mapping[str, Any], **values: Any) -> None:
-    """Check that keys, where present, have the values with which the SAE computes the same as ours.
+    """Check that keys, if present, have values with which the SAE computes the same as ours.
 
     Raises:
         ValueError: If a key has another value.

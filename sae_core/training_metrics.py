@@ -17,13 +17,14 @@ class Totals:
     steps: int
     """Number of steps times number of ranks."""
     rows: int
-    """Batch rows of all data replicas."""
+    """Number of batch rows, over all data replicas."""
     replicas: int
-    """Data replicas."""
+    """Number of data replicas."""
     shards: int
-    """Shards of the dictionary. Scalars that are equal on all shards are summed once per shard."""
+    """Number of dictionary shards. Scalars that are equal on all shards are summed once per shard.
+    """
     n_latents: int
-    """Latents in the dictionary."""
+    """Number of latents in the dictionary."""
     variance: float
     """Squared distance of the normalised inputs from their mean, summed over all rows."""
     grad_norm: float
@@ -34,7 +35,7 @@ class Totals:
 
 @dataclass(frozen=True)
 class TrainingMetric:
-    """One number of a row of the training log."""
+    """One value in a row of the training log."""
 
     name: str
     """Key in the row."""
@@ -47,12 +48,12 @@ class TrainingMetric:
 
 
 def mean_over_steps(name: str) -> Callable[[Totals], float]:
-    """Return the reduction to the mean over steps and ranks of a scalar of `StepOutput`."""
+    """Return a function that computes the mean of a `StepOutput` scalar over steps and ranks."""
     return lambda totals: totals.sums[name] / totals.steps
 
 
 def mean_over_rows(name: str) -> Callable[[Totals], float]:
-    """Return the reduction to the mean over rows of a scalar that is summed on each shard."""
+    """Return a function that computes the mean over rows of a scalar summed on each shard."""
     return lambda totals: totals.sums[name] / totals.rows
 
 
@@ -101,7 +102,8 @@ def with_own(own: tuple[TrainingMetric, ...]) -> tuple[TrainingMetric, ...]:
     """Return the metrics of a row, with those of an architecture after the losses.
 
     Raises:
-        ValueError: If two metrics have the same name, or one that the trainer uses itself.
+        ValueError: If two metrics have the same name, or a metric has a name that the trainer uses
+            itself.
     """
     names = [metric.name for metric in (*TRAINING_METRICS, *own)]
     twice = {name for name in names if names.count(name) > 1 or name in TRAINER_KEYS}

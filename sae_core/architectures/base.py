@@ -20,27 +20,27 @@ from sae_core.kernels import Kernels, SparseGradient
 
 
 class StepOutput(NamedTuple):
-    """The loss of one step and its metrics; all but `loss` are detached."""
+    """The loss of one step and its metrics. All tensors except `loss` are detached."""
 
     loss: torch.Tensor
-    """Scalar; the mean over data replicas is the loss of the global batch."""
+    """Scalar. Its mean over data replicas is the loss of the global batch."""
     squared_error: torch.Tensor
-    """Scalar: squared error summed over this replica's rows and D, for normalised inputs."""
+    """Scalar: squared error on normalised inputs, summed over this replica's rows and over D."""
     fired: torch.Tensor
     """[l] bool: local latents that fired on any row of this replica's batch."""
     n_active: torch.Tensor
-    """Scalar: number of active (row, latent) pairs of this rank."""
+    """Scalar: number of active (row, latent) pairs on this rank."""
     metrics: Mapping[str, torch.Tensor]
-    """Scalars of the architecture's own metrics (`Architecture.metrics`), by name."""
+    """Scalar values of the architecture's own metrics (`Architecture.metrics`), keyed by name."""
 
 
 class SparseAutoencoder(nn.Module, ABC):
     """One rank's shard of an SAE in training, with l of its L dictionary rows.
 
     A subclass implements `forward` and `reconstruct_centred`, and `send_gradient_to` if its
-    settings have `sparse_gradient`. It may add parameters: those with one row per latent with
-    `add_rows`, which splits them over the shards; others as usual, the same on all ranks. All
-    parameters and persistent buffers go into checkpoints.
+    settings have `sparse_gradient`. It may add parameters. Those with one row per latent must be
+    registered with `add_rows` and are split over the shards. All others are registered as usual and
+    are the same on all ranks. All parameters and persistent buffers go into checkpoints.
 
     Args:
         config: Sizes and coefficients.
@@ -52,7 +52,7 @@ class SparseAutoencoder(nn.Module, ABC):
 
     unit_rows: ClassVar[tuple[str, ...]] = ("W_dec",)
     """Parameters whose rows are scaled to unit norm after every update. The fused update always
-    does this to `W_dec`, and to no other."""
+    scales `W_dec`, and no other parameter."""
 
     def __init__(
         self, config: SAEConfig, d_model: int, mesh: Mesh, kernels: Kernels, seed: int
@@ -65,13 +65,13 @@ class SparseAutoencoder(nn.Module, ABC):
         self.first_latent, stop = mesh.rows(config.n_latents)
         """Global index of the first local latent."""
         self.latent_group = mesh.latent_group if mesh.n_latent > 1 else None
-        """The ranks that share the dictionary; None if it is not sharded."""
+        """The ranks that share the dictionary; None if the dictionary is not sharded."""
         self.row_names: set[str] = {"tokens_since_fired"}
         """Names of the parameters and buffers with one row per latent, split over the shards."""
 
         n_rows = stop - self.first_latent
         W_dec = random_unit_rows(self.first_latent, stop, d_model, seed)
-        # Tied at initialisation, which keeps latents alive.
+        # Encoder and decoder are tied at initialisation, which keeps latents alive.
         self.W_enc = self.add_rows("W_enc", W_dec.clone())
         self.b_enc = self.add_rows("b_enc", torch.zeros(n_rows))
         self.W_dec = self.add_rows("W_dec", W_dec)
@@ -94,7 +94,7 @@ class SparseAutoencoder(nn.Module, ABC):
     def add_rows(self, name: str, rows: torch.Tensor) -> nn.Parameter:
         """Register and return a parameter with one row per local latent, [l, ...] float32."""
         parameter = nn.Parameter(rows)
-        # Marks a shard for DeepSpeed, which would otherwise leave other shards out of norms.
+        # Marks the parameter as a shard. Otherwise DeepSpeed would leave other shards out of norms.
         cast("_Sharded", parameter).tensor_model_parallel = True
         self.register_parameter(name, parameter)
         self.row_names.add(name)
@@ -110,7 +110,7 @@ class SparseAutoencoder(nn.Module, ABC):
 
     @abstractmethod
     def reconstruct_centred(self, centred: torch.Tensor) -> torch.Tensor:
-        """Return the reconstruction of centred inputs over all shards, without `b_dec`.
+        """Return the reconstruction of centred inputs from all shards, without `b_dec`.
 
         Collective over the latent group; needs no gradient.
 
@@ -140,7 +140,7 @@ class SparseAutoencoder(nn.Module, ABC):
         centred = x - self.b_dec
         recon = self.reconstruct_centred(centred)
         scale = (centred.square().sum() / recon.square().sum().clamp_min(1e-30)).sqrt()
-        # All ranks take rank 0's number: rounding differences would make replicas diverge.
+        # All ranks use rank 0's value: rounding differences would otherwise make replicas diverge.
         dist.broadcast(scale, src=0)
         self.W_enc.mul_(scale)
 
@@ -153,13 +153,13 @@ class SparseAutoencoder(nn.Module, ABC):
 
     @torch.no_grad()
     def refresh_copies(self) -> None:
-        """Update the copies after the master weights were changed from outside."""
+        """Update the copies after other code has changed the master weights."""
         if self.copies is not None:
             for copy, master in zip(self.copies, (self.W_enc, self.W_dec), strict=True):
                 copy.copy_(master)
 
     def normalise(self, raw: torch.Tensor) -> torch.Tensor:
-        """Normalise raw activations, [B, D] in any float dtype, to float32 of unit mean square."""
+        """Normalise raw activations [B, D] of any float dtype to float32 with unit mean square."""
         return (raw.float() - self.input_mean) * self.input_scale
 
     def dead(self) -> torch.Tensor:
@@ -175,7 +175,7 @@ class SparseAutoencoder(nn.Module, ABC):
         Args:
             fired: [l] bool, latents that fired on this replica.
             batch_tokens: Number of tokens in the global batch.
-            skipped: Scalar, 1 if the update was skipped; nothing changes then.
+            skipped: Scalar: 1 if the update was skipped, in which case nothing changes.
         """
         anywhere = fired.to(torch.uint8)
         if self.mesh.n_data > 1:

@@ -7,7 +7,7 @@ import hashlib
 import torch
 
 _BLOCK_ROWS = 1024
-"""Dictionary rows drawn from one random generator."""
+"""Number of dictionary rows drawn from each random generator."""
 
 
 def random_unit_rows(start: int, stop: int, d_model: int, seed: int) -> torch.Tensor:
@@ -17,7 +17,8 @@ def random_unit_rows(start: int, stop: int, d_model: int, seed: int) -> torch.Te
     draws only the blocks that it needs.
     """
     # torch uses only 32 bits of a seed on the CPU. Hash the seed, so that runs with nearby seeds
-    # share no blocks, and number the blocks consecutively, so that those of one run never collide.
+    # share no blocks, and number the blocks consecutively, so that blocks of the same run never
+    # collide.
     base = int.from_bytes(hashlib.sha256(str(seed).encode()).digest()[:4])
     blocks = []
     for block in range(start // _BLOCK_ROWS, -(-stop // _BLOCK_ROWS)):

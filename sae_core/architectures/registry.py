@@ -1,8 +1,8 @@
 """The registry of architectures, and functions that look one up. Does not import torch.
 
 To add an architecture, write its settings (`settings.py`), its training class (`base.py`) and its
-inference class (`sae_core/inference.py`), and name the three in an `Architecture`. The folder
-`topk/` is an example; `docs/extending.md` has the steps.
+inference class (`sae_core/inference.py`), and name all three in an `Architecture`. The folder
+`topk/` is an example; `docs/extending.md` lists the steps.
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class LatentVector:
-    """A trained vector with one number per latent that inference needs in addition to `b_enc`."""
+    """A trained vector, other than `b_enc`, with one number per latent that inference needs."""
 
     name: str
     """Name of the parameter or buffer."""
     in_activation_units: bool
-    """True if it scales with the activations, as a threshold does. It is then divided by
-    `input_scale` when an SAE is read for use on raw activations."""
+    """True if the vector scales with the activations, like a threshold. Such a vector is divided by
+    `input_scale` when an SAE is loaded for use on raw activations."""
 
 
 @dataclass(frozen=True)
 class Architecture:
     """Registry entry of an architecture, which is available without importing torch.
 
-    Every architecture has an encoder and a decoder matrix `W_enc` and `W_dec` [L, D], and biases
+    Every architecture has encoder and decoder matrices `W_enc` and `W_dec` [L, D], and biases
     `b_enc` [L] and `b_dec` [D].
     """
 
@@ -48,11 +48,13 @@ class Architecture:
     inference: str
     """"module:class" of its subclass of `sae_core.inference.SAE`."""
     title: str = ""
-    """Name for people, as in the title of a model card; empty: the name in the registry."""
+    """Human-readable name, for example for the title of a model card. If empty, the registry name
+    is used."""
     formula: str = ""
-    """Its output as a formula of raw activations `x`, for the model card; empty: none is given."""
+    """Formula of its output in terms of raw activations `x`, for the model card. If empty, the card
+    gives no formula."""
     metrics: tuple[TrainingMetric, ...] = ()
-    """Training metrics of its own, beside those of `sae_core.training_metrics`."""
+    """Its own training metrics, in addition to those of `sae_core.training_metrics`."""
     vectors: tuple[LatentVector, ...] = ()
     """Vectors that are stored with the dictionary, in addition to `b_enc`."""
 
@@ -66,10 +68,10 @@ ARCHITECTURES: Registry[Architecture] = Registry(
 
 
 def architecture_of(settings: SAEConfig) -> Architecture:
-    """Return the architecture of some settings.
+    """Return the registered architecture of an SAE with these settings.
 
     Raises:
-        ConfigError: If it is not registered, or has settings of another class.
+        ConfigError: If the architecture is not registered, or its settings have another class.
     """
     architecture = ARCHITECTURES[settings.architecture]
     if type(settings) is not architecture.settings:
@@ -93,7 +95,7 @@ def check_settings(settings: SAEConfig) -> None:
 
 
 def settings_from_json(value: Any) -> SAEConfig:
-    """Return the settings stored in a checkpoint; without an architecture's name, those of topk.
+    """Return the settings stored in a checkpoint; if no architecture is named, it is topk.
 
     Raises:
         ConfigError: If the architecture is unknown.
@@ -106,7 +108,7 @@ def settings_from_json(value: Any) -> SAEConfig:
 
 
 def with_architecture(settings: SAEConfig, name: str) -> SAEConfig:
-    """Return settings of another architecture, with the values of all fields that both have.
+    """Convert settings to another architecture, keeping the values of all fields that both have.
 
     Raises:
         ConfigError: If the architecture is unknown.

@@ -22,20 +22,20 @@ class SAEConfig:
     """Settings that all architectures share; each architecture adds its own in a subclass."""
 
     sparse_gradient: ClassVar[bool] = False
-    """True if training gives the gradient of the dictionary rows as a `SparseGradient`, which the
-    fused update (`optim.update`) needs."""
+    """True if training produces the gradient of the dictionary rows as a `SparseGradient`, which
+    the fused update (`optim.update`) requires."""
 
     architecture: str = ""
     """Name of the architecture in the registry; each subclass has its own default."""
     hookpoint: str | None = None
-    """Hookpoint (array of the store) that this SAE reconstructs; null: the store's first one."""
+    """Hookpoint (array of the store) that this SAE reconstructs. If null, the store's first."""
     n_latents: int = 4096
     """Number of latents in the dictionary."""
     dead_after_tokens: int = 10_000_000
     """A latent counts as dead when it has not fired on this many training tokens."""
 
     def validate(self) -> None:
-        """Validate all fields but `architecture`, which `check_settings` compares to the registry.
+        """Validate all fields except `architecture`, which `check_settings` checks.
 
         Raises:
             ConfigError: If a value is out of range.
@@ -46,11 +46,11 @@ class SAEConfig:
             raise ConfigError("sae.dead_after_tokens", self.dead_after_tokens, "at least 1")
 
     def active_latents(self) -> int | None:
-        """Return the number of active latents per token; None if it depends on the data."""
+        """Return the number of active latents per token, or None if it depends on the data."""
         return None
 
     def auxiliary_path(self, d_model: int) -> AuxiliaryPath | None:
-        """Return the pass through the dead latents, for the plan; None: the architecture has none.
+        """Return the pass through the dead latents, for the plan, or None if there is no such pass.
 
         Args:
             d_model: Width of the activations.

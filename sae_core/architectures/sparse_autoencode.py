@@ -2,8 +2,8 @@
 
 The main path uses the k largest latents of each token over all shards. The auxiliary path uses the
 `auxk` largest *dead* latents to reconstruct the main path's error (Gao et al. 2024, arXiv
-2406.04093, section 2.3). The node returns the squared errors of both paths. Their gradients are
-summed per dictionary row in one pass, so no [B, L] or [B, K, D] tensor exists.
+2406.04093, section 2.3). The node returns the squared errors of both paths. The gradients of both
+are summed per dictionary row in one pass, so no [B, L] or [B, K, D] tensor exists.
 
 Shape legend: B batch rows, D d_model, L latents, l latents of this shard.
 """
@@ -37,7 +37,7 @@ class Dictionary(NamedTuple):
 
 @dataclass(frozen=True)
 class SparsePlan:
-    """Sizes and ranks of the selection of a step."""
+    """Sizes and ranks that take part in the selection of latents in a step."""
 
     kernels: Kernels
     n_latents: int
@@ -51,7 +51,8 @@ class SparsePlan:
     group: dist.ProcessGroup | None
     """The latent group; None for an unsharded dictionary."""
     collect: Callable[[SparseGradient], None] | None = None
-    """Receives the rows' sparse gradient, for the fused update; None: autograd gets dense ones."""
+    """Receives the rows' sparse gradient, for the fused update. If None, autograd gets dense
+    gradients."""
 
     @property
     def n_shards(self) -> int:
@@ -65,7 +66,7 @@ class AuxInput(NamedTuple):
     dead: torch.Tensor
     """Local dead latents, int64, ascending; may be empty."""
     rows: torch.Tensor | None
-    """Batch rows used, int64, ascending; None: all."""
+    """Batch rows used, int64, ascending; None means all rows."""
 
 
 class SparseForward(NamedTuple):
@@ -98,7 +99,7 @@ def encode_shard(
         b_enc: [l].
         k: Number of latents selected per token over all shards.
         plan: Kernels, latent group and offsets.
-        rows: Local latents to select from, int64, ascending; None: all.
+        rows: Local latents to select from, int64, ascending; None means all of them.
 
     Returns:
         Pairs with a positive value; `latents` are local to the shard.
@@ -106,7 +107,7 @@ def encode_shard(
     if rows is not None:
         W_enc = W_enc[rows]
         b_enc = b_enc[rows]
-    # Every rank must bring the same number of slots, because the exchange needs equal shapes.
+    # Every rank must contribute the same number of slots: the exchange requires equal shapes.
     width = min(k, row_range(plan.n_latents, 0, plan.n_shards)[1])
     taken = min(width, W_enc.shape[0])
     values, latents = plan.kernels.encode_topk(x, W_enc, b_enc, taken)
@@ -134,14 +135,15 @@ def sparse_autoencode(
     no gradient.
 
     Args:
-        x: [B, D] normalised input, the same on every rank of the latent group; gets no gradient.
+        x: [B, D] normalised input, the same on every rank of the latent group. It receives no
+            gradient.
         weights: Weights of this shard.
         plan: What to select and over which ranks.
         aux: Input of the auxiliary path; None if no rank of the latent group has a dead latent, or
             the auxiliary loss is off. All ranks must agree on whether it is None, and on the rows.
-        copies: W_enc and W_dec in `Kernels.copy_dtype`; None: use the weights themselves.
+        copies: W_enc and W_dec in `Kernels.copy_dtype`. If None, the weights themselves are used.
     """
-    # The pairs carry no gradient, so they come back in this list and not as outputs of the node.
+    # The pairs carry no gradient, so they are returned in this list, not as outputs of the node.
     box: list[SparseLatents] = []
     error, aux_error = _SparseAutoencode.apply(x, *weights, plan, aux, copies, box)
     return SparseForward(error, aux_error, box[0])
@@ -230,12 +232,13 @@ def _decode_error(
 def _weigh(
     paths: list[_Path], weights: list[torch.Tensor], dtype: torch.dtype | None
 ) -> SparseGradient:
-    """Join the weighted pairs of all paths; their rows index into the stacked inputs and errors.
+    """Concatenate the weighted pairs of all paths; `rows` index into the stacked inputs and errors.
 
     Args:
-        paths: Main path, and auxiliary path if there is one.
-        weights: Scalar per path, -2 times the gradient of its squared error.
-        dtype: Dtype of the stacked inputs and errors; None: unchanged.
+        paths: The main path, and the auxiliary path if there is one.
+        weights: One scalar per path: -2 times the gradient of the loss with respect to the path's
+            squared error.
+        dtype: Dtype of the stacked inputs and errors; None leaves it unchanged.
     """
     rows = []
     offsets = []
@@ -257,7 +260,7 @@ def _weigh(
 
 
 def _scatter(latents: torch.Tensor, rows: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """Return a dense tensor shaped as `like` with these rows, and zeros elsewhere."""
+    """Return a dense tensor with the shape of `like`: `rows` at `latents`, and zeros elsewhere."""
     return torch.zeros_like(like).index_copy_(0, latents, rows)
 
 

@@ -23,9 +23,9 @@ from sae_core.engine.deepspeed_engine import SAEEngine
 class CheckpointSaver:
     """Saves checkpoints, one at a time. All ranks must call the same methods in the same order.
 
-    A save copies this rank's share to the host and returns. Files, hashes, votes, rename and
-    pruning happen in a thread, with a process group of its own. If the last save is still running,
-    the next one waits for it; this counts towards `pause_s`.
+    A save copies this rank's share to the host and returns. A thread with its own process group
+    then writes and hashes the files, votes, renames the folder and prunes older checkpoints. If a
+    save is still running, the next one waits for it; the wait counts towards `pause_s`.
 
     Args:
         root: The run's `checkpoints` folder.
@@ -55,16 +55,17 @@ class CheckpointSaver:
         self._writing: _Background | None = None
         self._waiting = False
         self.last_began = time.monotonic()
-        """`time.monotonic()` at the start of the newest save, or of training before the first."""
+        """`time.monotonic()` at the start of the newest save, or at the start of training if there
+        is none."""
         self.saves = 0
         """Number of saves begun."""
         self.pause_s = 0.0
         """Seconds that training has waited for checkpoints so far."""
         self.writing_s = 0.0
-        """Seconds that finished saves took in the background, without the copy."""
+        """Seconds that finished saves took in the background, excluding the copy to the host."""
 
     def save(self, engine: SAEEngine, state: CheckpointState) -> None:
-        """Begin a save. The engine may be changed as soon as it returns.
+        """Begin a save. The engine may be changed as soon as this returns.
 
         Raises:
             CheckpointError: If the previous save failed; raised on all ranks.
@@ -103,8 +104,9 @@ class CheckpointSaver:
         """Counter that keeps changing while training waits for a save.
 
         The watchdog reads it, so that such a wait does not count as a hang. It stays 0 once the
-        save has taken longer than `checkpoint.timeout_s`. It follows the clock and not the bytes
-        written, because the longest part of a save may be the flush, or the work of another rank.
+        save has taken longer than `checkpoint.timeout_s`. It is based on the clock, not on the
+        bytes written, because the longest part of a save may be the flush, or the work of another
+        rank.
         """
         taken_s = time.monotonic() - self.last_began
         return int(10 * taken_s) + 1 if self._waiting and taken_s < self._timeout_s else 0
@@ -122,7 +124,7 @@ class CheckpointSaver:
 
 
 class _Background(threading.Thread):
-    """Thread that runs an action and keeps the error it raised.
+    """Thread that runs an action and records any error that it raises.
 
     It is a daemon thread: a rank that exits because of an error does not wait for a save.
     """

@@ -14,7 +14,7 @@ from sae_core.engine.deepspeed_engine import MOMENTS, SAEEngine
 
 
 def weight_tensors(engine: SAEEngine) -> dict[str, torch.Tensor]:
-    """Return parameters and buffers; sharded ones as DTensors on the same memory."""
+    """Return parameters and buffers; sharded ones as DTensors that share their memory."""
     return {
         f"{engine.name}.{name}": _global(name, tensor, engine)
         for name, tensor in engine.sae.state_dict().items()

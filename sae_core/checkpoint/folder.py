@@ -4,7 +4,7 @@
                               optimizer/*.safetensors   Adam's moments, the same row ranges
                               state.json                step, tokens, source position, config
                               manifest.json             size and SHA-256 of all of the above
-    checkpoints/latest                                  name of the newest one, for people to read
+    checkpoints/latest                                  name of the newest (for people to read)
 
 A folder is a checkpoint only if it has its final name and a manifest. `step-*.tmp` is an unfinished
 save.
@@ -146,7 +146,7 @@ def check_manifest(folder: Path, hashes: bool = True, share: tuple[int, int] = (
     """Check a checkpoint against its manifest; takes the same arguments as `find_damage`.
 
     Raises:
-        DamagedCheckpointError: If anything differs; names each file and the difference.
+        DamagedCheckpointError: If anything differs. The message names each file and the difference.
     """
     problems = find_damage(folder, hashes, share)
     if problems:
@@ -198,7 +198,7 @@ def read_state(folder: Path) -> CheckpointState:
 
 
 def newest_valid(root: Path, hashes: bool = True) -> Path | None:
-    """Return the newest checkpoint that matches its manifest, or None; warns about skipped ones."""
+    """Return the newest checkpoint that matches its manifest, or None; warn about skipped ones."""
     for folder in list_checkpoints(root):
         try:
             check_manifest(folder, hashes)
@@ -218,14 +218,15 @@ def warn_skipped(error: object) -> None:
 def prunable(root: Path, keep: int, keep_every_steps: int | None = None) -> Iterable[Path]:
     """Yield the checkpoints that may be deleted.
 
-    The `keep` newest checkpoints that pass a size check are kept, as are newer ones that fail it
-    (for a person to inspect) and the milestones. Unfinished saves are ignored.
+    The milestones and the `keep` newest checkpoints that pass a size check are kept. Newer
+    checkpoints that fail the check are also kept, for a person to inspect. Unfinished saves are
+    ignored.
 
     Args:
         root: The run's `checkpoints` folder.
         keep: Number of newest checkpoints to keep.
-        keep_every_steps: Keep the first checkpoint of every N steps as a milestone, except for the
-            first N steps; None: no milestones.
+        keep_every_steps: Keep the first checkpoint of every N steps, except for the first N steps,
+            as a milestone. None means no milestones.
     """
     finished = list_checkpoints(root)
     milestones = _milestones(finished, keep_every_steps)

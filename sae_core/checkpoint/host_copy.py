@@ -1,4 +1,4 @@
-"""Copy a checkpoint to host memory between two steps, so that training can continue meanwhile."""
+"""Copy a checkpoint to host memory between two steps, so that training need not wait for files."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class HostCopy:
     def take(self, engine: SAEEngine) -> HostTensors:
         """Copy weights, buffers and moments to the host; collective under ZeRO 1.
 
-        Row-sharded tensors become DTensors over this rank's rows; others are whole.
+        Row-sharded tensors become DTensors over this rank's rows; all other tensors are whole.
         """
         taken = HostTensors({}, {})
         for name, tensor in engine.sae.state_dict().items():
@@ -96,7 +96,8 @@ class HostCopy:
 def _moments(engine: SAEEngine) -> Iterator[tuple[str, str, torch.Tensor]]:
     """Yield (parameter, moment, local rows), one parameter at a time.
 
-    ZeRO 1 gathers full moments on every access, so only one parameter's are held at a time.
+    ZeRO 1 gathers full moments on every access, so the moments of only one parameter are held at a
+    time.
     """
     for name in engine.parameter_names:
         for moment, tensor in engine.moments_of(name).items():

@@ -65,7 +65,7 @@ def _check_share(folder: Path, hashes: bool) -> None:
 
 
 def load_checkpoint(folder: Path, engine: SAEEngine) -> CheckpointState:
-    """Load weights, moments and ages of latents into the engine; collective over all ranks.
+    """Load weights, moments and `tokens_since_fired` into the engine; collective over all ranks.
 
     Args:
         folder: A checkpoint that `agreed_checkpoint` or `newest_valid` returned.

@@ -1,4 +1,4 @@
-"""Copy a checkpoint, bit for bit, into another number of files, a few MiB at a time."""
+"""Copy a checkpoint, bit for bit, into a different number of files, a few MiB at a time."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ from sae_core.errors import CheckpointError
 def reshard_checkpoint(source: Path, root: Path, n_shards: int) -> Path:
     """Copy a checkpoint to `root/step-N`, with weights and moments in `n_shards` files each.
 
-    The source is not changed, and any mesh can resume from either copy. If the process dies, it
-    leaves `reshard-step-N.tmp`, which is not a checkpoint; the next attempt removes it.
+    The source is not changed, and any mesh can resume from either checkpoint. If the process dies,
+    it leaves `reshard-step-N.tmp`, which is not a checkpoint; the next attempt removes it.
 
     Args:
         source: A checkpoint whose manifest has been checked.
@@ -55,7 +55,7 @@ def reshard_checkpoint(source: Path, root: Path, n_shards: int) -> Path:
     fewest = min(n_latents.values(), default=0)
     if n_shards > fewest:
         raise ConfigError("reshard.shards", n_shards, f"at most {fewest}, the number of latents")
-    # Do not name it step-N.tmp: a run that saves into the same folder deletes those.
+    # Do not name it step-N.tmp: a run that saves into the same folder deletes such folders.
     temporary = root / f"reshard-{final.name}.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
     for part, tensors in layouts.items():

@@ -14,8 +14,8 @@ from sae_core.checkpoint.safetensors_file import Entry, Header, read_header, rea
 from sae_core.errors import DamagedCheckpointError
 
 SHARDING = "DCP_SHARDING_INFO"
-"""Metadata key under which torch's distributed checkpoint stores, as JSON, where each tensor of a
-file begins: `{tensor: {"saved_offsets": [first row, 0, ...]}}`."""
+"""Metadata key of torch's distributed checkpoint. Its JSON value gives the position at which each
+tensor of a file begins in the whole tensor: `{tensor: {"saved_offsets": [first row, 0, ...]}}`."""
 SAVED_OFFSETS = "saved_offsets"
 
 
@@ -65,11 +65,11 @@ class StoredTensor:
 
 
 def read_layout(folder: Path) -> dict[str, StoredTensor]:
-    """Find every tensor of a `weights/` or `optimizer/` folder; reads only headers.
+    """Find every tensor of a `weights/` or `optimizer/` folder, reading only headers.
 
     Raises:
         DamagedCheckpointError: If a header is invalid, or the row ranges of a tensor overlap or
-            leave a gap; names the file or the tensor.
+            leave a gap. The message names the file or the tensor.
     """
     pieces: dict[str, list[Piece]] = defaultdict(list)
     for path in sorted(folder.glob("*.safetensors")):

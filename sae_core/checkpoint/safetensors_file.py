@@ -1,8 +1,8 @@
 """Read and write safetensors files by ranges of rows, without mapping them into memory.
 
 The safetensors library maps a file, and mapped pages count as used memory until the system reclaims
-them. Here SAEs of hundreds of GiB are copied in pieces of a few MiB. A header is checked against
-the file before it is used: its size, and every shape, dtype and offset.
+them. This module copies SAEs of hundreds of GiB in pieces of a few MiB. Before a header is used,
+its size and every shape, dtype and offset are checked against the file.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ class Header:
 
 
 def rows_per_block(row_bytes: int) -> int:
-    """Return how many rows make a block of about `BLOCK_BYTES`; at least 1."""
+    """Return the number of rows in a block of about `BLOCK_BYTES`, at least 1."""
     return max(1, BLOCK_BYTES // max(row_bytes, 1))
 
 

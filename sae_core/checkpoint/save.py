@@ -4,9 +4,9 @@ The ranks fill and flush `step-N.tmp/`. After each stage every rank reports whet
 succeeded. Rank 0 then writes the manifest, renames the folder and updates `latest`. If a process
 dies before the rename, the older checkpoints are untouched.
 
-torch's own `async_save` does only the writing, in a thread pool that the process waits for at its
-end. Hashes, votes, rename and pruning would need a second thread for each of its futures. So one
-thread of our own (`background_saver.py`) does everything, with the same storage writer.
+torch's own `async_save` only writes the files, in a thread pool that the process waits for on exit.
+Hashing, voting, renaming and pruning would need another thread for each of its futures. Instead, a
+single thread of our own (`background_saver.py`) does everything, using the same storage writer.
 """
 
 from __future__ import annotations
@@ -46,12 +46,12 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Retention:
-    """Rule for the older checkpoints to keep after a save."""
+    """Rule that decides which older checkpoints to keep after a save."""
 
     keep: int
     """Number of newest valid checkpoints to keep."""
     keep_every_steps: int | None = None
-    """Keep the first checkpoint of every N steps permanently, too; None: no others."""
+    """Also keep the first checkpoint of every N steps permanently; None keeps no others."""
 
 
 def write_checkpoint(
@@ -149,8 +149,8 @@ def _write(
 def _save_tensors(
     folder: Path, tensors: dict[str, torch.Tensor], group: dist.ProcessGroup
 ) -> dict[int, BaseException]:
-    """Write tensors through torch's storage writer; returns the errors by rank, on all ranks."""
-    # The writer builds each file in memory first, so give each matrix a file of its own.
+    """Write tensors with torch's storage writer; return all ranks' errors by rank, on all ranks."""
+    # The writer builds each file in memory first, so give each matrix its own file.
     matrices = sorted(name for name, tensor in tensors.items() if tensor.dim() == 2)
     files = {name: 1 for name in tensors} | {name: 2 + i for i, name in enumerate(matrices)}
     writer = dcp.HuggingFaceStorageWriter(
@@ -158,7 +158,7 @@ def _save_tensors(
     )
     try:
         dcp.save(tensors, storage_writer=writer, process_group=group)
-    # CheckpointException is a BaseException: uncaught, it would bypass the vote of the ranks.
+    # CheckpointException is a BaseException: if not caught here, it would bypass the vote.
     except dcp.CheckpointException as error:
         return {rank: failure for rank, (failure, _) in error.failures.items()}
     return {}
@@ -187,8 +187,8 @@ def _publish(temporary: Path, final: Path, step: int, files: dict[str, dict[str,
 def _remove(old: Path) -> None:
     """Delete a checkpoint.
 
-    It is renamed first: if the process dies while deleting, what is left does not count as a
-    damaged checkpoint.
+    The folder is renamed first. If the process dies during the deletion, the remains then do not
+    count as a damaged checkpoint.
     """
     doomed = old.with_name(f"{old.name}.old.tmp")
     try:

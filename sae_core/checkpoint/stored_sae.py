@@ -1,6 +1,6 @@
 """A trained SAE on disk, in raw activation units, read by ranges of latents.
 
-Checkpoints, saved SAEs and files of other libraries all give the same interface: rows of `W_enc`
+Checkpoints, saved SAEs and files of other libraries all provide the same interface: rows of `W_enc`
 and `W_dec` [L, D], of `b_enc` and the architecture's other vectors [L], and `b_dec` [D], all
 float32. Apart from `b_dec`, tensors are read on demand, so an SAE of any size can be converted to
 another format.
@@ -37,7 +37,7 @@ Rows = Callable[[int, int], torch.Tensor]
 """Function that takes `start, stop` and returns rows [start, stop) of a tensor, float32."""
 WEIGHTS_FILE, CONFIG_FILE = "sae.safetensors", "sae.json"
 MATRICES = ("W_enc", "W_dec")
-"""Names of the [L, D] tensors; all others with rows are [L]."""
+"""Names of the [L, D] tensors; all other tensors with one row per latent are [L]."""
 _MAX_CONFIG_BYTES = 1 << 20
 
 
@@ -51,12 +51,12 @@ class StoredSAE:
     b_dec: torch.Tensor
     """[D] float32."""
     rows: Mapping[str, Rows]
-    """Readers of rows, of the tensors in `row_names`: `W_enc` and `W_dec` give [n, D], the others
-    give [n]."""
+    """Row readers of the tensors in `row_names`, keyed by name. Those of `W_enc` and `W_dec` return
+    [n, D], the others [n]."""
     step: int = 0
-    """Number of optimiser steps it was trained for."""
+    """Number of optimiser steps for which the SAE was trained."""
     metadata: dict[str, Any] = field(default_factory=dict)
-    """Information about its origin."""
+    """Information about the SAE's origin."""
 
     def blocks(self, name: str) -> Iterator[tuple[int, torch.Tensor]]:
         """Yield (first row, rows) for consecutive blocks of a tensor, a few MiB each."""
@@ -80,7 +80,7 @@ class StoredSAE:
         """
         folder.mkdir(parents=True, exist_ok=True)
         names = {name: name for name in (*row_names(self.config), "b_dec")}
-        # Replace the old file only when the new one is complete: it may be the one being read.
+        # Replace the old file only when the new one is complete: the old file may be the source.
         temporary = folder / f"{WEIGHTS_FILE}.tmp"
         temporary.unlink(missing_ok=True)
         write_rows(self, temporary, names)
@@ -90,7 +90,7 @@ class StoredSAE:
 
 
 def row_names(config: SAEConfig) -> tuple[str, ...]:
-    """Return the names of the tensors with one row per latent that an SAE is stored with.
+    """Return the names of an SAE's stored tensors that have one row per latent.
 
     Raises:
         ConfigError: If the architecture is unknown.
@@ -104,9 +104,10 @@ def write_rows(sae: StoredSAE, path: Path, names: Mapping[str, str], transposed:
     Args:
         sae: The SAE to write.
         path: The file to create; it must not exist.
-        names: `{our name: name in the file}` of `b_dec` and of tensors in `row_names`, in the
-            order of the file.
-        transposed: Our name of a matrix to store as [D, L] instead of [L, D]; empty: none.
+        names: `{our name: name in the file}` for `b_dec` and the tensors in `row_names`, in file
+            order.
+        transposed: Our name of a matrix to store as [D, L] instead of [L, D]. If empty, no matrix
+            is transposed.
     """
     n_latents, width = sae.config.n_latents, sae.d_model
     shapes: dict[str, tuple[int, ...]] = {name: (n_latents,) for name in names}
@@ -130,11 +131,11 @@ def open_sae(path: str | Path, name: str | None = None, verify_hashes: bool = Tr
 
     Args:
         path: The folder. For a run folder, its newest valid checkpoint is opened.
-        name: Name of the SAE if the checkpoint holds several; None: the only one.
+        name: Name of the SAE. It may be None if the checkpoint holds only one.
         verify_hashes: Verify the SHA-256 of every file of a checkpoint first.
 
     Raises:
-        CheckpointError: If no SAE is found, it is damaged, or `name` is not in the checkpoint.
+        CheckpointError: If no SAE is found, the SAE is damaged, or `name` is not in the checkpoint.
     """
     path = Path(path)
     if (path / CONFIG_FILE).is_file():
@@ -178,7 +179,7 @@ def from_tensors(
     step: int = 0,
     metadata: dict[str, Any] | None = None,
 ) -> StoredSAE:
-    """Build a `StoredSAE` from tensors on disk that have our names and raw activation units.
+    """Build a `StoredSAE` from tensors on disk that use our names and raw activation units.
 
     Raises:
         ValueError: If a tensor is missing, a shape does not match `config`, or `config` is invalid.
@@ -216,7 +217,7 @@ def open_checkpoint(folder: Path, name: str | None = None) -> StoredSAE:
     Raises:
         DamagedCheckpointError: If the state or the tensors are invalid.
         CheckpointError: If the checkpoint has no SAE of that name, or several and `name` is None.
-        ConfigError: If no installed package has its architecture.
+        ConfigError: If no installed package provides its architecture.
     """
     state = read_state(folder)
     name = _pick(folder, state, name)

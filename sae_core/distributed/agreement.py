@@ -20,9 +20,9 @@ from sae_core.distributed.ranks import is_rank_zero
 _EVERY_S = 1.0
 """Target time between two exchanges, in seconds."""
 _MOST_STEPS = 100
-"""Largest number of steps between two exchanges.
+"""Maximum number of steps between two exchanges.
 
-Steps that were fast so far may soon have to wait for data.
+A limit is needed because steps that have been fast so far may soon have to wait for data.
 """
 
 
@@ -40,28 +40,28 @@ class Flags(NamedTuple):
 class Agreement:
     """Periodic exchange of flags between all ranks, about once a second.
 
-    Each exchange also fixes the step of the next one, by rank 0's clock.
+    Each exchange also decides at which step the next one takes place, based on rank 0's clock.
 
     Args:
-        timeout_s: Time limit for one exchange, in seconds; a slower one fails the run.
+        timeout_s: Time limit for one exchange, in seconds. Exceeding it fails the run.
     """
 
     def __init__(self, timeout_s: float) -> None:
-        # A gloo group of its own: the default group uses NCCL on CUDA, and the checkpoint thread
-        # runs its collectives at the same time.
+        # Use a separate gloo group: the default group uses NCCL on CUDA, and the checkpoint thread
+        # runs its own collectives concurrently.
         self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
         self._steps_left = 1
         self._interval = 1
         self._began = time.monotonic()
 
     def is_due_after_step(self) -> bool:
-        """Count a step; return True, on all ranks alike, if an exchange is due."""
+        """Count a step and return whether an exchange is due; the same result on all ranks."""
         self._steps_left -= 1
         return self._steps_left <= 0
 
     def exchange(self, own: Flags) -> Flags:
-        """Return the flags that any rank has set, the same on all ranks; collective over all."""
-        # Only rank 0 proposes an interval. The others send 0, so the maximum is its proposal.
+        """Return the flags that any rank has set; collective, with the same result on all ranks."""
+        # Only rank 0 proposes an interval. The others send 0, so the maximum is rank 0's proposal.
         interval = self._next_interval() if is_rank_zero() else 0
         numbers = torch.tensor([*own, interval], dtype=torch.int64)
         dist.all_reduce(numbers, op=dist.ReduceOp.MAX, group=self._group)

@@ -3,8 +3,8 @@
 Weights are never sent. Each of the G ranks selects its k best candidates of every token. An
 all-to-all gives rank r the candidates of the r-th share of the tokens, so that a rank receives B k
 candidates instead of the G B k of an all-gather. Rank r merges them and sends each token's k-th key
-to all ranks. A candidate is selected if its key is not below that key. Keys are unique, so exactly
-k are selected.
+to all ranks. A candidate is selected if its key is not below the k-th key. Keys are unique, so
+exactly k are selected.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def select_global(
     first_latent: int,
     group: dist.ProcessGroup | None,
 ) -> torch.Tensor:
-    """Mark the local candidates among each token's k largest of all shards; a collective call.
+    """Mark the local candidates that are among each token's k largest over all shards; collective.
 
     Args:
         values: [B, C] float32 local candidates; `-inf` means an empty slot. C must be the same on
@@ -31,7 +31,7 @@ def select_global(
         latents: [B, C] int64, local to the shard.
         k: Number selected per token; ties go to the lowest global index.
         first_latent: Global index of this shard's first row.
-        group: Ranks that share the dictionary; with None or one rank nothing is exchanged.
+        group: Ranks that share the dictionary; with None or a single rank, nothing is exchanged.
 
     Returns:
         [B, C] bool, True for selected candidates.
@@ -50,8 +50,8 @@ def select_global(
 def sent_bytes(n_rows: int, width: int, n_ranks: int, rank: int) -> int:
     """Return the bytes that one rank sends in one `select_global`, without protocol overhead.
 
-    These are B (1 - 1/G) rows of C keys, and the k-th keys of its share to each other rank, padded
-    to the largest share.
+    These are B (1 - 1/G) rows of C keys, plus the k-th keys of the rank's own share of the tokens.
+    The latter are sent to every other rank, padded to the size of the largest share.
 
     Args:
         n_rows: B, rows of the batch.
@@ -65,7 +65,7 @@ def sent_bytes(n_rows: int, width: int, n_ranks: int, rank: int) -> int:
 
 
 def _kth_keys(keys: torch.Tensor, k: int, group: dist.ProcessGroup) -> torch.Tensor:
-    """Return each token's k-th largest key over all ranks, [B]; EMPTY_KEY if there are fewer."""
+    """Return each token's k-th largest key over all ranks, [B]; EMPTY_KEY if fewer exist."""
     B, C = keys.shape
     n_ranks = dist.get_world_size(group)
     rank = dist.get_rank(group)

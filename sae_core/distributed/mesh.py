@@ -1,8 +1,8 @@
 """The `data x latent` mesh of trainer ranks, and the interface to it that DeepSpeed needs.
 
 Each latent shard holds some rows of the dictionary. Data replicas hold the same rows and read
-different tokens. Ranks of one latent group have consecutive numbers, so that they share the fastest
-link: they exchange candidates and partial reconstructions in every step.
+different tokens. Ranks of one latent group exchange candidates and partial reconstructions in every
+step. They have consecutive numbers, so that they share the fastest link.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from foundation.errors import ConfigError
 
 
 def row_range(n_rows: int, shard: int, n_shards: int) -> tuple[int, int]:
-    """Return the rows [start, stop) of one shard: ceil(n / shards) each, fewer in the last ones.
+    """Return the rows [start, stop) of one shard: ceil(n / shards), or fewer in the last ones.
 
     `DTensor` splits the same way with `Shard(0)`, so a checkpoint needs no layout of its own.
     """

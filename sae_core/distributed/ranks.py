@@ -38,18 +38,18 @@ def on_all_ranks(action: Callable[[], T], group: dist.ProcessGroup | None = None
     Args:
         action: Function to run on this rank. If it fails, it must not leave other ranks waiting in
             a collective of its own.
-        group: Ranks that take part; None: all ranks. Its timeout must cover the difference between
-            the fastest rank's action and the slowest one's.
+        group: Ranks that take part; None means all ranks. Its timeout must cover the difference in
+            duration between the fastest and the slowest rank's action.
 
     Returns:
         This rank's result.
 
     Raises:
         Exception: This rank's own error, unchanged, if it had one.
-        FoundryError: If another rank raised it, and this rank succeeded. If several failed, it is
-            the error of the first one.
-        RuntimeError: The same for any other error of another rank, with its type and text. As with
-            a broken collective, this rank is not at fault.
+        FoundryError: If this rank succeeded and another rank raised this error. If several ranks
+            failed, the error is that of the first.
+        RuntimeError: If this rank succeeded and another rank raised an error of any other type. The
+            message gives its type and text. As with a broken collective, this rank is not at fault.
     """
     try:
         result = action()
@@ -71,8 +71,8 @@ def _any_failed(failed: bool, group: dist.ProcessGroup | None) -> bool:
 
 
 def _exchange(error: Exception | None, group: dist.ProcessGroup | None) -> Exception:
-    """Tell the other ranks this rank's error; return that of the first rank that failed."""
-    # Only errors of our own are known to survive pickling, and mean the same on another rank.
+    """Send this rank's error to the other ranks; return the error of the first rank that failed."""
+    # Only our own error types are known to survive pickling and to mean the same on all ranks.
     known = error is None or isinstance(error, FoundryError)
     sent = error if known else RuntimeError(f"{type(error).__name__}: {error}")
     errors: list[Exception | None] = [None] * dist.get_world_size(group)

@@ -14,7 +14,7 @@ from sae_core.kernels import SparseGradient, SparseLatents
 
 
 def gather_over_replicas(gradient: SparseGradient, group: dist.ProcessGroup) -> SparseGradient:
-    """Return the mean gradient of all replicas; collective over the data group.
+    """Return the mean of all replicas' gradients; collective over the data group.
 
     Each replica's loss is a mean over its own rows, and all replicas have the same number of rows.
 
@@ -63,7 +63,7 @@ def _gather_ragged(
 ) -> torch.Tensor:
     """Gather [2, own count] tensors from all replicas as [2, sum of counts].
 
-    Tensors are padded to the longest, because the all-gather needs equal shapes.
+    Tensors are padded to the largest count, because the all-gather requires equal shapes.
     """
     longest = int(counts.max())
     padded = columns.new_zeros(columns.shape[0], longest)

@@ -19,15 +19,15 @@ class ShardedAdam(torch.optim.Adam):
     """Fused Adam that clips by the gradient norm over all shards and can skip updates.
 
     Both happen on the device without a host sync: the fused kernel divides gradients by
-    `grad_scale`, and makes no update if `found_inf` is set.
+    `grad_scale`, and skips the update if `found_inf` is set.
 
     Args:
         sae: SAE to update; its sharded parameters have `tensor_model_parallel=True`.
         lr: Learning rate of the first step.
         config: Betas, eps.
-        clip_norm: Largest global gradient norm; 0: no limit; None: leave the norm and clipping to
-            the engine. ZeRO 1 needs None, because it passes flat pieces of parameters, and this
-            class cannot tell which of them are sharded.
+        clip_norm: Maximum global gradient norm. 0 means no limit. None leaves the norm and clipping
+            to the engine, as ZeRO 1 requires: it passes flat pieces of parameters, and this class
+            cannot tell which of them are sharded.
     """
 
     def __init__(
@@ -39,13 +39,13 @@ class ShardedAdam(torch.optim.Adam):
         self.clip_norm = clip_norm
         self.latent_group = sae.latent_group
         self.found_inf = torch.zeros((), device=device)
-        """Scalar: 1 to make no update, else 0. `step` may set it, and never clears it."""
+        """Scalar: 1 to skip the update, else 0. `step` may set it but never clears it."""
         self.grad_scale: torch.Tensor | None = None
-        """Scalar that the fused kernel divides gradients by; None: no clipping."""
+        """Scalar by which the fused kernel divides gradients; None means no clipping."""
         self._global_grad_norm = torch.zeros((), device=device)
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Make one update, unless `found_inf` is set or the gradient norm is not finite."""
+        """Apply one update, unless `found_inf` is set or the gradient norm is not finite."""
         if self.clip_norm is not None:
             norm = self._grad_norm()
             self._global_grad_norm = norm
@@ -91,5 +91,5 @@ class ShardedAdam(torch.optim.Adam):
         return (sharded + replicated).sqrt()
 
     def _collected_square(self) -> torch.Tensor:
-        """Return the squared norm of this shard's gradients that are not in a `.grad`."""
+        """Return the squared norm of this shard's gradients that are not stored in a `.grad`."""
         return torch.zeros_like(self.found_inf)

@@ -62,13 +62,13 @@ class SAEEngine:
             clip_norm if zero == 0 else None,
         )
         self.engine = _initialise_deepspeed(sae, self.optimizer, config, clip_norm if zero else 0.0)
-        # -1 until a step is not finite; then the index of the first such step.
+        # -1 until the loss or gradient norm of a step is not finite, then the index of that step.
         self.first_bad_step = torch.full((), -1, dtype=torch.int64, device=device)
 
     def train_step(self, raw: torch.Tensor, step: int) -> StepOutput:
         """Run one step: forward, backward, clip, update, renormalise, age `tokens_since_fired`.
 
-        The host does not wait for the device here, except in ZeRO 1 and in the kernels.
+        The host does not wait for the device here, except under ZeRO 1 and in the kernels.
 
         If the loss on any rank or the gradient norm is not finite, this update and all later ones
         are skipped, and `first_bad_step` is set to the index of the step.
@@ -108,13 +108,13 @@ class SAEEngine:
         return out
 
     def sync_edited_parameters(self) -> None:
-        """Update copies of the parameters after these were changed in place from outside."""
+        """Update copies of the parameters after other code has changed the parameters in place."""
         for parameter in self.sae.parameters():
             self._push_to_zero(parameter)
         self.sae.refresh_copies()
 
     def _push_to_zero(self, parameter: torch.nn.Parameter) -> None:
-        """Under ZeRO 1, copy a changed parameter to the optimiser, which would overwrite it."""
+        """Copy a changed parameter to the ZeRO 1 optimiser, which would otherwise overwrite it."""
         mapping = getattr(parameter, "_hp_mapping", None)
         if mapping is not None:
             mapping.update_hp()
@@ -161,7 +161,7 @@ class SAEEngine:
         Args:
             parameters: `{name: tensor}`; each tensor has its parameter's shape.
             moments: Moments in the format of `moments()`.
-            step: Number of optimiser steps made.
+            step: Number of optimiser steps taken.
         """
         self._allocate_state()
         for name, parameter in self.sae.named_parameters():

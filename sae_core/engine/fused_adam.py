@@ -1,8 +1,9 @@
 """Adam on dictionary rows directly from the sparse gradient, without a dense [L, D] gradient.
 
 The parameters of the rows have `requires_grad=False` and no `.grad`; otherwise the engine would
-create zero gradients for them and reduce these. The backward pass gives the sparse gradient to the
-optimiser. `step` exchanges it between replicas and lets the kernels update the rows.
+create zero gradients for them and reduce those gradients. The backward pass gives the sparse
+gradient to the optimiser. `step` exchanges it between replicas and lets the kernels update the
+rows.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ class FusedRowAdam(ShardedAdam):
             and their sparse gradient is sent to this optimiser.
         lr: Learning rate of the first step.
         config: Betas, eps, dtype of the moments.
-        clip_norm: Largest global gradient norm; 0: no limit.
+        clip_norm: Maximum global gradient norm; 0 means no limit.
     """
 
     def __init__(

@@ -8,8 +8,8 @@ from sae_core.config import OptimConfig
 def peak_lr(config: OptimConfig, n_latents: int) -> float:
     """Return the learning rate between warm-up and decay.
 
-    If `config.lr` is not set, it is `config.lr_at_16k` scaled as 1 / sqrt(n_latents) (Gao et al.
-    2024).
+    If `config.lr` is not set, the rate is `config.lr_at_16k` scaled as 1 / sqrt(n_latents) (Gao et
+    al. 2024).
     """
     return config.lr if config.lr is not None else config.lr_at_16k / (n_latents / 2**14) ** 0.5
 

@@ -25,21 +25,21 @@ class SparseLatents(NamedTuple):
 
 
 class Decoded(NamedTuple):
-    """Result of decoding: each row's error and its dot products with the row's decoder rows."""
+    """Result of decoding: the error of each batch row and its dot products with decoder rows."""
 
     error: torch.Tensor
     """[B, D]: target minus the row's sum of `value * W_dec[latent]`."""
     dots: torch.Tensor
     """[N]: `error[row] . W_dec[latent]` of each pair.
 
-    -2 times it is the gradient of the squared error with respect to the pair's value.
+    -2 times this is the gradient of the squared error with respect to the pair's value.
     """
 
 
 class SparseGradient(NamedTuple):
     """The terms of the dictionary rows' gradient, before they are summed per row.
 
-    Pairs of the main and of the auxiliary path are concatenated. R counts the batch rows of all
+    The pairs of the main and auxiliary paths are concatenated. R counts the batch rows of all
     paths.
     """
 
@@ -80,15 +80,15 @@ class RowState(NamedTuple):
     b_enc: torch.Tensor
     """[L] float32."""
     exp_avg: tuple[torch.Tensor, torch.Tensor, torch.Tensor]
-    """First moments of W_enc, W_dec and b_enc, shaped as these.
+    """First moments of W_enc, W_dec and b_enc, with the same shapes.
 
-    Those of the matrices are float32, or bfloat16 with stochastic rounding; that of the bias is
-    float32.
+    The moments of the matrices are float32, or bfloat16 with stochastic rounding. The moment of the
+    bias is float32.
     """
     exp_avg_sq: tuple[torch.Tensor, torch.Tensor, torch.Tensor]
     """Second moments, with the same shapes and dtypes."""
     copies: tuple[torch.Tensor, torch.Tensor] | None
-    """Copies of W_enc and W_dec in `Kernels.copy_dtype`, updated with the rows; None: no copies."""
+    """Copies of W_enc and W_dec in `Kernels.copy_dtype`, updated with the rows, or None."""
     first_latent: int
     """Global index of row 0; stochastic rounding depends on the global index."""
 
@@ -103,16 +103,16 @@ class AdamStep(NamedTuple):
     step: torch.Tensor
     """Scalar float32: number of updates, including this one; also salts stochastic rounding."""
     divisor: torch.Tensor | None
-    """Scalar that gradients are divided by, for clipping; None: no clipping."""
+    """Scalar by which gradients are divided, for clipping; None means no clipping."""
     skip: torch.Tensor
-    """Scalar: 1 to make no update, else 0."""
+    """Scalar: 1 to skip the update, else 0."""
 
 
 class RowUpdate(Protocol):
     """An update of the dictionary rows from one sparse gradient."""
 
     def square(self) -> torch.Tensor:
-        """Return the squared norm of the rows' gradient, a scalar; W_dec's part is projected.
+        """Return the squared norm of the rows' gradient, a scalar, after projecting W_dec's part.
 
         See `project`.
         """
@@ -131,9 +131,9 @@ class Kernels(Protocol):
 
     name: str
     copy_dtype: torch.dtype | None
-    """Dtype of the dictionary copies kept beside the float32 masters; None: no copies."""
+    """Dtype of the dictionary copies kept along with the float32 masters; None means no copies."""
     gather_dtype: torch.dtype | None
-    """Dtype of the inputs and errors gathered for the row gradients; None: unchanged.
+    """Dtype of the inputs and errors gathered for the row gradients; None leaves it unchanged.
 
     An implementation that multiplies in bfloat16 already rounds the encoder's inputs. Rounding
     changes an element by at most 2**-8 of its magnitude, so it changes a gradient by at most 2**-8
@@ -169,8 +169,8 @@ class Kernels(Protocol):
     ) -> torch.Tensor:
         """Return `vectors[row] . matrix[latent]` of every pair, [N].
 
-        With the gradient of the decoder's output as `vectors` and the decoder as `matrix`, this is
-        the gradient of each pair's value.
+        With the gradient with respect to the decoder's output as `vectors` and the decoder as
+        `matrix`, this is the gradient with respect to each pair's value.
 
         Args:
             vectors: [B, D].
@@ -202,8 +202,8 @@ class Kernels(Protocol):
 
         Args:
             active: Active pairs; `rows` index into `x` and `error`.
-            dvalues: [N] gradient of each pair's pre-activation; the weights of `x` in the gradient
-                of W_enc.
+            dvalues: [N] gradient of the loss with respect to each pair's pre-activation; these are
+                the weights of `x` in the gradient of W_enc.
             x: [R, D] centred inputs.
             error: [R, D] reconstruction errors; `active.values` are their weights in the gradient
                 of W_dec.
@@ -223,8 +223,8 @@ class Kernels(Protocol):
 def compact(values: torch.Tensor, latents: torch.Tensor) -> SparseLatents:
     """Drop the pairs whose value is zero or negative.
 
-    This applies the ReLU. It also drops candidates that lost to those of other shards, whose
-    values the caller has set to 0.
+    This applies the ReLU. It also drops candidates that lost to candidates of other shards; the
+    caller has set their values to 0.
 
     Args:
         values: [B, K] selected pre-activations; NaN is kept, so that it reaches the loss.
@@ -241,7 +241,7 @@ def compact(values: torch.Tensor, latents: torch.Tensor) -> SparseLatents:
 
 
 def project(gradients: RowGradients, W_dec: torch.Tensor) -> RowGradients:
-    """Remove from W_dec's gradient its component along each decoder row.
+    """Remove the component along each decoder row from W_dec's gradient.
 
     That component would only change the length of the rows, which are kept at unit norm.
     """

@@ -1,4 +1,4 @@
-"""Exact TopK behind a cheap product: find candidates in low precision, rescore them exactly.
+"""Exact TopK after a cheap product: find candidates in low precision, then rescore them exactly.
 
 A low-precision product gives each row C > k candidates: the latents with the C largest approximate
 pre-activations, or with the C largest upper bounds on them. The exact value of any other latent is
@@ -18,9 +18,10 @@ from sae_core.kernels.interface import SparseLatents
 from sae_core.kernels.keys import pack_keys, unpack_keys
 
 _FEW_LATENTS = 8
-"""Least L / k for which to prefilter; below it, too many of the latents would be candidates."""
+"""Smallest L / k at which to prefilter; below it, too many of the latents would be candidates."""
 _LARGEST_K = 256
-"""Largest k to prefilter; for larger ones, as in AuxK, rescoring costs what the product saves."""
+"""Largest k at which to prefilter. For larger k, as in AuxK, rescoring costs as much time as the
+cheap product saves."""
 
 
 class Candidates(NamedTuple):
@@ -31,7 +32,8 @@ class Candidates(NamedTuple):
     latents: torch.Tensor
     """[B, C] int64."""
     margin: torch.Tensor
-    """[B] float32: how far one of the row's `values` may be below the exact pre-activation."""
+    """[B] float32: largest amount by which one of the row's `values` may be below the exact
+    pre-activation."""
 
 
 class Prefilter(Protocol):
@@ -81,10 +83,10 @@ def prefiltered_topk(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Select the same k latents of every row as `Kernels.encode_topk` without a prefilter.
 
-    They are the same up to the order in which float32 sums are added: two latents whose values
-    differ by no more than that rounding may be exchanged. All values come from the same sum,
-    whether a row was certified or not, so the result does not depend on which rows were. The host
-    waits for the device once, to learn which rows failed.
+    The two selections agree up to the order in which float32 terms are added: two latents whose
+    values differ by no more than the resulting rounding may be exchanged. All values are computed
+    by the same summation, whether or not their row is certified, so the result does not depend on
+    which rows are certified. The host waits for the device once, to learn which rows failed.
 
     Args:
         prefilter: Finds the candidates.

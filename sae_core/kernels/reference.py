@@ -1,6 +1,6 @@
 """The reference kernels: dense and slow, in any float dtype.
 
-They define the results that the other implementations must give.
+They define the results that the other implementations must produce.
 """
 
 from __future__ import annotations

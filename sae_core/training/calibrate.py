@@ -14,9 +14,9 @@ from sae_core.architectures.base import SparseAutoencoder
 from sae_core.errors import ShapeError
 
 _ENCODER_ROWS = 4096
-"""Largest number of sample rows used to initialise the encoder."""
+"""Maximum number of sample rows used to initialise the encoder."""
 _MEDIAN_STEPS = 100
-"""Largest number of iterations for the geometric median."""
+"""Maximum number of iterations for the geometric median."""
 
 
 def geometric_median(x: torch.Tensor, tolerance: float = 1e-5) -> torch.Tensor:
@@ -70,7 +70,7 @@ def calibrate(sae: SparseAutoencoder, sample: torch.Tensor) -> None:
     sae.input_scale.copy_((d_model / power).sqrt())
     x = sae.normalise(raw)
     sae.b_dec.copy_(geometric_median(x))
-    # All ranks take rank 0's numbers: rounding differences would make replicas diverge.
+    # All ranks use rank 0's values: rounding differences would otherwise make replicas diverge.
     for tensor in (sae.input_mean, sae.input_scale, sae.b_dec):
         dist.broadcast(tensor, src=0)
     sae.calibrate_encoder(x[:_ENCODER_ROWS])

@@ -1,8 +1,8 @@
 """The training loop: one trainer, or several in lockstep on one stream.
 
 All ranks hold the same trainers in the same order and make the same decisions. A trainer is dropped
-for a loss that is not finite, for divergence, or for a checkpoint that could not be written. Each
-of these is decided from numbers that all ranks share, so that no rank is missing from a collective.
+if its loss is not finite, if it diverges, or if a checkpoint could not be written. Each of these is
+decided from values that all ranks share, so that no rank is missing from a collective.
 """
 
 from __future__ import annotations
@@ -33,21 +33,21 @@ def train_in_lockstep(
     """Train all trainers to their last step; collective over all ranks.
 
     Each step uses the earliest batch that an unfinished trainer still needs. Trainers that resumed
-    further ahead wait until the stream reaches them. So each trainer sees the same batches as when
-    it is trained alone. An error of one trainer does not stop the others.
+    further ahead wait until the stream reaches their next batch. Each trainer thus sees the same
+    batches as when it is trained alone. An error of one trainer does not stop the others.
 
     Args:
         trainers: Calibrated or resumed trainers; several share one `SharedSource`.
-        failed: Called on every rank, with the index and the error, as soon as an error has ended a
-            trainer.
+        failed: Called on every rank, with the trainer's index and the error, as soon as an error
+            has ended a trainer.
 
     Returns:
-        One outcome per trainer, in the same order. After a request to stop, the checkpoints are
-        written when this returns.
+        One outcome per trainer, in the same order. After a request to stop, the checkpoints have
+        been written by the time this returns.
 
     Raises:
-        Exception: Any error other than an SAEError, such as one of the stream; it ends training of
-            all trainers.
+        Exception: Any error other than an SAEError, such as an error of the stream. It ends the
+            training of all trainers.
     """
     return _Lockstep(trainers, failed).run() if trainers else []
 
@@ -56,7 +56,8 @@ def train_to_end(trainer: Trainer) -> bool:
     """Train one SAE to its last step, saving on the way and at the end; collective.
 
     Returns:
-        False if a request to stop ended it before the last step; the checkpoint is written.
+        False if a request to stop ended training before the last step; a checkpoint has then been
+        written.
 
     Raises:
         NonFiniteLossError: If a loss or gradient was not finite; no update was made from it.
@@ -109,7 +110,7 @@ class _Lockstep:
         ]
 
     def _guarded(self, trainer: Trainer, action: Callable[..., None], *arguments: bool) -> None:
-        """Run an action unless the trainer has failed; an SAEError fails this trainer alone."""
+        """Run an action unless the trainer has failed; an SAEError ends this trainer only."""
         index = self._trainers.index(trainer)
         if index in self._errors:
             return
@@ -120,7 +121,7 @@ class _Lockstep:
             self._failed(index, error)
 
     def _agree(self, stepped: list[Trainer]) -> Flags:
-        """Exchange flags with the other ranks about once a second; in between none is set."""
+        """Exchange flags with all ranks about once a second; between exchanges, no flag is set."""
         if not self._agreement.is_due_after_step():
             return Flags()
         trainers = [t for i, t in enumerate(self._trainers) if i not in self._errors]

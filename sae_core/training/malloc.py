@@ -14,9 +14,10 @@ _LARGEST_INT = (1 << 31) - 1
 def keep_freed_memory() -> None:
     """Keep freed blocks of up to 1 GiB for the next step instead of returning them to the system.
 
-    By default glibc returns blocks of 32 MiB or more as soon as they are freed, and the kernel
-    zeroes them again at the next step. This was measured to take a quarter of a CPU step's time.
-    The setting applies to the whole process. With a C library other than glibc this does nothing.
+    By default glibc returns blocks of 32 MiB or more as soon as they are freed, and the operating
+    system zeroes them again at the next step. This was measured to take a quarter of a CPU step's
+    time. The setting applies to the whole process. With a C library other than glibc this does
+    nothing.
     """
     if platform.libc_ver()[0] != "glibc":
         return

@@ -9,7 +9,7 @@ from sae_core.training.upload import Uploader
 
 
 class SharedSource:
-    """A source shared by the trainers of one rank, whose batches it moves to their device.
+    """A source shared by the trainers of one rank; it moves batches to the trainers' device.
 
     Each trainer gets a view, which is an `ActivationSource` with its own position. Views may ask
     for batches in any order, but only the newest batch is kept. Trainers in lockstep
@@ -47,7 +47,7 @@ class SharedSource:
         return self._sample[1]
 
     def clear_sample(self) -> None:
-        """Free the sample, once every view has used it."""
+        """Free the sample; to be called once every view has used it."""
         self._sample = None
 
     def _moved(self, batch: Batch) -> Batch:

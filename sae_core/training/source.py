@@ -21,9 +21,9 @@ class Batch(NamedTuple):
 class ActivationSource(Protocol):
     """A deterministic, seekable stream of batches: batch i is the same on every call.
 
-    A source returns tensors where it has them: usually on the host, or on a device if it gathers
-    them there. `SharedSource` is the one place that moves them to the trainers' device, once for
-    all trainers. It holds on to a batch in pinned memory until its copy to the device is complete.
+    A source returns tensors on the device where it gathers them, usually the host. Only
+    `SharedSource` moves them to the trainers' device, once for all trainers. It keeps a batch in
+    pinned memory alive until the copy to the device is complete.
     """
 
     d_in: int
@@ -31,8 +31,8 @@ class ActivationSource(Protocol):
     d_out: int
     """Width of `Batch.target`; equal to `d_in` for an autoencoder."""
     identity: str
-    """Identifies the content of the batches: differs if batch i would hold other rows. Does not
-    cover the seed, which is compared separately."""
+    """Identifies the content of the batches: it differs if batch i would hold other rows. It does
+    not cover the seed, which is compared separately."""
 
     @property
     def position(self) -> int:

@@ -35,7 +35,7 @@ class StepMetrics:
     def _reset(self) -> None:
         self.n_steps = 0
         self.n_rows = 0
-        # One vector, so that a report needs one collective: `names`, then the inputs' sum [D].
+        # Use one vector (`names`, then the inputs' sum [D]), so that a report needs one collective.
         size = len(self.names) + self.engine.sae.d_model
         self._sums = torch.zeros(size, dtype=torch.float64, device=self.engine.device)
 
@@ -83,8 +83,8 @@ class StepMetrics:
         sums = dict(zip(self.names, packed[:n_names].tolist(), strict=True))
         sums["dead"] = float(packed[-1])
         rows = self.n_rows * mesh.n_data
-        # All but the active pairs and dead latents are the same on every rank of a latent group, so
-        # their sums over all ranks are divided by the size of the group.
+        # All values except the active pairs and dead latents are the same on every rank of a latent
+        # group, so their sums over all ranks are divided by the size of the group.
         mean = packed[n_names:-1] / mesh.n_latent / rows
         totals = Totals(
             sums=sums,
@@ -105,7 +105,8 @@ def mfu(tokens_per_s: float, d_model: int, n_latents: int, n_ranks: int) -> floa
     """Return the model FLOP utilisation, or None if the device's peak is unknown.
 
     Only the encoder's dense product is counted, 2 L D FLOP per token, because a sparse step needs
-    no other. The convention for dense autograd, 12 L D, would count work that is never done.
+    no other dense product. The convention for dense autograd, 12 L D, would count work that is
+    never done.
     """
     if not torch.cuda.is_available():
         return None

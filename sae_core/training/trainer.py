@@ -46,8 +46,8 @@ class Trainer:
             which moves them there.
         checkpoints: Folder of the run's checkpoints.
         seed: Seed of the initial dictionary.
-        report: Called on every rank with a row of metrics every `report_every` steps. If it raises
-            an SAEError, which must happen on all ranks, this trainer ends. Keys: time, step,
+        report: Called on every rank with a row of metrics every `report_every` steps. It may end
+            this trainer by raising an SAEError, which it must do on all ranks. Keys: time, step,
             tokens, sae, the metrics of `sae_core.training_metrics` and of the architecture,
             tokens_per_s, loader_wait_fraction, checkpoint_pause_s (since the last row), mfu,
             peak_memory_bytes.
@@ -167,7 +167,7 @@ class Trainer:
     def save_overdue(self) -> bool:
         """True if `checkpoint.every_minutes` have passed since the last save began.
 
-        Only rank 0's clock counts: False on all other ranks.
+        Only rank 0's clock counts; on all other ranks this is always False.
         """
         minutes = self.config.checkpoint.every_minutes
         since_save_s = time.monotonic() - self.saver.last_began
@@ -281,7 +281,7 @@ class _Clock:
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        """Count the block as time waiting for data, and as one step."""
+        """Count the block's duration as time waiting for data, and the block as one step."""
         began = time.perf_counter()
         yield
         self._waited += time.perf_counter() - began

@@ -11,8 +11,8 @@ class Uploader:
     """Copies tensors to a device, in the order of its current stream.
 
     A copy from pinned memory continues after `upload` has returned. The memory must not change
-    meanwhile, but its owner may reuse it as soon as nothing refers to it. So the host tensors of an
-    upload are kept until the next one, which first waits for the copy to end.
+    during the copy, but its owner may reuse it as soon as nothing refers to it. The host tensors of
+    an upload are therefore kept until the next upload, which first waits for the copy to finish.
 
     Args:
         device: Device to copy to.

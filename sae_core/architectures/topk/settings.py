@@ -22,12 +22,12 @@ class TopKConfig(SAEConfig):
     k: int = 32
     """Number of active latents per token."""
     auxk: int | None = None
-    """Number of dead latents per token with which the auxiliary loss explains the residual; null:
-    d_model / 2, rounded down to a power of two."""
+    """Number of dead latents per token with which the auxiliary loss reconstructs the residual. If
+    null, d_model / 2 rounded down to a power of two."""
     auxk_coef: float = 1 / 32
     """Weight of the auxiliary loss; 0 switches it off."""
     auxk_rows: float = 1.0
-    """Fraction of the batch rows used to estimate the auxiliary loss; 1: all of them."""
+    """Fraction of the batch rows used to estimate the auxiliary loss; 1 means all of them."""
 
     def validate(self) -> None:
         """Validate all fields; see `SAEConfig.validate`.
@@ -55,17 +55,17 @@ class TopKConfig(SAEConfig):
         return self.k
 
     def auxiliary_path(self, d_model: int) -> AuxiliaryPath | None:
-        """Return the pass of the auxiliary loss; None if `auxk_coef` is 0."""
+        """Return the pass of the auxiliary loss, or None if `auxk_coef` is 0."""
         if self.auxk_coef == 0:
             return None
         return AuxiliaryPath(self.auxk or default_auxk(d_model), self.auxk_rows)
 
 
 def topk_settings(settings: SAEConfig) -> TopKConfig:
-    """Return settings that must be those of a TopK SAE, for code that supports no other.
+    """Return settings as a `TopKConfig`, for code that supports no other architecture.
 
     Raises:
-        ConfigError: If they are of another architecture.
+        ConfigError: If the settings are those of another architecture.
     """
     if not isinstance(settings, TopKConfig) or settings.architecture != "topk":
         raise ConfigError("sae.architecture", settings.architecture, "topk")

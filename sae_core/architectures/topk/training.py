@@ -7,7 +7,7 @@
     loss      = |x - recon|^2 / D + auxk_coef * |residual - aux_recon|^2 / |residual|^2
 
 The auxiliary term may be estimated, without bias, from a fixed fraction of the batch's rows.
-`input_scale` is chosen so that the calibration sample's mean squared norm is D; the first term of
+`input_scale` is chosen so that the calibration sample's mean squared norm is D. The first term of
 the loss is then the fraction of variance unexplained. Export folds the normalisation into the
 weights.
 """
@@ -51,8 +51,8 @@ class TopKSAE(SparseAutoencoder):
     def forward(self, raw: torch.Tensor) -> StepOutput:
         """See `SparseAutoencoder.forward`.
 
-        The metric `auxk_loss` is scaled so that its mean over the data replicas is that of the
-        global batch.
+        The metric `auxk_loss` is scaled so that its mean over the data replicas equals its value
+        for the global batch.
         """
         x = self.normalise(raw)
         weights = Dictionary(self.W_enc, self.b_enc, self.W_dec, self.b_dec)
@@ -83,7 +83,7 @@ class TopKSAE(SparseAutoencoder):
         self.plan = replace(self.plan, collect=receive)
 
     def _aux_input(self, n_rows: int) -> AuxInput | None:
-        """Return the dead latents and the rows of the auxiliary path; None if no rank has any."""
+        """Return the dead latents and auxiliary rows; None if no rank has a dead latent."""
         if self.config.auxk_coef == 0:
             return None
         dead = self.dead().nonzero().squeeze(1)
@@ -105,7 +105,8 @@ class TopKSAE(SparseAutoencoder):
     def _aux_loss(self, residual: torch.Tensor, missing: torch.Tensor, n_rows: int) -> torch.Tensor:
         """Return the fraction of the residual that dead latents leave unexplained.
 
-        The result is scaled so that its mean over the replicas is that of the global batch.
+        The result is scaled so that its mean over the replicas equals its value for the global
+        batch.
 
         Args:
             residual: Scalar, squared error of the main path over this replica's rows.

@@ -1,4 +1,4 @@
-"""Kernels made of stock torch operations: fast on CPU, and they run on any torch device.
+"""Kernels made of stock torch operations, which are fast on CPUs and run on any torch device.
 
 Weight gradients are segment sums over pairs sorted by latent. They need no [B, K, D] tensor and no
 atomic additions, so results are reproducible bit for bit.
@@ -29,8 +29,8 @@ class StockKernels:
     Args:
         compute_dtype: Dtype of the encoder product. With bfloat16, pre-activations are summed in
             float32 and then rounded to bfloat16, so nearly equal ones become ties.
-        prefilter: Finds candidates in low precision before the exact selection; None: compute the
-            full product in `compute_dtype`.
+        prefilter: Finds candidates in low precision before the exact selection. If None, the full
+            product is computed in `compute_dtype`.
     """
 
     name = "stock"
@@ -130,7 +130,7 @@ def build(compute_dtype: torch.dtype, tf32: bool, prefilter: str) -> StockKernel
 
 
 def _prefilter(prefilter: str, compute_dtype: torch.dtype) -> Prefilter | None:
-    """Return the prefilter of this name; None: no prefilter."""
+    """Return the prefilter of this name, or None for no prefilter."""
     possible = compute_dtype == torch.float32 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
     if prefilter == "auto":
         prefilter = "bfloat16x3" if possible and bfloat16_is_fast() else "none"

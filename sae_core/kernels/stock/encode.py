@@ -13,15 +13,17 @@ import torch
 from sae_core.kernels.keys import EMPTY_KEY, pack_keys, unpack_keys
 
 PIECE_ELEMENTS = 1 << 25
-"""Number of pre-activations in a piece. Larger pieces have fewer survivors and fewer merges."""
+"""Number of pre-activations in a piece. Larger pieces have fewer values to examine again
+and need fewer merges."""
 _GROUPS = (64, 32, 16, 8)
 """Group sizes in latents, largest first.
 
-A piece's latents beyond a multiple of the first size are compared one by one.
+Latents left over when a piece is not a multiple of the first size are compared one by one.
 """
 
 Product = Callable[[int, int], torch.Tensor]
-"""(start, stop) -> these latents' pre-activations, [B, stop - start], float32 or bfloat16."""
+"""Maps (start, stop) to the pre-activations of these latents, [B, stop - start], float32 or
+bfloat16."""
 
 
 def streamed_topk(
@@ -104,8 +106,9 @@ def _bounds(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return scores, their group maxima and each row's lower bound on survivors.
 
-    bfloat16 values are compared by their bits as integers, whose maxima take a fifth of the time.
-    Bits of negative values sort in reverse, so unless all bounds are positive, they are flipped.
+    bfloat16 values are compared by their bits as integers, whose maxima take a fifth of the time to
+    compute. The bits of negative values sort in reverse, so they are flipped unless all bounds are
+    positive.
 
     Returns:
         scores [B, C], which sort like the values; group maxima [B, C / group]; bound [B, 1].
@@ -122,13 +125,13 @@ def _bounds_of(
     scores: torch.Tensor, known: torch.Tensor, group: int, count: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     maxima = scores.unflatten(1, (-1, group)).amax(-1)
-    # `count` groups have a maximum of at least the count-th largest one, so at least `count`
-    # values reach it.
+    # At least `count` groups have a maximum no lower than the count-th largest maximum, so at least
+    # `count` values reach it.
     return scores, maxima, torch.maximum(maxima.topk(count, dim=1).values[:, -1:], known)
 
 
 def _bits(values: torch.Tensor) -> torch.Tensor:
-    """Return the bits of bfloat16 values as int16, which sort like the values where positive.
+    """Return the int16 bits of bfloat16 values; those of positive values sort like the values.
 
     A NaN with its sign bit set sorts below them and may be dropped. This is harmless: only
     prefilters select in bfloat16, and they have no finite margin for inputs that give NaN, so
@@ -138,13 +141,13 @@ def _bits(values: torch.Tensor) -> torch.Tensor:
 
 
 def _ordered(values: torch.Tensor) -> torch.Tensor:
-    """Return int16 scores that sort like the bfloat16 values, also if these are negative."""
+    """Return int16 scores that sort like the bfloat16 values, even if the values are negative."""
     bits = values.view(torch.int16)
     return bits ^ ((bits >> 15) & 0x7FFF)
 
 
 def _pad_rows(keys: torch.Tensor, rows: torch.Tensor, B: int) -> torch.Tensor:
-    """Arrange N keys with ascending rows as [B, most keys per row], with empty slots last."""
+    """Arrange N keys, sorted by row, as [B, largest count in a row], with empty slots last."""
     counts = torch.bincount(rows, minlength=B)
     starts = counts.cumsum(0) - counts
     slot = torch.arange(len(rows), device=rows.device) - starts[rows]

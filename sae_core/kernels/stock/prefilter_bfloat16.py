@@ -91,7 +91,7 @@ class Bfloat16Prefilter:
             margin = (_LEFT_OUT + _SUMS * D) * x_norm * norms.max()
         else:
             margin = DEVIATIONS * error_deviation(x, x - high, W_enc, _HALF_ULP / 3**0.5)
-        # 0 * b_enc.sum() is NaN if a bias is not finite: its rounding has no bound.
+        # 0 * b_enc.sum() is NaN if a bias is not finite: the rounding of such a bias has no bound.
         rounding = 1.01 * _HALF_ULP * values[:, -1].abs() + 0 * b_enc.sum()
         return Candidates(values, latents, margin + rounding)
 

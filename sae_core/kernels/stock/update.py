@@ -1,4 +1,4 @@
-"""The fused row update in stock torch operations, in blocks of dictionary rows that fit the cache.
+"""The fused row update in stock torch operations, in blocks of rows that fit in the cache.
 
 This is exact Adam, not a lazy variant: rows with no gradient still decay their moments and are
 updated.
@@ -12,12 +12,12 @@ from sae_core.kernels.interface import AdamStep, RowGradients, RowState
 from sae_core.kernels.rounding import round_stochastically_, salt_of
 
 _BLOCK_BYTES = 4 << 20
-"""Bytes of one array's rows per block; eight arrays take part.
+"""Size in bytes of a block's rows in each of the eight arrays involved.
 
 With smaller blocks the overhead of the calls exceeds what the cache saves.
 """
 _NORM_PIECE = 1024
-"""Elements per partial sum: few enough for float32 accuracy, and few partial sums."""
+"""Elements per partial sum: few enough for float32 accuracy, with few partial sums."""
 
 
 class StockRowUpdate:
@@ -46,7 +46,7 @@ class StockRowUpdate:
         size = max(1, min(_BLOCK_BYTES // (4 * d_model), n_rows))
         scratch = _Scratch(state, size)
         starts = list(range(0, n_rows, size))
-        # Used latents are ascending, so each block's gradients are one slice of them.
+        # The used latents are in ascending order, so each block's gradients are one slice.
         edges = torch.tensor([*starts, n_rows], device=self.rows.latents.device)
         cuts = torch.searchsorted(self.rows.latents, edges).tolist()
         for start, first, last in zip(starts, cuts[:-1], cuts[1:], strict=True):
@@ -66,7 +66,7 @@ class _Scratch:
         ]
 
     def update(self, span: slice, rows: RowGradients, state: RowState, adam: AdamStep) -> None:
-        """Apply Adam to the rows of `span`; `rows` are the gradients of those that were used."""
+        """Apply Adam to the rows of `span`; `rows` holds the gradients of the used rows in it."""
         n = span.stop - span.start
         grads = [grad[:n].zero_() for grad in self.grads]
         for grad, values in zip(grads, (rows.W_enc, rows.W_dec, rows.b_enc), strict=True):

@@ -34,8 +34,8 @@ class TritonKernels:
     """Implementation in Triton; see `Kernels`. Results are reproducible bit for bit.
 
     Pre-activations are summed in float32; the selected values and all gradients are float32 too.
-    The host waits for the device in two operations only: encoding, to learn whether any row has to
-    be run again (once, or twice with the prefilter), and `row_gradients` (once).
+    The host waits for the device in two operations only. Encoding waits once, or twice with the
+    prefilter, to learn whether any row must be run again. `row_gradients` waits once.
 
     Args:
         compute_dtype: Dtype of the encoder product's inputs.
@@ -65,7 +65,7 @@ class TritonKernels:
 
         self.compute_dtype = compute_dtype
         self.copy_dtype = compute_dtype if compute_dtype != torch.float32 else None
-        # Small errors would underflow in float16.
+        # Inputs and errors are not gathered in float16, in which small errors would underflow.
         self.gather_dtype = compute_dtype if compute_dtype == torch.bfloat16 else None
         self.interpreted = interpreted
         self.prefilter = (

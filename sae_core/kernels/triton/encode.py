@@ -1,11 +1,11 @@
 """Fused encoder and TopK, without writing the [B, L] pre-activations.
 
-Each row has a pool of selection keys. The first latents fill it. The remaining latents follow in
-segments, each three times as wide as all latents before it. After each segment `select` reduces the
-pool to its k largest keys and sets the row's threshold to the k-th value so far; the next segment
-appends only keys of values above the threshold. Latents come in ascending order, so a value equal
-to the threshold would lose the tie to an earlier latent, and a strict comparison is exact. A row
-with more keys than its pool can hold is run again with all of its keys kept.
+Each row has a pool of selection keys. The first latents fill the pool. The remaining latents follow
+in segments, each three times as wide as all latents before it. After each segment `select` reduces
+the pool to its k largest keys and sets the row's threshold to the k-th value so far; the next
+segment appends only keys of values above the threshold. Latents come in ascending order, so a value
+equal to the threshold would lose the tie to an earlier latent, and a strict comparison is exact. A
+row with more keys than its pool can hold is run again with all of its keys kept.
 
 A prefilter passes split rows: float8 columns, bfloat16 columns and a scale. The latents selected
 from their product are candidates, which the prefilter then rescores exactly.
@@ -39,15 +39,15 @@ class TileConfig:
     """Size of one program's tile and its launch options."""
 
     BM: int
-    """Batch rows."""
+    """Batch rows per tile."""
     BN: int
-    """Latents."""
+    """Latents per tile."""
     BK: int
     """Columns of d_model loaded at a time."""
     num_warps: int
     num_stages: int
     GROUP: int = 8
-    """Row blocks whose programs run at the same time, to share rows of W_enc in the L2 cache."""
+    """Row blocks whose programs run concurrently, to share rows of W_enc in the L2 cache."""
 
     def options(self) -> dict[str, int]:
         """Return the keyword arguments of a launch."""
@@ -67,7 +67,7 @@ class Tiles:
     many: TileConfig
     """For segments with more keys, or where every key is written.
 
-    BK must be that of `few`, so that sums are added in the same order.
+    BK must equal that of `few`, so that terms are added in the same order.
     """
 
 
@@ -78,9 +78,9 @@ INTERPRETER_TILES = Tiles(TileConfig(32, 64, 32, 4, 1, GROUP=2), TileConfig(32, 
 def tiles(dtype: torch.dtype, precision: str) -> Tiles:
     """Return the tiles for sm_90.
 
-    Two programs fit on a multiprocessor, so that the epilogue of one overlaps with the product of
-    the other, and no registers spill. The sizes were chosen from the compiler's output and have not
-    been timed.
+    With these sizes, no registers spill and two programs fit on a multiprocessor. The epilogue of
+    one program then overlaps with the product of the other. The sizes were chosen from the
+    compiler's output and have not been timed.
     """
     if dtype == FP8:
         return Tiles(TileConfig(128, 128, 128, 4, 3), TileConfig(128, 64, 128, 4, 3))
@@ -179,7 +179,7 @@ class Encoder:
     def _write_keys(
         self, x: SplitRows, W: SplitRows, b: torch.Tensor, first: int, out: torch.Tensor
     ) -> None:
-        """Write the keys of all rows and of latents from `first` on to `out`."""
+        """Write to `out` the keys of all rows and all latents from `first` on."""
         tile = self.tiles.many
         n_rows, D = x.low.shape
         keys_kernel[tile.grid(n_rows, len(b))](
@@ -200,5 +200,5 @@ class Encoder:
 
 
 def _taken(rows: SplitRows, which: slice | torch.Tensor) -> SplitRows:
-    """Return some of the rows."""
+    """Return the rows that `which` selects."""
     return SplitRows(*(part[which] for part in rows))

@@ -44,8 +44,8 @@ def _tile_pre_acts(
 
     The caller must mask elements outside the matrix.
 
-    SPLIT: rows of x and W are split (see `SplitRows`). They have `side_columns` more columns, a
-    multiple of `_SIDE`, in x_side and W_side, and the product is scaled by x_scales and W_scales.
+    SPLIT: rows of x and W are split (see `SplitRows`). x_side and W_side hold `side_columns` more
+    columns, a multiple of `_SIDE`, and the product is scaled by x_scales and W_scales.
     WIDEN: convert float8 to float16 and bfloat16 to float32 before multiplying. This is exact, and
     needed because the interpreter can multiply neither float8 nor bfloat16.
     """
@@ -76,7 +76,8 @@ def _tile_pre_acts(
             acc = tl.dot(x_tile, W_tile, acc, input_precision=PRECISION)
         acc *= tl.load(x_scales + rows, mask=rows < n_rows, other=0.0)[:, None]
         scale = tl.load(W_scales + columns, mask=columns < n_latents, other=0.0)[None, :]
-        # An explicit fma: the compiler might fuse these in one kernel and not in another.
+        # Use an explicit fma: the compiler might otherwise fuse these operations in one kernel and
+        # not in another.
         return tl.fma(acc, tl.broadcast_to(scale, (BM, BN)), tl.broadcast_to(bias, (BM, BN)))
     return acc + bias
 
@@ -135,7 +136,7 @@ def _append_few(
     tile, rows, columns, limit, pool, counts, n_rows, n_latents, first_latent, WIDTH: tl.constexpr
 ):
     """Append the keys of values above the limit, one per row at a time, for tiles with few."""
-    # Columns past the last latent become "none"; so do all columns of rows past the last row.
+    # Columns past the last latent, and all columns of rows past the last row, become `_NONE`.
     column = tl.where(columns < n_latents, columns, _NONE)[None, :]
     found = _first_above(tile, column, limit, rows < n_rows)
     while tl.min(found, 0) < _NONE:
@@ -145,7 +146,7 @@ def _append_few(
         slot = tl.atomic_add(counts + rows, 1, mask=hit, sem="relaxed")
         place = pool + rows.to(tl.int64) * WIDTH + slot
         tl.store(place, pack_key(value, first_latent + found), mask=hit & (slot < WIDTH))
-        # Remove the value from the tile: remembering it otherwise would need twice the registers.
+        # Remove the value from the tile: recording it separately would need twice the registers.
         tile = tl.where(here, float("-inf"), tile)
         found = _first_above(tile, column, limit, rows < n_rows)
 
@@ -182,7 +183,7 @@ def filter_kernel(
     )  # fmt: skip
     limit = tl.load(threshold + rows, mask=rows < n_rows, other=float("inf"))
     if MANY:
-        # In quarters, to limit the registers that hold slots and addresses.
+        # Append in quarters, to limit the registers that hold slots and addresses.
         quarters = _quarters(acc, BM, BN)
         for i in tl.static_range(4):
             part = block * BN + i * (BN // 4) + tl.arange(0, BN // 4)

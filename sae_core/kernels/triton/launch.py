@@ -1,4 +1,4 @@
-"""Launch options of all Triton kernels, and sizes of those that hold whole rows in registers."""
+"""Launch options of all Triton kernels, and sizes of kernels that hold whole rows in registers."""
 
 # Triton ships no types.
 # mypy: disable-error-code="import-untyped, import-not-found"
@@ -21,9 +21,9 @@ LARGEST_ROW = 8192
 Larger programs would have fewer than 128 registers per thread.
 """
 _MOST_COLUMNS = 16
-"""Most columns of a row per thread."""
+"""Maximum number of columns of a row per thread."""
 _USUAL_WARPS = 8
-"""Warps of a program, unless a row is too wide for them."""
+"""Warps per program, unless a row is too wide for them."""
 
 
 def row_shape(D: int, per_thread: int, in_flight: int) -> dict[str, int]:
@@ -31,8 +31,9 @@ def row_shape(D: int, per_thread: int, in_flight: int) -> dict[str, int]:
 
     Args:
         D: d_model.
-        per_thread: Desired columns per thread; more are used if they would need more than 8 warps.
-            Fewer columns per thread mean larger programs, so that fewer of them share an L1 cache.
+        per_thread: Desired columns per thread; more are used if this number would need more than 8
+            warps. Fewer columns per thread mean larger programs, so that fewer of them share an L1
+            cache.
         in_flight: Elements of a tile that a thread loads at once; halved for programs with more
             than 8 warps, which have half the registers per thread.
 

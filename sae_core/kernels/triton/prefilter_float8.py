@@ -9,10 +9,11 @@ errors of different channels are assumed to be independent with zero mean. The e
 has the variance `sum_j v_j w_j^2` with `v_j = dx_j^2 + r_j^2 x_j^2`. Here dx is the actual rounding
 error of x, and r_j is the root mean square of the relative rounding error of w_j. By the
 Cauchy-Schwarz inequality the variance is at most `|v / c| |c w^2|` for any channel weights c: a
-factor of the row times a factor of the latent. Two extra columns of the bfloat16 product add
-`DEVIATIONS` times the root of this bound, and the precision that float8 sums lose, to every
-pre-activation. Candidates are therefore chosen by their *upper bounds*. A latent with large weights
-on channels with large rounding errors gets a higher bound, and does not raise any other latent's.
+factor of the row times a factor of the latent. To every pre-activation, two extra columns of the
+bfloat16 product add `DEVIATIONS` times the root of this bound and an allowance for the precision
+that float8 sums lose. Candidates are therefore chosen by their *upper bounds*. A latent with large
+weights on channels with large rounding errors gets a higher bound, and does not raise any other
+latent's.
 """
 
 from __future__ import annotations
@@ -38,13 +39,13 @@ _SIDE_SHARE = 8
 SIDE_STEP = 64
 """The number of columns of the bfloat16 product is a multiple of this."""
 _FLOAT8 = 2.0**-4 / 3**0.5
-"""Root mean square of the relative rounding error to float8, where it is largest."""
+"""Root mean square of the relative error of rounding to float8, where it is largest."""
 _BFLOAT16 = 2.0**-8 / 3**0.5
-"""Root mean square of the relative rounding error to bfloat16, where it is largest."""
+"""Root mean square of the relative error of rounding to bfloat16, where it is largest."""
 _SUM_WIDTH = 32
 """Number of products that Hopper's float8 units add at once (published for the H100)."""
 _SUM_ROUNDING = 2.0**-13
-"""Largest relative rounding error of such a sum (published for the H100, not measured here)."""
+"""Largest relative rounding error of a sum of float8 products (published, not measured here)."""
 _SIDE_SUM_WIDTH = 16
 """Number of products that Hopper's bfloat16 units add at once."""
 _SIDE_SUM_ROUNDING = 2.0**-22
@@ -54,7 +55,7 @@ UP = 1 + 2.0**-7
 TINY = 1e-30
 """Lower limit of scales and sizes, to avoid division by zero."""
 SMALLEST = 2.0**-24
-"""Least scale relative to a row's largest element.
+"""Smallest scale, relative to a row's largest element.
 
 It prevents overflow in the bfloat16 part of a row whose float8 part is zero.
 """
@@ -63,7 +64,7 @@ _SAMPLE_ROWS = 8192
 
 
 class SplitSpec(NamedTuple):
-    """Rule to split the rows of one matrix and to compute their error bounds.
+    """Rule for splitting the rows of one matrix and computing their error bounds.
 
     With `t_j = moved_j * rounding_error_j**2 + squares_j * element_j**2`, a row's first bound is
     `deviations * sqrt(|t|)`.
@@ -78,13 +79,14 @@ class SplitSpec(NamedTuple):
     squares: torch.Tensor
     """[D] float32, in the order of `channels`: weights of the squared elements."""
     deviations: float
-    """Factor of the first bound, on the rounding errors of the elements."""
+    """Factor of the first bound, which covers the rounding errors of the elements."""
     sums: float
-    """Factor of the second bound, on the rounding of float8 sums: times the float8 part's norm."""
+    """Factor of the second bound, which covers the rounding of float8 sums. The bound is this
+    factor times the norm of the float8 part."""
 
 
 class SplitRows(NamedTuple):
-    """A matrix in the format of the prefilter's product: each row times its scale."""
+    """A matrix in the format of the prefilter's product; row i is (low[i], side[i]) * scales[i]."""
 
     low: torch.Tensor
     """[n, at least D - n_side] float8_e4m3fn channels, zero-padded to a multiple of 16 columns."""

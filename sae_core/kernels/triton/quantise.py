@@ -32,7 +32,7 @@ def _round_to_float8(value):
     """Round a float32 up to 448 to the nearest float8_e4m3fn number, ties to even.
 
     The result is a float32, whose cast to float8 is exact. Triton's interpreter cannot do the
-    rounding in the cast, because it does not carry into the exponent.
+    rounding in the cast, because its cast does not carry into the exponent.
     """
     # Adding a number this large rounds the sum to a multiple of power / 8, float8's resolution.
     # Below 2**-6 float8 is subnormal and its resolution constant.
@@ -80,7 +80,7 @@ def split_kernel(
     bound = deviations * tl.sqrt_rn(tl.sqrt_rn(tl.sum(terms * terms, 1))) * inverse * _UP
     lost = sums * tl.sqrt_rn(tl.sum(part * part, 1)) * inverse * _UP
     where = low + rows[:, None] * width + columns[None, :]
-    # Columns from the last float8 channel up to the width become zeros.
+    # Columns after the last float8 channel, up to the width, become zeros.
     tl.store(
         where,
         tl.where(is_low[None, :], rounded, 0.0).to(low.dtype.element_ty),
@@ -105,7 +105,8 @@ def split_shape(D: int) -> dict[str, int]:
 def split_rows(matrix: torch.Tensor, weights: SplitSpec) -> SplitRows:
     """Run `prefilter_float8.split_rows` on the device.
 
-    The bounds differ from those of that function by the order in which float32 sums are added.
+    The bounds differ from those of that function only in the order in which float32 terms are
+    added.
 
     Args:
         matrix: [n, D] bfloat16, float16 or float32.

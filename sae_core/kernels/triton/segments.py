@@ -22,11 +22,11 @@ from sae_core.kernels.interface import RowGradients, SparseLatents
 from sae_core.kernels.triton.launch import contiguous_columns, row_shape
 
 PIECE = 512
-"""Most pairs that one program sums."""
+"""Maximum number of pairs that one program sums."""
 
 
 class Segments(NamedTuple):
-    """Pairs sorted by slot, and the sums of the hot slots' pieces."""
+    """(row, slot) pairs sorted by slot, plus partial sums of the pieces of hot slots."""
 
     rows: torch.Tensor
     """[N] int64: row of `x` and `error` of each pair."""
@@ -37,9 +37,9 @@ class Segments(NamedTuple):
     edges: torch.Tensor
     """[S + 1] int64: slot s has the pairs [edges[s], edges[s + 1])."""
     piece_ends: torch.Tensor
-    """[S] int64: number of pieces of all hot slots up to and including this one."""
+    """[S] int64: cumulative number of hot-slot pieces, up to and including this slot."""
     dec: torch.Tensor
-    """[P, D] float32: each piece's weighted sum of `error`. P is an upper bound on their number."""
+    """[P, D] float32: each piece's weighted sum of `error`. P is at least the number of pieces."""
     enc: torch.Tensor
     """[P, D] float32: each piece's weighted sum of `x`."""
     bias: torch.Tensor
@@ -51,7 +51,7 @@ class Segments(NamedTuple):
 
     @property
     def arguments(self) -> tuple[torch.Tensor | int, ...]:
-        """Arguments of the kernels that call `slot_sum`, in their order."""
+        """Arguments that all kernels calling `slot_sum` take, in the order of their parameters."""
         return (*self, self.x.shape[1], self.x.stride(0), self.error.stride(0))
 
 
@@ -188,7 +188,7 @@ def segments(
         x: [R, D] centred inputs, in any float dtype that the kernels take.
         error: [R, D] reconstruction errors, in any float dtype that the kernels take.
         order: [N] int64, indices that sort the pairs by slot.
-        edges: [S + 1] int64, start of each slot's pairs in that order, and N.
+        edges: [S + 1] int64, start of each slot's pairs in that order, followed by N.
     """
     N = len(order)
     D = x.shape[1]

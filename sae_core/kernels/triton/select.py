@@ -34,7 +34,7 @@ def _is_nan(value):
 
 @triton.jit
 def pack_key(value, latent):
-    """Pack float32 values and int32 latents of the same shape as `keys.pack_keys` does."""
+    """Pack float32 values and int32 latents of equal shape into keys, like `keys.pack_keys`."""
     bits = value.to(tl.int32, bitcast=True)
     bits = tl.where(_is_nan(value), bits & _LATENT_MASK, bits)  # every NaN sorts above +inf
     bits = tl.where(value == 0.0, 0, bits)  # -0.0 ties with 0.0
@@ -56,8 +56,8 @@ def _exchange(
 
     If `alternate`, put the smaller key first in odd runs of 2**stage keys.
     """
-    # The partner is the sum minus the key, also if the sum wraps. An xor reduction would do as
-    # well, but Triton's interpreter has no fast path for it.
+    # The partner is the sum minus the key, even if the sum wraps. An xor reduction would also work,
+    # but Triton's interpreter has no fast path for it.
     partner = tl.sum(cube, axis, keep_dims=True) - cube
     wants_smaller = _bit(n_dims, axis)
     if alternate:
@@ -88,7 +88,7 @@ def _largest(keys, LOG_ROWS: tl.constexpr, LOG_WIDTH: tl.constexpr, LOG_K: tl.co
     for stage in tl.static_range(1, LOG_K + 1):
         cube = _merge(cube, LOG_ROWS + LOG_WIDTH, stage, stage < LOG_WIDTH)
     for level in tl.static_range(LOG_K + 1, LOG_WIDTH + 1):
-        # Assigned to a variable, the number of axes would no longer be a compile-time constant.
+        # If assigned to a variable, the number of axes would no longer be a compile-time constant.
         cube = _fold(cube, LOG_ROWS + LOG_WIDTH + 1 + LOG_K - level, LOG_K, level < LOG_WIDTH)
     return tl.reshape(cube, [1 << LOG_ROWS, 1 << LOG_K])
 
@@ -124,7 +124,7 @@ def select_kernel(
     last = tl.min(tl.where(ranks < k, top, _LARGEST), 1)
     ordered = (last >> 32).to(tl.int32)
     value = (ordered ^ ((ordered >> 31) & _LATENT_MASK)).to(tl.float32, bitcast=True)
-    # With k NaNs nothing can be larger: a later NaN loses the tie by its latent.
+    # With k NaNs nothing can be larger: a later NaN loses the tie because of its higher latent.
     value = tl.where(_is_nan(value), float("inf"), value)
     tl.store(threshold + rows, value, mask=inside)
     tl.store(counts + rows, tl.zeros_like(offered) + k, mask=inside)

@@ -17,7 +17,7 @@ from sae_core.kernels.interface import Decoded, SparseLatents
 from sae_core.kernels.triton.launch import FP_FUSION, contiguous_columns, row_shape
 
 PAIRS = 8
-"""Pairs whose dictionary rows are loaded together, to have several loads in flight."""
+"""Number of pairs whose dictionary rows are loaded together, to keep several loads in flight."""
 
 
 def column_block(D: int, most: int) -> int:
@@ -36,7 +36,7 @@ def _row_end(offsets, row, B, n_pairs):
 
 @triton.jit
 def _dictionary_rows(latents, pairs, live, W, W_stride, columns, inside):
-    """Load the rows of W of some pairs as a float32 tile."""
+    """Load W's rows for some pairs as a float32 tile."""
     latent = tl.load(latents + pairs, mask=live, other=0)
     where = W + latent[:, None] * W_stride + columns[None, :]
     return tl.load(where, mask=live[:, None] & inside[None, :], other=0.0).to(tl.float32)

@@ -36,7 +36,7 @@ _SALT = tl.constexpr(rounding.SALT)
 
 @triton.jit
 def round_stochastically(value, row, columns, salt):
-    """Round a float32 to a bfloat16 number, bit for bit as `rounding.round_stochastically_`.
+    """Round a float32 to a bfloat16 number, with the bits of `rounding.round_stochastically_`.
 
     The result is float32. row: int32 scalar, global index; columns: int32; salt: int32 scalar from
     `salt_of`.
@@ -84,7 +84,7 @@ def _adam_row(
     W, g, m_rows, v_rows, at, inside, row, columns, step, numbers, lerp, beta2, weight2, eps,
     ARRAY: tl.constexpr, FROM_GRAD: tl.constexpr,
 ):  # fmt: skip
-    """Return a row after one step, without storing it; its moments are stored."""
+    """Store a row's moments after one step, and return the row without storing it."""
     g = tl.div_rn(g, tl.load(numbers + 2))
     m = tl.load(m_rows + at, mask=inside, other=0.0).to(tl.float32)
     v = tl.load(v_rows + at, mask=inside, other=0.0).to(tl.float32)
@@ -183,8 +183,8 @@ class TritonRowUpdate:
     """Update of dictionary rows in Triton; see `RowUpdate`.
 
     It builds neither [L, D] nor [U, D] gradients, and the host never waits for the device. It keeps
-    the sorted pairs and the sums of hot latents' pieces until the update. These sums have at most
-    2 N / 512 rows for each of the two matrices.
+    the sorted pairs and the sums of hot latents' pieces (see `segments.py`) until the update. These
+    sums have at most 2 N / 512 rows for each of the two matrices.
 
     Args:
         gradient: Sparse gradient of the rows; x and error in any float dtype the kernels take.
@@ -216,7 +216,8 @@ class TritonRowUpdate:
         if not L:
             return
         masters = (state.W_enc, state.W_dec, state.b_enc)
-        # Without copies the masters are passed in their place, and the kernel does not touch them.
+        # If there are no copies, the masters are passed in their place, and the kernel ignores
+        # these arguments.
         written = (*masters, *state.exp_avg, *state.exp_avg_sq, *(state.copies or masters[:2]))
         # torch's lerp computes from whichever end is nearer, which affects rounding.
         from_grad = 1 - adam.beta1 >= 0.5
