@@ -31,7 +31,7 @@ class HookpointKind(ABC):
 
     works_with_shards: bool = False
     """True if the kind may be used with a model that is split over processes. Every rank must then
-    hold the complete tensor; the first forward pass checks this."""
+    hold the complete tensor, which the first forward pass checks."""
 
     @abstractmethod
     def attach(

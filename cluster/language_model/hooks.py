@@ -71,7 +71,7 @@ def splice(model: nn.Module, hookpoint: str, replace: Callable[[Tensor], Tensor]
     """Replace the tensor of `hookpoint` during the block, at every position except the first.
 
     Position 0, an attention sink, is left unchanged. `replace` takes and returns [contexts,
-    context_tokens - 1, D]; its result is cast back to the dtype of the tensor.
+    context_tokens - 1, D], and its result is cast back to the dtype of the tensor.
 
     Raises:
         ModelError: If the module does not exist, or (from the forward pass) if the tensor is not

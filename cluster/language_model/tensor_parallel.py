@@ -81,7 +81,7 @@ class ModelShards:
     """Rank 0 of the group, which starts the other ranks and runs the model together with them.
 
     Args:
-        cfg: Configuration of the model; `cfg.shards` is the number of processes. On cuda each
+        cfg: Configuration of the model. `cfg.shards` is the number of processes. On cuda each
             process uses one GPU.
         cache_dir: Folder that keeps converted models.
         device: cpu or cuda.

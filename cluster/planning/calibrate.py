@@ -33,7 +33,7 @@ _L, _D, _B, _K = 32768, 512, 1024, 32
 _DEPTH = {"bfloat16x3": 3, "bfloat16": 1}
 """Number of bfloat16 parts into which each prefilter splits a weight."""
 _ROUNDS = 9
-"""Repetitions of each measurement; the median is used."""
+"""Number of repetitions of each measurement, of which the median is used."""
 _LINK_ELEMENTS = 2 << 20
 """Number of float32 elements that a rank contributes to a measured collective."""
 _FILE_BYTES = 64 << 20
@@ -94,8 +94,8 @@ def _rates() -> tuple[Rates, str, float]:
 class _MeasuredStep:
     """The kernels of a training step, run in the order of a step and timed individually.
 
-    A kernel that is repeated on its own finds its data in a cache; in a real step the other kernels
-    evict that data.
+    A kernel that is repeated on its own finds its data in a cache. In a real step, the other
+    kernels evict that data.
     """
 
     def __init__(self) -> None:

@@ -7,8 +7,8 @@ from cluster.planning.work import Work
 from sae_core.kernels.stock.encode import PIECE_ELEMENTS
 
 _SELECT_COPIES = 2
-"""Copies of the pre-activations of a piece (the latents encoded at once): the product, and the part
-of it that is selected from."""
+"""Copies of the pre-activations of a piece (the latents encoded at once): the encoder product, and
+the part of the product from which the top k are selected."""
 _PACKED_COPIES = 2
 """Copies of a piece's low-precision weights: this project's, and oneDNN's in its memory order."""
 _PAIR_BYTES = 12 * 8
@@ -30,7 +30,7 @@ def device_bytes(work: Work, hardware: Hardware) -> dict[str, float]:
 
     Returns:
         `{part: bytes}`, whose sum is the peak. The calibration sample is freed before the first
-        step, so it counts only where it exceeds the memory that the steps need.
+        step, so it counts only if it exceeds the memory that the steps need.
     """
     zero_share = work.data if work.zero_stage else 1
     loader: float = 3 * (work.buffer_rows + work.rows // work.latent) * work.row_bytes

@@ -26,8 +26,7 @@ class Noise:
     jitter: float
     """Standard deviation of a computation's time between steps, as a share of the mean time."""
     slow_ranks: float
-    """Share of ranks that are permanently slow. At least one rank is slow if the share is above
-    0."""
+    """Share of ranks that are permanently slow: at least one rank if the share is above 0."""
     slow_factor: float
     """Time of a computation on a slow rank, as a multiple of the time on other ranks."""
 

@@ -102,7 +102,7 @@ def _attempt(
         watch: See `train_ranks`.
         failed_at: Time (`time.monotonic`) at which the last attempt failed, or None if none has
             failed.
-        cells: Names of the sweep's cells to train; empty for an ordinary run.
+        cells: Names of the sweep's cells to train. Empty for an ordinary run.
 
     Returns:
         Why the group ended, or None if it trained to the end.
