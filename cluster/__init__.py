@@ -1,1 +1,1 @@
-"""Harvest workers, trainer ranks and job submission on Ray; the language model and its text."""
+"""Harvest workers, trainer ranks and job submission on Ray. The language model and its text."""

@@ -1,10 +1,10 @@
-"""Concurrent mode: harvest and train at the same time, on the items committed so far.
+"""Concurrent mode: train on the items committed so far while the harvest continues.
 
-Epoch 0 reads the items in order and waits until a window of items is complete. Batches therefore
-do not depend on the speed of either side, and training gives the same weights as in sequential
-mode. The harvest pauses when it is `cluster.max_lead_items` ahead of the trainer. Items that the
-trainer and its checkpoints no longer need may be deleted. A thread of the driver controls the
-harvest; Ray workers compute it.
+Epoch 0 reads the items in order and waits until a window of items is complete. The batches
+therefore do not depend on how fast either side runs, and training gives the same weights as in
+sequential mode. The harvest pauses when it is `cluster.max_lead_items` ahead of the trainer. Items
+that the trainer and its checkpoints no longer need may be deleted. A thread of the driver controls
+the harvest; Ray workers compute it.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ _POLL_S = 0.2
 
 
 def run(config: RunConfig, run_dir: Path) -> None:
-    """Fill the store and train on it; return when both are finished.
+    """Fill the store and train on it concurrently. Return when both are finished.
 
-    The errors of `cluster.harvest.stage.run` and `cluster.training.stage.run` are raised as well.
+    Errors from `cluster.harvest.stage.run` and `cluster.training.stage.run` propagate too.
 
     Raises:
         ConfigError: If consumed rows are to be deleted, but training needs more than one pass.
@@ -101,23 +101,24 @@ class _Harvest(threading.Thread):
         self._error: BaseException | None = None
 
     def run(self) -> None:
-        """Fill the store; keep an error for `check`."""
+        """Fill the store. If an error occurs, keep it for `check` to raise."""
         try:
             harvest_stage.fill(self._job, self._may_start)
         except BaseException as error:  # `check` raises it again in the driver's thread
             self._error = error
 
     def check(self) -> None:
-        """Raise the error that ended the harvest, if any; delete consumed items if configured."""
+        """Raise any error that ended the harvest. Delete consumed items if so configured."""
         if self._error is not None:
             raise self._error
-        # Delete only while this run holds the harvest lock: one process at a time may delete.
+        # Delete only while this run holds the harvest lock, because only one process may delete at
+        # once.
         if self._job.config.cluster.retention == "consumed" and self._job.harvest_lock.is_held:
             self._job.harvest_lock.check()
             delete_consumed(self._job.store)
 
     def wait_for_rows(self) -> None:
-        """Wait until the first item is committed; raise the error if the harvest ends first."""
+        """Wait until the first item is committed. If the harvest fails first, raise its error."""
         while not _has_rows(self._job.store):
             self.join(_POLL_S)
             if not self.is_alive():
@@ -125,12 +126,12 @@ class _Harvest(threading.Thread):
                 return
 
     def cancel(self) -> None:
-        """Stop the harvest if it is still running; committed items stay in the store."""
+        """Stop the harvest if it is still running. Committed items stay in the store."""
         self._cancelled.set()
         self.join()
 
     def _may_start(self, item: int | None) -> bool:
-        """Return True if `item` is within the allowed lead; raise if the harvest was cancelled."""
+        """Return True if `item` is within the allowed lead. Raise `_Cancelled` if cancelled."""
         if self._cancelled.is_set():
             raise _Cancelled
         max_lead = self._job.config.cluster.max_lead_items
@@ -145,7 +146,8 @@ class _Harvest(threading.Thread):
     def _sample_is_complete(self) -> bool:
         """Return True if the complete windows contain the rows that the trainer samples first.
 
-        Until then the lead must not stop the harvest, or both sides would wait for each other.
+        Until then the limit on the lead must not pause the harvest, or the harvest and the trainer
+        would wait for each other.
         """
         config = self._job.config
         valid_rows = open_store(self._job.store).valid_rows
@@ -158,6 +160,6 @@ def _has_rows(path: str) -> bool:
     try:
         return store_exists(path) and open_store(path).n_items > 0
     except MissingDataError:
-        # In an object store, the object that marks a store is written before the rest of its
-        # metadata. If some of it stays missing, the harvest's writer reports that.
+        # In an object store, the object that marks a store is written before the rest of the
+        # store's metadata. If some metadata stays missing, the harvest's writer reports it.
         return False

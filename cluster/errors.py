@@ -1,4 +1,4 @@
-"""Errors of the stages. Each text gives the value, what was expected, and a remedy."""
+"""Errors of the stages. Each message gives the value found, what was expected, and a remedy."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
-"""Preemption: the signals with which a scheduler announces that it will take the machine back.
+"""Preemption: signals by which a scheduler announces that it will take the machine back.
 
-SIGTERM and SIGUSR1 mean the same. On either one the driver stops its work or, while trainer ranks
-run, asks them through a file in the run folder to save a last checkpoint. Ranks also handle the
-signals themselves. The run then ends with exit code 75, and running the same command again
-resumes it.
+SIGTERM and SIGUSR1 mean the same. On either signal the driver stops its work or, while trainer
+ranks run, asks the ranks through a file in the run folder to save a last checkpoint. Ranks also
+handle the signals themselves. The run then ends with exit code 75, and running the same command
+again resumes it.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from foundation.errors import EXIT_PREEMPTED
 
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 _BLOCKED = (signal.SIGUSR1,)
-"""Signals that are blocked while Ray starts. SIGTERM is not: Ray stops its processes with it."""
+"""Signals that are blocked while Ray starts. SIGTERM is not, because Ray uses it to stop
+processes."""
 
 
 class Interrupted(KeyboardInterrupt):
@@ -39,12 +40,12 @@ class Interrupted(KeyboardInterrupt):
 def on_preemption(action: Callable[[str], None], grace_s: float) -> Iterator[None]:
     """Call `action` in the main thread on the first preemption signal during the block.
 
-    A second signal, or `grace_s` seconds after the first, ends the process immediately with exit
-    code 75. A watcher thread does that, because the main thread may be stuck in a collective, where
-    Python runs no signal handlers. In threads other than the main thread this does nothing.
+    The process ends immediately with exit code 75 on a second signal, or `grace_s` seconds after
+    the first. A watcher thread ends it, because the main thread may be stuck in a collective, where
+    Python runs no signal handlers. Outside the main thread this function does nothing.
 
     Args:
-        action: Called with the signal's name. An exception that it raises propagates from whatever
+        action: Called with the signal's name. If it raises, the exception propagates from whatever
             the main thread is executing.
         grace_s: Seconds from the first signal until the process is ended. The time limit remains
             in force after the block has ended.
@@ -65,7 +66,7 @@ def on_preemption(action: Callable[[str], None], grace_s: float) -> Iterator[Non
     threading.Thread(target=_watch, args=(reader, grace_s), daemon=True).start()
     outer_fd = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
     outer = {number: signal.signal(number, handle) for number in _SIGNALS}
-    # Ranks inherit a mask that blocks SIGUSR1; see `signals_kept`.
+    # Ranks inherit a signal mask that blocks SIGUSR1; see `signals_kept`.
     mask = signal.pthread_sigmask(signal.SIG_UNBLOCK, _BLOCKED)
     try:
         yield
@@ -86,10 +87,11 @@ def raise_interrupted(signal_name: str) -> None:
 def signals_kept() -> Iterator[None]:
     """Restore this process's signal handlers after the block, which starts Ray.
 
-    Ray installs its own handlers. The processes that it starts in the block inherit a blocked
-    SIGUSR1, which trainer ranks unblock in `on_preemption`: Slurm sends SIGUSR1 to all processes of
-    a job step, and it would kill those without a handler, and with them the ranks. It is blocked
-    rather than ignored, so that a signal that arrives during the block is delivered afterwards.
+    Ray installs its own handlers. SIGUSR1 is blocked during the block, and the processes that Ray
+    starts inherit the blocked signal. Slurm sends SIGUSR1 to all processes of a job step, and it
+    would kill Ray's processes, which have no handler, and with them the ranks. Trainer ranks
+    unblock SIGUSR1 in `on_preemption`. The signal is blocked rather than ignored, so that if it
+    arrives during the block it is delivered afterwards.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -107,9 +109,9 @@ def signals_kept() -> Iterator[None]:
 class StopRequest:
     """A file in the run folder through which the driver asks the ranks to save and stop.
 
-    It contains the name of the signal, and is empty while there is no request. The file always
-    exists, because network file systems may hide a new file for up to a minute but show a file's
-    newest content to every process that opens it.
+    The file contains the name of the signal, and is empty while there is no request. It always
+    exists, because network file systems may hide a new file for up to a minute, but show an
+    existing file's newest content to every process that opens it.
 
     Args:
         run_dir: Folder of the run.
@@ -119,7 +121,7 @@ class StopRequest:
         self._path = run_dir / STOP_REQUEST
 
     def clear(self) -> None:
-        """Clear the request of an earlier driver; called before the ranks start."""
+        """Clear the request of an earlier driver. Called before the ranks start."""
         self._path.write_text("")
 
     def request(self, signal_name: str) -> None:
@@ -128,7 +130,7 @@ class StopRequest:
 
     @property
     def signal_name(self) -> str:
-        """Name of the signal that the driver received; empty if there is no request."""
+        """Name of the signal that the driver received, or "" if there is no request."""
         try:
             return self._path.read_text()
         except FileNotFoundError:  # the ranks were started without a driver
@@ -146,8 +148,8 @@ def leave_at_once(reason: str) -> None:
 def _watch(reader: int, grace_s: float) -> None:
     """End the process on a second signal or `grace_s` seconds after the first one.
 
-    Python's wakeup descriptor writes the number of each signal to the other end of this pipe. The
-    thread ends when that end is closed.
+    Python's wakeup descriptor is the writing end of the pipe, and receives the number of each
+    signal. This function returns when the writing end is closed.
     """
     n_signals = 0
     with open(reader, "rb", buffering=0) as numbers:

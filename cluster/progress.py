@@ -1,4 +1,4 @@
-"""Progress displays: one live line on a terminal, plain lines every few seconds elsewhere."""
+"""Progress displays: a live line on a terminal, or plain lines every few seconds elsewhere."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Progress(Protocol):
     def __enter__(self) -> None: ...
 
     def show(self) -> None:
-        """Update the display; called twice a second."""
+        """Update the display. Called twice a second."""
         ...
 
     def __exit__(self, *_: object) -> None: ...
@@ -29,10 +29,11 @@ class ProgressLine:
     `show` may be called at any rate. The last text is always shown.
 
     Args:
-        console: Where to show the line. On a terminal, other lines that are printed to this console
-            appear above it. None: a new console on standard output.
+        console: Console on which the line is shown. On a terminal, other lines printed to this
+            console appear above it. If None, a new console on standard output.
         plain_every_s: Seconds between plain lines.
-        live: False: print plain lines on a terminal as well.
+        live: Whether to show a live line on a terminal. If False, plain lines are printed there
+            too.
     """
 
     def __init__(
@@ -50,7 +51,7 @@ class ProgressLine:
         return self
 
     def show(self, text: str) -> None:
-        """Replace the line on a terminal; elsewhere print it if the last one is old enough."""
+        """Replace the line on a terminal. Elsewhere, print it if the last line is old enough."""
         if self._live:
             self._live.update(Text(text))
         elif time.monotonic() - self._last_plain >= self._plain_every_s:
@@ -76,7 +77,7 @@ class ProgressLine:
 
 
 def duration(seconds: float) -> str:
-    """Format seconds as minutes and hours: `75.2` as `1:15`, `4000` as `1:06:40`."""
+    """Format seconds as minutes and hours, for example `75.2` as `1:15` and `4000` as `1:06:40`."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

@@ -39,14 +39,14 @@ from sae_core.distributed.ranks import is_rank_zero
 from sae_core.training.malloc import keep_freed_memory
 
 _ENVIRONMENT = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-"""Variables that give this rank's place among all ranks, as torchrun sets them."""
+"""Variables that give this rank's place among all ranks. torchrun sets the same variables."""
 
 
 def run_rank(run_dir: Path, console: bool = False, cells: Sequence[str] = ()) -> None:
     """Train to the end of the run, resuming from its newest valid checkpoint.
 
-    In a sweep, train a group of cells at the same time from one row stream. If a cell ends early,
-    the reason is in its folder (`cluster.run_folder.sweep_record`).
+    In a sweep, train a group of cells concurrently from one row stream. If a cell ends early, the
+    reason is in its folder (`cluster.run_folder.sweep_record`).
 
     The rank's place among all ranks is read from the environment: RANK, WORLD_SIZE, LOCAL_RANK,
     MASTER_ADDR, MASTER_PORT.
@@ -55,11 +55,11 @@ def run_rank(run_dir: Path, console: bool = False, cells: Sequence[str] = ()) ->
         run_dir: The run's folder with its `config.yaml`, on a file system that all ranks share.
         console: Whether the ranks run without a driver. Rank 0 then prints the progress line
             itself, and only a signal to a rank can stop training.
-        cells: Names of the cells to train; `run_dir` is then the sweep's folder.
+        cells: Names of the cells to train. If given, `run_dir` is the sweep's folder.
 
     Raises:
         ClusterError: If one of the environment variables is not set.
-        PreemptedError: If this rank or another was asked to stop; a checkpoint has been saved.
+        PreemptedError: If any rank was asked to stop. A checkpoint has been saved.
         SAEError: If a setting or checkpoint is invalid, or the loss is not finite.
         StoreError: If the store is damaged, incomplete or unreadable.
     """
@@ -92,7 +92,7 @@ def run_rank(run_dir: Path, console: bool = False, cells: Sequence[str] = ()) ->
             "nccl" if device.type == "cuda" else "gloo",
             timeout=timedelta(seconds=config.train.timeout_s),
         )
-        if console and is_rank_zero():  # with a driver, the driver does this
+        if console and is_rank_zero():  # if there is a driver, the driver does this
             for folder in folders:
                 clear_record(folder)
         # Sinks are closed after the barrier, so that a slow wandb does not keep the other ranks
@@ -131,7 +131,7 @@ def _member(
     console: bool,
     open_sinks: ExitStack,
 ) -> Member:
-    """Return a member of the training group; `open_sinks` closes its metric sinks."""
+    """Return a member of the training group. Its metric sinks are closed by `open_sinks`."""
     if not is_rank_zero():
         return Member(folder, config, None, limits)
     write_json(folder / ENVIRONMENT, environment())
@@ -158,7 +158,7 @@ def _device(name: str, local_rank: int) -> torch.device:
 
 
 def _threads(config: RunConfig) -> int:
-    """Return `train.threads_per_rank`, or an even share of the machine's cores if it is null."""
+    """Return `train.threads_per_rank` or, if it is null, an even share of the machine's cores."""
     if config.train.threads_per_rank is not None:
         return config.train.threads_per_rank
     local = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]))

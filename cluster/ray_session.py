@@ -11,7 +11,8 @@ from cluster.preemption import signals_kept
 from conf.schema.cluster import ClusterConfig
 
 OBJECT_STORE_BYTES = 128 << 20
-"""Small, because only row counts and metrics pass through Ray; activations bypass it."""
+"""Size of Ray's object store. It is small, because only row counts and metrics pass through Ray,
+and activations do not."""
 
 
 @contextmanager
@@ -20,19 +21,20 @@ def ray_session(config: ClusterConfig, min_cpus: int = 1) -> Iterator[None]:
 
     If this process is already connected to Ray, do nothing. If `config.address` is set, join that
     cluster and disconnect at the end. Otherwise start a private cluster, without dashboard, usage
-    statistics and log forwarding, that ends with the block or with this process. Ray listens on
-    all network interfaces, whichever address it is given. Its token authentication, which it
-    enables for clusters that it starts (token in `~/.ray/auth_token`), keeps other users out.
+    statistics or log forwarding, that ends with the block or with this process. Ray listens on all
+    network interfaces, whichever address it is given. Other users are kept out by Ray's token
+    authentication, which Ray enables for clusters that it starts (token in `~/.ray/auth_token`).
 
     Args:
         config: Settings of the cluster.
-        min_cpus: Least number of CPU slots of a private cluster. It may exceed the machine's cores:
-            workers then share the cores instead of waiting forever for a slot.
+        min_cpus: Minimum number of CPU slots in a private cluster. It may exceed the machine's
+            number of cores. Workers then share the cores instead of waiting forever for a slot.
 
     Raises:
         PlacementError: If no Ray cluster answers at `config.address`.
     """
-    # Ray reads these when it is imported and started; the processes that it starts inherit them.
+    # Ray reads these variables when it is imported and started. The processes that it starts
+    # inherit them.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     import ray

@@ -1,4 +1,4 @@
-"""The plan of work items: which contexts each one holds."""
+"""The plan of work items: which contexts each item holds."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from cluster.language_model.contexts import Split
 from cluster.language_model.errors import TextError
 
 PLAN_CONTEXTS = 4096
-"""Contexts whose rows are counted in one step; bounds memory."""
+"""Number of contexts whose rows are counted in one step. It bounds memory use."""
 
 
 @dataclass(frozen=True)
@@ -21,13 +21,13 @@ class ItemPlan:
     order: NDArray[np.int64]
     """Numbers of the training contexts to harvest, in the order of the items, [contexts]."""
     contexts_per_item: int
-    """Contexts in each work item, except that the last one may have fewer."""
+    """Number of contexts in each work item. The last item may have fewer."""
     n_rows: int
-    """Total number of stored rows, without the dropped ones."""
+    """Total number of stored rows. Dropped rows are not counted."""
 
     @property
     def n_items(self) -> int:
-        """Number of work items; the last one may have fewer contexts."""
+        """Number of work items."""
         return -(-len(self.order) // self.contexts_per_item)
 
     def contexts(self, item: int) -> NDArray[np.int64]:
@@ -36,7 +36,7 @@ class ItemPlan:
 
 
 def plan_items(split: Split, seed: int, tokens: int, shard_tokens: int) -> ItemPlan:
-    """Choose contexts in a seeded random order until they hold `tokens` rows, or take all of them.
+    """Choose contexts in a seeded random order until they hold `tokens` rows or none are left.
 
     Args:
         split: The training contexts.

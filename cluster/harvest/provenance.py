@@ -16,7 +16,7 @@ NAMES = ("model", "revision", "dataset")
 
 
 def describe(config: RunConfig, tokenizer: Any, cache_dir: Path) -> dict[str, Any]:
-    """Return the provenance of a config's rows: everything that affects a byte of them."""
+    """Return the provenance of a config's rows: every setting that affects their bytes."""
     from cluster.language_model.contexts import boundary_ids
     from cluster.language_model.files import locate_model
     from cluster.language_model.loading import tokenizer_sha256
@@ -37,7 +37,7 @@ def describe(config: RunConfig, tokenizer: Any, cache_dir: Path) -> dict[str, An
         "dataset_sha256": find_text(config.data).sha256(cache_dir),
         "context_tokens": config.data.context_tokens,
         "batch_contexts": config.model.batch_contexts,
-        "model_shards": config.model.shards,  # partial sums of another split round differently
+        "model_shards": config.model.shards,  # another split rounds its partial sums differently
         "heldout_fraction": config.data.heldout_fraction,
         "dropped_positions": [0],
         "dropped_special_tokens": config.data.drop_special_tokens,
@@ -47,10 +47,11 @@ def describe(config: RunConfig, tokenizer: Any, cache_dir: Path) -> dict[str, An
 
 
 def matching_store(path: str, config: RunConfig, provenance: dict[str, Any]) -> Store | None:
-    """Open the store at `path`; return None if there is none yet.
+    """Open the store at `path`. Return None if no store exists there yet.
 
     Raises:
-        StoreMismatchError: If the store was harvested with other settings; lists the differences.
+        StoreMismatchError: If the store was harvested with other settings. The error lists the
+            differences.
     """
     from activation_store import open_store, store_exists
 
@@ -85,7 +86,7 @@ def matching_store(path: str, config: RunConfig, provenance: dict[str, Any]) -> 
 
 
 def differences(there: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
-    """Return a line for each setting that differs between a store and a run, ignoring `NAMES`."""
+    """Return one line per setting that differs between a store and a run, ignoring `NAMES`."""
     lines = []
     for key, value in wanted.items():
         if key not in NAMES and there.get(key) != value:

@@ -36,35 +36,37 @@ class HarvestJob:
     plan: ItemPlan
     provenance: dict[str, Any]
     harvest_lock: HarvestLock
-    """This run's harvest lock on the store. Taken before the first item; the caller of `prepare`
-    releases it."""
+    """This run's harvest lock on the store. It is taken before the first item, and the caller of
+    `prepare` releases it."""
     resuming: bool
     """True if the store already exists."""
     console: Console
     live: bool
-    """True if progress may use the terminal's live line."""
+    """True if progress may be shown as a live line on the terminal."""
 
 
 MayStart = Callable[[int | None], bool]
-"""Called with an item number: return True if that item may start now. Called with None when no
-item is being considered; the result is then ignored. It raises to end the harvest."""
+"""Function that returns True if the item with the given number may start now. It is called with
+None when no item is being considered, and the result is then ignored. It raises to end the
+harvest."""
 
 
 def run(config: RunConfig, run_dir: Path) -> None:
-    """Fill the store with `data.tokens` rows per hookpoint; do nothing if it is already full.
+    """Fill the store with `data.tokens` rows per hookpoint. Do nothing if it is already full.
 
     Writes `harvest.json` to the run folder with the keys tokens, items, seconds, tokens_per_s,
     workers, hookpoints and store_bytes. `seconds` and `tokens_per_s` cover this session only, from
-    the start of Ray to the finalised store; `tokens_per_s` is null if no item was left to compute.
+    the start of Ray until the store is finalised. `tokens_per_s` is null if no item was left to
+    compute.
 
     Raises:
-        StoreMismatchError: If the store was harvested with other settings; raised before any work.
+        StoreMismatchError: If the store was harvested with other settings. Raised before any work.
         ModelError: If the model or a hookpoint does not exist.
         TextError: If the text is missing, empty or unreadable.
         PlacementError: If the cluster has no room for the workers.
         ConfigError: If a hookpoint is malformed or of an unknown kind, or the model cannot be split
             into `model.shards` parts.
-        StoreBusyError: If another run is harvesting this store; the error names it.
+        StoreBusyError: If another run is harvesting this store. The error names that run.
     """
     job = prepare(config, run_dir)
     if job is not None:
@@ -80,7 +82,7 @@ def prepare(
     Args:
         config: Configuration of the run.
         run_dir: Folder of the run.
-        console: Where progress is shown; None: a new console on standard output.
+        console: Console on which progress is shown. If None, a new console on standard output.
         live: Show progress as one live line on a terminal. Use False when another progress
             display already has that line.
 
@@ -134,8 +136,7 @@ def fill(job: HarvestJob, may_start: MayStart = lambda _: True) -> None:
 
     Args:
         job: The harvest that `prepare` planned.
-        may_start: Items wait while this returns False; an exception that it raises ends the
-            harvest.
+        may_start: Items wait while this function returns False. If it raises, the harvest ends.
     """
     session = _fill(job, may_start)
     _write_summary(job.config, job.run_dir, job.store, session)
@@ -243,7 +244,8 @@ def _run_items(job: HarvestJob, pool: WorkerPool, writer: StoreWriter, may_start
                 rows += new_rows
                 finished += 1
             seconds = time.monotonic() - started
-            # Calibration already computed the first item, so its time says nothing about the rate.
+            # Calibration already computed the first item, so that item's time says nothing about
+            # the rate.
             known = finished > 1
             eta = duration(seconds / finished * (len(todo) - finished)) if known else "?"
             rate = f"{rows / seconds:,.0f}" if known else "?"

@@ -42,8 +42,8 @@ class WorkerSpec:
     device: str
     """Device of the model: cpu or cuda."""
     starts_dir: Path
-    """Folder in which each start of a worker creates a file. The driver counts the files to notice
-    workers that keep dying."""
+    """Folder in which a worker creates a file each time it starts. The driver counts the files to
+    detect workers that keep dying."""
 
 
 class HarvestWorker:
@@ -66,7 +66,7 @@ class HarvestWorker:
         _ = self._forward, self._split
 
     def calibrate(self, item: int, contexts: NDArray[np.int64]) -> dict[str, Calibration]:
-        """Compute mean, standard deviation and norm of every hookpoint over the rows of one item.
+        """Compute mean, standard deviation and norm of every hookpoint from the rows of one item.
 
         The norm is the mean Euclidean distance of a row from the mean row.
 
@@ -83,14 +83,14 @@ class HarvestWorker:
         }
 
     def run_item(self, item: int, contexts: NDArray[np.int64]) -> int:
-        """Compute the rows of an item, commit them, and return how many there are.
+        """Compute the rows of an item, commit them, and return their number.
 
         Args:
             item: Number of the work item.
             contexts: [n] numbers of the contexts in the item.
 
         Raises:
-            NonFiniteRowsError: If some rows are not finite; the item is then not committed.
+            NonFiniteRowsError: If some rows are not finite. The item is then not committed.
         """
         if self._computed and self._computed[0] == item:
             rows, sidecars = self._computed[1:]
@@ -112,7 +112,7 @@ class HarvestWorker:
             column: getattr(self._split, column)[contexts][kept]
             for column in ("token_id", "document", "position")
         }
-        # Permute the rows of the item, so that every chunk mixes rows of many documents.
+        # Permute the item's rows so that every chunk mixes rows from many documents.
         order = np.random.default_rng([self.spec.seed, 1, item]).permutation(kept.sum())
         return (
             {name: values[order] for name, values in rows.items()},
@@ -130,7 +130,7 @@ class HarvestWorker:
 
     @cached_property
     def _forward(self) -> Callable[[NDArray[np.int64]], dict[str, Tensor]]:
-        """Function from input ids [contexts, context_tokens] to the hookpoints' tensors.
+        """Function that maps input ids [contexts, context_tokens] to the hookpoints' tensors.
 
         The first access loads the model.
         """
@@ -164,7 +164,7 @@ class HarvestWorker:
 
 
 def to_numpy(rows: Tensor) -> NDArray[Any]:
-    """Copy rows [n, D] to the CPU: bfloat16 stays bfloat16 (ml_dtypes), the rest become float32."""
+    """Copy rows [n, D] to the CPU. bfloat16 is kept (ml_dtypes); other dtypes become float32."""
     import ml_dtypes
     import torch
 
@@ -178,15 +178,16 @@ def require_finite(
 ) -> None:
     """Check that all values are finite before the item is committed.
 
-    A later check would be too late: a concurrent trainer reads items as soon as they are committed.
+    Checking later would be too late, because a concurrent trainer reads items as soon as they are
+    committed.
 
     Args:
-        item: Number of the work item, for the error text.
+        item: Number of the work item, used in the error message.
         rows: [n, D] for each hookpoint.
-        sidecars: [n] `document` and `position` of each row, for the error text.
+        sidecars: [n] `document` and `position` of each row, used in the error message.
 
     Raises:
-        NonFiniteRowsError: If a value is NaN or infinite; the error names the item, the array and
+        NonFiniteRowsError: If a value is NaN or infinite. The error names the item, the array and
             the origin of the first such row.
     """
     for name, values in rows.items():
@@ -203,7 +204,7 @@ def require_finite(
 
 
 def _moments(rows: NDArray[np.float64]) -> tuple[NDArray[Any], NDArray[Any], float]:
-    """Return mean [D], standard deviation [D] and mean distance from the mean of rows [n, D]."""
+    """Return mean [D], standard deviation [D] and mean distance from the mean for rows [n, D]."""
     mean = rows.mean(axis=0)
     norm = float(np.linalg.norm(rows - mean, axis=1).mean())
     return mean, rows.std(axis=0), norm

@@ -1,4 +1,4 @@
-"""A pool of harvest workers, each of which has a bounded number of items in flight."""
+"""A pool of harvest workers, each with a bounded number of items in flight."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from conf.schema.cluster import ClusterConfig
 
 POLL_S = 0.5
 STARTS_WITHOUT_PROGRESS = 5
-"""The harvest gives up after this many starts per worker without a finished item in between."""
+"""Number of starts per worker, with no item finished in between, before the harvest gives up."""
 
 Work = tuple[int, NDArray[np.int64]]
 """Item number, and the numbers of the contexts in that item."""
@@ -33,7 +33,7 @@ class WorkerPool:
         """Start the workers and wait until Ray has placed all of them.
 
         Raises:
-            PlacementError: If some are not placed within `config.placement_timeout_s`.
+            PlacementError: If some workers are not placed within `config.placement_timeout_s`.
         """
         import ray
 
@@ -87,11 +87,12 @@ class WorkerPool:
 
         Args:
             work: The items, in the order in which they start.
-            may_start: Called with the next item's number until it returns True, and with None
-                once per poll. An exception that it raises ends the run.
+            may_start: Called with the next item's number until it returns True, and with None once
+                per poll. If it raises, the run ends.
 
         Yields:
-            The number of rows of each item as it finishes, or None if a poll saw none finish.
+            The number of rows of each item as it finishes, or None if no item finished during a
+            poll.
 
         Raises:
             ClusterError: If workers keep dying without finishing an item.
@@ -133,9 +134,9 @@ class WorkerPool:
             if not done:
                 self._check_restarts(starts)
                 if stall.timed_out():
-                    # A frozen worker never answers, and one whose node is lost may never be
-                    # placed again. Give their items to idle workers as well: two workers may
-                    # safely compute the same item because they produce the same bytes.
+                    # A frozen worker never answers, and a worker whose node is lost may never be
+                    # placed again. Give the items of such workers to idle workers as well. Two
+                    # workers may safely compute the same item, because they produce the same bytes.
                     idle = [w for w in free if free.count(w) == self._in_flight]
                     for worker, again in zip(idle, open_items, strict=False):
                         free.remove(worker)
@@ -143,7 +144,7 @@ class WorkerPool:
                 yield None
 
     def _result(self, task: Any) -> Any:
-        """Wait for a task and return its result; raise ClusterError if workers keep dying."""
+        """Wait for a task and return its result. Raise ClusterError if workers keep dying."""
         import ray
 
         starts = self._starts()
@@ -153,11 +154,12 @@ class WorkerPool:
             except ray.exceptions.GetTimeoutError:
                 self._check_restarts(starts)
             except ray.exceptions.RayTaskError as error:
-                # Raise the worker's own error: Ray's wrapper repeats the traceback in its text.
+                # Raise the worker's own error, because Ray's wrapper repeats the traceback in its
+                # message.
                 raise error.cause from error
 
     def _starts(self) -> int:
-        """Return how often workers have started so far, restarts included."""
+        """Return the number of worker starts so far, including restarts."""
         return sum(1 for _ in self._spec.starts_dir.iterdir())
 
     def _check_restarts(self, starts_at_last_progress: int) -> None:
@@ -172,7 +174,7 @@ class WorkerPool:
 class _StallTimeout:
     """A timeout for stalled items that adapts to how long items take.
 
-    It runs out after three times the longest wait for a finished item so far, and not before
+    It runs out after three times the longest wait for a finished item so far, but never before
     `least_s` seconds.
     """
 
@@ -183,7 +185,7 @@ class _StallTimeout:
         self._ran_out = False
 
     def reset(self) -> None:
-        """Restart the timeout because an item finished or none is in flight."""
+        """Restart the timeout, because an item finished or no item is in flight."""
         now = time.monotonic()
         if not self._ran_out:  # a stall says nothing about how long items normally take
             self._longest_s = max(self._longest_s, now - self._since)
@@ -191,7 +193,7 @@ class _StallTimeout:
         self._ran_out = False
 
     def timed_out(self) -> bool:
-        """Return True if the timeout has run out, and restart it in that case."""
+        """Return whether the timeout has run out. If it has, restart it."""
         now = time.monotonic()
         if now - self._since <= max(self._least_s, 3 * self._longest_s):
             return False

@@ -1,9 +1,10 @@
 """The interface of a job backend: a scheduler, cloud or cluster that executes a run as a job.
 
-To add one, implement `JobBackend`, or one of its two bases: `cluster.jobs.tracked.TrackedBackend`
-submits jobs and knows their state; `cluster.jobs.job_file.JobFileBackend` writes a file that a
-person submits. Then register an instance in `BACKENDS`, or declare it as an entry point in the
-group `latent_foundry.job_backends`, and choose it with `submit.scheduler=NAME`.
+To add a backend, subclass `JobBackend` or one of the two base classes derived from it:
+`cluster.jobs.tracked.TrackedBackend` submits jobs and queries their state, and
+`cluster.jobs.job_file.JobFileBackend` writes a file that a person submits. Then register an
+instance in `BACKENDS`, or declare it as an entry point in the group `latent_foundry.job_backends`,
+and choose it with `submit.scheduler=NAME`.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from foundation.registry import Registry
 
 
 class Place(Enum):
-    """Which folders of the submitting machine a job sees; its command's paths depend on it."""
+    """Which folders of the submitting machine a job sees, which decides its command's paths."""
 
     SAME_FOLDER = "same folder"
     """The job sees all folders and starts in the folder where the command was typed."""
@@ -38,24 +39,24 @@ class Job:
     run_dir: Path
     """Folder of the run on this machine."""
     command: list[str]
-    """Command that starts the driver, with paths as the job sees them."""
+    """Command that starts the driver. Its paths are those that the job sees."""
     config: SubmitConfig
-    """Settings of the job; the backend has checked them."""
+    """Settings of the job, already checked by the backend."""
     grace_s: float
     """Seconds that the run may take for its last checkpoint (`checkpoint.grace_s`)."""
 
     @property
     def folder(self) -> Path:
-        """Folder for the files of the job; it exists."""
+        """Folder for the files of the job. It already exists."""
         return self.run_dir / FOLDER
 
 
 class JobBackend(ABC):
-    """One way to run a job. Backends keep no state: `submit.*` has all settings of a job."""
+    """One way to run a job. Backends keep no state: `submit.*` holds all settings of a job."""
 
     @abstractmethod
     def check(self, config: SubmitConfig, grace_s: float) -> None:
-        """Check the settings that this backend uses, before any work and any heavy import.
+        """Check the settings that this backend uses. Called before any work or heavy import.
 
         `SubmitConfig.validate` has already made the checks that all backends share.
 
@@ -64,7 +65,8 @@ class JobBackend(ABC):
             grace_s: Seconds that the run may take for its last checkpoint (`checkpoint.grace_s`).
 
         Raises:
-            ConfigError: If a setting is missing, invalid or not supported; the error names it.
+            ConfigError: If a setting is missing, invalid or not supported. The error names the
+                setting.
         """
 
     @abstractmethod
@@ -73,7 +75,7 @@ class JobBackend(ABC):
 
     @abstractmethod
     def joins_ray(self, config: SubmitConfig) -> bool:
-        """Return True if a Ray cluster is running when the driver starts, which it then joins."""
+        """Return True if the driver joins a Ray cluster that is running when the driver starts."""
 
     @abstractmethod
     def hand_over(self, job: Job) -> list[str]:

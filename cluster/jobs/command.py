@@ -1,4 +1,4 @@
-"""The command that a job runs: the typed one, adapted to the place where the job runs."""
+"""The command that a job runs: the command that the user typed, adapted to where the job runs."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def job_command(config: RunConfig, backend: JobBackend, overrides: list[str]) ->
     Args:
         config: Configuration of the run.
         backend: Backend that runs the job.
-        overrides: Arguments of the command line.
+        overrides: Arguments from the command line.
 
     Raises:
         SchedulerError: If an argument would not work where the job runs.
@@ -64,7 +64,7 @@ def _arguments_on_shared_folders(
 
 
 def _word(text: str) -> str:
-    """Return a path as Hydra reads it: as it is, or quoted if it has characters with a meaning."""
+    """Return a path in Hydra's syntax, quoted if it has characters that are special to Hydra."""
     return text if re.fullmatch(r"[\w./:+@%-]+( [\w./:+@%-]+)*", text) else _quoted(text)
 
 

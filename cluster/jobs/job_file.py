@@ -60,7 +60,7 @@ class JobFileBackend(JobBackend):
         return Place.CONTAINER
 
     def text(self, job: Job) -> str:
-        """Return the whole text of the file: the command that wrote it, and the YAML."""
+        """Return the whole text of the file: the command that wrote the file, then the YAML."""
         command = f"python launch.py stage=submit submit={job.config.scheduler} name={job.name}"
         return f"# Written by `{command}`.\n{self.render(job)}"
 
@@ -78,20 +78,20 @@ def check_quantity(key: str, value: str | None) -> None:
     """Check an amount of memory, unless it is None.
 
     Raises:
-        ConfigError: If it is not a whole number of Gi, G, Ti or T.
+        ConfigError: If the amount is not a whole number of Gi, G, Ti or T.
     """
     if value is not None and not _QUANTITY.fullmatch(value):
         raise ConfigError(key, value, "a whole number of Gi, G, Ti or T, such as 64Gi")
 
 
 def gigabytes(quantity: str) -> int:
-    """Return the number of gigabytes in a quantity such as `64Gi`, as containers use it."""
+    """Return the number of gigabytes in a container memory quantity such as `64Gi`."""
     found = _QUANTITY.fullmatch(quantity)
     assert found is not None, "validated"
     return int(found[1]) * (1024 if found[2] == "T" else 1)
 
 
 def dns_name(name: str) -> str:
-    """Convert a run's name to lower-case letters, digits and dashes, with a letter first."""
+    """Convert a run's name to lower-case letters, digits and dashes, starting with a letter."""
     short = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
     return short if short[:1].isalpha() else f"run-{short}".strip("-")

@@ -1,4 +1,4 @@
-"""Write a run as a RayJob of KubeRay, with its own Ray cluster that is deleted after the run."""
+"""Write a run as a KubeRay RayJob, with its own Ray cluster that is deleted after the run."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def _ray_job(job: Job) -> dict[str, Any]:
         "apiVersion": "ray.io/v1",
         "kind": "RayJob",
         "metadata": {
-            # Not `name`, so that the file can be submitted again: the new job resumes the run.
+            # Use this instead of `name`, so that the file can be submitted again to resume the run.
             "generateName": f"{_dns(job.name)}-",
             "namespace": config.namespace,
             "labels": labels,
@@ -119,7 +119,7 @@ def _ray_job(job: Job) -> dict[str, Any]:
 
 
 def _pod(container: str, config: SubmitConfig, resources: dict[str, str], end_s: int) -> Any:
-    """Return a pod template with one container that is given exactly `resources`."""
+    """Return a pod template with one container whose resources are exactly `resources`."""
     return {
         "spec": {
             "terminationGracePeriodSeconds": end_s,

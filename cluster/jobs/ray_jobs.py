@@ -2,7 +2,7 @@
 
 The job is the driver. It joins the cluster, whose nodes must share the run folder. To stop a job,
 Ray sends SIGTERM to the driver, which then saves a checkpoint. Ray kills the driver
-`RAY_JOB_STOP_WAIT_TIME_S` seconds later; the job sets that variable itself.
+`RAY_JOB_STOP_WAIT_TIME_S` seconds later. The job sets that variable itself.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _AFTER_GRACE_S = 15
 
 
 class RayJobs(TrackedBackend):
-    """Jobs of a running Ray cluster, whose nodes share this machine's folders."""
+    """Jobs of a running Ray cluster whose nodes share this machine's folders."""
 
     end_command: ClassVar[str] = "ray job stop"
 
@@ -42,7 +42,7 @@ class RayJobs(TrackedBackend):
             )
 
     def place(self, config: SubmitConfig) -> Place:
-        """Return where the job starts: in a copy of `submit.working_dir`, or in this folder."""
+        """Return where the job starts: a copy of `submit.working_dir`, or the current folder."""
         return Place.SAME_FOLDER if config.working_dir is None else Place.OTHER_FOLDER
 
     def joins_ray(self, config: SubmitConfig) -> bool:
@@ -50,7 +50,7 @@ class RayJobs(TrackedBackend):
         return True
 
     def submit(self, job: Job) -> Submission:
-        """Submit the job; Ray gives it an id."""
+        """Submit the job. Ray assigns the id."""
         address = job.config.address
         try:
             job_id = connect(address).submit_job(
@@ -92,7 +92,8 @@ class RayJobs(TrackedBackend):
 
 def _entrypoint(job: Job) -> str:
     """Return the shell command of the job: change to its folder, set up, run the driver."""
-    # Without working_dir the cluster shares the code's file system, so this folder exists there.
+    # If working_dir is not set, the cluster shares the code's file system, so this folder exists on
+    # its nodes.
     uploaded = job.config.working_dir is not None
     here = [] if uploaded else [f"cd {shlex.quote(str(Path.cwd()))} || exit 1"]
     script = "\n".join([*here, *job.config.setup, f"exec {shlex.join(job.command)}"])
@@ -114,7 +115,7 @@ def _runtime_env(config: SubmitConfig) -> dict[str, Any]:
 
 
 def _info(job: SubmittedJob) -> Any:
-    """Return Ray's information on the job, or None if the cluster does not know it.
+    """Return Ray's information about the job, or None if the cluster does not know the job.
 
     Raises:
         SchedulerError: If no Ray cluster answers, so that the state is unknown.
@@ -129,10 +130,10 @@ def _info(job: SubmittedJob) -> Any:
 
 
 def connect(address: str) -> JobSubmissionClient:
-    """Return a client of the Jobs API that sends the same token as Ray's own processes would.
+    """Return a client of the Jobs API that sends the same token as Ray's own processes.
 
     Raises:
-        SchedulerError: If no Ray cluster answers at `address`, or it rejects the token.
+        SchedulerError: If no Ray cluster answers at `address`, or the cluster rejects the token.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     from ray.exceptions import AuthenticationError
@@ -158,8 +159,8 @@ def connect(address: str) -> JobSubmissionClient:
 def _token() -> str | None:
     """Return the cluster's token, or None if there is none.
 
-    Ray's clusters find the token by themselves, but its client looks for one only if RAY_AUTH_MODE
-    is set.
+    Ray clusters find the token by themselves, but Ray's client looks for a token only if
+    RAY_AUTH_MODE is set.
     """
     if "RAY_AUTH_TOKEN" in os.environ:
         return os.environ["RAY_AUTH_TOKEN"].strip()

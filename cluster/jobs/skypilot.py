@@ -16,9 +16,10 @@ from foundation.errors import EXIT_PREEMPTED, ConfigError
 
 _TOKEN = "RAY_AUTH_TOKEN"
 _PORT = 6390
-"""Differs from Ray's default 6379 and from 6380, as SkyPilot's runtime is a Ray cluster too."""
+"""Port of Ray's head. It differs from Ray's default 6379 and from 6380, because SkyPilot's runtime
+is itself a Ray cluster."""
 _NODES_TIMEOUT_S = 1200
-"""Time limit for all nodes to join; they have to pull an image first."""
+"""Time limit for all nodes to join. Each node has to pull an image first."""
 
 
 class SkyPilot(JobFileBackend):
@@ -28,7 +29,7 @@ class SkyPilot(JobFileBackend):
     secret_name: ClassVar[re.Pattern[str]] = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
     def check(self, config: SubmitConfig, grace_s: float) -> None:
-        """Check that name and number of the GPUs are either both set or both unset."""
+        """Check that the name and the number of the GPUs are either both set or both unset."""
         super().check(config, grace_s)
         if (config.gpu is None) != (config.gpus_per_node is None):
             raise ConfigError(
@@ -39,7 +40,7 @@ class SkyPilot(JobFileBackend):
             )
 
     def joins_ray(self, config: SubmitConfig) -> bool:
-        """Return True if there are several nodes: the script of the first one starts Ray's head."""
+        """Return True if there are several nodes: the first node's script starts Ray's head."""
         return config.nodes > 1
 
     def submit_command(self, config: SubmitConfig, path: Path) -> str:
@@ -87,7 +88,7 @@ def _task(job: Job) -> dict[str, Any]:
 
 
 def _script(config: SubmitConfig, command: list[str], grace_s: int) -> str:
-    """Return the script of each node; the first node starts Ray's head and the driver."""
+    """Return the script that every node runs. The first node starts Ray's head and the driver."""
     if config.nodes == 1:
         return "\n".join([*config.setup, f"exec {shlex.join(command)}", ""])
     start = "ray start --block --disable-usage-stats"
@@ -107,7 +108,7 @@ def _script(config: SubmitConfig, command: list[str], grace_s: int) -> str:
             f'{start} --head --node-ip-address="$head" --port={_PORT} \\',
             "  --include-dashboard=false &",
             "ray_head=$!",
-            # Do not use `ray stop`, which would stop SkyPilot's own Ray too.
+            # Do not use `ray stop`, because it would stop SkyPilot's own Ray too.
             "trap 'kill \"$ray_head\"' EXIT",
             f'timeout {_NODES_TIMEOUT_S} {python} -m cluster.jobs.slurm.ray_nodes wait "$address" '
             f"{config.nodes} || exit 1",
@@ -125,7 +126,7 @@ def _script(config: SubmitConfig, command: list[str], grace_s: int) -> str:
 
 
 class _Dumper(yaml.SafeDumper):
-    """A YAML dumper that writes text of several lines as a literal block."""
+    """A YAML dumper that writes multi-line text as a literal block."""
 
 
 def _text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:

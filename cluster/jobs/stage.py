@@ -21,8 +21,9 @@ def run(config: RunConfig, run_dir: Path, overrides: list[str]) -> None:
 
     Args:
         config: Configuration of the run.
-        run_dir: Folder of the run. What was submitted and the job's id are stored in its `submit/`.
-        overrides: Arguments of the command line. The job uses the same ones, but runs
+        run_dir: Folder of the run. The submitted files and the job's id are stored in its
+            `submit/`.
+        overrides: Arguments from the command line. The job uses the same arguments, but runs
             `submit.stage`.
 
     Raises:
@@ -36,7 +37,8 @@ def run(config: RunConfig, run_dir: Path, overrides: list[str]) -> None:
     if isinstance(backend, TrackedBackend):
         check_no_unfinished_job(run_dir)
     if backend.place(config.submit) is not Place.CONTAINER:
-        # Check and write the run folder's config, then release its lock before the job can start.
+        # Check and write the run folder's config, then release the folder's lock before the job can
+        # start.
         with open_run(config):
             pass
     job = Job(config.name, run_dir, command, config.submit, config.checkpoint.grace_s)

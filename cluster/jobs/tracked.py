@@ -1,4 +1,4 @@
-"""Backends that submit jobs and query their state; checks and status of a run's newest job."""
+"""Backends that submit jobs and query their state. Check and describe a run's newest job."""
 
 from __future__ import annotations
 
@@ -32,17 +32,17 @@ class Submission:
     follow: str
     """Shell command that follows the job's log."""
     details: dict[str, str] = field(default_factory=dict)
-    """Values needed later to find the job or its log; kept in the run folder."""
+    """Values needed later to find the job or its log. They are kept in the run folder."""
 
 
 class TrackedBackend(JobBackend):
-    """A scheduler that takes jobs from this machine. Each job is recorded in its run folder."""
+    """A scheduler that accepts jobs from this machine. Each job is recorded in its run folder."""
 
     end_command: ClassVar[str]
     """Command that ends the job whose id follows it, such as "scancel"."""
 
     def check(self, config: SubmitConfig, grace_s: float) -> None:
-        """Check that a job that is told to stop has enough time for its last checkpoint."""
+        """Check that a job has enough time for a last checkpoint after it is told to stop."""
         if config.signal_lead_s < grace_s:
             raise ConfigError(
                 "submit.signal_lead_s",
@@ -98,9 +98,9 @@ def check_no_unfinished_job(run_dir: Path) -> None:
     """Check that the run's newest job has ended.
 
     Raises:
-        RunDirError: If it has not; the error says how to follow or end it.
-        SchedulerError: If its scheduler does not answer.
-        ConfigError: If its backend is not installed.
+        RunDirError: If the job has not ended. The error says how to follow or end the job.
+        SchedulerError: If the job's scheduler does not answer.
+        ConfigError: If the job's backend is not installed.
     """
     jobs = submitted_jobs(run_dir)
     if not jobs:
@@ -115,7 +115,7 @@ def check_no_unfinished_job(run_dir: Path) -> None:
 
 
 def describe_newest_job(run_dir: Path) -> str | None:
-    """Describe the run's newest job in one or two lines; return None if none was submitted."""
+    """Describe the run's newest job in one or two lines. Return None if no job was submitted."""
     jobs = submitted_jobs(run_dir)
     if not jobs:
         return None
@@ -129,7 +129,7 @@ def _backend_of(job: SubmittedJob) -> TrackedBackend:
     """Return the backend that submitted the job.
 
     Raises:
-        ConfigError: If it is not installed here, or does not submit jobs.
+        ConfigError: If the backend is not installed here, or does not submit jobs.
     """
     key = f"{job.run_dir / FOLDER / JOBS}: scheduler"
     BACKENDS.check(job.scheduler, key)

@@ -1,1 +1,1 @@
-"""The language model and its text: files, loading, hooks, contexts."""
+"""The language model and its input text: files, loading, hooks, contexts."""

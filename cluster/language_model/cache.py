@@ -27,7 +27,7 @@ def built_once(folder: Path, build: Callable[[Path], None]) -> Path:
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
     with _locked(folder.with_name(f"{folder.name}.lock")):
-        if folder.is_dir():  # another process built it while this one waited
+        if folder.is_dir():  # another process built it while this process waited
             return folder
         for leftover in folder.parent.glob(f"{folder.name}.*.tmp"):
             shutil.rmtree(leftover)
@@ -68,14 +68,15 @@ def digest(value: object) -> str:
 
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    # Use flock rather than an exclusively created file: the kernel releases it if the holder dies.
+    # Use flock rather than an exclusively created file, because the kernel releases a flock if its
+    # holder dies.
     with path.open("w") as stream:
         fcntl.flock(stream, fcntl.LOCK_EX)
         yield
 
 
 def find_package(name: str) -> ModuleSpec | None:
-    """Find an installed package without importing it; return None if it is not installed."""
+    """Find an installed package without importing it. Return None if it is not installed."""
     try:
         return importlib.util.find_spec(name)
     except ModuleNotFoundError:  # raised if the parent of a dotted name is missing

@@ -1,10 +1,10 @@
 """Contexts of tokens, cut from the documents of a text.
 
-A hash of its text assigns each document to the train or held-out split. The documents of a split
-are tokenised and joined into one stream, each followed by a separator token. A context is the BOS
-token followed by the next `context_tokens - 1` tokens of the stream; an incomplete context at the
-end is dropped. The streams are cached as memory-mapped files, so that all processes on a machine
-share the same pages.
+Each document is assigned to the train or held-out split by a hash of its text. The documents of a
+split are tokenised and joined into one stream, with a separator token after each document. A
+context is the BOS token followed by the next `context_tokens - 1` tokens of the stream; an
+incomplete context at the end of the stream is dropped. The streams are cached as memory-mapped
+files, so that all processes on a machine share the same pages.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ COLUMNS: dict[str, np.dtype[Any]] = {
     "position": np.dtype("<i4"),
 }
 BATCH_CHARACTERS = 4_000_000
-"""Characters of text passed to the tokenizer in one call; bounds memory."""
+"""Number of characters of text passed to the tokenizer in one call. It bounds memory use."""
 
 
 @dataclass(frozen=True)
 class Split:
-    """The C contexts of one split, T tokens each.
+    """The C contexts of one split, with T tokens each.
 
-    T counts the BOS token, but the arrays leave it out.
+    T includes the BOS token, but the arrays leave it out.
     """
 
     token_id: NDArray[np.int32]
@@ -58,12 +58,12 @@ class Split:
         return len(self.token_id)
 
     def input_ids(self, contexts: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Return the model's input [n, T], BOS first, for n contexts given by number."""
+        """Return the model's input [n, T] for n contexts, given by number. BOS comes first."""
         tokens = self.token_id[contexts].astype(np.int64)
         return np.pad(tokens, ((0, 0), (1, 0)), constant_values=self.bos_id)
 
     def kept(self, contexts: NDArray[np.int64]) -> NDArray[np.bool_]:
-        """Return a mask [n, T-1] of the rows that are stored, for n contexts given by number.
+        """Return a mask [n, T-1] of the rows that are stored, for n contexts, given by number.
 
         Position 0 of a context (BOS) is never stored and has no column in the mask.
         """
@@ -89,7 +89,7 @@ class Contexts:
 
 
 def prepare_contexts(data: DataConfig, tokenizer: Any, cache_dir: Path) -> Contexts:
-    """Tokenise the text into the cache, unless it is there already, and open it.
+    """Tokenise the text into the cache, if it is not cached yet, and open the result.
 
     Raises:
         TextError: If the text cannot be read, or the tokenizer has neither BOS nor EOS token.
@@ -126,9 +126,9 @@ def prepare_contexts(data: DataConfig, tokenizer: Any, cache_dir: Path) -> Conte
 def boundary_ids(tokenizer: Any) -> tuple[int, int]:
     """Return the id of the token that begins a context and of the one that separates documents.
 
-    If the vocabulary has `<|endoftext|>`, it is used for both: these models were pre-trained with
-    it, although their chat versions declare other tokens as BOS and EOS. Otherwise the tokens are
-    BOS and EOS; if one is missing, the other is used for both.
+    If the vocabulary has `<|endoftext|>`, that token is used for both purposes: models that have it
+    were pre-trained with it, although their chat versions declare other tokens as BOS and EOS.
+    Otherwise the tokens are BOS and EOS. If one of them is missing, the other is used for both.
 
     Raises:
         TextError: If the tokenizer has none of these tokens.
@@ -148,7 +148,7 @@ def boundary_ids(tokenizer: Any) -> tuple[int, int]:
 def is_heldout(text: str, fraction: float) -> bool:
     """Return True if a document belongs to the held-out split.
 
-    The decision depends on the text alone, so that copies of a document are in the same split.
+    The decision depends only on the text, so that copies of a document are in the same split.
     """
     head = hashlib.sha256(text.encode()).digest()[:8]
     return int.from_bytes(head, "big") < fraction * 2**64
@@ -161,7 +161,7 @@ def _write_streams(
     heldout_fraction: float,
     target: Path,
 ) -> dict[str, Any]:
-    """Write the token streams of both splits to `target`; return the counts for `meta.json`."""
+    """Write the token streams of both splits to `target`. Return the counts for `meta.json`."""
     files = {
         (split, column): (target / f"{split}.{column}.bin").open("wb")
         for split in SPLITS

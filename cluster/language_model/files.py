@@ -19,15 +19,15 @@ class ModelFiles:
     """The files of a model on this machine."""
 
     name: str
-    """Human-readable name: the Hub name, the folder, or package/file."""
+    """Human-readable name of the model: its Hub name, its folder, or package/file."""
     revision: str | None
-    """Commit of a Hub model; None for local files."""
+    """Commit of a Hub model, or None for local files."""
     folder: Path
     gguf_file: str | None
-    """Name of the GGUF file in `folder`; None for safetensors weights."""
+    """Name of the GGUF file in `folder`, or None for safetensors weights."""
 
     def weights_sha256(self, cache_dir: Path) -> str:
-        """Return one hash over all weight files and the model's configuration.
+        """Return a single hash of all weight files and the model's configuration.
 
         Raises:
             ModelError: If the folder has neither safetensors weights nor the named GGUF file.
@@ -47,7 +47,7 @@ class ModelFiles:
 
 
 def locate_model(cfg: ModelConfig) -> ModelFiles:
-    """Find the model's files; download a Hub model unless HF_HUB_OFFLINE is set.
+    """Find the model's files. A Hub model is downloaded unless HF_HUB_OFFLINE is set.
 
     Raises:
         ModelError: If the package, folder or Hub model does not exist.

@@ -1,8 +1,8 @@
 """Kinds of hookpoints: which tensor of a module is captured or replaced.
 
-A hookpoint is written `module`, `module@kind` or `module@kind[option=value,...]`; without a kind it
-is the module's output. To add a kind, subclass `HookpointKind` and register an instance in
-`HOOKPOINT_KINDS`.
+A hookpoint is written `module`, `module@kind` or `module@kind[option=value,...]`. Without a kind,
+it refers to the module's output. To add a kind, subclass `HookpointKind` and register an instance
+in `HOOKPOINT_KINDS`.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
 
 Visit = Callable[[Any], "Tensor | None"]
-"""Called with a hookpoint's value in each forward pass. It returns the tensor to continue with, or
-None to leave the value as it is."""
+"""Function that is called with a hookpoint's value in each forward pass. It returns the tensor to
+continue with, or None to leave the value unchanged."""
 
 
 class HookpointKind(ABC):
@@ -31,7 +31,7 @@ class HookpointKind(ABC):
 
     works_with_shards: bool = False
     """True if the kind may be used with a model that is split over processes. Every rank must then
-    hold the complete tensor; the first forward pass checks this."""
+    hold the complete tensor, which the first forward pass checks."""
 
     @abstractmethod
     def attach(
@@ -52,7 +52,7 @@ class HookpointKind(ABC):
         """
 
     def check(self, hookpoint: Hookpoint) -> None:
-        """Check the hookpoint's options; by default, a kind has none.
+        """Check the hookpoint's options. By default, a kind has no options.
 
         Raises:
             ConfigError: If an option is unknown, missing or has an invalid value.
@@ -65,7 +65,7 @@ class HookpointKind(ABC):
             )
 
     def width(self, hookpoint: Hookpoint, config: Any) -> int:
-        """Return the expected width D, for planning; by default that of the residual stream.
+        """Return the expected width D, for planning. The default is the residual stream's width.
 
         Args:
             hookpoint: The hookpoint.
@@ -78,7 +78,7 @@ class HookpointKind(ABC):
 
 
 class OutputKind(HookpointKind):
-    """The output of a module, or the first element of an output that is a tuple."""
+    """The output of a module, or its first element if the output is a tuple."""
 
     works_with_shards = True
 
@@ -127,9 +127,9 @@ def hidden_states(
     """Check that a value is a tensor [contexts, context_tokens, width], and return it.
 
     Args:
-        hookpoint: Where the value was found, for the error.
+        hookpoint: Where the value was found, used in the error message.
         value: What the hook took from the module.
-        expected: [contexts, context_tokens]; None: any.
+        expected: Expected [contexts, context_tokens]. If None, any shape is accepted.
 
     Raises:
         ModelError: If the value is not such a tensor.
@@ -147,7 +147,7 @@ def hidden_states(
 
 
 def require_usable(cfg: ModelConfig) -> None:
-    """Check that every hookpoint's kind exists and works with `cfg.shards`, before any work.
+    """Check that every hookpoint's kind exists and works with `cfg.shards`. Called before any work.
 
     Raises:
         ConfigError: If a hookpoint is malformed, its kind or options do not exist, or its kind does

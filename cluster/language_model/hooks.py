@@ -24,7 +24,7 @@ class _Captured(Exception):
 def capture(model: nn.Module, hookpoints: Sequence[str], input_ids: Tensor) -> dict[str, Tensor]:
     """Return the tensors of the hookpoints from one forward pass.
 
-    The pass stops as soon as the last of them is known.
+    The pass stops as soon as all of these tensors are known.
 
     Args:
         model: A causal language model.
@@ -68,10 +68,10 @@ def capture(model: nn.Module, hookpoints: Sequence[str], input_ids: Tensor) -> d
 
 @contextmanager
 def splice(model: nn.Module, hookpoint: str, replace: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """Replace the tensor of `hookpoint` at every position but the first during the block.
+    """Replace the tensor of `hookpoint` during the block, at every position except the first.
 
-    Position 0, an attention sink, is left as it is. `replace` takes and returns
-    [contexts, context_tokens - 1, D]; its result is cast back to the dtype of the tensor.
+    Position 0, an attention sink, is left unchanged. `replace` takes and returns [contexts,
+    context_tokens - 1, D], and its result is cast back to the dtype of the tensor.
 
     Raises:
         ModelError: If the module does not exist, or (from the forward pass) if the tensor is not
@@ -96,7 +96,7 @@ def find_module(model: nn.Module, name: str) -> nn.Module:
     """Return the module with the given name.
 
     Raises:
-        ModelError: If there is none; the error lists similar names.
+        ModelError: If there is no such module. The error lists similar names.
     """
     modules = dict(model.named_modules())
     if name in modules and name:

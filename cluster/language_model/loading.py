@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 def load_tokenizer(cfg: ModelConfig, cache_dir: Path) -> Any:
     """Load the model's tokenizer without reading weights.
 
-    The tokenizer of a GGUF model is stored inside its weight file; it is extracted once into
+    A GGUF model's tokenizer is stored inside the weight file, from which it is extracted once into
     `cache_dir`.
 
     Raises:
@@ -49,12 +49,12 @@ def load_tokenizer(cfg: ModelConfig, cache_dir: Path) -> Any:
 
 
 def tokenizer_sha256(tokenizer: Any) -> str:
-    """Return a hash over everything that decides how text becomes tokens."""
+    """Return a hash of everything that determines how text is turned into tokens."""
     return digest([tokenizer.backend_tokenizer.to_str(), tokenizer.special_tokens_map])
 
 
 def prepared_folder(cfg: ModelConfig, cache_dir: Path) -> Path:
-    """Return a folder that transformers can load the model from.
+    """Return a folder from which transformers can load the model.
 
     A GGUF file is dequantised once into `cache_dir`.
 
@@ -77,7 +77,8 @@ def load_language_model(
 
     Args:
         cfg: Configuration of the model.
-        cache_dir: Folder that keeps converted models; they load in under a second the next time.
+        cache_dir: Folder in which converted models are kept. They load in under a second the next
+            time.
         device: cpu or cuda.
         shards: Number of ranks in the default process group. Each rank loads its part of the
             weights.
@@ -136,7 +137,7 @@ def _convert_weights(files: ModelFiles, dtype: str, target: Path) -> None:
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Hide transformers' progress bars and warnings during the block; errors still raise."""
+    """Hide transformers' progress bars and warnings during the block. Errors are still raised."""
     from transformers.utils import logging
 
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
@@ -170,7 +171,7 @@ def model_config(cfg: ModelConfig, cache_dir: Path) -> Any:
 
 
 def hookpoint_width(cfg: ModelConfig, hookpoint: str, cache_dir: Path) -> int:
-    """Return the width D of a hookpoint's rows, read from the model's configuration alone.
+    """Return the width D of a hookpoint's rows, using only the model's configuration.
 
     Raises:
         ModelError: If the model is not found, or its configuration lacks the size.

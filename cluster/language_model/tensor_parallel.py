@@ -1,10 +1,10 @@
-"""A language model split over several processes; the harvest worker that owns them is rank 0.
+"""A language model split over several processes. The harvest worker that starts them is rank 0.
 
-The split follows the tensor-parallel plan that transformers has for the architecture: every
-process holds a slice of each large matrix, and the output of a block is complete on all of them.
+The split follows the tensor-parallel plan that transformers has for the architecture: every process
+holds a slice of each large matrix, and the output of a block is complete on every process.
 
 The other ranks are child processes of the worker, not Ray actors. One actor can thus ask Ray for
-all GPUs on one node, and the group fails as a whole: when any member dies, all of them are killed,
+all GPUs on one node. The group also fails as a whole: when any member dies, all members are killed,
 and the actor that Ray then restarts begins with a complete group.
 """
 
@@ -41,10 +41,10 @@ if TYPE_CHECKING:
     from torch.distributed import Store  # type: ignore[attr-defined]
 
 _TIMEOUT_S = 600
-"""Time limit for one collective; if a member is frozen for longer, the group ends."""
+"""Time limit for one collective. If a member is frozen for longer, the group ends."""
 _POLL_S = 0.2
 _REPORT_TIMEOUT_S = 5.0
-"""Time that rank 0 has to report the error itself after a member has died."""
+"""Time that rank 0 has for reporting the error itself after a member has died."""
 _DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG of prctl(2)
 
 
@@ -78,10 +78,10 @@ def require_shardable(cfg: ModelConfig, cache_dir: Path) -> None:
 
 
 class ModelShards:
-    """Rank 0 of the group: start the other ranks and run the model together with them.
+    """Rank 0 of the group, which starts the other ranks and runs the model together with them.
 
     Args:
-        cfg: Configuration of the model; `cfg.shards` is the number of processes. On cuda each
+        cfg: Configuration of the model. `cfg.shards` is the number of processes. On cuda each
             process uses one GPU.
         cache_dir: Folder that keeps converted models.
         device: cpu or cuda.
@@ -96,7 +96,7 @@ class ModelShards:
         self._hookpoints = cfg.hookpoints
         self._device = device
         self._checked = False
-        # Convert a GGUF model now, so that the ranks do not wait for each other's conversion.
+        # Convert a GGUF model now, so that the ranks do not wait for one another to convert it.
         prepared_folder(cfg, cache_dir)
         store = dist.TCPStore(  # type: ignore[attr-defined]
             "127.0.0.1", 0, cfg.shards, is_master=True, wait_for_workers=False
@@ -121,7 +121,7 @@ class ModelShards:
             For each hookpoint a tensor [contexts, context_tokens, D] in the model's dtype.
 
         Raises:
-            ModelError: If a module does not exist, did not run, or has a tensor that is of another
+            ModelError: If a module does not exist, did not run, or has a tensor that has another
                 shape or is split over the processes.
         """
         header = np.array(input_ids.shape, dtype=np.int64).tobytes()
@@ -162,7 +162,7 @@ class ModelShards:
         return any(member.poll() is not None for member in self._members)
 
     def _watch(self) -> None:
-        """End the group once a member has died, as a collective might wait for it forever."""
+        """End the group once a member has died, because a collective might wait for it forever."""
         while not self._member_is_gone():
             time.sleep(_POLL_S)
         time.sleep(_REPORT_TIMEOUT_S)
@@ -222,7 +222,7 @@ def _capture(
 def _require_complete(outputs: dict[str, Tensor]) -> None:
     """Check that every rank holds the complete tensor of each hookpoint.
 
-    All ranks must call this together. Either all of them raise, or none does.
+    All ranks must call this function together. Either all ranks raise, or none does.
 
     Raises:
         ModelError: If the ranks hold different values of a tensor.
@@ -230,7 +230,7 @@ def _require_complete(outputs: dict[str, Tensor]) -> None:
     import torch
     import torch.distributed as dist
 
-    # Compare with rank 0, with a tolerance of 1% as complete outputs may differ by rounding.
+    # Compare with rank 0. The tolerance is 1%, because complete outputs may differ by rounding.
     for name, hidden in outputs.items():
         first = hidden.float().clone(memory_format=torch.contiguous_format)
         dist.broadcast(first, 0)
@@ -249,11 +249,12 @@ def _require_complete(outputs: dict[str, Tensor]) -> None:
 def _follow(member: dict[str, Any]) -> None:
     """Run one of the other ranks: load its part of the model, then join every pass of rank 0.
 
-    Rank 0 sends the input ids of each pass on standard input, and closes it to end this process.
+    Rank 0 sends the input ids of each pass to this process's standard input, and closes that input
+    to end the process.
     """
     import torch.distributed as dist
 
-    # Have the kernel kill this process when rank 0 dies, even if it is frozen: otherwise it would
+    # Have the kernel kill this process when rank 0 dies. Otherwise this process, if frozen, would
     # keep its GPU memory.
     ctypes.CDLL(None).prctl(_DIE_WITH_PARENT, signal.SIGKILL, 0, 0, 0)
     if os.getppid() != member["parent"]:  # rank 0 died before the call above

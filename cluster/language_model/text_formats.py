@@ -7,9 +7,9 @@
 | json | `.json` | each element of a list or value of an object: a string, or its text field |
 | parquet, arrow | `.parquet`, `.arrow` | the text field of each row |
 
-Files of the first three may be gzipped (`.jsonl.gz`). All formats but json, and plain files of a
-folder, are streamed, so that a file may be larger than memory. To add a format, subclass
-`TextFormat` and register an instance in `TEXT_FORMATS`.
+Files of the first three formats may be gzipped (`.jsonl.gz`). Files are streamed and may therefore
+be larger than memory, except for json files and for the plain files of a folder. To add a format,
+subclass `TextFormat` and register an instance in `TEXT_FORMATS`.
 """
 
 from __future__ import annotations
@@ -34,23 +34,24 @@ class TextFormat(ABC):
     """A kind of text file, recognised by its suffix."""
 
     suffixes: tuple[str, ...]
-    """Suffixes of its files, such as `.txt`; no other format may have them."""
+    """Suffixes of the format's files, such as `.txt`. No two formats may share a suffix."""
     may_be_gzipped: bool = False
-    """True if its files may also be gzipped; `documents` must then read both, see `open_text`."""
+    """True if the format's files may be gzipped. `documents` must then read both plain and gzipped
+    files; see `open_text`."""
 
     @abstractmethod
     def documents(self, file: Path, field: str, alone: bool) -> Iterator[str]:
-        """Yield the documents of a file in a fixed order; blank ones are skipped by the caller.
+        """Yield the documents of a file in a fixed order. The caller skips blank documents.
 
         Args:
             file: The file.
             field: Field or column with the text, in formats that have fields.
-            alone: True if the source is this one file, and not a folder of files.
+            alone: True if the source is this single file rather than a folder of files.
 
         Raises:
             TextError: If the content is not of this format, or a document lacks the field.
-            UnicodeDecodeError: If the content is not UTF-8; the caller reports it.
-            OSError: If the file cannot be read; the caller reports it.
+            UnicodeDecodeError: If the content is not UTF-8. The caller reports the error.
+            OSError: If the file cannot be read. The caller reports the error.
         """
 
 
@@ -61,7 +62,7 @@ class Plain(TextFormat):
     may_be_gzipped = True
 
     def documents(self, file: Path, field: str, alone: bool) -> Iterator[str]:
-        """Yield the whole file, or if it is alone, its blocks between blank lines."""
+        """Yield the whole file or, if it is the only file, its blocks between blank lines."""
         with open_text(file) as lines:
             if not alone:
                 yield lines.read()
@@ -91,7 +92,7 @@ class JsonLines(TextFormat):
 
 
 class Json(TextFormat):
-    """One JSON list or object of documents; read as a whole."""
+    """One JSON list or object of documents, read as a whole."""
 
     suffixes = (".json",)
     may_be_gzipped = True
@@ -141,7 +142,7 @@ class Parquet(Columns):
     suffixes = (".parquet",)
 
     def batches(self, file: Path, field: str) -> Iterator[list[str | None]]:
-        """Yield batches of `ROWS_PER_READ` rows; only this column is read."""
+        """Yield batches of `ROWS_PER_READ` rows. Only this column is read."""
         import pyarrow.parquet
 
         table = pyarrow.parquet.ParquetFile(file)
@@ -151,7 +152,7 @@ class Parquet(Columns):
 
 
 class Arrow(Columns):
-    """Arrow streams, the files of a saved Hugging Face dataset."""
+    """Arrow streams, the format of a saved Hugging Face dataset."""
 
     suffixes = (".arrow",)
 
@@ -206,7 +207,7 @@ def formats_by_suffix() -> dict[str, TextFormat]:
 
 
 def open_text(file: Path) -> IO[str]:
-    """Open a UTF-8 text file for reading, and unpack it if its name ends in `.gz`."""
+    """Open a UTF-8 text file for reading. If its name ends in `.gz`, decompress it."""
     if file.suffix == ".gz":
         return gzip.open(file, "rt", encoding="utf-8")
     return file.open(encoding="utf-8")

@@ -1,7 +1,7 @@
 """Find the files of a text, hash them, and read their documents in a fixed order.
 
 A source is one file or a folder of files, each in one of the formats of `text_formats.py`, or a
-saved Hugging Face dataset. The files of a folder are read in the order of their names. Empty
+saved Hugging Face dataset. The files of a folder are read in the order of their names. Blank
 documents are skipped.
 """
 
@@ -30,7 +30,7 @@ class TextSource:
     """Field or column with the text."""
 
     def sha256(self, cache_dir: Path) -> str:
-        """Return a hash that changes with `text_field` and any file's name or content."""
+        """Return a hash that changes if `text_field` or any file's name or content changes."""
         named = [(self._name(file), file_sha256(file, cache_dir)) for file in self.files]
         return digest({"files": named, "text_field": self.text_field})
 
@@ -89,7 +89,8 @@ def _format_of(file: Path, formats: Mapping[str, TextFormat]) -> TextFormat:
     """Return the format of a file.
 
     Raises:
-        TextError: If there is none, or the file is gzipped and its format does not allow that.
+        TextError: If no format has the file's suffix, or the file is gzipped and its format does
+            not allow that.
     """
     suffix = _suffix(file)
     if suffix not in formats:

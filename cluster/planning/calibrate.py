@@ -1,7 +1,7 @@
 """Measure this machine: the kernels of a step, the link between two ranks, and the disk.
 
-The kernels of a training step run one after the other, on a shape too large for any cache. The rate
-of each part is its amount of work divided by its time.
+The kernels of a training step run one after the other, with arrays too large for any cache. The
+rate of each part of a step is the part's amount of work divided by its time.
 """
 
 from __future__ import annotations
@@ -31,15 +31,16 @@ from sae_core.training.malloc import keep_freed_memory
 _L, _D, _B, _K = 32768, 512, 1024, 32
 """Shape of the measured step: latents, d_model, batch rows, active latents per row."""
 _DEPTH = {"bfloat16x3": 3, "bfloat16": 1}
-"""Bfloat16 parts of each weight in the product, by prefilter."""
+"""Number of bfloat16 parts into which each prefilter splits a weight."""
 _ROUNDS = 9
-"""Repetitions of each measurement; the median is used."""
+"""Number of repetitions of each measurement, of which the median is used."""
 _LINK_ELEMENTS = 2 << 20
-"""float32 elements that a rank contributes to a measured collective."""
+"""Number of float32 elements that a rank contributes to a measured collective."""
 _FILE_BYTES = 64 << 20
-"""Size of the file with which the disk is measured."""
+"""Size of the file that is read to measure the disk."""
 _STEP_S = 6e-3
-"""Fixed cost of a step with two threads: about 200 calls, DeepSpeed's bookkeeping, metrics."""
+"""Fixed cost of a step with two threads, for about 200 calls, DeepSpeed's bookkeeping and
+metrics."""
 
 
 def main() -> None:
@@ -62,9 +63,9 @@ def main() -> None:
 
 @torch.no_grad()
 def _rates() -> tuple[Rates, str, float]:
-    """Return the rates of the stock kernels, the prefilter that they use, and bfloat16 FLOP/s."""
+    """Return the stock kernels' rates, the prefilter that they use, and the bfloat16 FLOP/s."""
     measured = _MeasuredStep()
-    # The first round is dropped: it also pays for the first touch of the memory.
+    # Drop the first round, because its times include the first touch of the memory.
     rounds = [measured.step() for _ in range(1 + _ROUNDS)][1:]
     taken = {part: statistics.median(one[part] for one in rounds) for part in rounds[0]}
     depth = measured.depth
@@ -91,10 +92,10 @@ def _rates() -> tuple[Rates, str, float]:
 
 
 class _MeasuredStep:
-    """The kernels of a training step, run in the order of a step and timed one by one.
+    """The kernels of a training step, run in the order of a step and timed individually.
 
-    A kernel that is repeated on its own finds its data in a cache; in a real step the other kernels
-    evict that data.
+    A kernel that is repeated on its own finds its data in a cache. In a real step, the other
+    kernels evict that data.
     """
 
     def __init__(self) -> None:
@@ -126,11 +127,11 @@ class _MeasuredStep:
         self.taken: dict[str, float] = {}
 
     def step(self) -> dict[str, float]:
-        """Run the kernels once and return the seconds of each part."""
+        """Run the kernels once and return the seconds that each part took."""
         self.taken = dict.fromkeys(("split", "product", "select", "rescore"), 0.0)
         with self._clock("select"):
             streamed_topk(self._product, _B, _L, self.count, self.x.device)
-        # `streamed_topk` calls `_product`, whose own parts are not part of the selection.
+        # `streamed_topk` calls `_product`, whose two timed parts do not belong to the selection.
         self.taken["select"] -= self.taken["split"] + self.taken["product"]
         if self.prefilter != "none":
             with self._clock("rescore"):
@@ -172,7 +173,7 @@ class _MeasuredStep:
 
 
 def _seconds(call: Callable[[], object]) -> float:
-    """Return the median time of a call, after a first call that touches the memory."""
+    """Return the median time of a call, after an untimed first call that touches the memory."""
     call()
     taken = []
     for _ in range(_ROUNDS):
@@ -183,7 +184,7 @@ def _seconds(call: Callable[[], object]) -> float:
 
 
 def _link() -> Link:
-    """Measure Gloo between two ranks of this machine: two threads here, over the loopback."""
+    """Measure Gloo between two ranks of this machine: two threads that use the loopback."""
     c10d: Any = dist  # torch's stubs lack some methods of these objects
     store, groups = c10d.HashStore(), {}
 
@@ -221,9 +222,9 @@ def _link() -> Link:
 
 
 def _disk(folder: Path) -> float:
-    """Return bytes per second of reading a file that is not in the page cache.
+    """Return the bytes per second at which a file that is not in the page cache is read.
 
-    On systems without `posix_fadvise` the file may be cached, and the rate too high.
+    On systems without `posix_fadvise` the file may be cached, which makes the rate too high.
     """
     path = folder / f"read-{os.getpid()}.tmp"
     try:

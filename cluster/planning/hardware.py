@@ -1,7 +1,7 @@
-"""Models of the machines to plan for: what one rank computes, moves and costs.
+"""Models of the machines to plan for: how fast one rank computes and moves data, and its price.
 
-Rates of GPUs are peaks from data sheets times the share that is reached in practice; this project
-has not measured them. The hardware `local` is measured (`local.py`).
+The rates of GPUs are peaks from data sheets, multiplied by the share that is reached in practice.
+This project has not measured them. The hardware `local` is measured (`local.py`).
 """
 
 from __future__ import annotations
@@ -12,14 +12,15 @@ from conf.schema.plan import PlanConfig
 
 GIB = 2**30
 _PRODUCT_SHARE = 0.8
-"""Share of peak in a large bfloat16 product: cuBLAS reaches 790 of 989 TFLOP/s on Hopper."""
+"""Share of the peak that a large bfloat16 product reaches: 790 of 989 TFLOP/s in cuBLAS on
+Hopper."""
 _MEMORY_SHARE = 0.9
 _NVLINK_SHARE = 0.8
-"""NCCL's all-reduce reaches about 360 of 450 GB/s inside an H100 node."""
+"""Share of the peak that NCCL's all-reduce reaches: about 360 of 450 GB/s inside an H100 node."""
 _NETWORK_SHARE = 0.9
 _EPILOGUE = 1.2
-"""Time of the encoder over that of its bare product; benchmarks/notes/kernels.md predicts 1.1 to
-1.35."""
+"""Time of the encoder divided by the time of its matrix product alone. benchmarks/notes/kernels.md
+predicts 1.1 to 1.35."""
 
 
 @dataclass(frozen=True)
@@ -29,20 +30,21 @@ class Rates:
     product_flops: float
     """FLOP/s of the encoder's product, including its filter."""
     split_bytes: float
-    """Bytes per second of converting the encoder to the low precision of a prefilter."""
+    """Bytes per second when converting the encoder to a prefilter's low precision."""
     select: float
-    """Pre-activations per second that the selection examines; infinite on GPUs, where the
-    product's kernel does it."""
+    """Pre-activations per second that the top-k selection examines. Infinite on GPUs, where the
+    product's kernel makes the selection."""
     row_s: float
     """Seconds for the final selection of one batch row."""
     gather_bytes: float
-    """Bytes per second of fetching the dictionary rows of active pairs and adding them up."""
+    """Bytes per second when fetching and adding up the dictionary rows of active (row, latent)
+    pairs."""
     sum_bytes: float
-    """Bytes per second of summing active pairs into row gradients."""
+    """Bytes per second when summing active pairs into row gradients."""
     update_bytes: float
-    """Bytes per second of Adam over all rows."""
+    """Bytes per second when Adam updates all rows."""
     stream_bytes: float
-    """Bytes per second of elementwise work."""
+    """Bytes per second in elementwise operations."""
     pair_s: float
     """Seconds for sorting one active pair."""
     step_s: float
@@ -60,37 +62,37 @@ class Link:
     exchange_bytes_per_s: float
     """Bytes per second that a rank sends in an all-to-all."""
     latency_s: float
-    """Seconds of latency of one round of a collective."""
+    """Latency of one round of a collective, in seconds."""
 
 
 @dataclass(frozen=True)
 class Hardware:
-    """The hardware of one rank, in bytes and seconds."""
+    """The hardware of one rank, described in bytes and seconds."""
 
     name: str
-    """Name as in `plan.hardware`."""
+    """Name, as written in `plan.hardware`."""
     device: str
     """cuda or cpu."""
     rates: Rates
     """Speed of computation."""
     memory_bytes: float
-    """Memory of a GPU; for local CPU ranks that of the whole machine, which they share."""
+    """Memory of a GPU. For local CPU ranks, memory of the whole machine, which the ranks share."""
     node: Link
     """Connection between ranks of a node."""
     network: Link
     """Connection between nodes."""
     disk_bytes_per_s: float
-    """Bytes per second that the disks give to one node."""
+    """Bytes per second that one node reads from the disks."""
     price_per_hour: float
-    """US dollars per rank and hour; 0: unknown."""
+    """US dollars per rank and hour, or 0 if unknown."""
     ranks_per_node: int
     """Maximum number of ranks in a node."""
     process_bytes: float
-    """Bytes that a rank's process holds before it trains; on a GPU the CUDA context and NCCL."""
+    """Bytes that a rank's process holds before it trains. On a GPU: the CUDA context and NCCL."""
     prefilter: str = "none"
     """The prefilter that `train.prefilter=auto` selects on this device."""
     shared: bool = False
-    """True if rates and links are those of the whole machine, which its ranks share."""
+    """True if the rates and links describe the whole machine and are shared by its ranks."""
     peak_flops: float = 0.0
     """Peak dense bfloat16 FLOP/s, for the language model."""
     timed: bool = True
@@ -99,7 +101,7 @@ class Hardware:
 
 @dataclass(frozen=True)
 class _Gpu:
-    """Peaks of a GPU; the fields are named as in `PlanConfig`, which may override them."""
+    """Peaks of a GPU. A field of the same name in `PlanConfig` may override each of them."""
 
     tflops: float
     memory_gib: float
@@ -109,10 +111,10 @@ class _Gpu:
     price_per_hour: float
 
 
-# Peaks are from NVIDIA's data sheets of the SXM modules (dense bfloat16 without sparsity; NVLink
-# at half of the bidirectional figure). The network is that of the DGX of that generation, one
-# ConnectX per GPU at 400 Gb/s (A100: 200 Gb/s). Prices are typical of on-demand clouds; set
-# plan.price_per_hour to your own.
+# Peaks are from NVIDIA's data sheets of the SXM modules (bfloat16 without sparsity, NVLink at half
+# of the bidirectional figure). The network is that of the DGX of the same generation, with one
+# ConnectX per GPU at 400 Gb/s (A100: 200 Gb/s). Prices are typical of on-demand clouds. Set
+# plan.price_per_hour to the price that you pay.
 _GPUS = {
     "h100": _Gpu(989, 79.6, 3350, 450, 50, 3.0),
     "h200": _Gpu(989, 139.8, 4800, 450, 50, 3.8),
@@ -125,7 +127,7 @@ _GPU_PROCESS_BYTES = 1.5 * GIB
 
 
 def gpu(plan: PlanConfig) -> Hardware:
-    """Return the GPU that `plan.hardware` names, with the user's overrides."""
+    """Return the GPU named by `plan.hardware`, with the user's overrides."""
     table = _GPUS[plan.hardware]
     changed = {name: getattr(plan, name) for name in vars(table) if getattr(plan, name) is not None}
     chip = replace(table, **changed)
@@ -139,8 +141,8 @@ def gpu(plan: PlanConfig) -> Hardware:
             product_flops=chip.tflops * 1e12 * _PRODUCT_SHARE / _EPILOGUE,
             split_bytes=memory,
             select=float("inf"),
-            # Issue slots of the selection on Hopper (benchmarks/notes/kernels.md), scaled to other
-            # GPUs by their peak.
+            # Issue slots of the top-k selection on Hopper (benchmarks/notes/kernels.md), scaled to
+            # other GPUs by their peak.
             row_s=0.4e-3 / 32768 * 989 / chip.tflops,
             gather_bytes=memory,
             sum_bytes=memory,
@@ -161,10 +163,10 @@ def gpu(plan: PlanConfig) -> Hardware:
 
 
 def shared_among(hardware: Hardware, n_ranks: int) -> Hardware:
-    """Return the hardware as each of `n_ranks` ranks of one machine sees it.
+    """Return the hardware available to each of `n_ranks` ranks of one machine.
 
-    The ranks of a CPU machine share its rates and links. A GPU belongs to one rank, so its numbers
-    do not change.
+    The ranks of a CPU machine share its rates and links. A GPU belongs to one rank, so a GPU's
+    numbers do not change.
     """
     if not hardware.shared or n_ranks == 1:
         return hardware

@@ -1,8 +1,9 @@
-"""Collectives of a step: the bytes that a rank sends and the seconds that each takes on the mesh.
+"""Collectives of a step: the bytes that each rank sends and the seconds that each call takes.
 
-Ranks of a latent group have adjacent indices; those of a data group are `latent` apart. A ring
-within a node runs at the rate of NVLink. Across nodes, the members in a node pool their network
-adapters, as in NCCL's rings. The latency of most collectives grows with the logarithm of the group.
+The ranks of a latent group have adjacent indices, and the ranks of a data group are `latent` apart.
+A ring within a node runs at the rate of NVLink. Across nodes, the members in a node pool their
+network adapters, as in NCCL's rings. The latency of most collectives grows with the logarithm of
+the group's size.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from cluster.planning.work import Work
 from sae_core.distributed.global_topk import sent_bytes
 
 _KEY_BYTES = 8
-"""Bytes of a selection key, a pre-activation with its latent."""
+"""Bytes of a selection key, which is a pre-activation with the index of its latent."""
 _PAIR_BYTES = 8 + 8 + 4 + 4
 """Bytes of an active pair that replicas exchange: row, latent, value and gradient."""
 _MESSAGE_S = 1e-6
@@ -33,15 +34,15 @@ class Collective:
     kind: str
     """all-reduce, all-gather or all-to-all."""
     sent_bytes: float
-    """Bytes that each rank sends; in an all-gather, bytes that each rank receives."""
+    """Bytes that each rank sends or, in an all-gather, receives."""
 
 
 def collectives(work: Work) -> dict[str, list[Collective]]:
-    """Return all collectives of a step, grouped by the part of the step that they end.
+    """Return all collectives of a step, grouped by the part of the step that ends with them.
 
-    The parts exchange: `load` the rows, `select` the k-th keys, `decode` the reconstruction,
-    `backward` the bias gradient and the flags, `exchange` the gradients of the replicas, and
-    `norm` the gradient norm.
+    These are the parts and the data that they exchange: `load`, the rows; `select`, the k-th keys;
+    `decode`, the reconstruction; `backward`, the bias gradient and the flags; `exchange`, the
+    gradients of the replicas; and `norm`, the gradient norm.
     """
     G, B, D = work.latent, work.rows, work.d_model
     calls: dict[str, list[Collective]] = {}
@@ -84,7 +85,7 @@ def _selection(what: str, rows: int, width: int, n_ranks: int) -> list[Collectiv
 
 
 def _exchange(work: Work) -> list[Collective]:
-    """Return the calls with which data replicas exchange their gradients."""
+    """Return the calls in which data replicas exchange their gradients."""
     others = work.data - 1
     bias = Collective("bias", "data", "all-reduce", 2 * others / work.data * work.d_model * 4)
     if not work.fused:
@@ -100,7 +101,7 @@ def _exchange(work: Work) -> list[Collective]:
 
 
 def seconds(call: Collective, work: Work, hardware: Hardware) -> float:
-    """Return the seconds that a call takes once all its ranks have reached it."""
+    """Return the seconds that a call takes, from when all its ranks have reached it."""
     size, stride = {
         "latent": (work.latent, 1),
         "data": (work.data, work.latent),
@@ -111,7 +112,7 @@ def seconds(call: Collective, work: Work, hardware: Hardware) -> float:
     if n_nodes == 1:
         rate = _rate(hardware.node, call.kind)
     elif call.kind == "all-to-all":
-        # Only the bytes for other nodes cross the network, and each rank has its own adapter.
+        # Only bytes sent to other nodes cross the network, and each rank has its own adapter.
         outside = (size - in_node) / (size - 1)
         rate = _rate(hardware.network, call.kind) / outside
     else:
@@ -126,13 +127,13 @@ def seconds(call: Collective, work: Work, hardware: Hardware) -> float:
 
 
 def crosses_nodes(group: str, work: Work, ranks_per_node: int) -> bool:
-    """Return True if the ranks of a latent or data group are in more than one node."""
+    """Return True if the ranks of a latent or data group are on more than one node."""
     size, stride = {"latent": (work.latent, 1), "data": (work.data, work.latent)}[group]
     return _members_in_node(size, stride, ranks_per_node) < size
 
 
 def _members_in_node(size: int, stride: int, ranks_per_node: int) -> int:
-    """Return how many of a group's `size` ranks, `stride` apart, share a node; at least 1."""
+    """Return how many of a group's `size` ranks, `stride` apart, share a node (at least 1)."""
     return max(1, min(size, ranks_per_node // stride))
 
 

@@ -1,4 +1,4 @@
-"""Describe this machine: measured once (`calibrate`), cached by processor and torch version."""
+"""Describe this machine, measured once (`calibrate`) and cached by processor and torch version."""
 
 from __future__ import annotations
 
@@ -24,24 +24,24 @@ from foundation.atomic_files import write_json
 from foundation.errors import ConfigError
 
 _VERSION = 3
-"""Version of the measurements; raise it when they change."""
+"""Version of the measurements. Increment it when they change."""
 _ALL_RANKS = 1 << 20
-"""Ranks per node: more than any plan has, because all ranks share this machine."""
+"""Ranks per node. It exceeds the number in any plan, because all ranks share this machine."""
 _PROCESS_BYTES = 0.45 * GIB
-"""Fixed memory of a rank: 308 MiB after all imports. The rest is the engine, oneDNN's scratch
-memory, the store and the checkpoint writer, measured as the remainder after all counted parts
-(benchmarks/notes/plan.md)."""
+"""Fixed memory of a rank. After all imports it is 308 MiB. The rest is used by the engine, oneDNN's
+scratch memory, the store and the checkpoint writer, and was measured as the memory that remains
+after subtracting all counted parts (benchmarks/notes/plan.md)."""
 
 
 def local(plan: PlanConfig, cache_dir: Path, device: str, *, measure: bool) -> Hardware:
-    """Return this machine, from the cache or measured now.
+    """Return a description of this machine, from the cache or measured now.
 
     Args:
-        plan: Settings of the plan, which may override measured numbers.
+        plan: Settings of the plan. They may override measured numbers.
         cache_dir: Folder in which measurements are cached.
         device: `train.device`.
-        measure: Whether to measure this machine if the cache has no measurement; if not, hardware
-            without times (`timed` is False) is returned.
+        measure: Whether to measure this machine if the cache has no measurement. If False, hardware
+            without times (`timed` is False) is returned instead.
 
     Raises:
         ConfigError: If `measure` is set and the ranks would train on GPUs of an unknown kind.
@@ -71,7 +71,7 @@ def local(plan: PlanConfig, cache_dir: Path, device: str, *, measure: bool) -> H
 
 
 def _local_gpu(plan: PlanConfig, name: str, measure: bool) -> Hardware:
-    """Return the data sheet numbers of this machine's GPU with its actual memory.
+    """Return the data sheet numbers of this machine's GPU, but with the GPU's actual memory.
 
     GPUs are not measured.
     """
@@ -92,7 +92,7 @@ def _local_gpu(plan: PlanConfig, name: str, measure: bool) -> Hardware:
 
 
 def _untimed(device: str, memory: float) -> Hardware:
-    """Return hardware for planning memory alone, of a machine that was not measured.
+    """Return hardware of a machine that was not measured, for planning only memory.
 
     The prefilter is assumed to be the one that takes the most memory.
     """
@@ -120,10 +120,10 @@ def measured(folder: Path) -> Hardware:
     """Measure this machine in a new process with the OpenMP settings of a lone rank.
 
     Args:
-        folder: Folder for the results; a file of 64 MiB is temporarily written to it.
+        folder: Folder for the results. A temporary file of 64 MiB is also written to it.
 
     Raises:
-        ClusterError: If the process failed.
+        ClusterError: If the measuring process failed.
     """
     answer = folder / f"measured-{os.getpid()}.json"
     command = [sys.executable, "-m", "cluster.planning.calibrate", str(answer)]
@@ -158,7 +158,7 @@ def _from_json(kept: dict[str, Any]) -> Hardware:
 
 
 def planned_hardware(config: RunConfig, *, measure: bool) -> Hardware:
-    """Return the hardware that `plan.hardware` names.
+    """Return the hardware named by `plan.hardware`.
 
     Args:
         config: Config of the run.

@@ -1,4 +1,4 @@
-"""Memory of one rank by part, counted from the arrays that the code holds at the same time."""
+"""Memory of one rank by part, counted from the arrays that the code holds at once."""
 
 from __future__ import annotations
 
@@ -7,13 +7,15 @@ from cluster.planning.work import Work
 from sae_core.kernels.stock.encode import PIECE_ELEMENTS
 
 _SELECT_COPIES = 2
-"""Copies of a piece of pre-activations: the product, and the part of it that is selected from."""
+"""Copies of the pre-activations of a piece (the latents encoded at once): the encoder product, and
+the part of the product from which the top k are selected."""
 _PACKED_COPIES = 2
-"""Copies of a piece's weights in low precision: ours, and oneDNN's in its own memory order."""
+"""Copies of a piece's low-precision weights: this project's, and oneDNN's in its memory order."""
 _PAIR_BYTES = 12 * 8
-"""Bytes of an active pair: keys, candidates, row, latent, value and their sorted copies."""
+"""Bytes of an active (row, latent) pair: keys, candidates, row, latent, value, and sorted
+copies."""
 _ZERO_BUCKET = 500_000_000
-"""Elements of DeepSpeed's reduce bucket (its default), which is allocated on first use."""
+"""Elements of DeepSpeed's reduce bucket, at its default size. It is allocated on first use."""
 _SAMPLE_COPIES = 4
 """Copies of the calibration sample: raw rows, normalised rows, and two temporaries of the geometric
 median."""
@@ -24,18 +26,18 @@ def device_bytes(work: Work, hardware: Hardware) -> dict[str, float]:
 
     Args:
         work: The rank's work.
-        hardware: The rank's hardware, with the fixed memory of a process.
+        hardware: The rank's hardware, including the fixed memory of a process.
 
     Returns:
         `{part: bytes}`, whose sum is the peak. The calibration sample is freed before the first
-        step, so it counts only if it is larger than what the steps need.
+        step, so it counts only if it exceeds the memory that the steps need.
     """
     zero_share = work.data if work.zero_stage else 1
     loader: float = 3 * (work.buffer_rows + work.rows // work.latent) * work.row_bytes
     if work.on_gpu:  # the current block, and the next one while it is uploaded
         loader = 0 if work.mixture else 2 * work.buffer_rows * work.stored_row_bytes
-    # A sum, not a maximum: on the CPU the allocator keeps the encoder's memory, and the update,
-    # which needs other sizes, does not reuse it.
+    # Add these instead of taking the maximum. On the CPU, the allocator keeps the encoder's memory,
+    # and the update does not reuse it because it needs other sizes.
     step = _batch_bytes(work) + _encode_bytes(work) + _update_bytes(work)
     sample = _SAMPLE_COPIES * work.sample_rows * work.d_model * 4
     parts = {
@@ -53,10 +55,10 @@ def device_bytes(work: Work, hardware: Hardware) -> dict[str, float]:
 
 
 def host_bytes(work: Work) -> dict[str, float]:
-    """Return a rank's other memory on the host: `{part: bytes}` for checkpoints and GPU loading.
+    """Return a rank's other host memory, for checkpoints and GPU loading, as `{part: bytes}`.
 
-    The checkpoint writer assembles each file, the rows of one matrix, in memory. That takes twice
-    the size of the file.
+    The checkpoint writer assembles each file (the rows of one matrix) in memory, which takes twice
+    the file's size.
     """
     rows = -(-work.shard // work.data)
     copies = 2 * rows * work.d_model * (4 + 2 * work.moment_bytes)
@@ -69,8 +71,8 @@ def host_bytes(work: Work) -> dict[str, float]:
 
 
 def _batch_bytes(work: Work) -> float:
-    """Return the bytes of the [B, D] arrays that live from the encoder to the update."""
-    # Four arrays of all rows (x, centred x, recon, error) and two of the auxiliary loss' rows.
+    """Return the bytes of the [B, D] arrays that are kept from the encoder until the update."""
+    # Four arrays with all rows (x, centred x, recon, error) and two with the auxiliary loss's rows.
     own = work.d_model * 4 * (work.rows * 4 + work.aux_rows * 2)
     raw = work.row_bytes * work.rows
     gathered: float = 2 * work.gathered_rows * work.d_model * work.gather_bytes
@@ -80,7 +82,7 @@ def _batch_bytes(work: Work) -> float:
 
 
 def _encode_bytes(work: Work) -> float:
-    """Return the bytes of the encoder product's inputs and outputs, without the batch."""
+    """Return the bytes of the encoder product's inputs and outputs, excluding the batch."""
     if work.on_gpu:
         pools = work.rows * 8 * (256 + 224)  # buffers in which the kernel's epilogue collects keys
         dead = 2 * work.dead * work.d_model * work.product_bytes
@@ -94,9 +96,10 @@ def _encode_bytes(work: Work) -> float:
 
 
 def _update_bytes(work: Work) -> float:
-    """Return the bytes of the update's temporaries: the stock update's summed row gradients.
+    """Return the bytes of the update's temporaries.
 
-    Triton's update has no such sums, only scratch rows for latents with many pairs.
+    The stock update holds summed row gradients. Triton's update has only scratch rows for latents
+    with many pairs.
     """
     if work.on_gpu:
         return 2 * work.update_pairs / 512 * work.d_model * 4
@@ -108,9 +111,10 @@ def _zero_bytes(work: Work) -> float:
     if not work.zero_stage:
         return 0
     bucket = 4 * _ZERO_BUCKET
-    if not work.on_gpu:  # the OS provides host memory only when it is first touched
+    if not work.on_gpu:  # the OS allocates host memory only when it is first touched
         bucket = min(bucket, 4 * work.parameters)
-    # Master weights of the rank's part, and two copies of its gradients: collected and flattened.
+    # Master weights of the rank's part, and two copies of the part's gradients: collected and
+    # flattened.
     return 3 * 4 * work.parameters / work.data + bucket
 
 

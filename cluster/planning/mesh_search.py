@@ -1,8 +1,8 @@
-"""Layouts: what a mesh of ranks costs, whether it fits, and which mesh of N ranks is the fastest.
+"""Layouts: the cost of a mesh of ranks, whether it fits, and which mesh of N ranks is fastest.
 
-The trainer has no micro-batches: all rows of a replica go through a step at once. So the search is
-over latent x data, and over the gradients that replicas exchange: sparse ones with the fused
-update, or dense ones with ZeRO 1.
+The trainer has no micro-batches: all rows of a replica go through a step at once. The search
+therefore covers the mesh shapes latent x data, and the kind of gradients that replicas exchange:
+sparse gradients with the fused update, or dense gradients with ZeRO 1.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ class Layout:
     work: Work
     """The work of rank 0, whose shard is the largest."""
     device: dict[str, float]
-    """A rank's bytes on its device, by part; see `memory.device_bytes`."""
+    """Bytes of a rank on its device, by part; see `memory.device_bytes`."""
     host: dict[str, float]
-    """A rank's other bytes on the host, by part; see `memory.host_bytes`."""
+    """Other bytes of a rank on the host, by part; see `memory.host_bytes`."""
     limit_bytes: float
-    """Memory of the device; on the CPU that of the machine, for all its ranks; 0: unknown."""
+    """Memory of the device or, on the CPU, of the machine for all its ranks. 0 if unknown."""
     phases: list[Phase]
     """Computations and collectives of a step, in order."""
     read_s: float
@@ -48,7 +48,7 @@ class Layout:
 
     @property
     def needed_bytes(self) -> float:
-        """Bytes to compare with `limit_bytes`; on the CPU those of all ranks with host copies."""
+        """Bytes to compare with `limit_bytes`. On the CPU: all ranks' bytes, with host copies."""
         if self.work.on_gpu:
             return self.device_total
         return (self.device_total + sum(self.host.values())) * self.work.n_ranks
@@ -69,7 +69,7 @@ class Layout:
 
     @property
     def step_s(self) -> float:
-        """Seconds of a step, or of reading a batch if that is slower, because the two overlap."""
+        """Seconds of a step or of reading a batch, whichever is longer, because the two overlap."""
         return max(step_seconds(self.phases), self.read_s)
 
 
@@ -106,8 +106,8 @@ def layouts(config: RunConfig, d_model: int, hardware: Hardware, n: int) -> list
     """Plan every mesh of `n` ranks with each kind of exchange.
 
     Returns:
-        The layouts that fit, fastest first, then those that do not fit. `config.parallel` is
-        ignored.
+        The layouts that fit, fastest first, followed by the layouts that do not fit.
+        `config.parallel` is ignored.
     """
     found = [plan_layout(config, d_model, hardware, mesh) for mesh in _meshes(config, n)]
     # If the disks limit several layouts equally, prefer the one with the shortest computation.
@@ -118,7 +118,7 @@ def best_layout(found: list[Layout], config: RunConfig) -> Layout:
     """Return the fastest layout that fits: the first of `layouts`.
 
     Raises:
-        ConfigError: If none fits, or no mesh has this number of ranks.
+        ConfigError: If no layout fits, or no mesh has this number of ranks.
     """
     if not found:
         raise ConfigError(
@@ -134,7 +134,7 @@ def best_layout(found: list[Layout], config: RunConfig) -> Layout:
 
 
 def too_large_error(layout: Layout, config: RunConfig) -> ConfigError:
-    """Return the error for a layout that is too large; its remedy depends on the largest part."""
+    """Return the error for a layout that is too large. The remedy depends on the largest part."""
     need = layout.needed_bytes / GIB
     room = _ROOM * layout.limit_bytes / GIB
     whose = "a rank needs" if layout.work.on_gpu else f"{layout.work.n_ranks} ranks need"
@@ -161,7 +161,7 @@ def too_large_error(layout: Layout, config: RunConfig) -> ConfigError:
 
 
 def _smaller(layout: Layout, config: RunConfig) -> str:
-    """Return the changes that would reduce the memory for the SAE itself, as text."""
+    """Return, as text, the changes that would reduce the memory of the SAE itself."""
     remedies = ["use fewer latents"]
     if layout.work.on_gpu:
         remedies.append(f"more GPUs (parallel.latent above {layout.parallel.latent})")

@@ -1,4 +1,4 @@
-"""Weak scaling by simulation: the plan at other numbers of ranks, with the same work per rank."""
+"""Simulated weak scaling: the plan with other numbers of ranks, and the same work per rank."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _RANKS = (8, 16, 64, 256, 1024, 4096)
 def weak_scaling(config: RunConfig, d_model: int, hardware: Hardware) -> list[Simulated]:
     """Simulate the plan at each of `plan.simulate_ranks`.
 
-    By default, these are the numbers of ranks in `_RANKS` to which the mesh can be scaled.
+    The default is every number of ranks in `_RANKS` to which the mesh can be scaled.
 
     Raises:
         ConfigError: If the plan's mesh does not scale to one of `plan.simulate_ranks`.
@@ -39,7 +39,7 @@ def _is_scalable(config: RunConfig, n_ranks: int) -> bool:
 
 
 def grown(config: RunConfig, n_ranks: int) -> RunConfig:
-    """Return the config for `n_ranks`, with dictionary or batch scaled to keep a rank's share.
+    """Return the config for `n_ranks`, with dictionary or batch scaled to keep each rank's share.
 
     Raises:
         ConfigError: If the scaled mesh does not divide the dictionary or batch evenly.
@@ -68,22 +68,22 @@ def grown(config: RunConfig, n_ranks: int) -> RunConfig:
 def _at(
     config: RunConfig, d_model: int, hardware: Hardware, n_ranks: int, share_s: float
 ) -> Simulated:
-    """Simulate the plan at `n_ranks`.
+    """Simulate the plan with `n_ranks` ranks.
 
     Args:
         config: Config of the planned run.
         d_model: Width of the activations.
         hardware: Hardware of one rank.
         n_ranks: Number of ranks to simulate.
-        share_s: Seconds of a rank's computations in the plan, the reference for efficiency.
+        share_s: Seconds of a rank's computations in the plan, used as the reference for efficiency.
     """
     scaled = grown(config, n_ranks)
     plan = config.plan
     layout = plan_layout(scaled, d_model, hardware, scaled.parallel)
     noise = Noise(plan.jitter, plan.slow_ranks, plan.slow_factor)
     mesh = scaled.parallel
-    # Work that every replica repeats is not useful work. And if more shards leave a rank with less
-    # to compute, that must not count as a higher efficiency.
+    # Work that every replica repeats is not useful work. If more shards leave a rank with less to
+    # compute, the difference must not count as higher efficiency.
     useful_s = min(share_s, compute_seconds(layout.phases))
     step_s = simulate_step(
         layout.phases,
@@ -109,7 +109,7 @@ def _at(
 
 
 def _cadence(config: RunConfig, layout: Layout, hardware: Hardware, step_s: float) -> Cadence:
-    """Return how often the run saves and what that costs.
+    """Return how often the run saves checkpoints and what saving costs.
 
     A save is due after `every_tokens` or `every_minutes`, whichever comes first.
     """
@@ -129,4 +129,4 @@ def _cadence(config: RunConfig, layout: Layout, hardware: Hardware, step_s: floa
 
 
 _PCIE_BYTES_PER_S = 20e9
-"""Assumed speed of a GPU's copy to pinned host memory, with PCIe 4 or better."""
+"""Assumed speed of a copy from a GPU to pinned host memory, with PCIe 4 or better."""

@@ -1,8 +1,8 @@
-"""Simulation of many ranks: steps with collectives and stragglers, then a run with failures.
+"""Simulation of many ranks: steps with collectives and stragglers, and a run with failures.
 
-Every rank has a clock. A computation advances the clock of its rank. A collective sets the clocks
-of its group to the latest of them plus its own time. Reading runs one batch ahead, on its own
-clock.
+Every rank has a clock. A computation advances the clock of its rank. A collective sets all clocks
+of its group to the latest clock in the group plus the collective's duration. Reading runs one batch
+ahead, on a separate clock.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ class Noise:
     """Differences between ranks and between steps."""
 
     jitter: float
-    """Standard deviation of a computation's time from step to step, as a share of its mean."""
+    """Standard deviation of a computation's time between steps, as a share of the mean time."""
     slow_ranks: float
-    """Share of ranks that are permanently slow; at least one rank if the share is above 0."""
+    """Share of ranks that are permanently slow: at least one rank if the share is above 0."""
     slow_factor: float
-    """Time of a computation on a slow rank, as a multiple of the others' time."""
+    """Time of a computation on a slow rank, as a multiple of the time on other ranks."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class Cadence:
     restart_s: float
     """Seconds from a failure to the first step of the new attempt."""
     mtbf_s: float
-    """Mean seconds between failures of the whole job; infinite: no failures."""
+    """Mean seconds between failures of the whole job, or infinity if there are none."""
 
 
 def simulate_step(
@@ -76,7 +76,7 @@ def simulate_step(
 
     Args:
         phases: Computations and collectives of a step, in order.
-        latent: Ranks of a latent group.
+        latent: Number of ranks in a latent group.
         data: Number of data replicas.
         noise: Differences between ranks.
         read_s: Seconds for reading a batch.
@@ -90,7 +90,8 @@ def simulate_step(
     for _ in range(steps):
         loaded = loaded + read_s
         clock = np.maximum(clock, loaded)
-        # A batch is read while the one before it is used, so its read starts no earlier than that.
+        # A batch is read while the previous batch is used, so its read starts no earlier than that
+        # use.
         loaded = np.maximum(loaded, clock)
         for phase in phases:
             if phase.group is None:
@@ -104,10 +105,10 @@ def simulate_step(
 
 
 def simulate_run(n_steps: int, step_s: float, cadence: Cadence, seed: int = 0) -> RunCost:
-    """Simulate a whole run, which resumes after each failure from the newest written checkpoint.
+    """Simulate a whole run. After each failure it resumes from the newest written checkpoint.
 
     Args:
-        n_steps: Steps of the run.
+        n_steps: Number of steps in the run.
         step_s: Seconds of a step.
         cadence: Frequency and cost of checkpoints and failures.
         seed: Seed of the random numbers.
@@ -126,13 +127,13 @@ def simulate_run(n_steps: int, step_s: float, cadence: Cadence, seed: int = 0) -
     failures = 0
     lost = 0.0
     while True:
-        # Seconds that the remaining steps and saves would take without another failure.
+        # Seconds that the remaining steps and saves would take if there were no further failure.
         wanted = (total - done) * step_s + (total - done) // every * pause
         until_failure = float(random.exponential(cadence.mtbf_s))
         if until_failure >= wanted:
             saves = total // every
             return RunCost(elapsed + wanted, failures, lost, saves * pause)
-        # Steps up to the last checkpoint that was on disk at the failure; later ones are repeated.
+        # Steps up to the last checkpoint that was on disk at the failure. Later steps are repeated.
         kept = int(max(0.0, until_failure - cadence.write_s) // interval_s) * every
         lost += until_failure - kept // every * interval_s
         done += kept
@@ -146,9 +147,9 @@ def simulate_run(n_steps: int, step_s: float, cadence: Cadence, seed: int = 0) -
 
 
 def _slow_factors(n_ranks: int, noise: Noise, random: np.random.Generator) -> Clock:
-    """Draw the slow ranks and return each rank's factor, [n_ranks].
+    """Draw the slow ranks at random and return each rank's time factor, [n_ranks].
 
-    For the same random numbers, a larger share of slow ranks includes those of a smaller one.
+    With the same random numbers, the slow ranks of a larger share include those of a smaller share.
     """
     order = random.permutation(n_ranks)
     n_slow = int(np.ceil(noise.slow_ranks * n_ranks))

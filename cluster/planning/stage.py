@@ -24,17 +24,17 @@ from foundation.errors import ConfigError
 def run(config: RunConfig, run_dir: Path) -> None:
     """Print memory, time, traffic and cost, and check that the run fits the planned machines.
 
-    As the first stage of a pipeline it measures nothing. If this machine has not been measured
-    before, the times are left out.
+    As the first stage of a pipeline, this stage measures nothing: if this machine has not been
+    measured before, the times are left out.
 
     Raises:
-        ConfigError: If the run does not fit; the error names the setting to change.
+        ConfigError: If the run does not fit. The error names the setting to change.
     """
     require_usable(config.model)
     d_model = _d_model(config)
     alone = config.stage == "plan"
     if not alone:
-        # Training would refuse these stores only after a long harvest, so check them now.
+        # Check these stores now, because training would reject them only after a long harvest.
         mixed_in_stores(config, config.sae.hookpoint or config.model.hookpoints[0])
     hardware = planned_hardware(config, measure=alone)
     show = Console().print
@@ -111,7 +111,7 @@ def _show_details(config: RunConfig, layout: Layout, hardware: Hardware) -> None
 
 
 def _check_disk(config: RunConfig, store_bytes: int) -> None:
-    """Check that the store fits `plan.disk_tib`, or by default the free space of its disk.
+    """Check that the store fits into `plan.disk_tib` or, by default, into its disk's free space.
 
     Raises:
         ConfigError: If the store is too large.
@@ -122,8 +122,8 @@ def _check_disk(config: RunConfig, store_bytes: int) -> None:
     else:
         path = Path(config.store.path)
         if config.plan.hardware != "local" or "://" in config.store.path or path.exists():
-            # Remote disks cannot be checked from here. A store that exists was checked when it was
-            # created, and needs no more than was planned then.
+            # Remote disks cannot be checked from here. An existing store was checked when it was
+            # created, and needs no more space than was planned then.
             return
         while not path.exists():
             path = path.parent

@@ -1,4 +1,4 @@
-"""Time of a step, as a sequence of computations and collectives with the seconds of each.
+"""Time of a step, as a sequence of computations and collectives, each with its duration.
 
 Bytes and operations of the kernels are counted as in benchmarks/notes/kernels.md and cpu.md.
 Computations do not overlap with collectives, because the code waits for each collective. Reading
@@ -14,13 +14,13 @@ from cluster.planning.links import collectives, seconds
 from cluster.planning.work import Work
 
 _FLOAT8_SPEED = 2.0
-"""Speed of the product in float8 over that in bfloat16."""
+"""Speed of the product in float8 divided by its speed in bfloat16."""
 _ZERO_WHOLE, _ZERO_PART = 44, 32
 """Bytes that ZeRO 1 moves for each weight of the shard (zeroing, flattening and copying gradients,
 copying parameters twice), and for each weight of the rank's part (averaging, norm, clipping, Adam).
-From a profile of two CPU ranks (benchmarks/notes/plan.md)."""
+Both are from a profile of two CPU ranks (benchmarks/notes/plan.md)."""
 _ENCODER_PARTS = {"bfloat16x3": 3, "bfloat16": 1}
-"""Depth of the product of a CPU prefilter, as a multiple of d_model."""
+"""Inner dimension of the product in each CPU prefilter, as a multiple of d_model."""
 
 
 @dataclass(frozen=True)
@@ -30,13 +30,13 @@ class Phase:
     what: str
     """Name, as printed."""
     group: str | None
-    """Group whose ranks wait for each other at the end; None for a computation."""
+    """Group whose ranks wait for one another at the end of the phase. None for a computation."""
     seconds: float
     """Duration."""
 
 
 def schedule(work: Work, hardware: Hardware) -> list[Phase]:
-    """Return the phases of a step of one rank, in order.
+    """Return the phases of one rank's step, in order.
 
     Args:
         work: The rank's work.
@@ -55,17 +55,17 @@ def schedule(work: Work, hardware: Hardware) -> list[Phase]:
 
 
 def step_seconds(phases: list[Phase]) -> float:
-    """Return the seconds of a step without stragglers."""
+    """Return the seconds that a step takes without stragglers."""
     return sum(phase.seconds for phase in phases)
 
 
 def compute_seconds(phases: list[Phase]) -> float:
-    """Return the seconds of the computations of a step, without collectives."""
+    """Return the seconds that a step's computations take, without collectives."""
     return sum(phase.seconds for phase in phases if phase.group is None)
 
 
 def read_seconds(work: Work, hardware: Hardware) -> float:
-    """Return the seconds for reading a rank's part of a batch, while all ranks of a node read."""
+    """Return the seconds for reading a rank's part of a batch while all ranks of a node read."""
     ranks = min(work.n_ranks, hardware.ranks_per_node)
     rows = work.rows * work.data if work.mixture else work.rows / work.latent
     part = rows * work.stored_row_bytes
@@ -117,7 +117,7 @@ def _encoder(work: Work, rows: int, latents: int, k: int, hardware: Hardware) ->
 
 
 def _update(work: Work, hardware: Hardware) -> dict[str, float]:
-    """Return the seconds of sorting and summing the pairs, and of Adam on all rows."""
+    """Return the seconds for sorting and summing the active pairs, and for Adam on all rows."""
     rates, D, N = hardware.rates, work.d_model, work.update_pairs
     sums: float = 2 * N * D * work.gather_bytes
     per_weight = 4 * 2 + 2 * work.moment_bytes * 2 + work.copy_bytes
@@ -127,7 +127,8 @@ def _update(work: Work, hardware: Hardware) -> dict[str, float]:
             sums = 2 * sums  # once for the norm, once for the update
             adam += 4 * work.matrix
     else:
-        # Summed gradients are written, projected, and read by Adam and (if clipped) by the norm.
+        # Summed gradients are written, projected, and read by Adam and (if clipped) by the norm
+        # computation.
         sums += 2 * (4 if work.clip else 3) * work.used * D * 4
     if work.zero_stage:
         adam = 2 * work.matrix * (_ZERO_WHOLE + _ZERO_PART / work.data + work.copy_bytes)

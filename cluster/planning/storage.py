@@ -1,4 +1,4 @@
-"""Bytes of the store and of reading it."""
+"""Size of the store, and bytes that are read from it."""
 
 from __future__ import annotations
 
@@ -10,18 +10,19 @@ _SIDECAR_BYTES_PER_TOKEN = 4 + 8 + 4
 
 
 def store_bytes_total(config: RunConfig, d_model: int) -> int:
-    """Return the largest size in bytes that the store reaches, with all arrays and sidecars.
+    """Return the largest size, in bytes, that the store reaches, with all arrays and sidecars.
 
     Compressed chunks are counted as uncompressed, which is an upper bound.
 
     If consumed items are deleted, the store holds only the harvest's lead over training, the
-    windows in use, and the rows read since the oldest checkpoint kept. Checkpoints are counted by
-    tokens alone: `checkpoint.every_minutes` can only make them more frequent.
+    windows in use, and the rows read since the oldest checkpoint kept. Only
+    `checkpoint.every_tokens` is taken into account, because `checkpoint.every_minutes` can only
+    make checkpoints more frequent.
     """
     tokens = config.data.tokens
     cluster = config.cluster
     checkpoint = config.checkpoint
-    # The first milestone is kept permanently, so nothing after it is ever deleted.
+    # The first milestone is kept permanently, so no item after it is ever deleted.
     milestones = checkpoint.keep_every_tokens is not None
     if cluster.retention == "consumed" and cluster.max_lead_items is not None and not milestones:
         items = cluster.max_lead_items + 2 * config.store.window_items
@@ -32,10 +33,10 @@ def store_bytes_total(config: RunConfig, d_model: int) -> int:
 
 
 def read_bytes_per_rank(config: RunConfig, d_model: int) -> int:
-    """Return the bytes that each rank reads in the whole run.
+    """Return the number of bytes that each rank reads in the whole run.
 
-    The ranks share the reads, so that each row is read once. In a mixture every rank reads every
-    row. A chunk at the border of two ranks' parts is read by both; that is not counted.
+    The ranks share the reads, so that each row is read once. In a mixture, every rank reads every
+    row. A chunk at the border between two ranks' parts is read by both ranks, but counted once.
     """
     parts = 1 if config.store.mixture else config.parallel.n_ranks
     return config.train.tokens * stored_row_bytes(config, d_model) // parts

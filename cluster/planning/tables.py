@@ -23,13 +23,13 @@ class Simulated(NamedTuple):
     mesh: str
     """Mesh as text, latent x data."""
     step_s: float
-    """Seconds of a step, stragglers included."""
+    """Seconds of a step, including stragglers."""
     step_efficiency: float
     """Useful computation as a share of the step's time."""
     failures: int
     """Failures in the whole run."""
     run_efficiency: float
-    """Useful computation as a share of the run's time, failures and checkpoints included."""
+    """Useful computation as a share of the run's time, including failures and checkpoints."""
 
 
 def memory_table(layout: Layout) -> Table:
@@ -95,7 +95,7 @@ def layout_table(found: Sequence[Layout]) -> Table:
 def run_table(layout: Layout, config: RunConfig, hardware: Hardware) -> Table:
     """Return duration, read bandwidth and cost of training.
 
-    In concurrent mode on GPUs, duration and cost include the harvest that runs at the same time.
+    In concurrent mode on GPUs, duration and cost include the concurrent harvest.
     """
     work, step_s = layout.work, layout.step_s
     n_nodes = -(-work.n_ranks // hardware.ranks_per_node)
@@ -131,7 +131,7 @@ def run_table(layout: Layout, config: RunConfig, hardware: Hardware) -> Table:
 
 
 def _smaller_codec(config: RunConfig, d_model: int) -> str:
-    """Suggest the codec with the fewest bytes per row; empty if no codec needs fewer than now."""
+    """Suggest the codec with the fewest bytes per row. Empty if none needs fewer than now."""
     dtype = DTYPES[config.store.dtype]
     row_bytes = {name: codec.row_bytes(dtype, d_model) for name, codec in CODECS.items()}
     least = min(row_bytes, key=row_bytes.__getitem__)
@@ -140,7 +140,7 @@ def _smaller_codec(config: RunConfig, d_model: int) -> str:
 
 
 def scaling_table(rows: Sequence[Simulated], grows: str) -> Table:
-    """Return simulated weak scaling; `grows` names what grows in proportion to the ranks."""
+    """Return simulated weak scaling. `grows` names what grows in proportion to the ranks."""
     table = _table(
         f"simulated weak scaling (in proportion to the ranks: {grows})",
         *("ranks", "latent x data", "step ms", "efficiency", "failures", "with failures"),
@@ -172,9 +172,10 @@ def _harvest(layout: Layout, config: RunConfig, hardware: Hardware) -> str:
 
 
 def harvest_tokens_per_s(layout: Layout, config: RunConfig, hardware: Hardware) -> float:
-    """Return the tokens per second of all harvest workers together.
+    """Return the total tokens per second of all harvest workers.
 
-    This is a lower bound: it counts all layers, but the forward pass ends after the last hookpoint.
+    The result is a lower bound, because it counts all layers although the forward pass ends after
+    the last hookpoint.
 
     Args:
         layout: Layout of the trainer ranks.
@@ -188,10 +189,11 @@ def harvest_tokens_per_s(layout: Layout, config: RunConfig, hardware: Hardware) 
 
 
 def _harvest_gpus(layout: Layout, config: RunConfig) -> int:
-    """Return the number of GPUs of all harvest workers.
+    """Return the total number of GPUs of all harvest workers.
 
-    In concurrent mode these are additional to the trainer ranks' GPUs. Otherwise the harvest runs
-    before training, on at most as many GPUs as training uses (but enough for one worker).
+    In concurrent mode, these GPUs are additional to those of the trainer ranks. Otherwise the
+    harvest runs before training, on at most as many GPUs as training uses (but enough for one
+    worker).
     """
     wanted = config.cluster.harvest_workers * config.model.shards
     at_once = config.cluster.mode == "concurrent"

@@ -31,10 +31,10 @@ class Work:
     shard: int
     """l, latents of this rank's shard."""
     k: int
-    """Active latents per row; all of them if their number depends on the data, which is an upper
-    bound."""
+    """Active latents per row. If their number depends on the data, all latents are counted, which
+    is an upper bound."""
     auxk: int
-    """Dead latents selected per row; 0: there is no auxiliary path, or no latent is dead."""
+    """Dead latents selected per row, or 0 if there is no auxiliary path or no dead latent."""
     aux_rows: int
     """Rows that take the auxiliary path."""
     dead: int
@@ -50,15 +50,15 @@ class Work:
     clip: bool
     """True if gradients are clipped."""
     moment_bytes: int
-    """Bytes of an element of Adam's moments."""
+    """Bytes per element of Adam's moments."""
     copy_bytes: int
-    """Bytes of a weight's copy in the kernels' dtype; 0: no copy."""
+    """Bytes of a weight's copy in the kernels' dtype, or 0 if there is no copy."""
     gather_bytes: int
-    """Bytes of an element of the inputs and errors that the row gradients gather."""
+    """Bytes per element of the inputs and errors that are gathered for the row gradients."""
     product_bytes: int
-    """Bytes of an element of the encoder product's inputs."""
+    """Bytes per element of the encoder product's inputs."""
     prefilter: str
-    """Prefilter of the encoder; none: no prefilter."""
+    """Prefilter of the encoder, or "none"."""
     row_bytes: int
     """Bytes of a row after decoding."""
     stored_row_bytes: int
@@ -73,41 +73,41 @@ class Work:
     """True if the rank trains on a GPU."""
     mixture: bool
     """True if rows come from several stores. Every rank then reads all rows, and the host gathers
-    and decodes the rank's own."""
+    and decodes the rank's own rows."""
 
     @property
     def host_row_bytes(self) -> int:
-        """Bytes of a row on a GPU's host and between ranks; decoded in a mixture, else stored."""
+        """Bytes of a row, decoded in a mixture, else stored, on a GPU's host and between ranks."""
         return self.row_bytes if self.mixture else self.stored_row_bytes
 
     @property
     def n_ranks(self) -> int:
-        """Ranks of the mesh."""
+        """Number of ranks in the mesh."""
         return self.latent * self.data
 
     @property
     def parameters(self) -> int:
-        """Parameters of this rank: both matrices and both biases."""
+        """Number of this rank's parameters, in both matrices and both biases."""
         return self.shard * (2 * self.d_model + 1) + self.d_model
 
     @property
     def matrix(self) -> int:
-        """Weights of one matrix of the shard."""
+        """Number of weights in one matrix of the shard."""
         return self.shard * self.d_model
 
     @property
     def pairs(self) -> int:
-        """Active pairs of this rank on its replica's rows, assuming equal shares of all shards."""
+        """Active pairs of this rank for its replica's rows, if all shards have equal shares."""
         return -(-(self.rows * self.k + self.aux_rows * self.auxk) // self.latent)
 
     @property
     def update_pairs(self) -> int:
-        """Active pairs that this rank's update sums; if it is fused, those of all replicas."""
+        """Active pairs that this rank's update sums. If fused, the pairs of all replicas."""
         return self.pairs * (self.data if self.fused else 1)
 
     @property
     def used(self) -> float:
-        """Expected number of latents with at least one of the update's pairs.
+        """Expected number of latents that occur in at least one of the update's pairs.
 
         All latents are assumed equally likely, which gives an upper bound.
         """
@@ -115,7 +115,7 @@ class Work:
 
     @property
     def gathered_rows(self) -> int:
-        """Rows of inputs (and of errors) from which the row gradients gather."""
+        """Rows of inputs (and of errors) that are gathered for the row gradients."""
         own = self.rows + (self.aux_rows if self.auxk else 0)
         return own * (self.data if self.fused else 1)
 
@@ -133,8 +133,8 @@ def work_of(
     Args:
         config: Config of the run.
         d_model: Width D of the activations.
-        on_gpu: Whether ranks train on GPUs, with Triton's kernels and bfloat16 copies; if not, with
-            stock torch.
+        on_gpu: Whether ranks train on GPUs, with Triton's kernels and bfloat16 copies. If False,
+            they train with stock torch.
         prefilter: The prefilter that `train.prefilter=auto` selects on the device.
         parallel: Mesh to use instead of the config's.
     """

@@ -14,7 +14,7 @@ from sae_core.checkpoint.folder import MANIFEST, list_checkpoints
 
 
 def read_optional_json(path: Path) -> dict[str, Any] | None:
-    """Read a JSON object from a file; return None if its stage has not written the file yet.
+    """Read a JSON object from a file. Return None if the file has not been written yet.
 
     Raises:
         RunFileError: If the file exists but does not contain a JSON object.

@@ -16,7 +16,7 @@ PACKAGES = ("torch", "triton", "deepspeed", "ray", "zarr", "tensorstore", "numpy
 
 
 def hardware() -> dict[str, Any]:
-    """Return CPU, cores, memory and GPUs of this machine, without its name and addresses."""
+    """Return CPU, cores, memory and GPUs of this machine, but not its name or addresses."""
     return {
         "cpu": _cpu_model(),
         "cores": len(os.sched_getaffinity(0))
@@ -42,7 +42,7 @@ def versions() -> dict[str, str]:
 def commit() -> str:
     """Return the commit of this checkout, or "unknown" outside git.
 
-    The suffix `-dirty` means that tracked files were changed.
+    The suffix `-dirty` means that tracked files have uncommitted changes.
     """
     try:
         head = _git("rev-parse", "HEAD")
@@ -100,7 +100,7 @@ def memory_bytes() -> int | None:
 
 
 def _gpus() -> list[str]:
-    """Return the names of the GPUs that torch sees; none if the process has not imported torch."""
+    """Return the names of the GPUs that torch sees, or [] if torch is not imported."""
     torch = sys.modules.get("torch")
     if torch is None or not torch.cuda.is_available():
         return []

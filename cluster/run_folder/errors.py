@@ -10,6 +10,6 @@ class RunDirError(FoundryError):
 
 
 class RunFileError(FoundryError):
-    """A file of the run folder exists but cannot be read; the message names it."""
+    """A file of the run folder exists but cannot be read. The message names the file."""
 
     exit_code = EXIT_FAILED

@@ -1,8 +1,9 @@
 """Names of the files and folders in a run's folder, each defined once.
 
-Every name is a path relative to the run's folder: `run_dir / METRICS`. The names inside a
-checkpoint are in `sae_core.checkpoint.folder`, those of submitted jobs in `submitted_jobs`, and
-those inside a store, `fit/` and `export/` in the modules that write them.
+Every name is a path relative to the run's folder: `run_dir / METRICS`. The names of files inside a
+checkpoint are in `sae_core.checkpoint.folder`, and the names for submitted jobs are in
+`submitted_jobs`. The names of files inside a store, `fit/` and `export/` are in the modules that
+write those files.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ COSTS = "train.json"
 WANDB_ID = "wandb_id"
 """Id under which wandb continues the run."""
 SWEEP_RECORD = "sweep.json"
-"""Why a sweep's cell ended before its last step; see `sweep_record`."""
+"""In a sweep cell's folder: why the cell ended before its last step; see `sweep_record`."""
 EVALUATION = "eval/metrics.json"
 """The evaluation metrics with their definitions."""
 FREQUENCY = "eval/frequency.json"
@@ -38,7 +39,7 @@ FREQUENCY = "eval/frequency.json"
 EXPORT = "export"
 """The SAE in the formats of other libraries, with a model card."""
 REPORT = "report/index.html"
-"""The run's page."""
+"""The HTML report on the run."""
 FIT = "fit"
 """In a sweep's folder: the fitted scaling laws."""
 RESHARDED = "resharded"
@@ -46,15 +47,15 @@ RESHARDED = "resharded"
 LOGS = "logs"
 """Logs and heartbeats of ranks and workers."""
 HARVEST_STARTS = "logs/harvest-starts"
-"""Folder with a file for each start of a harvest worker."""
+"""Folder with one file per start of a harvest worker."""
 DRIVER_LOCK = "driver.lock"
-"""Held by the driver of the run."""
+"""Lock held by the driver of the run."""
 RANKS_LOCK = "ranks.lock"
-"""Shared by all trainer ranks of the run."""
+"""Lock shared by all trainer ranks of the run."""
 TRAINER_LOCK = "trainer.lock"
-"""Held by rank 0 of the group that trains the run."""
+"""Lock held by rank 0 of the group that trains the run."""
 STOP_REQUEST = "stop.request"
-"""Asks the trainer ranks to save a checkpoint and stop."""
+"""File by which the driver asks the trainer ranks to save a checkpoint and stop."""
 
 
 def rank_log(run_dir: Path, rank: int) -> Path:
@@ -68,13 +69,14 @@ def rank_heartbeat(run_dir: Path, rank: int) -> Path:
 
 
 def store_path(config: RunConfig, run_dir: Path) -> str:
-    """Return `store.path`, or `store/` in the run folder if it is not set."""
+    """Return `store.path` or, if it is not set, `store/` in the run folder."""
     return config.store.path or str(run_dir / STORE)
 
 
 def consumer_name(config: RunConfig, run_dir: Path) -> str:
     """Return a run's name as a consumer of its store.
 
-    It includes a hash of the run folder, as run names are unique only within one parent folder.
+    The name includes a hash of the run folder's path, because run names are unique only within one
+    parent folder.
     """
     return f"{config.name}-{hashlib.sha256(str(run_dir.resolve()).encode()).hexdigest()[:8]}"

@@ -1,6 +1,7 @@
-"""Locks in a run's folder: of its driver and of its trainer ranks.
+"""Locks in a run's folder, held by the run's driver and by its trainer ranks.
 
-All are `flock` locks, which the kernel releases when their process ends, however it ends.
+All of them are `flock` locks, which the kernel releases when the process that holds them ends for
+any reason.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ def driver_lock(run_dir: Path) -> Iterator[None]:
     """Hold the lock of the run's driver while the block runs.
 
     Raises:
-        RunDirError: If another driver holds it.
+        RunDirError: If another driver holds the lock.
     """
     with open(run_dir / DRIVER_LOCK, "a+", encoding="utf-8") as lock:
         try:
@@ -46,7 +47,7 @@ def rank_lock(run_dir: Path, is_rank_zero: bool) -> Iterator[None]:
     """Hold a trainer rank's lock on the run for as long as the rank may write to it.
 
     All ranks of a group share one lock. Rank 0 also takes an exclusive lock, so that no second
-    group can train the run, however it was started.
+    group can train the run, no matter how that group was started.
 
     Raises:
         RunDirError: If rank 0 of another group is training this run.
@@ -70,11 +71,11 @@ def rank_lock(run_dir: Path, is_rank_zero: bool) -> Iterator[None]:
 def wait_for_old_ranks(run_dir: Path) -> None:
     """Wait until no rank of an earlier attempt is alive.
 
-    The ranks of a killed driver keep running for a moment, and two groups of ranks must not write
-    checkpoints into the same folder.
+    When a driver is killed, its ranks keep running for a moment. Two groups of ranks must not write
+    checkpoints to the same folder.
 
     Raises:
-        RunDirError: If some are still alive after a minute.
+        RunDirError: If some ranks are still alive after a minute.
     """
     deadline = time.monotonic() + _OLD_RANKS_TIMEOUT_S
     with open(run_dir / RANKS_LOCK, "a", encoding="utf-8") as lock:

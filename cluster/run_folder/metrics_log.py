@@ -1,7 +1,8 @@
 """Write and read `metrics.jsonl`, the log of training metrics: one JSON object per line.
 
-A kill in the middle of a write leaves an incomplete last line. The next writer ends that line, and
-every reader skips it. A resumed run logs the steps after its checkpoint again.
+If the writer is killed in the middle of a write, the last line is incomplete. The next writer ends
+that line, and every reader skips it. A resumed run logs again the steps that followed its
+checkpoint.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from cluster.run_folder.files import METRICS
 Row = dict[str, Any]
 """Metrics of one SAE at one step: `sae`, `step`, `tokens` and further keys."""
 _TAIL_BYTES = 1 << 16
-"""Bytes at the end of the log in which `last_row` looks: a row has less than 2 KiB."""
+"""Number of bytes at the end of the log that `last_row` reads. A row has less than 2 KiB."""
 
 
 class MetricsWriter:
@@ -38,8 +39,8 @@ class MetricsWriter:
             self._file.write("\n")
 
     def write(self, row: Row) -> Row:
-        """Append one row and flush it; return the row as written."""
-        # JSON has no NaN or infinity; parsers of every language accept null.
+        """Append one row and flush it. Return the row as written."""
+        # JSON has no NaN or infinity, but parsers in every language accept null.
         clean = {
             key: None if isinstance(value, float) and not math.isfinite(value) else value
             for key, value in row.items()
@@ -58,7 +59,7 @@ class TrainingLog:
     """The whole log, grouped by SAE."""
 
     rows: dict[str, list[Row]]
-    """SAE name -> rows in order of step, one row per logged step."""
+    """Rows of each SAE by name, in order of step, with one row per logged step."""
     unreadable_lines: int
     """Number of lines that are not valid rows."""
 
@@ -67,9 +68,9 @@ class TrainingLog:
 
 
 def read_training_log(run_dir: Path) -> TrainingLog:
-    """Read the log of a run; the result is empty if training has not started.
+    """Read the log of a run. The result is empty if training has not started.
 
-    Of the rows of one step and SAE, the last is used.
+    If a step of an SAE was logged several times, the last row is used.
     """
     by_sae: dict[str, dict[int, Row]] = defaultdict(dict)
     unreadable = 0
@@ -88,7 +89,7 @@ def logged_rows(run_dir: Path) -> Iterator[Row]:
 
 
 def last_row(run_dir: Path) -> Row | None:
-    """Return the row that was written last, or None if there is none; reads only the file's end."""
+    """Return the last row written, or None if there is none. Reads only the end of the file."""
     try:
         with open(run_dir / METRICS, "rb") as file:
             size = file.seek(0, os.SEEK_END)
@@ -96,13 +97,13 @@ def last_row(run_dir: Path) -> Row | None:
             lines = file.read().split(b"\n")
     except FileNotFoundError:
         return None
-    # The first of these lines may be the end of a longer one, which is not a valid row either.
+    # The first of these lines may be only the end of a line, which is not a valid row.
     rows = (_parse(line) for line in reversed(lines))
     return next((row for row in rows if row is not None), None)
 
 
 class NewRows:
-    """Read the rows that a run adds from now on.
+    """Reader of the rows that a run adds after this object is created.
 
     Args:
         run_dir: The run's folder.
@@ -130,7 +131,7 @@ class NewRows:
 
 
 def _rows_or_none(run_dir: Path) -> Iterator[Row | None]:
-    """Yield each line that is not blank as a row, or as None if it is not a valid one."""
+    """Yield each line that is not blank as a row, or as None if it is not a valid row."""
     path = run_dir / METRICS
     if path.is_file():
         with open(path, "rb") as file:

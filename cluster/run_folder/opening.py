@@ -1,4 +1,4 @@
-"""Open a run's folder for a driver: create it, lock it, and agree on its config."""
+"""Open a run's folder for a driver: create it, lock it, and save or compare its config."""
 
 from __future__ import annotations
 
@@ -33,16 +33,16 @@ def open_run(
     The kernel holds the lock (`flock`), so it is released even if the driver is killed.
 
     Args:
-        config: The composed and validated config; written to `config.yaml` on the first call.
-        read_only: Whether the stage only reads; then nothing is locked or written.
-        must_exist: Whether the stage needs the results of an earlier one.
+        config: The composed and validated config. It is written to `config.yaml` on the first call.
+        read_only: Whether the stage only reads. If True, nothing is locked or written.
+        must_exist: Whether the stage needs the results of an earlier stage.
 
     Yields:
         The run's folder.
 
     Raises:
-        RunDirError: If another driver has the lock, the run was started with another config, it
-            must exist and does not, or its folder is not writable.
+        RunDirError: If another driver has the lock, the run was started with another config, the
+            run must exist but does not, or its folder is not writable.
     """
     run_dir = Path(config.runs_dir).expanduser().resolve() / config.name
     if must_exist and not (run_dir / CONFIG).exists():
@@ -71,10 +71,11 @@ def _has_results(run_dir: Path) -> bool:
 
 
 def _agree_on_config(config: RunConfig, run_dir: Path) -> None:
-    """Save the config, unless the run already has results made with a different one.
+    """Save the config, unless the run already has results from a different config.
 
     Raises:
-        RunDirError: If it has; the error lists the differences.
+        RunDirError: If the run has results from a different config. The error lists the
+            differences.
     """
     path = run_dir / CONFIG
     saved = saved_config(run_dir)
@@ -86,7 +87,7 @@ def _agree_on_config(config: RunConfig, run_dir: Path) -> None:
                 f"{run_dir} was started with another config:{diff}\n"
                 "use another name=..., restore the values, or delete the folder"
             )
-    # Write a temporary file and rename it, so that a reader never sees a partial config.
+    # Write to a temporary file and rename it, so that a reader never sees a partial config.
     temporary = path.with_suffix(".yaml.tmp")
     save_config(config, temporary)
     os.replace(temporary, path)

@@ -1,6 +1,6 @@
 """Save and load the resolved config of a run.
 
-The driver writes it to `config.yaml`; every stage and rank reads it from there.
+The driver writes the config to `config.yaml`, from which every stage and rank reads it.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ def saved_config(run_dir: Path) -> RunConfig | None:
 
 
 def _settings_class(path: Path, values: Any) -> type[SAEConfig]:
-    """Return the class of the run's SAE settings; that of topk if no architecture is named."""
+    """Return the class of the run's SAE settings. The default architecture is topk."""
     name = OmegaConf.select(values, "sae.architecture", default="topk")
     ARCHITECTURES.check(str(name), f"{path}: sae.architecture")
     return ARCHITECTURES[str(name)].settings
@@ -95,7 +95,7 @@ def _settings_class(path: Path, values: Any) -> type[SAEConfig]:
 def _check_plain(path: Path, text: str) -> None:
     if len(text) > _MAX_CONFIG_BYTES:
         raise _not_plain(path, f"more than {_MAX_CONFIG_BYTES} bytes")
-    # Look at parser events, which do not expand aliases or build objects.
+    # Inspect parser events, because parsing into events neither expands aliases nor builds objects.
     depth = 0
     for event in yaml.parse(text, Loader=yaml.SafeLoader):
         where = f"line {event.start_mark.line + 1}" if event.start_mark else "the file"
@@ -115,7 +115,7 @@ def _not_plain(path: Path, found: str) -> ConfigError:
 
 
 def forbidden_changes(old: RunConfig, new: RunConfig) -> dict[str, tuple[Any, Any]]:
-    """Find the keys that differ although a resumed run may not change them.
+    """Find the keys that differ but that a resumed run may not change.
 
     Returns:
         `{key: (old value, new value)}`.

@@ -9,7 +9,7 @@ from typing import Any
 from foundation.atomic_files import read_json, write_json
 
 FOLDER = "submit"
-"""Subfolder of the run folder with the job files, the jobs' ids, their attempts and logs."""
+"""Subfolder of the run folder with the job files and the jobs' ids, attempts and logs."""
 JOBS = "jobs.json"
 _KEYS = ("scheduler", "job", "submitted", "command")
 
@@ -56,7 +56,7 @@ def _rows(run_dir: Path) -> list[dict[str, Any]]:
 def _job(run_dir: Path, row: dict[str, Any]) -> SubmittedJob:
     return SubmittedJob(
         run_dir=run_dir,
-        scheduler=row.get("scheduler", "slurm"),  # older rows lack this key: they are all Slurm's
+        scheduler=row.get("scheduler", "slurm"),  # older rows lack this key and are all from Slurm
         id=row["job"],
         submitted=row.get("submitted", 0.0),
         command=row.get("command", []),

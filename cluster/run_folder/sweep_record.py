@@ -1,4 +1,4 @@
-"""Record, in a sweep cell's folder, why the cell ended before its last step."""
+"""The record, in a sweep cell's folder, of why the cell ended before its last step."""
 
 from __future__ import annotations
 
@@ -40,14 +40,14 @@ def read_record(run_dir: Path) -> Record | None:
 
 
 def clear_record(run_dir: Path) -> None:
-    """Clear the cell's record, because the cell is about to be trained by itself."""
+    """Clear the cell's record, because the cell is about to be trained on its own."""
     (run_dir / SWEEP_RECORD).unlink(missing_ok=True)
 
 
 def clear_failure(run_dir: Path) -> None:
-    """Clear the record of a failed cell, so that it is tried again.
+    """Clear the record of a failed cell, so that the cell is tried again.
 
-    The record of a cell that diverged is kept, because it would diverge again.
+    The record of a cell that diverged is kept, because the cell would diverge again.
     """
     record = read_record(run_dir)
     if record is not None and record.state == FAILED:

@@ -1,4 +1,4 @@
-"""Divide the cells of a sweep into groups that fit in memory and train at the same time."""
+"""Divide the cells of a sweep into groups that fit in memory and train concurrently."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from conf.schema.run import RunConfig
 from foundation.errors import ConfigError
 
 _SHARE_OF_MEMORY = 0.8
-"""Share of the memory that the cells may fill; the rest allows for errors of the estimate."""
+"""Share of the memory that the cells may fill. The rest allows for errors in the estimate."""
 _ONCE = ("process", "loader", "loader, pinned")
-"""Parts of a rank's memory that exist once, however many SAEs train on the stream."""
+"""Parts of a rank's memory that exist only once, however many SAEs train on the row stream."""
 
 
 def training_groups(cells: dict[str, RunConfig], size: int) -> list[list[str]]:
-    """Return the cells' names in training groups of at most `size`.
+    """Return the cells' names, divided into training groups of at most `size` cells.
 
     Each group makes a pass over the store.
     """
@@ -25,10 +25,11 @@ def training_groups(cells: dict[str, RunConfig], size: int) -> list[list[str]]:
 
 
 def group_size(config: RunConfig, cells: dict[str, RunConfig]) -> int:
-    """Return `sweep.saes_per_process`, or if it is null the number of cells that fit in memory.
+    """Return `sweep.saes_per_process` or, if it is null, the number of cells that fit in memory.
 
     Raises:
-        ConfigError: If no cell fits, or this machine cannot see the ranks' memory.
+        ConfigError: If no cell fits, or the memory of the ranks cannot be determined on this
+            machine.
     """
     if config.sweep.saes_per_process is not None:
         return config.sweep.saes_per_process
@@ -47,13 +48,13 @@ def group_size(config: RunConfig, cells: dict[str, RunConfig]) -> int:
 
 
 def cells_that_fit(cells: dict[str, RunConfig], d_model: int, hardware: Hardware) -> int:
-    """Return how many cells fit in memory at the same time, if all were as large as the largest.
+    """Return how many cells fit in memory at once, assuming all are as large as the largest.
 
     Args:
         cells: The cells, from `cells_of`.
         d_model: Width of the activations.
-        hardware: The planned hardware. The memory of a GPU belongs to one rank; that of a machine
-            without GPUs is shared by all ranks.
+        hardware: The planned hardware. The memory of a GPU belongs to one rank. The memory of a
+            machine without GPUs is shared by all ranks.
 
     Raises:
         ConfigError: If not even one cell fits.

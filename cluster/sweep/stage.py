@@ -1,9 +1,9 @@
-"""The sweep stage: train a grid of SAEs on one store, several at the same time per row stream.
+"""The sweep stage: train a grid of SAEs on one store, several at once from each row stream.
 
 A cell of the grid is an ordinary run with the folder `<sweep>/<cell>/`. Training it alone with
 `stage=train` gives bit-identical weights, and evaluate, export, status and fit work on it.
-Finished cells are skipped. If a cell fails, the reason is written to its folder
-(`sweep_record.py`) and the others continue.
+Finished cells are skipped. If a cell fails, the reason is written to its folder (`sweep_record.py`)
+and the other cells continue.
 """
 
 from __future__ import annotations
@@ -32,11 +32,12 @@ def run(config: RunConfig, run_dir: Path) -> None:
     """Train every cell of the grid that is not finished yet.
 
     Raises:
-        ConfigError: If the store is missing, or a cell's config is invalid or does not fit it.
+        ConfigError: If the store is missing, or a cell's config is invalid or does not fit the
+            store.
         RunDirError: If a cell was started with another config or is being trained now.
-        PreemptedError: If a signal stopped the sweep; all cells have saved a checkpoint.
-        SweepFailedError: If some cells failed; the others have trained to their ends. Cells that
-            were stopped because they diverged do not count as failed.
+        PreemptedError: If a signal stopped the sweep. All cells have saved a checkpoint.
+        SweepFailedError: If some cells failed. The other cells have been trained to the end. Cells
+            that were stopped because they diverged do not count as failed.
     """
     console = Console(soft_wrap=True)
     cells = cells_of(config, run_dir)
@@ -81,9 +82,9 @@ def _train(config: RunConfig, run_dir: Path, cells: dict[str, RunConfig], consol
 
 
 def _train_group(run_dir: Path, cells: dict[str, RunConfig], table: SweepTable) -> None:
-    """Train a group of cells at the same time.
+    """Train a group of cells concurrently.
 
-    If their ranks fail too often, the cells that are not finished are recorded as failed.
+    If the ranks fail too often, unfinished cells are recorded as failed.
     """
 
     def still_open() -> list[str]:

@@ -21,7 +21,7 @@ _COLUMNS = ("cell", "state", "step", "%", "tokens/s", "FVU", "L0", "dead")
 
 
 class SweepTable:
-    """A `Progress` that updates the cells in training; other cells keep their last row.
+    """A `Progress` that updates the cells in training. Other cells keep their last row.
 
     Args:
         run_dir: The sweep's folder.
@@ -50,7 +50,7 @@ class SweepTable:
         return dict(self._states)
 
     def begin(self, names: list[str]) -> None:
-        """Follow these cells from now on, instead of those of the last call."""
+        """Follow these cells from now on, instead of the cells given in the last call."""
         self._rows = {name: NewRows(self._run_dir / name) for name in names}
         self._states |= dict.fromkeys(names, RUNNING)
 
@@ -85,7 +85,7 @@ class SweepTable:
             self._live = None
 
     def finish(self) -> None:
-        """Print the table of all cells, and the reasons of those that failed or were stopped."""
+        """Print the table of all cells, and the reasons why cells failed or were stopped."""
         self._look_at_records(list(self._states))
         self._console.print(self._table())
         for name, reason in self._reasons.items():

@@ -1,1 +1,1 @@
-"""Train SAEs on a store: driver, ranks, sources, watchdog."""
+"""Train SAEs on a store: driver, ranks, activation sources, watchdog."""

@@ -1,4 +1,4 @@
-"""The order of batches: which rows of a store each batch holds, and the identity of a stream."""
+"""The order of batches: which rows of a store each batch holds, and the identity of the order."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from activation_store import Store
 from activation_store.reading.shuffle_order import ORDER
 
 SAMPLE_BATCH = 4096
-"""Maximum number of rows of a batch in which a sample is read."""
+"""Maximum number of rows in the batches with which a sample is read."""
 
 
 @dataclass(frozen=True)
@@ -18,19 +18,19 @@ class BatchOrder:
     """The settings that determine which rows batch i of one data replica holds."""
 
     seed: int
-    """The run's seed; the same on all ranks."""
+    """The run's seed, which is the same on all ranks."""
     batch_tokens: int
-    """Rows of the global batch."""
+    """Number of rows in the global batch."""
     window_items: int
-    """Work items of a store that are shuffled together."""
+    """Number of a store's work items that are shuffled together."""
     buffer_tokens: int
-    """Rows permuted together in memory; a mixture divides them among its stores."""
+    """Number of rows permuted together in memory. A mixture divides them among its stores."""
     order_seed: int | None = None
-    """Seed of the order of rows instead of `seed`."""
+    """Seed of the order of rows. If None, `seed` is used."""
     replica: int = 0
     """Index of this data replica."""
     n_replicas: int = 1
-    """Replicas that share a global batch; divides `batch_tokens`."""
+    """Number of replicas that share a global batch. It divides `batch_tokens`."""
 
     @property
     def row_seed(self) -> int:
@@ -39,10 +39,10 @@ class BatchOrder:
 
     @property
     def name(self) -> str:
-        """Name of the order, for the identity of a source.
+        """Name of the order, used in the identity of a source.
 
-        It covers everything that determines the rows of batch i, except for the run's seed and the
-        batch size: checkpoints record those two separately. An `order_seed` is not recorded
+        The name covers everything that determines the rows of batch i, except for the run's seed
+        and the batch size, which checkpoints record separately. An `order_seed` is not recorded
         elsewhere.
         """
         name = f"{ORDER}-w{self.window_items}-b{self.buffer_tokens}"
@@ -50,7 +50,7 @@ class BatchOrder:
 
     @property
     def n_rows(self) -> int:
-        """Rows of a global batch that this replica gets."""
+        """Number of rows of a global batch that this replica receives."""
         return self.batch_tokens // self.n_replicas
 
     @property
@@ -64,7 +64,7 @@ class BatchOrder:
 
 
 def equal_batches(n_rows: int) -> tuple[int, int]:
-    """Return the number and size of the batches in which a sample of `n_rows` rows is read.
+    """Return the number and size of the batches with which a sample of `n_rows` rows is read.
 
     A batch has at most `SAMPLE_BATCH` rows.
     """

@@ -15,12 +15,12 @@ from sae_core.training.upload import Uploader
 class DeviceRows:
     """The current block of one array's rows, held on a device.
 
-    The copy of a block is asynchronous: the host does not wait for it, later work on the device
-    does. Encoded rows are decoded on the device after the gather, so that fewer bytes cross the
-    bus: with codec int8, half as many as with bfloat16.
+    A block is copied asynchronously: the host does not wait for the copy, but later work on the
+    device does. Encoded rows are decoded on the device after the gather, so that fewer bytes cross
+    the bus. With codec int8, this is half as many bytes as with bfloat16.
 
     Args:
-        store: The store; its codec must allow decoding on a device, see `decodes_on_device`.
+        store: The store. Its codec must allow decoding on a device; see `decodes_on_device`.
         array: Name of the array (a hookpoint).
         device: Device on which batches are gathered.
     """
@@ -44,7 +44,7 @@ class DeviceRows:
             )
 
     def pick(self, batch: StagedBatch) -> dict[str, torch.Tensor]:
-        """Return the rows of a batch on the device, as stored: `{array: [B, ...]}` for `decode`."""
+        """Return a batch's stored rows on the device, as `{array: [B, ...]}` for `decode`."""
         parts = []
         for part in batch.parts:
             self._upload(part.block)
@@ -56,7 +56,7 @@ class DeviceRows:
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
     def decode(self, stored: dict[str, torch.Tensor]) -> torch.Tensor:
-        """Return rows [B, d_model] from their stored form; encoded rows become float32."""
+        """Return rows [B, d_model], decoded from their stored form. Encoded rows become float32."""
         rows = stored[self._array]
         if self._formula is None:
             return rows
@@ -73,7 +73,7 @@ class DeviceRows:
 
 
 def decodes_on_device(store: Store, array: str) -> bool:
-    """Return True if a device can decode the stored rows of an array; otherwise the host must."""
+    """Return True if a device can decode an array's stored rows. Otherwise the host must do so."""
     row_codec = store.row_codec(array)
     return row_codec is None or row_codec.scale_offset is not None
 
@@ -84,7 +84,7 @@ def pinned(n_bytes: int) -> NDArray[Any]:
 
 
 def to_torch(rows: NDArray[np.generic]) -> torch.Tensor:
-    """Return rows of any dtype of a store as a tensor that shares their memory."""
+    """Return rows of any dtype that stores use, as a tensor that shares their memory."""
     # torch rejects NumPy's bfloat16, so pass the raw bits.
     if rows.dtype.name == "bfloat16":
         return torch.from_numpy(rows.view(np.uint16)).view(torch.bfloat16)

@@ -1,8 +1,8 @@
-"""Training group: the runs that one set of ranks trains at the same time from one row stream.
+"""Training group: the runs that one set of ranks trains concurrently from one row stream.
 
 A group is one ordinary run, or several cells of a sweep. Each member has its own folder,
-checkpoints, metrics and end, and gets the same weights as if it were trained alone. If one member
-fails, the others continue.
+checkpoints and metrics, ends independently, and gets the same weights as if it were trained alone.
+If one member fails, the others continue.
 """
 
 from __future__ import annotations
@@ -49,14 +49,14 @@ class Member:
     config: RunConfig
     """The run's config."""
     sinks: MetricSinks | None
-    """Where rank 0 writes metrics; None on the other ranks."""
+    """Where rank 0 writes metrics. None on the other ranks."""
     limits: SweepConfig | None = None
-    """Settings of the sweep, with the divergence limits; None if the run is not a sweep cell."""
+    """Settings of the sweep, with the divergence limits. None if the run is not a sweep cell."""
 
     def report(self, row: dict[str, Any]) -> None:
         """Write a row of metrics and check it for divergence.
 
-        All ranks have the same numbers, so all of them come to the same decision.
+        All ranks have the same numbers and therefore make the same decision.
 
         Raises:
             DivergedError: If the FVU is above `sweep.diverged_fvu` or not finite.
@@ -66,7 +66,7 @@ class Member:
         limits = self.limits
         if limits is None or limits.diverged_fvu is None:
             return
-        # `not <=` rather than `>`: a NaN has diverged too.
+        # Use `not <=` rather than `>`, so that NaN counts as diverged too.
         if row["tokens"] > limits.diverged_grace_tokens and not row["fvu"] <= limits.diverged_fvu:
             raise DivergedError(
                 f"FVU {row['fvu']:.4g} at step {row['step']}, above "
@@ -75,7 +75,7 @@ class Member:
             )
 
     def record(self, error: FoundryError) -> None:
-        """Write the error that ended a cell into its folder, while the other cells still train."""
+        """Write the error that ended a cell to its folder, while the other cells still train."""
         if self.sinks is None or self.limits is None:
             return
         try:
@@ -95,10 +95,11 @@ def train_members(
     stop_requested: Callable[[], bool],
     watchdog: Watchdog,
 ) -> list[Outcome]:
-    """Train all members to their ends, each from its newest valid checkpoint; collective.
+    """Train every member to its end from its newest valid checkpoint. Collective.
 
     Args:
-        members: Runs whose configs differ only in `sae`, `optim`, `seed` and `train.tokens`.
+        members: The runs. Their configs may differ only in `sae`, `optim`, `seed` and
+            `train.tokens`.
         device: Device of this rank.
         stop_requested: See `Trainer`.
         watchdog: Watchdog of this rank, to which the members' progress is reported.
@@ -120,7 +121,8 @@ def train_members(
         cursor = _cursor(members[0], source) if isinstance(source, StoreSource) else None
         shared_source = SharedSource(source, device)
         started: list[Trainer | FoundryError] = []
-        # Each member that has started counts as progress: many take longer to set up than one.
+        # Count each started member as progress, because many members take longer to set up than
+        # one.
         watchdog.waits = lambda: source.waits + len(started)
         for member in members:
             started.append(_start(member, mesh, shared_source, array, stop_requested))
@@ -154,10 +156,11 @@ def _start(
     array: str,
     stop_requested: Callable[[], bool],
 ) -> Trainer | FoundryError:
-    """Create a member's trainer, and calibrate it or resume it from a checkpoint; collective.
+    """Create a member's trainer, and calibrate it or resume it from a checkpoint. Collective.
 
     Returns:
-        The trainer, or the error of its config, checkpoint or sample; the same on all ranks.
+        The trainer, or the error in its config, checkpoint or sample. The result is the same on all
+        ranks.
     """
     config = member.config
     checkpoints = member.run_dir / CHECKPOINTS
@@ -186,7 +189,7 @@ def _start(
 def _source(
     config: RunConfig, store: Store, array: str, mesh: Mesh, device: torch.device
 ) -> StoreSource | MixtureSource:
-    """Open the row stream that all members share: one store, or a mixture of several."""
+    """Open the row stream that all members share, from one store or a mixture of several."""
     order = BatchOrder(
         seed=config.seed,
         batch_tokens=config.train.batch_tokens,
@@ -201,7 +204,8 @@ def _source(
         stores = [store, *map(open_store, config.store.paths[1:])]
         pin_memory = device.type == "cuda"
         return MixtureSource(stores, config.store.weights, array, order, pin_memory, shared_reads)
-    # In concurrent mode the driver stops the ranks if the harvest fails, so they may wait.
+    # In concurrent mode the driver stops the ranks if the harvest fails, so the ranks may wait
+    # without a limit.
     wait_timeout_s = math.inf if config.cluster.mode == "concurrent" else WAIT_TIMEOUT_S
     return StoreSource(store, array, order, device, wait_timeout_s, shared_reads)
 
@@ -209,7 +213,7 @@ def _source(
 def _cursor(member: Member, source: StoreSource) -> RunCursor | None:
     """Register the run as a consumer of its growing store.
 
-    Returns None on ranks other than 0 and when the store does not grow during training.
+    Returns None on ranks other than 0, and if the store does not grow during training.
     """
     config = member.config
     if member.sinks is None or config.cluster.mode != "concurrent":
@@ -229,7 +233,7 @@ def _check_rows_after_nan(outcomes: dict[int, Outcome], store: Store, array: str
     """Check the store for non-finite rows if a loss was not finite.
 
     Rows that were harvested after training started have not been checked yet. An error that names
-    them is more helpful than one about the loss.
+    such rows is more helpful than an error about the loss.
     """
     if any(isinstance(outcome.error, NonFiniteLossError) for outcome in outcomes.values()):
         store.refresh()

@@ -1,4 +1,4 @@
-"""Heartbeats of trainer ranks: files in the run's folder, as the driver reads them.
+"""Heartbeats of trainer ranks, which are files in the run's folder that the driver reads.
 
 Each rank rewrites its file about once a second (`cluster.training.watchdog`).
 """
@@ -12,7 +12,7 @@ from cluster.run_folder.files import rank_heartbeat
 from cluster.training.watchdog import EXIT_DELAY_S, HUNG
 
 _MARGIN_S = 3 * EXIT_DELAY_S
-"""Seconds that the driver waits beyond a rank's own watchdog, so that the rank can report first."""
+"""Seconds by which the driver waits longer than a rank's watchdog, so the rank can report first."""
 
 
 class Heartbeats:
@@ -29,11 +29,12 @@ class Heartbeats:
         for file in self._files:
             file.unlink(missing_ok=True)
         self._limit_s = timeout_s + _MARGIN_S
-        self._seen: dict[int, tuple[int, float]] = {}  # rank -> (mtime, when it was new)
+        self._seen: dict[int, tuple[int, float]] = {}  # rank -> (mtime, when first seen)
 
     def frozen(self) -> list[int]:
         """Return the ranks whose heartbeat has stopped."""
-        # Compare times of this machine's clock only: the clocks of other machines may differ.
+        # Compare only times of this machine's clock, because the clocks of other machines may
+        # differ.
         now = time.monotonic()
         return [rank for rank in range(len(self._files)) if self._is_frozen(rank, now)]
 
@@ -42,7 +43,7 @@ class Heartbeats:
         return [rank for rank in range(len(self._files)) if self._text(rank) == HUNG]
 
     def steps_taken(self) -> int:
-        """Return how many steps this group has trained, by rank 0's last heartbeat."""
+        """Return how many steps this group has trained, according to rank 0's last heartbeat."""
         text = self._text(0)
         return int(text) if text.isdigit() else 0
 

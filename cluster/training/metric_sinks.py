@@ -1,4 +1,4 @@
-"""Sinks of rank 0's metrics: always `metrics.jsonl`, optionally wandb and the console."""
+"""Sinks for rank 0's metrics: always `metrics.jsonl`, and optionally wandb and the console."""
 
 from __future__ import annotations
 
@@ -17,11 +17,12 @@ from cluster.training.progress_line import TrainingLine
 from conf.schema.run import RunConfig
 
 _WANDB_TIMEOUT_S = 30.0
-"""Time limit for wandb's start and for its end. Rows not sent by then stay in the run's folder."""
+"""Time limit for starting and for finishing wandb. Rows not sent by then stay in the run's
+folder."""
 
 
 class MetricSinks:
-    """Writer of metric rows. A failure of the disk stops training; a failure of wandb does not.
+    """Writer of metric rows. A disk failure stops training, but a wandb failure does not.
 
     Args:
         config: Config of the run, with its name and logging settings.
@@ -61,9 +62,9 @@ class MetricSinks:
 
 
 def _start_wandb(config: RunConfig, run_dir: Path) -> Any:
-    """Start a wandb run, or continue the one whose id is in the run's folder; None if disabled.
+    """Start a wandb run, or continue the wandb run whose id is in the run's folder.
 
-    Returns None as well if wandb fails to start.
+    Returns None if wandb is disabled or fails to start.
     """
     mode: Any = config.logging.wandb
     if mode == "auto":
@@ -82,12 +83,12 @@ def _start_wandb(config: RunConfig, run_dir: Path) -> Any:
             name=config.name,
             id=id_file.read_text(),
             resume="allow",
-            reinit="create_new",  # each cell of a sweep has a wandb run, all in one process
+            reinit="create_new",  # one process has a wandb run for each cell of a sweep
             dir=run_dir,
             mode=mode,
             settings=wandb.Settings(
                 init_timeout=_WANDB_TIMEOUT_S,
-                # By default `finish` waits without limit for a network that is down.
+                # By default, `finish` waits without limit if the network is down.
                 finish_timeout=_WANDB_TIMEOUT_S,
                 console="off",
                 disable_git=True,

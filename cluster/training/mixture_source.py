@@ -16,23 +16,24 @@ from sae_core.training.source import Batch
 
 
 class MixtureSource:
-    """One data replica's batches of one array of several stores; an `ActivationSource`.
+    """An `ActivationSource` of one data replica's batches, from one array in several stores.
 
     Rows are gathered and decoded on the host. `next` and `sample` are collective over the ranks
     that share the replica's rows.
 
     Args:
-        stores: Finished stores; `array` has the same width and dtype in all of them.
+        stores: Finished stores. `array` has the same width and dtype in all of them.
         weights: Each store's share of every batch; see `MixtureStream`.
         array: Name of the array to train on.
         order: Which rows of the mixture a batch holds.
-        pin_memory: Read batches into page-locked memory, from which a GPU can copy asynchronously.
+        pin_memory: Whether to read batches into page-locked memory, from which a GPU can copy
+            asynchronously.
         shared_reads: Shared reads of this replica's ranks, each of which gathers a part of the
-            rows. None: this rank reads all of them.
+            rows. If None, this rank reads all rows.
     """
 
     waits = 0
-    """Constant, because finished stores are never waited for; see `StoreSource.waits`."""
+    """Constant, because a finished store never makes the trainer wait; see `StoreSource.waits`."""
 
     def __init__(
         self,
@@ -75,11 +76,11 @@ class MixtureSource:
     def sample(self, n: int) -> torch.Tensor:
         """Return the first `n` rows of the order, [n, d_in], the same on all ranks.
 
-        If the stores hold fewer rows, all of them are returned. The sample is read in equal
-        batches, so it may lack the few rows that do not divide evenly among them.
+        If the stores hold fewer rows, all rows are returned. The sample is read in equal batches,
+        so it may lack the few rows that do not divide evenly among the batches.
         """
         n_batches, size = equal_batches(min(n, sum(store.n_tokens for store in self._stores)))
-        # Do not use page-locked memory: all batches of the sample are in memory at the same time.
+        # Do not use page-locked memory, because all batches of the sample are in memory at once.
         stream = self._open(size, 0, size, anonymous)
         try:
             return torch.cat([self._read(stream, size) for _ in range(n_batches)])

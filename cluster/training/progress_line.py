@@ -15,10 +15,10 @@ from foundation.atomic_files import read_json
 
 
 class TrainingLine:
-    """Display of the newest metrics row: one live line on a terminal, plain lines elsewhere.
+    """Display of the newest metrics row: a live line on a terminal, plain lines elsewhere.
 
     Args:
-        n_steps: Optimiser steps of the whole run.
+        n_steps: Number of optimiser steps in the whole run.
         console: Console to print to.
     """
 
@@ -77,7 +77,7 @@ def render(row: dict[str, Any], n_steps: int) -> str:
 
 
 def training_costs(run_dir: Path) -> str:
-    """Return the cost of checkpoints in the last session as text.
+    """Return, as text, the cost of checkpoints in the last session.
 
     For example `4 checkpoints paused training for 0.31 s of 101.2 s (0.3%), written in 1.9 s`.
     """

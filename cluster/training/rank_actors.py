@@ -17,7 +17,7 @@ from conf.schema.run import RunConfig
 
 @contextmanager
 def rank_group(config: RunConfig, run_dir: Path) -> Iterator[list[Any]]:
-    """Start an actor for each rank; kill them and release their GPUs when the block ends.
+    """Start an actor for each rank. When the block ends, kill them and release their GPUs.
 
     CPU ranks reserve no resources in Ray, because the user decides how many ranks share the cores.
 
@@ -119,10 +119,10 @@ def _wants_gpus(config: RunConfig) -> bool:
 
 
 class RankActor:
-    """Ray actor whose process becomes one trainer rank.
+    """A Ray actor whose process becomes one trainer rank.
 
     Args:
-        run_dir: The run's folder; output goes to `logs/rank-<rank>.log` in it.
+        run_dir: The run's folder. Output goes to `logs/rank-<rank>.log` in this folder.
         rank: Index of this rank.
         n_ranks: Number of ranks.
         alone: See `waiting_variables`.
@@ -140,7 +140,7 @@ class RankActor:
         os.dup2(log.fileno(), 2)
 
     def ready(self) -> int:
-        """Return the process id, once the actor runs."""
+        """Return the process id as soon as the actor runs."""
         return os.getpid()
 
     def address(self) -> tuple[str, int]:
@@ -154,12 +154,12 @@ class RankActor:
             return ray.util.get_node_ip_address(), free.getsockname()[1]
 
     def run(self, host: str, port: int, cells: Sequence[str]) -> None:
-        """Train the run, or these cells if it is a sweep.
+        """Train the run or, in a sweep, these cells.
 
         Args:
             host: Address of rank 0.
             port: Port of rank 0.
-            cells: Names of the sweep's cells to train; empty for an ordinary run.
+            cells: Names of the sweep's cells to train. Empty for an ordinary run.
         """
         os.environ.update(
             RANK=str(self.rank),

@@ -1,8 +1,9 @@
-"""Shared reads: ranks that train on the same rows each read a part of them and exchange the parts.
+"""Shared reads: ranks that train on the same rows each read a part and exchange the parts.
 
-The exchange runs in the device's process group and on its stream, so the host does not wait for
-it. Before it, the ranks agree in a process group of the hosts that each one has read its part:
-otherwise a rank whose read failed would leave the others waiting in a collective.
+The exchange runs in the device's process group and on its stream, so the host does not wait for it.
+Before the exchange, the ranks confirm to one another, in a process group of the hosts, that each
+rank has read its part. Otherwise a rank whose read failed would leave the others waiting in a
+collective.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class SharedReads:
-    """One rank's place among those that train on the same rows. By default it reads alone.
+    """One rank's place among the ranks that train on the same rows. By default it reads alone.
 
     If there are fewer rows than ranks, every rank reads all of them.
     """
@@ -34,16 +35,16 @@ class SharedReads:
     n_ranks: int = 1
     """Number of ranks in the group."""
     group: dist.ProcessGroup | None = None
-    """Process group of the device, for the rows."""
+    """Process group of the device, used for the rows."""
     host_group: dist.ProcessGroup | None = None
-    """Process group of the same ranks on the host, for errors; None if this rank reads alone."""
+    """Host process group of the same ranks, used for errors. None if this rank reads alone."""
 
     @classmethod
     def for_mesh(cls, mesh: Mesh, timeout_s: float) -> SharedReads:
-        """Return the shared reads of this rank's latent group; collective over all ranks.
+        """Return the shared reads of this rank's latent group. Collective over all ranks.
 
         Args:
-            mesh: The mesh of ranks; those of a latent group train on the same rows.
+            mesh: The mesh of ranks. The ranks of a latent group train on the same rows.
             timeout_s: Time limit of a collective between the hosts.
         """
         if mesh.n_latent == 1:
@@ -59,22 +60,22 @@ class SharedReads:
         return (lo + starts[self.rank], lo + starts[self.rank + 1]) if starts else (lo, hi)
 
     def read(self, read: Callable[[], T]) -> T:
-        """Return the result of `read()`, once it has succeeded on all ranks; collective.
+        """Return the result of `read()` once it has succeeded on all ranks. Collective.
 
-        Raises the errors of `sae_core.distributed.ranks.on_all_ranks`.
+        Raises the same errors as `sae_core.distributed.ranks.on_all_ranks`.
         """
         return read() if self.host_group is None else on_all_ranks(read, self.host_group)
 
     def gather(self, rows: torch.Tensor, n_rows: int) -> torch.Tensor:
-        """Return all ranks' parts in order, [n_rows, ...]; collective.
+        """Return all ranks' parts in order, [n_rows, ...]. Collective.
 
         Args:
             rows: This rank's part of the rows, [n, ...].
-            n_rows: Number of rows of all parts together.
+            n_rows: Total number of rows in all parts.
 
         Returns:
-            The rows, on the device on which `group` exchanges them. If this rank has read all of
-            them itself, `rows` is returned unchanged.
+            The rows, on the device on which `group` exchanges them. If this rank has read all rows
+            itself, `rows` is returned unchanged.
         """
         starts = self._starts(n_rows)
         if not starts:
@@ -83,7 +84,8 @@ class SharedReads:
         most = max(sizes)
         sent = rows.contiguous().to(exchange_device(self.group))
         if len(rows) < most:
-            # Pad to the largest part: only a gather of equal parts is supported by all backends.
+            # Pad to the size of the largest part, because not every backend can gather parts of
+            # unequal size.
             sent = torch.cat([sent, sent[: most - len(rows)]])
         parts = sent.new_empty((self.n_ranks * most, *rows.shape[1:]))
         # Send bytes, because not every backend supports bfloat16 or int8.
@@ -93,7 +95,7 @@ class SharedReads:
         return torch.cat([part[:size] for part, size in zip(parts.split(most), sizes, strict=True)])
 
     def _starts(self, n_rows: int) -> list[int] | None:
-        """Return the start of each rank's part and the end; None if every rank reads all rows."""
+        """Return each rank's start and the overall end, or None if every rank reads all rows."""
         if self.n_ranks == 1 or n_rows < self.n_ranks:
             return None
         return [n_rows * rank // self.n_ranks for rank in range(self.n_ranks + 1)]

@@ -1,8 +1,8 @@
-"""The train stage: trainer ranks as Ray actors, all restarted when one of them dies.
+"""The train stage: trainer ranks as Ray actors, all of which are restarted when one dies.
 
-Ranks depend on each other in every step, so the death of one ends them all. New actors on a new
-port then continue from the newest valid checkpoint. Errors that this project raises on purpose, for
-example for an invalid config, are not retried.
+Ranks depend on one another in every step, so all of them end when one dies. New actors on a new
+port then continue from the newest valid checkpoint. If the error is one that this project raises on
+purpose, for example for an invalid config, the ranks are not restarted.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ def run(
     Args:
         config: Config of the run.
         run_dir: The run's folder.
-        console: Console on which progress is shown; None: stdout.
-        watch: Called twice a second while ranks run, and once after they have finished; if it
+        console: Console on which progress is shown. If None, standard output.
+        watch: Called twice a second while ranks run, and once after they have finished. If it
             raises, the ranks are stopped.
 
     Raises:
         ConfigError: If the store is missing, or does not fit the config.
         PlacementError: If the cluster has no room for the ranks.
         RankFailedError: If ranks died more often than `cluster.max_failures`.
-        PreemptedError: If a signal stopped training, after saving a checkpoint if possible.
+        PreemptedError: If a signal stopped training. A checkpoint has been saved if possible.
     """
     console = console or Console()
     check_store(config)  # before torch is imported, which takes seconds
@@ -56,7 +56,7 @@ def run(
     warn_if_poorly_shuffled(config, console)
     clear_record(run_dir)
     train_ranks(config, run_dir, RunProgress(config, run_dir, console), watch)
-    watch()  # once more, for the last position that this run has published
+    watch()  # once more, to handle the last position that this run has published
     unregister(config, run_dir)
     newest = newest_valid(run_dir / CHECKPOINTS, hashes=False)
     console.print(f"train: {training_costs(run_dir)}", soft_wrap=True)
@@ -68,8 +68,8 @@ def finished(config: RunConfig, run_dir: Path) -> Path | None:
     from sae_core.checkpoint.folder import newest_valid, read_state
 
     for hashes in (False, config.checkpoint.verify_hashes):
-        # Verify hashes only of a checkpoint that may be the last. One that training resumes from is
-        # hashed by the ranks, which share the work.
+        # Verify hashes only of a checkpoint that may be the last. The ranks share the work of
+        # hashing a checkpoint from which training resumes.
         newest = newest_valid(run_dir / CHECKPOINTS, hashes)
         if newest is None or read_state(newest).step < config.train.n_steps:
             return None

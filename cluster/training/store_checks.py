@@ -1,4 +1,4 @@
-"""Checks that a store can be trained on with a config."""
+"""Checks that a config can be used to train on a store."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from conf.schema.run import RunConfig
 from foundation.errors import ConfigError
 
 _DIAGNOSED_TOKENS = 20_000_000
-"""The shuffle of larger stores is not checked before training, because that takes too long.
+"""The shuffle of stores with more tokens is not checked before training: it takes too long.
 
 `python -m activation_store.maintenance.shuffle_quality` checks it on request.
 """
@@ -57,7 +57,7 @@ def check_store(config: RunConfig) -> str:
 
 
 def mixed_in_stores(config: RunConfig, array: str) -> list[Store]:
-    """Open the stores of `store.mixture` and check that they are finished and their rows finite.
+    """Open the stores of `store.mixture`, and check that they are finished and have finite rows.
 
     Raises:
         ConfigError: If a store is missing, does not fit or has non-finite rows.
@@ -80,10 +80,10 @@ def require_finite(store: Store, array: str, key: str = "store.path") -> None:
     Args:
         store: The store to check.
         array: Name of the array.
-        key: Setting that gives the store's path, for the error.
+        key: Setting that gives the store's path, used in the error message.
 
     Raises:
-        ConfigError: If any does; the error names the items.
+        ConfigError: If any row does. The error names the items.
     """
     bad = store.non_finite_items(array)
     if bad:

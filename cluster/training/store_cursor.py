@@ -1,4 +1,4 @@
-"""The cursor of a run: how far it has read a growing store, published for the producers."""
+"""The cursor of a run: how far the run has read a growing store, published for its producers."""
 
 from __future__ import annotations
 
@@ -13,18 +13,19 @@ from sae_core.checkpoint.folder import list_checkpoints, read_state
 from sae_core.errors import CheckpointError
 
 _LIST_EVERY_S = 1.0
-"""Seconds between two listings of the checkpoints. A late one only delays deletions."""
+"""Seconds between two listings of the checkpoints. A late listing only delays deletions."""
 
 
 class RunCursor:
-    """Registration of a run as a consumer of its store; rank 0 updates it before every batch.
+    """Registration of a run as a consumer of its store. Rank 0 updates it before every batch.
 
     Args:
         store: Path of the store.
         name: The consumer's name, from `run_folder.files.consumer_name`.
         source: Rank 0's source.
         checkpoints: Folder of the run's checkpoints.
-        keep_everything: Publish that all items are still needed, so that none may be deleted.
+        keep_everything: Whether to publish that all items are still needed, so that none may be
+            deleted.
     """
 
     def __init__(
@@ -44,10 +45,10 @@ class RunCursor:
         self._consumer = Consumer(store, name, self._kept)
 
     def publish(self) -> None:
-        """Publish the position, if it needs other items than the last one published.
+        """Publish the position, if it needs other items than the last published position.
 
-        Call it before waiting for the next batch: producers may write that batch's window only
-        once they know that the windows before it have been read.
+        Call it before waiting for the next batch: producers may write that batch's window only once
+        they know that all earlier windows have been read.
         """
         position = self._source.position
         next_item = self._source.first_item_needed(position)
@@ -61,9 +62,9 @@ class RunCursor:
             self._published = (next_item, kept_from)
 
     def finish(self) -> None:
-        """Publish the final position, once training has ended and all checkpoints are written.
+        """Publish the final position. Call it when training has ended and checkpoints are written.
 
-        The driver unregisters the consumer later, with `unregister`, after its last deletions.
+        The driver calls `unregister` later, after the last deletions.
         """
         self._next_listing = 0.0
         self.publish()
@@ -81,7 +82,7 @@ class RunCursor:
 
 
 def unregister(config: RunConfig, run_dir: Path) -> None:
-    """Unregister a finished run from its store, so that it no longer blocks producers.
+    """Unregister a finished run from its store, so that the run no longer blocks producers.
 
     This also works for a run that was killed before it published its last position.
     """

@@ -25,7 +25,7 @@ _POLL_S = 0.2
 
 
 class StoreSource:
-    """One data replica's batches of one array of a store; an `ActivationSource`.
+    """An `ActivationSource` of one data replica's batches, from one array of a store.
 
     If the store is still growing, batches and samples wait for their rows. `next` and `sample` are
     collective over the ranks that share the replica's rows.
@@ -34,11 +34,11 @@ class StoreSource:
         store: An open store with at least one committed item.
         array: Name of the array to train on.
         order: Which rows a batch holds.
-        device: A CUDA device on which batches are gathered, and returned, unless the store's codec
-            can only be decoded on the host. Otherwise they are gathered on the host.
+        device: CUDA device on which batches are gathered and returned. For any other device, or if
+            the store's codec can be decoded only on the host, they are gathered on the host.
         wait_timeout_s: Time limit for a growing store to get the rows that were requested.
         shared_reads: Shared reads of this replica's ranks, each of which reads a part of the rows.
-            None: this rank reads all of them.
+            If None, this rank reads all rows.
     """
 
     def __init__(
@@ -92,15 +92,15 @@ class StoreSource:
     def sample(self, n: int) -> torch.Tensor:
         """Return the first `n` rows of the order, [n, d_in], the same on all ranks.
 
-        If the store holds fewer rows, all of them are returned. The sample is read in equal batches
-        of at most `SAMPLE_BATCH` rows, so it may lack the few rows that do not divide evenly among
-        them.
+        If the store holds fewer rows, all rows are returned. The sample is read in equal batches of
+        at most `SAMPLE_BATCH` rows, so it may lack the few rows that do not divide evenly among the
+        batches.
         """
         with self._counted_as_waiting():
             return self._sample(n)
 
     def first_item_needed(self, position: int) -> int:
-        """Return the first item of the store that batches from `position` on may need."""
+        """Return the first item of the store that batch `position` or any later batch may need."""
         return self._stream.first_item_needed(position)
 
     @property
@@ -108,7 +108,7 @@ class StoreSource:
         """A number that changes while the trainer waits for rows of a growing store.
 
         It is 0 while only the background reader waits, so that a hang of the trainer itself is
-        still noticed.
+        still detected.
         """
         return self._store.refreshes if self._waiting else 0
 

@@ -1,4 +1,4 @@
-"""Start the trainer ranks, follow them, and restart them after a failure."""
+"""Start the trainer ranks, monitor them, and restart them after a failure."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from foundation.errors import FoundryError
 _POLL_S = 0.5
 """Seconds between two checks of the ranks."""
 _SETTLE_S = 3.0
-"""Seconds to wait after a first failure, to learn whether the process of some rank died."""
+"""Seconds to wait after the first failure, to find out whether some rank's process died."""
 
 
 class _Failure(NamedTuple):
@@ -30,7 +30,7 @@ class _Failure(NamedTuple):
 
     problem: str
     failed_at: float
-    """When it ended, as `time.monotonic()`."""
+    """Time at which the group ended, from `time.monotonic()`."""
 
 
 def train_ranks(
@@ -40,15 +40,15 @@ def train_ranks(
     watch: Callable[[], None] = lambda: None,
     cells: Callable[[], Sequence[str]] | None = None,
 ) -> None:
-    """Start groups of ranks, one after the other, until one has trained to the end.
+    """Start groups of ranks, one after another, until a group has trained to the end.
 
     Args:
         config: Config of the run, or of any cell of a sweep.
         run_dir: The run's folder, or the sweep's.
         progress: Display of the training progress.
         watch: See `run`.
-        cells: For a sweep, a function that returns the cells that are still to be trained; called
-            before every attempt.
+        cells: For a sweep, a function that returns the cells that are still to be trained. It is
+            called before every attempt.
 
     Raises:
         PlacementError: See `run`.
@@ -100,11 +100,12 @@ def _attempt(
         run_dir: See `train_ranks`.
         progress: See `train_ranks`.
         watch: See `train_ranks`.
-        failed_at: Time (`time.monotonic`) at which the last attempt failed; None: no failure yet.
-        cells: Names of the sweep's cells to train; empty for an ordinary run.
+        failed_at: Time (`time.monotonic`) at which the last attempt failed, or None if none has
+            failed.
+        cells: Names of the sweep's cells to train. Empty for an ordinary run.
 
     Returns:
-        Why the group ended; None if it trained to the end.
+        Why the group ended, or None if it trained to the end.
     """
     import ray
 
@@ -122,8 +123,8 @@ def _attempt(
     except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError):
         return _Failure("a trainer rank died before it began", failed_at or time.monotonic())
     except PlacementError as error:
-        # Ray takes a while to notice a lost node. After a failure the ranks may soon fit again;
-        # at the first attempt the error is final.
+        # Ray takes a while to notice a lost node. After a failure, the ranks may therefore soon fit
+        # again. In the first attempt, the error is final.
         if failed_at is None:
             raise
         return _Failure(str(error), failed_at)
@@ -139,7 +140,7 @@ def _follow(
     """Show progress until all ranks have finished or the first one has failed.
 
     Returns:
-        The problem if ranks are frozen, since no task reports that; otherwise None.
+        The problem if ranks are frozen, because no task reports frozen ranks. Otherwise None.
     """
     import ray
 
@@ -160,12 +161,13 @@ def _follow(
 
 
 def _first_problem(tasks: list[Any], heartbeats: Heartbeats) -> str | None:
-    """Return what went wrong, or None; raise errors that a second attempt would not fix."""
+    """Return what went wrong, or None. Raise errors that a second attempt would not fix."""
     import ray
 
     if all(_is_done(task) and _error_of(task) is None for task in tasks):
         return None
-    # A surviving rank often reports a broken connection before Ray reports the death behind it.
+    # A surviving rank often reports a broken connection before Ray reports the death that caused
+    # it.
     ray.wait(tasks, num_returns=len(tasks), timeout=_SETTLE_S)
     errors = [error for error in map(_error_of, filter(_is_done, tasks)) if error is not None]
     deaths = [error for error in errors if isinstance(error, ray.exceptions.RayActorError)]
@@ -178,13 +180,13 @@ def _first_problem(tasks: list[Any], heartbeats: Heartbeats) -> str | None:
             raise cause_of(error)
     for error in errors:
         if not isinstance(cause_of(error), RuntimeError):
-            raise error  # a bug in this project; its text has the rank's traceback
-    # torch raises a RuntimeError when a collective breaks, and it looks like any other.
+            raise error  # a bug in this project; the message has the rank's traceback
+    # torch raises a RuntimeError when a collective breaks, which looks like any other RuntimeError.
     return f"a trainer rank failed: {str(cause_of(errors[0])).splitlines()[0][:200]}"
 
 
 def cause_of(error: Any) -> Any:
-    """Return the error that the rank raised, or Ray's own error if that was not passed on."""
+    """Return the error that the rank raised or, if Ray did not pass it on, Ray's own error."""
     return getattr(error, "cause", None) or error
 
 

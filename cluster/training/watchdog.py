@@ -1,10 +1,10 @@
-"""Watchdog of a trainer rank: if the rank makes no progress, write its stacks and end its process.
+"""Watchdog of a trainer rank, which writes the stacks and ends the process if the rank hangs.
 
-A rank that hangs stops all others within one step, because they wait for it in a collective. So the
-watchdogs of all ranks fire at about the same time, and each rank's log shows where it was. A
-process that is frozen as a whole (by SIGSTOP, or a disk that never answers) can neither write its
-stacks nor exit. The driver notices that its heartbeat has stopped (`heartbeats.py`) and
-kills it.
+A rank that hangs stops all others within one step, because they wait for it in a collective. The
+watchdogs of all ranks therefore fire at about the same time, and each rank's log shows where that
+rank was. A process that is frozen as a whole (by SIGSTOP, or a disk that never answers) can neither
+write its stacks nor exit. The driver notices that the process's heartbeat has stopped
+(`heartbeats.py`) and kills the process.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ HUNG = "hung"
 EXIT_DELAY_S = 3.0
 """Seconds between writing the stacks and exiting.
 
-The exit of one rank ends the others, so this gives them time to write their stacks first.
+The exit of one rank ends the others, so the delay gives them time to write their stacks first.
 """
 _TICK_S = 1.0
 """Maximum number of seconds between two heartbeats."""
@@ -33,25 +33,26 @@ _STDERR = 2
 
 
 class Watchdog:
-    """Thread that watches the progress of this process while the block runs.
+    """A thread that watches the progress of this process while the block runs.
 
-    It looks about once a second, outside the training step, which it does not slow down. Until the
-    first step is done (imports, compilation, calibration, loading of a checkpoint) the limit is
-    `startup_timeout_s` instead of `timeout_s`. If the interpreter itself is stuck and holds the
-    GIL, this thread cannot run. A timer of `faulthandler`, which does not need the GIL, then writes
-    the stacks and ends the process a little later.
+    It checks about once a second, outside the training step, and does not slow the step down. Until
+    the first step is done, the limit is `startup_timeout_s` instead of `timeout_s`, to allow for
+    imports, compilation, calibration and loading of a checkpoint. If the interpreter itself is
+    stuck and holds the GIL, this thread cannot run. A timer of `faulthandler`, which does not need
+    the GIL, then writes the stacks and ends the process a little later.
 
     Args:
-        heartbeat: Heartbeat file, rewritten about once a second for a driver that may be on another
-            machine. It holds the number of steps taken by this process, or `HUNG`.
+        heartbeat: Heartbeat file, rewritten about once a second for the driver, which may be on
+            another machine. It holds the number of steps taken by this process, or `HUNG`.
         timeout_s: Seconds without progress after which the process ends with exit code 1.
-        startup_timeout_s: The same before the first step; at least `timeout_s` is used.
+        startup_timeout_s: The same limit, before the end of the first step. If it is less than
+            `timeout_s`, `timeout_s` is used.
     """
 
     def __init__(self, heartbeat: Path, timeout_s: float, startup_timeout_s: float) -> None:
         self.waits: Callable[[], int] = lambda: 0
-        """Returns a number that changes while the rank has a reason to wait, for rows of a growing
-        store or for a checkpoint."""
+        """Function whose result changes while the rank has a reason to wait, either for rows of a
+        growing store or for a checkpoint."""
         self._step: Callable[[], int] | None = None
         self._first_step = 0
         self._heartbeat = heartbeat
@@ -62,7 +63,7 @@ class Watchdog:
 
     def start_training(self, step: Callable[[], int]) -> None:
         """Count an increase of `step()`, the number of steps taken, as progress from now on."""
-        # In this order: the watchdog's thread uses `_first_step` as soon as `_step` is set.
+        # Set `_first_step` first, because the watchdog's thread uses it as soon as `_step` is set.
         self._first_step = step()
         self._step = step
 
@@ -74,7 +75,7 @@ class Watchdog:
         self.stop()
 
     def stop(self) -> None:
-        """Stop watching, because training is over and the rest may take any time."""
+        """Stop watching, because training is over and the remaining work may take any time."""
         self._stop.set()
         self._thread.join()
         faulthandler.cancel_dump_traceback_later()
@@ -87,7 +88,8 @@ class Watchdog:
         try:
             return self._steps_taken(), self.waits()
         except Exception:
-            # An error here must not end the thread: the timer would then kill a healthy rank.
+            # An error here must not end the thread, because the timer would then kill a healthy
+            # rank.
             traceback.print_exc()
             return seen or (0, 0)
 

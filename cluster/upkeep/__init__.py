@@ -1,1 +1,1 @@
-"""Small stages that look after a run: verify, repair, reshard."""
+"""Small stages that maintain a run: verify, repair, reshard."""

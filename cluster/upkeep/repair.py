@@ -1,4 +1,4 @@
-"""Repair stage: remove uncommitted and damaged data from the stores and list the items to redo."""
+"""Repair stage: remove uncommitted and damaged data from the stores. List the items to redo."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from conf.schema.run import RunConfig
 def run(config: RunConfig, run_dir: Path) -> None:
     """Repair all stores of the run.
 
-    The next harvest rewrites the items that are missing from `store.path`. It does not write to
-    the stores that are mixed in.
+    The next harvest rewrites the items that are missing from `store.path`. It does not write to the
+    stores of a mixture.
 
     Raises:
         StoreBusyError: If a writer or another repair holds the lock of a store.

@@ -14,7 +14,7 @@ from conf.schema.run import RunConfig
 
 
 def run(config: RunConfig, run_dir: Path) -> None:
-    """Write `step-N` to the folder `reshard.to`, or to `resharded/` in the run folder.
+    """Write `step-N` to the folder `reshard.to`, or by default to `resharded/` in the run folder.
 
     Raises:
         CheckpointError: If the run has no valid checkpoint, or if the target folder exists.

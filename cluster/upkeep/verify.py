@@ -45,9 +45,9 @@ def run(config: RunConfig, run_dir: Path) -> None:
 
 
 def non_finite(path: str) -> list[str]:
-    """List the arrays whose committed rows contain NaN or infinity, with the items they are in.
+    """List the arrays whose committed rows contain NaN or infinity, with the affected items.
 
-    Such rows pass their checksum, but a trainer that reads them stops with an error.
+    Such rows match their checksum, but a trainer that reads them stops with an error.
     """
     try:
         store = open_store(path)

@@ -1,1 +1,1 @@
-"""Slurm: commands, the batch script, the job's body, Ray across its nodes."""
+"""Slurm: commands, the batch script, the batch process, and Ray across the job's nodes."""

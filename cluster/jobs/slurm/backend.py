@@ -1,8 +1,8 @@
 """The backend for Slurm: check the settings, submit the batch script, describe the job.
 
 submitit's executor is not used, for three reasons: a person can read the script, edit it and pass
-it to `sbatch`; nothing is pickled; and the job's own process decides how to react to a signal and
-to exit code 75, namely by requeueing the job under the same id.
+it to `sbatch`; nothing is pickled; and the job's own process handles signals and exit code 75, by
+requeueing the job under the same id.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ _ENDED = (
     *("COMPLETED", "CANCELLED", "FAILED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "DEADLINE"),
     *("PREEMPTED", "BOOT_FAIL"),  # with PreemptMode=CANCEL a job ends as PREEMPTED
 )
-"""States of a job that has ended."""
+"""Slurm's states of a job that has ended."""
 
 
 class Slurm(TrackedBackend):
-    """Jobs of a Slurm cluster, whose nodes share this machine's folders."""
+    """Jobs of a Slurm cluster whose nodes share this machine's folders."""
 
     end_command: ClassVar[str] = "scancel"
 
     def check(self, config: SubmitConfig, grace_s: float) -> None:
-        """Check the time limit, and that each option is a single line, as it goes into a script."""
+        """Check the time limit, and that each option is a single line that can go into a script."""
         super().check(config, grace_s)
         if config.time is not None:
             _check_time(config.time, config.signal_lead_s)
@@ -93,7 +93,7 @@ def _check_time(time: str, signal_lead_s: int) -> None:
 def seconds(time: str) -> int:
     """Convert Slurm's time formats to seconds.
 
-    They are minutes[:seconds], hours:minutes:seconds, and days-hours[:minutes[:seconds]].
+    The formats are minutes[:seconds], hours:minutes:seconds, and days-hours[:minutes[:seconds]].
     """
     days, dash, rest = time.rpartition("-")
     parts = [int(part) for part in rest.split(":")]
@@ -120,7 +120,7 @@ def _describe_known(job: SubmittedJob, fields: dict[str, str]) -> str:
 
 
 def _describe_from_record(job: SubmittedJob) -> str:
-    """Describe a job that Slurm no longer knows, from what the job itself recorded."""
+    """Describe a job that Slurm no longer knows, based on what the job itself recorded."""
     path = job.run_dir / FOLDER / ATTEMPTS
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     rows = [row for row in map(json.loads, lines) if row["job"] == job.id]

@@ -18,7 +18,7 @@ def script(job: Job) -> str:
         "job-name": job.name,
         "output": shlex.quote(f"{folder}/slurm-%j.log"),  # %j: the job's id
         "open-mode": "append",
-        # B: signals the batch process only, as Ray's processes must not receive the signal.
+        # B: signals only the batch process, because Ray's processes must not receive the signal.
         "signal": f"B:USR1@{config.signal_lead_s}",
         "nodes": config.nodes,
         "ntasks-per-node": 1,

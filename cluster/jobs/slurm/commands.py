@@ -36,13 +36,13 @@ def call(*command: str) -> str:
 
 
 def requeue(job: str) -> None:
-    """Requeue a running job under the same id; Slurm then ends its current attempt.
+    """Requeue a running job under the same id. Slurm then ends the current attempt.
 
-    Do nothing if Slurm is already ending the job. Slurm may have requeued it itself; or a user may
-    have cancelled it, and requeueing would undo that.
+    Do nothing if Slurm is already ending the job. Slurm may have requeued the job itself, or a user
+    may have cancelled it, which requeueing would undo.
 
     Raises:
-        SchedulerError: If Slurm does not answer or refuses.
+        SchedulerError: If Slurm does not answer, or refuses to requeue the job.
     """
     if is_running(job):
         call("scontrol", "requeue", job)
@@ -59,7 +59,7 @@ def is_running(job: str) -> bool:
 
 
 def requeue_sweep_cell() -> None:
-    """Requeue this job if Hydra's Slurm launcher started it, as the launcher does not do so."""
+    """Requeue this job if Hydra's Slurm launcher started it, because the launcher does not."""
     if os.environ.get("SUBMITIT_EXECUTOR") == "slurm":
         requeue(os.environ["SLURM_JOB_ID"])
 

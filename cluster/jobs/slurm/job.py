@@ -1,15 +1,15 @@
-"""The batch process of a Slurm job: start the driver, and forward Slurm's signals to it.
+"""The batch process of a Slurm job: it starts the driver and forwards Slurm's signals to it.
 
 It runs on the job's first node. Slurm ends a job in one of three ways:
 
-- It signals only the batch process: the time limit is near (`--signal=B:USR1`).
-- It sends SIGTERM to all job steps: preemption with a grace period.
-- It sends SIGTERM to every process of the job, and kills them `KillWait` seconds later: scancel,
-  requeue, or preemption without a grace period.
+- It signals only the batch process, when the time limit is near (`--signal=B:USR1`).
+- It sends SIGTERM to all job steps, on preemption with a grace period.
+- It sends SIGTERM to every process of the job and kills them `KillWait` seconds later, on scancel,
+requeue, or preemption without a grace period.
 
-In each case the driver must receive exactly one SIGUSR1, and Ray no signal at all. A job step
-(`ray_nodes.stand_by`) therefore waits for the second kind, and the driver starts with SIGTERM
-blocked, which its child processes inherit.
+In each case the driver must receive exactly one SIGUSR1, and Ray must receive no signal at all. A
+job step (`ray_nodes.stand_by`) therefore waits for the second kind of signal. The driver starts
+with SIGTERM blocked, and its child processes inherit the blocked signal.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _NODES_TIMEOUT_S = 300
 
 
 class Attempt:
-    """One attempt of the job; after a requeue Slurm starts another one under the same id.
+    """One attempt of the job. After a requeue, Slurm starts another attempt under the same id.
 
     Args:
         run_dir: Folder of the run.
@@ -62,7 +62,7 @@ class Attempt:
     def run(self) -> int:
         """Run the driver and return its exit code.
 
-        The code is also 75 (preempted) if a signal came before the driver could handle it.
+        The code is also 75 (preempted) if a signal arrived before the driver could handle it.
         """
         self._record("start", nodes=os.environ.get("SLURM_JOB_NODELIST"))
         with ExitStack() as stack:
@@ -79,19 +79,20 @@ class Attempt:
                 code = EXIT_PREEMPTED if self.signalled else self._run_driver(command)
             elif self.signalled:
                 code = EXIT_PREEMPTED
-            # Record this before Ray is stopped: that takes time, and Slurm may kill the job first.
+            # Record the end before stopping Ray, which takes time: Slurm may kill the job first.
             self._record("end", exit_code=code)
         return code
 
     def _record(self, event: str, **more: Any) -> None:
-        """Append a row to the attempts file, which `stage=status` reads for jobs Slurm forgot."""
+        """Append a row to the attempts file, which `stage=status` reads if Slurm forgot the job."""
         row = {"time": time.time(), "job": self.job, "restart": self.restarts, "event": event}
         with open(self._run_dir / FOLDER / ATTEMPTS, "a", encoding="utf-8") as file:
             file.write(json.dumps(row | more) + "\n")
 
     def _wait_for_nodes(self, address: str) -> bool:
-        """Wait until all nodes have joined Ray; return False on a signal or after a timeout."""
-        # Wait in a separate process, which can be killed, unlike a blocking call into Ray here.
+        """Wait until all nodes have joined Ray. Return False on a signal or after a timeout."""
+        # Wait in a separate process, because that can be killed and a blocking call into Ray
+        # cannot.
         wait = [
             sys.executable,
             "-m",

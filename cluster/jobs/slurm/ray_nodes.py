@@ -1,7 +1,7 @@
-"""A private Ray cluster on the nodes of a Slurm job, which ends with the job.
+"""A private Ray cluster on the nodes of a Slurm job. The cluster ends with the job.
 
-`ray symmetric-run` would suit only jobs with exclusive nodes: at the end it stops every Ray process
-of the user on the node. Here each job has its own ports, folder and token.
+`ray symmetric-run` would suit only jobs with exclusive nodes, because at the end it stops every Ray
+process that the user has on the node. Here each job has its own ports, folder and token.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def head_address() -> str:
 
 @contextmanager
 def blocked(*signals: signal.Signals) -> Iterator[None]:
-    """Block these signals in processes that are started in the block, and in their children."""
+    """Block these signals in processes started during the `with` block, and in their children."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
     try:
         yield
@@ -59,13 +59,14 @@ def blocked(*signals: signal.Signals) -> Iterator[None]:
 
 @contextmanager
 def ray_node(address: str, head: bool = False) -> Iterator[subprocess.Popen[bytes]]:
-    """Run a Ray node on this machine during the block; kill all its processes afterwards.
+    """Run a Ray node on this machine during the block. Kill all its processes afterwards.
 
     Args:
         address: Address of the head node, IP:PORT.
         head: True to start the head node; False to join the head at `address`.
     """
-    # Use /tmp, not TMPDIR: Ray creates sockets in it, and their paths may have at most 107 bytes.
+    # Use /tmp, not TMPDIR: Ray creates sockets in this folder, and a socket's path may have at most
+    # 107 bytes.
     folder = tempfile.mkdtemp(prefix=f"ray-{os.environ['SLURM_JOB_ID']}-", dir="/tmp")
     ip, _, port = address.rpartition(":")
     where = ["--head", f"--node-ip-address={ip}", f"--port={port}", "--include-dashboard=false"]
@@ -75,7 +76,7 @@ def ray_node(address: str, head: bool = False) -> Iterator[subprocess.Popen[byte
         f"--temp-dir={folder}",
         f"--num-cpus={os.environ.get('SLURM_CPUS_ON_NODE', os.cpu_count())}",
         f"--object-store-memory={128 << 20}",
-        # Use any free ports: the Ray of another job may run on this node.
+        # Use any free ports, because another job's Ray may run on this node.
         *("--min-worker-port=0", "--max-worker-port=0", "--dashboard-agent-listen-port=0"),
         *("--include-log-monitor=false", "--log-style=record", "--log-color=false"),
     ]
@@ -99,11 +100,11 @@ def ray_node(address: str, head: bool = False) -> Iterator[subprocess.Popen[byte
 def stand_by(address: str | None) -> None:
     """Run this job step's process on a node until standard input is closed.
 
-    On the first node, forward Slurm's signals to the batch process: on preemption with a grace
-    period Slurm signals the job steps only. On the other nodes, run a Ray node.
+    On the first node, forward Slurm's signals to the batch process, because on preemption with a
+    grace period Slurm signals only the job steps. On the other nodes, run a Ray node.
 
     Args:
-        address: Address of Ray's head; None if the job has one node.
+        address: Address of Ray's head, or None if the job has only one node.
     """
     signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
     over = threading.Event()
