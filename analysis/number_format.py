@@ -7,7 +7,7 @@ from typing import Any
 
 
 def value_text(value: Any, key: str = "") -> str:
-    """Format a value; a number whose key ends in `_bytes` gets a binary unit."""
+    """Format a value. A number whose key ends in `_bytes` is given a binary unit."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     if isinstance(value, list | tuple):

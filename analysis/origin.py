@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 class Source:
     """The model, text and hookpoint of an SAE.
 
-    Holds names only: paths of the training machine must not appear in files that are distributed.
+    Holds names only, because paths on the training machine must not appear in distributed files.
     """
 
     model: str
@@ -33,7 +33,7 @@ class Source:
 
 
 def source_of(config: RunConfig, sae: StoredSAE) -> Source:
-    """Return the names of what the SAE was trained on, from the run's config.
+    """Return the model, text and hookpoint that the SAE was trained on, from the run's config.
 
     Raises:
         ExportError: If the hookpoint is not usable as a folder name.
@@ -73,11 +73,11 @@ def shareable(path: str) -> str:
 
 
 def with_stored_provenance(config: RunConfig) -> RunConfig:
-    """Return the config with the model and text replaced by what the store's rows came from.
+    """Return the config with the model and text replaced by those that the store's rows came from.
 
     Users who train on their own activations leave the config's model at its default. Exports and
-    reports must not name that model, so both become "unknown" unless the provenance of every store
-    names a model and a text. With a mixture, `data.path` lists the texts of all stores.
+    reports must not name that model. The model and the text therefore become "unknown" unless the
+    provenance of every store names both. With a mixture, `data.path` lists the texts of all stores.
     """
     from activation_store import open_store
 
@@ -85,7 +85,7 @@ def with_stored_provenance(config: RunConfig) -> RunConfig:
         found = [open_store(path).header.provenance or {} for path in config.store.paths]
     except FoundryError:
         if not config.store.mixture:
-            return config  # the store was moved away after training: nothing to compare with
+            return config  # the store was moved after training: nothing to compare with
         found = [{}]  # a store of a mixture is missing or damaged: name no model and no text
     unknown = "unknown"
     if not all("model" in one and "dataset" in one for one in found):

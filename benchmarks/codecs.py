@@ -6,11 +6,11 @@
 The rows of a store, except those of the last items, are rewritten with every codec. Each row of
 the table describes one codec:
 
-- Size, and the speed of writing and of shuffled reading, as ratios to `none` in the same run; above
-  1 means smaller or faster. "gathered": this CPU gathers and dequantises the rows. "staged": both
-  are left to a device.
-- The fraction of variance that the codec itself loses: mean and maximum over channels, and over
-  whole rows.
+- Size, and the speeds of writing and of shuffled reading, as ratios to codec `none` in the same
+  run. A ratio above 1 means smaller or faster. "gathered": this CPU gathers and dequantises the
+  rows. "staged": both steps are left to a device.
+- The fraction of variance that the codec itself loses: mean and maximum over channels, and in
+  total.
 - The FVU of an SAE trained on that store, measured on the original rows of the held-out items. All
   SAEs have the same seed, initial dictionary and batches.
 """
@@ -98,7 +98,7 @@ def measure(source: Store, n_items: int, folder: Path, rounds: int) -> list[dict
         source: Store to copy rows from.
         n_items: Number of items to copy.
         folder: Folder for the new stores, each named after its codec.
-        rounds: Timed epochs of each kind and codec.
+        rounds: Number of timed epochs for each codec and kind of reading.
 
     Returns:
         One row per codec, `none` first.
@@ -160,7 +160,7 @@ def lost_variance(items: list[NDArray[Any]], store: Store) -> dict[str, float]:
 
 
 def trained(store: Store, heldout: NDArray[Any], options: argparse.Namespace) -> dict[str, float]:
-    """Train an SAE on `store`; return its FVU on `heldout` [n, d_model] and training metrics."""
+    """Train an SAE on `store`; return training metrics and its FVU on `heldout` [n, d_model]."""
     base = base_config(options.n_latents, options.tokens, dead_after_tokens=200_000)
     trainer, row = train(store, base, VARIANT)
     return {
@@ -174,8 +174,8 @@ def trained(store: Store, heldout: NDArray[Any], options: argparse.Namespace) ->
 def heldout_fvu(trainer: Trainer, rows: torch.Tensor) -> float:
     """Return sum |x - recon|^2 / sum |x - mean|^2 over unquantised `rows` [n, d_model].
 
-    Computed on normalised rows. Normalising shifts and scales all rows alike, so the FVU is the
-    same as in raw units.
+    The FVU is computed on normalised rows. Normalisation shifts and scales all rows equally, so the
+    FVU is the same as in raw units.
     """
     sae = trainer.engine.sae
     error = sum(float(sae(part).squared_error) for part in rows.split(BATCH_ROWS))
@@ -184,7 +184,7 @@ def heldout_fvu(trainer: Trainer, rows: torch.Tensor) -> float:
 
 
 def _write(source: Store, items: list[NDArray[Any]], folder: Path) -> dict[str, float]:
-    """Write all items with every codec; return the median seconds per item of each."""
+    """Write all items with every codec and return each codec's median seconds per item."""
     array, header = _array(source), source.header
     names, width = CODECS.names(), header.arrays[array]
     seconds: dict[str, list[float]] = {codec: [] for codec in names}
@@ -195,7 +195,7 @@ def _write(source: Store, items: list[NDArray[Any]], folder: Path) -> dict[str, 
             dtype=header.dtype,
             codec=codec,
             shard_tokens=header.shard_tokens,
-            # The shuffle permutes chunks: equal rows per chunk give every codec the same batches.
+            # The shuffle permutes chunks. Equal rows per chunk give every codec the same batches.
             chunk_bytes=header.chunk_rows
             * CODECS[codec].disk_arrays(items[0].dtype, width)[""].row_bytes,
             calibration=header.calibration or {array: _moments(items[0])},
@@ -203,7 +203,7 @@ def _write(source: Store, items: list[NDArray[Any]], folder: Path) -> dict[str, 
         for codec in names
     }
     for number, rows in enumerate(items):
-        # Start each item with another codec, so that none is always timed after the same neighbour.
+        # Start each item with a different codec. No codec then always follows the same neighbour.
         first = number % len(names)
         for codec in names[first:] + names[:first]:
             start = time.perf_counter()

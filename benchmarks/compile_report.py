@@ -184,7 +184,7 @@ def _configuration(
     matrix: str = "",
     unaligned: Iterable[str] = (),
 ) -> Configuration:
-    """Make a configuration from the types and sizes that the kernel has arguments for."""
+    """Create a configuration from those types and sizes that the kernel has arguments for."""
     names = kernel.arg_names
     types = {key: types[key] for key in names if key in types}
     sizes = {key: value for key, value in sizes.items() if key in (*names, *_OPTIONS)}
@@ -279,12 +279,12 @@ def _read(cubin: bytes) -> tuple[dict[str, int], dict[str, int]]:
 
 
 def _programs_per_sm(registers: int, warps: int, shared: int) -> int:
-    """Return how many programs fit a Hopper multiprocessor at once.
+    """Return how many programs fit on a Hopper multiprocessor at once.
 
     The limits are 64 Ki registers, 227 KiB of shared memory, 64 warps and 32 programs.
     """
-    # Registers are allotted in multiples of 8 per thread; each program reserves 1 KiB of shared
-    # memory beside its own.
+    # Registers are allotted in multiples of 8 per thread. Each program reserves 1 KiB of shared
+    # memory in addition to the memory that it uses.
     by_registers = 65536 // (-(-registers // 8) * 8 * 32 * warps)
     return min(by_registers, 232448 // max(shared + 1024, 1), 64 // warps, 32)
 

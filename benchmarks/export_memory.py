@@ -2,9 +2,9 @@
 
     python -m benchmarks.export_memory --gib 4 --folder /big/disk --json FILE
 
-Makes a synthetic checkpoint (weights and moments of one SAE), exports and reshards it, each in a
-process of its own, and removes all files. The peak is the process's high-water mark of resident
-memory (`VmHWM`). "baseline" exports a checkpoint of a few KiB.
+Creates a synthetic checkpoint (weights and moments of one SAE), exports and reshards it in separate
+processes, and removes all files. The peak is a process's high-water mark of resident memory
+(`VmHWM`). "baseline" exports a checkpoint of a few KiB.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def table(run_dir: Path) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    """Make a checkpoint, measure, remove it, print the rows and write them with `--json`."""
+    """Create a temporary checkpoint, measure, print the rows and write them with `--json`."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--gib", type=float, default=4.0, help="size of the checkpoint in GiB")
     parser.add_argument(

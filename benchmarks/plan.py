@@ -3,7 +3,8 @@
     python -m benchmarks.plan --json plan.json
 
 Each case is a run of real ranks (`python -m cluster.rank`) over a real store. The rates that the
-plan uses are measured just before it. `ratio` and `peak_ratio` are predicted over measured.
+plan uses are measured just before each case. `ratio` and `peak_ratio` are the predicted values
+divided by the measured ones.
 """
 
 from __future__ import annotations
@@ -86,7 +87,7 @@ CASES = (
 def config_of(case: Case, store: Path, name: str, steps: int) -> RunConfig:
     """Return the config of a run of `steps` steps.
 
-    Dead latents are not planned for: none can die in so few steps.
+    Dead latents are not planned for, because none can die in so few steps.
 
     Args:
         case: Sizes and mesh.
@@ -112,7 +113,7 @@ def config_of(case: Case, store: Path, name: str, steps: int) -> RunConfig:
 
 
 def make_store(folder: Path, d_model: int) -> Path:
-    """Write a store of sparse sums of fixed directions, unless it exists; return its path.
+    """Write a store of sparse sums of fixed directions, unless the store exists; return its path.
 
     The SAE's latents can find these directions, so training behaves as on real activations.
     """
@@ -131,10 +132,10 @@ def make_store(folder: Path, d_model: int) -> Path:
 
 
 def run_ranks(config: RunConfig, run_dir: Path) -> tuple[float, int]:
-    """Run all ranks of a training run to their end.
+    """Run all ranks of a training run until they end.
 
     Returns:
-        Median seconds of a step, and the largest peak resident memory of any rank in bytes.
+        Median seconds per step, and the largest peak resident memory of any rank in bytes.
 
     Raises:
         BenchmarkError: If a rank fails.
@@ -167,12 +168,12 @@ def run_ranks(config: RunConfig, run_dir: Path) -> tuple[float, int]:
                 f"rank {rank} of {config.name} failed; its output ends with: {text}"
             )
     speeds = [row["tokens_per_s"] for row in logged_rows(run_dir)]
-    steps = [config.train.batch_tokens / speed for speed in speeds[1:]]  # the first one warms up
+    steps = [config.train.batch_tokens / speed for speed in speeds[1:]]  # the first is a warm-up
     return statistics.median(steps), max(peaks)
 
 
 def rows_of(case: Case, folder: Path, hardware: Hardware, steps: int) -> list[dict[str, Any]]:
-    """Run one case and predict it; return the measured row, then the predicted one.
+    """Run one case and predict its results; return the measured row and the predicted row.
 
     Args:
         case: Sizes and mesh.

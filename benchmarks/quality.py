@@ -3,16 +3,16 @@
     python -m benchmarks.quality --store runs/demo/store [--n-latents N] [--tokens N]
         [--k N] [--lr RATE] [--dead-after N] [--weakened SHARE] [--variants NAME ...] [--json FILE]
 
-It answers whether a faster step trains a worse SAE. Every variant trains in this process, from the
-same initial dictionary on the same batches. A row gives the mean FVU of the last tenth of training,
-the fraction of dead latents at the end, and the training curve; `fvu_ratio` is relative to the
-first variant.
+The benchmark answers whether a faster step trains a worse SAE. Every variant trains in this
+process, from the same initial dictionary on the same batches. A row gives the mean FVU over the
+last tenth of training, the fraction of dead latents at the end, and the training curve. `fvu_ratio`
+is relative to the first variant.
 
-Then each prefilter selects the TopK of real rows with the last trained dictionary. The float8
-product is emulated in float32: it selects the same latents, but not at the same speed.
+Afterwards, each prefilter selects the TopK of real rows with the last trained dictionary. The
+float8 product is emulated in float32, which selects the same latents but at a different speed.
 
-With `--weakened`, this share of the encoder's rows starts at a quarter of its length. These latents
-never fire at first, and only the auxiliary loss can revive them.
+With `--weakened SHARE`, that share of the encoder's rows starts at a quarter of the usual length.
+The latents of these rows never fire at first, and only the auxiliary loss can revive them.
 """
 
 from __future__ import annotations
@@ -118,11 +118,11 @@ def base_config(
     """Return the config that every variant modifies.
 
     Args:
-        n_latents: Latents of the SAE.
-        tokens: Training tokens.
-        dead_after_tokens: Tokens without firing after which a latent counts as dead.
-        k: Active latents per token.
-        lr: Learning rate; None: 2e-3 at 4096 latents, scaled as 1/sqrt(n_latents).
+        n_latents: Number of latents.
+        tokens: Number of training tokens.
+        dead_after_tokens: Number of tokens without firing after which a latent counts as dead.
+        k: Number of active latents per token.
+        lr: Learning rate. If None, it is 2e-3 at 4096 latents, scaled as 1/sqrt(n_latents).
     """
     return TrainerConfig(
         TopKConfig(n_latents=n_latents, k=k, auxk=256, dead_after_tokens=dead_after_tokens),
@@ -142,7 +142,7 @@ def train(
     """Train one variant on the first array of a store.
 
     Args:
-        store: Activations.
+        store: Store of activations to train on.
         base: Config that the variant modifies.
         name: Key of `VARIANTS`.
         weakened: Share of latents whose encoder row starts at a quarter of its length.
@@ -162,7 +162,8 @@ def train(
     with tempfile.TemporaryDirectory() as folder:
         mesh = Mesh.create("cpu", 1, 1)
         trainer = Trainer(config, mesh, source, Path(folder), SEED, keep, report_every=10)
-        # Not a config key: the Triton kernels set it themselves. Here the stock kernels try it.
+        # `gather_dtype` is not a config key, because the Triton kernels set it themselves. Here,
+        # its effect is tested with the stock kernels.
         kernels = trainer.engine.sae.kernels
         kernels.gather_dtype = VARIANTS[name].get("gather_dtype")
         trainer.calibrate()
@@ -209,7 +210,7 @@ def _changed(base: TrainerConfig, values: dict[str, Any]) -> TrainerConfig:
 
 
 def prefilter_rows(trainer: Trainer) -> list[dict[str, Any]]:
-    """Measure how often each prefilter certifies real rows, and how often it is then exact.
+    """Measure how often each prefilter certifies real rows, and how often these rows are exact.
 
     Returns:
         One row per prefilter. `certified`: share of rows whose candidates are proven to hold the
@@ -255,7 +256,7 @@ def prefilter_rows(trainer: Trainer) -> list[dict[str, Any]]:
 
 
 def _outliers(x: torch.Tensor) -> torch.Tensor:
-    """Return the largest root mean square of a channel over the median one; x [B, D]."""
+    """Return the largest root mean square of a channel of x [B, D], divided by the median one."""
     rms = x.square().mean(0).sqrt()
     return rms.max() / rms.median()
 

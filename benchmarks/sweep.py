@@ -2,11 +2,12 @@
 
     python -m benchmarks.sweep --store runs/demo/store --json FILE
 
-Measures the bytes read and the time of the steps. Both sides pass once over the store. They
-alternate in rounds of a few steps, so that other load on the machine affects both alike. Bytes are
-counted at the store's file handles, without those read for calibration. A stream reads one block
-(`store.buffer_tokens`) ahead, even past the end of the pass, so each reads slightly more than one
-pass. At the end, the weights of both sides must agree bit for bit. No checkpoints are written.
+Measures the bytes read and the time spent on steps. Both sides pass once over the store. They
+alternate in rounds of a few steps, so that other load on the machine affects both equally. Bytes
+are counted at the store's file handles, except those read for calibration. A stream reads one block
+(`store.buffer_tokens`) ahead, even past the end of the pass, so each stream reads slightly more
+than one pass. At the end, the weights of both sides must agree bit for bit. No checkpoints are
+written.
 """
 
 from __future__ import annotations
@@ -96,7 +97,7 @@ class Side:
 
 
 def measure(path: Path, configs: list[TrainerConfig]) -> list[dict[str, Any]]:
-    """Train all SAEs in both ways; return the rows "alone" and "together".
+    """Train all SAEs in both ways and return the rows "alone" and "together".
 
     Raises:
         RuntimeError: If the weights of the two sides differ.

@@ -24,7 +24,7 @@ class FiringPass(NamedTuple):
     counts: Tensor
     """[L] int64: number of rows in which each latent is above 0."""
     mean: Tensor
-    """[D] float64: mean of the rows; zeros without rows."""
+    """[D] float64: mean of the rows; zeros if there are no rows."""
     n_rows: int
     """Number of rows read."""
 
@@ -36,19 +36,20 @@ def count_firings(
     accumulators: Sequence[Accumulator] = (),
     progress: Callable[[int], None] = lambda rows: None,
 ) -> FiringPass:
-    """Read the rows of `array` once, in order, and encode them; deleted rows are skipped.
+    """Read and encode the rows of `array` once, in order, skipping deleted rows.
 
     Args:
         sae: The SAE whose latents are counted.
         store: The store that the SAE was trained on.
-        array: Name of the array: the hookpoint.
-        accumulators: Measure the reconstruction of the same rows; if empty, they are only encoded.
+        array: Name of the array, which is the hookpoint.
+        accumulators: Accumulators that measure the reconstruction of the same rows. If empty, the
+            rows are only encoded.
         progress: Called with the number of rows read so far, after each batch.
     """
     counts = torch.zeros(sae.config.n_latents, dtype=torch.int64)
     total = torch.zeros(sae.d_model, dtype=torch.float64)
     n_rows = 0
-    # Consumed items are deleted from the front: skip the rows of all items below the mark.
+    # Consumed items are deleted from the front, so skip the rows of all items below the mark.
     first = int(store.valid_rows[: store.read_deletion_mark().below].sum())
     for start in range(first, store.n_tokens, ROWS_PER_READ):
         rows = store.read(array, start, min(start + ROWS_PER_READ, store.n_tokens))

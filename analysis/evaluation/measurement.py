@@ -23,9 +23,9 @@ class Rows:
     x: Tensor
     """[n, D] activations."""
     recon: Tensor
-    """[n, D] their reconstructions."""
+    """[n, D] reconstructions of `x`."""
     values: Tensor
-    """[n, K] float32 values of the selected latents, in descending order; 0: not active."""
+    """[n, K] float32 values of the selected latents, in descending order; 0 means not active."""
     indices: Tensor
     """[n, K] int64 indices of the selected latents."""
 
@@ -35,20 +35,20 @@ class Predictions:
     """The next-token predictions of one forward pass over a batch of held-out contexts."""
 
     variant: str
-    """`clean`, `recon`, `zero` or `mean`; each batch is passed in this order."""
+    """`clean`, `recon`, `zero` or `mean`. The variants of each batch are passed in this order."""
     logits: Tensor
-    """[contexts, T - 2, vocabulary]: predictions from position 1 on."""
+    """[contexts, T - 2, vocabulary] logits of the predictions from position 1 on."""
     clean: Tensor
-    """[contexts, T - 2, vocabulary]: the same of the unmodified model."""
+    """[contexts, T - 2, vocabulary] logits of the unmodified model for the same predictions."""
     targets: Tensor
     """[contexts, T - 2] int64 next tokens."""
 
 
 class Accumulator:
-    """Sums that metrics are computed from; one instance per evaluation and class.
+    """Sums from which metrics are computed; each evaluation has one instance of each class.
 
-    A subclass overrides the methods for what it needs. Tensors are on the SAE's device, and no
-    gradients are recorded.
+    A subclass overrides the methods for the data that it needs. Tensors are on the SAE's device,
+    and no gradients are recorded.
 
     Args:
         sae: The SAE that is evaluated.
@@ -57,7 +57,7 @@ class Accumulator:
     def __init__(self, sae: SAE) -> None: ...
 
     def add_rows(self, rows: Rows) -> None:
-        """Add a batch of rows: of held-out text, or stored ones if there is no held-out text."""
+        """Add a batch of rows from held-out text, or of stored rows if there is no such text."""
 
     def add_predictions(self, predictions: Predictions) -> None:
         """Add a batch of predictions; called only if there is held-out text."""
@@ -70,16 +70,16 @@ A = TypeVar("A", bound=Accumulator)
 class Measured:
     """Results of an evaluation: the input of every metric.
 
-    `measured[Kind]` returns the accumulator of a class that a metric asked for.
+    `measured[Kind]` returns the accumulator of class `Kind`, which a metric must have named.
     """
 
     accumulators: Mapping[type[Accumulator], Accumulator]
     firing_counts: Tensor
-    """[L] int64: on how many of the stored training rows each latent is above 0."""
+    """[L] int64: number of stored training rows on which each latent is above 0."""
     n_stored_rows: int
     """Number of stored training rows that were read."""
     n_tokens: int
-    """Number of held-out tokens, including BOS; without held-out text, `n_stored_rows`."""
+    """Number of held-out tokens, including BOS, or `n_stored_rows` without held-out text."""
 
     def __getitem__(self, kind: type[A]) -> A:
         return cast(A, self.accumulators[kind])

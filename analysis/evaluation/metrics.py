@@ -1,7 +1,8 @@
 """The evaluation metrics: names, definitions, units, formats, and how each one is computed.
 
 `eval/metrics.json`, the console, the run page, the model card and `stage=status` show the metrics
-of `METRICS`, in its order. To add one, register a `Metric`; see `Accumulator` for what it may use.
+in the order of `METRICS`. To add a metric, register a `Metric` there. `Accumulator` describes the
+data that it may use.
 """
 
 from __future__ import annotations
@@ -20,22 +21,22 @@ from foundation.registry import Registry
 
 @dataclass(frozen=True)
 class Metric:
-    """One evaluation metric. Its name is the one that it is registered under."""
+    """One evaluation metric. Its name is the name under which it is registered."""
 
     title: str
     """Human-readable name, for headings and tables."""
     definition: str
-    """Exact definition of the value; written to `eval/metrics.json` together with it."""
+    """Exact definition of the value, written to `eval/metrics.json` together with the value."""
     value: Callable[[Measured], float | int | None]
-    """Computes the value; None if the evaluation did not measure what the metric needs."""
+    """Computes the value, or None if the evaluation did not measure what the metric needs."""
     accumulator: type[Accumulator] | None = None
-    """Class of the sums that `value` reads; metrics that name the same class share one instance."""
+    """Class of the sums that `value` reads. Metrics that name the same class share one instance."""
     unit: str = ""
     """Shown after the value; empty for a plain ratio."""
     format: str = ".4g"
     """Format specification of the value."""
     better: Literal["lower", "higher"] | None = None
-    """Which values are better; None: neither."""
+    """Which values are better; None if neither is."""
     headline: bool = False
     """True to show the metric in the tiles of the run page and in `stage=status`."""
 
@@ -54,7 +55,7 @@ class MetricRow(NamedTuple):
 
     name: str
     value: str | None
-    """Formatted value; None if it was not measured."""
+    """Formatted value; None if the metric was not measured."""
     unit: str
     definition: str
     better: str
@@ -62,7 +63,7 @@ class MetricRow(NamedTuple):
 
     @property
     def text(self) -> str:
-        """The value with its unit, or a dash."""
+        """The value with its unit, or a dash if it was not measured."""
         return "–" if self.value is None else f"{self.value} {self.unit}".rstrip()
 
 
@@ -75,7 +76,7 @@ def metric_rows(evaluated: Mapping[str, Any]) -> list[MetricRow]:
     """Return the lines of a table of metrics.
 
     Args:
-        evaluated: Contents of `eval/metrics.json`. Metrics that it defines but that are not
+        evaluated: Contents of `eval/metrics.json`. Metrics that are defined there but not
             registered in this process come last.
     """
     defined = evaluated.get("definitions", {})

@@ -1,4 +1,4 @@
-"""Measure how much worse a language model predicts, with sums over predicted tokens."""
+"""Measure how much worse a language model's predictions get, using sums over predicted tokens."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class PredictionSums(Accumulator):
         self._predictions = 0
 
     def add_predictions(self, predictions: Predictions) -> None:
-        """Add the losses of one forward pass; for `recon`, also its divergence from `clean`."""
+        """Add the losses of one forward pass and, for `recon`, its divergence from `clean`."""
         variant, logits, targets = predictions.variant, predictions.logits, predictions.targets
         self._loss[variant] = self._loss.get(variant, 0.0) + _loss(logits, targets)
         if variant == CLEAN:
@@ -34,14 +34,14 @@ class PredictionSums(Accumulator):
             self._kl += _divergence(predictions.clean, logits)
 
     def cross_entropy(self, variant: str) -> float | None:
-        """Return the mean cross-entropy of a variant; None without held-out text."""
+        """Return the mean cross-entropy of a variant, or None if there is no held-out text."""
         loss = self._loss.get(variant)
         return None if loss is None else loss / max(self._predictions, 1)
 
     def recovered(self, ablated: str) -> float | None:
         """Return (ablated - recon) / (ablated - clean) of the cross-entropies.
 
-        None without held-out text, or if the ablation changes nothing.
+        The result is None if there is no held-out text, or if the ablation changes nothing.
         """
         worst, recon, clean = map(self.cross_entropy, (ablated, RECON, CLEAN))
         if worst is None or recon is None or clean is None or worst == clean:
@@ -50,7 +50,7 @@ class PredictionSums(Accumulator):
 
     @property
     def kl(self) -> float | None:
-        """Mean of KL(clean || recon); None without held-out text."""
+        """Mean of KL(clean || recon); None if there is no held-out text."""
         return self._kl / max(self._predictions, 1) if RECON in self._loss else None
 
 

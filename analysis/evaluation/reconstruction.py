@@ -1,4 +1,4 @@
-"""Measure how well an SAE reconstructs rows, with float64 sums over batches."""
+"""Measure how well an SAE reconstructs rows, using float64 sums over batches."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 class ReconstructionSums(Accumulator):
     """Sums for the fvu, mse and l0 of all rows added, in raw activation units.
 
-    fvu = sum |x - recon|^2 / sum |x - mean|^2, where the mean is that of the rows added. mse
-    averages over rows and dimensions. l0 is the number of latents above 0 per row.
+    fvu = sum |x - recon|^2 / sum |x - mean|^2, where mean is the mean of the rows added. mse is
+    averaged over rows and dimensions. l0 is the mean number of latents above 0 per row.
     """
 
     def __init__(self, sae: SAE) -> None:

@@ -30,15 +30,15 @@ class SplicedEvaluation:
     """Run held-out contexts four times: clean, reconstructed, zeroed and mean-ablated.
 
     Position 0 is never spliced, so the model's prediction there is the same in all four passes.
-    Accumulators therefore see only the predictions from position 1 on, and only the rows that a
-    store would keep.
+    Accumulators therefore receive only the predictions from position 1 on, and only the rows that
+    a store would keep.
 
     Args:
         model: The language model.
         sae: The SAE to splice in.
         hookpoint: The tensor of the model that is replaced.
-        mean: [D], replaces every activation in the mean-ablated pass.
-        accumulators: Receive the rows and the predictions.
+        mean: [D] vector that replaces every activation in the mean-ablated pass.
+        accumulators: Accumulators that receive the rows and the predictions.
     """
 
     def __init__(
@@ -76,7 +76,7 @@ class SplicedEvaluation:
     def _run(self, input_ids: Tensor, replace: Callable[[Tensor], Tensor]) -> Tensor:
         with splice(self._model, self._hookpoint, replace):
             logits: Tensor = self._model(input_ids=input_ids, use_cache=False).logits
-        # Position 0 predicts the same in all passes; the last position has no next token.
+        # The prediction at position 0 is the same in all passes. The last position has no target.
         return logits[:, 1:-1]
 
     def _show(self, variant: str, logits: Tensor, clean: Tensor, input_ids: Tensor) -> None:
@@ -85,7 +85,7 @@ class SplicedEvaluation:
             accumulator.add_predictions(predictions)
 
     def _reconstruct(self, x: Tensor, kept: Tensor) -> Tensor:
-        """Return [B, T-1, D] reconstructions, and show the rows that a store would keep."""
+        """Return [B, T-1, D] reconstructions; pass the rows a store would keep to accumulators."""
         values, indices = self._sae.encode_topk(x)
         recon = self._sae.decode_topk(values, indices)
         rows = Rows(x[kept], recon[kept], values[kept], indices[kept])

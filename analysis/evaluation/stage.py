@@ -40,8 +40,8 @@ SPLIT_PROVENANCE_KEYS = (
 )
 """Provenance keys that must match between store and config.
 
-If one differs, the store may hold rows of another model, or rows of contexts that this config holds
-out.
+If a value differs, the store may contain rows from another model, or rows from contexts that this
+config holds out.
 """
 
 
@@ -127,7 +127,7 @@ def _evaluate(evaluation: Evaluation) -> tuple[dict[str, Any], list[int], int]:
 
 
 def _is_up_to_date(file: Path, inputs: dict[str, Any]) -> bool:
-    """Return True if the file has the metrics of these inputs, with the same definitions."""
+    """Return True if the file contains metrics for these inputs, with the same definitions."""
     if not file.is_file():
         return False
     written = json.loads(file.read_text())
@@ -140,9 +140,9 @@ def _json_number(value: float | int | None) -> float | int | None:
 
 
 def _no_heldout_reason(evaluation: Evaluation) -> str | None:
-    """Return the reason why this store has no held-out text under this config, or None if it has.
+    """Return why this store has no held-out text under this config, or None if it has some.
 
-    Rows that were mixed in are checked as well: they must not come from the held-out text.
+    Mixed-in rows are checked as well, because they must not come from the held-out text.
     """
     config, provenance = evaluation.config, evaluation.store.header.provenance or {}
     if not provenance.get("weights_sha256"):
@@ -164,9 +164,9 @@ def _no_heldout_reason(evaluation: Evaluation) -> str | None:
 
 
 def _contamination_reason(path: str, wanted: dict[str, Any]) -> str | None:
-    """Return the reason why the mixed-in store may contain held-out text, or None if it does not.
+    """Return why the mixed-in store may contain held-out text, or None if it cannot.
 
-    A store of another text does not. Neither does one of the same text with the same split.
+    A store of another text cannot. Neither can a store of the same text with the same split.
     """
     from activation_store import open_store
 
@@ -205,7 +205,7 @@ def _count_firings(evaluation: Evaluation, accumulators: list[Accumulator]) -> F
 def _run_spliced(
     evaluation: Evaluation, mean: Tensor, accumulators: list[Accumulator]
 ) -> tuple[int, int]:
-    """Evaluate on held-out text; return the number of rows and of tokens."""
+    """Evaluate on held-out text and return the numbers of rows and tokens."""
     import numpy as np
 
     from analysis.evaluation.splice import SplicedEvaluation

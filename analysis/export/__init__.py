@@ -6,7 +6,7 @@
     export/dictionary_learning/          dictionary_learning
     export/README.md                     model card
 
-The folders are those of the registered `formats.EXPORT_FORMATS` that can hold the SAE.
+There is one folder for each format in `formats.EXPORT_FORMATS` that can hold the SAE.
 
 The weights are copied from the checkpoint in blocks of latents, so an export needs a few hundred
 MiB of memory for an SAE of any size. Only this package and `sae_core/peer_formats.py` use the other

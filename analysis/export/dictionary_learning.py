@@ -35,7 +35,8 @@ class DictionaryLearning(ExportFormat):
         """Write `ae.pt` and `config.json`.
 
         torch first writes `ae.pt` from fake tensors, which use no memory. The values are then
-        copied into the file in blocks. Its decoder has shape [D, L], the transpose of our W_dec.
+        copied into the file in blocks. The decoder in the file has shape [D, L], the transpose of
+        our W_dec.
         """
         path = folder / "ae.pt"
         entries = _create_layout(path, sae)
@@ -62,7 +63,7 @@ def _write_values(fd: int, entries: dict[str, Entry], sae: StoredSAE) -> None:
     for name, value in (
         ("b_dec", sae.b_dec),
         ("k", torch.tensor(topk_settings(sae.config).k, dtype=torch.int32)),
-        # -1 marks the threshold as unset: by default the library keeps the k largest latents.
+        # -1 marks the threshold as unset. By default, the library keeps the k largest latents.
         ("threshold", torch.tensor(-1.0)),
     ):
         write_at(fd, value, entries[name].offset_bytes)

@@ -19,22 +19,22 @@ if TYPE_CHECKING:
 
 
 class ExportFormat(ABC):
-    """The files of another library. Its name in the registry is its folder in the export."""
+    """File format of another library, registered under the name of its folder in the export."""
 
     title: str
-    """Human-readable name of the library, with the version if it matters: "SAELens 6"."""
+    """Human-readable name of the library, with its version if that matters, e.g. "SAELens 6"."""
     architectures: tuple[str, ...] = ("topk",)
-    """Architectures that the format can hold, as `sae.architecture` names them."""
+    """Architectures that the format can hold, named as in `sae.architecture`."""
 
     @abstractmethod
     def write(self, sae: StoredSAE, source: Source, folder: Path) -> None:
         """Write the files.
 
-        Matrices must be copied by ranges of latents (`sae.blocks`), never read as a whole: an SAE
-        may be larger than memory. All values are in raw activation units.
+        Matrices must be copied in ranges of latents (`sae.blocks`) and never read as a whole,
+        because an SAE may be larger than memory. All values are in raw activation units.
 
         Args:
-            sae: The SAE; `check` accepts it.
+            sae: The SAE, which `check` has accepted.
             source: Names of the model, the text and the hookpoint.
             folder: Empty folder to write to.
         """

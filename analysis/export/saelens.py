@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from sae_core.checkpoint.stored_sae import StoredSAE
 
 FORMAT_VERSION = "6.54.12"
-"""The SAELens release this layout was tested with. Loaders before 6 silently drop the metadata."""
+"""SAELens release that this layout was tested with; releases before 6 silently drop metadata."""
 
 _RESIDUAL = re.compile(
     r"(?:model\.layers|model\.decoder\.layers|transformer\.h|gpt_neox\.layers)\.(\d+)"
@@ -79,6 +79,6 @@ def saelens_config(sae: StoredSAE, source: Source) -> dict[str, Any]:
 
 def hook_name(hookpoint: str) -> str:
     """Return TransformerLens' name for the output of a decoder layer; keep any other name."""
-    # The shortest form of a module's output is the module's name.
+    # In its shortest form, the hookpoint of a module's output is the module's name.
     layer = _RESIDUAL.fullmatch(str(parse_hookpoint(hookpoint)))
     return f"blocks.{layer[1]}.hook_resid_post" if layer else hookpoint

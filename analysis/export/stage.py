@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 def run(config: RunConfig, run_dir: Path) -> None:
     """Export the newest valid checkpoint to `export/`, replacing any earlier export as a whole.
 
-    Formats that cannot hold this SAE are left out; a printed line gives the reason.
+    Formats that cannot hold this SAE are left out, and the reason is printed for each.
 
     Raises:
         CheckpointError: If the run has no valid checkpoint.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 def to_png(svg: str, zoom: float = 2.0) -> bytes:
-    """Render an SVG file as PNG, with a font that is installed as a dependency.
+    """Render an SVG file as PNG, using a font that is installed as a dependency.
 
     Args:
         svg: A standalone SVG file, as returned by `analysis.pages.svg.standalone`.
@@ -20,7 +20,7 @@ def to_png(svg: str, zoom: float = 2.0) -> bytes:
     import resvg_py
 
     family = "Source Sans Pro"
-    # System fonts differ between machines. A container may have none, and would draw no text.
+    # System fonts differ between machines. In a container without fonts, no text would be drawn.
     lettered = svg.replace("system-ui", f'"{family}"')
     return bytes(
         resvg_py.svg_to_bytes(

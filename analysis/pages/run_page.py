@@ -96,7 +96,7 @@ def _summary(config: RunConfig) -> str:
 def _tiles(
     metrics: dict[str, Any] | None, log: TrainingLog, harvest: dict[str, Any] | None
 ) -> list[tuple[str, str, str]]:
-    """Return (title, value, note) of the tiles at the top; a dash if the stage has not run."""
+    """Return (title, value, note) for each tile; the value is a dash if its stage has not run."""
     metrics = metrics or {}
     steps = [rows[-1] for rows in log.rows.values() if rows]
     trained = max((row.get("tokens") or 0 for row in steps), default=0)
@@ -182,7 +182,7 @@ def _frequency(data: dict[str, Any] | None) -> dict[str, Any] | None:
         return None
     tokens, counts = int(data["tokens"]), data["counts"]
     alive = [math.log10(count / tokens) for count in counts if count > 0]
-    # The x axis ends at 0, which is one firing per token, and spans four decades or more.
+    # The x axis ends at 0, which is one firing per token, and spans at least four decades.
     low = min([math.floor(min(alive, default=-1.0)), -4])
     bins_per_decade = 8
     edges = [low + i / bins_per_decade for i in range(-low * bins_per_decade + 1)]

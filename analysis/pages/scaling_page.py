@@ -21,7 +21,7 @@ TEMPLATES = Path(__file__).parent / "templates"
 _SAMPLES = 80
 """Number of x values at which a fitted curve is drawn."""
 _BEYOND = 2.0
-"""Factor by which a curve is drawn beyond the largest x, and beyond the range of y."""
+"""Factor by which a curve extends beyond the largest x, and beyond the range of y."""
 _X_LABELS = {"n": "latents", "C": "training FLOPs"}
 
 
@@ -48,7 +48,7 @@ class Section:
 
 
 def figures(study: Study) -> dict[str, str]:
-    """Draw two figures for each law; return file name without suffix -> SVG file."""
+    """Draw two figures for each law and return them as file name without suffix -> SVG file."""
     css = (TEMPLATES / "figure.css").read_text(encoding="utf-8")
     found: dict[str, str] = {}
     for result in study.results:
@@ -100,7 +100,7 @@ def _layers(result: Result) -> list[Layer]:
         grid = np.geomspace(x[:, 0].min() / 1.2, x[:, 0].max() * _BEYOND, _SAMPLES)
         inputs = np.stack([grid, *(np.full_like(grid, value) for value in x[0, 1:])], axis=1)
         value, low, high = result.fit.curve(inputs)
-        # Cut the curve off where it is far above or below the points. They would otherwise be
+        # Cut the curve off where it is far above or below the points. The points would otherwise be
         # squeezed into a small part of the chart.
         near = (value > y.min() / _BEYOND) & (value < y.max() * _BEYOND)
         grid, value, low, high = grid[near], value[near], low[near], high[near]
@@ -121,7 +121,7 @@ def _layers(result: Result) -> list[Layer]:
 
 
 def _residuals(result: Result) -> str:
-    """Draw by how many per cent each point lies above the fit."""
+    """Draw how far each point lies above the fit, in per cent."""
     percent = 100 * np.expm1(result.fit.residuals)
     first = result.x[:, 0]
     ends = [(float(first.min()), 0.0), (float(first.max()), 0.0)]
@@ -174,7 +174,7 @@ def _section(result: Result) -> Section:
 
 
 def _tiles(study: Study) -> list[tuple[str, str, str]]:
-    """Return (title, value, note) of the tiles at the top."""
+    """Return (title, value, note) for each tile at the top of the page."""
     held = [cell for result in study.results for cell in result.held_out]
     worst = max((abs(cell.error) for cell in held), default=None)
     inside = sum(cell.forecast.low <= cell.measured <= cell.forecast.high for cell in held)

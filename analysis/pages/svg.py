@@ -21,7 +21,7 @@ RIGHT = 14
 TOP = 12
 BOTTOM = 34
 MAX_POINTS = 600
-"""Approximate limit of the points drawn per line."""
+"""Approximate maximum number of points drawn per line."""
 N_COLOURS = 6  # .s0 to .s5 in the page's CSS
 
 Point = tuple[float, float]
@@ -40,7 +40,7 @@ class Layer:
     """Measured points that were also forecast by a fit without them."""
     line: Sequence[Point] = ()
     band: Sequence[tuple[float, float, float]] = ()
-    """(x, low, high), cut off at the ends of the axes, which span the dots, rings and lines."""
+    """(x, low, high), cut off at the ends of the axes, which span only dots, rings and lines."""
     style: str = ""
     """Additional CSS class of the line: `faint` or `dashed`."""
 
@@ -69,7 +69,7 @@ class Axis:
     def ticks(self) -> list[float]:
         """Return round values within the range.
 
-        On a logarithmic axis these are powers of ten, with steps between them if there are few.
+        On a logarithmic axis, these are powers of ten, with intermediate values if there are few.
         """
         return _log_ticks(self.low, self.high) if self.log else _linear_ticks(self.low, self.high)
 
@@ -176,7 +176,7 @@ def thin(points: Sequence[Point], limit: int = MAX_POINTS) -> list[Point]:
 
 
 def _labels(ticks: Sequence[float]) -> list[str]:
-    """Format the ticks with as many digits as are needed to make all labels different."""
+    """Format the ticks with just enough digits to make all labels different."""
     for digits in (3, 4, 5):
         labels = [number(tick, digits) for tick in ticks]
         if len(set(labels)) == len(labels):

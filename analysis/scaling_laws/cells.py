@@ -32,7 +32,7 @@ HELDOUT_METRIC = "fvu"
 _RISE = 1.25
 """A run whose final loss exceeds its lowest loss by more than this factor counts as diverged."""
 _EARLIEST = 0.1
-"""Fraction of a run's tokens at the start that is excluded from the compute frontier."""
+"""Fraction of a run's tokens, from its start, that is excluded from the compute frontier."""
 
 
 @dataclass(frozen=True)
@@ -63,8 +63,8 @@ class Cell:
     def level(self, metric: str) -> float:
         """Return the final value of a metric.
 
-        This is the mean over the last 5% of the tokens, or for `heldout_fvu` the value that the
-        evaluation measured (NaN if it did not).
+        This is the mean over the last 5% of the tokens. For `heldout_fvu`, it is the value that the
+        evaluation measured, or NaN if it was not measured.
         """
         if metric == HELDOUT_FVU:
             return math.nan if self.heldout_fvu is None else self.heldout_fvu
@@ -77,7 +77,7 @@ class Cell:
         )
 
     def training_curve(self, metric: str) -> Curve:
-        """Return the logged curve of the metric; for `heldout_fvu`, that of the training FVU."""
+        """Return the logged curve of the metric or, for `heldout_fvu`, of the training FVU."""
         return self.curves["fvu" if metric == HELDOUT_FVU else metric]
 
     @property
@@ -85,9 +85,9 @@ class Cell:
         """Training FLOPs per token, 2 L D + 8 k D; None if d_model is unknown.
 
         The encoder takes 2 L D; the reconstruction and the three sparse gradients take 2 k D each.
-        Dense autograd would take 12 L D, six times as much when k is much smaller than L. That
-        would shift L(C) along the axis but not change its exponent. The auxiliary loss and the
-        language model are not counted.
+        Dense autograd would take 12 L D, six times as much when k is much smaller than L. Counting
+        12 L D would shift L(C) along the compute axis but not change its exponent. The auxiliary
+        loss and the language model are not counted.
         """
         if self.d_model is None:
             return None
@@ -125,7 +125,7 @@ def read_sweep(runs: str, metric: str) -> Sweep:
 
     Args:
         runs: The setting `fit.runs`: a folder of run folders, or a glob pattern of run folders.
-        metric: The setting `fit.metric`; a run without this metric is left out.
+        metric: The setting `fit.metric`. Runs without this metric are left out.
 
     Raises:
         FitError: If no run is found, or if the cells were trained on different rows or
@@ -164,7 +164,8 @@ def best_of_each(cells: Sequence[Cell], metric: str) -> tuple[list[Cell], dict[s
     Cells with the same n, k and seed differ only in settings such as learning rate or tokens.
 
     Returns:
-        The selected cells, sorted by n, k and seed; and name -> reason for each of the others.
+        The selected cells, sorted by n, k and seed, and a mapping from the name of each other cell
+        to the reason why it was not selected.
     """
     best: dict[tuple[int, int, int], Cell] = {}
     worse = {}

@@ -22,7 +22,7 @@ FRONTIER_POINTS = 60
 
 @dataclass(frozen=True)
 class Curve:
-    """A measured quantity over training tokens or compute."""
+    """A measured quantity as a function of training tokens or compute."""
 
     x: Array
     """[T] float64 tokens or FLOPs, ascending."""
@@ -58,16 +58,16 @@ def _sums(values: Array, first: NDArray[np.intp], last: NDArray[np.intp]) -> Arr
 
 
 def converged_at(curve: Curve) -> float | None:
-    """Return the tokens at which the smoothed curve first comes within `TOLERANCE` of its end.
+    """Return the token count at which the smoothed curve first is within `TOLERANCE` of its end.
 
     Args:
-        curve: The part of the curve at the constant learning rate. The loss drops during the decay
-            of the learning rate, which would look like late convergence.
+        curve: The part of the curve at the constant learning rate. During the decay of the learning
+            rate the loss drops, which would look like late convergence.
 
     Returns:
-        The tokens, or None if they cannot be determined. That is the case if the curve has
-        converged within its first window, so that the time is unknown, or only in its last part
-        (see `SETTLED`), as it may then still be falling.
+        The token count, or None if it cannot be determined. That is the case if the curve converges
+        within its first window, where the exact point is unknown, or only in its last part (see
+        `SETTLED`), where it may still be falling.
     """
     smooth = curve.smooth()
     if not len(smooth.x):
@@ -101,11 +101,11 @@ def frontier(curves: Sequence[Curve]) -> tuple[Curve, NDArray[np.int64]]:
 
 
 def _at(curve: Curve, grid: Array) -> Array:
-    """Interpolate a curve in ln x at the grid; the result is infinite outside the curve."""
+    """Interpolate a curve in ln x at the grid points; infinity beyond the ends of the curve."""
     if not len(curve.x):
         return np.full(len(grid), np.inf)
     logs = np.log(curve.x)
     found = np.interp(np.log(grid), logs, curve.y)
-    # The grid starts and ends at the end of some curve, up to rounding; allow for that.
+    # Up to rounding, the grid starts and ends at an end of some curve. Allow for the rounding.
     inside = (np.log(grid) >= logs[0] - 1e-9) & (np.log(grid) <= logs[-1] + 1e-9)
     return np.asarray(np.where(inside, found, np.inf))

@@ -1,8 +1,8 @@
 """Robust fits of scaling laws, which are sums of exponentials, with bootstrap intervals. No I/O.
 
 Every law has the form L(x) = sum_j exp(features_j(x) . theta_j), where the features are 1, ln n,
-ln k and ln n ln k. The unknowns theta are fitted. Each reported coefficient, such as a floor or an
-exponent, is a function of one unknown.
+ln k and (ln n)(ln k). The unknowns theta are fitted. Each reported coefficient, such as a floor or
+an exponent, is a function of one unknown.
 """
 
 from __future__ import annotations
@@ -25,11 +25,14 @@ This value makes the fit 95% efficient for Gaussian noise.
 LEVEL = 0.95
 """Probability with which an interval contains the true value."""
 _SMALLEST_SCALE = 1e-6
-"""Lower limit of the scale of log residuals; without noise, Huber's loss would have width 0."""
+"""Lower limit of the scale of log residuals.
+
+Without this limit, Huber's loss would have width 0 on noise-free data.
+"""
 _FAR = 1e6
-"""Limit of the absolute value of an inner unknown."""
+"""Limit of the absolute value of an inner unknown (see `_Problem`)."""
 _VANISHED = 1e-3
-"""A term whose share of the loss is nowhere above this value counts as vanished.
+"""A term counts as vanished if its share of the loss does not exceed this value at any point.
 
 Its gradient is then too small for a search to recover the term.
 """
@@ -64,8 +67,8 @@ class Law:
         name: Short name for files and headings.
         formula: The law as a readable formula.
         variables: Names of the V columns of x.
-        terms: The features of each exponential, as indices into 1, ln of each variable, and the
-            product of the two logarithms.
+        terms: Features of each exponential, as indices into the list of 1, the logarithm of each
+            variable, and the product of the two logarithms.
         coefficients: One reported number per unknown, in the order of the terms.
     """
 
@@ -115,8 +118,8 @@ FLOOR_LAW = Law(
     (
         Coefficient("a", after=np.exp),
         Coefficient("b", before=np.negative),
-        # The interval is that of e, not of ln e: if the data does not distinguish e from 0, then
-        # ln e has no lower bound.
+        # The interval is computed for e, not for ln e. If the data does not distinguish e from 0,
+        # then ln e has no lower bound.
         Coefficient("e", before=np.exp, after=_not_negative),
     ),
 )
@@ -165,11 +168,11 @@ class Fit:
     residuals: Array
     """[N] ln(measured) - ln(fitted)."""
     spare: int
-    """Degrees of freedom: independent observations minus unknowns, or groups minus 1."""
+    """Degrees of freedom: independent observations minus unknowns, or number of groups minus 1."""
 
     @property
     def noise(self) -> Array:
-        """Residuals [N], centred on 0 and enlarged to correct for the fitted unknowns."""
+        """[N] residuals, centred on 0 and enlarged to correct for the fitted unknowns."""
         enlarged = self.residuals * np.sqrt(len(self.residuals) / max(self.spare, 1))
         return np.asarray(enlarged - enlarged.mean())
 
@@ -179,7 +182,7 @@ class Fit:
         for i, coefficient in enumerate(self.law.coefficients):
             value = coefficient.before(self.theta[i])
             low, high = self._ends(value, coefficient.before(self.replicates[:, i]))
-            with np.errstate(over="ignore"):  # an end that overflows is unknown: infinity is right
+            with np.errstate(over="ignore"):  # infinity stands for an unknown end
                 ends = coefficient.after(np.array([value, low, high]))
             found[coefficient.name] = Interval(*map(float, ends))
         return found
@@ -204,10 +207,11 @@ class Fit:
         return [Interval(*map(float, row)) for row in np.exp(np.stack([value, low, high], axis=1))]
 
     def _ends(self, value: Array | float, spread: Array) -> tuple[Array, Array]:
-        """Return the interval's ends: percentiles of `spread` over axis 0, stretched around value.
+        """Return the interval's ends: percentiles of `spread` over axis 0, stretched about `value`.
 
-        The stretch is the quantile of Student's t over that of the normal distribution. Plain
-        percentiles are too narrow by this factor when there are few degrees of freedom.
+        The stretch is the quantile of Student's t distribution divided by the quantile of the
+        normal distribution. Plain percentiles are too narrow by this factor when there are few
+        degrees of freedom.
         """
         tail = (1 - LEVEL) / 2
         stretch = t.isf(tail, self.spare) / norm.isf(tail) if self.spare > 0 else np.inf
@@ -227,7 +231,7 @@ def fit(
     """Fit a law to measurements with Huber's loss on log residuals, from several start points.
 
     The bootstrap keeps x and resamples the residuals of the cells. Resampling the cells themselves
-    would often leave too few different n to fit the law, as there are only a handful of cells.
+    would often leave too few distinct n to fit the law, as there are only a handful of cells.
 
     Args:
         law: The law to fit.
@@ -235,8 +239,8 @@ def fit(
         y: [N] positive measurements.
         n_boot: Number of bootstrap replicates.
         rng: Random generator of the bootstrap.
-        groups: [N] group of each observation; observations of a group share their noise. The
-            bootstrap multiplies all residuals of a group by the same random weight (wild
+        groups: [N] group of each observation. Observations in the same group share their noise, so
+            the bootstrap multiplies all residuals of a group by the same random weight (wild
             bootstrap). None if all observations are independent.
 
     Raises:
@@ -251,14 +255,14 @@ def fit(
     problem = _Problem(law, x)
     starts = [problem.inner(start) for start in _starts(law, x, y)]
     middle = starts[len(starts) // 2]
-    # First fit with a loss that is almost the absolute one. Its residuals give the scale of the
-    # noise, which sets the width of Huber's loss for the final fit.
+    # First, fit with a loss that is close to the absolute loss. The residuals of this fit give the
+    # scale of the noise, which sets the width of Huber's loss for the final fit.
     rough = problem.best(starts, log_y, width=1e-3)
     width = HUBER_SCALES * _scale(log_y - problem.predict(rough), law.n_unknowns)
     best = problem.best([rough, *starts], log_y, width)
     fitted = problem.predict(best)
     n_independent = len(y) if groups is None else len(np.unique(groups))
-    # For clustered observations the usual number of degrees of freedom is clusters minus one.
+    # For clustered observations, the degrees of freedom are usually the number of clusters minus 1.
     spare = n_independent - (law.n_unknowns if groups is None else 1)
     centre = Fit(law, problem.outer(best), np.empty((0, law.n_unknowns)), log_y - fitted, spare)
     # Start each replicate at the best fit, unless one of its terms has vanished.
@@ -288,18 +292,18 @@ def _resampled(
 def _scale(residuals: Array, n_unknowns: int) -> float:
     """Estimate the standard deviation robustly from the residuals of an absolute-loss fit.
 
-    Such a fit passes through as many points as it has unknowns, so that many of the smallest
-    residuals are dropped.
+    Such a fit passes through as many points as it has unknowns. The same number of the smallest
+    residuals is therefore dropped.
     """
     sizes = np.sort(np.abs(residuals))[n_unknowns:]
     return max(float(np.median(sizes)) * 1.4826, _SMALLEST_SCALE) if len(sizes) else _SMALLEST_SCALE
 
 
 def _starts(law: Law, x: Array, y: Array) -> list[Array]:
-    """Return start points for the search, unknowns [P] each.
+    """Return start points for the search, each a vector of unknowns [P].
 
-    In each of them the last term takes a fraction of the lowest loss, and the first term is fitted
-    to the rest.
+    In each start point, the last term takes a fraction of the lowest loss, and the first term is
+    fitted to the rest.
     """
     first, *rest = law.features(x)
     if not rest:
@@ -322,8 +326,8 @@ class _Problem:
     """Least squares for one law at fixed x, in scaled and uncorrelated unknowns.
 
     ln n and ln k are far from 0, so the columns of the features are nearly parallel. The columns of
-    each term are replaced by orthonormal ones (QR). Their unknowns are called inner, those of the
-    law outer.
+    each term are replaced by orthonormal ones (QR). The unknowns for the orthonormal columns are
+    called inner, and the unknowns of the law are called outer.
     """
 
     def __init__(self, law: Law, x: Array) -> None:
@@ -344,7 +348,7 @@ class _Problem:
         return np.concatenate([np.linalg.solve(r, inner[part]) for r, part in pairs])
 
     def smallest_share(self, inner: Array) -> float:
-        """Return the smallest share of a term, where each term counts at its largest share."""
+        """Return the smallest, over all terms, of a term's largest share of the loss."""
         shares = np.exp(self._logs(inner) - self.predict(inner))
         return float(shares.max(axis=1).min())
 
@@ -370,7 +374,7 @@ class _Problem:
         return np.stack([q @ inner[p] for q, p in zip(self._q, self._parts, strict=True)])
 
     def _residuals(self, inner: Array, log_y: Array, width: float) -> Array:
-        """Return [N] values whose squares are twice Huber's loss: MINPACK sums squares only."""
+        """Return [N] values whose squares are twice Huber's loss, as MINPACK sums only squares."""
         raw = log_y - self.predict(inner)
         size = np.abs(raw)
         tail = np.sign(raw) * np.sqrt(np.maximum(2 * width * size - width**2, 0))

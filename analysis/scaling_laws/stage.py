@@ -135,7 +135,7 @@ def _law_json(result: Result) -> dict[str, Any]:
 
 
 def _plain(found: Interval) -> dict[str, float | None]:
-    """Convert an interval for JSON, which has no infinity: an unknown end becomes null."""
+    """Convert an interval for JSON. An unknown end becomes null, because JSON has no infinity."""
     return {key: value if math.isfinite(value) else None for key, value in asdict(found).items()}
 
 

@@ -1,4 +1,4 @@
-"""Fit every scaling law that a sweep's cells allow and check it on held-out cells. No I/O here."""
+"""Fit the scaling laws that a sweep's cells allow and check them on held-out cells. No I/O here."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ from analysis.scaling_laws.laws import (
 Array = NDArray[np.float64]
 
 MIN_CELLS = {FLOOR_LAW.name: 4, JOINT_LAW.name: 8, TOKENS_LAW.name: 3, COMPUTE_LAW.name: 4}
-"""Law name -> cells that it requires: more than it has coefficients."""
+"""Law name -> minimum number of cells, which exceeds the law's number of coefficients."""
 MIN_SIZES = 3
-"""Minimum number of different n for every law; also of different k for L(n, k), and of cells on
-the frontier for L(C)."""
+"""Minimum number of distinct n for every law, of distinct k for L(n, k), and of cells on the
+frontier for L(C)."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class Result:
     not_held_out: str | None = None
     """Reason why no cell was held out; None for L(C) and T(n), which are never checked this way."""
     curves: tuple[tuple[str, Curve], ...] = ()
-    """For L(C): (cell, smoothed curve) of all cells whose lower envelope is the frontier."""
+    """For L(C): (cell, smoothed curve) of all cells; their lower envelope is the frontier."""
 
     @property
     def title(self) -> str:
@@ -83,7 +83,7 @@ class Study:
     worse: dict[str, str]
     """Name of each other finished cell -> reason why it was not used."""
     tokens_to_convergence: dict[str, float | None]
-    """Cell name -> tokens; None if they cannot be determined from the curve."""
+    """Cell name -> tokens to convergence; None if the curve does not determine them."""
     results: tuple[Result, ...]
     not_fitted: dict[str, str]
     """Title of each law that was not fitted -> reason."""
@@ -101,7 +101,7 @@ def study_sweep(sweep: Sweep, metric: str, hold_out: str, n_boot: int, seed: int
         metric: `fvu`, `loss` or `heldout_fvu`.
         hold_out: `largest` to fit again without the cells of the largest n and forecast them, or
             `none`.
-        n_boot: Bootstrap replicates of each fit.
+        n_boot: Number of bootstrap replicates for each fit.
         seed: Seed of the bootstrap.
 
     Raises:
@@ -162,7 +162,7 @@ class _Fitter:
     def tokens(
         self, cells: Sequence[Cell], k: int | None, converged: dict[str, float | None]
     ) -> Result:
-        """Fit T(n) to the tokens at which the loss of each cell had converged."""
+        """Fit T(n) to the number of tokens after which each cell's loss had converged."""
         reached = [(cell, converged[cell.name]) for cell in cells]
         known = [(cell, tokens) for cell, tokens in reached if tokens is not None]
         if len(known) < len(cells) and len(known) < MIN_CELLS[TOKENS_LAW.name]:
@@ -231,7 +231,8 @@ class _Fitter:
     def _rng(self, law: Law, k: int | None) -> np.random.Generator:
         """Return a generator for one law.
 
-        Each law has its own, so that its interval does not depend on which other laws were fitted.
+        Each law has its own generator, so that its interval does not depend on which other laws are
+        fitted.
         """
         return np.random.default_rng((self.seed, zlib.crc32(law.name.encode()), k or 0))
 
@@ -245,12 +246,12 @@ def _require(law: Law, cells: Sequence[Cell]) -> None:
     """Check that there are enough cells, n and k to fit the law.
 
     Raises:
-        _TooFew: If there are not; the message says what is missing.
+        _TooFew: If there are too few; the message says what is missing.
     """
     sizes = {cell.n_latents for cell in cells}
     ks = {cell.k for cell in cells}
     # For a law of one variable, cells that differ only in their seed count as separate points. The
-    # joint law requires different points of the (n, k) grid.
+    # joint law requires distinct points of the (n, k) grid.
     grid = {(cell.n_latents, cell.k) for cell in cells}
     n_cells = len(grid) if law is JOINT_LAW else len(cells)
     least = MIN_CELLS[law.name]

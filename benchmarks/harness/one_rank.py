@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 
 def start_one_rank(device_type: str = "cpu") -> None:
-    """Initialise a process group of this process alone; the caller must destroy it.
+    """Initialise a process group with this process only; the caller must destroy the group.
 
     Args:
         device_type: "cpu" or "cuda".

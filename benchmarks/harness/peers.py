@@ -31,23 +31,23 @@ def peer_rows(
     rounds: int = 7,
     timeout_s: float = 900.0,
 ) -> list[dict[str, Any]]:
-    """Time each peer's own training step beside the yardstick GEMM, in float32 on the CPU.
+    """Time each peer's own training step and the yardstick, a bare GEMM, in float32 on the CPU.
 
     Each peer gets as many threads as torch uses in this process, or all cores if torch is not
     loaded here.
 
     Args:
         work: L latents, D width, B batch rows, k active; `adam`: "fused" (default) or "stock", the
-            peer's own choice. Other keys (dtype) are only repeated in the row.
-        peers: Package names out of `PEERS`.
-        rounds: Samples of the step and of each GEMM.
+            peer's own choice. Other keys, such as dtype, are only copied to the row.
+        peers: Package names from `PEERS`.
+        rounds: Number of samples of the step and of each GEMM.
         timeout_s: Time limit for one peer.
 
     Returns:
         One row per peer: {work, system, op, median_s, ratio, tokens_per_s, peak_bytes, gemm_s,
-        linear_s, ratio_linear, version}. `ratio` is to the oneDNN GEMM timed in the same process;
-        `peak_bytes` is the resident memory added by building the trainer and stepping. Empty, with
-        the reason on stderr, if the peers' environment is missing.
+        linear_s, ratio_linear, version}. `ratio` is relative to the oneDNN GEMM timed in the same
+        process. `peak_bytes` is the resident memory added by building the trainer and stepping. If
+        the peers' environment is missing, there are no rows and the reason is printed on stderr.
 
     Raises:
         PeerError: If a peer's step fails or takes too long.
@@ -65,7 +65,7 @@ def _row(peer: str, work: dict[str, Any], rounds: int, timeout_s: float) -> dict
 
 
 def run_in_peers(what: str, arguments: Sequence[str], timeout_s: float) -> Any:
-    """Run one of our modules in the peers' environment; return the JSON that it writes to `--out`.
+    """Run one of our modules in the peers' environment and return the JSON it writes to `--out`.
 
     Args:
         what: Name of the measurement, for error messages.
@@ -95,7 +95,7 @@ def run_in_peers(what: str, arguments: Sequence[str], timeout_s: float) -> Any:
 
 
 def peer_environment() -> dict[str, str]:
-    """Return the variables for a process in `.venv-peers`: quiet, offline, same thread count."""
+    """Return environment variables for a process in `.venv-peers`: quiet, offline, same threads."""
     environment = {
         **os.environ,
         "SPARSIFY_DISABLE_TRITON": "1",  # sparsify's Triton decoder does not run on a CPU

@@ -1,4 +1,4 @@
-"""Make checkpoints without training: the files that two ranks would write, with random values."""
+"""Create checkpoints without training: the files of two ranks, filled with random values."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ Shapes = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
 def make_checkpoint(
     root: Path, n_latents: int, d_model: int, step: int = 7, empty: bool = False
 ) -> Path:
-    """Write a checkpoint of one SAE in blocks that fit memory.
+    """Write a checkpoint of one SAE in blocks that fit in memory.
 
     Args:
         root: Folder of the checkpoint.
-        n_latents: Latents L.
+        n_latents: Number of latents L.
         d_model: Width D.
         step: Training step of the checkpoint.
         empty: Write zeros instead of random values, which is faster.
@@ -88,7 +88,7 @@ def write_manifest(folder: Path) -> None:
 
 
 def _write_rank(folder: Path, tensors: Shapes, n_latents: int, rank: int, empty: bool) -> None:
-    """Write one rank's file: its half of the latents; rank 0 also has the unsharded tensors."""
+    """Write one rank's file: its half of the latents and, on rank 0, the unsharded tensors."""
     half = -(-n_latents // 2)
     shapes: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
     offsets: dict[str, dict[str, list[int]]] = {}

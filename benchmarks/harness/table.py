@@ -1,8 +1,8 @@
 """Format benchmark rows as an aligned text table and as JSON.
 
 A row is `{"work": {...}, "system": "ours" | <package>, "op": ..., "median_s": ..., "ratio": ...,
-"tokens_per_s": ..., "peak_bytes": ...}`. Further keys are kept in the JSON and shown in the table
-only if named as columns. A measurement that failed has the row
+"tokens_per_s": ..., "peak_bytes": ...}`. Other keys are kept in the JSON, but shown in the table
+only if they are named as columns. A failed measurement has the row
 `{"work": ..., "system": ..., "op": ..., "error": text}`.
 """
 
@@ -22,7 +22,7 @@ Row = Mapping[str, Any]
 
 
 def format_table(rows: Sequence[Row], columns: Sequence[str] = COLUMNS) -> str:
-    """Format rows as aligned columns, numbers to the right; missing values are shown as `-`."""
+    """Format rows as aligned columns, with right-aligned numbers and `-` for missing values."""
     titles = [_title(column) for column in columns]
     cells = [[_cell(column, row.get(column)) for column in columns] for row in rows]
     widths = [max(len(line[i]) for line in [titles, *cells]) for i in range(len(columns))]

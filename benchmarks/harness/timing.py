@@ -30,17 +30,18 @@ def interleaved(
     synchronize: Callable[[], object] | None = None,
     prepare: Callable[[], object] = lambda: None,
 ) -> dict[str, Timing]:
-    """Time every callable once per round, so that drift of the machine affects all of them alike.
+    """Time every callable once per round, so that drift in machine speed affects all equally.
 
-    Each pair of rounds starts with another callable, and its second round runs in reverse order.
-    So no callable always runs after the same neighbour, with its caches or its pending disk writes.
+    Each pair of rounds starts with a different callable, and the second round of a pair runs in
+    reverse order. No callable therefore always runs after the same neighbour, whose cache contents
+    and pending disk writes would affect its time.
 
     Args:
         callables: Name -> callable to time; its result is ignored.
-        rounds: Samples per callable.
-        warmup: Untimed rounds before (allocator, autotuning, lazy optimiser state).
-        synchronize: Called before each reading of the clock, `torch.cuda.synchronize` on a GPU.
-        prepare: Called before each callable, not timed.
+        rounds: Number of samples per callable.
+        warmup: Number of untimed rounds at the start (allocator, autotuning, lazy optimiser state).
+        synchronize: Called before each reading of the clock: `torch.cuda.synchronize` on a GPU.
+        prepare: Called before each callable; its time is not counted.
 
     Returns:
         name -> Timing, in the order of `callables`.
@@ -81,8 +82,8 @@ def _seconds(call: Callable[[], object], synchronize: Callable[[], object] | Non
 class PeakMemory:
     """Measure how much resident memory a `with` block adds at its peak.
 
-    Memory that was freed before the block but kept by the C library is returned to the system
-    first: the block could reuse it without adding to the figure.
+    Memory that was freed before the block but kept by the C library is first returned to the
+    system. Otherwise, the block could reuse this memory without adding to the result.
     """
 
     bytes: int | None = None
@@ -117,7 +118,7 @@ def _status_bytes(field: str) -> int | None:
 
 
 def _reset_peak() -> None:
-    """Reset the process's high-water mark; if not permitted, it keeps its earlier peak."""
+    """Reset the process's high-water mark; where this is not permitted, leave it as it is."""
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:

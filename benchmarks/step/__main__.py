@@ -1,18 +1,19 @@
-"""Time a training step, ours and other trainers', against the bare encoder GEMM of its shape.
+"""Time training steps, ours and other trainers', against the encoder GEMM of the same shape.
 
     python -m benchmarks.step [--device cpu|cuda] [--work L,D,B,k ...] [--rounds N]
         [--slope L1,L2,L3] [--slope-work D,B,k] [--budget-s S] [--no-peers] [--json FILE]
 
-Measures the given workloads and slope, or the device's defaults if neither is given. Needs
-torch and NumPy, and triton on cuda. Steps run through DeepSpeed if it is installed, otherwise
-through the optimiser alone; `engine` in a step's row says which.
+Measures the given workloads and slope, or the device's defaults if neither is given. The slope is
+the power of L with which the time of a step grows. Needs torch and NumPy, and triton on cuda. Steps
+run through DeepSpeed if it is installed, otherwise through the optimiser alone; `engine` in a
+step's row says which.
 
 Our steps and the baselines are measured in this process. Each peer package is measured in a process
-of its own, on the CPU only and only if `.venv-peers` exists. Every process times the GEMM beside
-the step, round by round, and ratios are always within one process. On a CPU, this process keeps the
-memory that it frees, as a training run does. That spares the GEMM more page faults than the step,
-so it makes our ratios larger. The peers' allocator settings are not changed, so their ratios do
-not have this effect.
+of its own, on the CPU only and only if `.venv-peers` exists. Every process times both the GEMM and
+the step in each round, and a ratio always compares times from the same process. On a CPU, this
+process keeps the memory that it frees, like a training run. This saves the GEMM more page faults
+than the step, which makes our ratios larger. The peers' allocator settings are not changed, so
+their ratios are not affected.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ _RESERVE = 0.05
 
 @dataclass(frozen=True)
 class Defaults:
-    """The measurements of a device if neither workloads nor a slope are given."""
+    """What is measured on a device if neither workloads nor a slope are given."""
 
     works: tuple[str, ...]
     slope: str | None

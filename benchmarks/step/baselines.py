@@ -57,7 +57,7 @@ class Autoencoder:
 
 
 def dense_gradients(model: Autoencoder, inputs: Inputs) -> None:
-    """Compute gradients by autograd through dense latents [B, L] and a dense decoder product.
+    """Compute gradients with autograd through dense latents [B, L] and a dense decoder product.
 
     Args:
         model: Receives the gradients of the mean squared error.

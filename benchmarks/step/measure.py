@@ -34,7 +34,7 @@ class Budget:
     """A deadline for the benchmark."""
 
     until: float = math.inf
-    """The deadline in seconds of `time.monotonic`; inf: none."""
+    """The deadline, in seconds of `time.monotonic`; inf means that there is none."""
 
     def left_s(self) -> float:
         """Return the seconds left, at least 0."""
@@ -77,16 +77,16 @@ def measure(
 ) -> list[Row]:
     """Measure all cases of a workload.
 
-    Cases are timed in blocks, each as large as memory allows. Every block includes the yardstick: a
-    row's `gemm_s` and `ratio` are those of its own block.
+    Cases are timed in blocks, each as large as memory allows. Every block includes the yardstick
+    (the bare GEMM), and a row's `gemm_s` and `ratio` come from its own block.
 
     Args:
         work: Sizes.
         setup: Device and dtype.
         cases_of: Returns the cases; the first one must be the yardstick.
-        rounds: Samples of each case; fewer if time is short.
+        rounds: Number of samples of each case; fewer are taken if time is short.
         budget: Deadline after which no case is started.
-        share: Time for this workload; the number of rounds is cut to fit.
+        share: Time for this workload; the number of rounds is reduced to fit.
 
     Returns:
         One row per case, in their order; a case that cannot run has an `error` instead of figures.
@@ -114,11 +114,11 @@ def measure(
 
 
 def slope_row(rows: Sequence[Row]) -> Row:
-    """Fit log seconds over log L by least squares, over all rows of `SLOPE_OP`.
+    """Fit log seconds against log L by least squares, using all rows of `SLOPE_OP`.
 
     Returns:
-        A row with `slope`, and `gemm_slope` for the yardstick; or with an `error` if a row of
-        `SLOPE_OP` lacks either time.
+        A row with `slope` and, for the yardstick, `gemm_slope`. If a row of `SLOPE_OP` lacks either
+        time, the result has an `error` instead.
     """
     followed = [row for row in rows if row["op"] == SLOPE_OP]
     work = {**followed[0]["work"], "L": [row["work"]["L"] for row in followed]}
@@ -164,7 +164,7 @@ class _Ready:
 def _measure_block(
     inputs: Inputs, cases: Sequence[Case], rounds: int, budget: Budget, share: Budget
 ) -> dict[str, Row]:
-    """Time some cases together, the yardstick first; return their rows by operation."""
+    """Time the given cases together, the yardstick first; return their rows by operation."""
     ready: dict[str, _Ready] = {}
     errors: dict[str, str] = {}
     for case in cases:
@@ -204,7 +204,7 @@ def _measure_block(
 def _try(case: Case, setup: Setup) -> _Ready:
     """Call a case twice: the first call compiles and allocates, the second predicts its cost."""
     case.prepare()
-    # A stateful case is made inside the block, so that its state counts as its memory.
+    # A stateful case is created inside the block, so that its state counts as its memory.
     call = None if case.stateful else case.make()
     with peak_memory(setup.device) as peak:
         call = call or case.make()

@@ -37,7 +37,7 @@ DEAD_SHARE = 0.1
 """Share of latents that are dead in the cases with AuxK."""
 _TINY = Work(L=64, D=16, B=16, k=2)
 _LR = 1e-6
-"""Learning rate; so small that the dictionary stays the same over any number of rounds."""
+"""Learning rate, small enough that the dictionary stays the same over any number of rounds."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Variant:
     clip: bool = False
     """Clip the gradient norm."""
     auxk_rows: float = 0.0
-    """Share of the batch rows that the auxiliary loss uses; 0: no auxiliary loss."""
+    """Share of the batch rows that the auxiliary loss uses; 0 means no auxiliary loss."""
     moments: str = "float32"
     """Dtype of Adam's moments."""
     prefilter: str = "auto"
@@ -75,10 +75,10 @@ def our_cases(inputs: Inputs) -> list[Case]:
 
 
 def kernel_cases(inputs: Inputs) -> list[Case]:
-    """Return a case for each kernel by itself, on the results of the kernels before it.
+    """Return a case for each kernel by itself, applied to the results of preceding kernels.
 
-    "encode + topk" uses the prefilter that the default config picks on this machine; the row's
-    `prefilter` names it.
+    "encode + topk" uses the prefilter that the default config picks on this machine. The row's
+    `prefilter` gives the name of the prefilter.
     """
     pairs = _Pairs(inputs)
     on_cuda = inputs.setup.device.type == "cuda"
@@ -134,7 +134,7 @@ def _encode_case(
         op: Name of the row.
         prefilter: As in the training config.
         tf32: Multiply float32 inputs in TF32, instead of inputs in the setup's dtype.
-        notes: Further keys of the row.
+        notes: Additional keys of the row.
     """
     work, setup = inputs.work, inputs.setup
 
@@ -149,7 +149,7 @@ def _encode_case(
 
 
 class _Pairs:
-    """The inputs of the kernels after the encoder, computed when a case is made."""
+    """Inputs of the kernels that run after the encoder, computed when a case is created."""
 
     def __init__(self, inputs: Inputs) -> None:
         self.inputs = inputs
@@ -173,7 +173,7 @@ class _Pairs:
         return lambda: kernels.row_gradients(*gradient)
 
     def row_update(self) -> Call:
-        """Return a call that goes from the gradient's parts to updated rows.
+        """Return a call that computes updated rows from the gradient's parts.
 
         The moments start at zero.
         """
@@ -290,7 +290,7 @@ def _one_rank_mesh(device_type: str) -> Mesh:
 def fresh_sae(
     config: SAEConfig, d_model: int, kernels: Kernels, device: torch.device
 ) -> SparseAutoencoder:
-    """Make an SAE with random unit rows directly on the device: it may not fit host memory.
+    """Create an SAE with random unit rows directly on the device; it may not fit host memory.
 
     Args:
         config: Sizes.

@@ -2,7 +2,8 @@
 
 The step is entirely the peer's own code: its trainer's forward, loss, backward, clipping,
 optimiser, schedule, decoder normalisation and dead-latent bookkeeping. Adam is switched to torch's
-fused kernel unless `adam` is "stock": all three peers can use it, but none does by default.
+fused kernel unless `adam` is "stock". All three peers can use the fused kernel, but none does by
+default.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ Step = Callable[[], object]
 
 
 def saelens_step(work: dict[str, Any], x: Tensor) -> tuple[Step, list[Any]]:
-    """Make a call of `SAETrainer.step` on a TopK training SAE with the package's defaults.
+    """Create a call of `SAETrainer.step` on a TopK training SAE with the package's defaults.
 
     Args:
         work: Sizes.
@@ -55,7 +56,7 @@ def saelens_step(work: dict[str, Any], x: Tensor) -> tuple[Step, list[Any]]:
 
 
 def dictionary_learning_step(work: dict[str, Any], x: Tensor) -> tuple[Step, list[Any]]:
-    """Make a call of `TopKTrainer.update` with the package's defaults; see `saelens_step`."""
+    """Create a call of `TopKTrainer.update` with the package's defaults; see `saelens_step`."""
     from dictionary_learning.trainers.top_k import TopKTrainer
 
     trainer = TopKTrainer(
@@ -74,7 +75,7 @@ def dictionary_learning_step(work: dict[str, Any], x: Tensor) -> tuple[Step, lis
 
 
 def sparsify_step(work: dict[str, Any], x: Tensor) -> tuple[Step, list[Any]]:
-    """Make a call of `Trainer.fit` over a data set of one batch, so that one call is one step.
+    """Create a call of `Trainer.fit` on a data set of one batch, so that one call is one step.
 
     This trainer takes activations from a hook in a language model. Here, a single module returns x.
     """
@@ -99,8 +100,8 @@ def sparsify_step(work: dict[str, Any], x: Tensor) -> tuple[Step, list[Any]]:
 class _OneBatch(torch.utils.data.Dataset[dict[str, Tensor]]):
     """Token ids of one batch [rows, context].
 
-    The trainer calls `select` to skip rows that it has seen. Here it keeps all, so that every call
-    of `fit` trains on the whole batch.
+    The trainer calls `select` to skip rows that it has seen. Here, `select` keeps all rows, so that
+    every call of `fit` trains on the whole batch.
     """
 
     def __init__(self, rows: int, context: int) -> None:

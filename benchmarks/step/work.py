@@ -19,13 +19,13 @@ class Work:
     """A workload: the sizes of one measurement."""
 
     L: int
-    """Latents."""
+    """Number of latents."""
     D: int
     """Width of the activations (d_model)."""
     B: int
-    """Batch rows."""
+    """Number of batch rows."""
     k: int
-    """Active latents per row."""
+    """Number of active latents per row."""
 
     @classmethod
     def parse(cls, text: str) -> Work:
@@ -47,8 +47,8 @@ def parse_sizes(text: str, count: int, form: str) -> list[int]:
 
     Args:
         text: The numbers.
-        count: How many are expected.
-        form: Their names, for error messages.
+        count: Expected number of numbers.
+        form: Names of the numbers, for error messages.
 
     Raises:
         BenchmarkError: If there are not `count` numbers, or one is below 1.
@@ -71,7 +71,7 @@ class Setup:
 
     @classmethod
     def of(cls, device_type: str) -> Setup:
-        """Return what the trainer uses: stock float32 on the CPU, triton bfloat16 on cuda."""
+        """Return the trainer's setup: stock float32 on the CPU, triton bfloat16 on cuda."""
         if device_type == "cuda":
             return cls(torch.device("cuda"), "triton", torch.bfloat16)
         return cls(torch.device("cpu"), "stock", torch.float32)
@@ -142,7 +142,7 @@ class Case:
     make: Callable[[], Call]
     """Returns the function to time."""
     needs_bytes: int
-    """Minimum memory in addition to the inputs; a case that needs more than is free is not run."""
+    """Minimum memory in addition to the inputs. With less free memory, the case is not run."""
     stateful: bool = False
     """Count the weights and moments that `make` builds as the row's memory."""
     prepare: Call = lambda: None
@@ -150,4 +150,4 @@ class Case:
     encodes: bool = True
     """The operation includes the encoder product, so its MFU can be computed."""
     notes: Mapping[str, Any] = field(default_factory=dict)
-    """Further keys of the row."""
+    """Additional keys of the row."""

@@ -1,4 +1,4 @@
-"""The bare encoder GEMM that every step is compared with."""
+"""The yardstick: the bare encoder GEMM that every step is compared with."""
 
 from __future__ import annotations
 
@@ -9,14 +9,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 _PIECE_ELEMENTS = 1 << 30
-"""Limit of pre-activations per product; bounds memory, and keeps BLAS offsets within 32 bits."""
+"""Maximum pre-activations per product; bounds memory, and keeps BLAS offsets within 32 bits."""
 
 
 def encoder_gemms(x: Tensor, W_enc: Tensor, b_enc: Tensor) -> dict[str, Callable[[], None]]:
     """Return callables that only compute the dense pre-activations x @ W_enc.T + b_enc, [B, L].
 
-    If [B, L] has more than 2**30 elements, it is computed in pieces of batch rows. Each piece is
-    freed before the next: a call's time is that of all pieces, but [B, L] never exists as a whole.
+    If [B, L] has more than 2**30 elements, it is computed in pieces, each a range of batch rows.
+    Each piece is freed before the next is computed. A call's time covers all pieces, but [B, L]
+    never exists as a whole.
 
     Args:
         x: [B, D], float32 or bfloat16.
@@ -24,8 +25,9 @@ def encoder_gemms(x: Tensor, W_enc: Tensor, b_enc: Tensor) -> dict[str, Callable
         b_enc: [L], dtype of x.
 
     Returns:
-        "gemm", the yardstick: oneDNN on a CPU, where it is up to twice as fast as MKL; `F.linear`
-        on a GPU. "linear", on a CPU only: `F.linear`, which is MKL and what all the peers use.
+        "gemm" is the yardstick: oneDNN on a CPU, where it is up to twice as fast as MKL, and
+        `F.linear` on a GPU. "linear" exists on a CPU only: `F.linear`, which uses MKL and which all
+        peers use.
     """
     pieces = x.split(max(1, _PIECE_ELEMENTS // W_enc.shape[0]))
 

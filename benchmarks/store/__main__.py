@@ -2,9 +2,9 @@
 
     python -m benchmarks.store [--d-model 768 4096] [--mib 512] [--no-peers] [--json FILE]
 
-Every read row is a whole pass over the same data, round by round in one process; SAELens runs in a
-process of its own, beside its own yardstick. Our checksums are always on, and `verify` reads every
-file of the store. Ratios are speeds relative to a yardstick:
+Every row for a read times a whole pass over the same data, round by round in one process. SAELens
+runs in a process of its own, with its own yardstick. Our checksums are always on, and `verify`
+reads every file of the store. Ratios are speeds relative to a yardstick:
 
 - reads: a memmap of a raw file, copied into a reused buffer;
 - cold reads, after the page cache is emptied: plain reads into that buffer;
@@ -82,10 +82,10 @@ def cold_rows(data: Data, rounds: int) -> list[dict[str, Any]]:
 
 
 def write_rows(data: Data, rounds: int) -> list[dict[str, Any]]:
-    """Time writes of one item; each write is durable when it returns.
+    """Time writes of one item, each of which is durable when it returns.
 
-    The page cache is emptied before each write, so that there are free pages: in a virtual machine,
-    getting new pages from the host costs several times as much as the write.
+    The page cache is emptied before each write, so that free pages are available. In a virtual
+    machine, getting new pages from the host costs several times as much as the write.
     """
     calls = write_calls(data)
     timings = interleaved(_named(calls), rounds=rounds, warmup=1, prepare=data.drop_cache)
@@ -95,13 +95,13 @@ def write_rows(data: Data, rounds: int) -> list[dict[str, Any]]:
 def as_rows(
     data: Data, timings: dict[str, Timing], yardstick: Key, n_rows: int | None = None
 ) -> list[dict[str, Any]]:
-    """Return the benchmark rows of timings.
+    """Convert timings to benchmark rows.
 
     Args:
         data: Sizes of the data.
-        timings: By the names that `_named` gives.
+        timings: Timings, keyed by the names that `_named` returns.
         yardstick: The timing that ratios are relative to.
-        n_rows: Rows that each call handles; None: all rows of the data.
+        n_rows: Number of rows that each call handles. If None, all rows of the data.
     """
     n_rows = n_rows or data.n_rows
     base_s = timings[_name(yardstick)].median_s

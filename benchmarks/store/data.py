@@ -30,7 +30,7 @@ class Data:
     d_model: int
     n_items: int
     shard_rows: int
-    """Rows of each item."""
+    """Number of rows in each item."""
     calibration: Calibration
     item: NDArray[Any]
     """[shard_rows, d_model] bfloat16; every item holds these same rows."""
@@ -39,17 +39,17 @@ class Data:
 
     @property
     def row_bytes(self) -> int:
-        """Bytes of one row."""
+        """Number of bytes per row."""
         return self.d_model * BF16.itemsize
 
     @property
     def n_rows(self) -> int:
-        """Rows of all items."""
+        """Total number of rows in all items."""
         return self.n_items * self.shard_rows
 
     @property
     def buffer_rows(self) -> int:
-        """Rows that every system shuffles together in memory."""
+        """Number of rows that every system shuffles together in memory."""
         return BUFFER_BYTES // self.row_bytes
 
     @property

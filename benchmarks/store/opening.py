@@ -37,9 +37,9 @@ print(1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before))
 
 
 def large_log(path: Path) -> None:
-    """Make a growing store whose log lists `N_SHARDS` items.
+    """Create a growing store whose log lists `N_SHARDS` items.
 
-    No shard file exists except the first, because opening a store reads none.
+    Only the first shard's file exists, because opening a store reads no shards.
     """
     writer = StoreWriter(path, {"a": _WIDTH}, shard_tokens=_ROWS, chunk_bytes=48)
     record = writer.write_item(0, np.ones((_ROWS, _WIDTH), np.float32))
@@ -70,7 +70,7 @@ def peak_bytes(path: Path) -> int:
 
 
 def opening_rows(folder: str | None, rounds: int) -> list[dict[str, Any]]:
-    """Time opening a store of `N_SHARDS` shards beside reading the bytes of its log."""
+    """Time opening a store of `N_SHARDS` shards, and compare with reading the bytes of its log."""
     with tempfile.TemporaryDirectory(dir=folder) as made:
         path = Path(made) / "many"
         large_log(path)

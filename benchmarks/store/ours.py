@@ -1,4 +1,4 @@
-"""Our calls of the store benchmark, and the raw files that they are compared with."""
+"""Our calls in the store benchmark, and the yardsticks: the same work done on raw files."""
 
 from __future__ import annotations
 
@@ -136,8 +136,8 @@ def _epoch(data: Data, codec: str, *, staged: bool, prefetch: bool = True) -> Ca
     def call() -> None:
         for _ in range(stream.batches_per_epoch):
             stream.next()
-        # Wait for the read-ahead, so that the pass that started it pays for it and it does not slow
-        # the next call. Each pass begins and ends with one block ready.
+        # Wait for the read-ahead here. Its time then counts in the pass that started it, and it
+        # does not slow the next call. Each pass begins and ends with one block ready.
         stream.settle()
 
     return call

@@ -1,9 +1,10 @@
 """Read the same rows with other packages, shuffled as their users shuffle them.
 
 zarr-python and tensorstore read our own store, checksums included. The buffers of OpenMOSS'
-Language-Model-SAEs and of dictionary_learning are reimplemented here in their style. The first
-original refills its buffer from safetensors files, the second from a language model. OpenMOSS
-copies its whole buffer for every batch; this version does not.
+Language-Model-SAEs and of dictionary_learning are reimplemented here in the packages' styles. The
+original OpenMOSS buffer is refilled from safetensors files, and the original dictionary_learning
+buffer from a language model. OpenMOSS copies its whole buffer for every batch; the version here
+does not.
 """
 
 from __future__ import annotations
@@ -38,8 +39,8 @@ def peer_calls(data: Data) -> Calls:
         (tensorstore, "sequential"): lambda: _sequential(data, by_tensorstore, shard),
         (tensorstore, "shuffled, gathered"): lambda: _shuffled(data, by_tensorstore, chunk),
         (safetensors, "sequential, no checksums"): lambda: _safetensors(data, shuffled=False),
-        # No peer shuffles like this: rows of different shards are never mixed. It is a lower bound:
-        # the cost of reading and gathering once.
+        # No peer shuffles like this, because rows of different shards are never mixed. The time is
+        # a lower bound: the cost of reading and gathering once.
         (safetensors, "shuffled in shards, no checksums"): lambda: _safetensors(
             data, shuffled=True
         ),
@@ -74,7 +75,7 @@ def _sequential(data: Data, read: Reader, step: int) -> None:
 
 
 def _shuffled(data: Data, read: Reader, chunk_rows: int) -> None:
-    """Shuffle as our stream does, with another reader: random chunks, then rows in a buffer."""
+    """Shuffle like our stream, but with another reader: random chunks, then rows in a buffer."""
     rng = np.random.default_rng()
     starts = rng.permutation(np.arange(0, data.n_rows, chunk_rows))
     buffer = np.empty((data.buffer_rows, data.d_model), data.item.dtype)
@@ -91,7 +92,7 @@ def _shuffled(data: Data, read: Reader, chunk_rows: int) -> None:
 
 
 def _safetensors(data: Data, shuffled: bool) -> None:
-    """Read shard by shard; if `shuffled`, in random order and with rows permuted per shard."""
+    """Read shard by shard; if `shuffled`, in random order with the rows of each shard permuted."""
     from safetensors.torch import load_file
 
     order = torch.randperm(data.n_items) if shuffled else torch.arange(data.n_items)
@@ -147,7 +148,7 @@ def saelens_rows(data: Data, timeout_s: float = 300.0) -> list[dict[str, Any]]:
     """Time reading SAELens' cached activations, in the peers' environment.
 
     Returns:
-        The rows. Empty, with the reason on stderr, if the peers' environment is missing.
+        The rows. If the peers' environment is missing, there are none and the reason is on stderr.
 
     Raises:
         PeerError: If the process fails or takes too long.

@@ -2,9 +2,9 @@
 
 The data set is written as `CacheActivationsRunner` writes it (one Array2D per context) and read as
 `ActivationsStore` reads it: slices of contexts in torch format, through the package's own
-`mixing_buffer`. Its files do not support bfloat16, so float16 is used, which has the same size.
-Only part of the rows is read, because the speed per row is what matters; the yardstick beside it
-copies the same number of bytes.
+`mixing_buffer`. The files do not support bfloat16, so float16, which has the same size, is used.
+Only some of the rows are read, because only the speed per row matters. The yardstick copies the
+same number of bytes from a raw file.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ HOOK = "activations"
 
 
 def make_dataset(rows: np.ndarray[Any, Any], folder: Path) -> Any:
-    """Save `rows` [n * CONTEXT, d_model] float16 as SAELens does; return the data set."""
+    """Save `rows` [n * CONTEXT, d_model] float16 like SAELens, and return the data set."""
     datasets: Any = import_module("datasets")  # installed only in the peers' environment
     features = datasets.Features(
         {HOOK: datasets.Array2D(shape=(CONTEXT, rows.shape[1]), dtype="float16")}

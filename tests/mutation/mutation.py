@@ -47,11 +47,11 @@ class Mutation:
     """The removal of one protection."""
 
     fault: int
-    """Number in `FAULTS`; from 101 on: a number for `--only` that is not in that table."""
+    """Number in `FAULTS`. Numbers from 101 on are not in that table and only serve `--only`."""
     what: str
     """The faulty behaviour without the protection."""
     edits: tuple[Edit, ...]
-    """Edits that remove it."""
+    """Edits that remove the protection."""
     tests: tuple[str, ...]
     """Ids of the tests of which at least one must fail."""
     timeout_s: float = 150.0

@@ -5,8 +5,8 @@
     python -m tests.mutation --extra           further protections
 
 Works on a copy of the checkout; the checkout itself is never edited. The chosen tests must first
-pass on the unchanged copy: otherwise a broken test would seem to notice. Exits with 1 if a
-protection can be removed without a test failing.
+pass on the unchanged copy, because a broken test would otherwise seem to notice the mutation. Exits
+with 1 if a protection can be removed without a test failing.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ def select(mutations: Sequence[Mutation], only: str | None) -> list[Mutation]:
 
 
 def unique_tests(mutations: Sequence[Mutation]) -> list[str]:
-    """Return the tests of all mutations in order, each once."""
+    """Return the tests of all mutations in order, without duplicates."""
     return list(dict.fromkeys(test for mutation in mutations for test in mutation.tests))
 
 
@@ -197,7 +197,7 @@ def _outcome(code: int, report: Path, said: str) -> tuple[str, str]:
 
 @contextmanager
 def _kill_leftovers() -> Iterator[None]:
-    """Kill all processes that the block started; mutants leave frozen and orphaned ones behind."""
+    """Kill all processes that the block started; mutants leave some frozen or orphaned."""
     before = {process.pid for process in psutil.Process().children()}
     try:
         yield
@@ -221,7 +221,7 @@ def _adopt_orphans() -> None:
 
 
 def _faults(mutations: Sequence[Mutation], fault: int | None = None) -> list[int]:
-    """Return the distinct faults in order; or, given `fault`, each of its occurrences."""
+    """Return the distinct faults in order or, if `fault` is given, each of its occurrences."""
     if fault is not None:
         return [m.fault for m in mutations if m.fault == fault]
     return sorted({mutation.fault for mutation in mutations})

@@ -26,7 +26,7 @@ _GATHER = "    dist.all_gather_object(values, value, group=group)\n"
 
 
 def _unless_broken(line: str, instead: str) -> str:
-    """Return a line in a `try` block; `instead` is run if a collective of it breaks."""
+    """Return `line` in a `try` block that runs `instead` if a collective in the line breaks."""
     indent = line[: len(line) - len(line.lstrip())]
     return f"{indent}try:\n    {line}{indent}except RuntimeError:\n{indent}    {instead}\n"
 

@@ -3,10 +3,10 @@
     python -m tests.soak --minutes 20 --seed 0 --json FILE
 
 An episode is one run: its processes are killed, frozen or asked to stop, its files are damaged and
-its disk is full. The same command is repeated until it succeeds. Then its store is compared row by
-row, and its weights, moments and ages bit by bit, with a run without faults. The seed determines
-which faults are drawn; what they hit depends on the timing of the processes. The exit code is 1 if
-anything was lost.
+its disk is full. The same command is repeated until it succeeds. Then the run is compared with a
+run without faults: the store row by row, and the weights, moments and ages bit by bit. The seed
+determines which faults are drawn, but what they hit depends on the timing of the processes. The
+exit code is 1 if anything was lost.
 """
 
 from __future__ import annotations
@@ -41,11 +41,11 @@ TURNS = ("ranks", "pipeline", "ranks", "pipeline", "link", "ranks", "pipeline")
 KILLS = ("killed", "node lost")
 """The kind of every fault that ends a process contains one of these."""
 REPLIES = "reply"
-"""Prefix of the kinds of an object store's faults; too frequent to include in the total."""
+"""Prefix of the kinds of object-store faults, which are too frequent to include in the total."""
 
 
 def soak(work: Path, minutes: float, seed: int, families: tuple[str, ...]) -> list[dict[str, Any]]:
-    """Run episodes until the time is up; return a row for each.
+    """Run episodes until the time is up; return a row for each episode.
 
     The folder of a failed episode is kept.
 
@@ -101,7 +101,7 @@ def summary(row: dict[str, Any]) -> str:
 
 
 def table(episodes: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return a row for each kind of fault, over the episodes that had it, and two for totals."""
+    """Return a row for each kind of fault, based on the episodes with it, and two total rows."""
     kinds = sorted({fault["kind"] for row in episodes for fault in row["faults"]})
     rows = [_row(kind, episodes, kind.__eq__) for kind in kinds]
     rows.append(_row("process kills", episodes, lambda found: any(k in found for k in KILLS)))

@@ -1,4 +1,4 @@
-"""Soak episodes with Ray: harvest and train at once; nodes, workers, ranks and drivers fail."""
+"""Soak episodes with Ray: concurrent harvest and training; nodes and processes fail."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ from tests.support.object_server import Proxy, make_bucket, s3_server
 
 PATIENCE_S = 400
 VICTIM_S = 10
-"""Time to wait for a process to kill; the harvest may already have ended."""
+"""Time to wait for a victim to appear; the harvest may already have ended."""
 NODES = 3
 SLOTS = 1
-"""Slots of a node: it runs one harvest worker; trainer ranks take no slot."""
+"""Slots per node: a node runs one harvest worker, and trainer ranks take no slot."""
 KINDS = {
     "worker": "worker killed",
     "rank": "rank killed",
@@ -180,7 +180,7 @@ def _damage_between_drivers(episode: Episode, driver: Driver) -> None:
     """Between two drivers, damage checkpoints and the store, then repair the store."""
     pids = [*rank_pids(episode.run_dir), *worker_pids(episode.run_dir)]
     deadline = time.monotonic() + PATIENCE_S
-    while any(alive(pid) for pid in pids):  # Ray ends them once it notices the driver's end
+    while any(alive(pid) for pid in pids):  # Ray ends them when it notices the driver's end
         assert time.monotonic() < deadline, f"some processes outlive their driver: {pids}"
         time.sleep(0.1)
     damage_checkpoints(episode, most=2)
@@ -200,7 +200,7 @@ def _damage_between_drivers(episode: Episode, driver: Driver) -> None:
 
 
 def _files_of(store: Path) -> list[Path]:
-    """Return shards and log records, but not the header: only a new harvest can replace it."""
+    """Return shards and log records, but not the header, which only a new harvest can replace."""
     return sorted([*store.glob("*/c.*"), *store.glob("_log/*/*.json")])
 
 

@@ -30,13 +30,13 @@ RANKS = 2
 PATIENCE_S = 240
 MOST_STARTS = 40
 NO_ROOM_BYTES = 4096
-"""Size limit of files that makes a rank's disk seem full; its part of a checkpoint is larger."""
+"""File size limit that makes a rank's disk seem full; a rank's checkpoint part is larger."""
 KILLED = -signal.SIGKILL
 STRIKES = ("kill", "kill in a save", "stop", "hang", "no room", "in the way")
 
 
 def ranks_episode(clean: Clean, episode: Episode) -> Verdict:
-    """Start the ranks until they succeed, with one fault each time; they read the clean store."""
+    """Restart the ranks until they succeed, with one fault per start; they read the clean store."""
     _make_run(clean, episode.run_dir)
     order: list[str] = []
     for start in range(MOST_STARTS):
@@ -48,7 +48,7 @@ def ranks_episode(clean: Clean, episode: Episode) -> Verdict:
         ranks = Ranks(episode.folder / f"start-{start}", RANKS, cluster_rank, str(episode.run_dir))
         try:
             if barrier is None and _reached(episode, before, ranks):
-                with suppress(ProcessLookupError):  # the process may end a moment before
+                with suppress(ProcessLookupError):  # the process may have just ended
                     _strike(strike, episode, ranks)
         finally:
             codes = ranks.codes(PATIENCE_S)
@@ -72,7 +72,7 @@ def _make_run(clean: Clean, run_dir: Path) -> None:
 
 
 def _block_next_checkpoint(episode: Episode) -> Path:
-    """Put a file where the next checkpoint's folder would be made; return its path."""
+    """Put a file where the next checkpoint's folder would be created; return the file's path."""
     root = episode.run_dir / "checkpoints"
     root.mkdir(exist_ok=True)
     for old in root.glob("step-*.tmp"):
@@ -85,7 +85,7 @@ def _block_next_checkpoint(episode: Episode) -> Path:
 
 
 def _reached(episode: Episode, before: int, ranks: Ranks) -> bool:
-    """Wait until training is a random number of steps further; return False if it ends first.
+    """Wait until training advances by a random number of steps; return False if it ends first.
 
     Args:
         episode: The episode of the ranks.
@@ -146,7 +146,7 @@ def _wait_for_a_save(episode: Episode, ranks: Ranks) -> None:
 
 
 def _hang(victim: int, ranks: Ranks) -> bool:
-    """Freeze a rank and wait for the others to report it and end; then kill it, as torchrun would.
+    """Freeze a rank, wait for the others to report the hang and end, then kill it like torchrun.
 
     Returns:
         True if a log reports the hang.

@@ -1,4 +1,4 @@
-"""Common parts of the soak's episodes: a tiny run, and its end compared with a clean run."""
+"""Common parts of the soak's episodes: a tiny run, and the comparison with a clean run."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ class Verdict:
 
     @property
     def good(self) -> bool:
-        """True if the run ended exactly as the clean run."""
+        """True if the run ended exactly as the clean run did."""
         return not (self.rows_lost or self.rows_doubled) and self.store_equal and self.weights_equal
 
 
@@ -108,7 +108,7 @@ class Clean:
         return pipeline_command(self.work, folder.name, *SETTINGS, *more)
 
     def judge(self, run_dir: Path, store: str | Path) -> Verdict:
-        """Compare a finished run with this one."""
+        """Compare a finished run with the clean run."""
         rows = read_rows(open_store(store))
         expected = self._rows
         keys = _keys(rows)

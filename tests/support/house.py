@@ -1,8 +1,8 @@
 """Read the structure of the packages and tests: modules, their imports, layers, import cycles.
 
-All import statements count, at the top of a file or inside a function. Importing `a.b.c` also
-runs the `__init__.py` of `a` and `a.b`, but does not count as an import of them: a package may
-import its own members.
+All import statements count, whether at the top of a file or inside a function. Importing `a.b.c`
+also runs the `__init__.py` of `a` and `a.b`, but does not count as an import of these packages,
+because a package may import its own members.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Module:
     name: str
     path: Path
     imports: dict[str, int]
-    """Imported module, of this project or not -> line of the first import."""
+    """Imported module (of this project or not) -> line of its first import."""
     strings: frozenset[str]
     """String constants, which may name modules that are started by name."""
     is_command: bool
@@ -116,7 +116,8 @@ def crowded_folders(house: dict[str, Module]) -> list[str]:
 def unused_modules(house: dict[str, Module]) -> list[str]:
     """List modules that nothing imports, starts by name or runs as a command.
 
-    A module of a package that only tests use is unused. Pytest uses test files and `conftest.py`.
+    A package's module that only tests use counts as unused. Test files and `conftest.py` are used
+    by pytest.
     """
     used: set[str] = set()
     used_by_tests: set[str] = set()

@@ -1,7 +1,7 @@
 """Inject seeded faults into an active run: kill workers, ranks, nodes or the driver.
 
-Victims are found from outside, from the files in the run's folder, as an operator would find them.
-A node is a raylet with all its children, on a Ray cluster of several nodes on this machine.
+Victims are found by reading the files in the run's folder, as an operator would find them. A node
+is a raylet with all its children, in a Ray cluster of several nodes on this machine.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Injector:
         self.record: list[Fault] = []
 
     def strike(self, kind: str, timeout_s: float = 60.0) -> Fault:
-        """Kill one victim of `kind` as soon as one runs; fail after `timeout_s`."""
+        """Kill one victim of `kind` as soon as one is running; fail after `timeout_s`."""
         deadline = time.monotonic() + timeout_s
         while not (pids := self.victims(kind)):
             assert time.monotonic() < deadline, f"no {kind} to kill within {timeout_s:.0f} s"
@@ -81,7 +81,7 @@ class Injector:
 
 
 class Nodes:
-    """The nodes of a Ray cluster beside its head, on this machine."""
+    """The nodes, except the head, of a Ray cluster on this machine."""
 
     def __init__(self, cluster: Any, cpus: int) -> None:
         self._cluster = cluster
@@ -124,7 +124,7 @@ def ray_nodes(count: int, cpus: int) -> Iterator[Nodes]:
 
 
 def rank_pids(run_dir: Path) -> list[int]:
-    """Return the process id of the last start of every trainer rank, from its log."""
+    """Return the process id of every trainer rank's last start, as recorded in its log."""
     starts = [
         re.findall(r"process (\d+)\n", log.read_text(errors="replace"))
         for log in sorted((run_dir / "logs").glob("rank-*.log"))

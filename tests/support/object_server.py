@@ -16,11 +16,12 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from tests.support.ranks import free_port
 
 Fault = str | None
-"""A fault of one request; None: forward it unchanged.
+"""A fault to inject into one request; None forwards the request unchanged.
 
 drop: close the connection without forwarding the request. 500, 403: return this status without
-forwarding it. lost: forward it, but do not return the reply. cut: return half of the reply. slow:
-return the reply in small pieces. strip: forward it without its `If-None-Match` condition.
+forwarding the request. lost: forward the request, but do not return the reply. cut: return half of
+the reply. slow: return the reply in small pieces. strip: forward the request without its
+`If-None-Match` condition.
 """
 Rule = Callable[[str, str], Fault]
 """Method, path -> fault for this request."""
@@ -68,7 +69,7 @@ class Proxy:
 
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
-            # Send small replies as one packet: a second one would wait for an acknowledgement.
+            # Send small replies as one packet. A second packet would wait for an acknowledgement.
             wbufsize = -1
             disable_nagle_algorithm = True
 

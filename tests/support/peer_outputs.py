@@ -2,8 +2,8 @@
 
     python tests/support/peer_outputs.py CASE_FOLDER...
 
-A case folder contains `export/` and `x.safetensors`; `peers.safetensors` and `peers.json` are
-added.
+A case folder contains `export/` and `x.safetensors`. This script adds `peers.safetensors` and
+`peers.json`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from sparsify import SparseCoder
 
 Outputs = tuple[dict[str, torch.Tensor], dict[str, Any]]
-"""Outputs by name; the facts that the loaded model states about itself."""
+"""Outputs by name, and the facts that the loaded model states about itself."""
 
 
 @torch.no_grad()

@@ -62,7 +62,7 @@ def torchrun_command(run_dir: Path, n_ranks: int) -> list[str]:
 
 
 def cluster_rank(run_dir: str, *cells: str) -> int:
-    """Do the same as `python -m cluster.rank RUN_DIR [CELL ...]`; a body for `Ranks`."""
+    """Do the same as `python -m cluster.rank RUN_DIR [CELL ...]`, as the `body` of `Ranks`."""
     from cluster import rank
 
     sys.argv = ["rank", run_dir, *cells]
@@ -95,7 +95,7 @@ class Ranks:
             self.processes.append(process)
 
     def codes(self, timeout_s: float = 120) -> list[int]:
-        """Wait for all ranks; return their exit codes, -N for signal N.
+        """Wait for all ranks and return their exit codes, -N for signal N.
 
         Raises:
             AssertionError: If a rank still runs after `timeout_s`.

@@ -145,7 +145,7 @@ def install_failure(failure: Failure) -> None:
 
 
 def _torn(folder: Path) -> bool:
-    """Begin a file of the second part, and return whether `folder` is that part."""
+    """If `folder` is the optimizer part, begin a file in it and return True, otherwise False."""
     if folder.name != "optimizer":
         return False
     (folder / "shard-00001-model-00001-of-00001.safetensors").write_bytes(b"x" * 1000)

@@ -31,7 +31,7 @@ def make_store(path: Path) -> None:
 
 
 def make_run(folder: Path, store: Path, wandb: str = "disabled") -> Path:
-    """Make a run folder with its config, and return it."""
+    """Create a run folder with its config, and return the folder."""
     (folder / "logs").mkdir(parents=True)
     config = RunConfig(
         name=folder.name,
@@ -50,7 +50,7 @@ def make_run(folder: Path, store: Path, wandb: str = "disabled") -> Path:
 
 
 def train(run_dir: Path, **variables: str) -> str:
-    """Train to the end with these environment variables; return what the rank printed."""
+    """Train to the end with these environment variables and return the rank's printed output."""
     log = run_dir / "ranks" / "rank-0.log"
     before = len(log.read_text()) if log.exists() else 0
     ranks = Ranks(run_dir / "ranks", 1, _rank, str(run_dir), variables)

@@ -1,7 +1,8 @@
 """A private Slurm on 127.0.0.1: one controller, two nodes on this machine, preemption.
 
-It neither reads nor writes files of a Slurm that the machine may have: configuration, munge's key
-and socket, spools and logs are in one folder, and `SLURM_CONF` points all clients to it.
+It neither reads nor writes the files of any Slurm installed on the machine. Its configuration,
+munge key and socket, spools and logs are in one folder, and `SLURM_CONF` points all clients to that
+folder.
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ PartitionName=urgent Nodes=ALL PriorityTier=2 PreemptMode=off
 
 
 def why_not() -> str:
-    """Return why Slurm cannot be started on this machine; empty if it can."""
+    """Return why Slurm cannot be started on this machine, or an empty string if it can."""
     if os.geteuid():
         return "needs root to start a private Slurm"
     missing = [name for name in _NEEDED if shutil.which(name) is None]
@@ -69,7 +70,7 @@ def why_not() -> str:
 def slurm_server() -> Iterator[Path]:
     """Run a private Slurm during the block, with `SLURM_CONF` set; yield its folder, with logs."""
     with ExitStack() as stack:
-        # munged rejects folders below one that others may write to, as pytest's are.
+        # munged rejects folders inside a folder that other users may write to, like pytest's.
         folder = Path(tempfile.mkdtemp(prefix="slurm-"))
         stack.callback(shutil.rmtree, folder, ignore_errors=True)
         folder.chmod(0o755)

@@ -18,11 +18,11 @@ Columns = dict[str, NDArray[Any]]
 
 
 def item_columns(item: int, n_rows: int, arrays: dict[str, int]) -> tuple[Columns, Columns]:
-    """Return the rows and sidecars of an item, a pure function of its number as in a harvest.
+    """Return an item's rows and sidecars, a pure function of its number, as in a harvest.
 
     Args:
         item: Number of the item.
-        n_rows: Rows of the item.
+        n_rows: Number of rows in the item.
         arrays: Array name -> width.
 
     Returns:
@@ -61,10 +61,11 @@ def write_store(
 
     Args:
         path: Path or URL of the store.
-        valid_rows: Rows of each item.
-        order: Order in which items are committed; None: by number. Items left out stay missing.
-        arrays: Array name -> width; None: one array of width 6.
-        finalise: Finalise the store.
+        valid_rows: Number of rows in each item.
+        order: Order in which items are committed. If None, by number. Items that are left out stay
+            missing.
+        arrays: Array name -> width. If None, one array of width 6.
+        finalise: Whether to finalise the store.
         options: Arguments of `StoreWriter`.
     """
     arrays = arrays or {"model.layers.9": 6}
@@ -77,7 +78,7 @@ def write_store(
 
 
 def expected(valid_rows: Sequence[int], arrays: dict[str, int], dtype: str = "bfloat16") -> Columns:
-    """Return all columns that reading such a store must give, by name."""
+    """Return, by name, all columns that must be read from a store that `write_store` wrote."""
     parts = [item_columns(item, n_rows, arrays) for item, n_rows in enumerate(valid_rows)]
     names = {**arrays, "token_id": 0, "document": 0, "position": 0}
     merged = {

@@ -26,7 +26,7 @@ DIGEST_BYTES = 32
 
 @contextmanager
 def small_segments() -> Iterator[None]:
-    """Shorten the log's segments in the block, so that its snapshots are written and read too."""
+    """Shorten the log's segments in the block, so that snapshots are also written and read."""
     before = commit_log.SEGMENT_ITEMS
     commit_log.SEGMENT_ITEMS = SEGMENT_ITEMS
     try:
@@ -51,8 +51,8 @@ def write_items(path: Path, begun: Path, most: int | None) -> None:
 
     Args:
         path: Path of the store.
-        begun: File that gets one byte for each item that is started.
-        most: After this many items, sleep until killed; None: write all.
+        begun: File to which one byte is added for each item that is started.
+        most: After this many items, sleep until killed. If None, write all items.
     """
     with small_segments(), begun.open("ab", buffering=0) as progress:
         writer = StoreWriter(path, ARRAYS, **LAYOUT)
@@ -73,9 +73,9 @@ def read_batches(path: Path, seen: Path, stop: int, most: int | None) -> None:
 
     Args:
         path: Path of the store; it may not exist yet.
-        seen: File that gets the digest of each batch.
+        seen: File to which the digest of each batch is added.
         stop: Number of the batch to stop before.
-        most: After this many batches, sleep until killed; None: read all.
+        most: After this many batches, sleep until killed. If None, read all batches.
     """
     with small_segments(), seen.open("ab", buffering=0) as progress:
         while not store_exists(path):

@@ -40,17 +40,17 @@ def write_run(
 
     Args:
         folder: Folder of the run.
-        n_latents: Latents of the SAE.
-        k: Active latents.
+        n_latents: Number of latents.
+        k: Number of active latents.
         level: Final FVU.
         rng: Source of the noise.
         seed: Seed in the run's config.
         lr: Learning rate in the run's config.
-        steps_done: Last step; fewer than `STEPS` for an unfinished run.
+        steps_done: Last step; less than `STEPS` for an unfinished run.
         decay_tokens: Tokens of learning-rate decay in the run's config.
         settles_tokens: The distance to `level` falls by a factor of e in this many tokens.
         identity: Identity of the training data in the checkpoint.
-        heldout: FVU of an evaluation on held-out rows; None: not evaluated.
+        heldout: FVU of an evaluation on held-out rows; None if not evaluated.
     """
     (folder / "eval").mkdir(parents=True)
     save_config(_config(n_latents, k, seed, lr, decay_tokens), folder / "config.yaml")
@@ -69,7 +69,7 @@ def write_run(
 
 
 def write_rows(folder: Path, steps: NDArray[Any], values: NDArray[Any]) -> None:
-    """Write `metrics.jsonl` with these FVUs, in place of an earlier one."""
+    """Write `metrics.jsonl` with these FVUs, replacing any earlier file."""
     (folder / METRICS).unlink(missing_ok=True)
     log = MetricsWriter(folder)
     for step, value in zip(steps.tolist(), values.tolist(), strict=True):

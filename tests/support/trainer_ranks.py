@@ -29,9 +29,9 @@ class SyntheticSource:
     """A source of sparse sums of fixed directions; batch i is a pure function of i.
 
     Args:
-        replica: Which of the replicas' equal parts of each batch to return.
+        replica: Index of the replica, which receives one of `n_replicas` equal parts of each batch.
         n_replicas: Number of replicas.
-        poison: Batch whose first value is NaN; None: no batch.
+        poison: Index of the batch whose first value is NaN; None for no such batch.
     """
 
     d_in = d_out = D
@@ -75,7 +75,7 @@ class Job:
     zero_stage: int = 0
     update: str = "auto"
     resume: str | None = None
-    """Checkpoint to resume from; "newest": the one that the ranks agree on; None: start new."""
+    """Checkpoint to resume from, or "newest" for the newest that the ranks agree on, or None."""
     steps: int = STEPS
     save_every: int = 25
     breakage: str | None = None
@@ -127,7 +127,7 @@ def config_of(job: Job) -> TrainerConfig:
 
 
 def run_job(job: Job, timeout_s: float = 120) -> list[dict[str, Any]]:
-    """Run the job's ranks to their end; return the metric rows of rank 0.
+    """Run the job's ranks until they end; return the metric rows of rank 0.
 
     Raises:
         RanksFailed: If a rank ends with an error; the message has the output of all ranks.

@@ -1,7 +1,7 @@
 """Check commands of the documentation without doing their work.
 
-`launch.py` commands go through all of launch.py, with stages that only record their config. Other
-commands are parsed by the parser of the module, or printed by make.
+`launch.py` commands run launch.py in full, with stages that only record their config. Other
+commands are parsed by their module's own parser, or printed by make.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ _LAUNCHERS = ROOT / "conf" / "hydra" / "launcher"
 
 
 def check_commands(block: Block, folder: Path) -> list[str]:
-    """Check every command of a block; return a line for each that says how.
+    """Check every command of a block; return one line per command that says how it was checked.
 
     Args:
         block: A shell block.
-        folder: Scratch folder, used as the current one.
+        folder: Scratch folder, used as the current folder.
 
     Raises:
         PageError: If a command is invalid or of an unknown kind.
@@ -179,7 +179,8 @@ def check_docker(arguments: Sequence[str], folder: Path, where: str) -> None:
     """Check the Dockerfile of `docker build -f`, and the settings of `docker run ... launch`.
 
     Raises:
-        PageError: If the file is missing, launch.py refuses the settings, or it is another command.
+        PageError: If the file is missing, launch.py refuses the settings, or the command is of
+            another kind.
     """
     if arguments[0] == "build":
         file = arguments[arguments.index("-f") + 1]

@@ -11,7 +11,7 @@ from pathlib import Path
 MODES = ("run", "compose", "parse", "make", "docker", "shell", "python-names")
 """Valid values of MODE in `<!-- test: MODE ... -->`; docs/development.md describes them."""
 TESTED = ("bash", "sh", "shell", "console", "python")
-"""Languages of blocks that need such a comment."""
+"""Languages whose blocks need a test comment."""
 NOT_TESTED = ("text", "toml", "yaml", "json", "mermaid")
 
 _FENCE = re.compile(r"^(`{3,}|~{3,})\s*(\S*)\s*$")
@@ -38,7 +38,7 @@ class Block:
     mode: str
     """One of `MODES`; empty for languages that are not tested."""
     argument: str
-    """Rest of the comment."""
+    """Rest of the test comment."""
 
     @property
     def where(self) -> str:
@@ -71,7 +71,8 @@ class Page:
         """All fenced blocks.
 
         Raises:
-            PageError: If a block has no or an unknown language, or a tested one no valid comment.
+            PageError: If a block's language is missing or unknown, or if a block in a tested
+                language has no valid test comment.
         """
         return self._split[0]
 
@@ -117,7 +118,7 @@ class Page:
 
     @cached_property
     def anchors(self) -> set[str]:
-        """Anchors of all headings, as GitHub makes them."""
+        """Anchors of all headings, as GitHub generates them."""
         headings = (_HEADING.match(line) for _, line in self.prose)
         return {_anchor(heading[1]) for heading in headings if heading}
 

@@ -1,8 +1,8 @@
 """A toy architecture and a toy kernel body, added to their registries from outside the packages.
 
 The toy SAE is dense: `latents = relu(pre_acts - threshold)` with a penalty on their sum, and one
-threshold per latent. It has no sparse gradient, no fixed number of active latents and a vector of
-its own, in all of which it differs from TopK.
+threshold per latent. Unlike TopK, it has neither a sparse gradient nor a fixed number of active
+latents, and it has an additional parameter vector.
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ TOY = Architecture(
 
 
 class CopyingKernels(StockKernels):
-    """Stock kernels that keep copies of the matrices, as kernels of low precision do."""
+    """Stock kernels that keep copies of the matrices, like low-precision kernels."""
 
     name = "copying"
     copy_dtype: torch.dtype | None = torch.float32

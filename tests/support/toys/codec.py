@@ -1,4 +1,4 @@
-"""A codec from outside the package: half-precision rows with a scale each, and masked chunks."""
+"""A codec from outside the package: half-precision rows with one scale per row, masked chunks."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ PEAK = ".peak"
 
 
 class Masked(ChunkCompressor):
-    """A marker, and the chunk without the zeros at its end, every byte XOR 90."""
+    """A marker, then the bytes of the chunk without its trailing zeros, each XOR 90."""
 
     def __init__(self, most_chunk_bytes: int = 1 << 20, grows: int = 0) -> None:
         self.most_chunk_bytes = most_chunk_bytes

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class InputKind(HookpointKind):
-    """The first positional input of a module; with the option `head`, the columns of one head."""
+    """The first positional input of a module; with option `head`, only the columns of one head."""
 
     def check(self, hookpoint: Hookpoint) -> None:
         if any(name != "head" or not value.isdecimal() for name, value in hookpoint.options):
