@@ -157,7 +157,7 @@ class Shuffle:
         strip_bits = np.uint64(max(self.batch_rows - 1, 1).bit_length())
         low = (np.uint64(1) << index_bits) - np.uint64(1)
         numbers = np.random.PCG64((_ROWS, *block.key, self.seed)).advance(first)
-        # Work in place: this code runs while the block's rows are read, and should use little memory.
+        # Work in place: this code runs during the reads of the block, and should use little memory.
         keys: NDArray[np.uint64] = numbers.random_raw(int(counts.sum()))
         keys >>= strip_bits
         keys &= ~low
