@@ -1,4 +1,4 @@
-"""The command line: compose the config and run its stages. See `python launch.py --help`."""
+"""Command line that composes the config and runs its stages; see `python launch.py --help`."""
 
 from __future__ import annotations
 
@@ -38,11 +38,13 @@ STAGES = {
     "submit": "cluster.jobs.stage",
 }
 HARVEST_AND_TRAIN = "harvest and train"
-"""Harvest and train at the same time. The pipeline uses it; it is not a stage for the user."""
+"""Internal stage that harvests and trains concurrently. The pipeline uses it; users cannot."""
 CONCURRENT = ("plan", HARVEST_AND_TRAIN, "evaluate", "export", "report")
 READ_ONLY_STAGES = ("plan", "verify", "reshard", "status", "fit", "submit")
-"""Stages that do not change the run, and may be used while it is running. (fit writes into the
-folder of the sweep.)"""
+"""Stages that do not change the run and may be used while the run is active.
+
+The stage fit writes its results to the folder of the sweep.
+"""
 STAGES_OF_EXISTING_RUNS = ("evaluate", "export", "report", "verify", "repair", "reshard", "status")
 MODULES = {**STAGES, HARVEST_AND_TRAIN: "cluster.concurrent"}
 
@@ -59,7 +61,8 @@ def compose_and_run(composed: DictConfig) -> None:
         if HydraConfig.get().mode == RunMode.MULTIRUN:
             composed.name = cell_name(composed.name, HydraConfig.get())
         config: RunConfig = OmegaConf.to_object(composed)  # type: ignore[assignment]
-        # Do this before validation, which must recognise two spellings of a path as one store.
+        # Do this before validation, which must recognise that two spellings of a path are one
+        # store.
         _make_paths_absolute(config)
         validate(config, ("pipeline", "scaling_laws", *STAGES))
         stages: tuple[str, ...] = (config.stage,)
@@ -81,14 +84,14 @@ def compose_and_run(composed: DictConfig) -> None:
 
 
 def _arguments() -> list[str]:
-    """Return the arguments of this run's command line, or of this cell of a sweep."""
+    """Return the command-line arguments of this run, or of this cell in a sweep."""
     hydra_config = HydraConfig.get()
     folders = [
         f"--config-dir={source.path}"
         for source in hydra_config.runtime.config_sources
         if source.provider == "command-line"
     ]
-    # Keep interpolations as typed: the job resolves them on the machine where it runs.
+    # Do not resolve interpolations here: the job resolves them on the machine where it runs.
     typed = OmegaConf.to_container(hydra_config.overrides.task, resolve=False)
     return [*folders, *cast(list[str], typed)]
 
@@ -96,7 +99,7 @@ def _arguments() -> list[str]:
 def _make_paths_absolute(config: RunConfig) -> None:
     """Make local paths absolute, because ranks and workers may run in another folder.
 
-    Hub names and addresses of object stores are left unchanged.
+    Names on the Hugging Face Hub and addresses of object stores are left unchanged.
     """
     config.store.path = _absolute(config.store.path)
     for mixed in config.store.mixture:
@@ -134,7 +137,7 @@ def _print_keys(words: list[str]) -> None:
 
 @contextmanager
 def _report_errors() -> Iterator[None]:
-    """Turn expected errors into one message and an exit code; let others through."""
+    """Print a message and exit with a code for expected errors; let other errors propagate."""
     from cluster.errors import SchedulerError
     from cluster.jobs.slurm.commands import requeue_sweep_cell
     from conf.failure import describe_error
@@ -157,9 +160,10 @@ def _report_errors() -> Iterator[None]:
 
 def main() -> None:
     """Run the command line."""
-    # By default Hydra prints composition errors and exits with 1; this makes it raise them here.
+    # By default, Hydra prints composition errors and exits with 1. This setting makes Hydra raise
+    # them instead.
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
-    # The packages of this checkout must be importable from any working directory, and in workers.
+    # The packages of this checkout must be importable in any working directory and in workers.
     root = str(Path(__file__).resolve().parent)
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
     # Set these before a stage imports torch, because the driver evaluates the SAE in this process.
@@ -167,7 +171,8 @@ def main() -> None:
     # submitit, which Hydra's Slurm launcher uses, sends this signal shortly before a job's time
     # limit. `on_preemption` handles USR1.
     os.environ.setdefault("SUBMITIT_PREEMPT_SIGNAL", "USR1")
-    # Hydra warns that conf/hydra/launcher overrides the plugin's defaults; this is intended.
+    # Ignore Hydra's warning that conf/hydra/launcher overrides the plugin's defaults, which is
+    # intended.
     warnings.filterwarnings("ignore", "(?s).*is validated against ConfigStore schema")
     with _report_errors():
         from conf.multirun import with_constant_keys

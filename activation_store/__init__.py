@@ -11,8 +11,8 @@ Example::
     where = find_documents(open_store("store"), [17])  # rows of document 17, by position
     context = take_rows(open_store("store"), "model.layers.9", where.rows)
 
-A path is a local folder, or s3://bucket/prefix with the endpoint and credentials taken from the
-environment.
+A path is a local folder or an address s3://bucket/prefix. For the latter, the endpoint and the
+credentials are taken from the environment.
 """
 
 from __future__ import annotations
@@ -147,7 +147,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    # Import lazily: the config schema imports this package for `--help`, which must start fast and
+    # Import lazily: `--help` imports this package through the config schema. It must start fast and
     # does not need NumPy.
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

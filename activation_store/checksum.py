@@ -1,4 +1,4 @@
-"""The crc32c checksum; it releases the GIL, so that several threads can verify data in parallel."""
+"""The crc32c checksum, computed without the GIL so that several threads can verify data at once."""
 
 from __future__ import annotations
 
@@ -12,6 +12,6 @@ def crc32c(data: Any, before: int = 0) -> int:
 
     Args:
         data: Bytes, or a flat C-contiguous array of uint8; not copied.
-        before: The crc32c of the preceding bytes, to continue from.
+        before: The crc32c of the bytes that precede `data`; 0 if there are none.
     """
     return int(_package.crc32c(data, before))

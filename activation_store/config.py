@@ -19,8 +19,8 @@ class MixedStore:
     path: str = ""
     """Folder of the store, or s3://bucket/prefix."""
     weight: float = 1.0
-    """This store's share of each batch, relative to the weights of the other stores and to
-    `store.weight`."""
+    """Share of this store in each batch, relative to `store.weight` and to the weights of the other
+    stores."""
 
 
 @dataclass
@@ -32,26 +32,26 @@ class StoreConfig:
     dtype: str = "bfloat16"
     """Data type of the rows that readers get: bfloat16 or float32."""
     codec: str = "none"
-    """Compression of the rows. none: uncompressed; blosc: lossless, about 1.4 times smaller, slower
-    to read; int8: quantised to half the size of bfloat16; or a codec of an installed package."""
+    """Codec of the rows: none (uncompressed), blosc (lossless, about 1.4 times smaller, slower to
+    read), int8 (quantised to half the size of bfloat16), or a codec from an installed package."""
     shard_tokens: int = 8192
-    """Rows per shard file. One work item fills one shard of every array."""
+    """Maximum number of rows per shard file. One work item fills one shard of every array."""
     chunk_bytes: int = 1 << 20
-    """Target size in bytes of a chunk, the smallest unit that is read and checksummed."""
+    """Target size in bytes of a chunk, which is the smallest unit that is read and checksummed."""
     window_items: int = 16
-    """Number of consecutive work items that are shuffled together. While the store is still being
-    harvested, a window can be read once all of its items are committed."""
+    """Number of consecutive work items that are shuffled together; they form a window. While the
+    store is still being harvested, a window can be read once all of its items are committed."""
     buffer_tokens: int = 65_536
-    """Number of rows that are held in memory and permuted together, split over the ranks. A larger
-    buffer mixes documents better."""
+    """Number of rows that are held in memory and permuted together, divided among the ranks. A
+    larger buffer mixes documents better."""
     order_seed: int | None = None
-    """Seed of the row order; null: the run's `seed`. Runs with the same order_seed see the same
-    batches even if their `seed`, and so their initial weights, differ."""
+    """Seed of the row order. If null, the run's `seed` is used. Runs with the same order_seed see
+    the same batches, even if they differ in `seed` and therefore in their initial weights."""
     mixture: list[MixedStore] = field(default_factory=list)
-    """Additional finalised stores to train on. Every batch holds rows of all stores in proportion
-    to their weights. Evaluation and feature pages use only `path`."""
+    """Additional stores to train on, which must be finalised. Every batch holds rows of all stores
+    in proportion to their weights. Evaluation and feature pages use only `path`."""
     weight: float = 1.0
-    """Share of `path` in a mixture, relative to the weights of the other stores."""
+    """Share of the store at `path` in a mixture, relative to the weights of the other stores."""
 
     @property
     def paths(self) -> list[str]:
@@ -67,7 +67,7 @@ class StoreConfig:
         """Validate all fields.
 
         Raises:
-            ConfigError: If a setting is invalid; the message names it.
+            ConfigError: If a setting is invalid. The message names the setting.
         """
         if self.dtype not in ("bfloat16", "float32"):
             raise ConfigError("store.dtype", self.dtype, "bfloat16 or float32")

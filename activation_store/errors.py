@@ -1,4 +1,4 @@
-"""Errors of the activation store; each message gives the value, what was expected and the fix."""
+"""Errors of the activation store. Each message states the value, what was expected, and the fix."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ class StoreError(FoundryError):
 
 
 class StoreFormatError(StoreError):
-    """Not an activation store, a newer schema version, or invalid metadata."""
+    """The path holds no activation store, another schema version, or invalid metadata."""
 
 
 class UnknownCodecError(StoreFormatError):
@@ -18,21 +18,21 @@ class UnknownCodecError(StoreFormatError):
 
 
 class CodecError(StoreError):
-    """A codec returned other arrays or larger chunks than it declares; the codec must be fixed."""
+    """A codec returned different arrays or larger chunks than it declares, and must be fixed."""
 
 
 class StoreMismatchError(StoreError):
-    """The existing store was created with other settings than the ones requested."""
+    """The existing store was created with settings that differ from the requested ones."""
 
 
 class MissingDataError(StoreError):
-    """A file that the store needs is missing; the message names it."""
+    """A file that the store needs is missing. The message names the file."""
 
     exit_code = EXIT_FAILED
 
 
 class DamagedDataError(StoreError):
-    """A file or chunk has the wrong size or checksum; the message names the file and the chunk."""
+    """A file or chunk has the wrong size or checksum. The message names the file and the chunk."""
 
     exit_code = EXIT_FAILED
 
@@ -56,7 +56,7 @@ class StoreBusyError(StoreError):
 
 
 class StorageError(StoreError):
-    """An object store request failed after all retries; the message contains no secrets."""
+    """A request to an object store failed after all retries. The message contains no secrets."""
 
     exit_code = EXIT_FAILED
 
@@ -70,4 +70,4 @@ class NonDeterministicItemError(StoreError):
 
 
 DAMAGE = (MissingDataError, DamagedDataError, StoreFormatError)
-"""Errors that prove stored bytes missing or wrong, rather than temporarily unreadable."""
+"""Errors that prove that stored bytes are missing or wrong, not just temporarily unreadable."""

@@ -1,7 +1,7 @@
 """A thread pool shared by all stores in a process, for work that releases the GIL.
 
-The calling thread runs tasks too and never waits for a task that has not started. So tasks may call
-`run_all` themselves without a deadlock, and a single task needs no other thread.
+The calling thread also runs tasks, and never waits for a task that has not started. Therefore, a
+task may call `run_all` without causing a deadlock, and a single task needs no other thread.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ def available_cores() -> int:
 
 
 N_THREADS = min(available_cores(), 8)
-"""Number of threads that work on one call, including the calling thread."""
-_MOST_REQUESTS = 16  # threads for object store requests, which mostly wait
+"""Default number of threads per call of `run_all`, including the calling thread."""
+_MOST_REQUESTS = 16  # number of threads for object store requests, which spend most time waiting
 _pool: ThreadPoolExecutor | None = None
 _lock = threading.Lock()
 
@@ -40,7 +40,8 @@ def _helpers() -> ThreadPoolExecutor:
 
 
 def _reset_pool() -> None:
-    # A forked child does not have its parent's threads, so using the parent's pool would hang.
+    # A forked child process has none of its parent's threads, so using the parent's pool would
+    # hang.
     global _pool, _lock  # noqa: PLW0603 - one pool per process is intended
     _pool = None
     _lock = threading.Lock()
@@ -51,18 +52,18 @@ if hasattr(os, "register_at_fork"):
 
 
 def run_all(tasks: Sequence[Callable[[], T]], n_threads: int | None = None) -> list[T]:
-    """Run all tasks, several at the same time.
+    """Run all tasks concurrently.
 
     Args:
         tasks: Tasks to run, started in this order.
-        n_threads: Largest number of tasks that run at the same time; None is `N_THREADS`.
+        n_threads: Maximum number of tasks to run at once; None means `N_THREADS`.
 
     Returns:
         The results, in the order of the tasks.
 
     Raises:
-        BaseException: The error of the first failed task in the order of `tasks`. After a failure
-            no further tasks are started; those already running are waited for.
+        BaseException: The error of the first failed task in the order of `tasks`. After a failure,
+            no further tasks are started, but tasks that are already running are completed.
     """
     threads = min(n_threads or N_THREADS, len(tasks))
     if threads <= 1:

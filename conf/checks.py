@@ -17,7 +17,7 @@ _SWEEPS = {"sweep", "scaling_laws"}
 
 
 def validate(config: RunConfig, stages: tuple[str, ...]) -> None:
-    """Check the parts of the config that its stage uses, and how they fit together.
+    """Check the parts of the config that its stage uses, and that they are consistent.
 
     Args:
         config: The composed config.
@@ -65,7 +65,8 @@ def _check_submit(config: RunConfig, stages: tuple[str, ...]) -> None:
     allowed = [stage for stage in stages if stage != "submit"]
     if config.submit.stage not in allowed:
         raise ConfigError("submit.stage", config.submit.stage, f"one of: {', '.join(allowed)}")
-    # Validate the job's own stage now: the job may wait in a queue for hours before it fails.
+    # Validate the job's own stage now. Otherwise the job could wait in a queue for hours and then
+    # fail.
     validate(replace(config, stage=config.submit.stage), stages)
 
 
@@ -83,7 +84,7 @@ def _check_sweep(config: RunConfig) -> None:
 
 
 def _check_finite(config: RunConfig) -> None:
-    """Reject NaN and infinities: the parts check ranges by comparisons that NaN would pass."""
+    """Reject NaN and infinities, because NaN would pass the range checks of the groups."""
     for group, part in vars(config).items():
         for key, value in getattr(part, "__dict__", {}).items():
             if isinstance(value, float) and not math.isfinite(value):
@@ -91,7 +92,7 @@ def _check_finite(config: RunConfig) -> None:
 
 
 def _check_no_credentials(config: RunConfig) -> None:
-    """Reject addresses with a password, because the config is saved, printed and logged."""
+    """Reject addresses that contain credentials, because the config is saved and logged."""
     for group, part in vars(config).items():
         for key, value in getattr(part, "__dict__", {group: part}).items():
             texts = config.store.paths if key == "mixture" else value

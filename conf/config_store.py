@@ -14,15 +14,15 @@ _SAE_OPTIONS = Path(__file__).parent / "sae"
 
 
 def store_schemas() -> None:
-    """Store the run's schema, and one for the settings of each registered architecture.
+    """Store the run's schema and, for each registered architecture, a schema of its settings.
 
-    `sae/<name>_schema` is the schema of a YAML file that names it in its defaults list, as
-    conf/sae/topk.yaml does. For an architecture without such a file, the schema itself becomes the
-    option `sae=<name>`.
+    A YAML file such as conf/sae/topk.yaml names its schema, `sae/<name>_schema`, in its defaults
+    list. For an architecture without such a file, the schema itself becomes the option
+    `sae=<name>`.
     """
     store = ConfigStore.instance()
-    # The group `sae` must replace these settings, so they have only the keys that all
-    # architectures share.
+    # The chosen option of the group `sae` replaces these settings, so include only the keys that
+    # all architectures share.
     store.store(name="run_schema", node=RunConfig(sae=SAEConfig()))
     for name, architecture in ARCHITECTURES.items():
         node = architecture.settings(architecture=name)

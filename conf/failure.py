@@ -19,7 +19,7 @@ _NOISE = ("object_type=", "reference_type=", "To append to", "Config search path
 def describe_error(error: BaseException) -> tuple[str | None, int]:
     """Return the message for the user and the exit code.
 
-    The message is None for an unexpected exception, whose traceback should be shown instead.
+    The message is None for an unexpected exception. Its traceback should be shown instead.
     """
     if getattr(error, "exit_code", None) == EXIT_PREEMPTED:
         return f"preempted: {error}; run the same command again to resume", EXIT_PREEMPTED
@@ -35,7 +35,7 @@ def describe_error(error: BaseException) -> tuple[str | None, int]:
 
 
 def _config_message(error: BaseException) -> str:
-    """Return the useful lines of Hydra's message as one line, with suggestions for a wrong key."""
+    """Join the useful lines of Hydra's message into one, and suggest names for an unknown key."""
     lines = str(error).splitlines()
     if error.__cause__ is not None and str(error.__cause__) not in str(error):
         lines += str(error.__cause__).splitlines()
@@ -49,7 +49,7 @@ def _config_message(error: BaseException) -> str:
 
 
 def _config_with(part: str) -> RunConfig:
-    """Return a config with the SAE settings of class `part`, or the default ones if none match."""
+    """Return a config with SAE settings of the class named `part`, or the default if none match."""
     for _, architecture in ARCHITECTURES.items():
         if architecture.settings.__name__ == part:
             return RunConfig(sae=architecture.settings())

@@ -1,4 +1,4 @@
-"""Parse hookpoints, which select a tensor of a module of the language model."""
+"""Parse hookpoints; each selects one tensor of a module of the language model."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _OPTION = re.compile(r"([\w.\-]+)=([\w.\-]+)", re.ASCII)
 
 @dataclass(frozen=True)
 class Hookpoint:
-    """A tensor of the language model: a module, and which of its tensors.
+    """A tensor of the language model, identified by its module and by a kind with options.
 
     Two strings for the same tensor, such as `model.layers.9` and `model.layers.9@output`, give
     equal hookpoints.
@@ -30,7 +30,7 @@ class Hookpoint:
     kind: str = DEFAULT_KIND
     """Name of the hookpoint kind, such as `output`."""
     options: tuple[tuple[str, str], ...] = ()
-    """Names and values of the kind's options, sorted by name; the kind defines what they mean."""
+    """Names and values of the options, sorted by name. The kind defines their meaning."""
 
     def __str__(self) -> str:
         """Return the shortest string that `parse_hookpoint` reads as this hookpoint."""
@@ -40,10 +40,10 @@ class Hookpoint:
         return f"{self.module}@{self.kind}" + (f"[{options}]" if options else "")
 
     def describe(self, quote: str = "'") -> str:
-        """Return words for people, such as "output of 'model.layers.9'".
+        """Return a readable description, such as "output of 'model.layers.9'".
 
         Args:
-            quote: Character around the module's name.
+            quote: Quotation mark to put around the module's name.
         """
         options = ", ".join(f"{name}={value}" for name, value in self.options)
         words = f"{self.kind} of {quote}{self.module}{quote}"
@@ -53,11 +53,11 @@ class Hookpoint:
 def parse_hookpoint(text: str, key: str = "model.hookpoints") -> Hookpoint:
     """Parse `module`, `module@kind` or `module@kind[option=value,...]`.
 
-    Only the syntax is checked: neither the module nor the kind needs to exist.
+    Only the syntax is checked, not whether the module and the kind exist.
 
     Args:
         text: The hookpoint.
-        key: The setting that the hookpoint comes from, for the error.
+        key: The setting that the hookpoint comes from, for the error message.
 
     Raises:
         ConfigError: If the text does not have one of these forms, or an option is given twice.
@@ -75,7 +75,7 @@ def parse_hookpoint(text: str, key: str = "model.hookpoints") -> Hookpoint:
 
 
 def check_hookpoints(texts: Sequence[str]) -> None:
-    """Check the syntax of `model.hookpoints`, and that each tensor is listed once.
+    """Check the syntax of `model.hookpoints`, and that no tensor is listed twice.
 
     Raises:
         ConfigError: If a string is malformed, or two strings name the same tensor.

@@ -1,6 +1,6 @@
-"""Names of the cells of a Hydra sweep (`-m`): each cell gets its own run folder.
+"""Name the cells of a Hydra sweep (`-m`), so that each cell gets its own run folder.
 
-The name of a cell is composed of the settings that vary in the sweep.
+A cell is one combination of the sweep's values. Its name lists the settings that vary in the sweep.
 """
 
 from __future__ import annotations
@@ -16,7 +16,9 @@ _CONSTANT_KEYS = "hydra.job.config.override_dirname.exclude_keys"
 
 
 def with_constant_keys(arguments: list[str]) -> list[str]:
-    """Return the command line; for a sweep, add an override that lists the keys that do not vary.
+    """Return the arguments, with an override added for a sweep that lists the constant keys.
+
+    Constant keys are those that do not vary between the cells of the sweep.
 
     Args:
         arguments: The arguments of the command line.
@@ -36,7 +38,7 @@ def with_constant_keys(arguments: list[str]) -> list[str]:
 def cell_name(name: str, hydra: HydraConf) -> str:
     """Return the run name of a cell, such as `demo-k16-lr0.001`.
 
-    The name depends only on the settings that vary, so the same cell has the same name in every
+    The name depends only on the settings that vary. A cell therefore has the same name in every
     sweep over the same keys.
 
     Args:

@@ -1,4 +1,4 @@
-"""The reference of all config keys: types, defaults and docstrings, read from the schema."""
+"""Reference of all config keys, with their types, defaults and docstrings from the schema."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ class Key(NamedTuple):
     type: str
     """Type in the schema: `int | None`."""
     default: str
-    """Default in YAML notation; empty if there is none."""
+    """Default in YAML notation, or "" if there is none."""
     text: str
     """Description: the docstring of the field."""
 
 
 class Group(NamedTuple):
-    """One group of settings; the first one, without a name, holds the keys of the run itself."""
+    """One group of settings. The first group has an empty name and holds the run's own keys."""
 
     name: str
     text: str
@@ -40,7 +40,7 @@ def groups(only: str | None = None) -> list[Group]:
         only: Name of one group, or None for all.
 
     Raises:
-        ConfigError: If there is no group of that name.
+        ConfigError: If no group has the name `only`.
     """
     run = RunConfig()
     found = [_group("", run)]

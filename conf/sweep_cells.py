@@ -21,21 +21,22 @@ from sae_core.architectures.settings import SAEConfig
 _OVERRIDABLE = ("sae.", "optim.", "train.tokens=")
 """Prefixes of the settings that an override may change for one cell.
 
-The cells of a group share the row stream and the ranks, so the settings of both must be the same.
+Cells that are trained together share the row stream and the ranks, so the settings of these must be
+the same in all cells.
 """
 _NOT_OVERRIDABLE = ("sae.hookpoint=", "sae.n_latents=", "sae.k=", "sae.architecture=")
-"""Exceptions: the hookpoint is shared, and the others are axes of the sweep."""
+"""Settings of sae that an override may not change: the shared hookpoint, and the sweep's axes."""
 
 
 def cells_of(config: RunConfig, run_dir: Path) -> dict[str, RunConfig]:
-    """Return the sweep's cells, smallest dictionary first.
+    """Return the sweep's cells, in order of increasing dictionary size.
 
     Returns:
         `{cell name: config of an ordinary run in run_dir/<cell>}`.
 
     Raises:
-        ConfigError: If a cell's config is invalid, two cells get the same name, or an override
-            names an unknown cell or a setting that it may not change.
+        ConfigError: If a cell's config is invalid, if two cells get the same name, or if an
+            override names an unknown cell or a setting that must not be overridden.
     """
     sweep = config.sweep
     active: list[int | None] = [*sweep.k] or [None]
@@ -65,7 +66,7 @@ def cells_of(config: RunConfig, run_dir: Path) -> dict[str, RunConfig]:
         cell = _overridden(cell, name, own.get(name, []))
         cell.trainer.validate()
         if name in cells:
-            # Names contain the learning rate with 6 digits.
+            # Names contain the learning rate rounded to 6 significant digits.
             raise ConfigError("sweep.lr", sweep.lr, "rates that differ in their first 6 digits")
         cells[name] = cell
     unknown = sorted(set(own) - set(cells))
@@ -75,13 +76,14 @@ def cells_of(config: RunConfig, run_dir: Path) -> dict[str, RunConfig]:
 
 
 def _settings(base: SAEConfig, architecture: str, n_latents: int, k: int | None) -> SAEConfig:
-    """Return a cell's settings: those of `base`, with the cell's values of the axes.
+    """Return the settings of a cell: the settings in `base`, with the cell's values of the axes.
 
     Args:
-        base: The sweep's settings; another architecture inherits the fields that both have.
+        base: The sweep's settings. A cell with another architecture inherits the fields that both
+            architectures have.
         architecture: The cell's architecture.
         n_latents: The cell's number of latents.
-        k: The cell's number of active latents; None: the sweep has no such axis.
+        k: The cell's number of active latents, or None if `k` is not an axis of the sweep.
     """
     values: dict[str, Any] = {"n_latents": n_latents} | ({} if k is None else {"k": k})
     settings = with_architecture(base, architecture)
@@ -99,8 +101,8 @@ def _settings(base: SAEConfig, architecture: str, n_latents: int, k: int | None)
 def _name(sweep: SweepConfig, sae: SAEConfig, lr: float | None, seed: int) -> str:
     """Return a name like `n1024-k32-lr0.001-seed1-topk`.
 
-    The last three parts appear only if the sweep sets values for these axes, and k only if the
-    architecture has it.
+    The learning rate, seed and architecture appear only if the sweep sets values for these axes. k
+    appears only if the architecture has this setting.
     """
     parts = [f"n{sae.n_latents}"]
     parts += [f"k{sae.k}"] if hasattr(sae, "k") else []
@@ -111,7 +113,7 @@ def _name(sweep: SweepConfig, sae: SAEConfig, lr: float | None, seed: int) -> st
 
 
 def _by_cell(overrides: list[str]) -> dict[str, list[str]]:
-    """Return `{cell name: its KEY=VALUE settings}` from texts of the form CELL:KEY=VALUE."""
+    """Parse overrides of the form CELL:KEY=VALUE to `{cell name: its KEY=VALUE settings}`."""
     found: dict[str, list[str]] = {}
     for text in overrides:
         cell, colon, setting = text.partition(":")
@@ -125,7 +127,7 @@ def _overridden(cell: RunConfig, name: str, settings: list[str]) -> RunConfig:
     """Return the cell's config with its KEY=VALUE overrides applied.
 
     Raises:
-        ConfigError: If a key may not be overridden, a key is unknown, or a value is invalid.
+        ConfigError: If a key must not be overridden, a key is unknown, or a value is invalid.
     """
     for setting in settings:
         if not setting.startswith(_OVERRIDABLE) or setting.startswith(_NOT_OVERRIDABLE):

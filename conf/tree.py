@@ -1,4 +1,4 @@
-"""Show the config of a run when it starts: what differs from the defaults."""
+"""Show the settings of a run that differ from the defaults, when the run starts."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Code shared by all packages: base errors, the registry, atomic files, typed JSON."""
+"""Code shared by all packages: base errors, the registry, atomic file writes, typed JSON."""

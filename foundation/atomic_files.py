@@ -21,9 +21,9 @@ def fsync_path(path: Path) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write `value` as JSON to `path`, atomically and durably; replaces an existing file."""
-    # Flush the file before the rename and the folder after it. Then a reader finds either the old
-    # or the new content in full, even after a crash of the machine.
+    """Write `value` as JSON to `path`, atomically and durably, replacing any existing file."""
+    # Flush the file before the rename, and the folder after it. Then a reader finds either the
+    # complete old content or the complete new content, even after a crash of the machine.
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with open(temporary, "w", encoding="utf-8") as file:
         json.dump(value, file, indent=1)
@@ -68,12 +68,13 @@ def _refuse(constant: str) -> Any:
 def replaced_folder(path: Path) -> Iterator[Path]:
     """Yield an empty folder that replaces `path` when the block ends without an error.
 
-    If the block raises, `path` is left unchanged. A killed process may leave its incomplete folder
-    as `.<name>.new.tmp`. If it was killed between the two renames, the previous folder is
-    `.<name>.old.tmp` and the complete new one is `.<name>.new.tmp`. The next call removes both.
+    If the block raises, `path` is left unchanged. A process that is killed may leave an incomplete
+    folder named `.<name>.new.tmp`. If the process is killed between the two renames, `path` is
+    missing: the previous folder is then named `.<name>.old.tmp`, and the complete new folder is
+    named `.<name>.new.tmp`. The next call removes both.
 
     Args:
-        path: The folder to replace; it need not exist.
+        path: The folder to replace; does not need to exist.
 
     Yields:
         The empty folder to fill.
@@ -89,7 +90,8 @@ def replaced_folder(path: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(new, ignore_errors=True)
         raise
-    # A folder that is not empty cannot be replaced by a rename, so move the old one away first.
+    # A rename cannot replace a folder that is not empty, so move the old folder out of the way
+    # first.
     if path.exists():
         os.rename(path, old)
     os.rename(new, path)

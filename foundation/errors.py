@@ -1,4 +1,4 @@
-"""The base of all errors raised on purpose, the exit codes, and the error for a bad setting."""
+"""The base class of all expected errors, the exit codes, and the error for an invalid setting."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ EXIT_FAILED = 1
 EXIT_BAD_INPUT = 2
 """The command, the config or the input data must be changed."""
 EXIT_PREEMPTED = 75
-"""EX_TEMPFAIL: a signal asked the run to stop; run the same command again to resume."""
+"""A signal asked the run to stop; running the same command again resumes it (EX_TEMPFAIL)."""
 
 
 class FoundryError(Exception):
-    """Base of every error that is raised on purpose: its text is a message for the user.
+    """Base class of every expected error, whose text is a message for the user.
 
     Attributes:
         exit_code: Exit code of a process that ends with this error.
@@ -27,9 +27,9 @@ class ConfigError(FoundryError, ValueError):
 
     Args:
         key: Name of the setting, such as `sae.k`.
-        value: Its value.
-        expected: What is allowed, as a noun phrase.
-        remedy: How to fix it, as an imperative; may be empty.
+        value: Value of the setting.
+        expected: Description of the allowed values, as a noun phrase.
+        remedy: How to fix the setting, as an imperative; may be empty.
     """
 
     def __init__(self, key: str, value: object, expected: str, remedy: str = "") -> None:
@@ -38,6 +38,6 @@ class ConfigError(FoundryError, ValueError):
         self._arguments = (key, value, expected, remedy)
 
     def __reduce__(self) -> tuple[type, tuple[str, object, str, str]]:
-        # Errors are pickled between processes. By default, unpickling would call this class with
-        # the message as its only argument.
+        # Errors are pickled when they are sent between processes. By default, unpickling would call
+        # this class with the message as its only argument.
         return type(self), self._arguments

@@ -1,4 +1,4 @@
-"""A registry of named members: how every kind of extension is looked up and added."""
+"""A registry of named members, used to look up and add every kind of extension."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ T = TypeVar("T")
 class Registry(Generic[T]):
     """Members of one kind, such as architectures or codecs, by name.
 
-    Members come from three sources: the package that owns the registry lists the built-in ones,
-    installed packages declare entry points in the group `latent_foundry.<group>`, and `register`
-    adds a member in this process. A member is imported when it is first looked up, so that listing
+    Members come from three sources. The package that owns the registry lists the built-in members.
+    Installed packages declare entry points in the group `latent_foundry.<group>`. `register` adds a
+    member in this process only. A member is imported when it is first looked up, so that listing
     the names needs no heavy import.
 
     Args:
-        kind: Word for a member, for messages: "architecture".
-        key: Setting that names a member, for messages: "sae.architecture".
-        group: Last part of the entry point group: "architectures".
+        kind: Word for a member in messages, such as "architecture".
+        key: Setting that names a member, for messages, such as "sae.architecture".
+        group: Last part of the name of the entry point group, such as "architectures".
         builtin: Name -> "module:attribute" of each built-in member.
     """
 
@@ -42,7 +42,7 @@ class Registry(Generic[T]):
         """Add a member in this process.
 
         Raises:
-            ValueError: If the name is taken.
+            ValueError: If the name is already taken.
         """
         if name in self.names():
             raise ValueError(f"{self.kind} {name!r} already exists; choose another name")
@@ -63,7 +63,7 @@ class Registry(Generic[T]):
         No member is imported.
 
         Raises:
-            FoundryError: If an installed package declares a name that exists already.
+            FoundryError: If an installed package declares a name that is already taken.
         """
         if not self._looked_for_plugins:
             for point in entry_points(group=self.group):
@@ -87,7 +87,7 @@ class Registry(Generic[T]):
         """Return a member, importing it on first use.
 
         Raises:
-            ConfigError: If no member has this name; the message lists the existing names.
+            ConfigError: If no member has this name. The message lists the existing names.
             FoundryError: If the package that declares the member cannot be imported.
         """
         self.check(name)
@@ -109,11 +109,11 @@ class Registry(Generic[T]):
             ) from error
 
     def check(self, name: str, key: str | None = None) -> None:
-        """Check that a member of this name exists, without importing it.
+        """Check that a member named `name` exists, without importing it.
 
         Args:
-            name: The name.
-            key: Setting to name in the error; None: the registry's own.
+            name: Name of the member.
+            key: Setting to name in the error message; None means the registry's own `key`.
 
         Raises:
             ConfigError: If no member has this name.
@@ -122,7 +122,7 @@ class Registry(Generic[T]):
             raise ConfigError(key or self.key, name, f"one of: {', '.join(self.names())}")
 
     def items(self) -> Iterator[tuple[str, T]]:
-        """Yield all members with their names; imports them."""
+        """Import all members, and yield each with its name."""
         for name in self.names():
             yield name, self[name]
 

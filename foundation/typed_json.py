@@ -12,14 +12,14 @@ _LARGEST = 1 << 62
 
 
 def from_json(kind: type[T], value: Any) -> T:
-    """Return an instance of the dataclass `kind` with the fields of a JSON object.
+    """Build an instance of the dataclass `kind` from the fields of a JSON object.
 
-    Integers must be at most 2**62 in magnitude and floats must be finite. A field may be missing if
-    it has a default.
+    Integers must be at most 2**62 in magnitude, and floats must be finite. A field may be missing
+    if it has a default.
 
     Raises:
-        ValueError: If `value` is not an object, has an unknown field, lacks a required one, or has
-            one of the wrong type; the message names the field.
+        ValueError: If `value` is not an object, has an unknown field, lacks a required field, or
+            has a field of the wrong type. The message names the field.
     """
     if not isinstance(value, dict):
         raise ValueError(

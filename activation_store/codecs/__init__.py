@@ -1,1 +1,1 @@
-"""Codecs: how rows become bytes on disk. The interface, its members, and the sharding layout."""
+"""Codecs, which convert rows to bytes on disk: interface, implementations and sharding layout."""

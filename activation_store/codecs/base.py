@@ -1,13 +1,13 @@
-"""The interface of a codec: how rows of a hookpoint become arrays on disk, and rows again.
+"""The interface of a codec, which converts rows of a hookpoint to arrays on disk and back.
 
-A codec has up to two parts. A `RowCodec` converts rows to the arrays that are
-stored, such as int8 values and one scale per row. A `ChunkCompressor` packs the bytes of each chunk
-of such an array. A codec with neither stores the rows as they are. Sidecars are always stored as
-they are.
+A codec has up to two parts. A `RowCodec` converts rows to the arrays that are stored, such as int8
+values and one scale per row. A `ChunkCompressor` compresses the bytes of each chunk of such an
+array. A codec with neither part stores the rows unchanged. Sidecars are always stored unchanged.
 
 To add a codec, implement `Codec`. Then either declare an entry point in the group
-`latent_foundry.codecs`, so that every process with the package installed can open the stores, or
-call `CODECS.register` in each process. A store names its codec, so the name must never change.
+`latent_foundry.codecs`, or call `CODECS.register` in each process. With an entry point, every
+process that has the package installed can open the stores. The name of a codec must never change,
+because each store records the name of its codec.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ Floats = NDArray[np.float32]
 SCALE = ".scale"
 """Suffix of the name of an array of row scales.
 
-No hookpoint may be called `<other hookpoint>.scale`, whatever the codec, so that the same
+With any codec, no hookpoint may be called `<other hookpoint>.scale`. This ensures that the same
 hookpoints can be stored with every codec.
 """
 
@@ -37,25 +37,25 @@ hookpoints can be stored with every codec.
 class ChunkCompressor(ABC):
     """Lossless compression of the chunks of an array on disk.
 
-    Several threads call the methods at the same time. They should release the GIL.
+    Several threads call the methods concurrently, so the methods should release the GIL.
     """
 
     most_chunk_bytes: int = 1 << 40
-    """Size of the largest chunk that can be compressed, in bytes."""
+    """Maximum size in bytes of a chunk that can be compressed."""
 
     @abstractmethod
     def most_bytes(self, n_bytes: int) -> int:
-        """Return the largest size, in bytes, that `n_bytes` bytes can compress to."""
+        """Return the maximum compressed size, in bytes, of a chunk of `n_bytes` bytes."""
 
     @abstractmethod
     def compress(self, data: Bytes, itemsize: int) -> Bytes:
-        """Compress a chunk of numbers of `itemsize` bytes each; must be deterministic."""
+        """Compress a chunk of numbers of `itemsize` bytes each, deterministically."""
 
     @abstractmethod
     def decompress(self, packed: Bytes, target: Bytes) -> None:
         """Decompress a chunk into `target`.
 
-        `packed` has passed its checksum, but another program may have written it.
+        `packed` has passed its checksum, but is not trusted: another program may have written it.
 
         Raises:
             ValueError: If `packed` does not decompress to exactly the size of `target`.
@@ -63,7 +63,7 @@ class ChunkCompressor(ABC):
 
     @abstractmethod
     def metadata(self, itemsize: int) -> dict[str, Any]:
-        """Return the entry in the `codecs` of the Zarr metadata, {"name", "configuration"}."""
+        """Return the entry for `codecs` in the Zarr metadata, with keys "name", "configuration"."""
 
 
 @dataclass(frozen=True)
@@ -75,19 +75,20 @@ class DiskArray:
     row_shape: tuple[int, ...]
     """Shape of a row: (d_model,), or () for one number per row."""
     compressor: ChunkCompressor | None = None
-    """Compression of its chunks; None: their bytes are stored as they are."""
+    """Compressor of the chunks, or None to store them uncompressed."""
 
     @property
     def row_bytes(self) -> int:
-        """Bytes of a row before compression."""
+        """Size of a row in bytes, before compression."""
         return self.dtype.itemsize * math.prod(self.row_shape)
 
 
 @dataclass(frozen=True)
 class ScaleOffset:
-    """Formula with which a device decodes rows: x[t, c] = offset[c] + scale[t] * (factor[c] * q).
+    """Parameters with which a device decodes rows.
 
-    q is the number [t, c] of the array on disk that has the hookpoint's name.
+    The formula is x[t, c] = offset[c] + scale[t] * (factor[c] * q[t, c]), where q is the array on
+    disk that has the hookpoint's name.
     """
 
     offset: Floats
@@ -95,11 +96,11 @@ class ScaleOffset:
     factor: Floats
     """Factor of each channel, [d_model]."""
     scale: str
-    """Suffix of the array on disk of the scale of each row."""
+    """Suffix of the name of the array on disk that holds the scale of each row."""
 
 
 class RowCodec(ABC):
-    """Conversion of one hookpoint's rows to arrays on disk and back, with its constants."""
+    """Conversion of one hookpoint's rows to arrays on disk and back, including its constants."""
 
     @abstractmethod
     def encode(self, rows: NDArray[Any]) -> tuple[NDArray[Any], ...]:
@@ -109,15 +110,15 @@ class RowCodec(ABC):
             rows: [n, d_model] in the store's dtype.
 
         Returns:
-            The arrays of `Codec.disk_arrays` in this order, [n, *row_shape] each.
+            The arrays in the order of `Codec.disk_arrays`, [n, *row_shape] each.
         """
 
     @abstractmethod
     def decode(self, stored: Sequence[NDArray[Any]], out: NDArray[Any]) -> None:
-        """Decode rows into memory of the caller; several threads call this at the same time.
+        """Decode rows into memory of the caller. Several threads call this concurrently.
 
         Args:
-            stored: The arrays of `Codec.disk_arrays` in this order, [n, *row_shape] each.
+            stored: The arrays in the order of `Codec.disk_arrays`, [n, *row_shape] each.
             out: Output [n, d_model] in the store's dtype.
         """
 
@@ -128,15 +129,15 @@ class RowCodec(ABC):
 
     @property
     def scale_offset(self) -> ScaleOffset | None:
-        """Formula for a device to decode rows; None: the host decodes them before the upload."""
+        """Parameters for decoding on a device, or None if the host must decode the rows."""
         return None
 
 
 class Codec(ABC):
-    """Encoding of the hookpoint arrays of a store."""
+    """Codec for the hookpoint arrays of a store."""
 
     needs_calibration: bool = False
-    """True if `row_codec` needs the statistics of the hookpoint."""
+    """Whether `row_codec` needs the statistics of the hookpoint."""
 
     @abstractmethod
     def disk_arrays(self, dtype: np.dtype[Any], width: int) -> dict[str, DiskArray]:
@@ -147,24 +148,24 @@ class Codec(ABC):
             width: d_model of the hookpoint.
 
         Returns:
-            Suffix to array. The suffix is appended to the hookpoint's name. The first suffix is "":
-            this array has the most bytes, and chunks are sized by it.
+            {suffix: array}. The name of an array on disk is the hookpoint's name plus the suffix.
+            The first suffix is "". Its array has the most bytes and determines the chunk size.
         """
 
     def row_codec(
         self, dtype: np.dtype[Any], width: int, calibration: Calibration | None
     ) -> RowCodec | None:
-        """Return the conversion of one hookpoint's rows; None: they are stored as they are.
+        """Return the conversion of one hookpoint's rows, or None if they are stored unchanged.
 
         Args:
             dtype: Data type of the rows that readers get.
             width: d_model of the hookpoint.
-            calibration: Statistics of the hookpoint; None only if the store has none and
-                `needs_calibration` is False.
+            calibration: Statistics of the hookpoint. May be None only if `needs_calibration` is
+                False.
         """
         del dtype, width, calibration
         return None
 
     def row_bytes(self, dtype: np.dtype[Any], width: int) -> int:
-        """Return the bytes of a stored row of all arrays together, before compression."""
+        """Return the total size in bytes of a row in all arrays on disk, before compression."""
         return sum(part.row_bytes for part in self.disk_arrays(dtype, width).values())

@@ -1,4 +1,4 @@
-"""The codec `blosc`: lossless, compatible with the Zarr v3 codec `blosc` of other readers."""
+"""The lossless codec `blosc`, which other readers can decode as the Zarr v3 codec `blosc`."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from activation_store.storage.atomic_files import Bytes
 
 LEVEL = 1
 BLOCK_BYTES = 262_144
-"""Block size; with Blosc's default, bfloat16 activations are hardly compressed."""
+"""Block size in bytes. With Blosc's default block size, bfloat16 activations hardly compress."""
 _OVERHEAD_BYTES = 16
 
 
 class BloscCompressor(ChunkCompressor):
-    """Byte shuffle, then zstd."""
+    """Compression by a byte shuffle followed by zstd."""
 
     most_chunk_bytes = 2**31 - 1 - _OVERHEAD_BYTES
 
     def most_bytes(self, n_bytes: int) -> int:
-        """Return the largest size, in bytes, that `n_bytes` bytes can compress to."""
+        """Return the maximum compressed size, in bytes, of a chunk of `n_bytes` bytes."""
         return n_bytes + _OVERHEAD_BYTES
 
     def compress(self, data: Bytes, itemsize: int) -> Bytes:
@@ -49,13 +49,13 @@ class BloscCompressor(ChunkCompressor):
             raise ValueError(str(error)) from error
 
     def metadata(self, itemsize: int) -> dict[str, Any]:
-        """Return the entry in Zarr metadata, for numbers of `itemsize` bytes."""
+        """Return the entry for `codecs` in the Zarr metadata, for numbers of `itemsize` bytes."""
         settings = {"typesize": itemsize, "cname": "zstd", "clevel": LEVEL, "shuffle": "shuffle"}
         return {"name": "blosc", "configuration": {**settings, "blocksize": BLOCK_BYTES}}
 
 
 class Blosc(Codec):
-    """Rows in the store's dtype, each chunk compressed."""
+    """Codec that stores rows in the store's dtype and compresses each chunk."""
 
     def __init__(self) -> None:
         self._compressor = BloscCompressor()
@@ -66,7 +66,7 @@ class Blosc(Codec):
 
 
 def _blosc() -> Any:
-    return import_module("numcodecs.blosc")  # imported late: only stores with this codec need it
+    return import_module("numcodecs.blosc")  # imported late, because only this codec needs it
 
 
 BLOSC = Blosc()

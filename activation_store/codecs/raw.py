@@ -1,4 +1,4 @@
-"""The codec `none`: rows are stored as they are."""
+"""The codec `none`, which stores rows unchanged."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from activation_store.codecs.base import Codec, DiskArray
 
 
 class Raw(Codec):
-    """Rows in the store's dtype, uncompressed."""
+    """Codec that stores rows in the store's dtype, uncompressed."""
 
     def disk_arrays(self, dtype: np.dtype[Any], width: int) -> dict[str, DiskArray]:
-        """Return one array of the rows."""
+        """Return one array, which holds the rows."""
         return {"": DiskArray(dtype, (width,))}
 
 

@@ -22,4 +22,4 @@ CODECS: Registry[Codec] = Registry(
         "int8": "activation_store.codecs.int8:INT8",
     },
 )
-"""Codec name, as in `store.codec` and in the header of a store, to codec."""
+"""The codecs by name. The same names are used in `store.codec` and in the header of a store."""

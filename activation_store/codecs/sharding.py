@@ -2,13 +2,16 @@
 
     chunk 0 | crc | chunk 1 | crc | ... | table of the chunk checksums | index | crc of the index
 
-A chunk is [chunk_rows, width] little-endian numbers, possibly compressed. The index holds the
-offset and length of every chunk including its checksum, as uint64; all bits are set for an absent
-chunk. Zarr readers find the index at the end of the file, and the chunks through the index; they
-never look at the table of checksums. The table is our addition. Table and index together are the
-*tail*, whose checksum is in the commit record. Since the tail contains the checksums of all chunks,
-reading the tail is enough to prove that the file is the committed one and not another shard of the
-same shape, and each chunk is then verified against the table.
+A chunk is an array [chunk_rows, width] of little-endian numbers, possibly compressed. The index
+holds the offset of every chunk and its length including its checksum, as uint64. For an absent
+chunk, all bits of both are set. Zarr readers find the index at the end of the file, and the chunks
+through the index.
+
+The table of checksums is our addition, which Zarr readers ignore. The table, the index and the
+checksum of the index form the *tail*. The checksum of the tail is in the commit record. Since the
+tail contains the checksums of all chunks, reading the tail is enough to prove that the file is the
+committed one and not another shard of the same shape. Each chunk is then verified against the
+table.
 
 Source: the sharding codec of the Zarr v3 specification (ZEP 2), the crc32c codec.
 """
@@ -45,7 +48,7 @@ class ShardLayout:
     itemsize: int
     """Bytes per number."""
     compressor: ChunkCompressor | None = None
-    """Compression of the chunks, whose stored sizes then differ; None: stored as they are."""
+    """Compressor of the chunks, whose stored sizes then vary, or None if they are uncompressed."""
 
     @property
     def n_chunks(self) -> int:
@@ -59,18 +62,18 @@ class ShardLayout:
 
     @property
     def most_stored_bytes(self) -> int:
-        """Largest size of a chunk in the file in bytes, including its checksum."""
+        """Maximum size in bytes of a chunk in the file, including its checksum."""
         size = self.chunk_bytes
         return (self.compressor.most_bytes(size) if self.compressor else size) + CRC_BYTES
 
     @property
     def least_stored_bytes(self) -> int:
-        """Smallest size of a chunk in the file in bytes, including its checksum."""
+        """Minimum size in bytes of a chunk in the file, including its checksum."""
         return (1 if self.compressor else self.chunk_bytes) + CRC_BYTES
 
     @property
     def tail_bytes(self) -> int:
-        """Size of table, index and index checksum together, in bytes."""
+        """Total size in bytes of the table, the index and the checksum of the index."""
         return (CRC_BYTES + 16) * self.n_chunks + CRC_BYTES
 
     def chunks_with_rows(self, rows: int) -> int:
@@ -87,19 +90,19 @@ class ShardLayout:
 
 @dataclass(frozen=True)
 class EncodedShard:
-    """A shard file in memory."""
+    """The content of a shard file, in memory."""
 
     parts: list[Bytes]
-    """Pieces to write one after the other."""
+    """Buffers to write one after the other."""
     n_bytes: int
-    """Size of the file."""
+    """Size of the file in bytes."""
     tail_crc32c: int
     """Checksum of the tail."""
 
 
 @dataclass(frozen=True)
 class ShardIndex:
-    """Location and checksum of each stored chunk of a shard; all lists are [stored chunks]."""
+    """Location and checksum of each stored chunk of a shard, as lists with one entry per chunk."""
 
     offsets: list[int]
     """Offset of each chunk from the start of the file, in bytes."""
@@ -110,7 +113,7 @@ class ShardIndex:
 
 
 def encode_shard(layout: ShardLayout, rows: NDArray[Any]) -> EncodedShard:
-    """Encode rows as a shard file; uncompressed full chunks are views of `rows`, not copies.
+    """Encode rows as a shard file. Uncompressed full chunks are views of `rows`, not copies.
 
     Args:
         layout: Sizes of the shard.
@@ -142,7 +145,7 @@ def encode_shard(layout: ShardLayout, rows: NDArray[Any]) -> EncodedShard:
 
 
 def _compress(layout: ShardLayout, compressor: ChunkCompressor, chunk: Bytes) -> Bytes:
-    """Compress one chunk; check its size, because a reader would refuse the shard otherwise."""
+    """Compress one chunk and check its size, because readers reject a shard with wrong sizes."""
     packed = compressor.compress(chunk, layout.itemsize)
     least = layout.least_stored_bytes - CRC_BYTES
     most = layout.most_stored_bytes - CRC_BYTES

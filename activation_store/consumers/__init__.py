@@ -1,1 +1,1 @@
-"""Processes that read a growing store: their cursors, and deletion of what they have passed."""
+"""Consumers, which read a growing store: their cursors, and deletion of what all have read."""

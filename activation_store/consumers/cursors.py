@@ -3,10 +3,10 @@
     _consumers/<name>.json   one small checksummed JSON file per consumer, replaced atomically
 
 Producers wait for the slowest consumer, and deletion keeps what any consumer still needs. A
-consumer can register only if it needs no rows that are deleted or about to be deleted. This works
-without a lock: a consumer writes its cursor file first and then reads the deletion mark
-(`deletion_mark.py`); the deleting process announces the deletion first and then reads the cursor
-files. So at least one of the two sees the other.
+consumer can register only if it needs no rows that are deleted or about to be deleted. No lock is
+needed to ensure this. A consumer first writes its cursor file and then reads the deletion mark
+(`deletion_mark.py`). The deleting process first announces the deletion and then reads the cursor
+files. So at least one of the two processes sees what the other has written.
 """
 
 from __future__ import annotations
@@ -38,14 +38,15 @@ class ConsumerState:
     """Progress of a consumer."""
 
     epoch: int = 0
-    """Epoch that it is reading."""
+    """Epoch that the consumer is reading."""
     next_item: int = 0
-    """First item of epoch 0 that it has not passed, always the start of a window; in later epochs
-    the number of items."""
+    """In epoch 0: first item that the consumer has not passed, always the start of a window. In
+    later epochs: the number of items."""
     keep_from_item: int = 0
-    """First item that it may still need, also after resuming from its oldest kept checkpoint."""
+    """First item that the consumer may still need, even if it resumes from its oldest kept
+    checkpoint."""
     position: int = 0
-    """Position of its stream: number of the next batch."""
+    """Position of the consumer's stream: number of the next batch."""
     updated: float = 0.0
     """Time of the last update, in seconds since 1970 (UTC)."""
 
@@ -53,17 +54,18 @@ class ConsumerState:
 class Consumer:
     """A registered consumer, owned by the process that decides which checkpoints are kept.
 
-    A consumer that is already registered under this name continues from its saved state. A consumer
-    that died blocks the producers until it returns or `remove_consumer` unregisters it.
+    If a consumer is already registered under this name, this one continues from the saved state. A
+    consumer that died blocks the producers until it is restarted, or until `remove_consumer`
+    unregisters it.
 
     Args:
         path: Path of the store.
-        name: Unique among the store's consumers: letters, digits, '_', '-', '.'.
+        name: Name of the consumer, unique within the store: letters, digits, '_', '-', '.'.
         keep_from_item: First item that a new consumer may need.
 
     Raises:
         ConfigError: If the name is invalid.
-        DeletedDataError: If it would need rows that were deleted.
+        DeletedDataError: If the consumer would need rows that were deleted.
     """
 
     def __init__(self, path: str | Path, name: str, keep_from_item: int = 0) -> None:
@@ -79,21 +81,22 @@ class Consumer:
     def publish(
         self, *, epoch: int = 0, next_item: int, keep_from_item: int, position: int
     ) -> None:
-        """Save the progress of this consumer; call it once per window, not for every batch.
+        """Save the progress of this consumer. Call this once per window, not for every batch.
 
-        All ranks of the consumer must have passed this position, so publish that of the slowest
-        rank. A run of more than one epoch must keep all items: `keep_from_item=0`.
+        All ranks of the consumer must have passed `position`, so publish the position of the
+        slowest rank. A run of more than one epoch must keep all items (`keep_from_item=0`).
 
         Args:
-            epoch: Epoch that it is reading.
-            next_item: `stream.first_item_needed(position)`; in later epochs the number of items.
+            epoch: Epoch that the consumer is reading.
+            next_item: `stream.first_item_needed(position)` in epoch 0, and the number of items in
+                later epochs.
             keep_from_item: `stream.first_item_needed` of the oldest kept checkpoint.
-            position: Position of its stream.
+            position: Position of the consumer's stream.
 
         Raises:
             ConfigError: If a number is negative.
-            DeletedDataError: If it moves back to items that were deleted; the saved state then
-                remains unchanged.
+            DeletedDataError: If the consumer would move back to items that were deleted. The saved
+                state then remains unchanged.
         """
         self._put(ConsumerState(epoch, next_item, keep_from_item, position))
 
@@ -102,13 +105,13 @@ class Consumer:
         self._storage.delete(self._file)
 
     def _put(self, state: ConsumerState) -> None:
-        """Write the cursor file, and undo it if the state needs rows that are deleted."""
+        """Write the cursor file, and undo the change if the state needs rows that are deleted."""
         for key, value in asdict(state).items():
             if value < 0:
                 raise ConfigError(key, value, "at least 0")
         before: ConsumerState | None = getattr(self, "state", None)
         state = replace(state, updated=time.time())
-        # Write the cursor before reading the deletion mark: see the module docstring.
+        # Write the cursor before reading the deletion mark; the module docstring explains why.
         self._write(state)
         mark = read_deletion_mark(self._storage)
         if state.keep_from_item < mark.announced:
@@ -125,11 +128,11 @@ class Consumer:
 
 
 def list_consumers(path: str | Path | Storage) -> dict[str, ConsumerState]:
-    """Return the registered consumers of a store: name to state.
+    """Return the registered consumers of a store, as {name: state}.
 
     Raises:
-        DamagedDataError: If a cursor file fails its checksum; the message names it.
-        StoreFormatError: If a cursor file is invalid; the message names it.
+        DamagedDataError: If a cursor file fails its checksum. The message names the file.
+        StoreFormatError: If a cursor file is invalid. The message names the file.
     """
     storage = open_storage(path)
     found = {}
@@ -142,7 +145,7 @@ def list_consumers(path: str | Path | Storage) -> dict[str, ConsumerState]:
 
 
 def consumer_names(storage: Storage) -> list[str]:
-    """Return the names of the registered consumers, sorted; files of other names are ignored."""
+    """Return the sorted names of the registered consumers, ignoring other files in the folder."""
     files = [file for file in storage.names(CONSUMERS) if file.endswith(".json")]
     names = [file.removesuffix(".json") for file in files]
     return sorted(name for name in names if _NAME.fullmatch(name))
@@ -152,7 +155,7 @@ def remove_consumer(path: str | Path, name: str) -> None:
     """Unregister a dead consumer so that it no longer blocks producers or deletion.
 
     Raises:
-        ConfigError: If there is no such consumer.
+        ConfigError: If no consumer with this name is registered.
     """
     storage = open_storage(path)
     if not storage.exists(_file(name)):
@@ -161,14 +164,14 @@ def remove_consumer(path: str | Path, name: str) -> None:
 
 
 def lead_items(path: str | Path) -> int | None:
-    """Return by how many items the producers are ahead of the slowest consumer.
+    """Return the number of items by which the producers are ahead of the slowest consumer.
 
-    Counts all committed items, also those after a missing one. A window becomes readable only when
-    all of its items are committed, so a limit on the lead must allow at least one window plus the
-    items that are being harvested.
+    All committed items count, including those after a missing item. A window becomes readable only
+    when all of its items are committed, so a limit on the lead must allow at least one window plus
+    the items that are being harvested.
 
     Returns:
-        The number of items; None if no consumer is registered.
+        The number of items, or None if no consumer is registered.
     """
     states = list_consumers(path)
     if not states:
@@ -188,9 +191,9 @@ def read_state(storage: Storage, name: str) -> ConsumerState:
     """Read the state of one consumer.
 
     Raises:
-        MissingDataError: If no consumer of this name is registered.
-        DamagedDataError: If its cursor file fails its checksum.
-        StoreFormatError: If its cursor file is invalid.
+        MissingDataError: If no consumer with this name is registered.
+        DamagedDataError: If the cursor file fails its checksum.
+        StoreFormatError: If the cursor file is invalid.
     """
     file = _file(name)
     document = read_checksummed(storage, file, _FILE_BYTES)

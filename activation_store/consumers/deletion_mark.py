@@ -1,4 +1,4 @@
-"""The deletion mark: up to which item the shards of a store are deleted; see `retention.py`.
+"""The deletion mark, which records the item up to which shards are deleted; see `retention.py`.
 
 _deleted.json   {"announced": a, "below": b, "swept": s, "consumers": {name: first item kept}}
 """
@@ -21,16 +21,16 @@ _FILE_BYTES = 1 << 20
 
 @dataclass(frozen=True)
 class DeletionMark:
-    """The deletion mark of a store; `below` and `swept` never decrease."""
+    """The deletion mark of a store. `below` and `swept` never decrease."""
 
     announced: int = 0
-    """No new consumer may need items below this one; at least `below`."""
+    """Item number, at least `below`. No new consumer may need an item below this number."""
     below: int = 0
-    """Shards of items below this one must not be read any more."""
+    """Item number. The shards of items below this number must not be read any more."""
     swept: int = 0
-    """Shards of items below this one have been deleted; at most `below`."""
+    """Item number, at most `below`. The shards of items below this number have been deleted."""
     consumers: dict[str, int] = field(default_factory=dict)
-    """Consumers at the time of the deletion: name to the first item that each still needed."""
+    """First item that each consumer still needed at the time of the deletion, by consumer name."""
 
     def describe(self) -> str:
         """Return a description for error messages."""
@@ -44,7 +44,7 @@ class DeletionMark:
 
 
 def read_deletion_mark(storage: Storage) -> DeletionMark:
-    """Read the deletion mark; a store without one has no deleted shards.
+    """Read the deletion mark; a store without this file has no deleted shards.
 
     Raises:
         DamagedDataError: If the file fails its checksum.
@@ -64,7 +64,7 @@ def read_deletion_mark(storage: Storage) -> DeletionMark:
 
 
 def write_deletion_mark(storage: Storage, mark: DeletionMark) -> None:
-    """Write the deletion mark; it is durable when this returns."""
+    """Write the deletion mark. The mark is durable when this returns."""
     storage.put(DELETION_MARK, [dump_checksummed(asdict(mark))])
 
 

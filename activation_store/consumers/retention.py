@@ -1,12 +1,12 @@
 """Delete shards that every consumer has passed, so that the disk need not hold all rows at once.
 
-The deletion mark (see `deletion_mark.py`) records the progress: shards of items below `below` are
-deleted or about to be, and those below `swept` are deleted. `announced` is the value to which a
-deletion is about to raise `below`; `cursors.py` explains why it must be written first. Commit
-records are never deleted, so row numbers, checksums and statistics remain available.
+The deletion mark (see `deletion_mark.py`) records the progress. Shards of items below `below` are
+deleted or about to be deleted, and shards of items below `swept` are deleted. `announced` is the
+value to which a deletion is about to raise `below`; `cursors.py` explains why it must be written
+first. Commit records are never deleted, so row numbers, checksums and statistics remain available.
 
-Whether a run deletes at all is `cluster.retention`; what a training run still needs is decided in
-`cluster/training/store_cursor.py`.
+`cluster.retention` determines whether a run deletes shards at all.
+`cluster/training/store_cursor.py` decides what a training run still needs.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ from activation_store.threads import run_all
 def delete_consumed(path: str | Path) -> list[int]:
     """Delete the shards that no registered consumer needs any more.
 
-    Does nothing if no consumer is registered. Completes a deletion that was interrupted. Only one
-    process at a time may call this: the driver, which holds the harvest lock.
+    Does nothing if no consumer is registered. Completes any deletion that was interrupted. Only one
+    process at a time may call this function: the driver, which holds the harvest lock.
 
     Returns:
         The items whose shards were deleted.
@@ -54,12 +54,12 @@ def delete_consumed(path: str | Path) -> list[int]:
 
 
 def _advance(storage: Storage, mark: DeletionMark) -> DeletionMark:
-    """Move the deletion mark as far as the consumers allow; durable when this returns."""
+    """Advance the deletion mark as far as the consumers allow, durably."""
     target = _allowed(storage, mark)
     if target.below > mark.below:
         write_deletion_mark(storage, replace(mark, announced=target.below))
-        # A consumer that registered before the announcement is found by this second check; one that
-        # registers after it sees the announcement.
+        # This second check finds any consumer that registered before the announcement. A consumer
+        # that registers after the announcement sees it.
         agreed = _allowed(storage, mark)
         below = min(target.below, agreed.below)
         mark = replace(mark, announced=below, below=below, consumers=agreed.consumers)

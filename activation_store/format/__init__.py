@@ -1,1 +1,1 @@
-"""The store on disk: header, commit log, item records, Zarr metadata."""
+"""The on-disk format of a store: header, commit log, item records, Zarr metadata."""

@@ -1,8 +1,8 @@
-"""The Zarr data type `bfloat16`, which zarr-python lacks; tensorstore and zarrs use the same name.
+"""The Zarr data type `bfloat16`, which zarr-python lacks. tensorstore and zarrs use the same name.
 
-Importing this module registers the data type. `zarr_registration.py` imports it when zarr is
-imported. It is also listed in the entry point group `zarr.data_type`, for versions of zarr-python
-that load it.
+Importing this module registers the data type. `zarr_registration.py` imports the module when zarr
+is imported. The data type is also listed in the entry point group `zarr.data_type`, for versions of
+zarr-python that load this group.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _SPECIAL = {"NaN": float("nan"), "Infinity": float("inf"), "-Infinity": float("-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BFloat16(ZDType[Any, Any], HasItemSize, HasEndianness):
-    """Zarr v3 data type for NumPy arrays of `ml_dtypes.bfloat16`; Zarr v2 has no bfloat16."""
+    """Zarr v3 data type for NumPy arrays of `ml_dtypes.bfloat16`. Zarr v2 does not support it."""
 
     dtype_cls: ClassVar[Any] = type(DTYPE)
     _zarr_v3_name: ClassVar[str] = "bfloat16"
@@ -36,7 +36,7 @@ class BFloat16(ZDType[Any, Any], HasItemSize, HasEndianness):
         """Create the Zarr data type from a NumPy data type.
 
         Raises:
-            DataTypeValidationError: If `dtype` is not bfloat16; Zarr then tries other data types.
+            DataTypeValidationError: If `dtype` is not bfloat16. Zarr then tries other data types.
         """
         if dtype != DTYPE:
             raise DataTypeValidationError(f"invalid data type {dtype}: expected {DTYPE}")
@@ -82,7 +82,7 @@ class BFloat16(ZDType[Any, Any], HasItemSize, HasEndianness):
         return self.cast_scalar(_SPECIAL.get(data, data) if isinstance(data, str) else data)
 
     def to_json_scalar(self, data: object, *, zarr_format: int) -> float | str:
-        """Convert a fill value to JSON; the inverse of `from_json_scalar`."""
+        """Convert a fill value to JSON. This is the inverse of `from_json_scalar`."""
         value = float(self.cast_scalar(data))
         if np.isnan(value):
             return "NaN"

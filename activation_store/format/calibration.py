@@ -21,7 +21,8 @@ class Calibration:
     std: NDArray[np.float64]
     """Standard deviation of each channel, [d_model]."""
     norm: float
-    """Norm of the activations as the harvester defines it; stored but not used by this package."""
+    """Norm of the activations, as defined by the harvester. This package stores but never uses
+    it."""
 
     def to_json(self) -> dict[str, Any]:
         """Return the statistics as JSON numbers and lists."""
@@ -33,11 +34,11 @@ class Calibration:
         """Check all values.
 
         Args:
-            key: Name of the calibration, for messages.
+            key: Name of the calibration, for error messages.
             width: d_model of the hookpoint.
 
         Raises:
-            ConfigError: If mean or std are not `width` finite numbers, or the norm is not finite.
+            ConfigError: If `mean` or `std` is not `width` finite numbers, or `norm` is not finite.
         """
         for column in ("mean", "std"):
             values = np.asarray(getattr(self, column), np.float64)

@@ -1,11 +1,11 @@
 """The commit log: one record per committed item, and one snapshot per full segment of items.
 
     _log/000000/000000007.json   record of item 7
-    _log/000000.json             all records of segment 0 as columns, written when it is full
+    _log/000000.json             snapshot of segment 0: all of its records as columns
 
-A record is created with exclusive create (it fails if the file exists), so that an item is
-committed at most once. Opening a store reads the snapshots, and single records only for segments
-without a snapshot.
+A record is created exclusively (the operation fails if the file exists), so that an item is
+committed at most once. A snapshot is written when its segment is full. When a store is opened, the
+snapshots are read, and individual records are read only for segments without a snapshot.
 """
 
 from __future__ import annotations
@@ -34,17 +34,17 @@ _RECORD = re.compile(r"(\d{9})\.json")
 
 
 def segment_name(segment: int) -> str:
-    """Return the folder of the single records of a segment, relative to the store."""
+    """Return the path of the folder with the records of a segment, relative to the store."""
     return f"{LOG}/{segment:06d}"
 
 
 def snapshot_name(segment: int) -> str:
-    """Return the snapshot file of a segment, relative to the store."""
+    """Return the path of a segment's snapshot, relative to the store."""
     return f"{LOG}/{segment:06d}.json"
 
 
 def record_name(item: int) -> str:
-    """Return the record file of an item, relative to the store."""
+    """Return the path of an item's record, relative to the store."""
     return f"{segment_name(item // SEGMENT_ITEMS)}/{item:09d}.json"
 
 
@@ -81,7 +81,10 @@ def read_record(storage: Storage, header: StoreHeader, item: int) -> NDArray[np.
 def read_records(
     storage: Storage, header: StoreHeader, items: Sequence[int]
 ) -> list[NDArray[np.void]]:
-    """Read several records in parallel, each into a table [1]; raises like `read_record`."""
+    """Read several records in parallel, each into a table [1].
+
+    Raises the same errors as `read_record`.
+    """
     reads = [partial(read_record, storage, header, item) for item in items]
     return run_all(reads, storage.n_threads)
 
@@ -116,7 +119,7 @@ def _check_version(where: str, document: dict[str, Any]) -> None:
 
 
 def write_snapshot(storage: Storage, segment: int, table: NDArray[np.void]) -> None:
-    """Write the snapshot of a segment; all writers produce the same bytes for the same records."""
+    """Write the snapshot of a segment. The same records give the same bytes in every writer."""
     names = [name for name in table.dtype.names or () if table.dtype[name].names]
     document = {
         "schema_version": SCHEMA_VERSION,
@@ -132,7 +135,7 @@ def write_snapshot(storage: Storage, segment: int, table: NDArray[np.void]) -> N
 
 
 def append(storage: Storage, record: ItemRecord) -> bool:
-    """Commit an item; the record is durable when this returns.
+    """Commit an item. The record is durable when this returns.
 
     Returns:
         True if this call committed the item, False if it was already committed.
@@ -157,15 +160,15 @@ def segments(storage: Storage) -> list[int]:
 
 
 def count(storage: Storage) -> int:
-    """Return the number of committed items, counting those after a missing item as well.
+    """Return the number of committed items, including those after a missing item.
 
-    Only lists the files of the log and does not read them.
+    The files of the log are only listed, not read.
     """
     return sum(len(record_items(storage, segment)) for segment in segments(storage))
 
 
 class CommitLog:
-    """In-memory copy of the commit log; `refresh` reads only new records."""
+    """In-memory copy of the commit log. `refresh` reads only new records."""
 
     def __init__(self, storage: Storage, header: StoreHeader) -> None:
         self._storage = storage
@@ -176,12 +179,12 @@ class CommitLog:
         """Load the records that were committed since the last call.
 
         Args:
-            header: Current header of the store. It must be read before this call: the log of a
-                store that is already finalised is complete.
+            header: Current header of the store, which must be read before this call. If it says
+                that the store is finalised, the log is then complete.
 
         Raises:
-            DamagedDataError: If a record fails its checksum; the message names the file.
-            StoreFormatError: If a record is invalid; the message names the file.
+            DamagedDataError: If a record fails its checksum. The message names the file.
+            StoreFormatError: If a record is invalid. The message names the file.
             MissingDataError: If the log folder is missing.
         """
         self.header = header
@@ -195,8 +198,8 @@ class CommitLog:
 
     def _load(self, segment: int, known: NDArray[np.void] | None) -> NDArray[np.void]:
         """Return a segment's table [SEGMENT_ITEMS], reading only records that `known` lacks."""
-        # Build a new table instead of changing the old one, so that other threads never see a
-        # partly written row.
+        # Build a new table instead of changing the old table, so that other threads never see a
+        # partially written row.
         new = np.zeros(SEGMENT_ITEMS, row_dtype(self.header))
         if known is not None:
             new[:] = known
@@ -229,7 +232,7 @@ class CommitLog:
         return found
 
     def contiguous(self) -> NDArray[np.void]:
-        """Return a table [n] of items 0 to n - 1, where n is the first item not yet committed."""
+        """Return a table [n] of the items 0 to n - 1, where n is the first uncommitted item."""
         parts = [np.zeros(0, row_dtype(self.header))]
         for segment in range(len(self._tables)):
             table = self._tables.get(segment)
@@ -245,8 +248,9 @@ class CommitLog:
 def snapshot_if_full(storage: Storage, header: StoreHeader, segment: int) -> None:
     """Write the snapshot of a segment if all of its items are committed.
 
-    The last segment of a finalised store counts as full when it holds the store's last item.
-    Several writers may call this at once, since all of them write the same bytes.
+    The last segment of a finalised store counts as full when all items up to the store's last item
+    are committed. Several writers may call this concurrently, because they all write the same
+    bytes.
     """
     first = segment * SEGMENT_ITEMS
     stop = first + SEGMENT_ITEMS

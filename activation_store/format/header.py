@@ -22,7 +22,7 @@ SCHEMA_VERSION = 1
 METADATA = "zarr.json"
 VALID_ROWS = "valid_rows"
 UNPLANNED_ITEMS = 1_000_000
-"""Number of items that the arrays are shaped for when the final number is not known in advance."""
+"""Number of items for which the arrays are shaped if the final number is not known in advance."""
 
 DTYPES: dict[str, np.dtype[Any]] = {
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
@@ -41,41 +41,41 @@ _MAX_SHARD_BYTES = 1 << 40
 _MAX_CHUNKS = 1 << 16
 _MAX_ITEMS = 100_000_000
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.\-@\[\]=,]{0,199}")
-"""Names of arrays. Hookpoints such as `model.layers.9@input[head=3]` are valid names."""
+"""Pattern of array names. Hookpoints such as `model.layers.9@input[head=3]` are valid names."""
 
 
 @dataclass(frozen=True)
 class StoreHeader:
-    """Description of a whole store; saved as attributes of its Zarr group.
+    """Description of a whole store, saved in the attributes of its Zarr group.
 
     Raises:
-        ConfigError: If a value is invalid; the message names it.
+        ConfigError: If a value is invalid. The message names the field.
     """
 
     arrays: dict[str, int]
-    """Hookpoint to d_model, in the order in which the store was created."""
+    """d_model of each hookpoint, in the order given when the store was created."""
     dtype: str
     """Data type of the rows that readers get: bfloat16 or float32."""
     shard_tokens: int
-    """Rows per shard; item i has the Zarr rows [i * shard_tokens, (i + 1) * shard_tokens)."""
+    """Rows per shard. Item i has the Zarr rows [i * shard_tokens, (i + 1) * shard_tokens)."""
     chunk_rows: int
-    """Rows per chunk, the same in every array; divides `shard_tokens`."""
+    """Rows per chunk, the same in every array. Divides `shard_tokens`."""
     planned_items: int
-    """Number of items that the arrays are shaped for; `UNPLANNED_ITEMS` if it is not known."""
+    """Number of items for which the arrays are shaped; `UNPLANNED_ITEMS` if it is not known."""
     provenance: dict[str, Any]
     """Origin of the rows (model, dataset, ...), as JSON values."""
     calibration: dict[str, Calibration] | None = None
-    """Hookpoint to its calibration; some codecs, such as int8, need it."""
+    """Calibration of each hookpoint. Some codecs, such as int8, need it."""
     sidecars: tuple[str, ...] = tuple(SIDECARS)
     """Names of the per-row integer arrays that are stored next to the activations."""
     codec: str = "none"
-    """Codec of the hookpoint arrays, a name in `CODECS`. Sidecars are stored as they are."""
+    """Name in `CODECS` of the codec of the hookpoint arrays. Sidecars are stored unchanged."""
     finalised: bool = False
     """True once no more items can be added."""
     n_items: int = 0
-    """Number of items of a finalised store; 0 before."""
+    """Number of items; 0 until the store is finalised."""
     n_tokens: int = 0
-    """Number of valid rows of a finalised store; 0 before."""
+    """Number of valid rows; 0 until the store is finalised."""
     schema_version: int = SCHEMA_VERSION
     """Version of the on-disk format."""
 
@@ -90,7 +90,7 @@ class StoreHeader:
 
     @cached_property
     def disk_arrays(self) -> dict[str, DiskArray]:
-        """Every array on disk by name: hookpoints, sidecars, then the codec's other arrays."""
+        """All arrays on disk by name: hookpoints, then sidecars, then other arrays of the codec."""
         parts: dict[str, DiskArray] = {}
         for name in self.arrays:
             parts |= self._parts(name)
@@ -103,17 +103,17 @@ class StoreHeader:
         return tuple(self._parts(name)) if name in self.arrays else (name,)
 
     def _parts(self, name: str) -> dict[str, DiskArray]:
-        """Return the arrays on disk that make up a hookpoint array; the first has its name."""
+        """Return the arrays on disk that make up a hookpoint array, its namesake first."""
         parts = CODECS[self.codec].disk_arrays(DTYPES[self.dtype], self.arrays[name])
         return {name + suffix: part for suffix, part in parts.items()}
 
     def row_codec(self, name: str) -> RowCodec | None:
-        """Return the conversion of a hookpoint's rows; None: they are stored as they are."""
+        """Return the conversion of a hookpoint's rows, or None if they are stored unchanged."""
         calibration = (self.calibration or {}).get(name)
         return CODECS[self.codec].row_codec(DTYPES[self.dtype], self.arrays[name], calibration)
 
     def layout(self, name: str) -> ShardLayout:
-        """Return the sizes of a shard of an array on disk."""
+        """Return the shard layout of an array on disk."""
         part = self.disk_arrays[name]
         return ShardLayout(
             self.shard_tokens, self.chunk_rows, part.row_bytes, part.dtype.itemsize, part.compressor
@@ -124,7 +124,7 @@ class StoreHeader:
         return f"{name}/c.{item}" + ".0" * len(self.disk_arrays[name].row_shape)
 
     def to_json(self) -> dict[str, Any]:
-        """Return the header as JSON values, including a checksum of all of them."""
+        """Return the header as JSON values, including a checksum of all other values."""
         document = {part.name: getattr(self, part.name) for part in fields(self)}
         document["arrays"] = {name: {"d_model": width} for name, width in self.arrays.items()}
         document["sidecars"] = list(self.sidecars)
@@ -135,8 +135,8 @@ class StoreHeader:
 
 def header_checksum(document: dict[str, Any]) -> int:
     """Return the checksum of a header document that has no `crc32c` key yet."""
-    # Hash the canonical form and not the file, because Zarr tools may rewrite zarr.json around the
-    # header.
+    # Hash the canonical form of the header and not the file, because Zarr tools may rewrite the
+    # rest of zarr.json.
     canonical = json.dumps(document, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return crc32c(canonical.encode())
 
@@ -144,8 +144,8 @@ def header_checksum(document: dict[str, Any]) -> int:
 def largest_chunk_rows(row_bytes: int, shard_tokens: int, size: int) -> int:
     """Return the number of rows per chunk.
 
-    It is the largest divisor of `shard_tokens` that is at most the largest power of two of rows
-    that fits in `size` bytes; at least 1.
+    Let p be the largest power of two such that p rows fit in `size` bytes, or 1 if no row fits. The
+    result is the largest divisor of `shard_tokens` that is at most p.
     """
     rows = 1 << max(size // row_bytes, 1).bit_length() - 1
     return max(part for part in range(1, min(rows, shard_tokens) + 1) if shard_tokens % part == 0)
@@ -155,7 +155,7 @@ def check_header(header: StoreHeader) -> None:
     """Check every field of a header.
 
     Raises:
-        ConfigError: If a value is invalid; the message names the first one.
+        ConfigError: If a value is invalid. The message names the first invalid field.
     """
     _require(header.dtype in DTYPES, "dtype", header.dtype, "bfloat16 or float32")
     CODECS.check(header.codec, "codec")
@@ -210,7 +210,7 @@ def _check_disk_names(header: StoreHeader, reserved: set[str]) -> None:
 
 
 def _check_chunk_sizes(header: StoreHeader) -> None:
-    """Check that the codec can compress chunks of this size."""
+    """Check that the codec can compress chunks of the header's size."""
     for part in header.disk_arrays.values():
         if part.compressor is not None:
             most = part.compressor.most_chunk_bytes
@@ -220,7 +220,7 @@ def _check_chunk_sizes(header: StoreHeader) -> None:
 
 
 def _check_calibration(header: StoreHeader) -> None:
-    """Check that the calibration matches the arrays, and that the codec has what it needs."""
+    """Check that the calibration matches the arrays and contains what the codec needs."""
     missing = sorted(set(header.arrays) - set(header.calibration or {}))
     if CODECS[header.codec].needs_calibration and missing:
         raise ConfigError(

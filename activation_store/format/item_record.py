@@ -1,4 +1,4 @@
-"""Commit records: the rows of an item, and the size, checksum and statistics of its shards."""
+"""Commit records: number of rows of an item, and size, checksum and statistics of its shards."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ _BLOCK_VALUES = 1 << 16  # statistics are summed in blocks that fit into the CPU
 
 @dataclass(frozen=True)
 class Statistics:
-    """Statistics over all values of some rows, in the store's dtype and before encoding.
+    """Statistics of all values of some rows, in the store's dtype and before encoding.
 
-    NaN and infinite values are left out of all fields except `non_finite`.
+    NaN and infinite values are excluded from all fields except `non_finite`.
     """
 
     count: int = 0
@@ -53,7 +53,7 @@ def measure(rows: NDArray[Any]) -> Statistics:
 
 def _measure_block(values: NDArray[Any]) -> Statistics:
     """Return the statistics of a block of values [n]."""
-    # Work on the bits: NumPy holds the GIL while it computes with bfloat16 values.
+    # Work on the bits, because NumPy holds the GIL while it computes with bfloat16 values.
     bits = values.view(f"<u{values.itemsize}")
     sign = bits.dtype.type(1 << 8 * values.itemsize - 1)
     largest = (bits & ~sign).max(initial=0)
@@ -66,8 +66,8 @@ def _measure_block(values: NDArray[Any]) -> Statistics:
         block = block[finite]
         largest = np.abs(block).max(initial=0).view(np.uint32)
     numbers = block.astype(np.float64)
-    # Do not use `numbers @ numbers`: BLAS would split this short sum over threads, which on a busy
-    # machine wait for each other twenty times longer than the sum takes.
+    # Do not use `numbers @ numbers`: BLAS would split this short sum over several threads. On a
+    # busy machine, these wait for each other twenty times longer than the sum takes.
     sumsq = float(np.einsum("i,i->", numbers, numbers))
     return Statistics(len(block), float(numbers.sum()), sumsq, float(_widen(largest)), n_bad)
 
@@ -91,7 +91,7 @@ class ShardRecord:
     """Statistics of a hookpoint array; None for sidecars."""
 
     def to_json(self) -> dict[str, Any]:
-        """Return a flat JSON object, with the statistics' fields next to the others."""
+        """Return a flat JSON object, with the fields of the statistics next to the other fields."""
         document = asdict(self)
         statistics = document.pop("statistics")
         return {**document, **(statistics or {})}
@@ -99,7 +99,7 @@ class ShardRecord:
 
 @dataclass(frozen=True)
 class ItemRecord:
-    """Commit record of one item; data without a record counts as missing."""
+    """Commit record of one item. Data without a record counts as missing."""
 
     item: int
     attempt: str
@@ -107,7 +107,7 @@ class ItemRecord:
     rows: int
     """Number of valid rows, 0 to shard_tokens."""
     arrays: dict[str, ShardRecord]
-    """Name of each array on disk to the record of its shard."""
+    """Record of the item's shard of each array on disk, by array name."""
 
     def to_json(self) -> dict[str, Any]:
         """Return the content of the item's record file."""
@@ -116,7 +116,7 @@ class ItemRecord:
         return {**head, "attempt": self.attempt, "rows": self.rows, "arrays": arrays}
 
     def files(self) -> dict[str, tuple[int, int]]:
-        """Return size and checksum of each file; if they are equal, so are the files' bytes."""
+        """Return the size and checksum of each file, which together identify the file's bytes."""
         return {name: (shard.bytes, shard.tail_crc32c) for name, shard in self.arrays.items()}
 
 
@@ -125,7 +125,10 @@ _FILE = [("bytes", "<i8"), ("tail_crc32c", "<u4")]
 
 
 def row_dtype(header: StoreHeader) -> np.dtype[Any]:
-    """Return the structured dtype of a table with one record per row; a million fit in memory."""
+    """Return the structured dtype of a table with one record per row.
+
+    The rows are compact, so that a million records fit in memory.
+    """
     shards = [
         (name, _FILE + _STATISTICS if name in header.arrays else _FILE)
         for name in header.disk_arrays
@@ -146,7 +149,7 @@ def to_row(record: ItemRecord, dtype: np.dtype[Any]) -> NDArray[np.void]:
 
 
 def from_row(header: StoreHeader, item: int, row: Any) -> ItemRecord:
-    """Convert a row of a table to a record; the inverse of `to_row`."""
+    """Convert a row of a table to a record. This is the inverse of `to_row`."""
     arrays = {}
     for name in header.disk_arrays:
         values = {key: row[name][key].item() for key in row.dtype[name].names}
@@ -165,7 +168,8 @@ def parse_columns(header: StoreHeader, where: str, document: dict[str, Any]) -> 
 
     Raises:
         StoreFormatError: If a column is missing, has the wrong length or type, or holds impossible
-            values (more rows than a shard has, a file size that does not fit the rows).
+            values, such as more rows than fit in a shard or a file size that does not match the
+            number of rows.
     """
     try:
         rows = _integers(document["rows"])
@@ -190,7 +194,7 @@ def parse_columns(header: StoreHeader, where: str, document: dict[str, Any]) -> 
 
 
 def _fill(header: StoreHeader, name: str, table: NDArray[np.void], columns: Any) -> None:
-    """Copy one array's columns into the table, after checking their types and values."""
+    """Check the types and values of one array's columns, and copy them into the table."""
     target = table[name]
     for key in target.dtype.names or ():
         integer = target.dtype[key].kind in "iu"
@@ -211,7 +215,7 @@ def _fill(header: StoreHeader, name: str, table: NDArray[np.void], columns: Any)
 
 
 def _integers(values: Any) -> NDArray[np.int64]:
-    """Convert a JSON list of integers to an array; bools and floats are rejected."""
+    """Convert a JSON list of integers to an array, rejecting bools and floats."""
     if type(values) is not list or any(type(value) is not int for value in values):
         raise ValueError("expected a list of integers")
     return np.array(values, np.int64)

@@ -1,4 +1,4 @@
-"""Write and check the `zarr.json` files of a store, in the form that zarr-python writes them."""
+"""Write and check the `zarr.json` files of a store, in the same form as zarr-python."""
 
 from __future__ import annotations
 
@@ -70,7 +70,8 @@ def valid_rows_document(header: StoreHeader) -> dict[str, Any]:
 def group_document(header: StoreHeader) -> dict[str, Any]:
     """Return the `zarr.json` of the group.
 
-    Once the store is finalised it includes consolidated metadata, which `zarr.open` prefers.
+    If the store is finalised, the document includes consolidated metadata, which `zarr.open`
+    prefers.
     """
     document: dict[str, Any] = {
         "attributes": {KEY: header.to_json()},
@@ -91,7 +92,7 @@ def group_document(header: StoreHeader) -> dict[str, Any]:
 def array_document(
     dtype: np.dtype[Any], shape: list[int], chunks: list[int], codecs: list[dict[str, Any]]
 ) -> dict[str, Any]:
-    """Return Zarr v3 array metadata with the same keys as zarr-python writes."""
+    """Return Zarr v3 array metadata with the keys that zarr-python writes."""
     return {
         "shape": shape,
         "data_type": dtype.name,
@@ -115,9 +116,9 @@ def read_header(storage: Storage) -> StoreHeader:
     """Read the header of a store and check the Zarr metadata of all arrays against it.
 
     Raises:
-        StoreFormatError: If this is not an activation store, has another schema version, or has
-            invalid or contradictory metadata.
-        UnknownCodecError: If the codec is not installed here.
+        StoreFormatError: If `storage` does not hold an activation store, or if the store has
+            another schema version, or invalid or contradictory metadata.
+        UnknownCodecError: If the codec is not installed on this machine.
         MissingDataError: If the `zarr.json` of an array is missing.
         DamagedDataError: If the header fails its checksum.
     """
@@ -129,7 +130,7 @@ def read_header(storage: Storage) -> StoreHeader:
 
 
 def read_group(storage: Storage) -> tuple[StoreHeader, dict[str, Any]]:
-    """Read the header and return it with the group's `zarr.json`; raises like `read_header`."""
+    """Read the header and the group's `zarr.json`; raises the same errors as `read_header`."""
     where = storage.where(METADATA)
     try:
         data = storage.read(METADATA, _MAX_BYTES)
@@ -183,7 +184,7 @@ def _parse(where: str, document: dict[str, Any]) -> StoreHeader:
 
 
 def _expected(header: StoreHeader) -> dict[str, dict[str, Any]]:
-    """Return the `zarr.json` that every array of the store should have now."""
+    """Return the expected `zarr.json` of every array in the current state of the store."""
     expected = array_documents(header, header.n_items)
     if header.finalised:
         expected[VALID_ROWS] = valid_rows_document(header)
@@ -197,7 +198,7 @@ def _check_document(
 
     Raises:
         MissingDataError: If the file is missing.
-        StoreFormatError: If it is invalid or differs from `expected`.
+        StoreFormatError: If the file is invalid or differs from `expected`.
     """
     file = f"{name}/{METADATA}"
     where = storage.where(file)
@@ -209,7 +210,7 @@ def _check_document(
 
 
 def restore_documents(storage: Storage, header: StoreHeader) -> list[str]:
-    """Rewrite every array's `zarr.json` that is missing or damaged; return the file names."""
+    """Rewrite each array's `zarr.json` if it is missing or damaged; return the names rewritten."""
     restored = []
     shaped = array_documents(header, header.n_items if header.finalised else header.planned_items)
     for name, document in _expected(header).items():
@@ -223,7 +224,7 @@ def restore_documents(storage: Storage, header: StoreHeader) -> list[str]:
 
 
 def _growing_rows(where: str, header: StoreHeader, shape: Any) -> int:
-    """Check the shape of an array in a store that may grow, and return its number of rows."""
+    """Check the shape of an array in a growing store, and return its number of rows."""
     rows = shape[0] if isinstance(shape, list) and shape else None
     most = header.planned_items * header.shard_tokens
     if type(rows) is not int or not 0 <= rows <= most or rows % header.shard_tokens:

@@ -1,8 +1,8 @@
 """Register the bfloat16 data type when zarr-python is imported, without importing it here.
 
-zarr-python 3.1 collects the entry points of `zarr.data_type` but never loads them. Importing zarr
-takes 0.7 s, which `--help` and the readers of this package should not pay. So an import hook
-registers the data type as soon as some other code imports zarr.
+zarr-python 3.1 collects the entry points in the group `zarr.data_type` but never loads them.
+Importing zarr takes 0.7 s, which would slow down `--help` and the readers of this package. So an
+import hook registers the data type as soon as any other code imports zarr.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class _ZarrImport(MetaPathFinder):
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        """Find zarr with the other finders, and wrap its loader; ignore all other modules."""
+        """Find zarr with the other finders and wrap its loader. Ignore all other modules."""
         if fullname != "zarr":
             return None
         sys.meta_path.remove(self)  # so that `util.find_spec` asks only the other finders
@@ -40,7 +40,7 @@ class _ZarrImport(MetaPathFinder):
 
 
 def register_bfloat16() -> None:
-    """Register the data type now if zarr is already imported, else when it is imported."""
+    """Register the data type now if zarr is already imported, or else when zarr is imported."""
     if "zarr" in sys.modules:
         import_module(_REGISTERS)
     else:

@@ -1,16 +1,16 @@
 """Repair a damaged store, and list the work items that have to be harvested again.
 
 Files that can be derived from others are restored: metadata from the header, item records from
-snapshots, snapshots from item records. Files that are not committed are removed. An item with a
-damaged shard or without a valid record is un-committed: its record moves to `_repaired/`, its
-shards are deleted, and a finalised store becomes growing again, until the next harvest has redone
-the item and finalised the store. Items are pure functions of their number, so the rows and their
-order are then the same as before.
+snapshots, and snapshots from item records. Files that are not committed are removed. An item with a
+damaged shard or without a valid record is un-committed: its record is moved to `_repaired/` and its
+shards are deleted. A store that was finalised then becomes a growing store, until the next harvest
+redoes the item and finalises the store. Items are pure functions of their number, so the rows and
+their order are then the same as before.
 
-Repair takes the store's commit lock exclusively. Writers share that lock while they write and
-commit an item, so they wait for the repair. Repair may be killed at any step and run again. An
-object store has no such lock; there, uncommitted objects are removed only if they are older than an
-hour.
+A repair takes the store's commit lock exclusively. Writers share this lock while they write and
+commit an item, so they wait for the repair. A repair may be killed at any step and run again. An
+object store has no such lock, so a repair removes uncommitted objects only if they are older than
+an hour.
 """
 
 from __future__ import annotations
@@ -43,12 +43,12 @@ _SHARD = re.compile(r"c\.(\d+)(\.0)*")
 
 @dataclass(frozen=True)
 class RepairReport:
-    """Result of a repair; all lists are empty if nothing was wrong."""
+    """Result of a repair. All lists are empty if the store was intact."""
 
     redo: list[int] = field(default_factory=list)
     """Committed items that have to be harvested again, in ascending order."""
     restored: list[str] = field(default_factory=list)
-    """Files that were restored from others."""
+    """Files that were restored from other files."""
     dropped: list[str] = field(default_factory=list)
     """Files that were removed because they were not committed or could not be repaired."""
 
@@ -58,7 +58,7 @@ class RepairReport:
 
 
 def repair_store(path: str | Path, wait_s: float = 30.0) -> RepairReport:
-    """Repair a store, finalised or growing; the next harvest redoes the items in the report.
+    """Repair a finalised or growing store. The next harvest redoes the items in `report.redo`.
 
     Args:
         path: Path of the store.
@@ -66,8 +66,8 @@ def repair_store(path: str | Path, wait_s: float = 30.0) -> RepairReport:
 
     Raises:
         StoreBusyError: If the lock was not released in time.
-        DamagedDataError: If the header (`zarr.json`) or the deletion mark fails its checksum; they
-            cannot be derived from other files.
+        DamagedDataError: If the header (`zarr.json`) or the deletion mark fails its checksum.
+            Neither can be derived from other files.
         StoreFormatError: If the header or the deletion mark is invalid.
     """
     storage = open_storage(path)
@@ -116,7 +116,7 @@ class _Repair:
         self._report.restored.extend(restore_documents(self.storage, self.header))
 
     def _segment(self, segment: int) -> Iterator[tuple[int, ItemRecord | None]]:
-        """Yield each item of a segment with its valid record, or None if it has to be redone."""
+        """Yield each item of a segment with its valid record, or with None if it must be redone."""
         first = segment * commit_log.SEGMENT_ITEMS
         snapshot = self._read_snapshot(segment)
         loose = set(commit_log.record_items(self.storage, segment))
@@ -129,14 +129,14 @@ class _Repair:
         for item, (record, agrees) in zip(items, chosen, strict=True):
             if record is not None and not agrees:
                 self._put(commit_log.record_name(item), dump_checksummed(record.to_json()))
-            # Drop a snapshot with a missing or wrong record; `_snapshot` writes it again.
+            # Drop a snapshot with a missing or wrong record; `_snapshot` restores it later.
             if snapshot and (record is None or snapshot.get(item) != record):
                 self._drop(commit_log.snapshot_name(segment))
                 snapshot = {}
             yield item, record
 
     def _read_snapshot(self, segment: int) -> dict[int, ItemRecord]:
-        """Return item to record of a snapshot; drop the snapshot if it is damaged."""
+        """Return the records in a snapshot as {item: record}; drop a damaged snapshot."""
         name = commit_log.snapshot_name(segment)
         first = segment * commit_log.SEGMENT_ITEMS
         if not self.storage.exists(name):
@@ -156,8 +156,8 @@ class _Repair:
             other: The record in the snapshot, if any.
 
         Returns:
-            The record that matches the shards (None if neither does), and whether it equals the
-            record file.
+            The record that matches the shards, or None if neither does; and whether this record
+            equals the one in the record file.
         """
         try:
             loose = from_row(
@@ -177,8 +177,8 @@ class _Repair:
 
     def _uncommit(self, items: list[int]) -> None:
         """Un-commit items: keep a copy of their records and delete their shards."""
-        # This order makes sure that another repair can continue if this one is killed. Snapshots
-        # that contain these items, and so would count as their records, are already removed.
+        # This order ensures that another repair can continue if this repair is killed. The
+        # snapshots that contain records of these items have already been removed.
         if self.header.finalised:
             self.header = replace(
                 self.header,
@@ -202,14 +202,14 @@ class _Repair:
         except MissingDataError:
             return
         except DAMAGE:
-            data = b""  # too large to be a record; not worth keeping
+            data = b""  # the file is too large to be a record, so it is not worth keeping
         if data:
             self.storage.put(f"{REPAIRED}/{item:09d}-{crc32c(data):08x}.json", [data])
         self._drop(name)
         self.storage.sync([name.rpartition("/")[0]])
 
     def _drop_uncommitted(self, committed: set[int]) -> None:
-        """Remove left-over temporary files and the shards of items that are not committed."""
+        """Remove leftover temporary files and the shards of items that are not committed."""
         self._report.dropped.extend(self.storage.remove_stale())
         for array in self.header.disk_arrays:
             for file in self.storage.names(array):

@@ -3,8 +3,8 @@
     python -m activation_store.maintenance.shuffle_quality STORE
         [--window-items N] [--buffer-tokens N] [--batch-tokens N]
 
-Tokens of the same document have similar activations, so a batch with many tokens per document acts
-like a smaller batch.
+Tokens of the same document have similar activations. A batch with many tokens per document
+therefore acts like a smaller batch.
 """
 
 from __future__ import annotations
@@ -31,22 +31,22 @@ class ShuffleQuality:
     """
 
     companions: float
-    """Mean number of companions over tokens and batches, as configured."""
+    """Mean number of companions per token in the measured batches."""
     perfect: float
-    """Expected number of companions in a random permutation of the whole store."""
+    """Expected number of companions per token in a random permutation of the whole store."""
     batches: int
-    """Number of batches that were measured."""
+    """Number of measured batches."""
 
     @property
     def ratio(self) -> float:
-        """Ratio companions / perfect; below 1, documents are spread more evenly than by chance."""
+        """Ratio `companions / perfect`; a value below 1 means better mixing than by chance."""
         if self.perfect:
             return self.companions / self.perfect
         return float("inf") if self.companions else 1.0
 
     @property
     def warning(self) -> str | None:
-        """Advice if the ratio is above `POOR_RATIO`, else None."""
+        """Warning with advice if the ratio is above `POOR_RATIO`, else None."""
         if self.ratio <= POOR_RATIO:
             return None
         return (
@@ -71,15 +71,15 @@ def shuffle_quality(
     batch_rows: int,
     max_batches: int = 200,
 ) -> ShuffleQuality:
-    """Measure how well a store is shuffled; reads only the `document` sidecar.
+    """Measure how well a store is shuffled, reading only the `document` sidecar.
 
     Args:
         store: A finalised store.
         seed: Seed of the row order.
-        window_items: Items shuffled together, as for `ShuffledStream`.
-        buffer_rows: Rows permuted together, as for `ShuffledStream`.
-        batch_rows: Rows of a global batch.
-        max_batches: Largest number of batches to measure, spread over the first epoch.
+        window_items: Number of items shuffled together, as for `ShuffledStream`.
+        buffer_rows: Number of rows permuted together, as for `ShuffledStream`.
+        batch_rows: Number of rows in a global batch.
+        max_batches: Maximum number of batches to measure, spread over the first epoch.
 
     Raises:
         IncompleteStoreError: If the store is not finalised.
@@ -115,7 +115,7 @@ def _pairs(documents: NDArray[np.int64]) -> int:
 
 
 def _pairs_of_store(store: Store) -> int:
-    """Count the ordered pairs of rows of the same document in the whole store."""
+    """Count the ordered pairs of different rows of the same document in the whole store."""
     sizes: dict[int, int] = {}
     for start in range(0, store.n_tokens, _PIECE_ROWS):
         documents = store.read("document", start, min(start + _PIECE_ROWS, store.n_tokens))

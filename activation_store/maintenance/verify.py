@@ -27,7 +27,7 @@ _VALID_ROWS_BYTES = 1 << 30
 
 @dataclass(frozen=True)
 class Damage:
-    """One difference between a store and what was committed to it."""
+    """One difference between a store's files and what was committed."""
 
     file: str
     """Path of the file, relative to the store."""
@@ -44,10 +44,10 @@ class Damage:
 
 
 def verify_store(path: str | Path) -> list[Damage]:
-    """Read every committed file of a store, finalised or growing, and return all damage found.
+    """Read every committed file of a finalised or growing store, and return all damage found.
 
-    Damage is returned and not raised as an error; an empty list means that the store is intact.
-    Uncommitted files, such as those of a dead writer, are ignored.
+    Damage is returned, not raised as an error. An empty list means that the store is intact.
+    Uncommitted files, such as those of a writer that died, are ignored.
     """
     storage = open_storage(path)
     try:
@@ -75,10 +75,10 @@ def item_damages(
         storage: Storage of the store.
         header: Header of the store.
         record: Commit record of the item.
-        with_shards: Read the item's shards as well; False checks only the record.
+        with_shards: True to check the record and the item's shards, False to check only the record.
 
     Raises:
-        StorageError: If an object store cannot be reached; this says nothing about the data.
+        StorageError: If an object store cannot be reached. The data may be intact.
         OSError: If a file is unreadable for a reason other than damage.
     """
     damages = _counts(header, record)
@@ -90,7 +90,7 @@ def item_damages(
 def _item(
     storage: Storage, header: StoreHeader, record: ItemRecord, with_shards: bool
 ) -> list[Damage]:
-    """Return the damage of one item; an unreadable item counts as damage here."""
+    """Return the damage of one item, counting an unreadable item as damaged."""
     try:
         return item_damages(storage, header, record, with_shards)
     except (FoundryError, OSError) as error:
@@ -100,7 +100,7 @@ def _item(
 
 
 def _deleted(storage: Storage, damages: list[Damage]) -> int:
-    """Return the item below which shards are deleted on purpose; check the cursor files too."""
+    """Check the cursor files, and return the item below which shards are deleted on purpose."""
     for name in consumer_names(storage):
         try:
             read_state(storage, name)
@@ -116,7 +116,7 @@ def _deleted(storage: Storage, damages: list[Damage]) -> int:
 
 
 def _records(storage: Storage, header: StoreHeader, damages: list[Damage]) -> dict[int, ItemRecord]:
-    """Return all readable records, from snapshots and record files, and check that they agree."""
+    """Return all readable records, and check that snapshots and record files agree."""
     records: dict[int, ItemRecord] = {}
     if not storage.is_folder(commit_log.LOG):
         damages.append(Damage(commit_log.LOG, "is missing"))
@@ -136,7 +136,7 @@ def _records(storage: Storage, header: StoreHeader, damages: list[Damage]) -> di
 def _segment(
     storage: Storage, header: StoreHeader, segment: int, damages: list[Damage]
 ) -> dict[int, ItemRecord]:
-    """Read the records of one segment, and check record files against the snapshot."""
+    """Read the records of one segment, and check the record files against the snapshot."""
     records: dict[int, ItemRecord] = {}
     loose = commit_log.record_items(storage, segment)
     snapshot = commit_log.snapshot_name(segment)
@@ -166,7 +166,7 @@ def _segment(
 def _valid_rows(
     storage: Storage, header: StoreHeader, records: dict[int, ItemRecord]
 ) -> list[Damage]:
-    """Check the array `valid_rows` against the commit log."""
+    """Compare the array `valid_rows` with the commit log."""
     file = f"{VALID_ROWS}/c.0"
     try:
         found = storage.read(file, _VALID_ROWS_BYTES)
@@ -194,7 +194,7 @@ def _shard(storage: Storage, header: StoreHeader, name: str, record: ItemRecord)
 
 
 def _counts(header: StoreHeader, record: ItemRecord) -> list[Damage]:
-    """Check that the statistics cover rows × d_model values."""
+    """Check that the statistics of each hookpoint array cover rows × d_model values."""
     wrong = []
     for name, width in header.arrays.items():
         moments = record.arrays[name].statistics

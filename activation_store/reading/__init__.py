@@ -1,1 +1,1 @@
-"""Read a store: rows in order, shuffled streams, look-ups, mixtures."""
+"""Read a store: rows in order, shuffled streams, lookups, mixtures of stores."""

@@ -1,4 +1,4 @@
-"""Read the rows of a store in shuffled order, one block in memory at a time, with read-ahead."""
+"""Read the rows of a store in shuffled order, block by block, with read-ahead."""
 
 from __future__ import annotations
 
@@ -28,19 +28,19 @@ Column = tuple[np.dtype[Any], tuple[int, ...]]
 
 @dataclass(frozen=True, eq=False)
 class LoadedBlock:
-    """Rows of one block in memory; the memory is reused once no array of it is referenced.
+    """Rows of one block in memory, which is reused once no array of the block is referenced.
 
     A *gathered* block holds the reader's rows in stream order. A *staged* block holds them in chunk
-    order, in the stored data type, together with the permutation into stream order.
+    order and in the stored data type, together with the permutation into stream order.
     """
 
     block: Block
     arrays: dict[str, NDArray[Any]]
-    """Array name to rows, [n, ...]. Gathered: the requested arrays and sidecars, as readers get
-    them. Staged: the arrays on disk that make them up (for codec int8, the quantised values and, as
-    `<name>.scale`, the row scales)."""
+    """Rows of each array, [n, ...]. In a gathered block: the requested arrays and sidecars, as
+    readers get them. In a staged block: the arrays on disk that they are made of (for codec int8,
+    the quantised values, and the row scales under the name `<name>.scale`)."""
     order: Ints | None = None
-    """Staged blocks only, [n]: which row of `arrays` comes at each place of the reader's stream."""
+    """For each row in stream order, the row of `arrays` that holds it: [n]. Staged blocks only."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,25 +53,25 @@ class LoadedRows:
 
     @property
     def picks(self) -> Ints:
-        """Rows of a staged block's arrays to pick, in stream order; staged blocks only."""
+        """Rows to pick from the block's arrays, in stream order. Staged blocks only."""
         assert self.block.order is not None, "only a staged block has an order"
         return self.block.order[self.place]
 
 
 @dataclass(frozen=True)
 class _Span:
-    """The chunks of a block that one reader needs: those that overlap its strips."""
+    """The chunks of a block that overlap the strips of one reader; see `shuffle_order.py`."""
 
     wanted: Chunks
-    """For each chunk: item, chunk number, and number of its first row within the span."""
+    """For each chunk: its item, its chunk number, and the position of its first row in the span."""
     n_rows: int
     """Total number of rows of these chunks."""
     own: slice
-    """The rows among them that belong to the reader's strips."""
+    """The rows of the span that belong to the reader's strips."""
 
 
 class ShuffledRows:
-    """The shuffled rows of every epoch, readable from any row on; see `ShuffledStream`.
+    """The shuffled rows of every epoch, readable from any row onwards; see `ShuffledStream`.
 
     Args:
         store: Store to read from; it may still be growing.
@@ -79,12 +79,12 @@ class ShuffledRows:
         seed: Seed of the row order, not negative.
         window_items: Number of items that are shuffled together.
         buffer_rows: Number of rows that are permuted together.
-        batch_rows: Rows of a global batch; see `shuffle_order.py`.
+        batch_rows: Number of rows in a global batch; see `shuffle_order.py`.
         rows: The slice [lo, hi) of each global batch that this reader gets.
-        prefetch: Read the next block in a thread while the current one is in use.
+        prefetch: Read the next block in a thread while the current block is in use.
         wait_timeout_s: Seconds to wait for a growing store before raising an error.
         allocate: Allocator of the memory for blocks.
-        staged: Keep the rows of a block in chunk order, as they are stored.
+        staged: Keep the rows of a block in chunk order and in the stored data type.
 
     Raises:
         ConfigError: If an argument is invalid.
@@ -134,19 +134,19 @@ class ShuffledRows:
         self._fetch: _Fetch | None = None
 
     def parts(self, epoch: int, start: int, stop: int) -> list[LoadedRows]:
-        """Load stream rows [start, stop) of an epoch and return where they are.
+        """Load stream rows [start, stop) of an epoch, and return them as parts of blocks.
 
-        Successive calls must ask for increasing rows; call `reset` before going elsewhere. All rows
-        must belong to the slice of this reader.
+        Successive calls must request increasing rows; call `reset` before requesting any others.
+        All rows must belong to the slice of this reader.
 
         Raises:
             IncompleteStoreError: If the store did not grow within `wait_timeout_s`.
             DeletedDataError: If some of the rows were deleted.
-            MissingDataError: If a shard file is missing; the message names it.
-            DamagedDataError: If a chunk fails its checksum; the message names file and chunk.
+            MissingDataError: If a shard file is missing; the message names the file.
+            DamagedDataError: If a chunk fails its checksum; the message names the file and chunk.
         """
-        # Start reading ahead only now and not when the block was taken: the previous batch may
-        # have used the block before the current one, so its memory became free only now.
+        # Start reading ahead now, and not when the current block was taken. The previous batch may
+        # have contained rows of the preceding block, whose memory is therefore free only now.
         if self._prefetch and self._current and not self._fetch:
             assert self._blocks is not None
             self._fetch = _Fetch(self._blocks)
@@ -164,8 +164,8 @@ class ShuffledRows:
         return parts
 
     def first_item_needed(self, row: int) -> int:
-        """Return the first item of the epoch 0 window that holds a stream row; see `stream.py`."""
-        # Read `finalised` first: see `Store`.
+        """Return the first item of the window of epoch 0 that holds a row; see `stream.py`."""
+        # Read `finalised` first; `Store` explains why.
         final = self.store.finalised
         n_items = self.store.n_items
         size = self._shuffle.window_items
@@ -174,9 +174,9 @@ class ShuffledRows:
         return min(int(np.searchsorted(ends, row, side="right")) * size, whole)
 
     def join(self, parts: list[LoadedRows]) -> dict[str, NDArray[Any]]:
-        """Concatenate the rows of gathered parts: [n, d_model] of each array, [n] of each sidecar.
+        """Concatenate the rows of gathered parts: [n, d_model] per array and [n] per sidecar.
 
-        The rows of a single part are returned as a view; only several parts are copied.
+        If there is only one part, views of its rows are returned. Otherwise, the rows are copied.
         """
         joined = {}
         for name in self.arrays:
@@ -195,7 +195,7 @@ class ShuffledRows:
         return out
 
     def reset(self) -> None:
-        """Drop the current block and the read-ahead, so that any rows may be requested next."""
+        """Discard the current block and the read-ahead, so that any rows may be requested next."""
         if self._fetch:
             self._stop.set()
             self._fetch.join()
@@ -203,7 +203,7 @@ class ShuffledRows:
         self._blocks = self._current = self._fetch = None
 
     def settle(self) -> None:
-        """Wait until the read-ahead, if any, is complete; its block is kept."""
+        """Wait until the read-ahead, if any, is complete, and keep its block."""
         if self._fetch:
             self._fetch.join()
 
@@ -216,11 +216,11 @@ class ShuffledRows:
         """Wait until `ready()` is true or the store is finalised.
 
         Args:
-            ready: Checked after each refresh of the store.
+            ready: Condition, which is checked after each refresh of the store.
             why: What the caller needs, for the error message.
 
         Raises:
-            IncompleteStoreError: If this takes longer than `wait_timeout_s`.
+            IncompleteStoreError: If the wait takes longer than `wait_timeout_s`.
         """
         deadline = time.monotonic() + self._wait_timeout_s
         while not ready() and not self.store.finalised:
@@ -237,7 +237,7 @@ class ShuffledRows:
                 raise _Stopped
 
     def _block_with(self, epoch: int, row: int) -> LoadedBlock:
-        """Return the block that holds a stream row, skipping blocks before it."""
+        """Return the block that holds a stream row, skipping the blocks before it."""
         if self._blocks is None:
             self._blocks = self._read_blocks(epoch, row)
         while True:
@@ -260,7 +260,10 @@ class ShuffledRows:
         return block
 
     def _read_blocks(self, epoch: int, row: int) -> Iterator[LoadedBlock]:
-        """Yield blocks endlessly from the one with `row` on; runs in the read-ahead thread."""
+        """Yield blocks endlessly, starting with the block that holds `row`.
+
+        With `prefetch`, this usually runs in the read-ahead thread.
+        """
         while True:
             for block in self._plan(epoch, row):
                 first, last = self._shuffle.memory(block, *self._slice)
@@ -278,7 +281,7 @@ class ShuffledRows:
         known = -1
         window = 0
         while True:
-            # Read `finalised` first: see `Store`.
+            # Read `finalised` first; `Store` explains why.
             final = self.store.finalised
             n_items = self.store.n_items
             if n_items != known:
@@ -306,7 +309,7 @@ class ShuffledRows:
         )
 
     def _read(self, block: Block) -> LoadedBlock:
-        """Read a block, gathered or staged."""
+        """Read a block as a gathered or a staged block."""
         span = self._span(block)
         if self._staged:
             return self._read_staged(block, span)
@@ -340,7 +343,7 @@ class ShuffledRows:
 
     def _empty(self, n_rows: int, column: Column) -> NDArray[Any]:
         """Return uninitialised memory for `n_rows` rows of a block."""
-        # Allocate the size of the largest block of the stream, so that memory can be reused.
+        # Always allocate enough for the largest block of the stream, so that memory can be reused.
         shuffle = self._shuffle
         lo, hi = self._slice
         most = shuffle.buffer_rows + shuffle.chunk_rows
@@ -355,15 +358,15 @@ class ShuffledRows:
         return rows
 
     def _gather(self, name: str, span: _Span, places: Ints) -> NDArray[Any]:
-        """Read the reader's rows, moving each to its place in stream order while it is in cache.
+        """Read the reader's rows, and move each to its place in stream order while it is in cache.
 
         Args:
             name: Hookpoint or sidecar.
             span: Chunks to read.
-            places: [n]: place in the stream of each of the reader's rows in chunk order.
+            places: For each of the reader's rows in chunk order, its place in stream order: [n].
         """
         out = self._empty(len(places), self.store.header.columns[name])
-        # Copy as bytes: NumPy would hold the GIL while copying bfloat16 values.
+        # Copy the rows as bytes, because NumPy would hold the GIL while copying bfloat16 values.
         target = as_bytes(out).reshape(len(out), -1)
         main, *others = self.store.header.disk_names(name)
         beside = [self._read_stored(other, span) for other in others]
@@ -371,7 +374,7 @@ class ShuffledRows:
         own = span.own
 
         def place(first: int, rows: NDArray[Any]) -> None:
-            # Keep only rows of the reader's strips: the first and last chunk may have others.
+            # Keep only rows of the reader's strips; the first and last chunks may also hold others.
             part = slice(max(first, own.start), min(first + len(rows), own.stop))
             rows = rows[part.start - first : part.stop - first]
             if row_codec is not None:
@@ -388,13 +391,13 @@ class ShuffledRows:
 
 
 class _Stopped(Exception):
-    """Raised in the reading thread when the stream was reset and the block is no longer needed."""
+    """Signal to the reading thread that the stream was reset, so its block is no longer needed."""
 
 
 class _Fetch(threading.Thread):
     """Thread that reads one block.
 
-    It is a daemon thread, so that a stream which was not closed does not keep the process alive.
+    It is a daemon thread, so that a stream that was not closed does not keep the process alive.
     """
 
     def __init__(self, blocks: Iterator[LoadedBlock]) -> None:
@@ -405,14 +408,14 @@ class _Fetch(threading.Thread):
         self.start()
 
     def run(self) -> None:
-        """Read the block and keep it, or the error, for `result`."""
+        """Read the block, and keep the block or the error for `result`."""
         try:
             self._block = next(self._blocks)
         except BaseException as error:  # `result` raises it in the thread that waits
             self._error = error
 
     def result(self) -> LoadedBlock:
-        """Wait for the block and return it; raise the error if reading failed."""
+        """Wait for the block and return it, or raise the error if reading failed."""
         self.join()
         if self._error is not None:
             raise self._error

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 Allocate = Callable[[int], Any]
-"""Function from a size in bytes to a writable buffer; pinned memory if a GPU copies from it."""
+"""Function that takes a size in bytes and returns a writable buffer, pinned if a GPU reads it."""
 
 
 def anonymous(n_bytes: int) -> mmap.mmap:
@@ -24,10 +24,10 @@ def anonymous(n_bytes: int) -> mmap.mmap:
 
 
 class Recycler:
-    """Allocator of arrays that reuses the memory of an array once no view of it is referenced.
+    """Allocator that reuses the memory of an array once no view of the array is referenced.
 
-    Tensors and memoryviews made from an array count as views, so memory that is still referenced is
-    never overwritten.
+    Tensors and memoryviews created from an array count as views, so memory that is still referenced
+    is never overwritten.
     """
 
     def __init__(self, allocate: Allocate = anonymous) -> None:
@@ -44,8 +44,8 @@ class Recycler:
             memory = free.pop()
         except IndexError:
             memory = self._allocate(n_bytes)
-        # The base of every view is this flat array, so it lives as long as the last view. Its
-        # finalizer puts the memory back on the free list.
+        # This flat array is the base of every view, so it lives as long as the last view. Its
+        # finalizer returns the memory to the free list.
         flat = np.frombuffer(memory, dtype, count)
         weakref.finalize(flat, free.append, memory).atexit = False
         return flat.reshape(shape)

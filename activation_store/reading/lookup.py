@@ -1,9 +1,9 @@
-"""Random access to rows, by row number or by document; feature pages use it.
+"""Random access to rows by row number or by document, as needed for feature pages.
 
 The rows of a document are scattered over the store, because the harvest permutes rows before
-writing them. Finding documents reads the whole `document` sidecar once, regardless of how many are
-requested. That is eight bytes per row, about a hundredth of the activations. Memory holds only the
-sidecars of a few items and the rows found.
+writing them. Finding documents therefore reads the whole `document` sidecar once, regardless of the
+number of documents. The sidecar has eight bytes per row, about a hundredth of the size of the
+activations. Only the sidecars of a few items and the rows found are held in memory.
 """
 
 from __future__ import annotations
@@ -35,18 +35,18 @@ class DocumentRows(NamedTuple):
 
 
 def find_documents(store: Store, documents: ArrayLike) -> DocumentRows:
-    """Find all stored rows of some documents; documents that are not in the store are ignored.
+    """Find all stored rows of some documents, ignoring documents that are not in the store.
 
     Args:
-        store: Must have the sidecars `document` and `position`. In a growing store only committed
-            rows are found.
-        documents: [m] document numbers as in the `document` sidecar.
+        store: Store to search, with the sidecars `document` and `position`. In a growing store,
+            only committed rows are found.
+        documents: [m] document numbers, as in the `document` sidecar.
 
     Raises:
         ConfigError: If the store lacks one of the two sidecars.
         DeletedDataError: If rows of the store were deleted.
-        MissingDataError: If a shard file is missing; the message names it.
-        DamagedDataError: If a chunk fails its checksum; the message names file and chunk.
+        MissingDataError: If a shard file is missing; the message names the file.
+        DamagedDataError: If a chunk fails its checksum; the message names the file and chunk.
     """
     for name in ("document", "position"):
         if name not in store.header.sidecars:
@@ -64,11 +64,13 @@ def find_documents(store: Store, documents: ArrayLike) -> DocumentRows:
 
 
 def find_rows(store: Store, documents: Sequence[int], positions: Sequence[int]) -> Ints:
-    """Find the logical row of each pair (document, position); raises like `find_documents`.
+    """Find the logical row of each (document, position) pair.
+
+    Raises the same errors as `find_documents`.
 
     Returns:
-        [m] row numbers; -1 for a pair that is not in the store, either because the harvest drops
-        this position or because the text ends before it.
+        [m] row numbers. A pair that is not in the store has -1, either because the harvest drops
+        the position or because the text ends before it.
     """
     there = find_documents(store, documents)
     rows = dict(
@@ -83,7 +85,7 @@ def find_rows(store: Store, documents: Sequence[int], positions: Sequence[int]) 
 
 
 def take_rows(store: Store, array: str, rows: ArrayLike) -> NDArray[Any]:
-    """Read arbitrary logical rows, reading each chunk that holds one of them only once.
+    """Read arbitrary logical rows, reading each of the chunks that hold them only once.
 
     Args:
         store: Store to read from.
@@ -91,13 +93,13 @@ def take_rows(store: Store, array: str, rows: ArrayLike) -> NDArray[Any]:
         rows: [n] row numbers in any order; repeated numbers are allowed.
 
     Returns:
-        [n, d_model] of a hookpoint or [n] of a sidecar, in the order of `rows`.
+        [n, d_model] for a hookpoint or [n] for a sidecar, in the order of `rows`.
 
     Raises:
-        ConfigError: If there is no such array, or a row number is out of range.
+        ConfigError: If the store has no such array, or a row number is out of range.
         DeletedDataError: If some of the rows were deleted.
-        MissingDataError: If a shard file is missing; the message names it.
-        DamagedDataError: If a chunk fails its checksum; the message names file and chunk.
+        MissingDataError: If a shard file is missing; the message names the file.
+        DamagedDataError: If a chunk fails its checksum; the message names the file and chunk.
     """
     if array not in store.header.columns:
         raise ConfigError("array", array, f"one of {list(store.header.columns)}")
@@ -125,7 +127,11 @@ def take_rows(store: Store, array: str, rows: ArrayLike) -> NDArray[Any]:
 
 
 def _find_in(store: Store, wanted: Ints, start: int, stop: int) -> Ints:
-    """Return row, document and position of an item's rows of the wanted documents, as [3, n]."""
+    """Return an item's rows that belong to the wanted documents.
+
+    Returns:
+        [3, n]: logical row number, document and position of each row.
+    """
     documents = store.read("document", start, stop)
     there = np.flatnonzero(np.isin(documents, wanted))
     if not len(there):

@@ -1,9 +1,9 @@
 """Read several stores as one stream in fixed proportions, with their rows interleaved evenly.
 
-A table of `period` entries, repeated endlessly, gives the store that each row of the mixture comes
-from. Store s has exactly `counts[s]` evenly spread entries in it. So the proportions are exact over
-every period and accurate to about one row in between. The number of rows of each store that come
-before a given row is a table look-up, which makes seek O(1).
+A table of `period` entries, repeated endlessly, states which store each row of the mixture comes
+from. Store s has exactly `counts[s]` entries in the table, evenly spread. The proportions are
+therefore exact over every period, and accurate to about one row at any point within a period. A
+table lookup gives the number of rows of each store that precede a given row, so a seek is O(1).
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ from activation_store.storage.atomic_files import as_bytes
 from foundation.errors import ConfigError
 
 LONGEST_PERIOD = 1 << 16
-"""Largest number of entries in the table."""
+"""Maximum number of entries in the table."""
 
 
 class Shares:
-    """Assignment of mixture rows to stores, a pure function of the weights.
+    """Assignment of mixture rows to stores, which is a pure function of the weights.
 
     Args:
-        weights: One number above 0 for each store; only their ratios matter. Their decimal values
-            are used exactly if the period is then at most `LONGEST_PERIOD` rows; otherwise the
-            shares are rounded to one row in `LONGEST_PERIOD`.
+        weights: One number above 0 for each store. Only the ratios of the weights matter. Their
+            decimal values are used exactly if the resulting period is at most `LONGEST_PERIOD`
+            rows. Otherwise, the shares are rounded to multiples of 1 / `LONGEST_PERIOD`.
 
     Raises:
         ConfigError: If a weight is not a finite number above 0, or a share is too small.
@@ -76,8 +76,8 @@ def _counts(weights: list[Fraction]) -> list[int]:
     period = math.lcm(*(share.denominator for share in shares))
     if period <= LONGEST_PERIOD:
         return [int(share * period) for share in shares]
-    # The exact period is too long: round down, then give the remaining rows to the stores with the
-    # largest remainders.
+    # The exact period is too long. Round the counts down, then give the remaining rows to the
+    # stores with the largest remainders.
     counts = [int(share * LONGEST_PERIOD) for share in shares]
     rests = [share * LONGEST_PERIOD - count for share, count in zip(shares, counts, strict=True)]
     by_rest = sorted(range(len(shares)), key=lambda s: -rests[s])
@@ -87,25 +87,25 @@ def _counts(weights: list[Fraction]) -> list[int]:
 
 
 class MixtureStream:
-    """Batches of rows of several stores; batch i is a pure function of (stores, weights, seed, i).
+    """Endless stream of batches with rows of several stores.
 
-    The rows of each store come in their own shuffled order, each row once per epoch of its store,
-    without end. Replicas take disjoint slices of every batch. Unlike the readers of a
-    `ShuffledStream` they read whole blocks, because the rows of a store that a slice holds change
-    from batch to batch.
+    Batch i is a pure function of (stores, weights, seed, i). The rows of each store appear in a
+    shuffled order of their own, each row once per epoch of its store. Replicas take disjoint slices
+    of every batch. Unlike the readers of a `ShuffledStream`, replicas read whole blocks, because
+    the rows that a slice takes from a store vary from batch to batch.
 
     Args:
         stores: Finalised stores in which `arrays` have the same widths and data types.
         weights: Shares of the stores; see `Shares`.
         arrays: Hookpoints and sidecars to read.
-        seed: Seed of the row order, not negative. Store s is read with a seed derived from it and
-            s.
-        batch_rows: Rows of a global batch.
-        window_items: Items of a store that are shuffled together.
-        buffer_rows: Rows of a store that are permuted together; up to two such blocks of each store
-            are in memory.
-        rows: The slice [lo, hi) of each global batch that this replica gets; None is all.
-        prefetch: Read the next blocks in threads while the current ones are in use.
+        seed: Seed of the row order, not negative. The seed of store s is derived from this seed and
+            from s.
+        batch_rows: Number of rows in a global batch.
+        window_items: Number of items of a store that are shuffled together.
+        buffer_rows: Number of rows of a store that are permuted together. Up to two such blocks per
+            store are in memory.
+        rows: The slice [lo, hi) of each global batch that this replica gets; None means all rows.
+        prefetch: Read the next blocks in threads while the current blocks are in use.
         allocate: Allocator of the memory for blocks and batches.
 
     Raises:
@@ -161,17 +161,19 @@ class MixtureStream:
         self.position = i
 
     def sources(self, i: int) -> Ints:
-        """Return the store number of each row of this replica's slice of batch `i`: [hi - lo]."""
+        """Return the store number of each row in this replica's slice of batch `i`: [hi - lo]."""
         start = i * self.batch_rows
         return self.shares.sources(start + self.lo, start + self.hi)
 
     def next(self) -> StreamBatch:
-        """Return the batch at `position` and advance; its `epoch` is that of the first store.
+        """Return the batch at `position` and advance.
+
+        The `epoch` of the batch is the epoch of the first store.
 
         Raises:
             DeletedDataError: If rows of a store were deleted.
-            MissingDataError: If a shard file is missing; the message names it.
-            DamagedDataError: If a chunk fails its checksum; the message names file and chunk.
+            MissingDataError: If a shard file is missing; the message names the file.
+            DamagedDataError: If a chunk fails its checksum; the message names the file and chunk.
         """
         first = self.position * self.batch_rows
         starts = self.shares.rows_before(first + self.lo)
@@ -184,8 +186,8 @@ class MixtureStream:
         except BaseException:
             self._reset()
             raise
-        # Each row of the batch takes the next row of its store: the stable sort lists, store by
-        # store, the places in the batch to which the gathered rows go.
+        # Each place in the batch takes the next row of its store. Thus a stable sort by store gives
+        # the place in the batch of each gathered row.
         places = np.argsort(self.sources(self.position), kind="stable")
         names = self._parts[0].arrays
         given = [arrays for arrays in gathered if arrays is not None]
@@ -203,7 +205,7 @@ class MixtureStream:
             part.reset()
 
     def _merge(self, parts: list[NDArray[Any]], places: Ints) -> NDArray[Any]:
-        """Concatenate the rows of `parts` and put the k-th one at `places[k]` of the result."""
+        """Concatenate the rows of `parts`, and put the k-th row at `places[k]` of the result."""
         out = self._recycler.empty((len(places), *parts[0].shape[1:]), parts[0].dtype)
         target = as_bytes(out).reshape(len(places), -1)
         start = 0

@@ -1,4 +1,4 @@
-"""Read chunks of committed shard files; verify each checksum and coalesce adjacent chunks."""
+"""Read chunks of committed shard files, verifying checksums and coalescing adjacent chunks."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _scratch = threading.local()
 
 
 def scratch(name: str, n_bytes: int) -> Bytes:
-    """Return a thread-local buffer of `n_bytes` bytes, which later calls with `name` reuse."""
+    """Return a thread-local buffer of `n_bytes` bytes, reused by later calls with this `name`."""
     memory: Bytes | None = getattr(_scratch, name, None)
     if memory is None or len(memory) < n_bytes:
         memory = np.empty(n_bytes, np.uint8)
@@ -29,14 +29,14 @@ def scratch(name: str, n_bytes: int) -> Bytes:
 
 @dataclass(frozen=True)
 class Wanted:
-    """A chunk to read, and where its rows go."""
+    """A chunk to read, and the destination of its rows."""
 
     chunk: int
     """Number of the chunk within its shard."""
     rows: int
     """Number of valid rows to read; the chunk's padding is discarded."""
     first: int
-    """Row of the caller's output that receives the first of them."""
+    """Row of the caller's output that receives the first row of the chunk."""
 
 
 class OpenShard:
@@ -52,7 +52,7 @@ class OpenShard:
 
     Raises:
         MissingDataError: If the file is missing; the message names it.
-        DamagedDataError: If size, tail or index are wrong; the message names the file.
+        DamagedDataError: If the size, tail or index is wrong; the message names the file.
     """
 
     def __init__(
@@ -96,7 +96,7 @@ class OpenShard:
         return min(max(self.rows - start, 0), self.layout.chunk_rows)
 
     def runs(self, wanted: list[Wanted]) -> list[list[Wanted]]:
-        """Group chunks of this shard so that each group can be fetched with one coalesced read."""
+        """Group chunks of this shard so that each group (a run) can be fetched with one read."""
         index = self._index
         groups = list[list[Wanted]]()
         begin = 0
@@ -114,10 +114,10 @@ class OpenShard:
         return groups
 
     def read_run(self, run: list[Wanted], targets: list[Bytes]) -> None:
-        """Read one group from `runs`, the valid rows of each chunk into its target.
+        """Read one group from `runs`, putting the valid rows of each chunk into its target.
 
         Raises:
-            DamagedDataError: If a chunk fails its checksum; the message names file and chunk.
+            DamagedDataError: If a chunk fails its checksum; the message names the file and chunk.
         """
         compressor = self.layout.compressor
         if compressor is None:
@@ -126,10 +126,10 @@ class OpenShard:
             self._read_compressed(compressor, run, targets)
 
     def damaged_chunks(self) -> list[int]:
-        """Read the whole file and return the chunks that differ from what was committed.
+        """Read the whole file, and return the chunks that differ from what was committed.
 
-        Unlike `read_run` this also checks the checksum stored after each chunk, which only other
-        Zarr readers use.
+        Unlike `read_run`, this method also checks the checksum stored after each chunk, which only
+        other Zarr readers use.
         """
         chunks = [Wanted(chunk, self.rows_of(chunk), 0) for chunk in range(self.n_chunks)]
         runs = self.runs(chunks)
@@ -158,7 +158,7 @@ class OpenShard:
 
     def _read_plain(self, run: list[Wanted], targets: list[Bytes]) -> None:
         """Read uncompressed chunks into their targets with one read."""
-        # Read rows straight into the caller's buffers; discard padding, checksums and gaps.
+        # Read rows directly into the caller's buffers. Discard padding, checksums and gaps.
         chunk_bytes = self.layout.chunk_bytes
         offsets = self._index.offsets
         waste = scratch("waste", max(chunk_bytes, self._gap_bytes) + CRC_BYTES)
@@ -168,7 +168,7 @@ class OpenShard:
             gap = offsets[part.chunk] - end
             views += [waste[:gap], target, waste[: chunk_bytes - len(target) + CRC_BYTES]]
             end += gap + chunk_bytes + CRC_BYTES
-        # Only the last chunk of a shard has padding, so no later chunk overwrites this view.
+        # Only the last chunk of a shard can have padding, so no later chunk overwrites this view.
         padding = views[-1]
         self._read(views, offsets[run[0].chunk], f"chunk {run[0].chunk}")
         for part, target in zip(run, targets, strict=True):
@@ -203,6 +203,6 @@ class OpenShard:
         return DamagedDataError(f"{self.path}: chunk {chunk} fails its checksum; {_REMEDY}")
 
     def _read(self, views: list[Bytes], offset: int, what: str) -> None:
-        """Read bytes from `offset` on into `views`; `what` names them in the error message."""
+        """Read the bytes from `offset` onwards into `views`; an error message calls them `what`."""
         if not self._file.read_into(views, offset):
             raise DamagedDataError(f"{self.path} ends before the end of {what}; {_REMEDY}")

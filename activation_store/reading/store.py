@@ -1,6 +1,6 @@
 """Read rows from a store by logical row number, verifying the checksum of every chunk.
 
-Logical row r is the r-th valid row over all items, in the order of the items.
+Logical row r is the r-th valid row of the store, counting from 0 and in the order of the items.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ from activation_store.threads import run_all
 from foundation.errors import ConfigError
 
 MAX_OPEN_SHARDS = 256
-"""Number of shard files kept open; well below the usual limit of 1024 open files per process."""
+"""Maximum number of shard files kept open, well below the usual limit of 1024 per process."""
 Place = Callable[[int, NDArray[Any]], None]
-_BYTES_PER_THREAD = 2 << 20  # smaller reads finish before another thread has woken up
+_BYTES_PER_THREAD = 2 << 20  # smaller reads finish before another thread wakes up
 
 
 def open_store(path: str | Path) -> Store:
@@ -45,7 +45,7 @@ def open_store(path: str | Path) -> Store:
 
     Raises:
         StoreFormatError: If there is no activation store at `path`, or its metadata is invalid.
-        UnknownCodecError: If its codec is not installed here.
+        UnknownCodecError: If the store's codec is not installed on this machine.
         MissingDataError: If a file of the header or the commit log is missing.
         DamagedDataError: If a file of the header or the commit log fails its checksum.
     """
@@ -55,29 +55,29 @@ def open_store(path: str | Path) -> Store:
 def store_exists(path: str | Path) -> bool:
     """Return whether a store exists at `path`.
 
-    In an object store this may be True while another process is still creating the store.
+    In an object store, the result may be True while another process is still creating the store.
     """
     return open_storage(path).exists(METADATA)
 
 
 @dataclass(frozen=True)
 class _State:
-    """State of the store at the last refresh; replaced as a whole to be safe between threads."""
+    """State of the store at the last refresh, replaced as a whole for thread safety."""
 
     header: StoreHeader
     table: NDArray[np.void]
     """Commit records, [n_items]."""
     valid_rows: NDArray[np.int64]
-    """Valid rows of each item, [n_items]."""
+    """Number of valid rows of each item, [n_items]."""
     starts: NDArray[np.int64]
-    """First logical row of each item, and the total number of rows at the end: [n_items + 1]."""
+    """First logical row of each item, followed by the total number of rows: [n_items + 1]."""
 
 
 class Store:
-    """A store opened for reading with `open_store`; safe to share between threads.
+    """A store opened for reading with `open_store`, safe to share between threads.
 
-    Read `finalised` before `n_items` or `n_tokens`: once `finalised` has been seen to be True, the
-    other two have their final values.
+    Read `finalised` before `n_items` or `n_tokens`. If `finalised` was True, the values read
+    afterwards are final.
     """
 
     def __init__(self, storage: Storage) -> None:
@@ -85,7 +85,7 @@ class Store:
         self.poll_s = storage.poll_s
         """Seconds to wait between two refreshes of a growing store."""
         self.refreshes = 0
-        """Number of calls of `refresh` so far."""
+        """Number of calls to `refresh` so far."""
         self._storage = storage
         header = read_header(storage)
         self._columns = header.columns
@@ -106,7 +106,7 @@ class Store:
 
     @property
     def arrays(self) -> dict[str, int]:
-        """Hookpoint to d_model."""
+        """d_model of each hookpoint."""
         return dict(self.header.arrays)
 
     @property
@@ -116,12 +116,12 @@ class Store:
 
     @property
     def finalised(self) -> bool:
-        """True once no more rows can be added, as of the last refresh."""
+        """Whether the store was finalised at the last refresh, so that no rows can be added."""
         return self.header.finalised
 
     @property
     def n_items(self) -> int:
-        """Number of items committed without a gap from item 0 on, as of the last refresh."""
+        """Number of items committed without a gap, starting at item 0, as of the last refresh."""
         return len(self._state.table)
 
     @property
@@ -138,21 +138,23 @@ class Store:
         """Load what was committed or deleted since the last refresh.
 
         Raises:
-            StoreFormatError: If a metadata or log file is invalid; the message names it.
-            MissingDataError: If a metadata or log file is missing; the message names it.
-            DamagedDataError: If a metadata or log file fails its checksum; the message names it.
+            StoreFormatError: If a metadata or log file is invalid; the message names the file.
+            MissingDataError: If a metadata or log file is missing; the message names the file.
+            DamagedDataError: If a metadata or log file fails its checksum; the message names the
+            file.
         """
         with self._lock:
             self.refreshes += 1
             self.read_deletion_mark()
             if not self.finalised:
-                # Read the header before the log: the log of a finalised store is complete.
+                # Read the header before the log. If the header says that the store is finalised,
+                # the log is then complete.
                 header = read_header(self._storage)
                 self._commits.refresh(header)
                 self._state = _build_state(self._storage, header, self._commits)
 
     def read_deletion_mark(self) -> DeletionMark:
-        """Read from disk up to which item shards are deleted, and return it."""
+        """Read the deletion mark from disk, remember it, and return it."""
         self._deletion_mark = read_deletion_mark(self._storage)
         return self._deletion_mark
 
@@ -173,15 +175,15 @@ class Store:
         """Read logical rows [start, stop) of an array or sidecar.
 
         Returns:
-            [stop - start, d_model] of an array, [stop - start] of a sidecar, in the data type that
-            `StoreHeader.columns` gives.
+            [stop - start, d_model] for an array or [stop - start] for a sidecar, in the data type
+            given by `StoreHeader.columns`.
 
         Raises:
-            ConfigError: If there is no such array.
+            ConfigError: If the store has no such array.
             IncompleteStoreError: If some of the rows are not committed yet.
             DeletedDataError: If some of the rows were deleted.
-            MissingDataError: If a shard file is missing; the message names it.
-            DamagedDataError: If a chunk fails its checksum; the message names file and chunk.
+            MissingDataError: If a shard file is missing; the message names the file.
+            DamagedDataError: If a chunk fails its checksum; the message names the file and chunk.
         """
         if array not in self._columns:
             raise ConfigError("array", array, f"one of {list(self._columns)}")
@@ -210,7 +212,7 @@ class Store:
         item = int(np.searchsorted(starts, start, side="right")) - 1
         done = start
         while done < stop:
-            if done == starts[item + 1]:  # also skips items without rows
+            if done == starts[item + 1]:  # the item ends here, or has no rows
                 item += 1
                 continue
             chunk, skip = divmod(done - int(starts[item]), chunk_rows)
@@ -218,7 +220,7 @@ class Store:
             count = min(valid - skip, stop - done)
             if count == valid:
                 whole.append((item, chunk, done - start))
-            else:  # only a part of this chunk is in the range, but chunks are read as a whole
+            else:  # only part of this chunk is in the range, but chunks can only be read as a whole
                 part = np.empty((valid, *shape), dtype)
                 self.read_chunks(name, [(item, chunk, 0)], part)
                 rows[done - start : done - start + count] = part[skip : skip + count]
@@ -232,20 +234,21 @@ class Store:
         """Read whole chunks into the caller's memory in the stored data type, in several threads.
 
         Args:
-            name: An array on disk: a hookpoint, a sidecar, or another array that the codec stores
-                (for int8 a hookpoint holds the quantised values, and `<name>.scale` their scales).
+            name: An array on disk: a hookpoint, a sidecar, or another array that the codec stores.
+                (With int8, the array `<name>` holds the quantised values of a hookpoint, and
+                `<name>.scale` holds their scales.)
             wanted: For each chunk: its item, its number within the shard, and the row of `rows` to
-                which its first row is written. Only valid rows are written; a chunk beyond the
-                item's rows writes none. The targets of two chunks must not overlap.
+                which its first row is written. Only valid rows are written, so nothing is written
+                for a chunk beyond the item's rows. The targets of two chunks must not overlap.
             rows: Output, [n, ...] in the stored data type, C-contiguous.
 
         Raises:
-            ConfigError: If there is no such array or chunk, or `rows` has the wrong shape or
+            ConfigError: If there is no such array or chunk, or if `rows` has the wrong shape or
                 data type.
             IncompleteStoreError: If an item is not committed.
             DeletedDataError: If the shards of an item were deleted.
-            MissingDataError: If a shard file is missing; the message names it.
-            DamagedDataError: If a chunk fails its checksum; the message names file and chunk.
+            MissingDataError: If a shard file is missing; the message names the file.
+            DamagedDataError: If a chunk fails its checksum; the message names the file and chunk.
         """
         part = self._disk_arrays.get(name)
         if part is None:
@@ -268,17 +271,18 @@ class Store:
     def place_chunks(
         self, name: str, wanted: Sequence[tuple[int, int, int]], n_rows: int, place: Place
     ) -> None:
-        """Read whole chunks and pass the rows of each to `place` while they are in the CPU cache.
+        """Read whole chunks, and pass each chunk's rows to `place` while they are in the CPU cache.
 
         Raises the same errors as `read_chunks`.
 
         Args:
             name: An array on disk.
-            wanted: For each chunk: its item, its number within the shard, and a row number below
-                `n_rows` for its first row, which is passed on to `place`.
+            wanted: For each chunk: its item, its number within the shard, and the row number of its
+                first row, which is passed to `place`.
             n_rows: Upper bound (exclusive) of all row numbers.
-            place: Called with the row number of a chunk and its valid rows [n, ...]. Several
-                threads call it at the same time. The rows are overwritten after it returns.
+            place: Function called with the row number of a chunk's first row and the chunk's valid
+                rows [n, ...]. Several threads call it concurrently. The rows are overwritten after
+                it returns.
         """
         dtype, shape = self._disk_arrays[name].dtype, self._disk_arrays[name].row_shape
         row_bytes = self._layouts[name].row_bytes
@@ -300,7 +304,7 @@ class Store:
         n_rows: int,
         read: Callable[[OpenShard, list[Wanted]], None],
     ) -> None:
-        """Group chunks into coalesced reads, and run these in the thread pool."""
+        """Group chunks into coalesced reads, and run the reads in the thread pool."""
         by_item: dict[int, list[tuple[int, int]]] = {}
         for item, chunk, first in wanted:
             by_item.setdefault(item, []).append((chunk, first))
@@ -313,16 +317,16 @@ class Store:
         run_all(reads, min(1 + n_bytes // _BYTES_PER_THREAD, self._storage.n_threads + 1))
 
     def row_codec(self, array: str) -> RowCodec | None:
-        """Return the codec of an array's rows; None: they are stored as readers get them."""
+        """Return the codec of an array's rows, or None if they are stored unchanged."""
         return self._row_codecs.get(array)
 
     @property
     def n_bytes(self) -> int:
-        """Total bytes of all committed shards, including deleted ones."""
+        """Total size in bytes of all committed shards, including deleted shards."""
         return int(sum(self._state.table[name]["bytes"].sum() for name in self._layouts))
 
     def checksums(self, item: int) -> dict[str, int]:
-        """Return array name to shard checksum for a committed item; they identify its content."""
+        """Return the shard checksum of each array for a committed item, to identify its content."""
         return {name: int(self._state.table[item][name]["tail_crc32c"]) for name in self._layouts}
 
     def statistics(self, array: str) -> Statistics:
@@ -339,7 +343,7 @@ class Store:
         )
 
     def non_finite_items(self, array: str) -> dict[int, int]:
-        """Return item to number of NaN and infinite values, for the items that have any."""
+        """Return the number of NaN and infinite values of each item that has any, by item."""
         counts = self._state.table[array]["non_finite"]
         return {int(item): int(counts[item]) for item in np.flatnonzero(counts)}
 

@@ -1,4 +1,4 @@
-"""Shuffled batches of a store, finalised or still growing, starting at any position."""
+"""Shuffled batches of a finalised or growing store, starting at any position."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class StreamBatch(NamedTuple):
     """A reader's slice of one global batch."""
 
     arrays: dict[str, NDArray[Any]]
-    """[hi - lo, d_model] of each array, [hi - lo] of each sidecar, in the store's data type."""
+    """[hi - lo, d_model] for each array, [hi - lo] for each sidecar, in the store's data type."""
     first_row: int
     """Number of the first row in the endless stream over all epochs: position * batch_rows + lo."""
     epoch: int
@@ -27,11 +27,12 @@ class StreamBatch(NamedTuple):
 
 
 class StagedBatch(NamedTuple):
-    """A reader's slice of one global batch as picks from blocks, to be gathered on a device."""
+    """A reader's slice of one global batch, as rows of blocks that a device is to gather."""
 
     parts: list[LoadedRows]
-    """The batch is the concatenation of the picked rows of each part. Many batches share a block,
-    so copy each block to the device only once; `part.block` is the same object every time."""
+    """Parts of blocks. The batch is the concatenation of the picked rows of each part. Many batches
+    share a block, so copy each block to the device only once; `part.block` is the same object each
+    time."""
     first_row: int
     """Number of the first row in the endless stream, as in `StreamBatch`."""
     epoch: int
@@ -39,7 +40,7 @@ class StagedBatch(NamedTuple):
 
 
 class _Stream:
-    """Common base of both kinds of stream; see `ShuffledStream` for the arguments."""
+    """Common base class of both streams; see `ShuffledStream` for the arguments."""
 
     _staged = False
 
@@ -113,12 +114,12 @@ class _Stream:
         self.position = i
 
     def first_item_needed(self, position: int) -> int:
-        """Return the first item that batches from `position` on may need.
+        """Return the first item that the batches from `position` onwards may need.
 
-        This depends only on the store's rows. In epoch 0 it is the first item of the window that
-        holds the batch, since windows are read as a whole. In later epochs it is 0, because they
-        visit all items in another order. While the store grows, it is at most the first item of the
-        first incomplete window.
+        The result depends only on the store's rows. In epoch 0, it is the first item of the window
+        that holds the batch, since windows are read as a whole. In later epochs, which visit all
+        items in a different order, it is 0. While the store grows, the result is at most the first
+        item of the first incomplete window.
 
         Raises:
             ConfigError: If `position` is negative.
@@ -141,8 +142,8 @@ class _Stream:
         """Return the epoch of the batch at `position`, and its first row in that epoch."""
         row = self.position * self.batch_rows
         if not self.store.finalised:
-            # Wait for the whole batch and not only for this reader's slice, so that all readers
-            # agree on whether the batch is still in epoch 0.
+            # Wait for the whole batch, not just for this reader's slice, so that all readers agree
+            # on whether the batch is still in epoch 0.
             started = time.monotonic()
             stop = row + self.batch_rows
             self._rows.wait(
@@ -156,7 +157,7 @@ class _Stream:
         return epoch, i * self.batch_rows
 
     def _next(self) -> tuple[list[LoadedRows], int, int]:
-        """Return the rows at `position`, the number of the first and the epoch; then advance."""
+        """Return the rows at `position`, the first row's number, and the epoch; then advance."""
         try:
             epoch, row = self._locate()
             parts = self._rows.parts(epoch, row + self.lo, row + self.hi)
@@ -171,22 +172,22 @@ class _Stream:
 class ShuffledStream(_Stream):
     """An endless stream of batches; batch i is a pure function of (store, seed, i).
 
-    All readers share one global order. Each takes its slice of every batch, and reads and holds
-    only its part of every block. The last rows of an epoch that do not fill a batch are dropped.
-    The memory of a block is reused once no batch of it is referenced; a batch that is still
-    referenced is never overwritten, but keeps the memory of its whole block alive.
+    All readers share one global order. Each reader takes its slice of every batch, and reads and
+    holds only its part of every block. If the last rows of an epoch do not fill a batch, they are
+    dropped. The memory of a block is reused once no batch from the block is referenced. A batch
+    that is still referenced is never overwritten, but keeps the memory of its whole block alive.
 
     Args:
-        store: Store to read from. If it is still growing, epoch 0 follows it: a window is read once
-            all of its items are committed.
+        store: Store to read from. If it is still growing, epoch 0 follows its growth: a window is
+            read once all of its items are committed.
         arrays: Hookpoints and sidecars to read.
         seed: Seed of the row order, not negative.
-        batch_rows: Rows of a global batch.
+        batch_rows: Number of rows in a global batch.
         window_items: Number of items that are shuffled together.
         buffer_rows: Number of rows that are permuted together. Up to two such blocks, or a reader's
             parts of them, are in memory.
-        rows: The slice [lo, hi) of each global batch that this reader gets; None is all.
-        prefetch: Read the next block in a thread while the current one is in use.
+        rows: The slice [lo, hi) of each global batch that this reader gets; None means all rows.
+        prefetch: Read the next block in a thread while the current block is in use.
         wait_timeout_s: Seconds to wait for a growing store before raising an error.
         allocate: Allocator of the memory for blocks, for example of pinned memory for a GPU.
 
@@ -201,8 +202,8 @@ class ShuffledStream(_Stream):
             IncompleteStoreError: If the store did not grow in time; `next` may be called again.
             DeletedDataError: If the batch needs rows that were deleted. Every epoch after the first
                 needs all rows.
-            MissingDataError: If a shard file is missing; the message names it.
-            DamagedDataError: If a chunk fails its checksum; the message names file and chunk.
+            MissingDataError: If a shard file is missing; the message names the file.
+            DamagedDataError: If a chunk fails its checksum; the message names the file and chunk.
         """
         parts, first_row, epoch = self._next()
         return StreamBatch(self._rows.join(parts), first_row, epoch)
@@ -211,26 +212,29 @@ class ShuffledStream(_Stream):
 class StagedStream(_Stream):
     """The batches of a `ShuffledStream` with the same arguments, to be gathered on a device.
 
-    The rows of a block stay in chunk order and in the stored data type: the host neither permutes
-    nor decodes them.
+    The rows of a block remain in chunk order and in the stored data type, because the host neither
+    permutes nor decodes them.
     """
 
     _staged = True
 
     def next(self) -> StagedBatch:
-        """Return the batch at `position` and advance; raises like `ShuffledStream.next`."""
+        """Return the batch at `position` and advance.
+
+        Raises the same errors as `ShuffledStream.next`.
+        """
         return StagedBatch(*self._next())
 
 
 def check_slice(batch_rows: int, rows: tuple[int, int] | None) -> tuple[int, int]:
-    """Return the slice [lo, hi) of a batch that a reader gets, after checking it.
+    """Check the slice [lo, hi) of a batch that a reader gets, and return it.
 
     Args:
-        batch_rows: Rows of a global batch.
-        rows: The slice; None is the whole batch.
+        batch_rows: Number of rows in a global batch.
+        rows: The slice; None means the whole batch.
 
     Raises:
-        ConfigError: If `batch_rows` is below 1, or the slice is empty or not in the batch.
+        ConfigError: If `batch_rows` is below 1, or the slice is empty or not within the batch.
     """
     if batch_rows < 1:
         raise ConfigError("batch_rows", batch_rows, "at least 1")

@@ -14,13 +14,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 Bytes = NDArray[np.uint8]
-"""A flat view of memory; crc32c, os.preadv and os.writev use it without a copy."""
+"""A flat view of memory, which crc32c, os.preadv and os.writev use without copying it."""
 
 TMP = "_tmp"
 """Folder of a store for files that are being written."""
 STALE_S = 3600
-"""Age in seconds after which an unfinished file is taken to be left over from a dead writer."""
-_MAX_PARTS = 512  # buffers per system call; Linux allows 1024
+"""Age in seconds from which an unfinished file is assumed to be left over from a dead writer."""
+_MAX_PARTS = 512  # maximum number of buffers per system call; Linux allows 1024
 
 
 def as_bytes(array: NDArray[Any]) -> Bytes:
@@ -31,7 +31,7 @@ def as_bytes(array: NDArray[Any]) -> Bytes:
 
 
 def write_temporary(root: Path, parts: Iterable[bytes | Bytes]) -> Path:
-    """Write and fsync a file in the store's temporary folder; the caller renames or links it."""
+    """Write and fsync a file in the store's temporary folder, for the caller to rename or link."""
     path = root / TMP / uuid.uuid4().hex
     fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
     try:
@@ -56,12 +56,12 @@ def _write_all(fd: int, parts: list[bytes | Bytes]) -> None:
 
 
 def open_to_read(path: Path) -> int:
-    """Open a file for `read_into` and return its descriptor; the caller must close it."""
+    """Open a file for `read_into`, and return its descriptor, which the caller must close."""
     return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
 
 
 def read_into(fd: int, views: list[Bytes], offset: int) -> bool:
-    """Read the bytes from `offset` on into `views`, one after the other.
+    """Read the bytes from `offset` onwards into `views`, one view after the other.
 
     Returns:
         False if the file ends before all views are full.
@@ -97,15 +97,15 @@ def fsync_folder(path: Path) -> None:
 
 
 def replace(root: Path, path: Path, parts: Iterable[bytes | Bytes]) -> None:
-    """Write `parts` to `path` atomically, replacing an existing file."""
+    """Write `parts` to `path` atomically, replacing any existing file."""
     os.rename(write_temporary(root, parts), path)
     fsync_folder(path.parent)
 
 
 def link_new(temporary: Path, path: Path) -> bool:
-    """Move a temporary file to `path` unless that exists; the temporary file is always removed.
+    """Move a temporary file to `path` unless `path` already exists.
 
-    Does not fsync the folder.
+    The temporary file is removed in either case. The folder of `path` is not fsynced.
 
     Returns:
         False if `path` already existed.
@@ -120,15 +120,15 @@ def link_new(temporary: Path, path: Path) -> bool:
 
 
 def remove_stale(root: Path) -> list[str]:
-    """Remove temporary files older than `STALE_S`; younger ones may belong to a live writer.
+    """Remove temporary files older than `STALE_S`. Newer files may belong to a live writer.
 
     Returns:
         The removed files, relative to `root`.
     """
     removed = []
-    (root / TMP).mkdir(exist_ok=True)  # a copy of a store may lack the empty folder
+    (root / TMP).mkdir(exist_ok=True)  # a copy of a store may lack this folder, as it is empty
     for file in (root / TMP).iterdir():
-        # The file's writer, or another process that cleans up, may remove it in the meantime.
+        # The file's writer, or another process that cleans up, may remove the file in the meantime.
         with contextlib.suppress(FileNotFoundError):
             if time.time() - file.stat().st_mtime > STALE_S:
                 file.unlink()

@@ -1,8 +1,8 @@
-"""Storage interface of a store; implemented by a folder and by a prefix in an object store.
+"""Interface to the storage of a store, which is a folder or a prefix in an object store.
 
-Names are paths relative to the store, with '/' between their parts. Writes are atomic, and durable
-when the call returns. One exception: a file created by `put_if_absent` is durable only after `sync`
-of its folder.
+Names are paths relative to the store, with '/' between their parts. Writes are atomic, and they are
+durable when the call returns. There is one exception: a file created by `put_if_absent` is durable
+only after `sync` has been called for its folder.
 """
 
 from __future__ import annotations
@@ -15,19 +15,19 @@ from pathlib import Path
 from activation_store.storage.atomic_files import Bytes
 
 Parts = Iterable[bytes | Bytes]
-"""The content of an object in pieces, which are written one after the other."""
+"""The content of an object, as buffers that are written one after the other."""
 OBJECT_SCHEME = "s3://"
 
 
 class ReadHandle(ABC):
-    """An open object, of which several threads may read ranges at the same time."""
+    """An open object. Several threads may read ranges of the object concurrently."""
 
     size: int
     """Size in bytes at the time of opening."""
 
     @abstractmethod
     def read_into(self, views: list[Bytes], offset: int) -> bool:
-        """Read the bytes from `offset` on into `views`, one after the other.
+        """Read the bytes from `offset` onwards into `views`, one view after the other.
 
         Returns:
             False if the object ends before all views are full.
@@ -42,7 +42,7 @@ class HeldLock(ABC):
         """Check that the lock is still held.
 
         Raises:
-            StoreBusyError: If another process has taken it over.
+            StoreBusyError: If another process has taken the lock over.
         """
 
     @abstractmethod
@@ -54,17 +54,17 @@ class Storage(ABC):
     """Place where the files (objects) of a store are kept."""
 
     path: Path | str
-    """Address of the store as a user writes it: a folder, or s3://bucket/prefix."""
+    """Address of the store in the form that users write: a folder, or s3://bucket/prefix."""
     run_bytes: int
-    """Adjacent chunks are coalesced into reads of at most this many bytes."""
+    """Maximum size in bytes of a read of several adjacent chunks."""
     n_threads: int
-    """Number of requests that should be in progress at the same time."""
+    """Recommended number of concurrent requests."""
     gap_bytes: int
-    """Read through gaps up to this size instead of issuing a second request."""
+    """Maximum size in bytes of a gap to read through instead of issuing a second request."""
     poll_s: float
     """Seconds to wait between two checks of a growing store."""
     build_is_atomic: bool
-    """True if a store that is being created by `build` is invisible until it is complete."""
+    """Whether a store created by `build` is invisible until the store is complete."""
 
     def where(self, name: str) -> str:
         """Return the full path of `name`, for error messages."""
@@ -75,16 +75,16 @@ class Storage(ABC):
         """Read a whole object.
 
         Raises:
-            MissingDataError: If it does not exist.
-            StoreFormatError: If it is larger than `limit_bytes`.
+            MissingDataError: If the object does not exist.
+            StoreFormatError: If the object is larger than `limit_bytes`.
         """
 
     @abstractmethod
     def open(self, name: str) -> ReadHandle:
-        """Open an object to read ranges of it.
+        """Open an object for reading ranges of its bytes.
 
         Raises:
-            MissingDataError: If it does not exist.
+            MissingDataError: If the object does not exist.
         """
 
     @abstractmethod
@@ -93,7 +93,7 @@ class Storage(ABC):
 
     @abstractmethod
     def names(self, folder: str) -> list[str]:
-        """List the names directly inside a folder, without its path; [] if it does not exist."""
+        """List the names directly inside a folder, without its path; [] if there is no folder."""
 
     @abstractmethod
     def is_folder(self, name: str) -> bool:
@@ -103,38 +103,38 @@ class Storage(ABC):
     def build(
         self, folders: Sequence[str], objects: Mapping[str, bytes], last: tuple[str, bytes]
     ) -> None:
-        """Create an empty store; do nothing if another process has created it already.
+        """Create an empty store; do nothing if another process has already created the store.
 
         Args:
             folders: Folders to create; ignored by object stores.
-            objects: Name to content of the objects to create.
-            last: Name and content of the object whose existence marks the store.
+            objects: Objects to create, as {name: content}.
+            last: Name and content of the object whose existence shows that the store exists.
 
         Raises:
-            StoreFormatError: If the path holds anything but an activation store.
+            StoreFormatError: If the path holds anything other than an activation store.
         """
 
     @abstractmethod
     def put(self, name: str, parts: Parts) -> None:
-        """Write an object, replacing an existing one."""
+        """Write an object, replacing any existing object of this name."""
 
     @abstractmethod
     def put_if_absent(self, name: str, parts: Parts) -> bool:
-        """Write an object unless one of this name exists.
+        """Write an object unless an object of this name exists.
 
         Returns:
-            True if this call has created the object, also if the server's answer to an earlier
-            attempt within this call was lost. False if another object exists. If an object with the
-            same bytes existed before, either may be returned.
+            True if this call created the object, even if an attempt within this call succeeded but
+            the server's answer was lost. False if an object with other bytes exists. Either value
+            may be returned if an object with the same bytes already existed.
         """
 
     @abstractmethod
     def make_folder(self, name: str) -> None:
-        """Create a folder durably if it does not exist; does nothing in object stores."""
+        """Create a folder durably if it does not exist; do nothing in object stores."""
 
     @abstractmethod
     def sync(self, folders: Sequence[str]) -> None:
-        """Make the names in these folders durable."""
+        """Make the entries of these folders durable."""
 
     @abstractmethod
     def delete(self, name: str) -> None:
@@ -142,25 +142,25 @@ class Storage(ABC):
 
     @abstractmethod
     def is_stale(self, name: str) -> bool:
-        """Return whether an uncommitted shard is left over, so that no writer will commit it.
+        """Return whether an uncommitted shard is left over and will not be committed any more.
 
         The caller must hold the exclusive commit lock.
         """
 
     @abstractmethod
     def remove_stale(self) -> list[str]:
-        """Remove unfinished files of writers that died long ago, and return their names."""
+        """Remove unfinished files of writers that died long ago, and return the files' names."""
 
     @abstractmethod
     def lock(self, exclusive: bool, timeout_s: float | None = None) -> AbstractContextManager[None]:
-        """Hold the commit lock: writers share it while they commit, a repair holds it exclusively.
+        """Hold the commit lock, which writers share while they commit and a repair holds alone.
 
         Args:
             exclusive: True to exclude all other holders.
-            timeout_s: Seconds to wait for other holders; None waits without limit.
+            timeout_s: Seconds to wait for other holders; None means no limit.
 
         Raises:
-            StoreBusyError: If the other holders do not release the lock in time.
+            StoreBusyError: If other holders do not release the lock in time.
         """
 
     @abstractmethod
@@ -168,9 +168,10 @@ class Storage(ABC):
         """Take the harvest lock; see `harvest_lock.py`.
 
         Args:
-            run: Name of the run, the same for all of its attempts, of which only one is alive.
-            who: Description of this process, for the error messages of others.
+            run: Name of the run, the same for all attempts of the run. Only one attempt may be
+                alive at a time.
+            who: Description of this process, for error messages in other processes.
 
         Raises:
-            StoreBusyError: If another process holds it; the message names that process.
+            StoreBusyError: If another process holds the lock. The message names that process.
         """

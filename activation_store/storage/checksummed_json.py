@@ -37,13 +37,13 @@ def parse_json(where: str, data: bytes) -> dict[str, Any]:
 
 
 def dump_checksummed(document: dict[str, Any]) -> bytes:
-    """Serialise to checksummed JSON, whose first key is the crc32c (hex) of all bytes after it."""
+    """Serialise to checksummed JSON, which begins with the crc32c (hex) of all bytes after it."""
     rest = json.dumps(document, separators=(",", ":"), allow_nan=False).encode()[1:]
     return _CHECKSUM % crc32c(rest) + rest
 
 
 def load_checksummed(where: str, data: bytes) -> dict[str, Any]:
-    """Parse checksummed JSON; the inverse of `dump_checksummed`.
+    """Parse checksummed JSON. This is the inverse of `dump_checksummed`.
 
     Args:
         where: Name of the file, for error messages.
@@ -65,17 +65,18 @@ def read_checksummed(storage: Storage, name: str, limit_bytes: int) -> dict[str,
     Raises:
         MissingDataError: If the file is missing.
         DamagedDataError: If the checksum does not match.
-        StoreFormatError: If the file is larger than `limit_bytes`, or not a JSON object.
+        StoreFormatError: If the file is larger than `limit_bytes` or is not a JSON object.
     """
     return load_checksummed(storage.where(name), storage.read(name, limit_bytes))
 
 
 def whole_numbers(where: str, document: dict[str, Any], keys: Sequence[str]) -> list[int]:
-    """Return the values of `keys` in that order, after checking that `document` is valid.
+    """Check that `document` is valid, and return its values in the order of `keys`.
 
     Args:
         where: Name of the file, for error messages.
-        document: Must have exactly these keys, and integers of at least 0 as values.
+        document: Content of the file. It must have exactly the keys in `keys`, and integers of at
+            least 0 as values.
         keys: Expected keys.
 
     Raises:

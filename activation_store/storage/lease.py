@@ -1,12 +1,13 @@
-"""The harvest lock in an object store, which has no file locks: a lease that is renewed regularly.
+"""The harvest lock in an object store: a lease that is renewed, because there are no file locks.
 
     _claim/000000007.json   {"run": ..., "who": ..., "beat": n, "released": false}
 
-The process that wrote the file with the highest number holds the lease. A file is only written if
-its number is free, so only one of several processes wins. The holder renews the lease by a
-heartbeat: it increases "beat" every `HEARTBEAT_S` seconds. Another process that sees no heartbeat
-for `STALE_S` seconds of its own clock writes the next number. If the old holder is still alive, it
-notices the higher number at its next heartbeat and stops.
+The process that wrote the file with the highest number holds the lease. A file is created only if
+its number is free, so only one of several competing processes succeeds. The holder renews the lease
+with heartbeats: it increases "beat" every `HEARTBEAT_S` seconds. If another process sees no
+heartbeat for `STALE_S` seconds on its own clock, it takes the lease over by creating the file with
+the next number. If the old holder is still alive, it notices the higher number at its next
+heartbeat and stops.
 """
 
 from __future__ import annotations
@@ -32,13 +33,13 @@ _FILE = re.compile(r"(\d{9})\.json")
 
 
 class Lease(HeldLock):
-    """A held lease; a background thread sends its heartbeats.
+    """A held lease, whose heartbeats are sent by a background thread.
 
     Args:
         storage: Storage of the store.
-        run: Name of the run. Earlier attempts of the same run are dead, so their lease is taken
-            over at once.
-        who: Description of this process, for the error messages of others.
+        run: Name of the run. Earlier attempts of the same run are assumed to be dead, so their
+            lease is taken over immediately.
+        who: Description of this process, for error messages in other processes.
 
     Raises:
         StoreBusyError: If another run holds the lease and sends heartbeats.
@@ -67,7 +68,7 @@ class Lease(HeldLock):
         self._stop.set()
         self._thread.join()
         if self._taken_over_by is None:
-            # If this fails, the lease simply expires.
+            # If this request fails, the lease simply expires.
             with contextlib.suppress(StorageError):
                 self._put(released=True)
 
@@ -83,8 +84,9 @@ class Lease(HeldLock):
             numbers = _numbers(self._storage)
             if max(numbers, default=0) == number:
                 break
-            # Since `newest` was read, another process took and released the lease, and a third one
-            # took it and deleted the file with this number. So this number is not the highest.
+            # Since `newest` was read, another process took and released the lease. Then a third
+            # process took the lease and deleted the file with this number, which was therefore free
+            # but is not the highest.
             self._storage.delete(_name(number))
         for old in numbers:
             if old < number:
@@ -92,10 +94,10 @@ class Lease(HeldLock):
         return number
 
     def _wait_until_free(self, number: int) -> None:
-        """Wait until the lease `number` is released or expired, or belongs to this run.
+        """Wait until the lease with this number is released or expired, or belongs to this run.
 
         Raises:
-            StoreBusyError: If its holder sends a heartbeat.
+            StoreBusyError: If the holder sends a heartbeat.
         """
         first = _read(self._storage, number)
         deadline = time.monotonic() + STALE_S
@@ -112,7 +114,7 @@ class Lease(HeldLock):
             found = _read(self._storage, number)
 
     def _keep(self) -> None:
-        """Send heartbeats until the lease is released or lost; runs in the background thread."""
+        """Send heartbeats until the lease is released or lost, in the background thread."""
         while not self._stop.wait(HEARTBEAT_S):
             try:
                 newest = _newest(self._storage)
@@ -129,7 +131,7 @@ class Lease(HeldLock):
                 return
 
     def _put(self, released: bool = False) -> None:
-        """Write the lease file with an increased beat."""
+        """Increase "beat" and write the lease file."""
         self._state = {**self._state, "beat": self._state["beat"] + 1, "released": released}
         self._storage.put(_name(self._number), [self._bytes()])
 
@@ -150,7 +152,7 @@ def _newest(storage: Storage) -> int:
 
 
 def _read(storage: Storage, number: int) -> dict[str, Any]:
-    """Read a lease file; return {} if it is missing or unreadable."""
+    """Read a lease file; return {} if the file is missing or not valid JSON."""
     try:
         return parse_json(storage.where(_name(number)), storage.read(_name(number), _FILE_BYTES))
     except (MissingDataError, StoreFormatError):

@@ -25,14 +25,14 @@ _POLL_S = 0.02
 
 
 class LocalStorage(Storage):
-    """Store in a folder; files are written under a temporary name, fsynced, then moved in place.
+    """Storage in a folder. Files are written under a temporary name, fsynced, and then moved.
 
     Args:
         path: Folder of the store.
     """
 
-    # Small enough that the data are still in the CPU cache when they are verified and copied.
-    # Larger reads were no faster, with a cold or a warm page cache.
+    # This size is small enough that data are still in the CPU cache when they are verified and
+    # copied. Larger reads were no faster, with either a cold or a warm page cache.
     run_bytes = 1 << 20
     gap_bytes = 0
     n_threads = N_THREADS
@@ -58,7 +58,7 @@ class LocalStorage(Storage):
         return data
 
     def open(self, name: str) -> ReadHandle:
-        """Open a file to read ranges of it."""
+        """Open a file for reading ranges of its bytes."""
         try:
             return _File(atomic_files.open_to_read(self.path / name))
         except FileNotFoundError as error:
@@ -85,7 +85,7 @@ class LocalStorage(Storage):
     def build(
         self, folders: Sequence[str], objects: Mapping[str, bytes], last: tuple[str, bytes]
     ) -> None:
-        """Create the store in a temporary folder next to its final path, then rename the folder."""
+        """Create the store in a temporary folder next to its final path, and rename the folder."""
         path = self.path
         marker, content = last
         if path.exists() and (not path.is_dir() or any(path.iterdir())):
@@ -104,18 +104,19 @@ class LocalStorage(Storage):
             os.rename(building, path)
             atomic_files.fsync_folder(path.parent)
         except OSError:
-            # The rename also fails if another process has created the store; that is fine.
+            # Ignore the error if another process has created the store, which also makes the rename
+            # fail.
             if not (path / marker).exists():
                 raise
         finally:
             shutil.rmtree(building, ignore_errors=True)
 
     def put(self, name: str, parts: Parts) -> None:
-        """Write a file, replacing an existing one."""
+        """Write a file, replacing any existing file of this name."""
         atomic_files.replace(self.path, self.path / name, parts)
 
     def put_if_absent(self, name: str, parts: Parts) -> bool:
-        """Write a file unless one of this name exists."""
+        """Write a file unless a file of this name exists."""
         return atomic_files.link_new(
             atomic_files.write_temporary(self.path, parts), self.path / name
         )
@@ -124,12 +125,13 @@ class LocalStorage(Storage):
         """Create a folder durably if it does not exist."""
         folder = self.path / name
         folder.mkdir(exist_ok=True)
-        # Sync even if the folder existed: its creator may not have synced it yet.
+        # Sync the parent even if the folder existed, because its creator may not have done so yet.
         atomic_files.fsync_folder(folder.parent)
 
     def sync(self, folders: Sequence[str]) -> None:
-        """Make the names in these folders durable."""
-        # Sync in parallel: a file system commits several folders in the time it takes for one.
+        """Make the entries of these folders durable."""
+        # Sync in parallel, because a file system commits several folders in the time it takes for
+        # one.
         run_all([partial(atomic_files.fsync_folder, self.path / folder) for folder in folders])
 
     def delete(self, name: str) -> None:
@@ -137,7 +139,11 @@ class LocalStorage(Storage):
         (self.path / name).unlink(missing_ok=True)
 
     def is_stale(self, name: str) -> bool:
-        """Return True: writers hold the commit lock from an item's first shard to its record."""
+        """Return True, because no writer can be about to commit the shard.
+
+        Writers hold the commit lock from an item's first shard to its record, and the caller holds
+        the lock exclusively.
+        """
         return True
 
     def remove_stale(self) -> list[str]:
@@ -147,17 +153,17 @@ class LocalStorage(Storage):
     @contextlib.contextmanager
     def lock(self, exclusive: bool, timeout_s: float | None = None) -> Iterator[None]:
         """Hold the commit lock, a kernel lock on the file `_lock`."""
-        # Open the file for each call: flock belongs to the open file, so threads of one process
-        # exclude each other too.
+        # Open the file in each call. A flock belongs to the open file, so that threads of one
+        # process also exclude each other.
         fd = os.open(self.path / COMMIT_LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         try:
             self._flock(fd, fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH, timeout_s)
             yield
         finally:
-            os.close(fd)  # releases the lock; so does the death of the process
+            os.close(fd)  # releases the lock, which the kernel also does if the process dies
 
     def _flock(self, fd: int, kind: int, timeout_s: float | None) -> None:
-        """Take a file lock of this kind, waiting at most `timeout_s` for it."""
+        """Take a file lock of this kind, waiting at most `timeout_s` seconds."""
         if timeout_s is None:
             fcntl.flock(fd, kind)
             return
@@ -191,13 +197,13 @@ class LocalStorage(Storage):
 
 
 class _Flocked(HeldLock):
-    """Kernel file lock; it cannot be taken over, and the kernel releases it if the process dies."""
+    """Kernel file lock, which cannot be taken over and is released if the process dies."""
 
     def __init__(self, fd: int) -> None:
         self._fd = fd
 
     def check(self) -> None:
-        """Do nothing: a kernel lock cannot be lost."""
+        """Do nothing, because a kernel lock cannot be lost."""
 
     def release(self) -> None:
         """Release the lock."""
@@ -205,15 +211,15 @@ class _Flocked(HeldLock):
 
 
 class _File(ReadHandle):
-    """An open file; closed when it is no longer referenced."""
+    """An open file, closed when it is no longer referenced."""
 
     def __init__(self, fd: int) -> None:
         self._fd = fd
-        # Close the file when the last reference is dropped, so that other threads can go on reading
-        # after it was removed from the cache of open shards.
+        # Close the file only when the last reference is dropped, so that other threads can continue
+        # reading after the file has been removed from the cache of open shards.
         weakref.finalize(self, os.close, fd)
         self.size = os.fstat(fd).st_size
 
     def read_into(self, views: list[Bytes], offset: int) -> bool:
-        """Read the bytes from `offset` on into `views`."""
+        """Read the bytes from `offset` onwards into `views`."""
         return atomic_files.read_into(self._fd, views, offset)

@@ -1,13 +1,14 @@
-"""Storage under a prefix of an S3-compatible object store, through `obstore`.
+"""Storage under a prefix of an S3-compatible object store, accessed through `obstore`.
 
-Endpoint and credentials come from the environment, as for every S3 client: AWS_ENDPOINT_URL (not
-needed for AWS itself), AWS_REGION, AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, or other sources that
-obstore supports (instance and container roles, web identity).
+As for every S3 client, the endpoint and credentials come from the environment: AWS_ENDPOINT_URL
+(not needed for AWS itself), AWS_REGION, AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or other
+sources that obstore supports (instance and container roles, web identity).
 
 Objects are written atomically. Objects that must be written only once (commit records and shards)
 are put with `If-None-Match: *`. If the answer to such a put is lost, the retry finds an existing
-object; it compares the bytes, and if they are equal, the first try had succeeded. Use a store only
-in the process that opened it, because obstore's threads do not survive a fork.
+object and compares its bytes. If the bytes are equal, the first try is taken to have succeeded.
+
+Use a store only in the process that opened it, because obstore's threads do not survive a fork.
 """
 
 from __future__ import annotations
@@ -41,11 +42,14 @@ from foundation.errors import ConfigError
 T = TypeVar("T")
 
 TRIES = 5
-"""Number of tries of a request. In each, obstore retries up to `_RETRIES` times if that is safe."""
+"""Number of tries per request. In each try, obstore retries safe requests up to `_RETRIES`
+times."""
 _BACKOFF_S = 0.2
 _RETRIES = 3
 _CONNECT_S, _STALL_S, _REQUEST_S = 10, 120, 1200
-"""Timeouts for a connection, for the next bytes, and for a whole request (a shard on a slow link).
+"""Timeouts in seconds for a connection, for the next bytes, and for a whole request.
+
+A whole request may transfer a shard over a slow link.
 """
 _PROBE = "_probe"
 _MOST_BYTES = 5 << 30  # limit of S3 for a single put
@@ -53,10 +57,10 @@ _URL = re.compile(r"s3://([a-z0-9][a-z0-9.\-]{1,61}[a-z0-9])/([\w.\-=+/]*[\w\-=+
 
 
 class ObjectStorage(Storage):
-    """Store under s3://bucket/prefix.
+    """Storage under s3://bucket/prefix.
 
     Args:
-        url: Address of the store; the bucket must exist.
+        url: Address of the store, whose bucket must exist.
 
     Raises:
         ConfigError: If the address is invalid or contains credentials.
@@ -101,7 +105,7 @@ class ObjectStorage(Storage):
             raise self._missing(name) from None
 
     def open(self, name: str) -> ReadHandle:
-        """Open an object to read ranges of it."""
+        """Open an object for reading ranges of its bytes."""
         meta = self._head(name)
         if meta is None:
             raise MissingDataError(
@@ -111,7 +115,7 @@ class ObjectStorage(Storage):
         return _Object(self, name, meta["size"])
 
     def read_range(self, name: str, offset: int, n_bytes: int) -> Bytes:
-        """Read bytes [offset, offset + n_bytes) of an object; it must be at least that long."""
+        """Read bytes [offset, offset + n_bytes) of an object that has at least that many bytes."""
 
         def get() -> Bytes:
             answer = obstore.get_range(self._store, name, start=offset, length=n_bytes)
@@ -138,16 +142,16 @@ class ObjectStorage(Storage):
         return [path.rpartition("/")[2] for path in paths]
 
     def is_folder(self, name: str) -> bool:
-        """Return True: prefixes need not be created."""
+        """Return True, because prefixes need not be created."""
         return True
 
     def build(
         self, folders: Sequence[str], objects: Mapping[str, bytes], last: tuple[str, bytes]
     ) -> None:
-        """Create the store; the object that marks the store is written first.
+        """Create the store, writing `last` first.
 
-        The process that succeeds in writing it is the one that creates the store. If it dies before
-        it has written the other objects, the next writer adds them.
+        Only the process that succeeds in writing this object creates the store. If the process dies
+        before it has written the other objects, the next writer adds them.
         """
         marker, content = last
         if set(self.names("")) - {_PROBE} and not self.exists(marker):
@@ -162,7 +166,7 @@ class ObjectStorage(Storage):
     def _require_conditional_put(self) -> None:
         """Check that the server supports conditional puts.
 
-        With a server that ignores the condition, two attempts could commit the same item.
+        If a server ignored the condition, two attempts could commit the same item.
 
         Raises:
             StorageError: If the server ignores the condition.
@@ -178,12 +182,12 @@ class ObjectStorage(Storage):
             )
 
     def put(self, name: str, parts: Parts) -> None:
-        """Write an object, replacing an existing one."""
+        """Write an object, replacing any existing object of this name."""
         data = self._join(name, parts)
         self._ask("put", name, lambda: obstore.put(self._store, name, data, use_multipart=False))
 
     def put_if_absent(self, name: str, parts: Parts) -> bool:
-        """Write an object unless one of this name exists."""
+        """Write an object unless an object of this name exists."""
         data = self._join(name, parts)
 
         def create() -> bool:
@@ -196,9 +200,9 @@ class ObjectStorage(Storage):
         return self._ask("put", name, create) or self._holds(name, data)
 
     def _holds(self, name: str, data: bytes) -> bool:
-        """Return whether an object has these bytes.
+        """Return whether an object has exactly the bytes `data`.
 
-        If so, an earlier try of the same put succeeded and only its answer was lost.
+        If so, an earlier try of the same put is taken to have succeeded, with only its answer lost.
         """
         meta = self._head(name)
         if meta is None or meta["size"] != len(data):
@@ -206,10 +210,10 @@ class ObjectStorage(Storage):
         return not data or self.read_range(name, 0, len(data)).tobytes() == data
 
     def make_folder(self, name: str) -> None:
-        """Do nothing: object stores have no folders."""
+        """Do nothing, because object stores have no folders."""
 
     def sync(self, folders: Sequence[str]) -> None:
-        """Do nothing: a put is durable when it returns."""
+        """Do nothing, because a put is durable when it returns."""
 
     def delete(self, name: str) -> None:
         """Delete an object if it exists."""
@@ -217,17 +221,17 @@ class ObjectStorage(Storage):
             self._ask("delete", name, lambda: obstore.delete(self._store, name))
 
     def is_stale(self, name: str) -> bool:
-        """Return whether an uncommitted shard is older than `STALE_S`; there is no lock."""
+        """Return whether an uncommitted shard is older than `STALE_S`, as there is no lock."""
         meta = self._head(name)
         return meta is not None and _age_s(meta) > STALE_S
 
     def remove_stale(self) -> list[str]:
-        """Return []: objects are written atomically, so none are unfinished."""
+        """Return [], because objects are written atomically and so are never unfinished."""
         return []
 
     @contextlib.contextmanager
     def lock(self, exclusive: bool, timeout_s: float | None = None) -> Iterator[None]:
-        """Do nothing: object stores have no locks, and `is_stale` goes by age instead."""
+        """Do nothing, because object stores have no locks; `is_stale` relies on age instead."""
         yield
 
     def harvest_lock(self, run: str, who: str) -> HeldLock:
@@ -235,14 +239,14 @@ class ObjectStorage(Storage):
         return Lease(self, run, who)
 
     def _head(self, name: str) -> Any | None:
-        """Return the metadata of an object, None if it does not exist."""
+        """Return the metadata of an object, or None if the object does not exist."""
         try:
             return self._ask("head", name, lambda: obstore.head(self._store, name))
         except FileNotFoundError:
             return None
 
     def _join(self, name: str, parts: Parts) -> bytes:
-        """Join the pieces of an object, after checking the size limit of a put."""
+        """Join the parts of an object, and check the size limit of a put."""
         data = b"".join(part if isinstance(part, bytes) else part.data for part in parts)
         if len(data) > _MOST_BYTES:
             raise StorageError(
@@ -260,12 +264,11 @@ class ObjectStorage(Storage):
         Args:
             what: Name of the operation, for the error message.
             name: Name of the object, for the error message.
-            request: Function that sends the request; safe to repeat.
+            request: Function that sends the request, and that may be called repeatedly.
 
         Raises:
             FileNotFoundError: If the object does not exist.
-            StorageError: If the server refuses the request, or there is no answer after `TRIES`
-                tries.
+            StorageError: If the server refuses the request, or if no try of `TRIES` succeeds.
         """
         problem = ""
         for number in range(TRIES):
@@ -281,8 +284,8 @@ class ObjectStorage(Storage):
                     error, FileNotFoundError | PermissionDeniedError | UnauthenticatedError
                 ):
                     break  # a retry would fail in the same way
-        # Raise outside the except block, so that the original error is not chained: its text may
-        # contain credentials from the endpoint's address.
+        # Raise outside the except block, so that the original error is not chained. The text of
+        # that error may contain credentials from the endpoint's address.
         raise StorageError(
             f"{self.where(name)}: {what} failed: {problem}; expected a reachable bucket with write "
             "access; check AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
@@ -323,7 +326,7 @@ def _connect(bucket: str, prefix: str) -> S3Store:
 
 
 class _Object(ReadHandle):
-    """An open object; each read is one range request."""
+    """An open object, which sends one range request per read."""
 
     def __init__(self, storage: ObjectStorage, name: str, size: int) -> None:
         self._storage = storage
@@ -331,7 +334,7 @@ class _Object(ReadHandle):
         self.size = size
 
     def read_into(self, views: list[Bytes], offset: int) -> bool:
-        """Read the bytes from `offset` on into `views`."""
+        """Read the bytes from `offset` onwards into `views`."""
         n_bytes = sum(map(len, views))
         if offset + n_bytes > self.size:
             return False

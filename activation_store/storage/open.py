@@ -8,7 +8,7 @@ from activation_store.storage.base import OBJECT_SCHEME, Storage
 
 
 def open_storage(path: str | Path | Storage) -> Storage:
-    """Return the storage at a path: s3://bucket/prefix, or a folder.
+    """Return the storage at `path`, which is s3://bucket/prefix or a folder.
 
     Raises:
         ConfigError: If the address is invalid.
@@ -16,7 +16,7 @@ def open_storage(path: str | Path | Storage) -> Storage:
     if isinstance(path, Storage):
         return path
     if str(path).startswith(OBJECT_SCHEME):
-        # Imported late, because obstore is an optional dependency.
+        # Import late, because obstore is an optional dependency.
         from activation_store.storage.object_store import ObjectStorage
 
         return ObjectStorage(str(path))

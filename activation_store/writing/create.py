@@ -1,4 +1,4 @@
-"""Create a new store, or compare an existing one with the requested settings."""
+"""Create a new store, or compare an existing store with the requested settings."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def plan_header(
     calibration: Mapping[str, Calibration] | None,
     provenance: Mapping[str, Any] | None,
 ) -> StoreHeader:
-    """Return the header of a new store; the arguments are those of `StoreWriter`.
+    """Return the header of a new store. The arguments are the same as those of `StoreWriter`.
 
     Raises:
         ConfigError: If an argument is invalid.
@@ -54,7 +54,7 @@ def plan_header(
 
 
 def _as_json(provenance: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Return provenance as the JSON values that will be read back (tuples become lists, ...)."""
+    """Convert provenance to the JSON values that readers will get; tuples become lists."""
     try:
         return dict(json.loads(json.dumps(dict(provenance or {}), allow_nan=False)))
     except (TypeError, ValueError) as error:
@@ -62,10 +62,10 @@ def _as_json(provenance: Mapping[str, Any] | None) -> dict[str, Any]:
 
 
 def create(storage: Storage, header: StoreHeader) -> None:
-    """Create an empty store; do nothing if another process creates it at the same time.
+    """Create an empty store; do nothing if another process creates the store first.
 
     Raises:
-        StoreFormatError: If the path holds files but not an activation store.
+        StoreFormatError: If the path holds files but no activation store.
     """
     documents = array_documents(header, header.planned_items)
     metadata = {f"{name}/{METADATA}": dump(document) for name, document in documents.items()}
@@ -79,11 +79,11 @@ def compare(path: object, there: StoreHeader, wanted: StoreHeader, given: set[st
         path: Path of the store, for the error message.
         there: Header of the existing store.
         wanted: Header that a new store would get.
-        given: Which of n_items, calibration and provenance the caller gave; others are not
+        given: Those of n_items, calibration and provenance that the caller gave. The others are not
             compared.
 
     Raises:
-        StoreMismatchError: If a setting differs; the message lists all differences.
+        StoreMismatchError: If a setting differs. The message lists all differences.
     """
     found = there.to_json()
     asked = wanted.to_json()
@@ -108,6 +108,6 @@ def compare(path: object, there: StoreHeader, wanted: StoreHeader, given: set[st
 
 
 def shorten(value: object) -> str:
-    """Return the `repr` of a value, cut to 200 characters."""
+    """Return the `repr` of a value, truncated to 200 characters."""
     text = repr(value)
     return text if len(text) <= 200 else text[:200] + "..."

@@ -1,8 +1,8 @@
-"""The harvest lock of a store: only one run at a time may write to it and delete from it.
+"""The harvest lock, which allows only one run at a time to write to a store and delete from it.
 
 Rows are safe without this lock, because an item is committed at most once and is a pure function of
-its number. The lock stops two harvests from doing the same work twice, from each waiting only for
-the trainers of its own run, and from deleting shards at the same time.
+its number. But two concurrent harvests would do the same work twice, would each wait only for the
+trainers of their own run, and could delete shards concurrently. The lock prevents this.
 """
 
 from __future__ import annotations
@@ -17,15 +17,16 @@ from activation_store.storage.open import open_storage
 
 
 class HarvestLock:
-    """The harvest lock of a store; as a context manager it releases the lock on exit.
+    """The harvest lock of a store. As a context manager, it releases the lock on exit.
 
-    On a file system this is a kernel file lock, released when the process dies. In an object store
-    it is a lease (see `lease.py`): after its holder died, another run can take it over once
-    `lease.STALE_S` seconds have passed, and the same run can at once.
+    On a file system, this is a kernel file lock, which is released when the process dies. In an
+    object store, it is a lease (see `lease.py`). After the holder of a lease has died, another run
+    can take the lease over once `lease.STALE_S` seconds have passed. A new attempt of the same run
+    can take the lease over immediately.
 
     Args:
         path: Path of the store.
-        run: Name of the run, the same for all of its attempts. The caller must make sure that only
+        run: Name of the run, the same for all attempts of the run. The caller must ensure that only
             one attempt of a run is alive at a time.
     """
 
@@ -36,14 +37,14 @@ class HarvestLock:
 
     @property
     def is_held(self) -> bool:
-        """True while this object holds the lock."""
+        """Whether this object holds the lock."""
         return self._held is not None
 
     def acquire(self) -> None:
         """Take the lock; do nothing if this object already holds it. The store must exist.
 
         Raises:
-            StoreBusyError: If another process holds it; the message names that process.
+            StoreBusyError: If another process holds the lock. The message names that process.
         """
         if self._held is None:
             who = f"run {self._run}, process {os.getpid()} on {socket.gethostname()}"
@@ -53,8 +54,8 @@ class HarvestLock:
         """Check that this process has not lost the lock; do nothing if it was never taken.
 
         Raises:
-            StoreBusyError: If another process took the lease over, because the heartbeat of this
-                one stopped for too long.
+            StoreBusyError: If another process took the lease over, because this process sent no
+                heartbeat for too long.
         """
         if self._held is not None:
             self._held.check()

@@ -1,9 +1,9 @@
-"""Write a store, from any number of processes; each work item fills one shard of every array.
+"""Write a store from any number of processes, where each work item fills one shard of every array.
 
-An item is committed in this order: write its shard files under temporary names, fsync them, move
-them to their final names, fsync the folders, and finally create the commit record exclusively. In
-an object store each file is a single put. A process may die at any point: an item without a record
-counts as missing and is written again.
+An item is committed in this order: write its shard files under temporary names, fsync the files,
+move them to their final names, fsync the folders, and finally create the commit record exclusively.
+In an object store, each file is a single put. A process may die at any point, because an item
+without a record counts as missing and is written again.
 """
 
 from __future__ import annotations
@@ -63,26 +63,28 @@ Shards = Mapping[str, EncodedShard]
 
 
 class StoreWriter:
-    """Writer of a store: creates it, or opens an existing store that has the same settings.
+    """Writer that creates a store, or opens an existing store that has the same settings.
 
-    Many writers, in many processes, may write to one store at the same time.
+    Many writers, in many processes, may write to one store concurrently. If `n_items`, `provenance`
+    or `calibration` is None, it is not compared with the setting of an existing store.
 
     Args:
         path: Folder of the store, or s3://bucket/prefix.
-        arrays: Hookpoint to d_model. None: open an existing store without comparing settings.
+        arrays: d_model of each hookpoint. If None, an existing store is opened and no settings are
+            compared.
         dtype: Data type of the rows: bfloat16 or float32.
-        shard_tokens: Largest number of rows of an item.
-        chunk_bytes: Largest size in bytes of a chunk, unless a single row is larger.
-        n_items: Number of items that will be written. None: not known; do not compare.
-        provenance: Where the rows come from, as JSON values. None: do not compare.
-        calibration: Hookpoint to its statistics; some codecs need them. None: do not compare.
-        codec: A name in `CODECS`: none; blosc (lossless, smaller, slower); int8 (half the size of
-            bfloat16).
+        shard_tokens: Maximum number of rows of an item.
+        chunk_bytes: Maximum size in bytes of a chunk, unless a single row is larger.
+        n_items: Number of items that will be written, or None if it is not known.
+        provenance: Origin of the rows, as JSON values.
+        calibration: Statistics of each hookpoint, which some codecs need.
+        codec: A name in `CODECS`, such as none, blosc (lossless, smaller, slower) or int8 (half the
+            size of bfloat16).
 
     Raises:
         ConfigError: If an argument is invalid.
-        StoreMismatchError: If the existing store has other settings; the message lists them.
-        StoreFormatError: If the folder holds files but not an activation store.
+        StoreMismatchError: If the existing store has different settings. The message lists them.
+        StoreFormatError: If the folder holds files but no activation store.
     """
 
     def __init__(
@@ -122,19 +124,19 @@ class StoreWriter:
     def write_item(
         self, i: int, rows: NDArray[Any] | Columns, sidecars: Columns | None = None
     ) -> ItemRecord:
-        """Commit item `i`; its rows are durable when this returns.
+        """Commit item `i`. The rows of the item are durable when this returns.
 
         Does nothing if the item is already committed with the same bytes. NumPy has no native
-        bfloat16; to pass a bfloat16 torch tensor without copying it on the host, use
+        bfloat16. To pass a bfloat16 torch tensor without copying it on the host, use
         `tensor.cpu().contiguous().view(torch.int16).numpy().view(ml_dtypes.bfloat16)`.
 
         Args:
             i: Item number, below the planned number of items.
-            rows: Hookpoint to [n, d_model] bfloat16 (ml_dtypes), float16 or float32 with
-                n <= shard_tokens, rounded to the store's dtype; or the array itself if the store
-                has a single hookpoint.
-            sidecars: token_id, document and position, [n] integers each; a missing one is filled
-                with -1.
+            rows: Rows of each hookpoint, [n, d_model] bfloat16 (ml_dtypes), float16 or float32 with
+                n <= shard_tokens. They are rounded to the store's dtype. If the store has a single
+                hookpoint, this may be the array itself.
+            sidecars: token_id, document and position, [n] integers each. A missing sidecar is
+                filled with -1.
 
         Returns:
             The commit record of the item.
@@ -142,7 +144,7 @@ class StoreWriter:
         Raises:
             ItemError: If rows or sidecars have the wrong shape or dtype, or `i` is out of range.
             CodecError: If the codec does not encode rows as it declares.
-            NonDeterministicItemError: If the item is already committed with other bytes.
+            NonDeterministicItemError: If the item is already committed with different bytes.
             StoreMismatchError: If the store is finalised without this item.
         """
         columns = self._columns(i, rows, sidecars or {})
@@ -171,7 +173,7 @@ class StoreWriter:
         return record
 
     def _read_header(self) -> StoreHeader:
-        """Read the header, after completing the metadata of a half-created store."""
+        """Read the header, after completing the metadata of a partially created store."""
         try:
             return read_header(self._storage)
         except MissingDataError:
@@ -179,13 +181,13 @@ class StoreWriter:
                 raise
         header, _ = read_group(self._storage)
         if not header.finalised:
-            # In an object store the group is created before the arrays: the process that creates
-            # the store is not done yet, or died. Write what is missing.
+            # In an object store, the group is created before the arrays. The process that creates
+            # the store either has not finished yet or died. Write the missing metadata.
             restore_documents(self._storage, header)
         return read_header(self._storage)
 
     def is_committed(self, i: int) -> bool:
-        """Return whether item `i` is committed, by this or any other writer."""
+        """Return whether item `i` is committed, by this writer or any other."""
         return self._storage.exists(commit_log.record_name(i))
 
     def committed_items(self) -> set[int]:
@@ -198,8 +200,8 @@ class StoreWriter:
         Does nothing if the store is already finalised.
 
         Raises:
-            IncompleteStoreError: If a planned item is missing; without a planned number, if an item
-                before the last committed one is missing.
+            IncompleteStoreError: If a planned item is missing. If the number of items was not
+                planned: if an item before the last committed item is missing.
         """
         self.header = read_header(self._storage)
         if self.header.finalised:
@@ -230,8 +232,8 @@ class StoreWriter:
 
     def _write_metadata(self, final: StoreHeader, rows: NDArray[np.int64]) -> None:
         """Write the trimmed metadata of a finalised store."""
-        # Write the group last: until it says "finalised", readers accept both trimmed and
-        # untrimmed arrays, so a crash in between does no harm.
+        # Write the group's metadata last. Until it says "finalised", readers accept both trimmed
+        # and untrimmed arrays, so a crash between two writes does no harm.
         storage = self._storage
         storage.make_folder(VALID_ROWS)
         storage.put(f"{VALID_ROWS}/c.0", [valid_rows_bytes(rows)])
@@ -292,7 +294,7 @@ class StoreWriter:
             )
 
     def _same(self, i: int, n_rows: int, shards: Shards) -> ItemRecord:
-        """Return the record of the first attempt after checking that this one gave equal bytes."""
+        """Check that this attempt gave the same bytes as the first; return the first's record."""
         first = from_row(self.header, i, commit_log.read_record(self._storage, self.header, i)[0])
         if (first.rows, first.files()) != (n_rows, _files(shards)):
             raise NonDeterministicItemError(
@@ -304,20 +306,21 @@ class StoreWriter:
 
     def _place(self, i: int, n_rows: int, shards: Shards) -> None:
         """Write all shard files of an item to their final names, in parallel."""
-        # Write in parallel: a file system commits several files in the time it takes for one.
+        # Write in parallel, because a file system commits several files in the time it takes for
+        # one.
         puts = [partial(self._place_one, i, n_rows, name, shard) for name, shard in shards.items()]
         run_all(puts, self._storage.n_threads)
         self._storage.sync(list(shards))
 
     def _place_one(self, i: int, n_rows: int, name: str, shard: EncodedShard) -> None:
-        """Write one shard file, replacing the left-over file of a dead attempt."""
+        """Write one shard file, replacing any leftover file of a dead attempt."""
         file = self.header.shard_file(name, i)
         placed = self._storage.put_if_absent(file, shard.parts)
         if placed or self._same_file(file, n_rows, name, shard):
             return
-        # A file with other bytes exists. A worker that was believed dead may come back late, after
-        # another attempt has committed its item: never overwrite the files of a committed item.
-        # Without a record, the file is left over from a dead attempt and may be replaced.
+        # A file with different bytes exists. A worker that was believed dead may return late, after
+        # another attempt has committed its item, so never overwrite the files of a committed item.
+        # If the item has no record, the file is left over from a dead attempt and may be replaced.
         if self.is_committed(i):
             raise NonDeterministicItemError(
                 f"item {i} of {self.path} was committed by another attempt with other bytes of "
@@ -336,13 +339,13 @@ class StoreWriter:
 
 
 def valid_rows_bytes(rows: NDArray[Any]) -> bytes:
-    """Return the only chunk of the unsharded array `valid_rows`: int32 values and their crc32c."""
+    """Return the only chunk of the unsharded array `valid_rows`: int32 values and a crc32c."""
     data = (rows if len(rows) else np.zeros(1)).astype("<i4").tobytes()
     return data + crc32c(data).to_bytes(4, "little")
 
 
 def _convert(i: int, name: str, given: NDArray[Any], dtype: np.dtype[Any]) -> NDArray[Any]:
-    """Convert a column to the store's data type, after checking its own."""
+    """Check the data type and range of a column, and convert it to the store's data type."""
     if dtype.kind == "i":
         if given.dtype.kind not in "iu":
             raise ItemError(f"item {i}: {name} is {given.dtype}: expected an integer dtype")
@@ -378,7 +381,7 @@ def _record(i: int, n_rows: int, shards: Shards, moments: Mapping[str, Statistic
 
 
 def _differing(first: ItemRecord, n_rows: int, shards: Shards) -> str:
-    """Describe how this attempt differs from the committed one."""
+    """Describe how this attempt differs from the committed attempt."""
     if first.rows != n_rows:
         return f"{first.rows} rows in the store, {n_rows} rows now"
     now = _files(shards)

@@ -1,1 +1,1 @@
-"""The typed config: one file for each YAML group of the application."""
+"""The typed config, with one file for each YAML group of the application."""

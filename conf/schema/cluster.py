@@ -12,23 +12,24 @@ class ClusterConfig:
     """The Ray cluster, and how the stages run on it."""
 
     mode: str = "sequential"
-    """sequential: harvest everything, then train. concurrent: train on the items that have been
-    harvested so far."""
+    """sequential: harvest everything, then train. concurrent: harvest and train at once, using the
+    items that have been harvested so far."""
     max_lead_items: int | None = None
-    """Concurrent mode: number of work items that the harvest may be ahead of the slowest consumer.
-    Null: no limit."""
+    """Maximum number of work items by which the harvest may be ahead of the slowest consumer in
+    concurrent mode. If null, there is no limit."""
     retention: str = "keep"
     """keep: keep all activations. consumed (concurrent mode only): delete activations once neither
-    a consumer nor a kept checkpoint needs them; training then sees every row once."""
+    a consumer nor a kept checkpoint needs them, so that training sees every row at most once."""
     address: str | None = None
-    """Address of a Ray cluster to join. Null: start a private cluster on this machine."""
+    """Address of a Ray cluster to join. If null, a private cluster is started on this machine."""
     harvest_workers: int = 2
-    """Number of harvest workers. With GPUs, fewer are started if there are not enough GPUs."""
+    """Number of harvest workers. On GPUs, fewer are started if there are not enough GPUs."""
     items_in_flight: int = 2
-    """Work items assigned to each harvest worker at a time, including the one that it computes."""
+    """Number of work items assigned to a harvest worker at once, including the one it is
+    computing."""
     max_failures: int = 3
-    """Number of times that the trainer ranks are restarted after the death of one of them, before
-    the run fails."""
+    """Number of times that all trainer ranks are restarted after one of them has died. At the next
+    death, the run fails."""
     placement_timeout_s: float = 30.0
     """Seconds to wait for Ray to place workers and ranks before the run fails."""
 
@@ -36,7 +37,7 @@ class ClusterConfig:
         """Validate all fields.
 
         Raises:
-            ConfigError: If a field is invalid; the error names it.
+            ConfigError: If a field is invalid. The message names the field.
         """
         if self.mode not in ("sequential", "concurrent"):
             raise ConfigError("cluster.mode", self.mode, "sequential or concurrent")

@@ -16,26 +16,26 @@ class DataConfig:
     dataset."""
     package: str | None = None
     """An installed Python package that contains the text; `path` is then relative to the package.
-    Null: `path` is a path on this machine."""
+    If null, `path` is a path on this machine."""
     text_field: str = "text"
     """Field or column with the text, in JSONL, JSON and Parquet files and in datasets."""
     tokens: int = 400_000
-    """Rows to store per hookpoint. Rounded up to whole contexts; if the text is shorter, all of it
-    is stored."""
+    """Number of rows to store per hookpoint, rounded up to whole contexts. If the text has fewer,
+    all of its rows are stored."""
     context_tokens: int = 128
-    """Tokens in a context, BOS included."""
+    """Number of tokens in a context, including BOS."""
     heldout_fraction: float = 0.05
-    """Fraction of the documents that is held out of the store for evaluation. A hash of its text
-    decides for each document."""
+    """Fraction of the documents that is kept out of the store and used for evaluation. A hash of a
+    document's text determines whether the document is held out."""
     drop_special_tokens: bool = True
-    """Do not store the rows of BOS, EOS and padding tokens. Position 0 of a context, an attention
-    sink, is never stored."""
+    """Do not store the rows of BOS, EOS and padding tokens. Position 0 of a context is never
+    stored, because it is an attention sink."""
 
     def validate(self) -> None:
         """Validate all fields.
 
         Raises:
-            ConfigError: If a field is invalid; the error names it.
+            ConfigError: If a field is invalid. The message names the field.
         """
         if not self.path:
             raise ConfigError("data.path", self.path, "a file or a folder of text", "set data.path")

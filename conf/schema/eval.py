@@ -12,9 +12,9 @@ class EvalConfig:
     """Evaluation on held-out text with the SAE spliced into the language model."""
 
     tokens: int = 32_768
-    """Held-out tokens to evaluate on, rounded down to whole contexts (at least one context)."""
+    """Number of held-out tokens to evaluate on, rounded down to whole contexts (at least one)."""
     batch_contexts: int = 8
-    """Contexts per forward pass of the language model."""
+    """Number of contexts per forward pass of the language model."""
 
     def validate(self) -> None:
         """Validate all fields.

@@ -12,16 +12,16 @@ class FitConfig:
     """Scaling laws fitted to the runs of a sweep."""
 
     runs: str | None = None
-    """Runs to fit: a folder of run folders, or a glob pattern of run folders (quote its `*`).
-    Required by stage=fit."""
+    """Runs to fit, as a folder that contains run folders or as a glob pattern that matches run
+    folders (quote the `*`). Required by stage=fit."""
     metric: str = "fvu"
     """Metric to fit: fvu or loss (mean over the last 5% of the training log), or heldout_fvu (the
     FVU on held-out text, measured by stage=evaluate)."""
     hold_out: str = "largest"
-    """Check of the laws. largest: fit them again without the cells of the largest n and forecast
-    those cells; none: no check."""
+    """How to check the laws. largest: fit them again without the runs of the largest dictionary,
+    and forecast the metric of these runs. none: no check."""
     bootstrap: int = 1000
-    """Bootstrap replicates behind each interval; at least 100."""
+    """Number of bootstrap replicates per confidence interval; at least 100."""
 
     def validate(self) -> None:
         """Validate all fields.

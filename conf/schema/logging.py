@@ -9,7 +9,7 @@ from foundation.errors import ConfigError
 
 @dataclass
 class LoggingConfig:
-    """Cadence of the metrics, and where to write them in addition to `metrics.jsonl`."""
+    """How often to write metrics, and where to write them in addition to `metrics.jsonl`."""
 
     wandb: str = "auto"
     """Mode of Weights & Biases: auto (online if an API key is set, otherwise offline), online,
@@ -17,13 +17,13 @@ class LoggingConfig:
     wandb_project: str = "sae"
     """Project on Weights & Biases."""
     every_steps: int = 10
-    """Optimiser steps between two rows of metrics."""
+    """Number of optimiser steps from one row of metrics to the next."""
 
     def validate(self) -> None:
         """Validate all fields.
 
         Raises:
-            ConfigError: If a field is invalid; the error names it.
+            ConfigError: If a field is invalid. The message names the field.
         """
         if self.wandb not in ("auto", "online", "offline", "disabled"):
             raise ConfigError("logging.wandb", self.wandb, "auto, online, offline or disabled")

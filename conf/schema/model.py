@@ -15,36 +15,38 @@ class ModelConfig:
     path: str = ""
     """A local Hugging Face folder, or a model name on the Hugging Face Hub."""
     revision: str | None = None
-    """Revision on the Hub, such as a branch or a commit hash. A hash pins the weights. Null: the
-    default branch."""
+    """Revision on the Hub, such as a branch or a commit hash. A commit hash pins the weights. If
+    null, the default branch is used."""
     package: str | None = None
     """An installed Python package that contains the model's files; `path` is then relative to the
-    package. Null: `path` is a folder or a Hub name."""
+    package. If null, `path` is a folder or a Hub name."""
     gguf_file: str | None = None
-    """Name of a GGUF file in the model's folder. It is dequantised once into the cache. Null: the
-    model has safetensors weights."""
+    """Name of a GGUF file in the model's folder. The file is dequantised once, into the cache. If
+    null, the model has safetensors weights."""
     dtype: str = "bfloat16"
     """Number format of the model's weights and activations: bfloat16, float16 or float32."""
     hookpoints: list[str] = field(default_factory=list)
-    """Tensors to store: `module` for the output of a module, such as `model.layers.9`, or
-    `module@kind` or `module@kind[option=value,...]` for another tensor of it. On the command line,
-    quote those with options: "model.hookpoints=['model.layers.9@kind[option=value]']"."""
+    """Tensors to store: `module` for the output of a module, such as `model.layers.9`, and
+    `module@kind` or `module@kind[option=value,...]` for another tensor of the module. On the
+    command line, quote hookpoints with options:
+    "model.hookpoints=['model.layers.9@kind[option=value]']"."""
     batch_contexts: int = 8
     """Number of contexts in one forward pass."""
     shards: int = 1
-    """Number of GPUs (without GPUs: processes) that one harvest worker splits the model over."""
+    """Number of GPUs, or of processes if there are no GPUs, across which one harvest worker splits
+    the model."""
     d_model: int | None = None
-    """Width of the model, for `stage=plan` on a machine without the model's files. Null: read it
-    from the files."""
+    """Width of the model, for `stage=plan` on a machine without the model's files. If null, it is
+    read from the files."""
     n_parameters: float | None = None
-    """Number of the model's parameters, from which `stage=plan` estimates the harvest. Null: the
-    harvest is not planned."""
+    """Number of the model's parameters, from which `stage=plan` estimates the harvest time. If
+    null, the harvest is not planned."""
 
     def validate(self) -> None:
         """Validate all fields.
 
         Raises:
-            ConfigError: If a field is invalid; the error names it.
+            ConfigError: If a field is invalid. The message names the field.
         """
         if not self.path and not self.package:
             raise ConfigError(

@@ -16,7 +16,7 @@ _OVERRIDES = (
     "disk_gb_per_s",
     "price_per_hour",
 )
-"""Hardware figures that the user may override; null: the value of `plan.hardware`."""
+"""Hardware figures that the user may override. If one is null, `plan.hardware` determines it."""
 
 
 @dataclass
@@ -24,63 +24,65 @@ class PlanConfig:
     """The machines that stage=plan plans for. No setting here changes a run."""
 
     hardware: str = "local"
-    """Machines to plan for: local (this machine, measured once), h100, h200 or a100 (SXM modules,
-    from data sheets)."""
+    """Machines to plan for: local (this machine, measured once), or h100, h200 or a100 (SXM
+    modules, with figures from data sheets)."""
     n_gpus: int | None = None
-    """Search for the fastest mesh of this many GPUs (parallel.latent x parallel.data); null: plan
-    the mesh that parallel.* sets."""
+    """Number of GPUs for which to find the fastest mesh (parallel.latent x parallel.data). If null,
+    the mesh set by parallel.* is planned."""
     gpus_per_node: int = 8
-    """GPUs in a node. They are connected by NVLink, and nodes by the network."""
+    """Number of GPUs in a node. NVLink connects the GPUs of a node, and the network connects the
+    nodes."""
     tflops: float | None = None
-    """Peak dense bfloat16 TFLOP/s of one GPU; null: the value of plan.hardware, as for all settings
-    below whose default is null."""
+    """Peak dense bfloat16 TFLOP/s of one GPU. If null, plan.hardware determines the value; this
+    also applies to the settings below whose default is null, unless they say otherwise."""
     memory_gib: float | None = None
-    """Memory of one GPU in GiB; for CPU ranks, the memory of this machine."""
+    """Memory of one GPU, in GiB. For CPU ranks: memory of this machine."""
     memory_gb_per_s: float | None = None
     """Peak memory bandwidth of one GPU, in GB/s."""
     nvlink_gb_per_s: float | None = None
-    """NVLink bandwidth of one GPU in one direction, in GB/s."""
+    """NVLink bandwidth per GPU and direction, in GB/s."""
     network_gb_per_s: float | None = None
     """Network bandwidth between nodes, per GPU and direction, in GB/s."""
     disk_gb_per_s: float | None = None
-    """Read bandwidth of the store's disks to one node, in GB/s."""
+    """Bandwidth at which one node reads from the store's disks, in GB/s."""
     disk_tib: float | None = None
-    """Disk space for the store, in TiB; null: check the free space of store.path if
-    plan.hardware=local, otherwise check nothing."""
+    """Disk space for the store, in TiB. If null, the free space at store.path is checked with
+    plan.hardware=local, and nothing is checked otherwise."""
     price_per_hour: float | None = None
     """Price of one GPU in US dollars per hour."""
     dead_fraction: float = 0.05
-    """Share of latents that are assumed to be dead and trained by the auxiliary loss; 0: none."""
+    """Fraction of latents assumed to be dead and trained with the auxiliary loss."""
     harvest_mfu: float = 0.3
-    """Share of peak FLOP/s that the language model's forward pass is assumed to reach."""
+    """Fraction of peak FLOP/s that the language model's forward pass is assumed to reach."""
     simulate: bool = False
-    """Simulate the plan at plan.simulate_ranks and print the weak-scaling efficiency."""
+    """Simulate the plan with the numbers of ranks in plan.simulate_ranks, and print the
+    weak-scaling efficiency."""
     simulate_ranks: list[int] = field(default_factory=list)
-    """Numbers of ranks to simulate; empty: those of 8, 16, 64, 256, 1,024 and 4,096 to which the
-    plan's mesh can be scaled."""
+    """Numbers of ranks to simulate. If empty, 8, 16, 64, 256, 1,024 and 4,096 are used, except
+    those to which the plan's mesh cannot be scaled."""
     simulate_steps: int = 50
-    """Steps to simulate at each number of ranks."""
+    """Number of steps to simulate for each number of ranks."""
     grow: str = "latents"
-    """What the simulation scales with the ranks: latents (the dictionary) or batch (the number of
-    data replicas)."""
+    """What the simulation scales with the number of ranks: latents (the dictionary size) or batch
+    (the number of data replicas)."""
     jitter: float = 0.02
-    """Standard deviation of a computation's time from step to step, as a share of its mean."""
+    """Standard deviation of a computation's time across steps, as a fraction of the mean time."""
     slow_ranks: float = 0.01
-    """Share of ranks that are permanently slower than the others."""
+    """Fraction of ranks that are permanently slower than the others."""
     slow_factor: float = 1.1
-    """Time of a computation on a slow rank, as a multiple of the others' time."""
+    """Time of a computation on a slow rank, as a multiple of the time on the other ranks."""
     node_mtbf_hours: float = 6334.0
-    """Mean time between failures of a node, in hours. The default is that of the Llama 3 training:
-    419 interruptions of 16,384 GPUs in 54 days, or one per 50,670 GPU hours (The Llama 3 Herd of
-    Models, arXiv 2407.21783, section 3.3.4)."""
+    """Mean time between failures of a node, in hours. The default comes from the training of
+    Llama 3, in which 16,384 GPUs had 419 interruptions in 54 days, or one per 50,670 GPU hours (The
+    Llama 3 Herd of Models, arXiv 2407.21783, section 3.3.4)."""
     restart_s: float = 120.0
-    """Seconds from a failure to the first step after the newest checkpoint."""
+    """Seconds from a failure until training resumes from the newest checkpoint."""
 
     def validate(self) -> None:
         """Validate all fields.
 
         Raises:
-            ConfigError: If a value is out of range; the error names the setting.
+            ConfigError: If a value is out of range. The message names the setting.
         """
         if self.hardware not in HARDWARE:
             raise ConfigError("plan.hardware", self.hardware, f"one of: {', '.join(HARDWARE)}")

@@ -9,12 +9,12 @@ from foundation.errors import ConfigError
 
 @dataclass
 class ReshardConfig:
-    """Rewriting of the newest checkpoint with a different number of files."""
+    """Settings for rewriting the newest checkpoint with a different number of files."""
 
     shards: int = 1
-    """Number of files for the weights, and the same number for the optimiser's moments."""
+    """Number of files for the weights. The optimiser's moments are written to as many files."""
     to: str | None = None
-    """Folder in which to write `step-N/`; null: `resharded/` in the run folder."""
+    """Folder in which to write `step-N/`. If null, `resharded/` in the run folder is used."""
 
     def validate(self) -> None:
         """Validate all fields.

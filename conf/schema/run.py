@@ -1,4 +1,4 @@
-"""The typed schema of a run's config. Each part is a dataclass next to the code it configures."""
+"""The typed schema of a run's config, composed of one dataclass per group of settings."""
 
 from __future__ import annotations
 
@@ -31,11 +31,12 @@ class RunConfig:
     """The config of a run, composed by `launch.py` and saved as `config.yaml` in the run folder."""
 
     name: str = "demo"
-    """Name of the run, and of its folder under `runs_dir`."""
+    """Name of the run and of its folder in `runs_dir`."""
     stage: str = "pipeline"
-    """Stage to run: pipeline (all stages in order) or the name of a single one."""
+    """Stage to run: pipeline (plan to report, in order) or the name of a single stage."""
     seed: int = 0
-    """Seed of the initial dictionary; also of the order of rows if `store.order_seed` is null."""
+    """Seed of the initial dictionary. If `store.order_seed` is null, also the seed of the row
+    order."""
     runs_dir: str = "runs"
     """Folder that contains all runs."""
     cache_dir: str = "~/.cache/latent-foundry"

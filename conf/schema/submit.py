@@ -14,8 +14,9 @@ from foundation.errors import ConfigError
 class SubmitConfig:
     """The job that `stage=submit` hands to a job backend, such as a scheduler.
 
-    Where a setting is null, the scheduler's default applies unless its help says otherwise. The
-    names before a colon are the only built-in backends that use a setting; others ignore it.
+    If a setting is null, the scheduler's default applies, unless the setting's description says
+    otherwise. Backend names before a colon are the only built-in backends that use the setting; the
+    others ignore it.
     """
 
     scheduler: str = "slurm"
@@ -30,64 +31,70 @@ class SubmitConfig:
     qos: str | None = None
     """slurm: quality of service."""
     nodes: int = 1
-    """slurm, kuberay, skypilot: number of nodes. With more than one, the job starts Ray across
-    them. kuberay does not count the node of Ray's head."""
+    """slurm, kuberay, skypilot: number of nodes. With more than one, the job starts a Ray cluster
+    that spans all of them. For kuberay, the node of Ray's head is not counted."""
     gpus_per_node: int | None = None
-    """slurm, kuberay, skypilot: GPUs on each node."""
+    """slurm, kuberay, skypilot: number of GPUs on each node."""
     cpus_per_task: int | None = None
-    """slurm, kuberay, skypilot: CPU cores on each node, as the job has one task per node. Required
-    by kuberay."""
+    """slurm, kuberay, skypilot: number of CPU cores on each node, because the job has one task per
+    node. Required by kuberay."""
     mem: str | None = None
-    """slurm, kuberay, skypilot: memory of each node, with its unit: 64G. Required by kuberay."""
+    """slurm, kuberay, skypilot: memory of each node with a unit, such as 64G. Required by
+    kuberay."""
     time: str | None = None
-    """slurm: time limit of one attempt in Slurm's format: 90 (minutes), 24:00:00, 2-00:00:00."""
+    """slurm: time limit of one attempt in Slurm's format, such as 90 (minutes), 24:00:00 or
+    2-00:00:00."""
     signal_lead_s: int = 150
-    """slurm: seconds before the time limit at which the job saves a checkpoint and is requeued.
-    ray: seconds that a stopped job has to save a checkpoint."""
+    """slurm: how many seconds before the time limit the job saves a checkpoint and is requeued.
+    ray: number of seconds that a stopped job has to save a checkpoint."""
     max_requeues: int = 100
-    """slurm, kuberay, skypilot: number of times that a preempted job is requeued. 0: never."""
+    """slurm, kuberay, skypilot: maximum number of times that a preempted job is requeued."""
     setup: list[str] = field(default_factory=list)
     """slurm, ray, skypilot: bash lines to run before the job's command, such as `module load cuda`.
-    If a line fails, the job continues unless the line ends with `|| exit 1`. Refused by kuberay."""
+    If a line fails, the job continues unless the line ends with `|| exit 1`. kuberay rejects this
+    setting."""
     sbatch: list[str] = field(default_factory=list)
-    """slurm: further options of sbatch, such as `--exclusive` or `--constraint=h100`."""
+    """slurm: additional options for sbatch, such as `--exclusive` or `--constraint=h100`."""
     address: str = "http://127.0.0.1:8265"
     """ray: address of the cluster's dashboard."""
     working_dir: str | None = None
-    """ray: a folder with the code that is uploaded to the cluster. Null: the cluster already has
-    the code, at the same path."""
+    """ray: folder with the code, to be uploaded to the cluster. If null, the cluster must already
+    have the code at the same path as this machine."""
     launch: list[str] = field(default_factory=list)
-    """First words of the job's command, such as [python, /app/launch.py]. Empty: this Python and
-    this launch.py, or `python launch.py` if working_dir is set. Required by kuberay and
-    skypilot."""
+    """First words of the job's command, such as [python, /app/launch.py]. If empty, the job uses
+    this Python and this launch.py, or `python launch.py` if working_dir is set. Required by kuberay
+    and skypilot."""
     image: str | None = None
-    """kuberay, skypilot: container image with the code; docker/ builds one. Required."""
+    """kuberay, skypilot: container image with the code, such as the one built from docker/.
+    Required."""
     namespace: str = "default"
     """kuberay: namespace of the job."""
     gpu: str | None = None
     """skypilot: name of the GPU, such as H100. kuberay: value of the node label
     nvidia.com/gpu.product."""
     volume: str | None = None
-    """kuberay: name of a PersistentVolumeClaim (ReadWriteMany). skypilot: name of a volume. It
-    stores the runs and the cache. Required."""
+    """kuberay: name of a PersistentVolumeClaim (ReadWriteMany). skypilot: name of a volume. The
+    volume stores the runs and the cache. Required by both."""
     mount: str = "/runs"
-    """kuberay, skypilot: where the volume is mounted. The job uses it as runs_dir."""
+    """kuberay, skypilot: path at which the volume is mounted. The job uses this path as
+    runs_dir."""
     shm: str = "8Gi"
-    """kuberay: size of /dev/shm on each node, with its unit: 8Gi."""
+    """kuberay: size of /dev/shm on each node with a unit, such as 8Gi."""
     secrets: list[str] = field(default_factory=list)
     """kuberay: names of Secrets whose keys become environment variables. skypilot: names of
-    variables to pass on with `sky jobs launch --secret`. Give names only, never values."""
+    environment variables to pass to the job with `sky jobs launch --secret`. Give only names, never
+    values."""
     spot: bool = False
-    """skypilot: use spot instances, which the cloud may take back at any time."""
+    """skypilot: use spot instances, which the cloud may reclaim at any time."""
 
     def validate(self) -> None:
-        """Validate the fields that mean the same to all backends.
+        """Validate the fields whose meaning is the same for all backends.
 
-        Each backend validates the other fields that it uses (`JobBackend.check` in
-        `cluster.jobs.backend`), when the submit stage begins.
+        When the submit stage begins, the chosen backend validates the other fields that it uses
+        (`JobBackend.check` in `cluster.jobs.backend`).
 
         Raises:
-            ConfigError: If a field is invalid; the error names it.
+            ConfigError: If a field is invalid. The message names the field.
         """
         for name in ("nodes", "gpus_per_node", "cpus_per_task"):
             value = getattr(self, name)

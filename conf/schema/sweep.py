@@ -11,38 +11,39 @@ AXES = ("n_latents", "k", "lr", "seed", "architecture")
 
 @dataclass
 class SweepConfig:
-    """A grid of SAEs trained on one store: one cell per combination of the axes' values."""
+    """A grid of SAEs trained on one store, with one cell per combination of the axes' values."""
 
     n_latents: list[int] = field(default_factory=list)
-    """Dictionary sizes; empty: sae.n_latents only."""
+    """Dictionary sizes. If empty, only sae.n_latents is used."""
     k: list[int] = field(default_factory=list)
-    """Numbers of active latents per row; empty: sae.k only."""
+    """Numbers of active latents per row. If empty, only sae.k is used."""
     lr: list[float | None] = field(default_factory=list)
-    """Peak learning rates; empty: optim.lr only. A null value in the list uses the rule of
-    optim.lr=null, proportional to 1/sqrt(n_latents)."""
+    """Peak learning rates. If empty, only optim.lr is used. A null in the list has the same meaning
+    as optim.lr=null: a learning rate proportional to 1/sqrt(n_latents)."""
     seed: list[int] = field(default_factory=list)
-    """Seeds of the initial dictionary; empty: seed only. The order of the rows is the same in all
-    cells (store.order_seed)."""
+    """Seeds of the initial dictionary. If empty, only the run's seed is used. The order of the rows
+    is the same in all cells (store.order_seed)."""
     architecture: list[str] = field(default_factory=list)
-    """SAE architectures; empty: sae.architecture only."""
+    """SAE architectures. If empty, only sae.architecture is used."""
     overrides: list[str] = field(default_factory=list)
-    """Settings for single cells, CELL:KEY=VALUE, for example `n1024-k32:optim.lr=1e-3`. KEY is in
-    sae (except hookpoint and the axes above), in optim, or train.tokens."""
+    """Overrides for individual cells, written CELL:KEY=VALUE, such as `n1024-k32:optim.lr=1e-3`.
+    KEY may be a setting of sae (except hookpoint and the axes above), a setting of optim, or
+    train.tokens."""
     saes_per_process: int | None = None
-    """Cells that train at the same time from one row stream; null: as many as the plan says fit in
-    memory. On GPUs only their own memory is counted, and the host needs room for the checkpoint
-    copies of all these cells."""
+    """Number of cells to train concurrently from one row stream. If null, as many as the plan
+    estimates will fit in memory. On GPUs, the estimate covers only GPU memory; the host must also
+    have enough memory for checkpoint copies of all these cells."""
     diverged_fvu: float | None = 1.0
-    """Stop a cell if its FVU is above this value or not finite, after diverged_grace_tokens; null:
-    never."""
+    """Stop a cell if its FVU is above this value or not finite after diverged_grace_tokens. If
+    null, no cell is stopped."""
     diverged_grace_tokens: int = 200_000
-    """Tokens that a cell is trained on before diverged_fvu applies to it."""
+    """Number of tokens on which a cell is trained before diverged_fvu applies to it."""
 
     def validate(self) -> None:
         """Validate all fields.
 
         Raises:
-            ConfigError: If a value is out of range; the error names the setting.
+            ConfigError: If a value is out of range. The message names the setting.
         """
         for axis in AXES:
             values = getattr(self, axis)
