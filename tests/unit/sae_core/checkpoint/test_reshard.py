@@ -125,13 +125,18 @@ def test_files_are_readable_by_safetensors(tmp_path: Path):
 
 @pytest.mark.slow
 def test_a_large_checkpoint_is_copied_in_little_memory(tmp_path: Path):
-    if shutil.disk_usage(tmp_path).free < 3 << 30 or not os.path.exists("/proc/self/status"):
-        pytest.skip("needs 3 GiB of free disk and /proc/self/status")
-    peaks = {}
-    for n_latents in (16, 12_800):
-        run_dir = tmp_path / str(n_latents)
+    if shutil.disk_usage(tmp_path).free < 4 << 30 or not os.path.exists("/proc/self/status"):
+        pytest.skip("needs 4 GiB of free disk and /proc/self/status")
+
+    def peak(run_dir: Path, n_latents: int) -> int:
         make_checkpoint(run_dir / "checkpoints", n_latents, 2048, empty=True)
-        peaks[n_latents], _ = measure(run_dir, "export", "reshard")
-    files = (tmp_path / "12800" / "checkpoints").rglob("*.safetensors")
+        return measure(run_dir, "export", "reshard")[0]
+
+    # Mapped pages of the files count as resident, more of them on a busy machine: measure twice.
+    peaks = {
+        n_latents: min(peak(tmp_path / f"{n_latents}-{i}", n_latents) for i in range(2))
+        for n_latents in (16, 12_800)
+    }
+    files = (tmp_path / "12800-0" / "checkpoints").rglob("*.safetensors")
     assert sum(file.stat().st_size for file in files) > 600e6
     assert peaks[12_800] - peaks[16] < 100 << 20, peaks
