@@ -29,7 +29,7 @@ demo: $(STAMP) ## run the whole pipeline on a small real model (minutes on 2 cor
 	@echo "open runs/demo/report/index.html"
 
 test: $(STAMP) peers ## run all tests
-	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --durations=20
 
 test-fast: $(STAMP) ## run the tests that do not start processes
 	$(BIN)/python -m pytest -m "not slow and not distributed and not ray" tests/unit
