@@ -300,6 +300,23 @@ def groups(tmp_path: Path) -> Iterator[dict[tuple[int, int, int], Group]]:
         group.end()
 
 
+@pytest.mark.parametrize("how", ["flip", "truncate"])
+def test_a_damaged_newest_checkpoint_is_skipped(tmp_path, groups, how):
+    """One fixed sequence of rules, whichever examples the machine draws below."""
+    Checkpoints.groups, Checkpoints.folder = groups, tmp_path / "machine"
+    machine = Checkpoints()
+    for _ in range(2):
+        machine.resume_train_save(MESHES[0], 1, 3, None)
+    first, last = sorted(machine.expected)
+    machine.damage(0, how, seed=0)
+    assert machine.newest == first
+    machine.the_newest_valid_one_is_found()
+    machine.resume_train_save(MESHES[0], 1, 3, None)  # checks which one is resumed, and named
+    assert machine.newest == last, "the damaged checkpoint was not replaced"
+    machine.the_newest_valid_one_is_found()
+    machine.nothing_else_is_there_or_missing()
+
+
 def test_the_newest_valid_checkpoint_always_loads(tmp_path, groups):
     Checkpoints.groups, Checkpoints.folder = groups, tmp_path / "machine"
     run_state_machine_as_test(

@@ -203,7 +203,7 @@ MUTATIONS = (
         22,
         "a run resumes from the newest checkpoint without checking it",
         (Edit(_FOLDER, _CHECK_FOLDER, "        try:\n            read_state(folder)\n"),),
-        ("tests/fault/test_state_machine.py",),
+        ("tests/fault/test_state_machine.py::test_a_damaged_newest_checkpoint_is_skipped",),
         timeout_s=600,
     ),
     one_edit(
