@@ -164,7 +164,7 @@ class ShuffledRows:
         return parts
 
     def first_item_needed(self, row: int) -> int:
-        """Return the first item of the window of epoch 0 that holds a row; see `stream.py`."""
+        """Return the first item of the epoch-0 window that contains a row; see `stream.py`."""
         # Read `finalised` first; `Store` explains why.
         final = self.store.finalised
         n_items = self.store.n_items

@@ -85,7 +85,7 @@ class SplicedEvaluation:
             accumulator.add_predictions(predictions)
 
     def _reconstruct(self, x: Tensor, kept: Tensor) -> Tensor:
-        """Return [B, T-1, D] reconstructions; pass the rows a store would keep to accumulators."""
+        """Return reconstructions [B, T-1, D]; feed the accumulators the rows a store would keep."""
         values, indices = self._sae.encode_topk(x)
         recon = self._sae.decode_topk(values, indices)
         rows = Rows(x[kept], recon[kept], values[kept], indices[kept])

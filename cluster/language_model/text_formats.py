@@ -142,7 +142,7 @@ class Parquet(Columns):
     suffixes = (".parquet",)
 
     def batches(self, file: Path, field: str) -> Iterator[list[str | None]]:
-        """Yield batches of `ROWS_PER_READ` rows. Only this column is read."""
+        """Yield the column in batches of up to `ROWS_PER_READ` rows; others are not read."""
         import pyarrow.parquet
 
         table = pyarrow.parquet.ParquetFile(file)

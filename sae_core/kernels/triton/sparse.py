@@ -129,7 +129,7 @@ def decode_shape(D: int) -> dict[str, int]:
 
 
 def decode(active: SparseLatents, W_dec: torch.Tensor) -> torch.Tensor:
-    """See `Kernels.decode`; the result has the dtype of the values, sums are float32."""
+    """See `Kernels.decode`. Sums are float32; the result has the dtype of the values."""
     W_dec = contiguous_columns(W_dec)
     B = len(active.offsets)
     D = W_dec.shape[1]
