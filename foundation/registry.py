@@ -66,19 +66,26 @@ class Registry(Generic[T]):
             FoundryError: If an installed package declares a name that is already taken.
         """
         if not self._looked_for_plugins:
-            for point in entry_points(group=self.group):
-                package = point.dist.name if point.dist else "an installed package"
-                if self._places.get(point.name, point.value) != point.value:
-                    owner = self._packages.get(point.name, "this project")
-                    raise FoundryError(
-                        f"{package} declares the {self.kind} {point.name!r}, which already belongs "
-                        f"to {owner}; uninstall {package}, or rename its entry point in the group "
-                        f"{self.group}"
-                    )
-                self._places[point.name] = point.value
-                self._packages[point.name] = package
-            self._looked_for_plugins = True
+            self._find_plugins()
         return list(dict.fromkeys([*self._places, *self._members]))
+
+    def _find_plugins(self) -> None:
+        places = dict(self._places)
+        packages: dict[str, str] = {}
+        for point in entry_points(group=self.group):
+            package = point.dist.name if point.dist else "an installed package"
+            if places.setdefault(point.name, point.value) != point.value:
+                owner = packages.get(point.name, "this project")
+                raise FoundryError(
+                    f"{package} declares the {self.kind} {point.name!r}, which already belongs "
+                    f"to {owner}; uninstall {package}, or rename its entry point in the group "
+                    f"{self.group}"
+                )
+            packages[point.name] = package
+        # Only now: after an error, the next call must find the same clash again.
+        self._places = places
+        self._packages = packages
+        self._looked_for_plugins = True
 
     def __contains__(self, name: object) -> bool:
         return name in self.names()

@@ -221,10 +221,7 @@ def open_checkpoint(folder: Path, name: str | None = None) -> StoredSAE:
     """
     state = read_state(folder)
     name = _pick(folder, state, name)
-    try:
-        config = settings_from_json(state.saes[name])
-    except ValueError as error:
-        raise DamagedCheckpointError(f"{folder / STATE}: {error}") from error
+    config = settings_from_json(state.saes[name])  # `read_state` has checked it
     try:
         stored = _under(read_layout(folder / WEIGHTS), f"{name}.")
         width = check_shapes(config, {key: tensor.shape for key, tensor in stored.items()})
