@@ -9,16 +9,19 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from cluster.openmp import waiting_variables
-from conf.config_store import store_schemas
-from conf.schema.run import RunConfig
+from foundation.own_packages import require_own_packages
+
+if TYPE_CHECKING:
+    from conf.schema.data import DataConfig, MixedText
+    from conf.schema.model import ModelConfig
+    from conf.schema.run import RunConfig
 
 SCALING_LAWS = ("harvest", "sweep", "fit")
 PIPELINE = ("plan", "harvest", "train", "evaluate", "export", "report")
@@ -40,6 +43,18 @@ STAGES = {
 HARVEST_AND_TRAIN = "harvest and train"
 """Internal stage that harvests and trains concurrently. The pipeline uses it; users cannot."""
 CONCURRENT = ("plan", HARVEST_AND_TRAIN, "evaluate", "export", "report")
+STAGES_WITH_SAVED_CONFIG = (
+    "train",
+    "evaluate",
+    "export",
+    "report",
+    "verify",
+    "repair",
+    "reshard",
+    "status",
+)
+"""Stages that continue an existing run with its saved config, changed only by the keys that are set
+on the command line. If an option of a group is chosen there, the composed config is used."""
 READ_ONLY_STAGES = ("plan", "verify", "reshard", "status", "fit", "submit")
 """Stages that do not change the run and may be used while the run is active.
 
@@ -55,7 +70,9 @@ def compose_and_run(composed: DictConfig) -> None:
     with _report_errors():
         from cluster.preemption import on_preemption, raise_interrupted
         from cluster.run_folder.opening import open_run
+        from cluster.run_folder.relocation import follow_link
         from conf.checks import validate
+        from conf.effects import without_effect
         from conf.multirun import cell_name
 
         if HydraConfig.get().mode == RunMode.MULTIRUN:
@@ -64,7 +81,13 @@ def compose_and_run(composed: DictConfig) -> None:
         # Do this before validation, which must recognise that two spellings of a path are one
         # store.
         _make_paths_absolute(config)
+        follow_link(config)
+        given = _given_keys()
+        if config.stage in STAGES_WITH_SAVED_CONFIG:
+            config = _continued(config, given)
         validate(config, ("pipeline", "scaling_laws", *STAGES))
+        for line in without_effect(config, given):
+            print(f"{config.stage}: {line}")
         stages: tuple[str, ...] = (config.stage,)
         if config.stage == "pipeline":
             stages = CONCURRENT if config.cluster.mode == "concurrent" else PIPELINE
@@ -81,6 +104,28 @@ def compose_and_run(composed: DictConfig) -> None:
             for stage in stages:
                 more = [_arguments()] if stage == "submit" else []
                 import_module(MODULES[stage]).run(config, run_dir, *more)
+
+
+def _given_keys() -> set[str]:
+    """Return the keys and groups that are set on the command line."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    arguments = list(HydraConfig.get().overrides.task)
+    keys = {one.key_or_group for one in OverridesParser.create().parse_overrides(arguments)}
+    return {key for key in keys if not key.startswith("hydra")}
+
+
+def _continued(config: RunConfig, keys: set[str]) -> RunConfig:
+    """Return the saved config of the run, if there is one, with the keys that the user set."""
+    from cluster.run_folder.saved_config import continued
+
+    plain = {key for key in keys if "." in key or not hasattr(getattr(config, key, 0), "__dict__")}
+    if "experiment" in keys or plain < keys or "sae.architecture" in keys:
+        return config
+    config, changes = continued(config, plain)
+    for change in changes:
+        print(f"{config.stage}: set for this run's saved config: {change}")
+    return config
 
 
 def _arguments() -> list[str]:
@@ -105,7 +150,8 @@ def _make_paths_absolute(config: RunConfig) -> None:
     for mixed in config.store.mixture:
         mixed.path = _absolute(mixed.path)
     config.cache_dir = str(Path(config.cache_dir).expanduser().resolve())
-    for part in (config.model, config.data):
+    parts: list[ModelConfig | DataConfig | MixedText] = [config.model, config.data]
+    for part in (*parts, *config.data.mixture):
         local = Path(part.path).expanduser()
         if part.path and part.package is None and local.exists():
             part.path = str(local.resolve())
@@ -146,7 +192,7 @@ def _report_errors() -> Iterator[None]:
     try:
         yield
     except (Exception, KeyboardInterrupt) as error:
-        message, code = describe_error(error)
+        message, code = describe_error(error, sys.argv[1:])
         if message is None:
             raise
         print(message, file=sys.stderr)
@@ -160,6 +206,9 @@ def _report_errors() -> Iterator[None]:
 
 def main() -> None:
     """Run the command line."""
+    require_own_packages()
+    from cluster.openmp import waiting_variables
+
     # By default, Hydra prints composition errors and exits with 1. This setting makes Hydra raise
     # them instead.
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
@@ -175,13 +224,16 @@ def main() -> None:
     # intended.
     warnings.filterwarnings("ignore", "(?s).*is validated against ConfigStore schema")
     with _report_errors():
+        from conf.config_store import store_schemas
         from conf.multirun import with_constant_keys
+        from conf.spelling import require_no_dashes
 
         store_schemas()
         sys.argv[1:] = with_constant_keys(sys.argv[1:])
         if "--keys" in sys.argv:
             _print_keys([word for word in sys.argv[1:] if word != "--keys"])
             return
+        require_no_dashes(sys.argv[1:])
         compose_and_run()
 
 

@@ -53,7 +53,7 @@ COLUMNS = (
     *("channel_fvu", "most_channel_fvu", "row_fvu", "sae_fvu", "sae_fvu_ratio"),
 )
 BATCH_ROWS, BUFFER_ROWS, WINDOW_ITEMS = 2048, 65_536, 16
-VARIANT = "stock, fused, prefilter"
+VARIANT = "stock, fused update"
 
 
 def main() -> None:

@@ -251,8 +251,8 @@ def main() -> None:
 
 def _rates(hardware: Hardware) -> dict[str, Any]:
     return {
-        "work": {"prefilter": hardware.prefilter},
         "rates": vars(hardware.rates),
+        "prefiltered": vars(hardware.prefiltered) if hardware.prefiltered else None,
         "link": vars(hardware.node),
     }
 

@@ -29,6 +29,7 @@ import torch.distributed as dist
 
 from activation_store import Store, open_store
 from benchmarks.harness.one_rank import start_one_rank
+from benchmarks.harness.rounded_kernels import ROUNDED
 from benchmarks.harness.table import format_table, write_json
 from cluster.training.batch_order import BatchOrder
 from cluster.training.store_source import StoreSource
@@ -36,6 +37,7 @@ from sae_core.architectures.topk.settings import topk_settings
 from sae_core.config import CheckpointConfig, OptimConfig, TopKConfig, TrainConfig, TrainerConfig
 from sae_core.distributed.mesh import Mesh
 from sae_core.kernels.prefilter import Prefilter, uncertified
+from sae_core.kernels.registry import KERNELS
 from sae_core.kernels.stock.body import StockKernels
 from sae_core.kernels.stock.prefilter_bfloat16 import Bfloat16Prefilter
 from sae_core.kernels.triton.prefilter_float8 import (
@@ -59,10 +61,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "reference": {"kernels": "reference", "prefilter": "none", "update": "dense"},
     "stock, dense update": {"prefilter": "none", "update": "dense"},
     "stock, fused update": {"prefilter": "none"},
-    "stock, fused, prefilter": {"prefilter": "auto"},
+    "stock, fused, prefilter": {"prefilter": "bfloat16x3"},
     "bfloat16 product": {"compute_dtype": "bfloat16"},
     "bfloat16 moments": {"moments": "bfloat16"},
-    "gathered in bfloat16": {"gather_dtype": torch.bfloat16},
+    "rounded as on a GPU": {"kernels": "rounded", "prefilter": "none"},
     "auxk on 1/4 of the rows": {"auxk_rows": 1 / 4},
     "auxk on 1/8 of the rows": {"auxk_rows": 1 / 8},
     "auxk on 1/16 of the rows": {"auxk_rows": 1 / 16},
@@ -161,11 +163,8 @@ def train(
 
     with tempfile.TemporaryDirectory() as folder:
         mesh = Mesh.create("cpu", 1, 1)
-        trainer = Trainer(config, mesh, source, Path(folder), SEED, keep, report_every=10)
-        # `gather_dtype` is not a config key, because the Triton kernels set it themselves. Here,
-        # its effect is tested with the stock kernels.
-        kernels = trainer.engine.sae.kernels
-        kernels.gather_dtype = VARIANTS[name].get("gather_dtype")
+        with KERNELS.registered("rounded", ROUNDED):
+            trainer = Trainer(config, mesh, source, Path(folder), SEED, keep, report_every=10)
         trainer.calibrate()
         _weaken(trainer, weakened)
         train_to_end(trainer)

@@ -66,10 +66,10 @@ def _check_one_pass(config: RunConfig, job: HarvestJob) -> None:
         raise ConfigError(
             "cluster.retention",
             config.cluster.retention,
-            f"keep, as train.tokens={config.train.tokens} needs more than the {job.plan.n_rows} "
-            "rows of the text",
-            f"or set train.tokens={max_steps * config.train.batch_tokens} to train on every row "
-            "once",
+            f"keep, because train.tokens={config.train.tokens} needs more than the "
+            f"{job.plan.n_rows} rows of the text",
+            "set cluster.retention=keep, or "
+            f"train.tokens={max_steps * config.train.batch_tokens} to train on every row once",
         )
 
 

@@ -1,9 +1,9 @@
-"""Preemption: signals by which a scheduler announces that it will take the machine back.
+"""Preemption: signals by which a scheduler takes the machine back, or a user ends a run.
 
-SIGTERM and SIGUSR1 mean the same. On either signal the driver stops its work or, while trainer
-ranks run, asks the ranks through a file in the run folder to save a last checkpoint. Ranks also
-handle the signals themselves. The run then ends with exit code 75, and running the same command
-again resumes it.
+SIGTERM, SIGUSR1 and SIGINT (Ctrl-C) mean the same. On any of them the driver stops its work or,
+while trainer ranks run, asks the ranks through a file in the run folder to save a last checkpoint.
+Ranks also handle the signals themselves. The run then ends with exit code 75, and running the same
+command again resumes it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from types import FrameType
 from cluster.run_folder.files import STOP_REQUEST
 from foundation.errors import EXIT_PREEMPTED
 
-_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 _BLOCKED = (signal.SIGUSR1,)
 """Signals that are blocked while Ray starts. SIGTERM is not, because Ray uses it to stop
 processes."""
@@ -59,13 +59,18 @@ def on_preemption(action: Callable[[str], None], grace_s: float) -> Iterator[Non
         nonlocal n_signals
         n_signals += 1
         if n_signals == 1:
+            if number == signal.SIGINT:
+                # Not `print`, which must not be called from within another call of itself.
+                os.write(2, b"\nstopping; press Ctrl-C again to leave at once\n")
             action(signal.Signals(number).name)
 
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
     threading.Thread(target=_watch, args=(reader, grace_s), daemon=True).start()
     outer_fd = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-    outer = {number: signal.signal(number, handle) for number in _SIGNALS}
+    # A shell without job control starts background commands with SIGINT ignored, and means it.
+    heeded = [number for number in _SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+    outer = {number: signal.signal(number, handle) for number in heeded}
     # Ranks inherit a signal mask that blocks SIGUSR1; see `signals_kept`.
     mask = signal.pthread_sigmask(signal.SIG_UNBLOCK, _BLOCKED)
     try:

@@ -21,8 +21,8 @@ import torch.distributed as dist
 
 from cluster.errors import ClusterError, PreemptedError
 from cluster.preemption import StopRequest, on_preemption
-from cluster.run_folder.environment import environment
-from cluster.run_folder.files import CONFIG, ENVIRONMENT, rank_heartbeat
+from cluster.run_folder.environment import record_training
+from cluster.run_folder.files import CONFIG, rank_heartbeat
 from cluster.run_folder.lock import rank_lock
 from cluster.run_folder.saved_config import load_config
 from cluster.run_folder.sweep_record import clear_record
@@ -33,7 +33,6 @@ from cluster.training.store_cursor import unregister
 from cluster.training.watchdog import Watchdog
 from conf.schema.run import RunConfig
 from conf.schema.sweep import SweepConfig
-from foundation.atomic_files import write_json
 from foundation.errors import EXIT_FAILED, EXIT_PREEMPTED, ConfigError, FoundryError
 from sae_core.distributed.ranks import is_rank_zero
 from sae_core.training.malloc import keep_freed_memory
@@ -134,7 +133,7 @@ def _member(
     """Return a member of the training group. Its metric sinks are closed by `open_sinks`."""
     if not is_rank_zero():
         return Member(folder, config, None, limits)
-    write_json(folder / ENVIRONMENT, environment())
+    record_training(folder)
     sinks = MetricSinks(config, folder, console)
     open_sinks.callback(sinks.close)
     return Member(folder, config, sinks, limits)
@@ -149,9 +148,9 @@ def _device(name: str, local_rank: int) -> torch.device:
     count = torch.cuda.device_count()
     if local_rank >= count:
         raise ConfigError(
-            "parallel.latent x parallel.data",
+            "number of ranks on this machine",
             local_rank + 1,
-            f"at most {count} ranks on this machine, one per device",
+            f"at most {count}, one per CUDA device; lower parallel.latent or parallel.data",
         )
     torch.cuda.set_device(local_rank)
     return torch.device("cuda", local_rank)
@@ -179,7 +178,7 @@ def main() -> None:
         sys.exit(_report(f"{error}; run the same command again to resume", EXIT_PREEMPTED))
     except FoundryError as error:
         _exit_now(_report(f"error: {error}", EXIT_FAILED))
-    except Exception:
+    except Exception:  # the process ends here; other threads must not keep it alive
         traceback.print_exc()
         _exit_now(1)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -13,6 +14,12 @@ from conf.schema.cluster import ClusterConfig
 OBJECT_STORE_BYTES = 128 << 20
 """Size of Ray's object store. It is small, because only row counts and metrics pass through Ray,
 and activations do not."""
+
+_SHORT_FOLDER = "/tmp"
+_MAX_FOLDER_BYTES = 107 - len(
+    "/ray/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store"
+)
+"""Longest temporary folder in which the paths of Ray's sockets have at most 107 bytes."""
 
 
 @contextmanager
@@ -63,7 +70,24 @@ def _start(num_cpus: int) -> None:
         logging_level="ERROR",
         log_to_driver=False,
         object_store_memory=OBJECT_STORE_BYTES,
+        _temp_dir=_short_temporary_folder(),
     )
+
+
+def _short_temporary_folder() -> str | None:
+    """Return a folder for Ray's sockets if the usual one has too long a path, otherwise None.
+
+    The system limits the length of a socket's path. Ray would fail with an error about it.
+    """
+    usual = os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or _SHORT_FOLDER
+    if len(os.fsencode(usual)) <= _MAX_FOLDER_BYTES:
+        return None
+    print(
+        f"ray: {usual} is too long for the paths of Ray's sockets (at most {_MAX_FOLDER_BYTES} "
+        f"bytes); Ray uses {_SHORT_FOLDER}/ray",
+        file=sys.stderr,
+    )
+    return f"{_SHORT_FOLDER}/ray"
 
 
 def _join(address: str) -> None:

@@ -7,6 +7,7 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
+from conf.hookpoint import find_hookpoint
 from conf.schema.run import RunConfig
 from foundation.errors import ConfigError
 
@@ -31,7 +32,10 @@ def validate(config: RunConfig, stages: tuple[str, ...]) -> None:
         raise ConfigError("stage", config.stage, f"one of: {', '.join(stages)}")
     if not _NAME.fullmatch(config.name) or ".." in config.name:
         raise ConfigError(
-            "name", config.name, "a name of letters, digits, '.', '_' and '-', not a path"
+            "name",
+            config.name,
+            "a name, not a path: at most 128 letters, digits, '.', '_' and '-', starting with a "
+            "letter or digit and without '..'",
         )
     if config.seed < 0:
         raise ConfigError("seed", config.seed, "0 or more")
@@ -95,7 +99,7 @@ def _check_no_credentials(config: RunConfig) -> None:
     """Reject addresses that contain credentials, because the config is saved and logged."""
     for group, part in vars(config).items():
         for key, value in getattr(part, "__dict__", {group: part}).items():
-            texts = config.store.paths if key == "mixture" else value
+            texts = [one.path for one in value] if key == "mixture" else value
             for text in texts if isinstance(texts, list) else [texts]:
                 if isinstance(text, str) and _CREDENTIALS.search(text):
                     raise ConfigError(
@@ -122,7 +126,15 @@ def _check_harvest_fits_store(config: RunConfig) -> None:
         )
     _check_concurrent(config)
     hookpoint = config.sae.hookpoint
-    if hookpoint is not None and hookpoint not in config.model.hookpoints:
+    if hookpoint is None and len(config.model.hookpoints) > 1 and config.stage != "harvest":
+        raise ConfigError(
+            "sae.hookpoint",
+            None,
+            f"one of model.hookpoints={config.model.hookpoints}, as an SAE is trained on one",
+            f"set 'sae.hookpoint={config.model.hookpoints[0]}', and train on the others with "
+            "stage=train and the same store.path",
+        )
+    if hookpoint is not None and find_hookpoint(hookpoint, config.model.hookpoints) is None:
         raise ConfigError(
             "sae.hookpoint", hookpoint, f"one of model.hookpoints={config.model.hookpoints}"
         )
@@ -145,14 +157,15 @@ def _check_concurrent(config: RunConfig) -> None:
         raise ConfigError(
             "cluster.max_lead_items",
             cluster.max_lead_items,
-            f"at least {needed}: enough windows (store.window_items={window}) for a batch of "
-            f"train.batch_tokens={config.train.batch_tokens}, and one more",
-            "raise it; otherwise harvest and training would wait for each other forever",
+            f"at least {needed}: the windows (store.window_items={window}) that hold a batch of "
+            f"train.batch_tokens={config.train.batch_tokens}, plus one window",
+            "raise it, or harvest and training will wait for each other forever with "
+            "cluster.mode=concurrent",
         )
     if cluster.retention == "consumed" and config.train.tokens > config.data.tokens:
         raise ConfigError(
             "cluster.retention",
             cluster.retention,
             f"keep, or train.tokens of at most data.tokens={config.data.tokens}",
-            "use cluster.retention=keep, because training needs its rows more than once",
+            "use cluster.retention=keep, because training needs the rows more than once",
         )

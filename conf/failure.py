@@ -3,34 +3,60 @@
 from __future__ import annotations
 
 import difflib
+import errno
 import re
+from collections.abc import Sequence
 
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
 from conf.schema.run import RunConfig
+from conf.spelling import suggestion
 from foundation.errors import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_PREEMPTED, FoundryError
 from sae_core.architectures.registry import ARCHITECTURES
 
-_NOISE = ("object_type=", "reference_type=", "To append to", "Config search path", "provider=")
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+_NOISE = (
+    "object_type=",
+    "reference_type=",
+    "To append to",
+    "Config search path",
+    "provider=",
+    "See https://hydra",
+    "^",
+    "1. To",
+    "2. To",
+    "3. To",
+)
 """Beginnings of lines in Hydra's messages that do not help the user."""
 
 
-def describe_error(error: BaseException) -> tuple[str | None, int]:
+def describe_error(error: BaseException, arguments: Sequence[str] = ()) -> tuple[str | None, int]:
     """Return the message for the user and the exit code.
 
     The message is None for an unexpected exception. Its traceback should be shown instead.
+
+    Args:
+        error: The exception that ended the command.
+        arguments: The arguments of the command line, for the correct spelling of a setting.
     """
     if getattr(error, "exit_code", None) == EXIT_PREEMPTED:
-        return f"preempted: {error}; run the same command again to resume", EXIT_PREEMPTED
+        what = "interrupted" if str(error) == "SIGINT" else f"preempted: {error}"
+        return f"{what}; run the same command again to resume", EXIT_PREEMPTED
     if isinstance(error, KeyboardInterrupt):
         return "interrupted; run the same command again to resume", EXIT_FAILED
     if isinstance(error, HydraException | OmegaConfBaseException):
-        return f"error: {_config_message(error)}", EXIT_BAD_INPUT
+        written = suggestion(arguments)
+        remedy = f"; write {written}" if written else ""
+        return f"error: {_config_message(error)}{remedy}", EXIT_BAD_INPUT
     if isinstance(error, FoundryError):
         return f"error: {error}", error.exit_code
-    if isinstance(error, OSError) and error.filename is not None:
-        return f"error: {error.filename}: {error.strerror}", EXIT_FAILED
+    if isinstance(error, OSError) and (error.filename is not None or error.errno in _FULL):
+        where = (
+            error.filename or "a file in runs_dir, store.path, cache_dir or the temporary folder"
+        )
+        remedy = "; free space and run the same command again" if error.errno in _FULL else ""
+        return f"error: {where}: {error.strerror}{remedy}", EXIT_FAILED
     return None, EXIT_FAILED
 
 
@@ -41,6 +67,7 @@ def _config_message(error: BaseException) -> str:
         lines += str(error.__cause__).splitlines()
     kept = [line.strip().rstrip(".:") for line in lines]
     message = "; ".join(line for line in kept if line and not line.startswith(_NOISE))
+    message = message.replace("LexerNoViableAltException: ", "could not read ")
     unknown = re.search(r"not in '(\w+)'; full_key: ([\w.]+)", message)
     if unknown:
         near = difflib.get_close_matches(unknown[2], _keys(_config_with(unknown[1])), n=2)

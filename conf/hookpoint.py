@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from foundation.errors import ConfigError
@@ -84,6 +84,32 @@ def check_hookpoints(texts: Sequence[str]) -> None:
         raise ConfigError(
             "model.hookpoints", list(texts), "each hookpoint only once", "remove the duplicates"
         )
+
+
+def find_hookpoint(text: str, names: Iterable[str]) -> str | None:
+    """Return the one of `names` that is the same tensor as `text`; None if there is none.
+
+    An equal name is preferred. Names of a store's arrays need not be hookpoints; such a name
+    matches only itself.
+
+    Args:
+        text: A hookpoint, or the name of an array.
+        names: Hookpoints, or names of arrays.
+    """
+    known = list(names)
+    if text in known:
+        return text
+    wanted = _parsed(text)
+    if wanted is None:
+        return None
+    return next((name for name in known if _parsed(name) == wanted), None)
+
+
+def _parsed(text: str) -> Hookpoint | None:
+    try:
+        return parse_hookpoint(text)
+    except ConfigError:
+        return None
 
 
 def _malformed(key: str, text: str) -> ConfigError:

@@ -67,7 +67,9 @@ def cells_of(config: RunConfig, run_dir: Path) -> dict[str, RunConfig]:
         cell.trainer.validate()
         if name in cells:
             # Names contain the learning rate rounded to 6 significant digits.
-            raise ConfigError("sweep.lr", sweep.lr, "rates that differ in their first 6 digits")
+            raise ConfigError(
+                "sweep.lr", sweep.lr, "rates that differ in their first 6 significant digits"
+            )
         cells[name] = cell
     unknown = sorted(set(own) - set(cells))
     if unknown:
@@ -93,7 +95,7 @@ def _settings(base: SAEConfig, architecture: str, n_latents: int, k: int | None)
                 f"sweep.{axis}",
                 value,
                 f"no values, because the architecture {architecture} has no setting sae.{axis}",
-                "sweep the architectures that have it separately",
+                "sweep the architectures that have this setting separately",
             )
     return replace(settings, **values)
 
@@ -134,8 +136,8 @@ def _overridden(cell: RunConfig, name: str, settings: list[str]) -> RunConfig:
             raise ConfigError(
                 "sweep.overrides",
                 f"{name}:{setting}",
-                "KEY=VALUE with a key of sae, optim or train.tokens, except those in the cell's "
-                "name and sae.hookpoint",
+                "CELL:KEY=VALUE, where KEY is train.tokens, a setting of optim, or a setting of "
+                "sae other than hookpoint, n_latents, k and architecture",
             )
     try:
         merged: Any = OmegaConf.merge(
@@ -144,4 +146,6 @@ def _overridden(cell: RunConfig, name: str, settings: list[str]) -> RunConfig:
         return cast(RunConfig, OmegaConf.to_object(merged))
     except OmegaConfBaseException as error:
         what = str(error).splitlines()[0]
-        raise ConfigError("sweep.overrides", settings, f"known keys and values ({what})") from error
+        raise ConfigError(
+            "sweep.overrides", settings, f"known keys and valid values ({what})"
+        ) from error

@@ -11,11 +11,27 @@ from pathlib import Path
 from typing import Any
 
 
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Name `path` in an OSError from the block that names no file.
+
+    Python names files when it opens them, but not when it writes to them, for example to a full
+    disk.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and error.errno is not None:
+            error.filename = str(path)
+        raise
+
+
 def fsync_path(path: Path) -> None:
     """Flush a file or a folder to disk."""
     fd = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(fd)
+        with naming(path):
+            os.fsync(fd)
     finally:
         os.close(fd)
 
@@ -25,7 +41,7 @@ def write_json(path: Path, value: Any) -> None:
     # Flush the file before the rename, and the folder after it. Then a reader finds either the
     # complete old content or the complete new content, even after a crash of the machine.
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
+    with naming(path), open(temporary, "w", encoding="utf-8") as file:
         json.dump(value, file, indent=1)
         file.flush()
         os.fsync(file.fileno())
@@ -85,7 +101,8 @@ def replaced_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(leftover, ignore_errors=True)
     new.mkdir(parents=True)
     try:
-        yield new
+        with naming(new):
+            yield new
         _fsync_tree(new)
     except BaseException:
         shutil.rmtree(new, ignore_errors=True)

@@ -112,7 +112,7 @@ class Registry(Generic[T]):
             package = self._packages[name]
             raise FoundryError(
                 f"{self.kind} {name!r} of {package} could not be imported from {place}: "
-                f"{type(error).__name__}: {error}; mend or uninstall {package}"
+                f"{type(error).__name__}: {error}; fix or uninstall {package}"
             ) from error
 
     def check(self, name: str, key: str | None = None) -> None:

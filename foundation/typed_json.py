@@ -37,7 +37,9 @@ def from_json(kind: type[T], value: Any) -> T:
     hints = get_type_hints(kind)
     for name, field_value in value.items():
         if not _fits(hints[name], field_value):
-            raise ValueError(f"{kind.__name__}.{name}={field_value!r:.80}: expected {hints[name]}")
+            hint = hints[name]
+            expected = hint.__name__ if isinstance(hint, type) else hint
+            raise ValueError(f"{kind.__name__}.{name}={field_value!r:.80}: expected {expected}")
     return kind(**value)
 
 

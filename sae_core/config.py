@@ -5,12 +5,14 @@ This module does not import torch, so that a config can be validated quickly.
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 
 from foundation.errors import ConfigError
 from sae_core.architectures.registry import check_settings
 from sae_core.architectures.settings import SAEConfig
 from sae_core.architectures.topk.settings import TopKConfig
+from sae_core.kernels.prefilter_choice import check_prefilter
 from sae_core.kernels.registry import KERNELS, default_kernels
 
 __all__ = [
@@ -85,7 +87,7 @@ class OptimConfig:
         for name in ("beta1", "beta2"):
             value = getattr(self, name)
             if not 0 <= value < 1:
-                raise ConfigError(f"optim.{name}", value, "in [0, 1)")
+                raise ConfigError(f"optim.{name}", value, "a number in [0, 1)")
         if self.eps <= 0:
             raise ConfigError("optim.eps", self.eps, "more than 0")
         self._validate_update(zero_stage, sparse_gradient)
@@ -155,11 +157,16 @@ class TrainConfig:
     """Low-precision product that finds TopK candidates, which are then rescored exactly. Rows whose
     candidates are not certified to include the k largest latents are encoded again in full.
     none: no prefilter.
-    bfloat16x3 (stock kernels, float32): each row is proven exact.
-    bfloat16 (stock kernels, float32): faster; certified with a margin of eight standard deviations,
-    assuming independent rounding errors.
-    float8 (triton kernels): certified in the same way, with a margin of six.
-    auto: bfloat16x3 on CPUs that multiply bfloat16 in hardware, else none."""
+    bfloat16x3 (stock kernels, float32, on the CPU): each row is proven exact.
+    bfloat16 (stock kernels, float32, on the CPU): faster; certified with a margin of eight standard
+    deviations, assuming independent rounding errors.
+    float8 (triton kernels): certified in the same way, with a margin of five, and an allowance for
+    the bits that float8 units cut off.
+    auto: on the CPU with stock kernels and float32, whichever of none and bfloat16x3 encodes faster
+    when the run starts, timed on its own shapes; checkpoints keep the choice. Otherwise none."""
+    cuda_graph: str = "auto"
+    """Launch a training step as one CUDA graph: auto (with the triton kernels, the fused update and
+    a single rank), or off. Results are the same."""
     threads_per_rank: int | None = None
     """CPU threads per rank. If null, the machine's cores divided by the ranks on it, at least 1."""
     timeout_s: float = 600.0
@@ -168,7 +175,7 @@ class TrainConfig:
     """Time without a step after which a rank counts as hung, in seconds. The rank then writes its
     thread stacks to its log and exits, and the training group is restarted. Time spent waiting for
     rows of a growing store or for a checkpoint (see `checkpoint.timeout_s`) does not count. Before
-    the first step the limit is `timeout_s`."""
+    the first step, the limit is `timeout_s` if that is longer."""
 
     def validate(self) -> None:
         """Validate all fields.
@@ -195,7 +202,10 @@ class TrainConfig:
         if self.kernels != "auto" and self.kernels not in KERNELS:
             names = ", ".join(["auto", *KERNELS.names()])
             raise ConfigError("train.kernels", self.kernels, f"one of: {names}")
-        self._validate_prefilter()
+        self._validate_device_of_kernels()
+        self.validate_prefilter(self.device)
+        if self.cuda_graph not in ("auto", "off"):
+            raise ConfigError("train.cuda_graph", self.cuda_graph, "auto or off")
         if self.threads_per_rank is not None and self.threads_per_rank < 1:
             raise ConfigError(
                 "train.threads_per_rank", self.threads_per_rank, "at least 1, or null"
@@ -204,27 +214,34 @@ class TrainConfig:
             if getattr(self, name) <= 0:
                 raise ConfigError(f"train.{name}", getattr(self, name), "more than 0")
 
-    def _validate_prefilter(self) -> None:
-        """Check the prefilter as far as possible before a rank knows its device."""
-        if self.prefilter in ("auto", "none"):
+    def _validate_device_of_kernels(self) -> None:
+        if self.kernels == "auto" or self.device == "auto":
             return
+        devices = KERNELS[self.kernels].devices
+        # Tests run the triton kernels on the CPU, in Triton's interpreter.
+        interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+        if self.device not in devices and not interpreted:
+            raise ConfigError(
+                "train.kernels",
+                self.kernels,
+                f"kernels that run on train.device={self.device}, such as "
+                f"{default_kernels(self.device)}",
+            )
+
+    def validate_prefilter(self, device: str) -> None:
+        """Check that kernels and dtype support the prefilter on a device.
+
+        Args:
+            device: cpu or cuda, or auto where it is not known yet.
+
+        Raises:
+            ConfigError: If they do not.
+        """
         name = self.kernels
-        if name == "auto" and self.device != "auto":
-            name = default_kernels(self.device)
+        if name == "auto" and device != "auto":
+            name = default_kernels(device)
         bodies = [body for _, body in KERNELS.items()] if name == "auto" else [KERNELS[name]]
-        able = [body for body in bodies if self.prefilter in body.prefilters]
-        if not able:
-            names = ["auto", "none", *(known for body in bodies for known in body.prefilters)]
-            raise ConfigError(
-                "train.prefilter",
-                self.prefilter,
-                f"one of {', '.join(names)} with train.kernels={name}",
-            )
-        dtype = self.compute_dtype
-        if dtype != "auto" and not any(dtype in body.prefilter_dtypes for body in able):
-            raise ConfigError(
-                "train.prefilter", self.prefilter, f"none with train.compute_dtype={dtype}"
-            )
+        check_prefilter(self.prefilter, name, bodies, device, self.compute_dtype)
 
     @property
     def n_steps(self) -> int:
@@ -308,9 +325,10 @@ class CheckpointConfig:
     """Keep the first checkpoint of every N tokens permanently, with the activations needed to
     resume from the oldest of them. If null, none is kept permanently."""
     asynchronous: bool = True
-    """Write checkpoints in the background. Training then waits only while weights and moments are
-    copied to host memory. If false, training waits for the files to be written, and on the CPU no
-    copy is made."""
+    """Write checkpoints in the background. Training then waits while weights and moments are copied
+    to host memory, and, if half of the available memory cannot hold them, until the rest is
+    written. If false, training waits for the whole save: a GPU rank then copies through 128 MiB of
+    host memory, and on the CPU no copy is made."""
     grace_s: float = 120.0
     """Seconds from SIGTERM or SIGUSR1 to the end of the process, in which to write a last
     checkpoint. If it is not finished in time, only the earlier checkpoints remain."""

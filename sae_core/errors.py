@@ -16,17 +16,17 @@ class CheckpointError(SAEError):
 
 
 class DamagedCheckpointError(CheckpointError):
-    """A checkpoint folder does not match its manifest; the message names file and difference."""
+    """A file of a checkpoint is damaged or invalid; the message names the file and the problem."""
 
 
 class NonFiniteLossError(SAEError):
-    """The loss or its gradient was not finite on some rank; no update was made from it."""
+    """The loss or its gradient was not finite on some rank; no weight was updated with it."""
 
     exit_code = EXIT_FAILED
 
 
 class DivergedError(SAEError):
-    """Training has diverged: the fraction of variance unexplained is above the configured limit."""
+    """Training has diverged: the FVU is above the configured limit, or not finite."""
 
 
 class ShapeError(SAEError, ValueError):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -16,7 +16,31 @@ from sae_core.architectures.registry import architecture_of
 from sae_core.architectures.settings import SAEConfig
 from sae_core.checkpoint.stored_sae import StoredSAE, open_sae, row_names
 from sae_core.errors import ShapeError
-from sae_core.kernels import compact, get_kernels
+from sae_core.kernels import Kernels, compact, get_kernels
+from sae_core.kernels.keys import pack_keys, unpack_keys
+from sae_core.kernels.registry import default_kernels
+
+
+class SparseCoder(Protocol):
+    """What an evaluation needs of a trained SAE, whole (`SAE`) or in shards (`ShardedSAE`)."""
+
+    @property
+    def config(self) -> SAEConfig:
+        """Settings of the SAE."""
+        ...
+
+    @property
+    def d_model(self) -> int:
+        """Width D of the activations."""
+        ...
+
+    def encode_topk(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """See `SAE.encode_topk`."""
+        ...
+
+    def decode_topk(self, values: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+        """See `SAE.decode_topk`."""
+        ...
 
 
 class SAE(nn.Module, ABC):
@@ -24,10 +48,16 @@ class SAE(nn.Module, ABC):
 
     Each architecture has a subclass; `load_sae` picks it.
 
+    A subclass must also work on a shard, which is an SAE with l of the L rows of every tensor that
+    has one row per latent. `config` is that of the whole SAE, and indices count from the shard's
+    first row. `encode_topk` then returns the latents of the shard that may be active, and `merge`
+    chooses among those of several shards.
+
     Args:
         config: Settings; `architecture`, sizes and `hookpoint` are used.
-        W_enc: [L, D] float32.
-        W_dec: [L, D] float32.
+        W_enc: [L, D] float32. A shard that encodes has it in `Kernels.copy_dtype`; one that only
+            decodes has no rows.
+        W_dec: [L, D] float32. A shard that only encodes has no rows.
         b_enc: [L] float32.
         b_dec: [D] float32.
         step: Number of optimiser steps for which the SAE was trained.
@@ -57,7 +87,29 @@ class SAE(nn.Module, ABC):
         self.b_dec = nn.Parameter(b_dec, requires_grad=False)
         for name, vector in vectors.items():
             self.register_parameter(name, nn.Parameter(vector, requires_grad=False))
-        self.kernels = get_kernels("stock", torch.float32)
+        self._kernels: Kernels | None = None
+        self._device_type = ""
+
+    @property
+    def kernels(self) -> Kernels:
+        """Implementation of the sparse operations.
+
+        The default multiplies in float32, with the Triton kernels on CUDA and the stock kernels on
+        other devices. It changes when the SAE is moved to another kind of device.
+
+        Raises:
+            ConfigError: If the SAE is on CUDA and Triton is not installed.
+        """
+        device = self.b_dec.device.type
+        if self._kernels is None or self._device_type not in ("", device):
+            self._kernels = get_kernels(default_kernels(device), torch.float32)
+            self._device_type = device
+        return self._kernels
+
+    @kernels.setter
+    def kernels(self, kernels: Kernels) -> None:
+        self._kernels = kernels
+        self._device_type = ""  # chosen by the caller, for every device
 
     @property
     def d_model(self) -> int:
@@ -79,6 +131,32 @@ class SAE(nn.Module, ABC):
             ShapeError: If the last dimension of `x` is not D.
         """
 
+    @classmethod
+    def merge(
+        cls, config: SAEConfig, values: torch.Tensor, indices: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Choose the active latents of each row among those of several shards.
+
+        The default keeps the `config.active_latents()` largest or, if their number depends on the
+        data, all that are above 0. Ties go to the lowest index. A subclass whose selection differs
+        overrides this. Shards are merged one after another, so the choice must not depend on their
+        order.
+
+        Args:
+            config: Settings of the whole SAE.
+            values: [R, C] float32, from `encode_topk` of the shards.
+            indices: [R, C] int64 indices in the whole dictionary.
+
+        Returns:
+            Values [R, K] float32 in descending order, and indices [R, K] int64.
+        """
+        keys = pack_keys(values, indices)
+        wanted = config.active_latents()
+        if wanted is None:
+            counts = (~(values <= 0)).sum(1)  # not "values > 0", which would drop NaN
+            wanted = int(counts.max()) if len(counts) else 0
+        return unpack_keys(keys.topk(min(wanted, keys.shape[1]), dim=1).values)
+
     @torch.no_grad()
     def encode(self, x: torch.Tensor) -> torch.Tensor:
         """Encode raw activations [..., D] into dense latents [..., L], float32.
@@ -98,9 +176,18 @@ class SAE(nn.Module, ABC):
     def decode_topk(self, values: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
         """Decode the output of `encode_topk` into raw activations [..., D], float32."""
         k = values.shape[-1]
-        active = compact(values.reshape(-1, k), indices.reshape(-1, k))
-        recon = self.kernels.decode(active, self.W_dec) + self.b_dec
+        recon = self.decode_rows(values.reshape(-1, k), indices.reshape(-1, k)) + self.b_dec
         return recon.view(*values.shape[:-1], self.d_model)
+
+    @torch.no_grad()
+    def decode_rows(self, values: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+        """Return each row's sum of `value * W_dec[index]`, [N, D] float32, without `b_dec`.
+
+        Args:
+            values: [N, K] float32; values of 0 or less are left out.
+            indices: [N, K] int64.
+        """
+        return self.kernels.decode(compact(values, indices), self.W_dec)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return the reconstruction [..., D], float32, of raw activations [..., D]."""
@@ -152,11 +239,19 @@ def load_sae(
     else:
         stored = peer_formats.open_peer(peer, path, allow_pt)
     tensors = {name: stored.whole(name) for name in row_names(stored.config)}
-    inference = import_attribute(architecture_of(stored.config).inference)
-    sae: SAE = inference(
+    return inference_class(stored.config)(
         stored.config, **tensors, b_dec=stored.b_dec, step=stored.step, metadata=stored.metadata
     )
-    return sae
+
+
+def inference_class(config: SAEConfig) -> type[SAE]:
+    """Return the subclass of `SAE` that an SAE's architecture names.
+
+    Raises:
+        ConfigError: If the architecture is unknown.
+    """
+    inference: type[SAE] = import_attribute(architecture_of(config).inference)
+    return inference
 
 
 def _slice(tensor: torch.Tensor, start: int, stop: int) -> torch.Tensor:

@@ -12,7 +12,7 @@ To add a format, subclass `PeerFormat` and register an instance in `PEER_FORMATS
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from sae_core.checkpoint.folder import MANIFEST
 from sae_core.checkpoint.row_ranges import StoredTensor
 from sae_core.checkpoint.stored_sae import (
     CONFIG_FILE,
+    Rows,
     StoredSAE,
     check_shapes,
     from_tensors,
@@ -36,6 +37,21 @@ from sae_core.config import CHECKPOINTS
 from sae_core.errors import CheckpointError
 
 _MAX_CONFIG_BYTES = 1 << 20
+# Keys of `cfg.json` without influence on what the SAE computes. Any other unknown key is refused,
+# because it may change the mathematics.
+_SAELENS_HARMLESS = {"d_in", "d_sae", "dtype", "device", "metadata", "k"} | {
+    # settings of training
+    "aux_loss_coefficient",
+    "decoder_init_norm",
+    "use_sparse_activations",
+    "noise_sigma",
+    "mse_loss_normalization",
+}
+_SPARSIFY_HARMLESS = {"d_in", "k", "num_latents", "expansion_factor"} | {
+    # settings of training
+    "multi_topk",
+    "normalize_decoder",
+}
 _SPARSIFY = {
     "encoder.weight": "W_enc",
     "W_dec": "W_dec",
@@ -84,10 +100,14 @@ class DictionaryLearning(PeerFormat):
         try:
             state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
         except Exception as error:  # a malicious file can make the restricted loader raise anything
-            raise CheckpointError(f"{file}: {type(error).__name__}: {error}") from error
+            raise CheckpointError(
+                f"{file}: torch's restricted loader could not read the file: "
+                f"{type(error).__name__}: {error}"
+            ) from error
+        _require_topk(file, state)
         if isinstance(state, dict) and "pre_bias" in state:
             raise CheckpointError(
-                f"{file}: expected an SAE on raw activations, found one of "
+                f"{file}: expected an SAE on raw activations, found an SAE of "
                 "openai/sparse_autoencoder, which normalises each token by its own mean and "
                 "standard deviation"
             )
@@ -95,7 +115,11 @@ class DictionaryLearning(PeerFormat):
 
 
 class SAELens(PeerFormat):
-    """A folder that SAELens 6 writes."""
+    """A folder that SAELens 6 writes.
+
+    With `rescale_acts_by_decoder_norm`, latents are scaled by the norms of the decoder's rows
+    before the selection. The norms are folded into the weights.
+    """
 
     def recognises(self, path: Path) -> bool:
         """Return True for a folder with both files."""
@@ -104,25 +128,32 @@ class SAELens(PeerFormat):
     def open(self, path: Path, allow_pt: bool) -> StoredSAE:
         """Open the tensors; W_enc is read at once, the others on demand."""
         cfg = read_json(path / "cfg.json", _MAX_CONFIG_BYTES)
+        rescaled = bool(cfg.get("rescale_acts_by_decoder_norm", False))
         _expect(
             cfg,
+            _SAELENS_HARMLESS,
             architecture="topk",
             apply_b_dec_to_input=True,
             normalize_activations="none",
-            rescale_acts_by_decoder_norm=False,
+            reshape_activations="none",
+            rescale_acts_by_decoder_norm=rescaled,
         )
         tensors = open_tensors(path / "sae_weights.safetensors")
         metadata = cfg.get("metadata") or {}
         config = _config(cfg["k"], cfg["d_sae"], metadata.get("hf_hook_name"))
         shapes = {name: tensor.shape for name, tensor in tensors.items()}
         check_shapes(config, shapes | {"W_enc": shapes["W_enc"][::-1]})
-        rows = {name: partial(_float_rows, tensors[name]) for name in ("W_dec", "b_enc")}
         # W_enc is [D, L] on disk, so every row holds a part of each block of latents.
         encoder = tensors["W_enc"].whole().float().T
+        rows: dict[str, Rows] = {
+            "W_enc": partial(_slice, encoder),
+            "W_dec": partial(_float_rows, tensors["W_dec"]),
+            "b_enc": partial(_float_rows, tensors["b_enc"]),
+        }
+        if rescaled:
+            rows = _with_unit_decoder(rows)
         b_dec = tensors["b_dec"].whole().float()
-        return StoredSAE(
-            config, len(b_dec), b_dec, {**rows, "W_enc": partial(_slice, encoder)}, 0, metadata
-        )
+        return StoredSAE(config, len(b_dec), b_dec, rows, 0, metadata)
 
 
 class Sparsify(PeerFormat):
@@ -135,7 +166,14 @@ class Sparsify(PeerFormat):
     def open(self, path: Path, allow_pt: bool) -> StoredSAE:
         """Open the tensors, which are read on demand."""
         cfg = read_json(path / "cfg.json", _MAX_CONFIG_BYTES)
-        _expect(cfg, activation="topk", transcode=False, skip_connection=False)
+        _expect(
+            cfg,
+            _SPARSIFY_HARMLESS,
+            activation="topk",
+            transcode=False,
+            skip_connection=False,
+            signed=False,
+        )
         n_latents = cfg.get("num_latents") or cfg["expansion_factor"] * cfg["d_in"]
         tensors = open_tensors(path / "sae.safetensors")
         ours = {_SPARSIFY[name]: tensor for name, tensor in tensors.items() if name in _SPARSIFY}
@@ -181,6 +219,51 @@ def _has(folder: Path, *names: str) -> bool:
     return all((folder / name).is_file() for name in names)
 
 
+def _require_topk(file: Path, state: Any) -> None:
+    """Check that a file holds an AutoEncoderTopK.
+
+    Other classes have tensors of the same names, but select latents in another way. `config.json`
+    names the class.
+
+    Raises:
+        CheckpointError: If it names another class, or is missing where it is needed.
+    """
+    config = file.parent / "config.json"
+    if not config.is_file():
+        threshold = state.get("threshold") if isinstance(state, dict) else None
+        if threshold is None or float(threshold) < 0:
+            return  # no threshold was learned, so it can only be the k largest
+        raise CheckpointError(
+            f"{config} not found: expected it beside the SAE, because AutoEncoderTopK and "
+            "BatchTopKSAE have the same tensors but select latents in different ways; copy it there"
+        )
+    trainer = read_json(config, _MAX_CONFIG_BYTES).get("trainer") or {}
+    found = trainer.get("dict_class")
+    if found != "AutoEncoderTopK":
+        raise CheckpointError(
+            f"{config}: trainer.dict_class={found!r:.80}: expected 'AutoEncoderTopK'; other kinds "
+            "of SAEs cannot be read yet"
+        )
+
+
+def _with_unit_decoder(rows: Mapping[str, Rows]) -> dict[str, Rows]:
+    """Return rows of an SAE with unit decoder rows whose latents are scaled by the original norms.
+
+    Such an SAE selects the latents with the largest norm times pre-activation, and reconstructs the
+    same.
+    """
+    decoder = rows["W_dec"]
+
+    def norms(start: int, stop: int) -> torch.Tensor:
+        return decoder(start, stop).norm(dim=1).clamp_min(1e-30)
+
+    return {
+        "W_enc": lambda start, stop: rows["W_enc"](start, stop) * norms(start, stop)[:, None],
+        "b_enc": lambda start, stop: rows["b_enc"](start, stop) * norms(start, stop),
+        "W_dec": lambda start, stop: decoder(start, stop) / norms(start, stop)[:, None],
+    }
+
+
 def _from_dictionary_learning(state: Any, file: Path) -> StoredSAE:
     for name in ("encoder.weight", "decoder.weight", "encoder.bias", "b_dec"):
         _expect_plain(name, state[name])
@@ -209,18 +292,28 @@ def _expect_plain(name: str, tensor: torch.Tensor) -> None:
 
 
 def _config(k: Any, n_latents: Any, hookpoint: Any) -> TopKConfig:
+    if isinstance(k, float) and k.is_integer():
+        k = int(k)
     if type(k) is not int or type(n_latents) is not int:
         raise ValueError(f"k={k!r:.40}, n_latents={n_latents!r:.40}: expected whole numbers")
     name = hookpoint if isinstance(hookpoint, str) else None
     return TopKConfig(k=k, n_latents=n_latents, hookpoint=name)
 
 
-def _expect(cfg: Mapping[str, Any], **values: Any) -> None:
-    """Check that keys, if present, have values with which the SAE computes the same as ours.
+def _expect(cfg: Mapping[str, Any], harmless: Collection[str], **values: Any) -> None:
+    """Check that a config describes an SAE that computes the same as ours.
+
+    Args:
+        cfg: The config.
+        harmless: Keys that may have any value.
+        values: Keys that must have this value, or be absent.
 
     Raises:
-        ValueError: If a key has another value.
+        ValueError: If a key has another value, or is not known.
     """
+    unknown = sorted(cfg.keys() - values.keys() - set(harmless))
+    if unknown:
+        raise ValueError(f"unknown keys {unknown}, which may change what the SAE computes")
     for key, value in values.items():
         if cfg.get(key, value) != value:
             raise ValueError(f"{key}={cfg[key]!r:.80}, expected {value!r}")

@@ -53,7 +53,7 @@ def mean_over_steps(name: str) -> Callable[[Totals], float]:
 
 
 def mean_over_rows(name: str) -> Callable[[Totals], float]:
-    """Return a function that computes the mean over rows of a scalar summed on each shard."""
+    """Return a function that divides a scalar, summed over all ranks, by the number of rows."""
     return lambda totals: totals.sums[name] / totals.rows
 
 

@@ -152,7 +152,8 @@ def _compress(layout: ShardLayout, compressor: ChunkCompressor, chunk: Bytes) ->
     if not least <= len(packed) <= most:
         raise CodecError(
             f"{type(compressor).__name__} compressed a chunk of {len(chunk)} bytes to "
-            f"{len(packed)}: expected {least} to {most}; fix its most_bytes or compress"
+            f"{len(packed)}: expected {least} to {most}; fix the compressor's most_bytes() or "
+            "compress() method"
         )
     return packed
 

@@ -60,7 +60,8 @@ class Consumer:
 
     Args:
         path: Path of the store.
-        name: Name of the consumer, unique within the store: letters, digits, '_', '-', '.'.
+        name: Name of the consumer, unique within the store: at most 200 letters, digits, '_', '-'
+            or '.', starting with a letter or digit and without '..'.
         keep_from_item: First item that a new consumer may need.
 
     Raises:
@@ -159,7 +160,9 @@ def remove_consumer(path: str | Path, name: str) -> None:
     """
     storage = open_storage(path)
     if not storage.exists(_file(name)):
-        raise ConfigError("consumer", name, f"one of {sorted(list_consumers(path))}")
+        raise ConfigError(
+            "consumer", name, f"a registered consumer, one of {sorted(list_consumers(path))}"
+        )
     storage.delete(_file(name))
 
 
@@ -182,7 +185,10 @@ def lead_items(path: str | Path) -> int | None:
 def _file(name: str) -> str:
     """Return the path of a consumer's cursor file, after checking the name."""
     if not _NAME.fullmatch(name) or ".." in name:
-        expected = "at most 200 letters, digits, '_', '-' or '.', without '..'"
+        expected = (
+            "at most 200 letters, digits, '_', '-' or '.', starting with a letter or digit and "
+            "without '..'"
+        )
         raise ConfigError("consumer", name, expected)
     return f"{CONSUMERS}/{name}.json"
 

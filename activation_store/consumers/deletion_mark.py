@@ -71,6 +71,6 @@ def write_deletion_mark(storage: Storage, mark: DeletionMark) -> None:
 def deleted_error(storage: Storage, what: str, mark: DeletionMark) -> DeletedDataError:
     """Return the error for an operation `what` that needs deleted rows."""
     return DeletedDataError(
-        f"{storage.path}: {what} needs rows that were deleted: {mark.describe()}; harvest the "
-        "store again with cluster.retention=keep"
+        f"{storage.path}: {what} needs deleted rows: {mark.describe()}; harvest the store again "
+        "with cluster.retention=keep"
     )

@@ -43,6 +43,6 @@ class Calibration:
         for column in ("mean", "std"):
             values = np.asarray(getattr(self, column), np.float64)
             if values.shape != (width,) or not np.isfinite(values).all():
-                raise ConfigError(f"{key}.{column}", values, f"[{width}] finite numbers")
+                raise ConfigError(f"{key}.{column}", values, f"a list of {width} finite numbers")
         if not math.isfinite(self.norm):
             raise ConfigError(f"{key}.norm", self.norm, "a finite number")

@@ -74,7 +74,9 @@ def read_record(storage: Storage, header: StoreHeader, item: int) -> NDArray[np.
             },
         }
     except (KeyError, AttributeError) as error:
-        raise StoreFormatError(f"{where} is not a valid commit record: {error}") from error
+        raise StoreFormatError(
+            f"{where} is not a valid commit record: {error}; repair the store with stage=repair"
+        ) from error
     return parse_columns(header, where, columns)
 
 
@@ -104,8 +106,8 @@ def read_snapshot(storage: Storage, header: StoreHeader, segment: int) -> NDArra
     table = parse_columns(header, where, document)
     if document.get("first_item") != first or len(table) > SEGMENT_ITEMS:
         raise StoreFormatError(
-            f"{where} has {len(table)} items from item {document.get('first_item')!r}: expected "
-            f"at most {SEGMENT_ITEMS} items from item {first}"
+            f"{where} has {len(table)} items starting at item {document.get('first_item')!r}: "
+            f"expected at most {SEGMENT_ITEMS} items starting at item {first}"
         )
     return table
 
@@ -214,8 +216,8 @@ class CommitLog:
             if item // SEGMENT_ITEMS != segment or item >= self.header.planned_items:
                 where = self._storage.where(record_name(item))
                 raise StoreFormatError(
-                    f"{where} does not belong to this store: expected items of segment {segment} "
-                    f"below {self.header.planned_items}"
+                    f"{where} does not belong to this store: expected the record of an item of "
+                    f"segment {segment} with a number below {self.header.planned_items}"
                 )
         unread = [item for item in loose if not new["present"][item - first]]
         for item, row in zip(unread, read_records(self._storage, self.header, unread), strict=True):

@@ -163,8 +163,16 @@ def check_header(header: StoreHeader) -> None:
     reserved = {*SIDECARS, VALID_ROWS, METADATA}
     for name, width in header.arrays.items():
         named = bool(_NAME.fullmatch(name)) and ".." not in name and name not in reserved
-        _require(named, "arrays", name, "a name of letters, digits and '_-.@[]=,', without '..'")
-        _require(_in(width, 1, _MAX_D_MODEL), f"arrays[{name!r}]", width, "a d_model up to 2**20")
+        _require(
+            named,
+            "arrays",
+            name,
+            "a name of at most 200 letters, digits and '_-.@[]=,', starting with a letter or digit "
+            f"and without '..', other than {sorted(reserved)}",
+        )
+        _require(
+            _in(width, 1, _MAX_D_MODEL), f"arrays[{name!r}]", width, "a d_model from 1 to 2**20"
+        )
     _check_disk_names(header, reserved)
     for key, value, largest in (
         ("shard_tokens", header.shard_tokens, _MAX_SHARD_TOKENS),
@@ -175,9 +183,19 @@ def check_header(header: StoreHeader) -> None:
     divides = header.shard_tokens % header.chunk_rows == 0
     _require(divides, "chunk_rows", header.chunk_rows, f"a divisor of {header.shard_tokens}")
     n_chunks = header.shard_tokens // header.chunk_rows
-    _require(n_chunks <= _MAX_CHUNKS, "chunk_rows", header.chunk_rows, "at most 65536 chunks")
+    _require(
+        n_chunks <= _MAX_CHUNKS,
+        "chunk_rows",
+        header.chunk_rows,
+        "a size that gives at most 65536 chunks per shard",
+    )
     n_bytes = header.shard_tokens * max(header.arrays.values()) * DTYPES[header.dtype].itemsize
-    _require(n_bytes <= _MAX_SHARD_BYTES, "shard_tokens", header.shard_tokens, "shards up to 1 TiB")
+    _require(
+        n_bytes <= _MAX_SHARD_BYTES,
+        "shard_tokens",
+        header.shard_tokens,
+        "a number of rows that gives shards of at most 1 TiB",
+    )
     _require(header.sidecars == tuple(SIDECARS), "sidecars", header.sidecars, str(tuple(SIDECARS)))
     _check_chunk_sizes(header)
     most = header.planned_items

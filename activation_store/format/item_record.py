@@ -180,7 +180,7 @@ def parse_columns(header: StoreHeader, where: str, document: dict[str, Any]) -> 
             raise ValueError(f"rows={rows.tolist()}: expected 0 to {header.shard_tokens}")
         attempts = document["attempt"]
         if any(type(name) is not str or len(name) > 36 for name in attempts):
-            raise ValueError("attempt must be a UUID string")
+            raise ValueError("attempt must be a list of UUID strings")
         table["attempt"] = [name.encode("ascii") for name in attempts]
         if set(document["arrays"]) != set(header.disk_arrays):
             raise ValueError(
@@ -189,7 +189,10 @@ def parse_columns(header: StoreHeader, where: str, document: dict[str, Any]) -> 
         for name in header.disk_arrays:
             _fill(header, name, table, document["arrays"][name])
     except (KeyError, TypeError, ValueError, OverflowError, AttributeError) as error:
-        raise StoreFormatError(f"{where} is not a valid commit record: {error}") from error
+        raise StoreFormatError(
+            f"{where} does not hold valid commit records: {error}; repair the store with "
+            "stage=repair"
+        ) from error
     return table
 
 

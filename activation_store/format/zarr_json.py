@@ -157,7 +157,9 @@ def read_group(storage: Storage) -> tuple[StoreHeader, dict[str, Any]]:
     except (ValueError, RecursionError) as error:
         raise StoreFormatError(f"{where} has an invalid header: {error}") from error
     if crc32c != document.get("crc32c"):
-        raise DamagedDataError(f"{where}: the header fails its checksum; restore the file")
+        raise DamagedDataError(
+            f"{where}: the header fails its checksum; restore the file from a backup"
+        )
     return _parse(where, document), group
 
 
@@ -230,7 +232,8 @@ def _growing_rows(where: str, header: StoreHeader, shape: Any) -> int:
     if type(rows) is not int or not 0 <= rows <= most or rows % header.shard_tokens:
         raise StoreFormatError(
             f"{where} has shape={shape!r}: expected at most {most} rows, a multiple "
-            f"of {header.shard_tokens}; restore the file from a backup"
+            f"of {header.shard_tokens}; repair the store with stage=repair, or restore the file "
+            "from a backup"
         )
     return rows
 
@@ -243,5 +246,6 @@ def _agree(
         if key not in skip and found.get(key) != value:
             there, wanted = (repr(part)[:300] for part in (found.get(key), value))
             raise StoreFormatError(
-                f"{where} has {key}={there}: expected {wanted}; restore the file"
+                f"{where} has {key}={there}: expected {wanted}; repair the store with "
+                "stage=repair, or restore the file from a backup"
             )

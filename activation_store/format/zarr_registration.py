@@ -35,7 +35,7 @@ class _ZarrImport(MetaPathFinder):
                 execute(module)
                 import_module(_REGISTERS)
 
-            spec.loader.exec_module = execute_and_register  # type: ignore[method-assign]
+            spec.loader.exec_module = execute_and_register  # type: ignore[method-assign]  # replaced on purpose
         return spec
 
 

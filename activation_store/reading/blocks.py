@@ -229,9 +229,9 @@ class ShuffledRows:
                 return
             if time.monotonic() > deadline:
                 raise IncompleteStoreError(
-                    f"{why}; {self.store.path} has {self.store.n_items} items and is not "
-                    f"finalised after {self._wait_timeout_s:g} s; check that the harvest which "
-                    "writes it is still running"
+                    f"{why}; after waiting {self._wait_timeout_s:g} s, {self.store.path} has "
+                    f"{self.store.n_items} items and is still not finalised; check that the "
+                    "harvest writing it is still running"
                 )
             if self._stop.wait(self.store.poll_s):
                 raise _Stopped
@@ -327,7 +327,10 @@ class ShuffledRows:
             *(partial(self._read_stored, name, span) for name in names),
         ]
         order, *arrays = run_all(tasks)
-        return LoadedBlock(block, dict(zip(names, arrays, strict=True)), order + span.own.start)
+        # The order is uploaded with the rows, so it needs the same kind of memory.
+        picks = self._empty(len(order), (order.dtype, ()))
+        np.add(order, span.own.start, out=picks)
+        return LoadedBlock(block, dict(zip(names, arrays, strict=True)), picks)
 
     def _span(self, block: Block) -> _Span:
         """Find the chunks of a block that overlap this reader's strips."""

@@ -69,8 +69,8 @@ def find_rows(store: Store, documents: Sequence[int], positions: Sequence[int]) 
     Raises the same errors as `find_documents`.
 
     Returns:
-        [m] row numbers. A pair that is not in the store has -1, either because the harvest drops
-        the position or because the text ends before it.
+        [m] row numbers, with -1 for each pair that is not in the store, for example because the
+        harvest drops the position or the text ends before it.
     """
     there = find_documents(store, documents)
     rows = dict(
@@ -106,7 +106,7 @@ def take_rows(store: Store, array: str, rows: ArrayLike) -> NDArray[Any]:
     wanted = np.asarray(rows, np.int64)
     outside = wanted[(wanted < 0) | (wanted >= store.n_tokens)]
     if len(outside):
-        raise ConfigError("rows", int(outside[0]), f"0 to {store.n_tokens - 1}")
+        raise ConfigError("rows", int(outside[0]), f"at least 0 and below {store.n_tokens}")
     dtype, shape = store.header.columns[array]
     out = np.empty((len(wanted), *shape), dtype)
     starts = np.concatenate([[0], np.cumsum(store.valid_rows)])

@@ -224,7 +224,11 @@ def check_mixture(stores: Sequence[Store], weights: Sequence[float], arrays: Seq
         IncompleteStoreError: If a store is not finalised.
     """
     if not stores or len(stores) != len(weights):
-        raise ConfigError("weights", list(weights), f"one for each of {len(stores)} stores")
+        raise ConfigError(
+            "weights",
+            list(weights),
+            f"at least one store, and one weight for each of the {len(stores)} stores",
+        )
     Shares(weights)
     for store in stores:
         _check_compatible(stores[0], store, arrays)

@@ -75,7 +75,7 @@ class OpenShard:
         if found != n_bytes:
             raise DamagedDataError(f"{path} has {found} bytes: expected {n_bytes}; {_REMEDY}")
         tail = np.empty(layout.tail_bytes, np.uint8)
-        self._read([tail], n_bytes - layout.tail_bytes, "index")
+        self._read([tail], n_bytes - layout.tail_bytes, "the index")
         if crc32c(tail) != tail_crc32c:
             raise DamagedDataError(
                 f"{path}: the index is damaged, or this is not the committed shard; {_REMEDY}"

@@ -190,8 +190,9 @@ class Store:
         starts = self._state.starts
         if not 0 <= start <= stop <= starts[-1]:
             raise IncompleteStoreError(
-                f"rows [{start}, {stop}) of {array!r} are out of range: {self.path} has "
-                f"{self.n_tokens} rows" + ("" if self.finalised else " committed so far")
+                f"rows [{start}, {stop}) of {array!r}: expected 0 <= start <= stop <= "
+                f"{self.n_tokens}, because {self.path} has {self.n_tokens} rows"
+                + ("" if self.finalised else " committed so far")
             )
         parts = [self._read_stored(name, start, stop) for name in self._disk_names[array]]
         row_codec = self.row_codec(array)
@@ -358,7 +359,7 @@ class Store:
         table = self._state.table
         if not 0 <= item < len(table):
             raise IncompleteStoreError(
-                f"item {item} is not committed: {self.path} has items 0 to {len(table) - 1}"
+                f"item {item} is not committed: {self.path} has {len(table)} items, numbered from 0"
             )
         shard = self._open(array, item, table[item])
         with self._lock:
@@ -397,7 +398,11 @@ def _with_rows(shard: OpenShard, chunks: list[tuple[int, int]], n_rows: int) -> 
             raise ConfigError("chunk", chunk, f"0 to {shard.layout.n_chunks - 1}")
         count = shard.rows_of(chunk)
         if not 0 <= first <= n_rows - count:
-            raise ConfigError("first row", first, f"at most {n_rows - count}")
+            raise ConfigError(
+                "first row",
+                first,
+                f"a row number that places the chunk's {count} rows within rows 0 to {n_rows - 1}",
+            )
         if count:
             wanted.append(Wanted(chunk, count, first))
     return wanted
@@ -410,7 +415,10 @@ def _build_state(storage: Storage, header: StoreHeader, commits: CommitLog) -> _
         table = table[: header.n_items]
         if len(table) < header.n_items:
             file = storage.where(record_name(len(table)))
-            raise MissingDataError(f"{file} is missing; restore it from a backup")
+            raise MissingDataError(
+                f"{file} is missing; repair the store with stage=repair, or restore the file from "
+                "a backup"
+            )
     valid_rows = table["rows"].copy()
     valid_rows.flags.writeable = False
     starts = np.concatenate([np.zeros(1, np.int64), np.cumsum(valid_rows)])

@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from foundation.atomic_files import naming
+
 Bytes = NDArray[np.uint8]
 """A flat view of memory, which crc32c, os.preadv and os.writev use without copying it."""
 
@@ -35,8 +37,9 @@ def write_temporary(root: Path, parts: Iterable[bytes | Bytes]) -> Path:
     path = root / TMP / uuid.uuid4().hex
     fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
     try:
-        _write_all(fd, list(parts))
-        os.fsync(fd)
+        with naming(path):
+            _write_all(fd, list(parts))
+            os.fsync(fd)
     except BaseException:
         path.unlink()
         raise

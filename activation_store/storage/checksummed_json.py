@@ -86,7 +86,7 @@ def whole_numbers(where: str, document: dict[str, Any], keys: Sequence[str]) -> 
     numbers = [value for value in values if type(value) is int and 0 <= value <= _LARGEST]
     if set(document) != set(keys) or len(numbers) < len(keys):
         raise StoreFormatError(
-            f"{where} contains {document}: expected non-negative integers for {list(keys)}; "
-            "restore the file from a backup"
+            f"{where} contains {document}: expected exactly the keys {list(keys)}, with "
+            "non-negative integers as values; restore the file from a backup"
         )
     return numbers

@@ -58,9 +58,10 @@ class Lease(HeldLock):
         """Raise StoreBusyError if another process has taken the lease over."""
         if self._taken_over_by is not None:
             raise StoreBusyError(
-                f"{self._storage.path} was taken over by {self._taken_over_by}, because this "
-                f"process sent no heartbeat for {STALE_S:g} s; committed items are kept; check "
-                "that no other harvest of the store is running, then rerun"
+                f"{self._storage.path} was taken over by {self._taken_over_by}, either because a "
+                "new attempt of the same run started, or because this process sent no heartbeat "
+                f"for {STALE_S:g} s; committed items are kept; check that no other harvest of the "
+                "store is running, then rerun"
             )
 
     def release(self) -> None:
@@ -126,7 +127,7 @@ class Lease(HeldLock):
                 self._put()
             except StorageError:
                 continue  # the server is unreachable, so no other process can take the lease either
-            except Exception as error:
+            except Exception as error:  # a thread has no caller to raise to
                 self._taken_over_by = f"another process (assumed: heartbeat failed with {error!r})"
                 return
 

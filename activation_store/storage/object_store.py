@@ -79,9 +79,10 @@ class ObjectStorage(Storage):
             raise ConfigError(
                 "store.path",
                 shown,
-                "s3://bucket/prefix",
-                "set credentials and endpoint in AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and "
-                "AWS_ENDPOINT_URL",
+                "s3://bucket/prefix, without credentials, and with a prefix of letters, digits and "
+                "'_-.=+/' that contains no '..'",
+                "if credentials or an endpoint are needed, set them in AWS_ACCESS_KEY_ID, "
+                "AWS_SECRET_ACCESS_KEY and AWS_ENDPOINT_URL",
             )
         self.path: str = url.rstrip("/")
         self._store = _connect(match[1], match[2])
@@ -321,7 +322,10 @@ def _connect(bucket: str, prefix: str) -> S3Store:
         problem = source[1] if source else type(error).__name__
     given = sorted(name for name in os.environ if name.startswith("AWS_"))
     raise ConfigError(
-        "AWS_*", given, f"a complete set of variables ({problem})", "set those that are missing"
+        "AWS_*",
+        given,
+        f"a complete and valid set of variables ({problem})",
+        "set those that are missing, and correct those that are invalid",
     )
 
 

@@ -102,8 +102,8 @@ def compare(path: object, there: StoreHeader, wanted: StoreHeader, given: set[st
     ]
     if lines:
         raise StoreMismatchError(
-            f"{path} exists and differs:\n" + "\n".join(lines) + "\nuse a new folder, or the "
-            "settings that the existing store was created with"
+            f"{path} already exists with different settings:\n" + "\n".join(lines) + "\nuse a new "
+            "folder, or the settings with which the existing store was created"
         )
 
 

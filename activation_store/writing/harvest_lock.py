@@ -54,8 +54,8 @@ class HarvestLock:
         """Check that this process has not lost the lock; do nothing if it was never taken.
 
         Raises:
-            StoreBusyError: If another process took the lease over, because this process sent no
-                heartbeat for too long.
+            StoreBusyError: If another process took the lease over, either as a new attempt of the
+                same run, or because this process sent no heartbeat for too long.
         """
         if self._held is not None:
             self._held.check()

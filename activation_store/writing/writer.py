@@ -157,8 +157,8 @@ class StoreWriter:
             return self._same(i, n_rows, shards)
         if self.header.finalised:
             raise StoreMismatchError(
-                f"item {i} is out of range: {self.path} is finalised with items 0 to "
-                f"{self.header.n_items - 1}; write further items to a new store"
+                f"item {i} is out of range: {self.path} is finalised with {self.header.n_items} "
+                "items, numbered from 0; write further items to a new store"
             )
         # Compute the statistics while the disk is writing.
         moments: dict[str, Statistics] = {}
@@ -248,12 +248,18 @@ class StoreWriter:
         if not 0 <= i < header.planned_items:
             raise ItemError(f"item={i}: expected 0 to {header.planned_items - 1}")
         if isinstance(rows, np.ndarray):
-            rows = {next(iter(header.arrays)): rows} if len(header.arrays) == 1 else {"?": rows}
+            rows = (
+                {next(iter(header.arrays)): rows}
+                if len(header.arrays) == 1
+                else {"(unnamed)": rows}
+            )
         if set(rows) != set(header.arrays):
             raise ItemError(f"item {i} has rows of {list(rows)}: expected {list(header.arrays)}")
         unknown = set(sidecars) - set(header.sidecars)
         if unknown:
-            raise ItemError(f"item {i} has sidecars {sorted(unknown)}: expected {header.sidecars}")
+            raise ItemError(
+                f"item {i} has unknown sidecars {sorted(unknown)}: expected only {header.sidecars}"
+            )
         n_rows = len(next(iter(rows.values())))
         if n_rows > header.shard_tokens:
             raise ItemError(
@@ -290,7 +296,7 @@ class StoreWriter:
         if found != wanted:
             raise CodecError(
                 f"codec {self.header.codec} encoded {n_rows} rows of {name!r} as {found}: expected "
-                f"{wanted}, as its disk_arrays declare"
+                f"{wanted}, as its disk_arrays() method declares"
             )
 
     def _same(self, i: int, n_rows: int, shards: Shards) -> ItemRecord:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, TypeVar, cast
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from sae_core import SAE
+    from sae_core.inference import SparseCoder
 
 CLEAN, RECON, ZERO, MEAN = "clean", "recon", "zero", "mean"
 """Variants of the forward pass: the hookpoint's output is unmodified, reconstructed by the SAE,
@@ -47,14 +47,17 @@ class Predictions:
 class Accumulator:
     """Sums from which metrics are computed; each evaluation has one instance of each class.
 
-    A subclass overrides the methods for the data that it needs. Tensors are on the SAE's device,
-    and no gradients are recorded.
+    A subclass overrides the methods for the data that it needs. The tensors of a call are on one
+    device, and no gradients are recorded.
 
     Args:
         sae: The SAE that is evaluated.
     """
 
-    def __init__(self, sae: SAE) -> None: ...
+    def __init__(self, sae: SparseCoder) -> None: ...
+
+    def start(self, typical: Tensor) -> None:
+        """Receive the median of each dimension over stored rows, [D] float64, before all rows."""
 
     def add_rows(self, rows: Rows) -> None:
         """Add a batch of rows from held-out text, or of stored rows if there is no such text."""
@@ -75,11 +78,13 @@ class Measured:
 
     accumulators: Mapping[type[Accumulator], Accumulator]
     firing_counts: Tensor
-    """[L] int64: number of stored training rows on which each latent is above 0."""
+    """[L] int64: number of sampled training rows on which each latent is above 0."""
     n_stored_rows: int
-    """Number of stored training rows that were read."""
+    """Number of stored training rows in the sample (`eval.frequency_tokens`)."""
     n_tokens: int
     """Number of held-out tokens, including BOS, or `n_stored_rows` without held-out text."""
+    dead_in_training: float | None = None
+    """Fraction of latents that are dead according to training's own counter; None if unknown."""
 
     def __getitem__(self, kind: type[A]) -> A:
         return cast(A, self.accumulators[kind])

@@ -37,6 +37,9 @@ class Metric:
     """Format specification of the value."""
     better: Literal["lower", "higher"] | None = None
     """Which values are better; None if neither is."""
+    counted_on: str = ""
+    """Name of the metric that gives the number of tokens behind the value, if the value means
+    little without it."""
     headline: bool = False
     """True to show the metric in the tiles of the run page and in `stage=status`."""
 
@@ -48,6 +51,15 @@ class Metric:
     def text(self, value: object) -> str:
         """Format a value with its unit."""
         return f"{self.number(value)} {self.unit}".rstrip()
+
+    def basis(self, evaluated: Mapping[str, Any]) -> str:
+        """Return on how many tokens the value was counted, or an empty text.
+
+        Args:
+            evaluated: Contents of `eval/metrics.json`.
+        """
+        tokens = evaluated.get(self.counted_on)
+        return f"on {tokens:,} sampled tokens" if isinstance(tokens, int) else ""
 
 
 class MetricRow(NamedTuple):
@@ -102,11 +114,29 @@ FVU = Metric(
     title="FVU",
     definition="fraction of variance unexplained: sum |x - recon|^2 / sum |x - mean|^2 in raw "
     "activation units, where mean is the mean of the same rows; counts the rows that a store keeps "
-    "(not position 0, and no special tokens if data.drop_special_tokens is set)",
+    "(not position 0, no rows above data.max_norm_multiple, and no special tokens if "
+    "data.drop_special_tokens is set)",
     value=lambda measured: measured[ReconstructionSums].fvu,
     accumulator=ReconstructionSums,
     better="lower",
     headline=True,
+)
+FVU_MEDIAN = Metric(
+    title="FVU, median row",
+    definition="median over the same rows of |x - recon|^2 / |x - typical|^2, where typical is the "
+    "median of each dimension over stored training rows; a few rows of huge norm do not change it",
+    value=lambda measured: measured[ReconstructionSums].fvu_median,
+    accumulator=ReconstructionSums,
+    better="lower",
+)
+VARIANCE_TOP_1 = Metric(
+    title="Variance of 1%",
+    definition="share of sum |x - typical|^2 that the 1% of the same rows with the largest part "
+    "have; if it is large, fvu mostly tells how well these rows are reconstructed",
+    value=lambda measured: measured[ReconstructionSums].top_share,
+    accumulator=ReconstructionSums,
+    unit="of the variance",
+    format=".1%",
 )
 MSE = Metric(
     title="MSE",
@@ -127,13 +157,34 @@ L0 = Metric(
 )
 DEAD_FRACTION = Metric(
     title="Dead",
-    definition="fraction of latents that are above 0 on none of the training rows stored at "
-    "store.path (with cluster.retention=consumed: on none of the rows not yet deleted)",
+    definition="fraction of latents that are above 0 on 0 of frequency_tokens training rows, a "
+    "random sample of those stored at store.path (with cluster.retention=consumed: of the rows not "
+    "yet deleted); a latent that fires less than about once in frequency_tokens tokens may count "
+    "as dead",
     value=_dead_fraction,
     unit="of all latents",
     format=".2%",
     better="lower",
+    counted_on="frequency_tokens",
     headline=True,
+)
+FREQUENCY_TOKENS = Metric(
+    title="Sampled",
+    definition="number of stored training rows on which the firings of dead_fraction and "
+    "eval/frequency.json were counted (eval.frequency_tokens)",
+    value=lambda measured: measured.n_stored_rows,
+    unit="tokens",
+    format=",",
+)
+DEAD_IN_TRAINING = Metric(
+    title="Dead in training",
+    definition="fraction of latents that fired on none of the last sae.dead_after_tokens training "
+    "tokens before the checkpoint, counted by training itself while weights changed; null if "
+    "training was shorter or the SAE is not from a checkpoint",
+    value=lambda measured: measured.dead_in_training,
+    unit="of all latents",
+    format=".2%",
+    better="lower",
 )
 CE_CLEAN = Metric(
     title="CE clean",
@@ -146,7 +197,8 @@ CE_CLEAN = Metric(
 )
 CE_RECON = Metric(
     title="CE spliced",
-    definition="cross-entropy with the SAE spliced in at every position except 0",
+    definition="cross-entropy over the same predictions with reconstructions spliced in for the "
+    "rows that a store keeps; all other positions keep the activations of the unmodified model",
     value=lambda measured: measured[PredictionSums].cross_entropy(RECON),
     accumulator=PredictionSums,
     unit="nats",
@@ -155,7 +207,7 @@ CE_RECON = Metric(
 )
 CE_ZERO = Metric(
     title="CE zero-ablated",
-    definition="cross-entropy with zeros spliced in at the same positions",
+    definition="cross-entropy with zeros spliced in for the same rows",
     value=lambda measured: measured[PredictionSums].cross_entropy(ZERO),
     accumulator=PredictionSums,
     unit="nats",
@@ -163,8 +215,8 @@ CE_ZERO = Metric(
 )
 CE_MEAN = Metric(
     title="CE mean-ablated",
-    definition="cross-entropy with the mean of the training rows stored at store.path spliced in "
-    "at the same positions",
+    definition="cross-entropy with the mean of the sampled training rows (frequency_tokens of "
+    "those stored at store.path) spliced in for the same rows",
     value=lambda measured: measured[PredictionSums].cross_entropy(MEAN),
     accumulator=PredictionSums,
     unit="nats",
@@ -172,7 +224,8 @@ CE_MEAN = Metric(
 )
 CE_RECOVERED = Metric(
     title="CE recovered",
-    definition="(ce_zero - ce_recon) / (ce_zero - ce_clean)",
+    definition="(ce_zero - ce_recon) / (ce_zero - ce_clean); flattering where zeros are far from "
+    "all activations, so read ce_recovered_mean and kl first",
     value=lambda measured: measured[PredictionSums].recovered(ZERO),
     accumulator=PredictionSums,
     unit="of zero ablation",
@@ -202,7 +255,7 @@ KL = Metric(
 TOKENS = Metric(
     title="Evaluated",
     definition="number of tokens evaluated, including BOS; without held-out text, the number of "
-    "stored rows",
+    "sampled stored rows",
     value=lambda measured: measured.n_tokens,
     unit="tokens",
     format=",",
@@ -217,15 +270,19 @@ METRICS: Registry[Metric] = Registry(
     "metrics",
     {
         "fvu": f"{_HERE}:FVU",
+        "fvu_median": f"{_HERE}:FVU_MEDIAN",
+        "variance_top_1": f"{_HERE}:VARIANCE_TOP_1",
         "mse": f"{_HERE}:MSE",
         "l0": f"{_HERE}:L0",
         "dead_fraction": f"{_HERE}:DEAD_FRACTION",
+        "frequency_tokens": f"{_HERE}:FREQUENCY_TOKENS",
+        "dead_in_training": f"{_HERE}:DEAD_IN_TRAINING",
         "ce_clean": f"{_HERE}:CE_CLEAN",
         "ce_recon": f"{_HERE}:CE_RECON",
         "ce_zero": f"{_HERE}:CE_ZERO",
         "ce_mean": f"{_HERE}:CE_MEAN",
-        "ce_recovered": f"{_HERE}:CE_RECOVERED",
         "ce_recovered_mean": f"{_HERE}:CE_RECOVERED_MEAN",
+        "ce_recovered": f"{_HERE}:CE_RECOVERED",
         "kl": f"{_HERE}:KL",
         "tokens": f"{_HERE}:TOKENS",
     },

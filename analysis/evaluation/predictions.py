@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from analysis.evaluation.measurement import CLEAN, RECON, Accumulator, Predictions
 
 if TYPE_CHECKING:
-    from sae_core import SAE
+    from sae_core.inference import SparseCoder
 
 
 class PredictionSums(Accumulator):
@@ -18,7 +18,7 @@ class PredictionSums(Accumulator):
     B contexts of T tokens give B * (T - 2) predictions.
     """
 
-    def __init__(self, sae: SAE) -> None:
+    def __init__(self, sae: SparseCoder) -> None:
         super().__init__(sae)
         self._loss: dict[str, float] = {}
         self._kl = 0.0

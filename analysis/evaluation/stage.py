@@ -2,12 +2,11 @@
 
 The SAE is spliced into the language model while it runs on held-out contexts. A store that was not
 harvested by this config, such as a user's own arrays, has no held-out text. In that case only the
-reconstruction is measured, on the stored rows, and metrics.json gives the reason.
+reconstruction is measured, on a sample of the stored rows, and metrics.json gives the reason.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import time
@@ -19,6 +18,7 @@ from analysis.evaluation.measurement import Accumulator, Measured
 from analysis.evaluation.metrics import METRICS, definitions, metric_rows
 from cluster.harvest.provenance import describe, differences
 from cluster.run_folder.files import EVALUATION, FREQUENCY, store_path
+from conf.hookpoint import find_hookpoint
 from foundation.atomic_files import write_json
 
 if TYPE_CHECKING:
@@ -26,9 +26,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from activation_store import Store
-    from analysis.evaluation.firing import FiringPass
+    from analysis.evaluation.firing import FiringPass, RowSample
     from conf.schema.run import RunConfig
-    from sae_core import SAE
+    from sae_core.checkpoint.stored_sae import StoredSAE
+    from sae_core.sharded_inference import ShardedSAE
 
 SPLIT_PROVENANCE_KEYS = (
     "weights_sha256",
@@ -36,7 +37,10 @@ SPLIT_PROVENANCE_KEYS = (
     "dataset_sha256",
     "context_tokens",
     "heldout_fraction",
+    "heldout",
     "dropped_special_tokens",
+    "bos_id",
+    "separator_id",
 )
 """Provenance keys that must match between store and config.
 
@@ -45,14 +49,24 @@ config holds out.
 """
 
 
+_NO_PREDICTIONS = "no cross-entropy, as model.kind=base is a model without a language-model head"
+
+
+LARGE_SHARE = 0.1
+"""Share of the variance in 1% of the rows above which the evaluation warns."""
+
+
 @dataclass(frozen=True)
 class Evaluation:
     """Inputs of one evaluation: the SAE, its config and store, and the console to print to."""
 
     config: RunConfig
-    sae: SAE
+    sae: ShardedSAE
     store: Store
     hookpoint: str
+    """Name of the SAE's array in the store."""
+    sample: RowSample
+    """Stored rows on which firings are counted."""
     console: Console
 
 
@@ -61,29 +75,37 @@ def run(config: RunConfig, run_dir: Path) -> None:
 
     Raises:
         CheckpointError: If the run has no valid checkpoint.
+        ConfigError: If `train.device` is cuda on a machine without CUDA, or `eval.max_memory_gib`
+            is too low.
         StoreError: If the store cannot be read, or its rows do not have the SAE's width.
         TextError: If the held-out text is shorter than one context.
     """
     from rich.console import Console
 
     from activation_store import open_store
-    from sae_core import load_sae
+    from analysis.evaluation.dictionary import compute_dtype_of, devices_of, shard_sae
+    from analysis.evaluation.firing import sample_rows
+    from sae_core.checkpoint.stored_sae import open_sae
 
     console = Console(soft_wrap=True)
     started = time.monotonic()
-    sae = load_sae(run_dir)
+    devices = devices_of(config)
+    stored = open_sae(run_dir)
     store = open_store(store_path(config, run_dir))
-    hookpoint = sae.config.hookpoint or next(iter(store.arrays))
-    _check_width(sae, store, hookpoint)
-    checkpoint = str(sae.metadata.get("checkpoint", f"step-{sae.step}"))
+    hookpoint = _array_of(stored, store)
+    checkpoint = str(stored.metadata.get("checkpoint", f"step-{stored.step}"))
+    compute_dtype = str(compute_dtype_of(config, devices[0])).removeprefix("torch.")
     # Everything that the metrics depend on. If it is unchanged, the metrics are up to date.
+    settings = asdict(config.eval)
+    del settings["max_memory_gib"]  # changes only how the SAE is divided
     inputs = {
-        "eval": asdict(config.eval),
+        "eval": settings,
         "data": asdict(config.data),
         "model": asdict(config.model),
         "seed": config.seed,
-        "sae": asdict(sae.config),
-        "weights_sha256": _weights_sha256(sae),
+        "sae": asdict(stored.config),
+        "weights_sha256": stored.weights_sha256(),
+        "compute_dtype": compute_dtype,
         "store": [store.n_items, store.n_tokens, store.header.provenance],
         "mixture": [config.store.weight, *map(asdict, config.store.mixture)],
     }
@@ -91,9 +113,16 @@ def run(config: RunConfig, run_dir: Path) -> None:
     if _is_up_to_date(file, inputs):
         console.print(f"evaluate: {file} is up to date with {checkpoint}")
         return
-    evaluation = Evaluation(config, sae.to(_device(config)), store, hookpoint, console)
-    metrics, counts, n_rows = _evaluate(evaluation)
+    sae = shard_sae(config, stored, devices)
+    sample = sample_rows(store, config.eval.frequency_tokens, config.seed)
+    evaluation = Evaluation(config, sae, store, hookpoint, sample, console)
+    _announce(evaluation)
+    metrics, counts = _evaluate(evaluation)
     metrics |= {
+        "device": devices[0].type,
+        "compute_dtype": compute_dtype,
+        "sae_shards": sae.n_shards,
+        "sae_read_bytes": sae.read_bytes,
         "hookpoint": hookpoint,
         "checkpoint": checkpoint,
         "seconds": round(time.monotonic() - started, 2),
@@ -101,29 +130,59 @@ def run(config: RunConfig, run_dir: Path) -> None:
         "inputs": inputs,
     }
     file.parent.mkdir(parents=True, exist_ok=True)
-    write_json(run_dir / FREQUENCY, {"tokens": n_rows, "counts": counts})
+    frequency = {"tokens": sample.n_rows, "of_tokens": sample.of_rows, "counts": counts}
+    write_json(run_dir / FREQUENCY, frequency)
     write_json(file, metrics)
     _print_table(console, metrics)
+    share = metrics.get("variance_top_1")
+    if share is not None and share >= LARGE_SHARE:
+        console.print(
+            f"evaluate: 1% of the rows have {share:.0%} of the variance, so fvu mostly tells how "
+            "well these are reconstructed; compare fvu_median, and see data.max_norm_multiple"
+        )
 
 
-def _evaluate(evaluation: Evaluation) -> tuple[dict[str, Any], list[int], int]:
-    """Return the metrics, each latent's number of firings, and the number of rows counted."""
+def _announce(evaluation: Evaluation) -> None:
+    """Print how the SAE is divided, if it does not fit, and the sample, if it is not all rows."""
+    sae, sample = evaluation.sae, evaluation.sample
+    if not sae.plan.resident:
+        evaluation.console.print(
+            f"evaluate: reading the SAE from disk (shards: {sae.n_shards}), once for at most "
+            f"{sae.plan.rows_at_once:,} rows; raise eval.max_memory_gib to read it less often"
+        )
+    if sample.n_rows < sample.of_rows:
+        evaluation.console.print(
+            f"evaluate: counting firings on {sample.n_rows:,} of {sample.of_rows:,} stored rows "
+            "(eval.frequency_tokens)"
+        )
+
+
+def _evaluate(evaluation: Evaluation) -> tuple[dict[str, Any], list[int]]:
+    """Return the metrics, and each latent's number of firings."""
+    from analysis.evaluation.firing import typical_row
+
     reason = _no_heldout_reason(evaluation)
     kinds = {metric.accumulator for _, metric in METRICS.items() if metric.accumulator is not None}
     sums = {kind: kind(evaluation.sae) for kind in kinds}
     accumulators = list(sums.values())
+    typical = typical_row(evaluation.store, evaluation.hookpoint, evaluation.sample)
+    for accumulator in accumulators:
+        accumulator.start(typical)
     firings = _count_firings(evaluation, accumulators if reason is not None else [])
     if reason is None:
         n_rows, n_tokens = _run_spliced(evaluation, firings.mean, accumulators)
     else:
         evaluation.console.print(f"evaluate: no held-out text, {reason}")
         n_rows = n_tokens = firings.n_rows
-    measured = Measured(sums, firings.counts, firings.n_rows, n_tokens)
+    dead_in_training = evaluation.sae.stored.dead_fraction()
+    measured = Measured(sums, firings.counts, firings.n_rows, n_tokens, dead_in_training)
     metrics: dict[str, Any] = {
         name: _json_number(metric.value(measured)) for name, metric in METRICS.items()
     }
     metrics |= {"rows": n_rows, "heldout": reason is None, "reason": reason}
-    return metrics, firings.counts.tolist(), firings.n_rows
+    if reason is None and evaluation.config.model.kind == "base":
+        metrics["reason"] = _NO_PREDICTIONS
+    return metrics, firings.counts.tolist()
 
 
 def _is_up_to_date(file: Path, inputs: dict[str, Any]) -> bool:
@@ -147,8 +206,11 @@ def _no_heldout_reason(evaluation: Evaluation) -> str | None:
     config, provenance = evaluation.config, evaluation.store.header.provenance or {}
     if not provenance.get("weights_sha256"):
         return "the store's provenance names no language model"
-    if evaluation.hookpoint not in config.model.hookpoints:
-        return f"model.hookpoints={config.model.hookpoints} does not list {evaluation.hookpoint!r}"
+    harvested = list(map(str, provenance.get("hookpoints", [])))
+    if find_hookpoint(evaluation.hookpoint, harvested) is None:
+        return f"the store's provenance does not list {evaluation.hookpoint!r} as a hookpoint"
+    if config.data.heldout == "none":
+        return "data.heldout=none"
     from cluster.language_model.loading import load_tokenizer
 
     cache_dir = Path(config.cache_dir).expanduser()
@@ -166,7 +228,8 @@ def _no_heldout_reason(evaluation: Evaluation) -> str | None:
 def _contamination_reason(path: str, wanted: dict[str, Any]) -> str | None:
     """Return why the mixed-in store may contain held-out text, or None if it cannot.
 
-    A store of another text cannot. Neither can a store of the same text with the same split.
+    A store of another text cannot, unless it is a mixture of texts. Neither can a store of the same
+    text with the same split.
     """
     from activation_store import open_store
 
@@ -174,14 +237,19 @@ def _contamination_reason(path: str, wanted: dict[str, Any]) -> str | None:
     text = provenance.get("dataset_sha256")
     if text is None:
         return f"the provenance of the mixed-in store {path} names no text"
+    keys: tuple[str, ...] = SPLIT_PROVENANCE_KEYS
+    rows = "rows of the same text"
     if text != wanted["dataset_sha256"]:
-        return None
-    found = differences(provenance, {key: wanted[key] for key in SPLIT_PROVENANCE_KEYS})
+        if "dataset_mixture" not in provenance and "dataset_mixture" not in wanted:
+            return None
+        # One of the texts of a mixture may be a text of this run.
+        keys = ("heldout", "heldout_fraction")
+        rows = "rows of a mixture, which may include the same text"
+    found = differences(provenance, {key: wanted[key] for key in keys})
     if not found:
         return None
     return (
-        f"the mixed-in store {path} has rows of the same text, harvested with other settings "
-        f"({'; '.join(found)})"
+        f"the mixed-in store {path} has {rows}, harvested with other settings ({'; '.join(found)})"
     )
 
 
@@ -189,15 +257,16 @@ def _count_firings(evaluation: Evaluation, accumulators: list[Accumulator]) -> F
     from analysis.evaluation.firing import count_firings
     from cluster.progress import ProgressLine
 
-    store = evaluation.store
+    sample = evaluation.sample
     with ProgressLine(evaluation.console) as line:
         return count_firings(
             evaluation.sae,
-            store,
+            evaluation.store,
             evaluation.hookpoint,
+            sample,
             accumulators,
             progress=lambda rows: line.show(
-                f"evaluate: firing counts {rows:,}/{store.n_tokens:,} stored rows"
+                f"evaluate: firing counts {rows:,}/{sample.n_rows:,} stored rows"
             ),
         )
 
@@ -211,61 +280,83 @@ def _run_spliced(
     from analysis.evaluation.splice import SplicedEvaluation
     from cluster.language_model.contexts import prepare_contexts
     from cluster.language_model.errors import TextError
+    from cluster.language_model.hooks import require_single_calls
     from cluster.language_model.loading import load_language_model, load_tokenizer
+    from cluster.language_model.model_checks import require_known_tokens, require_usable_model
     from cluster.progress import ProgressLine
 
     config = evaluation.config
     cache_dir = Path(config.cache_dir).expanduser()
+    skeleton = require_usable_model(config.model, config.data.context_tokens, cache_dir)
     tokenizer = load_tokenizer(config.model, cache_dir)
-    split = prepare_contexts(config.data, tokenizer, cache_dir).heldout
+    contexts = prepare_contexts(config.data, tokenizer, cache_dir)
+    require_known_tokens(skeleton, tokenizer, contexts)
+    split = contexts.heldout
     wanted = max(1, config.eval.tokens // config.data.context_tokens)
     # A random sample of the held-out contexts, which depends only on the seed.
     order = np.random.default_rng([config.seed, 2]).permutation(len(split))[:wanted]
     if not len(order):
         raise TextError(
             f"data.heldout_fraction={config.data.heldout_fraction}: the held-out text is shorter "
-            "than one context; raise the fraction, or use a longer text"
+            "than one context; raise the fraction, use a longer text, or harvest with "
+            "data.heldout=tokens or data.heldout=none"
         )
     if len(order) < wanted:
         evaluation.console.print(
             f"evaluate: the text has only {len(order)} held-out contexts, fewer than eval.tokens="
             f"{config.eval.tokens:,} requires"
         )
-    model = load_language_model(config.model, cache_dir, _device(config))
-    spliced = SplicedEvaluation(model, evaluation.sae, evaluation.hookpoint, mean, accumulators)
+    device = str(evaluation.sae.plan.devices[0])
+    model = load_language_model(config.model, cache_dir, device)
+    require_single_calls(model, [evaluation.hookpoint])
+    predicts = config.model.kind != "base"
+    if not predicts:
+        evaluation.console.print(f"evaluate: {_NO_PREDICTIONS}")
+    spliced = SplicedEvaluation(
+        model,
+        evaluation.sae,
+        evaluation.hookpoint,
+        mean,
+        accumulators,
+        predicts,
+        _max_norm(evaluation),
+    )
     with ProgressLine(evaluation.console) as line:
-        for start in range(0, len(order), config.eval.batch_contexts):
-            spliced.add(split, order[start : start + config.eval.batch_contexts])
-            done = min(start + config.eval.batch_contexts, len(order))
-            line.show(f"evaluate: {done}/{len(order)} held-out contexts")
+        spliced.run(
+            split,
+            order,
+            config.eval.batch_contexts,
+            progress=lambda done: line.show(f"evaluate: {done}/{len(order)} held-out contexts"),
+        )
     return spliced.n_rows, len(order) * config.data.context_tokens
 
 
-def _check_width(sae: SAE, store: Store, hookpoint: str) -> None:
+def _max_norm(evaluation: Evaluation) -> float | None:
+    """Return the largest norm of the rows that the store keeps, or None if it has no limit."""
+    limits = (evaluation.store.header.provenance or {}).get("max_norms", {})
+    name = find_hookpoint(evaluation.hookpoint, limits)
+    return None if name is None else float(limits[name])
+
+
+def _array_of(stored: StoredSAE, store: Store) -> str:
+    """Return the array of the SAE's hookpoint, and check its width."""
     from activation_store.errors import StoreMismatchError
 
-    if store.arrays.get(hookpoint) != sae.d_model:
+    wanted = stored.config.hookpoint
+    if wanted is None:
+        if len(store.arrays) > 1:
+            raise StoreMismatchError(
+                f"the SAE does not name its array: expected a store with one, found "
+                f"{dict(store.arrays)}; set store.path to a store with only its array"
+            )
+        wanted = next(iter(store.arrays))
+    array = find_hookpoint(wanted, store.arrays) or wanted
+    if store.arrays.get(array) != stored.d_model:
         raise StoreMismatchError(
-            f"store.path: expected the SAE's training array {hookpoint!r} of width {sae.d_model}, "
+            f"store.path: expected the SAE's training array {array!r} of width {stored.d_model}, "
             f"found {dict(store.arrays)}; set store.path to the store of this run"
         )
-
-
-def _device(config: RunConfig) -> str:
-    import torch
-
-    wanted = config.train.device
-    return "cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu"
-
-
-def _weights_sha256(sae: SAE) -> str:
-    from sae_core.checkpoint.stored_sae import row_names
-
-    sha256 = hashlib.sha256()
-    for name in (*row_names(sae.config), "b_dec"):
-        tensor = getattr(sae, name)
-        sha256.update(tensor.detach().cpu().contiguous().numpy().data)
-    return sha256.hexdigest()
+    return array
 
 
 def _print_table(console: Console, metrics: dict[str, Any]) -> None:

@@ -25,8 +25,6 @@ KNOWN_LICENCES = {
 LIMITS = """\
 - The SAE was trained on one module of one model, on the text named above. It has not been tested on
   other modules, models or texts.
-- Position 0 of each context (an attention sink) was excluded from training and evaluation. Exclude
-  it when you use the SAE.
 - Low reconstruction error and high recovered cross-entropy do not show that a latent is
   interpretable.
 - If the training text contains personal or offensive content, some latents may fire on it."""
@@ -54,8 +52,8 @@ def model_card(
         _facts(sae, source, config),
         "## Metrics\n\n" + _metrics(metrics, sae),
         "## Use\n\n" + _use(sae, source, formats),
-        "## Licence\n\n" + _licence(config),
-        "## Limits\n\n" + LIMITS + "\n",
+        "## Licence\n\n" + _licence(source),
+        "## Limits\n\n" + _limits(source) + "\n",
     ]
     return "\n".join(parts)
 
@@ -78,16 +76,24 @@ def _front_matter(sae: StoredSAE, source: Source, formats: Mapping[str, ExportFo
 def _facts(sae: StoredSAE, source: Source, config: RunConfig) -> str:
     active = sae.config.active_latents()
     sparsity = "" if active is None else f", k = {active}"
+    tokens = source.context_tokens
+    contexts = "" if tokens is None else f", contexts of {tokens} tokens"
     rows = {
         "model": source.model + (f" @ {source.revision}" if source.revision else ""),
         "hookpoint": f"{parse_hookpoint(source.hookpoint).describe('`')}, width {sae.d_model}",
-        "dictionary": f"{sae.config.n_latents:,} latents{sparsity}, unit-norm decoder",
-        "text": f"{source.dataset}, contexts of {source.context_tokens} tokens",
+        "dictionary": f"{sae.config.n_latents:,} latents{sparsity}, {_norms(sae)}",
+        "text": source.dataset + contexts,
         "training": f"{sae.step:,} steps of {config.train.batch_tokens:,} tokens",
         "checkpoint": str(sae.metadata.get("checkpoint", f"step {sae.step}")),
         "run": f"{config.name}, seed {config.seed}",
     }
     return _table(("", ""), list(rows.items()))
+
+
+def _norms(sae: StoredSAE) -> str:
+    if sae.config.map_shape(sae.d_model) is None:
+        return "unit-norm decoder"
+    return f"inputs mapped with {sae.config.input_transform}, folded into the weights"
 
 
 def _metrics(metrics: dict[str, Any] | None, sae: StoredSAE) -> str:
@@ -101,6 +107,8 @@ def _metrics(metrics: dict[str, Any] | None, sae: StoredSAE) -> str:
     text = _table(("metric", "value", "definition", "better"), rows)
     if not metrics.get("heldout", True):
         text += f"\nNot measured on held-out text: {_inline(metrics.get('reason'))}.\n"
+    elif metrics.get("reason"):
+        text += f"\nNot measured: {_inline(metrics['reason'])}.\n"
     measured, exported = metrics.get("checkpoint"), sae.metadata.get("checkpoint")
     if measured and exported and measured != exported:
         text += f"\nMeasured on {_inline(measured)}; the exported weights are from {exported}.\n"
@@ -123,12 +131,18 @@ Pass raw activations: the normalisation of the training inputs is folded into th
 {output}"""
 
 
-def _licence(config: RunConfig) -> str:
-    known = [
-        KNOWN_LICENCES[package]
-        for package in (config.model.package, config.data.package)
-        if package in KNOWN_LICENCES
-    ]
+def _limits(source: Source) -> str:
+    if not source.left_out:
+        return LIMITS
+    return (
+        f"{LIMITS}\n- Left out of training and evaluation: {', '.join(source.left_out)}. Do not "
+        "apply the SAE to such rows."
+    )
+
+
+def _licence(source: Source) -> str:
+    names = f"{source.model} {source.dataset}"
+    known = [licence for package, licence in KNOWN_LICENCES.items() if package in names]
     text = (
         "The code that trained these weights is licensed under Apache-2.0. The weights are derived "
         "from activations of the model named above on the text named above. Check the licence "

@@ -56,8 +56,8 @@ class ExportFormat(ABC):
         """
         if sae.config.architecture not in self.architectures:
             raise ExportError(
-                f"{self.title} cannot hold sae.architecture={sae.config.architecture!r}; expected "
-                f"one of: {', '.join(self.architectures)}"
+                f"the {self.title} format does not support sae.architecture="
+                f"{sae.config.architecture!r}; expected one of: {', '.join(self.architectures)}"
             )
 
 

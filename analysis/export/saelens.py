@@ -62,7 +62,7 @@ def saelens_config(sae: StoredSAE, source: Source) -> dict[str, Any]:
         "apply_b_dec_to_input": True,
         "normalize_activations": "none",
         "reshape_activations": "none",
-        "rescale_acts_by_decoder_norm": False,  # decoder rows have unit norm
+        "rescale_acts_by_decoder_norm": False,  # latents are selected by their own size
         "metadata": {
             "sae_lens_version": FORMAT_VERSION,
             # Without this key the loader claims that its own version trained the SAE.
@@ -71,7 +71,7 @@ def saelens_config(sae: StoredSAE, source: Source) -> dict[str, Any]:
             "hook_name": hook_name(source.hookpoint),
             "hf_hook_name": source.hookpoint,
             "context_size": source.context_tokens,
-            "prepend_bos": True,
+            "prepend_bos": source.begins_with_bos is not False,
             "dataset_path": source.dataset,
         },
     }

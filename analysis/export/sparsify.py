@@ -58,7 +58,7 @@ def sparsify_config(sae: StoredSAE) -> dict[str, Any]:
     return {
         "activation": "topk",
         "expansion_factor": max(sae.config.n_latents // sae.d_model, 1),
-        "normalize_decoder": True,
+        "normalize_decoder": sae.config.map_shape(sae.d_model) is None,
         "num_latents": sae.config.n_latents,
         "k": topk_settings(sae.config).k,
         "multi_topk": False,

@@ -20,15 +20,14 @@ def run(config: RunConfig, run_dir: Path) -> None:
     """
     from analysis.export.card import model_card
     from analysis.export.formats import formats_for
-    from analysis.origin import source_of, with_stored_provenance
+    from analysis.origin import source_of
     from cluster.run_folder.contents import read_optional_json
     from cluster.run_folder.files import EVALUATION, EXPORT
     from foundation.atomic_files import replaced_folder
     from sae_core.checkpoint.stored_sae import open_sae
 
     sae = open_sae(run_dir, verify_hashes=config.checkpoint.verify_hashes)
-    config = with_stored_provenance(config)
-    source = source_of(config, sae)
+    source = source_of(config, run_dir, sae.config.hookpoint)
     metrics = read_optional_json(run_dir / EVALUATION)
     formats, refusals = formats_for(sae)
     for refusal in refusals:

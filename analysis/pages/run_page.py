@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from analysis.evaluation.metrics import METRICS, Metric, MetricRow, metric_rows
 from analysis.number_format import bytes_text, number, value_text
+from analysis.origin import source_of
 from analysis.pages.settings import flat, tree
 from analysis.pages.svg import histogram, line_chart
 from cluster.run_folder.contents import checkpoint_entries, read_optional_json
@@ -18,6 +19,7 @@ from cluster.run_folder.files import ENVIRONMENT, EVALUATION, FREQUENCY, HARVEST
 from cluster.run_folder.metrics_log import TrainingLog, read_training_log
 
 if TYPE_CHECKING:
+    from analysis.origin import Source
     from conf.schema.run import RunConfig
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -57,13 +59,14 @@ def render(config: RunConfig, run_dir: Path) -> str:
     environment = Environment(
         loader=FileSystemLoader(TEMPLATES), autoescape=True, undefined=StrictUndefined
     )
+    source = source_of(config, run_dir, config.sae.hookpoint)
     log = read_training_log(run_dir)
     metrics = read_optional_json(run_dir / EVALUATION)
     harvest = read_optional_json(run_dir / HARVEST)
     return environment.get_template("run.html.j2").render(
         name=config.name,
         created=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        summary=_summary(config),
+        summary=_summary(config, source),
         tiles=_tiles(metrics, log, harvest),
         charts=_charts(log),
         saes=list(log.rows),
@@ -72,25 +75,34 @@ def render(config: RunConfig, run_dir: Path) -> str:
         frequency=_frequency(read_optional_json(run_dir / FREQUENCY)),
         harvest=flat(harvest) if harvest else None,
         throughput=_throughput(log),
-        config=tree(asdict(config)),
-        environment=flat(read_optional_json(run_dir / ENVIRONMENT) or {}),
+        config=tree(_settings_that_count(config, source)),
+        environment=flat(_without_starts(read_optional_json(run_dir / ENVIRONMENT))),
         checkpoints=checkpoint_entries(run_dir),
         bytes=bytes_text,
     )
 
 
-def _summary(config: RunConfig) -> str:
-    from analysis.origin import dataset_name, model_name
+def _without_starts(environment: dict[str, Any] | None) -> dict[str, Any]:
+    return {key: value for key, value in (environment or {}).items() if key != "starts"}
 
+
+def _summary(config: RunConfig, source: Source) -> str:
     sae = config.sae
-    where = sae.hookpoint or ", ".join(config.model.hookpoints)
-    model = model_name(config.model) or "a stored model"
-    data = dataset_name(config.data) or "stored text"
     shape = f"{sae.architecture} SAE, {sae.n_latents:,} latents"
     active = sae.active_latents()
     if active is not None:
         shape += f", k = {active}"
-    return f"{shape}, on {where} of {model}; {data}"
+    if not source.known:
+        return f"{shape}, on {source.hookpoint}; the store does not name its model and text"
+    return f"{shape}, on {source.hookpoint} of {source.model}; {source.dataset}"
+
+
+def _settings_that_count(config: RunConfig, source: Source) -> dict[str, Any]:
+    """Return the config, without the model and text of a run whose rows came from elsewhere."""
+    values = asdict(config)
+    if not source.known:
+        del values["model"], values["data"]
+    return values
 
 
 def _tiles(
@@ -104,7 +116,11 @@ def _tiles(
     harvested = (harvest or {}).get("tokens_per_s")
     where = "held-out text" if metrics.get("heldout", True) else "stored rows"
     headlines = [
-        (metric.title, _shown(metric, metrics.get(name)), metric.unit or where)
+        (
+            metric.title,
+            _shown(metric, metrics.get(name)),
+            ", ".join(filter(None, (metric.unit or where, metric.basis(metrics)))),
+        )
         for name, metric in METRICS.items()
         if metric.headline
     ]
@@ -177,7 +193,10 @@ def _metric_rows(metrics: dict[str, Any] | None) -> list[MetricRow] | None:
 
 
 def _frequency(data: dict[str, Any] | None) -> dict[str, Any] | None:
-    """Draw the histogram of log10(firings per token) and count the latents that never fired."""
+    """Draw the histogram of log10(firings per token) and count the latents that never fired.
+
+    Files of earlier commits do not say how many tokens there were to sample.
+    """
     if data is None or not data.get("tokens"):
         return None
     tokens, counts = int(data["tokens"]), data["counts"]
@@ -194,6 +213,7 @@ def _frequency(data: dict[str, Any] | None) -> dict[str, Any] | None:
             edges, heights, label="Firing frequency", x_label="log10 of firings per token"
         ),
         "tokens": tokens,
+        "of_tokens": int(data.get("of_tokens", tokens)),
         "latents": len(counts),
         "never": len(counts) - len(alive),
         "median": f"{10 ** statistics.median(alive):.2e}" if alive else "–",

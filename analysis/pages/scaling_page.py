@@ -14,6 +14,7 @@ from analysis.evaluation.metrics import METRICS
 from analysis.number_format import number
 from analysis.pages.svg import N_COLOURS, Layer, Point, fit_chart, standalone, thin
 from analysis.scaling_laws.cells import HELDOUT_METRIC, Cell
+from analysis.scaling_laws.judgement import objections, verdict
 from analysis.scaling_laws.laws import COMPUTE_LAW, JOINT_LAW, Interval
 from analysis.scaling_laws.study import Result, Study
 
@@ -33,6 +34,10 @@ class Section:
     formula: str
     note: str
     """Number of points and of coefficients."""
+    verdict: str
+    """What speaks against relying on the law, or how well it fits."""
+    is_doubtful: bool
+    """Whether anything speaks against it."""
     svg: str
     """Chart of the points and the fit."""
     residuals_svg: str
@@ -152,6 +157,8 @@ def _section(result: Result) -> Section:
         title=result.title,
         formula=result.law.formula,
         note=f"{len(result.y)} {what}, {len(result.fit.theta)} coefficients",
+        verdict=verdict(result),
+        is_doubtful=bool(objections(result)),
         svg=chart(result),
         residuals_svg=_residuals(result),
         legend=[(colour % N_COLOURS, name) for colour, name in enumerate(groups)],

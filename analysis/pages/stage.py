@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from analysis.origin import with_stored_provenance
 from analysis.pages.run_page import render
 from cluster.run_folder.files import REPORT
+from foundation.atomic_files import naming
 
 if TYPE_CHECKING:
     from conf.schema.run import RunConfig
@@ -24,6 +24,8 @@ def run(config: RunConfig, run_dir: Path) -> None:
     page = run_dir / REPORT
     page.parent.mkdir(parents=True, exist_ok=True)
     temporary = page.with_name(f".{page.name}.tmp")
-    temporary.write_text(render(with_stored_provenance(config), run_dir), encoding="utf-8")
+    html = render(config, run_dir)
+    with naming(page):
+        temporary.write_text(html, encoding="utf-8")
     temporary.replace(page)
     print(f"report: {page}")

@@ -143,7 +143,8 @@ def read_sweep(runs: str, metric: str) -> Sweep:
     if len(architectures) > 1:
         raise FitError(
             f"fit.runs={runs!r}: expected cells of one architecture, found "
-            f"{', '.join(architectures)}; use a pattern that matches only the cells of one"
+            f"{', '.join(architectures)}; use a pattern that matches only the cells of one "
+            "architecture"
         )
     sources: dict[str, str] = {}
     for cell in cells:
@@ -172,7 +173,9 @@ def best_of_each(cells: Sequence[Cell], metric: str) -> tuple[list[Cell], dict[s
     for cell in sorted(cells, key=lambda cell: (cell.level(metric), cell.name)):
         key = (cell.n_latents, cell.k, cell.seed)
         if key in best:
-            worse[cell.name] = f"{best[key].name} has the same n, k and seed, and a lower {metric}"
+            worse[cell.name] = (
+                f"{best[key].name} has the same n, k and seed, and a {metric} that is not higher"
+            )
         else:
             best[key] = cell
     return [best[key] for key in sorted(best)], worse
@@ -240,7 +243,9 @@ def _curves(run_dir: Path, config: RunConfig) -> dict[str, Curve]:
     (rows,) = saes.values()
     step, wanted = rows[-1]["step"], config.train.n_steps
     if step < wanted:
-        raise _Unusable(f"unfinished: step {step} of {wanted}; rerun its command to resume it")
+        raise _Unusable(
+            f"unfinished: step {step} of {wanted}; rerun the command of this run to resume it"
+        )
     return {metric: _checked(metric, rows) for metric in TRAINING_METRICS}
 
 

@@ -249,7 +249,7 @@ def fit(
     if len(y) < law.n_unknowns:
         raise ValueError(
             f"{law.name}: {len(y)} observations for {law.n_unknowns} unknowns; expected at least "
-            "as many observations"
+            "as many observations as unknowns"
         )
     log_y = np.log(y)
     problem = _Problem(law, x)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from analysis.evaluation.metrics import METRICS
 from analysis.scaling_laws.cells import HELDOUT_FVU, HELDOUT_METRIC, Cell, read_sweep
+from analysis.scaling_laws.judgement import objections, verdict
 from analysis.scaling_laws.laws import LEVEL, Interval
 from analysis.scaling_laws.study import Result, Study, study_sweep
 from cluster.run_folder.files import FIT
@@ -60,6 +61,7 @@ def run(config: RunConfig, run_dir: Path) -> None:
         print(f"fit: did not fit {title}: {reason}")
     for result in study.results:
         print(f"fit: {summary(result)}")
+        print(f"fit: {result.title}: {verdict(result)}")
     print(f"fit: {folder / 'index.html'}")
 
 
@@ -131,6 +133,7 @@ def _law_json(result: Result) -> dict[str, Any]:
             for cell in result.held_out
         ],
         "not_held_out": result.not_held_out,
+        "objections": objections(result),
     }
 
 

@@ -138,7 +138,7 @@ def _nothing(sweep: Sweep, not_fitted: dict[str, str]) -> str:
     reasons += [f"{name}: {reason}" for name, reason in sweep.left_out.items()]
     return (
         f"{sweep.folder}: no scaling law can be fitted to the {len(sweep.cells)} finished cells: "
-        f"{'; '.join(reasons)}; train more sizes at one k"
+        f"{'; '.join(reasons)}; train more dictionary sizes at one k"
     )
 
 
@@ -167,9 +167,9 @@ class _Fitter:
         known = [(cell, tokens) for cell, tokens in reached if tokens is not None]
         if len(known) < len(cells) and len(known) < MIN_CELLS[TOKENS_LAW.name]:
             raise _TooFew(
-                f"convergence was measured for only {len(known)} of {len(cells)} cells: it must "
-                "fall after the first 5% and within the first 80% of the tokens at the constant "
-                "learning rate"
+                f"convergence was measured for only {len(known)} of {len(cells)} cells: the "
+                "loss must converge after the first 5% and within the first 80% of the tokens at "
+                "the constant learning rate"
             )
         _require(TOKENS_LAW, [cell for cell, _ in known])
         x = np.array([[cell.n_latents] for cell, _ in known], np.float64)
@@ -188,7 +188,9 @@ class _Fitter:
         _require(COMPUTE_LAW, cells)
         curves = [cell.over_compute(self.metric) for cell in cells]
         if not any(len(curve.x) for curve in curves):
-            raise _TooFew("no cell was trained beyond its warm-up")
+            raise _TooFew(
+                "no cell has logged rows after its warm-up and the first tenth of its tokens"
+            )
         envelope, owner = frontier(curves)
         on_it = len(np.unique(owner))
         if on_it < MIN_SIZES:
@@ -256,8 +258,8 @@ def _require(law: Law, cells: Sequence[Cell]) -> None:
     n_cells = len(grid) if law is JOINT_LAW else len(cells)
     least = MIN_CELLS[law.name]
     if n_cells < least:
-        raise _TooFew(f"{n_cells} cells, expected at least {least}")
+        raise _TooFew(f"{n_cells} usable cells, expected at least {least}")
     if len(sizes) < MIN_SIZES:
-        raise _TooFew(f"{len(sizes)} different n, expected at least {MIN_SIZES}")
+        raise _TooFew(f"found {len(sizes)} distinct values of n, expected at least {MIN_SIZES}")
     if law is JOINT_LAW and len(ks) < MIN_SIZES:
-        raise _TooFew(f"{len(ks)} different k, expected at least {MIN_SIZES}")
+        raise _TooFew(f"found {len(ks)} distinct values of k, expected at least {MIN_SIZES}")

@@ -22,10 +22,10 @@ from sae_core.checkpoint.folder import list_checkpoints
 
 def run(config: RunConfig, run_dir: Path) -> None:
     """Print a table of the run's store, training, checkpoints, evaluation, sweep cells and job."""
-    config = saved_config(run_dir) or config
     table = Table(title=f"status: {config.name}", show_header=False, title_justify="left")
     table.add_column()
     table.add_column(overflow="fold")
+    table.add_row("folder", str(run_dir))
     table.add_row("store", _store(config))
     table.add_row("training", _training(config, run_dir))
     names = [folder.name for folder in list_checkpoints(run_dir / CHECKPOINTS)]
@@ -34,7 +34,7 @@ def run(config: RunConfig, run_dir: Path) -> None:
     cells = [_cell(folder) for folder in sorted(run_dir.iterdir()) if (folder / CONFIG).exists()]
     if cells:
         table.add_row("cells", "\n".join(cells))
-    job = describe_newest_job(run_dir)
+    job = describe_newest_job(run_dir, config.submit)
     if job is not None:
         table.add_row("job", job)
     Console().print(table)
@@ -67,7 +67,7 @@ def _store(config: RunConfig) -> str:
     for name, consumer in list_consumers(config.store.path).items():
         lines.append(
             f"consumer {name}: next item {consumer.next_item}, needs items from "
-            f"{consumer.keep_from_item} on, last heartbeat "
+            f"{consumer.keep_from_item} on, last update "
             f"{time.time() - consumer.updated:.0f} s ago"
         )
     lead = lead_items(config.store.path)
@@ -97,7 +97,7 @@ def _evaluation(run_dir: Path) -> str:
     if metrics is None:
         return "none"
     return ", ".join(
-        f"{name} {metric.text(metrics[name])}"
+        " ".join(filter(None, (name, metric.text(metrics[name]), metric.basis(metrics))))
         for name, metric in METRICS.items()
         if metric.headline and metrics.get(name) is not None
     )

@@ -53,7 +53,9 @@ def peer_rows(
         PeerError: If a peer's step fails or takes too long.
     """
     if not peers_available():
-        print(f"peers skipped: .venv-peers is missing; {HOW_TO_MAKE}", file=sys.stderr)
+        print(
+            f"peers skipped: .venv-peers is missing or incomplete; {HOW_TO_MAKE}", file=sys.stderr
+        )
         return []
     return [_row(peer, work, rounds, timeout_s) for peer in peers]
 

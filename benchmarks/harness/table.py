@@ -38,17 +38,17 @@ def format_table(rows: Sequence[Row], columns: Sequence[str] = COLUMNS) -> str:
     return "\n".join([line(titles), line(["-" * width for width in widths]), *map(line, cells)])
 
 
-def document(rows: Sequence[Row]) -> dict[str, Any]:
-    """Return the rows together with hardware, versions, commit and command."""
-    return {"rows": [dict(row) for row in rows], **environment()}
+def document(rows: Sequence[Row], **more: Any) -> dict[str, Any]:
+    """Return the rows and `more` together with hardware, versions, commit and command."""
+    return {"rows": [dict(row) for row in rows], **more, **environment()}
 
 
-def write_json(path: str | Path, rows: Sequence[Row]) -> None:
-    """Write `document(rows)` atomically: readers see either the old file or the whole new one."""
+def write_json(path: str | Path, rows: Sequence[Row], **more: Any) -> None:
+    """Write `document(rows, **more)` atomically: readers see the old file or the whole new one."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(document(rows), indent=2) + "\n")
+    temporary.write_text(json.dumps(document(rows, **more), indent=2) + "\n")
     temporary.replace(path)
 
 

@@ -45,7 +45,7 @@ from benchmarks.step.measure import (
 from benchmarks.step.work import Case, Inputs, Setup, Work, parse_sizes
 from sae_core.training.malloc import keep_freed_memory
 
-_OPTIONAL_COLUMNS = ("mfu", "slope", "error")
+_OPTIONAL_COLUMNS = ("prefilter", "mfu", "slope", "error")
 _PEER_TIMEOUT_S = 900.0
 _RESERVE = 0.05
 """Share of the time budget kept for the work after the last measurement."""
@@ -53,7 +53,7 @@ _RESERVE = 0.05
 
 @dataclass(frozen=True)
 class Defaults:
-    """What is measured on a device if neither workloads nor a slope are given."""
+    """The measurements on a device if neither workloads nor a slope are given."""
 
     works: tuple[str, ...]
     slope: str | None
@@ -153,7 +153,9 @@ def _options() -> argparse.Namespace:
         "--no-peers", action="store_true", help="do not measure the peers' packages"
     )
     parser.add_argument(
-        "--json", metavar="FILE", help="write the rows to this file, again after each workload"
+        "--json",
+        metavar="FILE",
+        help="write the rows to this file, and rewrite it after each workload",
     )
     return parser.parse_args()
 

@@ -124,7 +124,10 @@ def slope_row(rows: Sequence[Row]) -> Row:
     work = {**followed[0]["work"], "L": [row["work"]["L"] for row in followed]}
     head = {"work": work, "system": "ours", "op": "slope", **_notes(followed[0])}
     if any("error" in row or row["gemm_s"] is None for row in followed):
-        return {**head, "error": f"{SLOPE_OP!r} and the yardstick were not measured at every L"}
+        return {
+            **head,
+            "error": f"{SLOPE_OP!r} and the yardstick were not both measured at every L",
+        }
     logs = [math.log(row["work"]["L"]) for row in followed]
     slopes = {
         name: linear_regression(logs, [math.log(row[key]) for row in followed]).slope
@@ -190,7 +193,7 @@ def _measure_block(
                 warmup=1,
                 synchronize=inputs.setup.synchronize,
             )
-        except Exception as error:
+        except Exception as error:  # costs only the rows that run together
             errors |= dict.fromkeys(ready, _text(error))
     gemm_s = timings[cases[0].op].median_s if cases[0].op in timings else None
     return {

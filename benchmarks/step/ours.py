@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from benchmarks.step.work import Call, Case, Inputs, Setup, Work
-from sae_core.architectures.base import SparseAutoencoder
+from sae_core.architectures.base import SparseAutoencoder, StepOutput
 from sae_core.architectures.registry import build_sae
 from sae_core.config import (
     OptimConfig,
@@ -23,18 +23,20 @@ from sae_core.config import (
 from sae_core.distributed.mesh import Mesh
 from sae_core.engine.deepspeed_engine import SAEEngine
 from sae_core.engine.fused_adam import FusedRowAdam
+from sae_core.engine.lr_schedule import lr_at
 from sae_core.kernels import (
     AdamStep,
     Kernels,
     RowState,
     SparseGradient,
     SparseLatents,
-    compact,
+    active_pairs,
     get_kernels,
 )
 
 DEAD_SHARE = 0.1
 """Share of latents that are dead in the cases with AuxK."""
+DEAD_AFTER_TOKENS = 10_000_000
 _TINY = Work(L=64, D=16, B=16, k=2)
 _LR = 1e-6
 """Learning rate, small enough that the dictionary stays the same over any number of rounds."""
@@ -54,6 +56,8 @@ class Variant:
     """Dtype of Adam's moments."""
     prefilter: str = "auto"
     """Prefilter of the encoder, as in the training config."""
+    lr: float = _LR
+    """Learning rate."""
 
 
 VARIANTS: tuple[Variant, ...] = (
@@ -77,12 +81,12 @@ def our_cases(inputs: Inputs) -> list[Case]:
 def kernel_cases(inputs: Inputs) -> list[Case]:
     """Return a case for each kernel by itself, applied to the results of preceding kernels.
 
-    "encode + topk" uses the prefilter that the default config picks on this machine. The row's
-    `prefilter` gives the name of the prefilter.
+    "encode + topk" uses the prefilter that `train.prefilter=auto` chooses. A measured row's
+    `prefilter` gives its name.
     """
     pairs = _Pairs(inputs)
     on_cuda = inputs.setup.device.type == "cuda"
-    cases = [_encode_case(inputs, "encode + topk", notes={"prefilter": _default_prefilter(inputs)})]
+    cases = [_encode_case(inputs, "encode + topk")]
     if not on_cuda:
         cases.append(_encode_case(inputs, "encode + topk, no prefilter", prefilter="none"))
     else:
@@ -111,21 +115,12 @@ def state_bytes(inputs: Inputs, moments: str) -> int:
     return 2 * inputs.work.L * inputs.work.D * (4 + 2 * moment + copy)
 
 
-def _default_prefilter(inputs: Inputs) -> str:
-    """Return the name of the default prefilter; only the stock kernels can have one."""
-    if inputs.setup.kernels != "stock":
-        return "none"
-    prefilter = get_kernels("stock", inputs.setup.dtype, prefilter="auto").prefilter  # type: ignore[attr-defined]
-    return "none" if prefilter is None else str(prefilter.name)
-
-
 def _encode_case(
     inputs: Inputs,
     op: str,
     prefilter: str = "auto",
     *,
     tf32: bool = False,
-    notes: dict[str, Any] | None = None,
 ) -> Case:
     """Return the case of the encoder product and its TopK.
 
@@ -134,18 +129,19 @@ def _encode_case(
         op: Name of the row.
         prefilter: As in the training config.
         tf32: Multiply float32 inputs in TF32, instead of inputs in the setup's dtype.
-        notes: Additional keys of the row.
     """
     work, setup = inputs.work, inputs.setup
+    notes: dict[str, Any] = {}
 
     def make() -> Call:
         dtype = torch.float32 if tf32 else setup.dtype
-        kernels = get_kernels(setup.kernels, dtype, tf32=tf32, prefilter=prefilter)
+        notes["prefilter"] = name = inputs.auto_prefilter if prefilter == "auto" else prefilter
+        kernels = get_kernels(setup.kernels, dtype, tf32=tf32, prefilter=name)
         W, bias = inputs.W.to(dtype), inputs.bias.float()
         return lambda: kernels.encode_topk(inputs.raw, W, bias, work.k)
 
     wide = 4 * work.L * work.D if tf32 else 0
-    return Case("ours", op, make, 12 * work.B * work.k + wide, notes=notes or {})
+    return Case("ours", op, make, 12 * work.B * work.k + wide, notes=notes)
 
 
 class _Pairs:
@@ -162,7 +158,9 @@ class _Pairs:
     def _active(self) -> SparseLatents:
         inputs = self.inputs
         bias = inputs.bias.float()
-        return compact(*self._kernels.encode_topk(inputs.raw, inputs.W, bias, inputs.work.k))
+        kernels = self._kernels
+        selected = kernels.encode_topk(inputs.raw, inputs.W, bias, inputs.work.k)
+        return active_pairs(kernels, *selected)
 
     def decode(self) -> Call:
         inputs, kernels, active = self.inputs, self._kernels, self._active
@@ -170,7 +168,7 @@ class _Pairs:
 
     def row_gradients(self) -> Call:
         kernels, gradient = self._kernels, self._gradient()
-        return lambda: kernels.row_gradients(*gradient)
+        return lambda: kernels.row_gradients(*gradient.terms)
 
     def row_update(self) -> Call:
         """Return a call that computes updated rows from the gradient's parts.
@@ -186,7 +184,7 @@ class _Pairs:
         decoded = self._kernels.decode_error(x, active, self.inputs.W)
         weight = -2.0 / x.numel()  # derivative of the mean squared error over rows and channels
         weighed = active._replace(values=weight * active.values)
-        return SparseGradient(weighed, weight * decoded.dots, x, decoded.error)
+        return SparseGradient(weighed, weight * decoded.dots, x, decoded.error, len(x))
 
     def _state(self, copy_dtype: torch.dtype | None) -> RowState:
         inputs = self.inputs
@@ -210,7 +208,7 @@ class _Pairs:
 def engine_name() -> str:
     """Return the engine that runs a step: "deepspeed", or "none" if it is not installed."""
     try:
-        import deepspeed  # noqa: F401
+        import deepspeed  # noqa: F401 - whether it can be imported is the question
     except ImportError:
         return "none"
     return "deepspeed"
@@ -227,14 +225,21 @@ def load_engine(setup: Setup) -> None:
 
 
 def _step_case(inputs: Inputs, variant: Variant) -> Case:
+    notes: dict[str, Any] = {"engine": engine_name()}
+
+    def make() -> Call:
+        automatic = variant.prefilter == "auto"
+        notes["prefilter"] = inputs.auto_prefilter if automatic else variant.prefilter
+        return make_step(inputs, variant)
+
     return Case(
         "ours",
         variant.op,
-        partial(make_step, inputs, variant),
+        make,
         state_bytes(inputs, variant.moments),
         stateful=True,
         prepare=partial(load_engine, inputs.setup),
-        notes={"engine": engine_name()},
+        notes=notes,
     )
 
 
@@ -246,12 +251,13 @@ def make_step(inputs: Inputs, variant: Variant) -> Call:
         variant: Settings of the step.
     """
     work, setup = inputs.work, inputs.setup
-    config = _trainer_config(inputs, variant)
-    kernels = get_kernels(setup.kernels, setup.dtype, prefilter=variant.prefilter)
+    config = trainer_config(inputs, variant)
+    name = inputs.auto_prefilter if variant.prefilter == "auto" else variant.prefilter
+    kernels = get_kernels(setup.kernels, setup.dtype, prefilter=name)
     sae = fresh_sae(config.sae, work.D, kernels, setup.device)
     train = _trainer(sae, config, setup.device)
     ages = torch.zeros(work.L, dtype=torch.int64, device=setup.device)
-    ages[: int(work.L * DEAD_SHARE)] = config.sae.dead_after_tokens
+    ages[: int(work.L * DEAD_SHARE)] = DEAD_AFTER_TOKENS
 
     def call() -> object:
         if variant.auxk_rows:
@@ -262,7 +268,8 @@ def make_step(inputs: Inputs, variant: Variant) -> Call:
     return call
 
 
-def _trainer_config(inputs: Inputs, variant: Variant) -> TrainerConfig:
+def trainer_config(inputs: Inputs, variant: Variant) -> TrainerConfig:
+    """Return the config of a step with the sizes of `inputs`."""
     work, sae, optim = inputs.work, TopKConfig(), OptimConfig()
     config = TrainerConfig(
         TopKConfig(
@@ -270,9 +277,12 @@ def _trainer_config(inputs: Inputs, variant: Variant) -> TrainerConfig:
             k=work.k,
             auxk_coef=sae.auxk_coef if variant.auxk_rows else 0.0,
             auxk_rows=variant.auxk_rows or 1.0,
+            dead_after_tokens=DEAD_AFTER_TOKENS,
         ),
         OptimConfig(
-            lr=_LR, clip_norm=optim.clip_norm if variant.clip else 0.0, moments=variant.moments
+            lr=variant.lr,
+            clip_norm=optim.clip_norm if variant.clip else 0.0,
+            moments=variant.moments,
         ),
         TrainConfig(tokens=10**12, batch_tokens=work.B, kernels=inputs.setup.kernels),
         ParallelConfig(),
@@ -282,7 +292,7 @@ def _trainer_config(inputs: Inputs, variant: Variant) -> TrainerConfig:
 
 
 @cache
-def _one_rank_mesh(device_type: str) -> Mesh:
+def one_rank_mesh(device_type: str) -> Mesh:
     """Return one mesh shared by all steps, because each new mesh creates process groups."""
     return Mesh.create(device_type, 1, 1)
 
@@ -298,7 +308,7 @@ def fresh_sae(
         kernels: Kernels of the step.
         device: Device of the parameters.
     """
-    mesh = _one_rank_mesh(device.type)
+    mesh = one_rank_mesh(device.type)
     with torch.device("meta"):
         sae = build_sae(config, d_model, mesh, kernels, seed=0)
     sae.to_empty(device=device)
@@ -332,15 +342,24 @@ class PlainTrainer:
     def __init__(self, sae: SparseAutoencoder, config: TrainerConfig) -> None:
         self.sae = sae
         self.batch_tokens = config.train.batch_tokens
-        self.optimizer = FusedRowAdam(sae, _LR, config.optim, config.optim.clip_norm)
+        lr = lr_at(config.optim, config.sae.n_latents, 0, config.train.tokens)
+        self.optimizer = FusedRowAdam(sae, lr, config.optim, config.optim.clip_norm)
+        for group in self.optimizer.param_groups:
+            # As in the engine: otherwise a step cannot be captured as a CUDA graph.
+            group["capturable"] = sae.kernels.asynchronous and sae.b_dec.device.type == "cuda"
 
     def train_step(self, raw: torch.Tensor, _step: int) -> None:
         """Run forward, backward, clip, update and renormalise, and update ages; raw [B, D]."""
-        out = self.sae(raw)
+        self.run_step(raw)
+
+    def run_step(self, raw: torch.Tensor) -> StepOutput:
+        """Run `train_step`, and return the loss and metrics."""
+        out: StepOutput = self.sae(raw)
         # As in the engine, a loss that is not finite makes the optimiser skip the step.
         flag = (~out.loss.detach().isfinite()).float()
-        self.optimizer.found_inf = torch.maximum(self.optimizer.found_inf, flag)
+        torch.maximum(self.optimizer.found_inf, flag, out=self.optimizer.found_inf)
         out.loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.sae.update_tokens_since_fired(out.fired, self.batch_tokens, self.optimizer.found_inf)
+        return out

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -10,6 +11,9 @@ from typing import Any
 import torch
 
 from benchmarks.harness.errors import BenchmarkError
+from sae_core.kernels.prefilter_choice import candidates
+from sae_core.kernels.prefilter_timing import choose_prefilter
+from sae_core.kernels.registry import KERNELS, get_kernels
 
 Call = Callable[[], object]
 
@@ -124,6 +128,20 @@ class Inputs:
         """The dictionary, [L, D], rows of about unit norm, in the dtype of the encoder product."""
         W = torch.empty(self.work.L, self.work.D, dtype=self.setup.dtype, device=self.setup.device)
         return W.normal_(std=self.work.D**-0.5)
+
+    @cached_property
+    def auto_prefilter(self) -> str:
+        """The prefilter that `train.prefilter=auto` chooses by time at the first use."""
+        work, setup = self.work, self.setup
+        names = candidates(
+            KERNELS[setup.kernels], setup.device.type, str(setup.dtype).removeprefix("torch.")
+        )
+        if len(names) == 1:
+            return names[0]
+        kernels: Any = get_kernels(setup.kernels, setup.dtype)
+        choice = choose_prefilter(kernels, names, self.W, self.bias, work.B, work.k)
+        print(choice, file=sys.stderr, flush=True)
+        return choice.name
 
     @cached_property
     def bias(self) -> torch.Tensor:

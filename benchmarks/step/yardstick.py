@@ -20,7 +20,7 @@ def encoder_gemms(x: Tensor, W_enc: Tensor, b_enc: Tensor) -> dict[str, Callable
     never exists as a whole.
 
     Args:
-        x: [B, D], float32 or bfloat16.
+        x: [B, D], float32 or bfloat16; float16 as well, for Triton's interpreter.
         W_enc: [L, D], dtype of x.
         b_enc: [L], dtype of x.
 
@@ -42,5 +42,7 @@ def encoder_gemms(x: Tensor, W_enc: Tensor, b_enc: Tensor) -> dict[str, Callable
             torch.ops.mkldnn._linear_pointwise(piece, W_enc, b_enc, "none", [], "")
 
     if x.device.type == "cpu":
+        if x.dtype == torch.float16:  # oneDNN multiplies it on some processors only
+            return {"gemm": linear, "linear": linear}
         return {"gemm": onednn, "linear": linear}
     return {"gemm": linear}

@@ -154,7 +154,9 @@ def saelens_rows(data: Data, timeout_s: float = 300.0) -> list[dict[str, Any]]:
         PeerError: If the process fails or takes too long.
     """
     if not peers_available():
-        print(f"SAELens skipped: .venv-peers is missing; {HOW_TO_MAKE}", file=sys.stderr)
+        print(
+            f"SAELens skipped: .venv-peers is missing or incomplete; {HOW_TO_MAKE}", file=sys.stderr
+        )
         return []
     with tempfile.TemporaryDirectory(dir=data.folder) as folder:
         arguments = ["benchmarks.store.saelens", str(data.raw), str(data.d_model)]

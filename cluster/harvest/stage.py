@@ -6,13 +6,16 @@ model's weights. Ray workers compute the items. A rerun computes only the items 
 
 from __future__ import annotations
 
+import math
 import time
+from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cluster.errors import PlacementError
+from cluster.harvest.norms import dropped_line, max_norms, statistics_line
 from cluster.harvest.provenance import describe, matching_store
 from cluster.run_folder.files import HARVEST, HARVEST_STARTS, consumer_name, store_path
 from foundation.atomic_files import write_json
@@ -26,6 +29,10 @@ if TYPE_CHECKING:
     from conf.schema.run import RunConfig
 
 
+_SPARE_SHARE = 0.01
+"""Share of rows harvested beyond `data.tokens` if rows may be left out and each is used once."""
+
+
 @dataclass(frozen=True)
 class HarvestJob:
     """A harvest that is planned and ready to run."""
@@ -35,6 +42,7 @@ class HarvestJob:
     store: str
     plan: ItemPlan
     provenance: dict[str, Any]
+    tokenizer: Any
     harvest_lock: HarvestLock
     """This run's harvest lock on the store. It is taken before the first item, and the caller of
     `prepare` releases it."""
@@ -55,9 +63,9 @@ def run(config: RunConfig, run_dir: Path) -> None:
     """Fill the store with `data.tokens` rows per hookpoint. Do nothing if it is already full.
 
     Writes `harvest.json` to the run folder with the keys tokens, items, seconds, tokens_per_s,
-    workers, hookpoints and store_bytes. `seconds` and `tokens_per_s` cover this session only, from
-    the start of Ray until the store is finalised. `tokens_per_s` is null if no item was left to
-    compute.
+    workers, dropped_by_norm, hookpoints and store_bytes. `seconds`, `tokens_per_s` and
+    `dropped_by_norm` cover this session only, from the start of Ray until the store is finalised.
+    `tokens_per_s` is null if no item was left to compute.
 
     Raises:
         StoreMismatchError: If the store was harvested with other settings. Raised before any work.
@@ -91,24 +99,31 @@ def prepare(
 
     Raises:
         StoreMismatchError: If the store was harvested with other settings.
-        ModelError: If the model does not exist.
+        ModelError: If the model or a hookpoint does not exist, or the model's files are incomplete
+            or do not belong to the tokenizer.
         TextError: If the text is missing, empty or unreadable.
-        ConfigError: If a hookpoint is malformed or of an unknown kind, or the model cannot be split
-            into `model.shards` parts.
+        ConfigError: If a hookpoint is malformed or of an unknown kind, a context is longer than the
+            model allows, or the model cannot be split into `model.shards` parts.
     """
     from rich.console import Console
 
     from activation_store import HarvestLock
     from cluster.harvest.items import plan_items
+    from cluster.harvest.text_report import counts_lines, require_splits, token_lines
     from cluster.language_model.contexts import prepare_contexts
     from cluster.language_model.hookpoint_kinds import require_usable
     from cluster.language_model.loading import load_tokenizer
+    from cluster.language_model.model_checks import require_known_tokens, require_usable_model
     from cluster.language_model.tensor_parallel import require_shardable
+    from cluster.language_model.texts import find_text, pin_revisions, require_text
 
     console = console or Console(soft_wrap=True)
     cache_dir = Path(config.cache_dir).expanduser()
+    require_text(config.data)
+    config = replace(config, data=pin_revisions(config.data))
     require_usable(config.model)
     require_shardable(config.model, cache_dir)
+    skeleton = require_usable_model(config.model, config.data.context_tokens, cache_dir)
     path = store_path(config, run_dir)
     tokenizer = load_tokenizer(config.model, cache_dir)
     provenance = describe(config, tokenizer, cache_dir)
@@ -118,8 +133,19 @@ def prepare(
         if not (run_dir / HARVEST).is_file():
             _write_summary(config, run_dir, path, {"seconds": 0.0, "tokens_per_s": None})
         return None
+    for line in find_text(config.data).summary():
+        console.print(f"text: {line}", markup=False)
     contexts = prepare_contexts(config.data, tokenizer, cache_dir)
-    plan = plan_items(contexts.train, config.seed, config.data.tokens, config.store.shard_tokens)
+    require_known_tokens(skeleton, tokenizer, contexts)
+    for line in (*counts_lines(contexts, config.eval.tokens), *token_lines(contexts, tokenizer)):
+        console.print(f"text: {line}", markup=False)
+    require_splits(contexts, config.data)
+    tokens = config.data.tokens
+    if config.cluster.retention == "consumed" and config.data.max_norm_multiple is not None:
+        # Training sees every row once and needs up to `data.tokens` of them, but rows of huge norm
+        # are left out only when they are computed.
+        tokens = math.ceil(tokens * (1 + _SPARE_SHARE))
+    plan = plan_items(contexts.train, config.seed, tokens, config.store.shard_tokens)
     if plan.n_rows < config.data.tokens:
         console.print(
             f"harvest: the text yields only {plan.n_rows:,} rows, fewer than data.tokens="
@@ -127,7 +153,16 @@ def prepare(
         )
     harvest_lock = HarvestLock(path, consumer_name(config, run_dir))
     return HarvestJob(
-        config, run_dir, path, plan, provenance, harvest_lock, bool(existing), console, live
+        config,
+        run_dir,
+        path,
+        plan,
+        provenance,
+        tokenizer,
+        harvest_lock,
+        bool(existing),
+        console,
+        live,
     )
 
 
@@ -138,9 +173,12 @@ def fill(job: HarvestJob, may_start: MayStart = lambda _: True) -> None:
         job: The harvest that `prepare` planned.
         may_start: Items wait while this function returns False. If it raises, the harvest ends.
     """
+    from activation_store import open_store
+
     session = _fill(job, may_start)
     _write_summary(job.config, job.run_dir, job.store, session)
-    job.console.print(f"harvest: {job.plan.n_rows:,} rows in {job.store}")
+    n_tokens = open_store(job.store).n_tokens
+    job.console.print(f"harvest: {n_tokens:,} rows in {job.store}")
 
 
 def _fill(job: HarvestJob, may_start: MayStart) -> dict[str, Any]:
@@ -168,13 +206,14 @@ def _fill(job: HarvestJob, may_start: MayStart) -> dict[str, Any]:
         with WorkerPool(spec, n_workers, config.cluster) as pool:
             writer = StoreWriter(job.store) if job.resuming else _create(job, pool)
             job.harvest_lock.acquire()
-            rows = _run_items(job, pool, writer, may_start)
+            rows, dropped = _run_items(job, pool, writer, may_start)
         writer.finalise()
     seconds = time.monotonic() - started
     return {
         "seconds": round(seconds, 2),
         "tokens_per_s": round(rows / seconds, 1) if rows else None,
         "workers": n_workers,
+        "dropped_by_norm": dropped,
     }
 
 
@@ -202,7 +241,11 @@ def _create(job: HarvestJob, pool: WorkerPool) -> StoreWriter:
     from activation_store import StoreWriter
 
     job.console.print("harvest: loading the model and calibrating on the first item")
-    calibration = pool.calibrate((0, job.plan.contexts(0)))
+    calibration, norms = pool.calibrate((0, job.plan.contexts(0)))
+    for name, one in norms.items():
+        line = statistics_line(name, one, job.tokenizer)
+        job.console.print(f"harvest: {line}", markup=False)
+    limits = max_norms(norms, job.config.data.max_norm_multiple)
     store = job.config.store
     return StoreWriter(
         job.store,
@@ -212,13 +255,20 @@ def _create(job: HarvestJob, pool: WorkerPool) -> StoreWriter:
         shard_tokens=store.shard_tokens,
         chunk_bytes=store.chunk_bytes,
         n_items=job.plan.n_items,
-        provenance=job.provenance,
+        provenance=job.provenance | ({"max_norms": limits} if limits else {}),
         calibration=calibration,
     )
 
 
-def _run_items(job: HarvestJob, pool: WorkerPool, writer: StoreWriter, may_start: MayStart) -> int:
-    """Compute the missing items and return the number of rows computed in this session."""
+def _run_items(
+    job: HarvestJob, pool: WorkerPool, writer: StoreWriter, may_start: MayStart
+) -> tuple[int, int]:
+    """Compute the missing items.
+
+    Returns:
+        The numbers of rows that were stored, and that were left out because of their norm, in this
+        session.
+    """
     from cluster.progress import ProgressLine, duration
 
     plan = job.plan
@@ -230,6 +280,7 @@ def _run_items(job: HarvestJob, pool: WorkerPool, writer: StoreWriter, may_start
         )
     rows = 0
     finished = 0
+    dropped: Counter[int] = Counter()
 
     def check_and_may_start(item: int | None) -> bool:
         job.harvest_lock.check()  # stop writing as soon as another run holds the harvest lock
@@ -237,11 +288,10 @@ def _run_items(job: HarvestJob, pool: WorkerPool, writer: StoreWriter, may_start
 
     started = time.monotonic()
     with ProgressLine(job.console, live=job.live) as line:
-        for new_rows in pool.run(
-            ((item, plan.contexts(item)) for item in todo), check_and_may_start
-        ):
-            if new_rows is not None:
-                rows += new_rows
+        for result in pool.run(((item, plan.contexts(item)) for item in todo), check_and_may_start):
+            if result is not None:
+                rows += result.rows
+                dropped += result.dropped
                 finished += 1
             seconds = time.monotonic() - started
             # Calibration already computed the first item, so that item's time says nothing about
@@ -254,7 +304,11 @@ def _run_items(job: HarvestJob, pool: WorkerPool, writer: StoreWriter, may_start
                 f"harvest {done / plan.n_items:4.0%} · {done}/{plan.n_items} items · "
                 f"{rows:,} rows · {rate} tokens/s · ETA {eta}"
             )
-    return rows
+    multiple = job.config.data.max_norm_multiple
+    if dropped and multiple is not None:
+        told = dropped_line(dropped, rows, multiple, job.tokenizer)
+        job.console.print(f"harvest: {told}", markup=False)
+    return rows, dropped.total()
 
 
 def _write_summary(config: RunConfig, run_dir: Path, path: str, session: dict[str, Any]) -> None:

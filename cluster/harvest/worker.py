@@ -9,17 +9,20 @@ from __future__ import annotations
 import os
 import socket
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from cluster.errors import NonFiniteRowsError
+from cluster.harvest.norms import NormStatistics, max_norms, norm_statistics, within
 from cluster.openmp import waiting_variables
+from conf.hookpoint import find_hookpoint
 from conf.schema.data import DataConfig
 from conf.schema.model import ModelConfig
 
@@ -46,6 +49,24 @@ class WorkerSpec:
     detect workers that keep dying."""
 
 
+class FirstItem(NamedTuple):
+    """What the first work item tells about each hookpoint."""
+
+    calibration: dict[str, Calibration]
+    """Mean, standard deviation and norm of the rows that are stored."""
+    norms: dict[str, NormStatistics]
+    """Norms of all rows."""
+
+
+class ItemResult(NamedTuple):
+    """The rows of a work item that was committed."""
+
+    rows: int
+    """Number of rows stored."""
+    dropped: Counter[int]
+    """Number of rows left out because of their norm, for each token id."""
+
+
 class HarvestWorker:
     """A Ray actor whose whole state can be rebuilt from its WorkerSpec after a restart."""
 
@@ -65,10 +86,11 @@ class HarvestWorker:
         """Load the model and the text, so that errors in either show up before the first item."""
         _ = self._forward, self._split
 
-    def calibrate(self, item: int, contexts: NDArray[np.int64]) -> dict[str, Calibration]:
+    def calibrate(self, item: int, contexts: NDArray[np.int64]) -> FirstItem:
         """Compute mean, standard deviation and norm of every hookpoint from the rows of one item.
 
-        The norm is the mean Euclidean distance of a row from the mean row.
+        The norm is the mean Euclidean distance of a row from the mean row. Rows that
+        `data.max_norm_multiple` leaves out do not count.
 
         Args:
             item: Number of the work item.
@@ -78,12 +100,17 @@ class HarvestWorker:
 
         rows, sidecars = self._compute(item, contexts)
         self._computed = (item, rows, sidecars)  # `run_item` is called for this item next
-        return {
-            name: Calibration(*_moments(values.astype(np.float64))) for name, values in rows.items()
+        require_finite(item, rows, sidecars)
+        norms = norm_statistics(rows, sidecars)
+        kept = within(rows, max_norms(norms, self.spec.data.max_norm_multiple))
+        calibration = {
+            name: Calibration(*_moments(values[kept].astype(np.float64)))
+            for name, values in rows.items()
         }
+        return FirstItem(calibration, norms)
 
-    def run_item(self, item: int, contexts: NDArray[np.int64]) -> int:
-        """Compute the rows of an item, commit them, and return their number.
+    def run_item(self, item: int, contexts: NDArray[np.int64]) -> ItemResult:
+        """Compute the rows of an item and commit those that are not above the norm's limit.
 
         Args:
             item: Number of the work item.
@@ -98,8 +125,17 @@ class HarvestWorker:
             rows, sidecars = self._compute(item, contexts)
         self._computed = None
         require_finite(item, rows, sidecars)
-        self._writer.write_item(item, rows, sidecars)
-        return len(sidecars["token_id"])
+        # Another run may have created the store and written the same hookpoints in another way.
+        arrays = self._writer.header.arrays
+        named = {find_hookpoint(name, arrays) or name: values for name, values in rows.items()}
+        # The limits are those of the first item, whichever worker computed it.
+        kept = within(named, (self._writer.header.provenance or {}).get("max_norms", {}))
+        dropped = Counter(sidecars["token_id"][~kept].tolist())
+        if dropped:
+            named = {name: values[kept] for name, values in named.items()}
+            sidecars = {name: values[kept] for name, values in sidecars.items()}
+        self._writer.write_item(item, named, sidecars)
+        return ItemResult(int(kept.sum()), dropped)
 
     def _compute(
         self, item: int, contexts: NDArray[np.int64]
@@ -136,7 +172,7 @@ class HarvestWorker:
         """
         import torch
 
-        from cluster.language_model.hooks import capture
+        from cluster.language_model.hooks import capture, require_single_calls
         from cluster.language_model.loading import load_language_model
         from cluster.language_model.tensor_parallel import ModelShards
 
@@ -146,6 +182,7 @@ class HarvestWorker:
         if model.shards > 1:
             return ModelShards(model, self.spec.cache_dir, device).capture
         whole = load_language_model(model, self.spec.cache_dir, device)
+        require_single_calls(whole, model.hookpoints)
         return lambda ids: capture(whole, model.hookpoints, torch.from_numpy(ids).to(device))
 
     @cached_property
@@ -198,8 +235,9 @@ def require_finite(
             raise NonFiniteRowsError(
                 f"item {item}: {name} has {int(bad.sum())} values that are not finite in "
                 f"{int(bad.any(axis=1).sum())} rows, the first at document {document}, position "
-                f"{position}; expected finite activations. The item was not stored. float16 "
-                "overflows in many models: use model.dtype=bfloat16 or float32 and a new store"
+                f"{position}; expected finite activations. The item was not stored. If "
+                "model.dtype=float16, which overflows in many models, use bfloat16 or float32 and "
+                "a new store; otherwise check the model's weights"
             )
 
 

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cluster.errors import ClusterError, PlacementError
-from cluster.harvest.worker import HarvestWorker, WorkerSpec
+from cluster.harvest.worker import FirstItem, HarvestWorker, ItemResult, WorkerSpec
 from conf.schema.cluster import ClusterConfig
 
 POLL_S = 0.5
@@ -72,17 +72,17 @@ class WorkerPool:
             ray.kill(worker)
         shutil.rmtree(self._spec.starts_dir, ignore_errors=True)
 
-    def calibrate(self, work: Work) -> dict[str, Any]:
+    def calibrate(self, work: Work) -> FirstItem:
         """Measure every hookpoint with the first worker while the others load the model."""
         loading = [worker.warm_up.remote() for worker in self.workers[1:]]
-        moments: dict[str, Any] = self._result(self.workers[0].calibrate.remote(*work))
+        found: FirstItem = self._result(self.workers[0].calibrate.remote(*work))
         for reference in loading:
             self._result(reference)
-        return moments
+        return found
 
     def run(
         self, work: Iterable[Work], may_start: Callable[[int | None], bool] = lambda _: True
-    ) -> Iterator[int | None]:
+    ) -> Iterator[ItemResult | None]:
         """Run every item and report progress at least every `POLL_S` seconds.
 
         Args:
@@ -91,8 +91,7 @@ class WorkerPool:
                 per poll. If it raises, the run ends.
 
         Yields:
-            The number of rows of each item as it finishes, or None if no item finished during a
-            poll.
+            The result of each item as it finishes, or None if no item finished during a poll.
 
         Raises:
             ClusterError: If workers keep dying without finishing an item.
@@ -123,14 +122,14 @@ class WorkerPool:
                 continue
             done, _ = ray.wait(list(pending), timeout=POLL_S)
             for task in done:
-                rows = self._result(task)
+                result = self._result(task)
                 worker, (item, _) = pending.pop(task)
                 free.append(worker)
                 starts = self._starts()
                 stall.reset()
                 if item not in finished:  # a reassigned item finishes twice
                     finished.add(item)
-                    yield rows
+                    yield result
             if not done:
                 self._check_restarts(starts)
                 if stall.timed_out():
@@ -166,7 +165,7 @@ class WorkerPool:
         starts = self._starts() - starts_at_last_progress
         if starts > STARTS_WITHOUT_PROGRESS * len(self.workers):
             raise ClusterError(
-                f"harvest workers died {starts} times without finishing an item: they crash or "
+                f"harvest workers started {starts} times without finishing an item: they crash or "
                 "are killed, most often for lack of memory; lower cluster.harvest_workers"
             )
 

@@ -20,7 +20,7 @@ from foundation.registry import Registry
 
 
 class Place(Enum):
-    """Which folders of the submitting machine a job sees, which decides its command's paths."""
+    """The folders of the submitting machine that a job sees; they decide its command's paths."""
 
     SAME_FOLDER = "same folder"
     """The job sees all folders and starts in the folder where the command was typed."""

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
+from activation_store.config import MixedStore
 from cluster.errors import SchedulerError
 from cluster.jobs.backend import JobBackend, Place
 from cluster.run_folder.environment import ROOT
+from conf.schema.data import MixedText
 from conf.schema.run import RunConfig
 
 
@@ -51,16 +54,28 @@ def _arguments_on_shared_folders(
             "model.path": config.model.path,
         }
         paths |= {key: path for key, path in settings.items() if path.startswith("/")}
-        if config.store.mixture:
-            entries = (
-                f"{{path:{_quoted(mixed.path)},weight:{mixed.weight}}}"
-                for mixed in config.store.mixture
-            )
-            paths["store.mixture"] = f"[{','.join(entries)}]"
+        mixtures: dict[str, Sequence[MixedStore | MixedText]] = {
+            "store.mixture": config.store.mixture,
+            "data.mixture": config.data.mixture,
+        }
+        paths |= {key: _entries(mixture) for key, mixture in mixtures.items() if mixture}
     kept = _without(overrides, "stage=", "name=", *(f"{key}=" for key in paths))
-    paths = {key: text if key == "store.mixture" else _word(text) for key, text in paths.items()}
+    paths = {key: text if key.endswith(".mixture") else _word(text) for key, text in paths.items()}
     added = {"stage": config.submit.stage, "name": config.name, **paths}
     return [*kept, *(f"{key}={value}" for key, value in added.items())]
+
+
+def _entries(mixture: Sequence[MixedStore | MixedText]) -> str:
+    """Return the entries of a mixture in Hydra's syntax, without the fields that are null."""
+    entries = []
+    for mixed in mixture:
+        fields = {key: value for key, value in vars(mixed).items() if value is not None}
+        words = (
+            f"{key}:{_quoted(value) if isinstance(value, str) else value}"
+            for key, value in fields.items()
+        )
+        entries.append(f"{{{','.join(words)}}}")
+    return f"[{','.join(entries)}]"
 
 
 def _word(text: str) -> str:

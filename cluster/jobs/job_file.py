@@ -53,7 +53,11 @@ class JobFileBackend(JobBackend):
         for secret in config.secrets:
             if not self.secret_name.fullmatch(secret):
                 # The value is masked: it may be a secret that was given instead of its name.
-                raise ConfigError("submit.secrets", "***", "names of secrets, not their values")
+                raise ConfigError(
+                    "submit.secrets",
+                    "***",
+                    f"names that match {self.secret_name.pattern}, not the values of the secrets",
+                )
 
     def place(self, config: SubmitConfig) -> Place:
         """Return `Place.CONTAINER`."""

@@ -7,10 +7,12 @@ Ray sends SIGTERM to the driver, which then saves a checkpoint. Ray kills the dr
 
 from __future__ import annotations
 
+import ipaddress
 import os
 import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
+from urllib.parse import urlsplit
 
 from cluster.errors import SchedulerError
 from cluster.jobs.backend import Job, Place
@@ -66,20 +68,21 @@ class RayJobs(TrackedBackend):
             id=job_id,
             title=f"{job_id} on {address}",
             follow=f"ray job logs --follow --address {address} {job_id}",
+            status_options=() if _is_this_machine(address) else (f"submit.address={address}",),
             details={"address": address},
         )
 
-    def unfinished_state(self, job: SubmittedJob) -> str | None:
+    def unfinished_state(self, job: SubmittedJob, config: SubmitConfig) -> str | None:
         """Return the state of a submitted job, such as RUNNING, or None if it has ended."""
-        info = _info(job)
+        info = _info(job, config)
         return None if info is None or info.status.is_terminal() else str(info.status.value)
 
-    def describe(self, job: SubmittedJob) -> str:
+    def describe(self, job: SubmittedJob, config: SubmitConfig) -> str:
         """Describe a submitted job in one line, followed by a line with a command for its log."""
-        info, address = _info(job), job.details["address"]
+        info, address = _info(job, config), job.details["address"]
         if info is None:
             return (
-                f"{job.id} is unknown to the Ray cluster at {address}, which has been "
+                f"{job.id} is unknown to the Ray cluster at {address}, which has probably been "
                 "restarted since; rerun stage=submit to resume"
             )
         text = f"{job.id} {info.status.value}"
@@ -88,6 +91,14 @@ class RayJobs(TrackedBackend):
             text += f", exit code {code}" if code is not None else ""
             text += "; rerun stage=submit to resume"
         return f"{text}\nlog ray job logs --address {address} {job.id}"
+
+
+def _is_this_machine(address: str) -> bool:
+    host = urlsplit(address).hostname or ""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def _entrypoint(job: Job) -> str:
@@ -114,26 +125,37 @@ def _runtime_env(config: SubmitConfig) -> dict[str, Any]:
     return runtime_env
 
 
-def _info(job: SubmittedJob) -> Any:
+def _info(job: SubmittedJob, config: SubmitConfig) -> Any:
     """Return Ray's information about the job, or None if the cluster does not know the job.
 
     Raises:
-        SchedulerError: If no Ray cluster answers, so that the state is unknown.
+        SchedulerError: If the cluster does not report the state, which is then unknown, or if the
+            address is not known to be the user's.
     """
     address = job.details["address"]
+    # The run folder may come from somebody else, and `connect` sends the user's token.
+    if address.rstrip("/") != config.address.rstrip("/") and not _is_this_machine(address):
+        raise SchedulerError(
+            f"job {job.id} was submitted to {address}: expected submit.address={config.address}, "
+            f"the only cluster to which this cluster's token may be sent; set "
+            f"submit.address={address} if you trust it"
+        )
     try:
         return connect(address).get_job_info(job.id)
     except RuntimeError as error:
         if "status code 404" in str(error):
             return None
-        raise SchedulerError(f"Ray at {address}: {error}") from error
+        raise SchedulerError(
+            f"the Ray cluster at {address} did not report the state of job {job.id}: {error}; try "
+            "again later"
+        ) from error
 
 
 def connect(address: str) -> JobSubmissionClient:
     """Return a client of the Jobs API that sends the same token as Ray's own processes.
 
     Raises:
-        SchedulerError: If no Ray cluster answers at `address`, or the cluster rejects the token.
+        SchedulerError: If no Ray cluster answers at `address`, or authentication fails.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     from ray.exceptions import AuthenticationError
@@ -145,7 +167,7 @@ def connect(address: str) -> JobSubmissionClient:
         return JobSubmissionClient(address, headers=headers)
     except AuthenticationError as error:
         raise SchedulerError(
-            f"submit.address={address!r}: the cluster rejected the token; expected its token in "
+            f"submit.address={address!r}: authentication failed; put this cluster's token in "
             "RAY_AUTH_TOKEN or in ~/.ray/auth_token"
         ) from error
     except (ConnectionError, RuntimeError) as error:

@@ -35,7 +35,7 @@ def run(config: RunConfig, run_dir: Path, overrides: list[str]) -> None:
     backend.check(config.submit, config.checkpoint.grace_s)
     command = job_command(config, backend, overrides)
     if isinstance(backend, TrackedBackend):
-        check_no_unfinished_job(run_dir)
+        check_no_unfinished_job(run_dir, config.submit)
     if backend.place(config.submit) is not Place.CONTAINER:
         # Check and write the run folder's config, then release the folder's lock before the job can
         # start.

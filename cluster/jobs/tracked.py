@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import time
 from abc import abstractmethod
 from dataclasses import dataclass, field
@@ -33,6 +34,8 @@ class Submission:
     """Shell command that follows the job's log."""
     details: dict[str, str] = field(default_factory=dict)
     """Values needed later to find the job or its log. They are kept in the run folder."""
+    status_options: tuple[str, ...] = ()
+    """Settings that stage=status needs to query the job, such as `submit.address=...`."""
 
 
 class TrackedBackend(JobBackend):
@@ -60,16 +63,24 @@ class TrackedBackend(JobBackend):
         """
 
     @abstractmethod
-    def unfinished_state(self, job: SubmittedJob) -> str | None:
+    def unfinished_state(self, job: SubmittedJob, config: SubmitConfig) -> str | None:
         """Return the state of a submitted job, such as PENDING, or None if it has ended.
+
+        Args:
+            job: The job, as recorded in the run folder, which may come from somebody else.
+            config: The user's settings.
 
         Raises:
             SchedulerError: If the scheduler does not answer, so that the state is unknown.
         """
 
     @abstractmethod
-    def describe(self, job: SubmittedJob) -> str:
+    def describe(self, job: SubmittedJob, config: SubmitConfig) -> str:
         """Describe a submitted job in one line, followed by a line that says where its log is.
+
+        Args:
+            job: The job, as recorded in the run folder, which may come from somebody else.
+            config: The user's settings.
 
         Raises:
             SchedulerError: If the scheduler does not answer.
@@ -88,13 +99,14 @@ class TrackedBackend(JobBackend):
                 details=submission.details,
             )
         )
+        status = shlex.join(["stage=status", f"name={job.name}", *submission.status_options])
         return [
             f"submit: job {submission.title}",
-            f"follow it with: python launch.py stage=status name={job.name}; {submission.follow}",
+            f"follow it with: python launch.py {status}; {submission.follow}",
         ]
 
 
-def check_no_unfinished_job(run_dir: Path) -> None:
+def check_no_unfinished_job(run_dir: Path, config: SubmitConfig) -> None:
     """Check that the run's newest job has ended.
 
     Raises:
@@ -106,7 +118,7 @@ def check_no_unfinished_job(run_dir: Path) -> None:
     if not jobs:
         return
     backend = _backend_of(jobs[-1])
-    state = backend.unfinished_state(jobs[-1])
+    state = backend.unfinished_state(jobs[-1], config)
     if state is not None:
         raise RunDirError(
             f"{run_dir} already has job {jobs[-1].id} ({state}); follow it with stage=status, or "
@@ -114,13 +126,13 @@ def check_no_unfinished_job(run_dir: Path) -> None:
         )
 
 
-def describe_newest_job(run_dir: Path) -> str | None:
+def describe_newest_job(run_dir: Path, config: SubmitConfig) -> str | None:
     """Describe the run's newest job in one or two lines. Return None if no job was submitted."""
     jobs = submitted_jobs(run_dir)
     if not jobs:
         return None
     try:
-        return _backend_of(jobs[-1]).describe(jobs[-1])
+        return _backend_of(jobs[-1]).describe(jobs[-1], config)
     except FoundryError as error:  # the rest of the run's status is still useful
         return f"{jobs[-1].id}: {error}"
 

@@ -13,7 +13,7 @@ from importlib.machinery import ModuleSpec
 from pathlib import Path
 from uuid import uuid4
 
-from foundation.atomic_files import fsync_path, write_json
+from foundation.atomic_files import fsync_path, naming, write_json
 
 
 def built_once(folder: Path, build: Callable[[Path], None]) -> Path:
@@ -34,7 +34,8 @@ def built_once(folder: Path, build: Callable[[Path], None]) -> Path:
         temporary = folder.with_name(f"{folder.name}.{uuid4().hex}.tmp")
         temporary.mkdir()
         try:
-            build(temporary)
+            with naming(temporary):
+                build(temporary)
             for file in temporary.rglob("*"):
                 fsync_path(file)
             temporary.rename(folder)

@@ -1,31 +1,33 @@
 """Contexts of tokens, cut from the documents of a text.
 
-Each document is assigned to the train or held-out split by a hash of its text. The documents of a
-split are tokenised and joined into one stream, with a separator token after each document. A
-context is the BOS token followed by the next `context_tokens - 1` tokens of the stream; an
-incomplete context at the end of the stream is dropped. The streams are cached as memory-mapped
-files, so that all processes on a machine share the same pages.
+Each document is assigned to the train or held-out split by a hash of its text (`heldout.py` has
+the other rules). The documents of a split are tokenised and joined into one stream, with a
+separator token after each document. A context is the BOS token followed by the next
+`context_tokens - 1` tokens of the stream; an incomplete context at the end of the stream is
+dropped. The streams are cached as memory-mapped files, so that all processes on a machine share the
+same pages.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from cluster.language_model.boundaries import boundary_ids, special_strings
 from cluster.language_model.cache import built_once, digest
-from cluster.language_model.errors import TextError
+from cluster.language_model.heldout import parts_of_splits
 from cluster.language_model.loading import tokenizer_sha256
-from cluster.language_model.texts import find_text
+from cluster.language_model.long_documents import encode_documents
+from cluster.language_model.texts import Tally, find_text
 from conf.schema.data import DataConfig
 
-SCHEMA = 1
+SCHEMA = 2
 SPLITS = ("train", "heldout")
 COLUMNS: dict[str, np.dtype[Any]] = {
     "token_id": np.dtype("<i4"),
@@ -86,6 +88,8 @@ class Contexts:
     """Id of the token that follows every document."""
     train: Split
     heldout: Split
+    counts: dict[str, Any] = field(default_factory=dict)
+    """Numbers of `meta.json`: `documents` and `tokens` of each split, and the fields of `Tally`."""
 
 
 def prepare_contexts(data: DataConfig, tokenizer: Any, cache_dir: Path) -> Contexts:
@@ -93,9 +97,10 @@ def prepare_contexts(data: DataConfig, tokenizer: Any, cache_dir: Path) -> Conte
 
     Raises:
         TextError: If the text cannot be read, or the tokenizer has neither BOS nor EOS token.
+        ConfigError: If `data.bos_token` or `data.separator_token` is not in the vocabulary.
     """
     source = find_text(data)
-    bos_id, separator_id = boundary_ids(tokenizer)
+    bos_id, separator_id = boundary_ids(tokenizer, data)
     key = {
         "schema": SCHEMA,
         "text": source.sha256(cache_dir),
@@ -104,11 +109,13 @@ def prepare_contexts(data: DataConfig, tokenizer: Any, cache_dir: Path) -> Conte
         "heldout_fraction": data.heldout_fraction,
         "separator_id": separator_id,
     }
+    if data.heldout != "documents":  # caches of the default have no such key
+        key["heldout"] = data.heldout
 
     def build(target: Path) -> None:
-        documents = source.documents()
-        meta = _write_streams(documents, tokenizer, separator_id, data.heldout_fraction, target)
-        (target / "meta.json").write_text(json.dumps({**key, **meta}))
+        tally = Tally()
+        meta = _write_streams(source.documents(tally), tokenizer, separator_id, data, target)
+        (target / "meta.json").write_text(json.dumps({**key, **meta, **asdict(tally)}))
 
     folder = built_once(cache_dir / "contexts" / digest(key), build)
     meta = json.loads((folder / "meta.json").read_text())
@@ -120,45 +127,16 @@ def prepare_contexts(data: DataConfig, tokenizer: Any, cache_dir: Path) -> Conte
         _open_split(folder, name, data.context_tokens, bos_id, dropped) for name in SPLITS
     )
     n_documents = int(meta["n_documents"])
-    return Contexts(folder, data.context_tokens, n_documents, bos_id, separator_id, train, heldout)
-
-
-def boundary_ids(tokenizer: Any) -> tuple[int, int]:
-    """Return the id of the token that begins a context and of the one that separates documents.
-
-    If the vocabulary has `<|endoftext|>`, that token is used for both purposes: models that have it
-    were pre-trained with it, although their chat versions declare other tokens as BOS and EOS.
-    Otherwise the tokens are BOS and EOS. If one of them is missing, the other is used for both.
-
-    Raises:
-        TextError: If the tokenizer has none of these tokens.
-    """
-    end_of_text = tokenizer.get_vocab().get("<|endoftext|>")
-    if end_of_text is not None:
-        return int(end_of_text), int(end_of_text)
-    bos_id, eos_id = tokenizer.bos_token_id, tokenizer.eos_token_id
-    if bos_id is None and eos_id is None:
-        raise TextError(
-            "the tokenizer has neither a BOS nor an EOS token; set one of them in the model's "
-            "tokenizer and save it"
-        )
-    return int(eos_id if bos_id is None else bos_id), int(bos_id if eos_id is None else eos_id)
-
-
-def is_heldout(text: str, fraction: float) -> bool:
-    """Return True if a document belongs to the held-out split.
-
-    The decision depends only on the text, so that copies of a document are in the same split.
-    """
-    head = hashlib.sha256(text.encode()).digest()[:8]
-    return int.from_bytes(head, "big") < fraction * 2**64
+    return Contexts(
+        folder, data.context_tokens, n_documents, bos_id, separator_id, train, heldout, meta
+    )
 
 
 def _write_streams(
     documents: Iterator[str],
     tokenizer: Any,
     separator_id: int,
-    heldout_fraction: float,
+    data: DataConfig,
     target: Path,
 ) -> dict[str, Any]:
     """Write the token streams of both splits to `target`. Return the counts for `meta.json`."""
@@ -168,27 +146,36 @@ def _write_streams(
         for column in COLUMNS
     }
     counts = dict.fromkeys(SPLITS, 0)
-    n_documents = 0
+    documents_of = dict.fromkeys(SPLITS, 0)
+    n_documents = n_special = 0
+    specials = special_strings(tokenizer)
     try:
         for texts in _batches(documents):
-            encoded = tokenizer(
-                texts, add_special_tokens=False, return_attention_mask=False, verbose=False
-            )["input_ids"]
+            # Special tokens that are written in a document are text, not tokens of the model.
+            encoded = encode_documents(tokenizer, texts, split_special_tokens=True)
+            if specials is not None:
+                n_special += sum(len(specials.findall(text)) for text in texts)
             for text, ids in zip(texts, encoded, strict=True):
-                split = SPLITS[is_heldout(text, heldout_fraction)]
-                columns = {
-                    "token_id": np.array([*ids, separator_id]),
-                    "document": np.full(len(ids) + 1, n_documents),
-                    "position": np.arange(len(ids) + 1),
-                }
-                for column, values in columns.items():
-                    files[split, column].write(values.astype(COLUMNS[column]).tobytes())
-                counts[split] += len(ids) + 1
+                for split, start, stop in parts_of_splits(text, len(ids), data):
+                    columns = {
+                        "token_id": np.append(ids[start:stop], separator_id),
+                        "document": np.full(stop - start + 1, n_documents),
+                        "position": np.arange(start, stop + 1),
+                    }
+                    for column, values in columns.items():
+                        files[split, column].write(values.astype(COLUMNS[column], copy=False).data)
+                    counts[split] += stop - start + 1
+                    documents_of[split] += 1
                 n_documents += 1
     finally:
         for file in files.values():
             file.close()
-    return {"tokens": counts, "n_documents": n_documents}
+    return {
+        "tokens": counts,
+        "documents": documents_of,
+        "n_documents": n_documents,
+        "special_strings": n_special,
+    }
 
 
 def _batches(documents: Iterator[str]) -> Iterator[list[str]]:

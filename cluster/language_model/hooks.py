@@ -21,7 +21,9 @@ class _Captured(Exception):
     """Ends the forward pass once the tensors of all hookpoints are known."""
 
 
-def capture(model: nn.Module, hookpoints: Sequence[str], input_ids: Tensor) -> dict[str, Tensor]:
+def capture(
+    model: nn.Module, hookpoints: Sequence[str], input_ids: Tensor, **arguments: Tensor
+) -> dict[str, Tensor]:
     """Return the tensors of the hookpoints from one forward pass.
 
     The pass stops as soon as all of these tensors are known.
@@ -31,6 +33,7 @@ def capture(model: nn.Module, hookpoints: Sequence[str], input_ids: Tensor) -> d
         hookpoints: Hookpoints such as `model.layers.9`, the output of a module, or
             `module@kind[option=value,...]`.
         input_ids: [contexts, context_tokens] int64, on the model's device.
+        arguments: Further arguments of the forward pass.
 
     Returns:
         For each hookpoint a tensor [contexts, context_tokens, D] in the model's dtype.
@@ -44,8 +47,7 @@ def capture(model: nn.Module, hookpoints: Sequence[str], input_ids: Tensor) -> d
     tensors: dict[str, Tensor] = {}
 
     def keep(name: str, value: Any) -> None:
-        # If a module runs more than once, keep the value of its first run.
-        tensors.setdefault(name, hidden_states(parse_hookpoint(name), value, input_ids.shape))
+        tensors[name] = hidden_states(parse_hookpoint(name), value, input_ids.shape)
         if len(tensors) == len(hookpoints):
             raise _Captured
 
@@ -54,7 +56,7 @@ def capture(model: nn.Module, hookpoints: Sequence[str], input_ids: Tensor) -> d
         for name in hookpoints:
             handles.append(_attach(model, name, partial(keep, name)))
         with torch.inference_mode():
-            model(input_ids=input_ids, use_cache=False)
+            model(input_ids=input_ids, use_cache=False, **arguments)
     except _Captured:
         return tensors
     finally:
@@ -64,6 +66,44 @@ def capture(model: nn.Module, hookpoints: Sequence[str], input_ids: Tensor) -> d
     raise ModelError(
         f"model.hookpoints: the forward pass did not run {missing}; choose modules that it runs"
     )
+
+
+def require_single_calls(model: nn.Module, hookpoints: Sequence[str]) -> None:
+    """Check that a forward pass runs the module of every hookpoint once.
+
+    `capture` would take the first of several calls, and `splice` would replace them all. Runs a
+    whole pass over two tokens. If the model is split, all of its ranks must call this.
+
+    Raises:
+        ModelError: If a module runs several times, as with layers that share their weights.
+        ConfigError: If a hookpoint is malformed, or its kind or options do not exist.
+    """
+    import torch
+
+    calls = dict.fromkeys(hookpoints, 0)
+
+    def count(name: str, _value: Any) -> None:
+        calls[name] += 1
+
+    ids = torch.zeros(1, 2, dtype=torch.int64, device=next(model.parameters()).device)
+    handles = [_attach(model, name, partial(count, name)) for name in hookpoints]
+    try:
+        with torch.inference_mode():
+            model(input_ids=ids, use_cache=False)
+    except (ValueError, TypeError):
+        # The decoder of an encoder-decoder model lacks its input. Its hookpoints cannot be captured
+        # either, and those of the encoder have run by now.
+        pass
+    finally:
+        for handle in handles:
+            handle.remove()
+    repeated = {name: times for name, times in calls.items() if times > 1}
+    if repeated:
+        raise ModelError(
+            "model.hookpoints: expected modules that run once in a forward pass; these run several "
+            f"times: {', '.join(f'{name} ({times} times)' for name, times in repeated.items())}; "
+            "choose modules inside or around the repeated part"
+        )
 
 
 @contextmanager
@@ -96,15 +136,15 @@ def find_module(model: nn.Module, name: str) -> nn.Module:
     """Return the module with the given name.
 
     Raises:
-        ModelError: If there is no such module. The error lists similar names.
+        ModelError: If there is no such module. The error lists modules with similar names, if any.
     """
     modules = dict(model.named_modules())
     if name in modules and name:
         return modules[name]
     close = difflib.get_close_matches(name, modules, n=5, cutoff=0.5) or list(modules)[1:9]
     raise ModelError(
-        f"model.hookpoints: module {name!r} not found in {type(model).__name__}; similar names: "
-        f"{', '.join(close)}"
+        f"model.hookpoints: module {name!r} not found in {type(model).__name__}; use one of its "
+        f"modules, such as {', '.join(close)}"
     )
 
 

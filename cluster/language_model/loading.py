@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 from cluster.language_model.cache import built_once, digest
 from cluster.language_model.errors import ModelError
 from cluster.language_model.files import ModelFiles, locate_model
-from cluster.language_model.hookpoint_kinds import resolve
 from conf.schema.model import ModelConfig
 
 if TYPE_CHECKING:
@@ -39,7 +38,7 @@ def load_tokenizer(cfg: ModelConfig, cache_dir: Path) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ModelError(
-            f"model.path: could not load a tokenizer from {folder}: {error}"
+            f"model.path: could not load a tokenizer from {folder}: {one_line(error)}"
         ) from error
     if not tokenizer.is_fast:
         raise ModelError(
@@ -64,16 +63,17 @@ def prepared_folder(cfg: ModelConfig, cache_dir: Path) -> Path:
     files = locate_model(cfg)
     if not files.gguf_file:
         return files.folder
-    key = digest([files.weights_sha256(cache_dir), cfg.dtype])
+    parts = [files.weights_sha256(cache_dir), cfg.dtype]
+    key = digest(parts if cfg.kind == "causal_lm" else [*parts, cfg.kind])
     return built_once(
-        cache_dir / "models" / key, lambda target: _convert_weights(files, cfg.dtype, target)
+        cache_dir / "models" / key, lambda target: _convert_weights(files, cfg, target)
     )
 
 
 def load_language_model(
     cfg: ModelConfig, cache_dir: Path, device: str = "cpu", shards: int = 1
 ) -> nn.Module:
-    """Load the causal language model in `cfg.dtype`, in evaluation mode and without gradients.
+    """Load the language model in `cfg.dtype`, in evaluation mode and without gradients.
 
     Args:
         cfg: Configuration of the model.
@@ -84,43 +84,157 @@ def load_language_model(
             weights.
 
     Raises:
-        ModelError: If the files are missing or damaged, or transformers lacks the architecture.
+        ModelError: If the files are missing or damaged, lack tensors of the model or have tensors
+            that it does not use, or if transformers lacks the architecture.
     """
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    folder = prepared_folder(cfg, cache_dir)
     options = {}
     if shards > 1:
         from transformers.distributed import DistributedConfig
 
         options = {"distributed_config": DistributedConfig(tp_size=shards)}
+    model = _from_folder(prepared_folder(cfg, cache_dir), cfg, **options)
+    loaded: nn.Module = model.to(device).eval().requires_grad_(False)
+    return loaded
+
+
+def load_skeleton(cfg: ModelConfig, cache_dir: Path) -> nn.Module:
+    """Build the model on the meta device: its modules and shapes, without values.
+
+    Only the headers of the weight files are read, which takes seconds for any model.
+
+    Raises:
+        ModelError: As `load_language_model`.
+    """
+    return _from_folder(prepared_folder(cfg, cache_dir), cfg, device_map="meta")
+
+
+def _from_folder(folder: Path, cfg: ModelConfig, **options: Any) -> Any:
+    """Load the model from a folder, and check that its files have all of its tensors.
+
+    Raises:
+        ModelError: If they do not, or cannot be read.
+    """
+    import torch
+    from safetensors import SafetensorError
+
+    auto = auto_class(config_of(folder), cfg.kind)
     with quiet_transformers():
         try:
-            model = AutoModelForCausalLM.from_pretrained(
+            model, info = auto.from_pretrained(
                 folder,
                 dtype=getattr(torch, cfg.dtype),
                 trust_remote_code=False,
                 use_safetensors=True,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # reported by name in `info`, and refused
                 **options,
             )
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, ImportError, SafetensorError) as error:
             raise ModelError(
-                f"model.path: could not load the model in {folder}: {error}"
+                f"model.path: could not load the model in {folder}: {one_line(error)}"
             ) from error
-    loaded: nn.Module = model.to(device).eval().requires_grad_(False)
-    return loaded
+    require_complete(model, info, folder, cfg)
+    return model
+
+
+def auto_class(config: Any, kind: str) -> Any:
+    """Return the transformers class that loads a model of this kind.
+
+    Raises:
+        ModelError: If the architecture has no language-model head, or reads text in both
+            directions.
+    """
+    import transformers
+    from transformers.models.auto import modeling_auto
+
+    if kind == "base":
+        return transformers.AutoModel
+    name = config.model_type
+    use_base = "; set model.kind=base to harvest it, and evaluate without cross-entropy"
+    masked = name in modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES or name == "bert-generation"
+    if masked and not (getattr(config, "is_decoder", False) or config.is_encoder_decoder):
+        raise ModelError(
+            f"model.path: {name} models read text in both directions; expected a model that "
+            f"predicts the next token{use_base}"
+        )
+    if type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
+        return transformers.AutoModelForCausalLM
+    if type(config) in transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+        return transformers.AutoModelForImageTextToText
+    raise ModelError(
+        f"model.path: transformers has no {name} model that predicts the next token{use_base}"
+    )
+
+
+def require_complete(model: Any, info: Any, folder: Path, cfg: ModelConfig) -> None:
+    """Check that the files have exactly the tensors of the model.
+
+    Transformers fills missing tensors with random numbers, other ones in every process. Tensors
+    that are tied to others, or that the architecture does not need, are not in `info`. Unexpected
+    tensors outside the model, such as another head, are accepted.
+
+    Args:
+        model: The model that was loaded.
+        info: What transformers reports with `output_loading_info`.
+        folder: Folder with the files.
+        cfg: Configuration of the model.
+
+    Raises:
+        ModelError: If tensors are missing, have another shape, or belong to parts that the model
+            does not have.
+    """
+    missing = set(info["missing_keys"])
+    if cfg.kind == "base":
+        # A pooler comes after all hidden states. Models saved with another head have none.
+        pooler = {key for key in missing if key.startswith("pooler.")}
+        missing -= pooler if not any(h.startswith("pooler") for h in cfg.hookpoints) else set()
+    children = dict(model.named_children())
+    unexpected = {key for key in info["unexpected_keys"] if key.split(".")[0] in children}
+    mismatched = {
+        f"{key} {list(there)} instead of {list(wanted)}"
+        for key, there, wanted in info["mismatched_keys"]
+    }
+    found = {
+        "lack tensors of the model": missing,
+        "have tensors of other shapes": mismatched,
+        "have tensors that it does not use": unexpected,
+    }
+    problems = [f"{what}: {_names(keys)}" for what, keys in found.items() if keys]
+    if info.get("error_msgs"):
+        problems.append(one_line(" ".join(map(str, info["error_msgs"]))))
+    if problems:
+        raise ModelError(
+            f"model.path: {folder} does not fit {type(model).__name__} as its config.json "
+            f"describes it. The files {'; they '.join(problems)}. Download or save the model again"
+            + (
+                "; if it has no language-model head, set model.kind=base"
+                if cfg.kind != "base" and missing
+                else ""
+            )
+        )
+
+
+def _names(keys: set[str]) -> str:
+    """Return the first few names, and how many there are."""
+    shown = ", ".join(sorted(keys)[:4])
+    return shown if len(keys) <= 4 else f"{shown} and {len(keys) - 4} more"
+
+
+def one_line(error: object) -> str:
+    """Return an error's text as one line of at most 300 characters."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 300 else f"{text[:300]}…"
 
 
 def _convert_tokenizer(files: ModelFiles, target: Path) -> None:
     from transformers import AutoTokenizer
 
-    with quiet_transformers():
+    with quiet_transformers(), _readable_gguf(files):
         tokenizer = AutoTokenizer.from_pretrained(files.folder, gguf_file=files.gguf_file)
     tokenizer.save_pretrained(target)
 
 
-def _convert_weights(files: ModelFiles, dtype: str, target: Path) -> None:
+def _convert_weights(files: ModelFiles, cfg: ModelConfig, target: Path) -> None:
     import torch
     import transformers
 
@@ -128,11 +242,34 @@ def _convert_weights(files: ModelFiles, dtype: str, target: Path) -> None:
     # and cannot be saved.
     gguf_config = getattr(transformers, "GgufConfig", None)
     options = {"quantization_config": gguf_config(dequantize=True)} if gguf_config else {}
-    with quiet_transformers():
-        model = transformers.AutoModelForCausalLM.from_pretrained(
-            files.folder, gguf_file=files.gguf_file, dtype=getattr(torch, dtype), **options
+    with quiet_transformers(), _readable_gguf(files):
+        config = transformers.AutoConfig.from_pretrained(files.folder, gguf_file=files.gguf_file)
+        model, info = auto_class(config, cfg.kind).from_pretrained(
+            files.folder,
+            gguf_file=files.gguf_file,
+            dtype=getattr(torch, cfg.dtype),
+            output_loading_info=True,
+            **options,
         )
+        require_complete(model, info, files.folder / str(files.gguf_file), cfg)
         model.save_pretrained(target)
+
+
+@contextmanager
+def _readable_gguf(files: ModelFiles) -> Iterator[None]:
+    """Turn any error while a GGUF file is read into a ModelError.
+
+    The parsers of damaged files raise whatever they run into, such as IndexError or struct.error.
+    """
+    try:
+        yield
+    except ModelError:
+        raise
+    except Exception as error:
+        raise ModelError(
+            f"model.gguf_file: could not read {files.folder / str(files.gguf_file)}: "
+            f"{one_line(error)}; download it again, or use safetensors weights"
+        ) from error
 
 
 @contextmanager
@@ -157,30 +294,23 @@ def model_config(cfg: ModelConfig, cache_dir: Path) -> Any:
     Raises:
         ModelError: If the model or a usable configuration is not found.
     """
-    from transformers import AutoConfig
-
     files = locate_model(cfg)
-    with quiet_transformers():
-        try:
-            options = {"gguf_file": files.gguf_file} if files.gguf_file else {}
-            return AutoConfig.from_pretrained(files.folder, trust_remote_code=False, **options)
-        except (OSError, ValueError) as error:
-            raise ModelError(
-                f"model.path: could not load the config in {files.folder}: {error}"
-            ) from error
+    return config_of(files.folder, files.gguf_file)
 
 
-def hookpoint_width(cfg: ModelConfig, hookpoint: str, cache_dir: Path) -> int:
-    """Return the width D of a hookpoint's rows, using only the model's configuration.
+def config_of(folder: Path, gguf_file: str | None = None) -> Any:
+    """Load the transformers configuration in a folder, or of a GGUF file in it.
 
     Raises:
-        ModelError: If the model is not found, or its configuration lacks the size.
-        ConfigError: If the hookpoint is malformed, or its kind or options do not exist.
+        ModelError: If it is missing or cannot be read.
     """
-    parsed, kind = resolve(hookpoint)
-    try:
-        return kind.width(parsed, model_config(cfg, cache_dir))
-    except AttributeError as error:
-        raise ModelError(
-            f"model.path={cfg.path!r}: expected a config with the width of {hookpoint!r}: {error}"
-        ) from error
+    from transformers import AutoConfig
+
+    with quiet_transformers():
+        try:
+            options = {"gguf_file": gguf_file} if gguf_file else {}
+            return AutoConfig.from_pretrained(folder, trust_remote_code=False, **options)
+        except (OSError, ValueError) as error:
+            raise ModelError(
+                f"model.path: could not load the config in {folder}: {one_line(error)}"
+            ) from error

@@ -29,7 +29,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cluster.language_model.errors import ModelError
-from cluster.language_model.hooks import capture
+from cluster.language_model.hooks import capture, require_single_calls
 from cluster.language_model.loading import load_language_model, model_config, prepared_folder
 from cluster.run_folder.environment import ROOT
 from conf.hookpoint import parse_hookpoint
@@ -38,7 +38,7 @@ from foundation.errors import ConfigError
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
-    from torch.distributed import Store  # type: ignore[attr-defined]
+    from torch.distributed import Store  # type: ignore[attr-defined]  # torch's stubs lack it
 
 _TIMEOUT_S = 600
 """Time limit for one collective. If a member is frozen for longer, the group ends."""
@@ -98,7 +98,7 @@ class ModelShards:
         self._checked = False
         # Convert a GGUF model now, so that the ranks do not wait for one another to convert it.
         prepared_folder(cfg, cache_dir)
-        store = dist.TCPStore(  # type: ignore[attr-defined]
+        store = dist.TCPStore(  # type: ignore[attr-defined]  # torch's stubs lack it
             "127.0.0.1", 0, cfg.shards, is_master=True, wait_for_workers=False
         )
         self._members = [
@@ -208,7 +208,9 @@ def _load(rank: int, store: Store, cfg: ModelConfig, cache_dir: Path, device: st
         world_size=cfg.shards,
         timeout=timedelta(seconds=_TIMEOUT_S),
     )
-    return load_language_model(cfg, cache_dir, device, shards=cfg.shards)
+    model = load_language_model(cfg, cache_dir, device, shards=cfg.shards)
+    require_single_calls(model, cfg.hookpoints)
+    return model
 
 
 def _capture(
@@ -240,9 +242,9 @@ def _require_complete(outputs: dict[str, Tensor]) -> None:
         if torch.any(worst > 0.01):
             raise ModelError(
                 f"model.hookpoints: with model.shards > 1 each process has only a part of the "
-                f"{parse_hookpoint(name).describe()}; expected a tensor that is complete in each, "
-                "such as the output of a block, attention or MLP; choose such a hookpoint, or set "
-                "model.shards=1"
+                f"{parse_hookpoint(name).describe()}; expected a tensor that is complete in each "
+                "process, such as the output of a block, attention or MLP; choose such a "
+                "hookpoint, or set model.shards=1"
             )
 
 
@@ -260,7 +262,7 @@ def _follow(member: dict[str, Any]) -> None:
     if os.getppid() != member["parent"]:  # rank 0 died before the call above
         return
     cfg, device = ModelConfig(**member["model"]), member["device"]
-    store = dist.TCPStore(  # type: ignore[attr-defined]
+    store = dist.TCPStore(  # type: ignore[attr-defined]  # torch's stubs lack it
         "127.0.0.1", member["port"], cfg.shards, is_master=False
     )
     model = _load(member["rank"], store, cfg, Path(member["cache_dir"]), device)

@@ -18,9 +18,9 @@ _MEMORY_SHARE = 0.9
 _NVLINK_SHARE = 0.8
 """Share of the peak that NCCL's all-reduce reaches: about 360 of 450 GB/s inside an H100 node."""
 _NETWORK_SHARE = 0.9
-_EPILOGUE = 1.2
+_EPILOGUE = 1.3
 """Time of the encoder divided by the time of its matrix product alone. benchmarks/notes/kernels.md
-predicts 1.1 to 1.35."""
+predicts 1.24 at d_model 4096 and 1.4 to 1.5 at 768, and at best 1.01 to 1.02."""
 
 
 @dataclass(frozen=True)
@@ -89,8 +89,12 @@ class Hardware:
     """Maximum number of ranks in a node."""
     process_bytes: float
     """Bytes that a rank's process holds before it trains. On a GPU: the CUDA context and NCCL."""
-    prefilter: str = "none"
-    """The prefilter that `train.prefilter=auto` selects on this device."""
+    prefiltered: Rates | None = None
+    """On a CPU that supports the bfloat16 prefilters and was measured: rates with one of them. Only
+    those of the encoder differ. `Rates.product_flops` is then that of the product in bfloat16."""
+    host_memory_bytes: float = 0.0
+    """Memory of a GPU rank's node, which its ranks share, or 0 if unknown. On the CPU,
+    `memory_bytes` counts instead."""
     shared: bool = False
     """True if the rates and links describe the whole machine and are shared by its ranks."""
     peak_flops: float = 0.0
@@ -149,7 +153,8 @@ def gpu(plan: PlanConfig) -> Hardware:
             update_bytes=memory,
             stream_bytes=memory,
             pair_s=0.2e-9 * 4300 / chip.memory_gb_per_s,
-            step_s=1e-3,
+            # About 180 operations of 3 microseconds on the device; the host does not delay them.
+            step_s=0.5e-3,
         ),
         memory_bytes=chip.memory_gib * GIB,
         node=Link(nvlink, nvlink, nvlink, 15e-6),
@@ -158,6 +163,7 @@ def gpu(plan: PlanConfig) -> Hardware:
         price_per_hour=chip.price_per_hour,
         ranks_per_node=plan.gpus_per_node,
         process_bytes=_GPU_PROCESS_BYTES,
+        host_memory_bytes=(plan.host_memory_gib or 0) * GIB,
         peak_flops=chip.tflops * 1e12,
     )
 
@@ -170,10 +176,9 @@ def shared_among(hardware: Hardware, n_ranks: int) -> Hardware:
     """
     if not hardware.shared or n_ranks == 1:
         return hardware
-    rates = {
-        name: value * n_ranks if name.endswith("_s") else value / n_ranks
-        for name, value in vars(hardware.rates).items()
-    }
+    prefiltered = None
+    if hardware.prefiltered is not None:
+        prefiltered = _divided(hardware.prefiltered, n_ranks)
     # The links were measured with two ranks, so two ranks get their full speed.
     pairs = n_ranks / 2
     link = Link(
@@ -182,4 +187,14 @@ def shared_among(hardware: Hardware, n_ranks: int) -> Hardware:
         hardware.node.exchange_bytes_per_s / pairs,
         hardware.node.latency_s * pairs,
     )
-    return replace(hardware, rates=Rates(**rates), node=link, network=link)
+    rates = _divided(hardware.rates, n_ranks)
+    return replace(hardware, rates=rates, prefiltered=prefiltered, node=link, network=link)
+
+
+def _divided(rates: Rates, n_ranks: int) -> Rates:
+    """Return the part of a machine's rates that each of its ranks gets."""
+    parts = {
+        name: value * n_ranks if name.endswith("_s") else value / n_ranks
+        for name, value in vars(rates).items()
+    }
+    return Rates(**parts)

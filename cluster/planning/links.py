@@ -19,6 +19,9 @@ _KEY_BYTES = 8
 """Bytes of a selection key, which is a pre-activation with the index of its latent."""
 _PAIR_BYTES = 8 + 8 + 4 + 4
 """Bytes of an active pair that replicas exchange: row, latent, value and gradient."""
+_SLOT_BYTES = 4 + 4 + 4
+"""Bytes of a slot, empty or not, that replicas exchange: latent, value and gradient. All replicas
+have the same rows in the same slots."""
 _MESSAGE_S = 1e-6
 """Seconds that each peer adds to an all-to-all."""
 
@@ -93,9 +96,12 @@ def _exchange(work: Work) -> list[Collective]:
         return [Collective("dense gradients", "data", "all-reduce", dense)]
     own_rows = work.gathered_rows / work.data
     rows = 2 * own_rows * work.d_model * work.gather_bytes * others
+    pairs: float = work.pairs * _PAIR_BYTES
+    if work.asynchronous:
+        pairs = work.slots * _SLOT_BYTES + own_rows * 8  # and each row's number of pairs
     return [
         bias,
-        Collective("pairs", "data", "all-gather", work.pairs * _PAIR_BYTES * others),
+        Collective("pairs", "data", "all-gather", pairs * others),
         Collective("inputs and errors", "data", "all-gather", rows),
     ]
 

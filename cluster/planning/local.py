@@ -17,13 +17,13 @@ from cluster.language_model.cache import digest
 from cluster.openmp import waiting_variables
 from cluster.planning.hardware import GIB, Hardware, Link, Rates, gpu
 from cluster.run_folder.environment import hardware as described
-from cluster.run_folder.environment import memory_bytes
 from conf.schema.plan import HARDWARE, PlanConfig
 from conf.schema.run import RunConfig
 from foundation.atomic_files import write_json
 from foundation.errors import ConfigError
+from foundation.host_memory import total_bytes
 
-_VERSION = 3
+_VERSION = 4
 """Version of the measurements. Increment it when they change."""
 _ALL_RANKS = 1 << 20
 """Ranks per node. It exceeds the number in any plan, because all ranks share this machine."""
@@ -59,8 +59,9 @@ def local(plan: PlanConfig, cache_dir: Path, device: str, *, measure: bool) -> H
         hardware = measured(folder)
         write_json(kept, asdict(hardware))
     else:
-        hardware = _untimed("cpu", float(memory_bytes() or 0))
-    changes: dict[str, Any] = {}
+        hardware = _untimed("cpu", float(total_bytes() or 0))
+    # A cached measurement may be of another container on the same machine.
+    changes: dict[str, Any] = {"memory_bytes": float(total_bytes() or 0)}
     if plan.memory_gib is not None:
         changes["memory_bytes"] = plan.memory_gib * GIB
     if plan.disk_gb_per_s is not None:
@@ -88,14 +89,19 @@ def _local_gpu(plan: PlanConfig, name: str, measure: bool) -> Hardware:
     memory = torch.cuda.get_device_properties(0).total_memory if name else 0
     if not kinds:
         return _untimed("cuda", float(memory))
-    return gpu(replace(plan, hardware=kinds[0], memory_gib=plan.memory_gib or memory / GIB))
+    host_gib = plan.host_memory_gib or (total_bytes() or 0) / GIB
+    return gpu(
+        replace(
+            plan,
+            hardware=kinds[0],
+            memory_gib=plan.memory_gib or memory / GIB,
+            host_memory_gib=host_gib,
+        )
+    )
 
 
 def _untimed(device: str, memory: float) -> Hardware:
-    """Return hardware of a machine that was not measured, for planning only memory.
-
-    The prefilter is assumed to be the one that takes the most memory.
-    """
+    """Return hardware of a machine that was not measured, for planning only memory."""
     inf = float("inf")
     rates = Rates(**{f.name: 0.0 if f.name.endswith("_s") else inf for f in fields(Rates)})
     link = Link(inf, inf, inf, 0.0)
@@ -110,7 +116,6 @@ def _untimed(device: str, memory: float) -> Hardware:
         price_per_hour=0.0,
         ranks_per_node=_ALL_RANKS,
         process_bytes=_PROCESS_BYTES,
-        prefilter="bfloat16x3" if device == "cpu" else "none",
         shared=device == "cpu",
         timed=False,
     )
@@ -138,21 +143,23 @@ def measured(folder: Path) -> Hardware:
         name="local",
         device="cpu",
         rates=Rates(**found["rates"]),
-        memory_bytes=float(memory_bytes() or 0),
+        memory_bytes=float(total_bytes() or 0),
         node=link,
         network=link,
         disk_bytes_per_s=found["disk_bytes_per_s"],
         price_per_hour=0.0,
         ranks_per_node=_ALL_RANKS,
         process_bytes=_PROCESS_BYTES,
-        prefilter=found["prefilter"],
+        prefiltered=Rates(**found["prefiltered"]) if found["prefiltered"] else None,
         shared=True,
         peak_flops=found["peak_flops"],
     )
 
 
 def _from_json(kept: dict[str, Any]) -> Hardware:
-    parts = {"rates": Rates(**kept["rates"])}
+    parts: dict[str, Any] = {"rates": Rates(**kept["rates"])}
+    if kept["prefiltered"]:
+        parts["prefiltered"] = Rates(**kept["prefiltered"])
     links = {name: Link(**kept[name]) for name in ("node", "network")}
     return Hardware(**{**kept, **parts, **links})
 

@@ -8,18 +8,30 @@ sparse gradients with the fused update, or dense gradients with ZeRO 1.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from cluster.planning.hardware import GIB, Hardware
-from cluster.planning.memory import device_bytes, host_bytes
-from cluster.planning.step_time import Phase, read_seconds, schedule, step_seconds
+from cluster.planning.memory import blocking_bytes, device_bytes, host_bytes
+from cluster.planning.step_buffers import gpu_buffers, peak
+from cluster.planning.step_time import (
+    Phase,
+    expected_prefilter,
+    read_seconds,
+    schedule,
+    step_seconds,
+)
 from cluster.planning.work import Work, work_of
 from conf.schema.run import RunConfig
 from foundation.errors import ConfigError
+from sae_core.architectures.topk.settings import MOST_AUX_PAIRS
 from sae_core.config import ParallelConfig
 
 _ROOM = 0.95
 """Share of the memory that a plan may fill, because allocators leave gaps."""
+
+
+_GPU_PROCESS_HOST_BYTES = 4 * GIB
+"""Assumed host memory of a GPU rank's process: libraries, CUDA, NCCL. Not measured."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +64,11 @@ class Layout:
         if self.work.on_gpu:
             return self.device_total
         return (self.device_total + sum(self.host.values())) * self.work.n_ranks
+
+    @property
+    def blocking_bytes(self) -> float:
+        """Bytes of a checkpoint that each rank writes before training goes on."""
+        return blocking_bytes(self.work, self.host.get("checkpoint copy", 0.0))
 
     @property
     def fits(self) -> bool:
@@ -88,18 +105,32 @@ def plan_layout(
         config,
         d_model,
         on_gpu=hardware.device == "cuda",
-        prefilter=hardware.prefilter,
         parallel=parallel,
     )
+    if config.train.prefilter == "auto":
+        work = replace(work, prefilter=expected_prefilter(work, config.train, hardware))
+    device = device_bytes(work, hardware)
     return Layout(
         parallel,
         work,
-        device_bytes(work, hardware),
-        host_bytes(work),
+        device,
+        host_bytes(work, _host_room_bytes(work, hardware, sum(device.values()))),
         hardware.memory_bytes,
         schedule(work, hardware),
         read_seconds(work, hardware),
     )
+
+
+def _host_room_bytes(work: Work, hardware: Hardware, device_bytes: float) -> float:
+    """Return the host memory that remains for one rank's loader and checkpoints."""
+    if work.on_gpu:
+        ranks = min(work.n_ranks, hardware.ranks_per_node)
+        room = hardware.host_memory_bytes / ranks - _GPU_PROCESS_HOST_BYTES
+        known = hardware.host_memory_bytes > 0
+    else:
+        room = hardware.memory_bytes / work.n_ranks - device_bytes
+        known = hardware.memory_bytes > 0
+    return max(room, 0.0) if known else float("inf")
 
 
 def layouts(config: RunConfig, d_model: int, hardware: Hardware, n: int) -> list[Layout]:
@@ -146,18 +177,32 @@ def too_large_error(layout: Layout, config: RunConfig) -> ConfigError:
         f"at most {room:.1f} GiB {where}, but {whose} {need:.1f} GiB with latent {mesh.latent} x "
         f"data {mesh.data} (largest parts of a rank, in GiB: {largest})"
     )
+    if _fits_without_auxk(layout):
+        share = layout.work.aux_rows / layout.work.rows
+        return ConfigError(
+            "sae.auxk_rows",
+            getattr(config.sae, "auxk_rows", None) or share,
+            expected,
+            f"use a smaller share, or null, which gives at most {MOST_AUX_PAIRS:,} pairs",
+        )
     if parts[0][0] == "step":
         remedy = "use a smaller batch, or more data replicas (parallel.data)"
-        if layout.work.auxk:
-            remedy = (
-                "use a smaller batch, more data replicas (parallel.data), or sae.auxk_rows below 1"
-            )
         return ConfigError("train.batch_tokens", config.train.batch_tokens, expected, remedy)
     if parts[0][0] == "loader":
         return ConfigError(
             "store.buffer_tokens", config.store.buffer_tokens, expected, "use a smaller buffer"
         )
     return ConfigError("sae.n_latents", config.sae.n_latents, expected, _smaller(layout, config))
+
+
+def _fits_without_auxk(layout: Layout) -> bool:
+    """Return True if the auxiliary path is what makes a GPU layout too large."""
+    work = layout.work
+    if not work.on_gpu or not work.auxk:
+        return False
+    without = replace(work, auxk=0, aux_rows=0, dead=0)
+    saved = layout.device["step"] - sum(peak(gpu_buffers(without))[1].values())
+    return layout.device_total - saved <= _ROOM * layout.limit_bytes
 
 
 def _smaller(layout: Layout, config: RunConfig) -> str:

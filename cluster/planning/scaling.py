@@ -123,7 +123,8 @@ def _cadence(config: RunConfig, layout: Layout, hardware: Hardware, step_s: floa
     saved = 2 * work.matrix * (4 + 2 * work.moment_bytes) / work.data
     written_s = saved * ranks / hardware.disk_bytes_per_s
     bus = _PCIE_BYTES_PER_S if work.on_gpu else hardware.rates.stream_bytes / ranks
-    pause_s = saved / bus + (0 if work.asynchronous_save else written_s)
+    # Training waits for the copy, and for the bytes that the host has no memory to copy.
+    pause_s = saved / bus + layout.blocking_bytes * ranks / hardware.disk_bytes_per_s
     n_nodes = -(-work.n_ranks // hardware.ranks_per_node)
     return Cadence(every, pause_s, written_s, plan.restart_s, plan.node_mtbf_hours * 3600 / n_nodes)
 

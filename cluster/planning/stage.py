@@ -10,13 +10,16 @@ from rich.console import Console
 from rich.table import Table
 
 from cluster.language_model.hookpoint_kinds import require_usable
+from cluster.language_model.texts import require_text
 from cluster.planning import tables
 from cluster.planning.hardware import GIB, Hardware
 from cluster.planning.local import planned_hardware
+from cluster.planning.memory import saved_bytes
 from cluster.planning.mesh_search import Layout, best_layout, layouts, plan_layout, too_large_error
 from cluster.planning.scaling import weak_scaling
 from cluster.planning.storage import read_bytes_per_rank, store_bytes_total
 from cluster.training.store_checks import mixed_in_stores
+from conf.hookpoint import find_hookpoint
 from conf.schema.run import RunConfig
 from foundation.errors import ConfigError
 
@@ -29,13 +32,18 @@ def run(config: RunConfig, run_dir: Path) -> None:
 
     Raises:
         ConfigError: If the run does not fit. The error names the setting to change.
+        TextError: In a pipeline, if the text is missing or cannot be read.
     """
+    if config.stage != "plan":
+        require_text(config.data)  # the harvest would find out only after this stage
     require_usable(config.model)
-    d_model = _d_model(config)
+    widths = _widths(config)
+    trained = config.sae.hookpoint or next(iter(config.model.hookpoints), "")
+    d_model = config.model.d_model or widths[find_hookpoint(trained, widths) or trained]
     alone = config.stage == "plan"
     if not alone:
         # Check these stores now, because training would reject them only after a long harvest.
-        mixed_in_stores(config, config.sae.hookpoint or config.model.hookpoints[0])
+        mixed_in_stores(config, find_hookpoint(trained, config.model.hookpoints) or trained)
     hardware = planned_hardware(config, measure=alone)
     show = Console().print
     if config.plan.n_gpus is None or not alone:  # a pipeline trains on the mesh of parallel.*
@@ -46,27 +54,35 @@ def run(config: RunConfig, run_dir: Path) -> None:
             show(tables.layout_table(found))
         layout = best_layout(found, config)
         config = replace(config, parallel=layout.parallel)
-    show(_summary(config, d_model, layout, hardware))
+    show(_summary(config, widths, layout, hardware))
     if alone:
-        _show_details(config, layout, hardware)
+        _show_details(config, widths, layout, hardware)
     if config.cluster.address is None and not layout.fits:
         raise too_large_error(layout, config)
-    _check_disk(config, store_bytes_total(config, d_model))
+    _check_disk(config, store_bytes_total(config, list(widths.values())))
     if alone and config.plan.simulate:
         rows = weak_scaling(config, d_model, hardware)
         show(tables.scaling_table(rows, config.plan.grow))
 
 
-def _d_model(config: RunConfig) -> int:
+def _widths(config: RunConfig) -> dict[str, int]:
+    """Return the width of each hookpoint's rows; `model.d_model` for all of them if it is set."""
+    hookpoints = [*config.model.hookpoints]
+    trained = config.sae.hookpoint
+    if trained is not None and find_hookpoint(trained, hookpoints) is None:
+        hookpoints.append(trained)
     if config.model.d_model is not None:
-        return config.model.d_model
-    from cluster.language_model.loading import hookpoint_width
+        return dict.fromkeys(hookpoints, config.model.d_model)
+    from cluster.language_model.model_checks import hookpoint_width
 
-    hookpoint = config.sae.hookpoint or config.model.hookpoints[0]
-    return hookpoint_width(config.model, hookpoint, Path(config.cache_dir).expanduser())
+    cache_dir = Path(config.cache_dir).expanduser()
+    return {name: hookpoint_width(config.model, name, cache_dir) for name in hookpoints}
 
 
-def _summary(config: RunConfig, d_model: int, layout: Layout, hardware: Hardware) -> Table:
+def _summary(
+    config: RunConfig, widths: dict[str, int], layout: Layout, hardware: Hardware
+) -> Table:
+    d_model = layout.work.d_model
     table = Table(title=f"plan: {config.name}", show_header=False, title_justify="left")
     epochs = f", {config.train.tokens / config.data.tokens:.1f} epochs"
     if config.store.mixture:
@@ -74,17 +90,19 @@ def _summary(config: RunConfig, d_model: int, layout: Layout, hardware: Hardware
     mesh = config.parallel
     rank_bytes = layout.device_total
     host_bytes = sum(layout.host.values())
-    store_bytes = store_bytes_total(config, d_model)
+    store_bytes = store_bytes_total(config, list(widths.values()))
     rows = {
         "hardware": hardware.name if hardware.timed else f"{hardware.name}, not measured",
-        "hookpoints": f"{', '.join(config.model.hookpoints)}, d_model {d_model}",
+        "hookpoints": f"{', '.join(config.model.hookpoints)}, d_model "
+        + ", ".join(str(width) for width in dict.fromkeys([*widths.values()] or [d_model])),
         "dictionary": f"{config.sae.n_latents:,} latents, {_active(config)}, "
-        f"{2 * config.sae.n_latents * d_model:,} weights",
+        f"{2 * config.sae.n_latents * d_model:,} weights" + _auxiliary(config, d_model),
         "mesh": f"{mesh.latent} latent x {mesh.data} data, ZeRO {mesh.zero_stage} "
         f"(parallel.latent={mesh.latent} parallel.data={mesh.data} "
         f"parallel.zero_stage={mesh.zero_stage})",
         "memory per rank": f"{rank_bytes / GIB:.2f} GiB; another {host_bytes / GIB:.2f} GiB on "
         "the host while a checkpoint is written",
+        "checkpoint": f"{saved_bytes(layout.work) / GIB:.2f} GiB per rank, {_background(layout)}",
         "store": f"{config.data.tokens:,} tokens, at most {store_bytes / GIB:,.2f} GiB at once",
         "training": f"{config.train.n_steps:,} steps of {config.train.batch_tokens:,} tokens"
         + epochs,
@@ -95,19 +113,44 @@ def _summary(config: RunConfig, d_model: int, layout: Layout, hardware: Hardware
     return table
 
 
+def _background(layout: Layout) -> str:
+    blocking = layout.blocking_bytes
+    if not blocking:
+        return "written while training continues"
+    if not layout.work.asynchronous_save:
+        return "written while training waits (checkpoint.asynchronous=false)"
+    return (
+        f"of which training waits for {blocking / GIB:.2f} GiB to be written, because the host has "
+        "no memory to copy them"
+    )
+
+
 def _active(config: RunConfig) -> str:
     active = config.sae.active_latents()
     return "all of them counted as active" if active is None else f"k {active}"
 
 
-def _show_details(config: RunConfig, layout: Layout, hardware: Hardware) -> None:
+def _auxiliary(config: RunConfig, d_model: int) -> str:
+    train = config.train
+    sae = config.sae.resolved(d_model, train.batch_tokens, train.tokens)
+    path = sae.auxiliary_path(d_model)
+    if path is None:
+        return ""
+    return f", auxiliary loss on {path.row_share:g} of the rows"
+
+
+def _show_details(
+    config: RunConfig, widths: dict[str, int], layout: Layout, hardware: Hardware
+) -> None:
     show = Console().print
     show(tables.memory_table(layout))
+    if layout.work.on_gpu:
+        show(tables.peak_table(layout))
     if hardware.timed:
         show(tables.step_table(layout))
         if layout.work.n_ranks > 1:
             show(tables.traffic_table(layout, hardware))
-        show(tables.run_table(layout, config, hardware))
+        show(tables.run_table(layout, config, hardware, list(widths.values())))
 
 
 def _check_disk(config: RunConfig, store_bytes: int) -> None:

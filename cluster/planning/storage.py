@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from cluster.planning.work import stored_row_bytes
 from conf.schema.run import RunConfig
 
@@ -9,7 +11,7 @@ _SIDECAR_BYTES_PER_TOKEN = 4 + 8 + 4
 """Bytes per token of the store's sidecar arrays, in addition to the activations."""
 
 
-def store_bytes_total(config: RunConfig, d_model: int) -> int:
+def store_bytes_total(config: RunConfig, widths: Sequence[int]) -> int:
     """Return the largest size, in bytes, that the store reaches, with all arrays and sidecars.
 
     Compressed chunks are counted as uncompressed, which is an upper bound.
@@ -18,6 +20,10 @@ def store_bytes_total(config: RunConfig, d_model: int) -> int:
     windows in use, and the rows read since the oldest checkpoint kept. Only
     `checkpoint.every_tokens` is taken into account, because `checkpoint.every_minutes` can only
     make checkpoints more frequent.
+
+    Args:
+        config: Config of the run.
+        widths: Width of each hookpoint's rows.
     """
     tokens = config.data.tokens
     cluster = config.cluster
@@ -28,8 +34,8 @@ def store_bytes_total(config: RunConfig, d_model: int) -> int:
         items = cluster.max_lead_items + 2 * config.store.window_items
         held = (checkpoint.keep + 1) * checkpoint.every_tokens
         tokens = min(tokens, items * config.store.shard_tokens + held)
-    width = stored_row_bytes(config, d_model) * len(config.model.hookpoints)
-    return tokens * (width + _SIDECAR_BYTES_PER_TOKEN)
+    row_bytes = sum(stored_row_bytes(config, width) for width in widths)
+    return tokens * (row_bytes + _SIDECAR_BYTES_PER_TOKEN)
 
 
 def read_bytes_per_rank(config: RunConfig, d_model: int) -> int:

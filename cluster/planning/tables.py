@@ -12,6 +12,8 @@ from activation_store.format.header import DTYPES
 from cluster.planning.hardware import GIB, Hardware, shared_among
 from cluster.planning.links import collectives, crosses_nodes, seconds
 from cluster.planning.mesh_search import Layout
+from cluster.planning.step_buffers import gpu_buffers, peak
+from cluster.planning.work import stored_row_bytes
 from conf.schema.run import RunConfig
 
 
@@ -92,11 +94,31 @@ def layout_table(found: Sequence[Layout]) -> Table:
     return table
 
 
-def run_table(layout: Layout, config: RunConfig, hardware: Hardware) -> Table:
+def peak_table(layout: Layout) -> Table:
+    """Return the arrays that a step on a GPU holds at its peak, largest first, in GiB."""
+    moment, held = peak(gpu_buffers(layout.work))
+    where = moment.name.lower().replace("_", " ")
+    table = _table(f"arrays of a step at its peak ({where})", "array", "GiB")
+    for what, n_bytes in sorted(held.items(), key=lambda item: -item[1]):
+        if n_bytes >= 0.001 * GIB:
+            table.add_row(what, f"{n_bytes / GIB:.3f}")
+    return table
+
+
+def run_table(
+    layout: Layout, config: RunConfig, hardware: Hardware, widths: Sequence[int] = ()
+) -> Table:
     """Return duration, read bandwidth and cost of training.
 
     In concurrent mode on GPUs, duration and cost include the concurrent harvest.
+
+    Args:
+        layout: The planned mesh.
+        config: Config of the run.
+        hardware: Hardware of one rank.
+        widths: Width of each hookpoint's rows; if empty, that of the trained one for all.
     """
+    widths = widths or [layout.work.d_model] * len(config.model.hookpoints)
     work, step_s = layout.work, layout.step_s
     n_nodes = -(-work.n_ranks // hardware.ranks_per_node)
     tokens_per_s = config.train.batch_tokens / step_s
@@ -124,7 +146,7 @@ def run_table(layout: Layout, config: RunConfig, hardware: Hardware) -> Table:
         price = hours * gpus * hardware.price_per_hour
         each = f"{gpus} GPUs at ${hardware.price_per_hour:.2f} per hour"
         rows["cost"] = f"${price:,.0f}: {each}"
-    rows["harvest"] = _harvest(layout, config, hardware)
+    rows["harvest"] = _harvest(layout, config, hardware, widths)
     for key, value in rows.items():
         table.add_row(key, value)
     return table
@@ -157,11 +179,11 @@ def scaling_table(rows: Sequence[Simulated], grows: str) -> Table:
     return table
 
 
-def _harvest(layout: Layout, config: RunConfig, hardware: Hardware) -> str:
+def _harvest(layout: Layout, config: RunConfig, hardware: Hardware, widths: Sequence[int]) -> str:
     if config.model.n_parameters is None:
         return "not planned, because model.n_parameters is not set"
     tokens_per_s = harvest_tokens_per_s(layout, config, hardware)
-    row_bytes = layout.work.stored_row_bytes * len(config.model.hookpoints)
+    row_bytes = sum(stored_row_bytes(config, width) for width in widths)
     gpus = 1 if hardware.shared else _harvest_gpus(layout, config)
     what = "" if hardware.shared else f" on {gpus} GPUs (cluster.harvest_workers)"
     return (

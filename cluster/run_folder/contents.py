@@ -25,12 +25,12 @@ def read_optional_json(path: Path) -> dict[str, Any] | None:
         return None
     except ValueError as error:
         raise RunFileError(
-            f"{path}: expected JSON: {error}; run the stage that writes it again"
+            f"{path}: expected JSON: {error}; rerun the stage that writes this file"
         ) from error
     if not isinstance(value, dict):
         raise RunFileError(
-            f"{path}: expected a JSON object, found {type(value).__name__}; run the stage that "
-            "writes it again"
+            f"{path}: expected a JSON object, found {type(value).__name__}; rerun the stage that "
+            "writes this file"
         )
     return value
 

@@ -1,18 +1,31 @@
-"""The environment of a measurement: hardware, package versions, commit and command."""
+"""The environment of a run or measurement: hardware, package versions, commit and command."""
 
 from __future__ import annotations
 
 import importlib.metadata
 import os
 import platform
+import re
 import shlex
 import subprocess
 import sys
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from cluster.run_folder.files import ENVIRONMENT
+from foundation.atomic_files import read_json, write_json
+
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("torch", "triton", "deepspeed", "ray", "zarr", "tensorstore", "numpy", "transformers")
+_MAX_STARTS = 1000
+_HIDDEN = "***"
+_SECRET_KEY = re.compile(
+    r"(?is)^([\w.+~-]*(?:(?:auth|access|api|hf|bearer)[_-]?token|secret|passw(?:or)?d|api[_-]?key"
+    r"|credential)s?=).+"
+)
+_USER_OF_URL = re.compile(r"(://)[^/@\s]+@")
+_KNOWN_TOKEN = re.compile(r"\b(?:hf_|ghp_|sk-|AKIA)[A-Za-z0-9_-]{12,}")
 
 
 def hardware() -> dict[str, Any]:
@@ -53,14 +66,58 @@ def commit() -> str:
 
 
 def command() -> str:
-    """Return the command line of this process, with `python` for the interpreter's path."""
-    return shlex.join(["python", *sys.orig_argv[1:]])
+    """Return the command line of this process, with `python` for the interpreter's path.
+
+    Values that look like secrets are replaced by `***`.
+    """
+    return shlex.join(["python", *map(_without_secrets, sys.orig_argv[1:])])
+
+
+def _without_secrets(argument: str) -> str:
+    """Hide users in URLs, values of settings named after a secret, and known kinds of tokens."""
+    argument = _SECRET_KEY.sub(rf"\1{_HIDDEN}", argument)
+    argument = _USER_OF_URL.sub(rf"\1{_HIDDEN}@", argument)
+    return _KNOWN_TOKEN.sub(_HIDDEN, argument)
 
 
 def threads() -> int | None:
     """Return torch's number of threads per operation, or None if torch is not imported."""
     torch = sys.modules.get("torch")
     return int(torch.get_num_threads()) if torch is not None else None
+
+
+def record_start(run_dir: Path) -> None:
+    """Write the environment of a driver, with the commands of all starts, to `env.json`.
+
+    `starts` lists time (UTC), commit and command of each start of a driver, oldest first.
+    """
+    here = environment()
+    now = datetime.now(UTC).isoformat(timespec="seconds")
+    earlier = _earlier(run_dir).get("starts", [])
+    starts = [*earlier, {"time": now, "commit": here["commit"], "command": here["command"]}]
+    write_json(run_dir / ENVIRONMENT, {**here, "starts": starts[-_MAX_STARTS:]})
+
+
+def record_training(run_dir: Path) -> None:
+    """Add hardware and versions that a trainer rank sees, such as GPUs, to `env.json`.
+
+    The commit and the commands stay those of the driver, which for a cell is that of its sweep.
+    """
+    earlier = _earlier(run_dir) or _earlier(run_dir.parent)
+    write_json(
+        run_dir / ENVIRONMENT,
+        {"commit": commit(), "command": command()}
+        | earlier
+        | {"hardware": {**hardware(), "threads": threads()}, "versions": versions()},
+    )
+
+
+def _earlier(folder: Path) -> dict[str, Any]:
+    try:
+        found = read_json(folder / ENVIRONMENT)
+    except (FileNotFoundError, ValueError):  # a damaged file is written anew
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def environment() -> dict[str, Any]:

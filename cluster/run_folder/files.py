@@ -19,7 +19,7 @@ __all__ = ["CHECKPOINTS"]
 CONFIG = "config.yaml"
 """The resolved config of the run."""
 ENVIRONMENT = "env.json"
-"""Hardware, package versions, commit and command of the last start."""
+"""Hardware, package versions, commit and command of the last start, and the commands of all."""
 STORE = "store"
 """The activation store, unless `store.path` is set."""
 HARVEST = "harvest.json"
@@ -28,6 +28,10 @@ METRICS = "metrics.jsonl"
 """The metric rows that `Trainer` reports; see `metrics_log`."""
 COSTS = "train.json"
 """`Trainer.costs` of the last session."""
+PREFILTER = "prefilter.json"
+"""`PrefilterChoice` of the last start, if `train.prefilter=auto` had a choice."""
+INPUTS = "inputs.json"
+"""How the channels of the calibration sample differ (`InputReport`), and the proposed transform."""
 WANDB_ID = "wandb_id"
 """Id under which wandb continues the run."""
 SWEEP_RECORD = "sweep.json"
@@ -80,3 +84,8 @@ def consumer_name(config: RunConfig, run_dir: Path) -> str:
     parent folder.
     """
     return f"{config.name}-{hashlib.sha256(str(run_dir.resolve()).encode()).hexdigest()[:8]}"
+
+
+def has_results(run_dir: Path) -> bool:
+    """Return True if the run has results that depend on its config."""
+    return any((run_dir / name).exists() for name in (METRICS, HARVEST, CHECKPOINTS, STORE))

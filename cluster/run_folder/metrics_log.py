@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.run_folder.files import METRICS
+from foundation.atomic_files import naming
 
 Row = dict[str, Any]
 """Metrics of one SAE at one step: `sae`, `step`, `tokens` and further keys."""
@@ -32,7 +33,7 @@ class MetricsWriter:
     """
 
     def __init__(self, run_dir: Path) -> None:
-        path = run_dir / METRICS
+        path = self._path = run_dir / METRICS
         torn = _has_torn_end(path)
         self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - `close` closes it
         if torn:
@@ -45,8 +46,9 @@ class MetricsWriter:
             key: None if isinstance(value, float) and not math.isfinite(value) else value
             for key, value in row.items()
         }
-        self._file.write(json.dumps(clean) + "\n")
-        self._file.flush()
+        with naming(self._path):
+            self._file.write(json.dumps(clean) + "\n")
+            self._file.flush()
         return clean
 
     def close(self) -> None:

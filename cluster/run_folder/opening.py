@@ -2,26 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from cluster.run_folder.environment import environment
+from cluster.run_folder.environment import record_start
 from cluster.run_folder.errors import RunDirError
 from cluster.run_folder.files import (
     CHECKPOINTS,
     CONFIG,
+    DRIVER_LOCK,
     ENVIRONMENT,
-    HARVEST,
     LOGS,
-    METRICS,
-    STORE,
+    has_results,
 )
 from cluster.run_folder.lock import driver_lock
 from cluster.run_folder.saved_config import forbidden_changes, save_config, saved_config
 from conf.schema.run import RunConfig
-from foundation.atomic_files import write_json
+from foundation.atomic_files import naming
+from foundation.errors import EXIT_BAD_INPUT, FoundryError
 
 
 @contextmanager
@@ -30,7 +32,9 @@ def open_run(
 ) -> Iterator[Path]:
     """Create the run's folder if needed, and lock it for this driver while the block runs.
 
-    The kernel holds the lock (`flock`), so it is released even if the driver is killed.
+    The kernel holds the lock (`flock`), so it is released even if the driver is killed. If this
+    call created the folder and the block ends because of wrong input, before anything was logged
+    or computed, the folder is removed.
 
     Args:
         config: The composed and validated config. It is written to `config.yaml` on the first call.
@@ -50,6 +54,7 @@ def open_run(
     if read_only:
         yield run_dir
         return
+    missing = [folder for folder in (run_dir, *run_dir.parents) if not folder.exists()]
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         (run_dir / LOGS).mkdir(exist_ok=True)
@@ -58,16 +63,60 @@ def open_run(
             f"runs_dir={config.runs_dir}: expected a writable folder ({error})"
         ) from error
     with driver_lock(run_dir):
-        _agree_on_config(config, run_dir)
-        if not (run_dir / ENVIRONMENT).exists():
-            write_json(run_dir / ENVIRONMENT, environment())
-        yield run_dir
+        try:
+            with naming(run_dir):
+                _agree_on_config(config, run_dir)
+                record_start(run_dir)
+            yield run_dir
+        except FoundryError as error:
+            if error.exit_code == EXIT_BAD_INPUT:
+                _remove_untouched(run_dir, missing)
+            raise
 
 
-def _has_results(run_dir: Path) -> bool:
-    """Return True if the run has results that depend on its config."""
-    made = (METRICS, HARVEST, CHECKPOINTS, STORE)
-    return any((run_dir / name).exists() for name in made)
+def _remove_untouched(run_dir: Path, created: list[Path]) -> None:
+    """Remove the folders that this driver created, if they hold only the files of a start."""
+    if run_dir not in created:
+        return
+    found = {path.name for path in run_dir.iterdir()}
+    if found - {CONFIG, ENVIRONMENT, LOGS, DRIVER_LOCK} or any((run_dir / LOGS).iterdir()):
+        return
+    shutil.rmtree(run_dir)
+    with contextlib.suppress(OSError):  # not empty any more
+        for folder in created[1:]:
+            folder.rmdir()
+
+
+def _announce_extension(saved: RunConfig, config: RunConfig, run_dir: Path) -> None:
+    """Print what a new `train.tokens` does to the learning rate of a run with checkpoints.
+
+    Raises:
+        RunDirError: If the run was already trained on more tokens.
+    """
+    if config.train.n_steps == saved.train.n_steps:
+        return
+    from rich import print as show
+
+    from sae_core.checkpoint.folder import list_checkpoints, step_of
+    from sae_core.engine.lr_schedule import lr_at
+
+    newest = next(iter(list_checkpoints(run_dir / CHECKPOINTS)), None)
+    if newest is None:
+        return
+    trained = step_of(newest) * config.train.batch_tokens
+    if config.train.n_steps < step_of(newest):
+        raise RunDirError(
+            f"train.tokens={config.train.tokens}: expected at least {trained}, the tokens that "
+            f"{run_dir} was already trained on; use another name=... for a shorter run"
+        )
+    before, now = (
+        lr_at(one.optim, one.sae.n_latents, trained, one.train.tokens) for one in (saved, config)
+    )
+    show(
+        f"train: train.tokens changes from {saved.train.tokens:,} to {config.train.tokens:,}; the "
+        f"schedule now ends there, so that the learning rate after {trained:,} tokens becomes "
+        f"{now:.3g} instead of {before:.3g}"
+    )
 
 
 def _agree_on_config(config: RunConfig, run_dir: Path) -> None:
@@ -79,7 +128,7 @@ def _agree_on_config(config: RunConfig, run_dir: Path) -> None:
     """
     path = run_dir / CONFIG
     saved = saved_config(run_dir)
-    if saved is not None and _has_results(run_dir):
+    if saved is not None and has_results(run_dir):
         changes = forbidden_changes(saved, config)
         if changes:
             diff = "".join(f"\n  {key}: {old!r} -> {new!r}" for key, (old, new) in changes.items())
@@ -87,6 +136,7 @@ def _agree_on_config(config: RunConfig, run_dir: Path) -> None:
                 f"{run_dir} was started with another config:{diff}\n"
                 "use another name=..., restore the values, or delete the folder"
             )
+        _announce_extension(saved, config, run_dir)
     # Write to a temporary file and rename it, so that a reader never sees a partial config.
     temporary = path.with_suffix(".yaml.tmp")
     save_config(config, temporary)

@@ -5,6 +5,7 @@ The driver writes the config to `config.yaml`, from which every stage and rank r
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, cast
 
@@ -12,7 +13,8 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from cluster.run_folder.files import CONFIG
+from cluster.run_folder.files import CONFIG, has_results
+from cluster.run_folder.relocation import located, with_relative_paths
 from conf.schema.run import RunConfig
 from foundation.errors import ConfigError
 from sae_core.architectures.registry import ARCHITECTURES
@@ -42,6 +44,7 @@ CHANGEABLE_KEYS = (
     "train.compute_dtype",
     "train.kernels",
     "train.prefilter",
+    "train.cuda_graph",
     "train.threads_per_rank",
     "train.timeout_s",
     "train.hang_timeout_s",
@@ -51,12 +54,16 @@ CHANGEABLE_KEYS = (
 
 
 def save_config(config: RunConfig, path: Path) -> None:
-    """Write every key of the config as YAML."""
-    path.write_text(OmegaConf.to_yaml(OmegaConf.structured(config)), encoding="utf-8")
+    """Write every key of the config as YAML, with paths inside the run relative to its folder."""
+    portable = with_relative_paths(config, path.parent)
+    path.write_text(OmegaConf.to_yaml(OmegaConf.structured(portable)), encoding="utf-8")
 
 
 def load_config(path: Path) -> RunConfig:
     """Read a config that `save_config` wrote, and check the type of every key.
+
+    The name of the run and the paths inside it are those of the folder that contains `path`, which
+    may have been moved or copied.
 
     The run folder may come from an untrusted source, so nothing in the file is resolved or
     constructed. An interpolation, for example, could copy an environment variable of this machine
@@ -72,8 +79,9 @@ def load_config(path: Path) -> RunConfig:
         _check_plain(path, text)
         values = OmegaConf.create(text)
         schema = RunConfig(sae=_settings_class(path, values)())
+        schema.data.max_norm_multiple = None  # as before runs saved this key
         merged = OmegaConf.merge(OmegaConf.structured(schema), values)
-        return cast(RunConfig, OmegaConf.to_object(merged))
+        return located(cast(RunConfig, OmegaConf.to_object(merged)), path.parent)
     except (yaml.YAMLError, OmegaConfBaseException) as error:
         what = "; ".join(line.strip() for line in str(error).splitlines() if line.strip())
         raise _not_plain(path, what[:300]) from error
@@ -83,6 +91,40 @@ def saved_config(run_dir: Path) -> RunConfig | None:
     """Return the config that the run was started with, or None if it was never started."""
     path = run_dir / CONFIG
     return load_config(path) if path.exists() else None
+
+
+def continued(config: RunConfig, given: Collection[str]) -> tuple[RunConfig, list[str]]:
+    """Return the config with which a stage continues an existing run.
+
+    Args:
+        config: The composed config.
+        given: Keys that the user set.
+
+    Returns:
+        The saved config of the run with the keys in `given`, and one line for each key that
+        changes. If the run has no results yet, `config` and no lines.
+
+    Raises:
+        ConfigError: As `load_config`.
+    """
+    run_dir = Path(config.runs_dir).expanduser().resolve() / config.name
+    saved = saved_config(run_dir) if has_results(run_dir) else None
+    if saved is None:
+        return config, []
+    composed = OmegaConf.structured(config)
+    merged = OmegaConf.structured(saved)
+    # `submit` is the user's, because it says to which clusters a token may be sent.
+    for key in {*given, "stage", "name", "runs_dir", "cache_dir", "submit"}:
+        OmegaConf.update(merged, key, OmegaConf.select(composed, key), merge=False)
+    result = cast(RunConfig, OmegaConf.to_object(merged))
+    before, after = _flat(saved), _flat(result)
+    places = ("stage", "name", "runs_dir", "cache_dir", "submit")
+    lines = [
+        f"{key}: {before.get(key)!r} -> {after.get(key)!r}"
+        for key in sorted(before.keys() | after.keys())
+        if before.get(key) != after.get(key) and key.partition(".")[0] not in places
+    ]
+    return result, lines
 
 
 def _settings_class(path: Path, values: Any) -> type[SAEConfig]:

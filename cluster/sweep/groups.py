@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from activation_store import open_store
 from cluster.planning.hardware import Hardware
 from cluster.planning.local import planned_hardware
 from cluster.planning.mesh_search import Layout, plan_layout
+from cluster.training.store_checks import trained_array
 from conf.schema.run import RunConfig
 from foundation.errors import ConfigError
 
@@ -43,7 +46,7 @@ def group_size(config: RunConfig, cells: dict[str, RunConfig]) -> int:
             "set a number, or set plan.hardware",
         )
     store = open_store(config.store.path)
-    d_model = store.arrays[config.sae.hookpoint or next(iter(store.arrays))]
+    d_model = store.arrays[trained_array(config, store)]
     return cells_that_fit(cells, d_model, hardware)
 
 
@@ -59,7 +62,10 @@ def cells_that_fit(cells: dict[str, RunConfig], d_model: int, hardware: Hardware
     Raises:
         ConfigError: If not even one cell fits.
     """
-    layouts = [plan_layout(cell, d_model, hardware, cell.parallel) for cell in cells.values()]
+    # With memory of unknown size, the plan counts whole copies of checkpoints. If there were more
+    # cells than that, training would wait for the files of each.
+    roomy = replace(hardware, memory_bytes=0.0, host_memory_bytes=0.0)
+    layouts = [plan_layout(cell, d_model, roomy, cell.parallel) for cell in cells.values()]
     ranks = 1 if layouts[0].work.on_gpu else layouts[0].work.n_ranks
     room = _SHARE_OF_MEMORY * hardware.memory_bytes / ranks - max(map(_held_once, layouts))
     each = max(map(_held_by_each, layouts))
@@ -68,7 +74,8 @@ def cells_that_fit(cells: dict[str, RunConfig], d_model: int, hardware: Hardware
         raise ConfigError(
             "sweep.n_latents",
             largest,
-            f"cells that fit in {hardware.memory_bytes / 2**30:.1f} GiB, but one takes "
+            f"cells that fit in {_SHARE_OF_MEMORY:.0%} of {hardware.memory_bytes / 2**30:.1f} GiB, "
+            "together with the process and the loader, but one cell takes "
             f"{each * ranks / 2**30:.1f} GiB",
             "use smaller cells, or set sweep.saes_per_process if this estimate is wrong",
         )

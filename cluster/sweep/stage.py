@@ -22,7 +22,7 @@ from cluster.run_folder.opening import open_run
 from cluster.run_folder.sweep_record import FAILED, clear_failure, read_record, write_record
 from cluster.sweep.table import DONE, SweepTable
 from cluster.training.stage import finished
-from cluster.training.store_checks import check_store, warn_if_poorly_shuffled
+from cluster.training.store_checks import check_store, warn_about_rows
 from cluster.training.supervisor import train_ranks
 from conf.schema.run import RunConfig
 from conf.sweep_cells import cells_of
@@ -67,7 +67,7 @@ def _train(config: RunConfig, run_dir: Path, cells: dict[str, RunConfig], consol
         f"{len(groups)} passes over the store"
     )
     if todo:
-        warn_if_poorly_shuffled(next(iter(todo.values())), console)
+        warn_about_rows(next(iter(todo.values())), console)
         with ray_session(config.cluster, min_cpus=1):
             for names in groups:
                 _train_group(run_dir, {name: cells[name] for name in names}, table)

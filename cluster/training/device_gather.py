@@ -78,11 +78,6 @@ def decodes_on_device(store: Store, array: str) -> bool:
     return row_codec is None or row_codec.scale_offset is not None
 
 
-def pinned(n_bytes: int) -> NDArray[Any]:
-    """Return `n_bytes` of page-locked memory, from which a GPU can copy asynchronously."""
-    return torch.empty(max(n_bytes, 1), dtype=torch.uint8, pin_memory=True).numpy()
-
-
 def to_torch(rows: NDArray[np.generic]) -> torch.Tensor:
     """Return rows of any dtype that stores use, as a tensor that shares their memory."""
     # torch rejects NumPy's bfloat16, so pass the raw bits.

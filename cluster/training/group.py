@@ -11,14 +11,14 @@ import math
 import sys
 from collections.abc import Callable
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from activation_store import Store, open_store
-from cluster.run_folder.files import CHECKPOINTS, COSTS, consumer_name
+from cluster.run_folder.files import CHECKPOINTS, COSTS, INPUTS, PREFILTER, consumer_name
 from cluster.run_folder.sweep_record import write_record
 from cluster.training.batch_order import BatchOrder
 from cluster.training.metric_sinks import MetricSinks
@@ -35,6 +35,8 @@ from foundation.errors import ConfigError, FoundryError
 from sae_core.checkpoint import agreed_checkpoint
 from sae_core.distributed.mesh import Mesh
 from sae_core.errors import DivergedError, NonFiniteLossError, SAEError
+from sae_core.kernels.prefilter_choice import PrefilterChoice
+from sae_core.training.input_transform import InputReport
 from sae_core.training.lockstep import Outcome, train_in_lockstep
 from sae_core.training.shared_source import SharedSource
 from sae_core.training.trainer import Trainer
@@ -69,9 +71,9 @@ class Member:
         # Use `not <=` rather than `>`, so that NaN counts as diverged too.
         if row["tokens"] > limits.diverged_grace_tokens and not row["fvu"] <= limits.diverged_fvu:
             raise DivergedError(
-                f"FVU {row['fvu']:.4g} at step {row['step']}, above "
+                f"FVU {row['fvu']:.4g} at step {row['step']}: expected at most "
                 f"sweep.diverged_fvu={limits.diverged_fvu:g}; delete the cell's folder and set a "
-                "lower learning rate for it with sweep.overrides"
+                "lower learning rate for the cell with sweep.overrides"
             )
 
     def record(self, error: FoundryError) -> None:
@@ -180,10 +182,40 @@ def _start(
             trainer.calibrate()
         else:
             trainer.resume(newest)
+        if member.sinks is not None:
+            _record_prefilter(config.name, member.run_dir / PREFILTER, trainer.prefilter)
+            _record_inputs(config, member.run_dir / INPUTS, trainer.inputs)
         return trainer
     except (SAEError, ConfigError) as error:
         member.record(error)
         return error
+
+
+def _record_prefilter(name: str, path: Path, choice: PrefilterChoice | None) -> None:
+    """Write a choice to the run folder, or remove one that no longer applies."""
+    if choice is None:
+        path.unlink(missing_ok=True)
+        return
+    print(f"{name}: {choice}", flush=True)
+    write_json(path, asdict(choice))
+
+
+def _record_inputs(config: RunConfig, path: Path, report: InputReport | None) -> None:
+    """Print how the channels of the inputs differ, and write it to the run folder."""
+    if report is None:
+        return
+    print(f"{config.name}: inputs: {report}", flush=True)
+    transform = config.sae.input_transform
+    proposal = report.proposal(transform)
+    if proposal is not None:
+        print(f"{config.name}: warning: {proposal}", file=sys.stderr, flush=True)
+    if transform in ("per_channel", "whiten"):
+        print(
+            f"{config.name}: sae.input_transform={transform}: loss and FVU of the training log are "
+            "those of the mapped activations; stage=evaluate measures raw ones",
+            flush=True,
+        )
+    write_json(path, {**report._asdict(), "input_transform": transform, "proposal": proposal})
 
 
 def _source(
@@ -202,8 +234,7 @@ def _source(
     shared_reads = SharedReads.for_mesh(mesh, config.train.timeout_s)
     if config.store.mixture:
         stores = [store, *map(open_store, config.store.paths[1:])]
-        pin_memory = device.type == "cuda"
-        return MixtureSource(stores, config.store.weights, array, order, pin_memory, shared_reads)
+        return MixtureSource(stores, config.store.weights, array, order, device, shared_reads)
     # In concurrent mode the driver stops the ranks if the harvest fails, so the ranks may wait
     # without a limit.
     wait_timeout_s = math.inf if config.cluster.mode == "concurrent" else WAIT_TIMEOUT_S

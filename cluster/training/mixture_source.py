@@ -10,8 +10,10 @@ import torch
 from activation_store import MixtureStream, Store
 from activation_store.reading.buffers import Allocate, anonymous
 from cluster.training.batch_order import BatchOrder, equal_batches, store_digest
-from cluster.training.device_gather import pinned, to_torch
+from cluster.training.device_gather import to_torch
 from cluster.training.shared_reads import SharedReads
+from cluster.training.spread_sample import has_random_order, read_spread
+from sae_core.training.pinned_memory import pinned_on
 from sae_core.training.source import Batch
 
 
@@ -26,8 +28,8 @@ class MixtureSource:
         weights: Each store's share of every batch; see `MixtureStream`.
         array: Name of the array to train on.
         order: Which rows of the mixture a batch holds.
-        pin_memory: Whether to read batches into page-locked memory, from which a GPU can copy
-            asynchronously.
+        device: Device that batches are copied to. For a GPU, batches are read into page-locked
+            memory, from which it can copy asynchronously.
         shared_reads: Shared reads of this replica's ranks, each of which gathers a part of the
             rows. If None, this rank reads all rows.
     """
@@ -41,7 +43,7 @@ class MixtureSource:
         weights: Sequence[float],
         array: str,
         order: BatchOrder,
-        pin_memory: bool = False,
+        device: torch.device | None = None,
         shared_reads: SharedReads | None = None,
     ) -> None:
         self.d_in = self.d_out = stores[0].arrays[array]
@@ -50,7 +52,9 @@ class MixtureSource:
         self._array = array
         self._order = order
         self._shared_reads = shared_reads or SharedReads()
-        allocate = pinned if pin_memory else anonymous
+        allocate: Allocate = anonymous
+        if device is not None and device.type == "cuda":
+            allocate = pinned_on(device)
         self._stream = self._open(order.batch_tokens, *order.rows, allocate)
         parts = [
             f"{store_digest(store)} {store.n_tokens} {n}"
@@ -74,11 +78,14 @@ class MixtureSource:
         return Batch(self._read(self._stream, self._order.n_rows), None, first_row)
 
     def sample(self, n: int) -> torch.Tensor:
-        """Return the first `n` rows of the order, [n, d_in], the same on all ranks.
+        """Return `n` rows from all parts of all stores, [n, d_in], the same on all ranks.
 
-        If the stores hold fewer rows, all rows are returned. The sample is read in equal batches,
-        so it may lack the few rows that do not divide evenly among the batches.
+        Harvested stores are in a random order, so their sample is the first `n` rows of the order
+        of batches. If the stores hold fewer rows, all are returned. The sample is read in equal
+        batches, so it may lack the few rows that do not divide evenly among the batches.
         """
+        if not all(map(has_random_order, self._stores)):
+            return self._spread_sample(n)
         n_batches, size = equal_batches(min(n, sum(store.n_tokens for store in self._stores)))
         # Do not use page-locked memory, because all batches of the sample are in memory at once.
         stream = self._open(size, 0, size, anonymous)
@@ -86,6 +93,19 @@ class MixtureSource:
             return torch.cat([self._read(stream, size) for _ in range(n_batches)])
         finally:
             stream.close()
+
+    def _spread_sample(self, n: int) -> torch.Tensor:
+        n = min(n, sum(store.n_tokens for store in self._stores))
+        seed, total = self._order.row_seed, sum(self._weights)
+        parts = [
+            read_spread(
+                store, self._array, max(1, round(n * weight / total)), seed, self._shared_reads
+            )
+            for store, weight in zip(self._stores, self._weights, strict=True)
+        ]
+        sample = torch.cat(parts)
+        generator = torch.Generator().manual_seed(seed)
+        return sample[torch.randperm(len(sample), generator=generator).to(sample.device)]
 
     def close(self) -> None:
         """Stop the background readers."""

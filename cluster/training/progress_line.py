@@ -83,9 +83,11 @@ def training_costs(run_dir: Path) -> str:
     """
     costs = read_json(run_dir / COSTS)
     share = costs["checkpoint_pause_s"] / max(costs["seconds"], 1e-9)
+    short_s = costs.get("checkpoint_memory_wait_s", 0.0)
+    short = f", of which {short_s:.2f} s for lack of host memory" if short_s >= 0.005 else ""
     return (
         f"{costs['checkpoints']} checkpoints paused training for "
-        f"{costs['checkpoint_pause_s']:.2f} s of {costs['seconds']:.1f} s ({share:.1%}), "
+        f"{costs['checkpoint_pause_s']:.2f} s of {costs['seconds']:.1f} s ({share:.1%}){short}, "
         f"written in {costs['checkpoint_writing_s']:.1f} s"
     )
 

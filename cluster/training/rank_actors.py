@@ -104,8 +104,9 @@ def _gpu_group(config: RunConfig, n_ranks: int) -> Any:
     if not ray.wait([group.ready()], timeout=timeout_s)[0]:
         remove_placement_group(group)
         raise PlacementError(
-            f"{what}: expected one free GPU per rank within {timeout_s:.0f} s, but the cluster "
-            f"has {have} GPUs in total; wait until they are free, or use fewer ranks"
+            f"{what}: expected one free GPU per rank, but too few became free within "
+            f"{timeout_s:.0f} s (the cluster has {have} GPUs in total); wait until enough are "
+            "free, or use fewer ranks"
         )
     return group
 

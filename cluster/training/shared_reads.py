@@ -19,6 +19,7 @@ import torch.distributed as dist
 
 from sae_core.distributed.mesh import Mesh
 from sae_core.distributed.ranks import exchange_device, on_all_ranks
+from sae_core.training.upload import Uploader
 
 T = TypeVar("T")
 
@@ -38,6 +39,8 @@ class SharedReads:
     """Process group of the device, used for the rows."""
     host_group: dist.ProcessGroup | None = None
     """Host process group of the same ranks, used for errors. None if this rank reads alone."""
+    uploader: Uploader | None = None
+    """Moves rows from the host to the device of `group`. None if this rank reads alone."""
 
     @classmethod
     def for_mesh(cls, mesh: Mesh, timeout_s: float) -> SharedReads:
@@ -52,7 +55,8 @@ class SharedReads:
         groups = mesh.devices.mesh.tolist()
         timeout = timedelta(seconds=timeout_s)
         host_group, _ = dist.new_subgroups_by_enumeration(groups, timeout, backend="gloo")
-        return cls(mesh.latent_rank, mesh.n_latent, mesh.latent_group, host_group)
+        uploader = Uploader(exchange_device(mesh.latent_group))
+        return cls(mesh.latent_rank, mesh.n_latent, mesh.latent_group, host_group, uploader)
 
     def part(self, lo: int, hi: int) -> tuple[int, int]:
         """Return the bounds of this rank's part of rows [lo, hi)."""
@@ -82,7 +86,8 @@ class SharedReads:
             return rows
         sizes = [stop - start for start, stop in pairwise(starts)]
         most = max(sizes)
-        sent = rows.contiguous().to(exchange_device(self.group))
+        assert self.uploader is not None, "only a rank that reads alone has no uploader"
+        (sent,) = self.uploader.upload([rows.contiguous()])
         if len(rows) < most:
             # Pad to the size of the largest part, because not every backend can gather parts of
             # unequal size.

@@ -15,7 +15,7 @@ from rich.console import Console
 from cluster.run_folder.files import CHECKPOINTS
 from cluster.run_folder.lock import wait_for_old_ranks
 from cluster.run_folder.sweep_record import clear_record
-from cluster.training.store_checks import check_store, warn_if_poorly_shuffled
+from cluster.training.store_checks import check_store, warn_about_rows
 from conf.schema.run import RunConfig
 
 
@@ -53,7 +53,7 @@ def run(
         unregister(config, run_dir)
         console.print(f"train: already done, {done.name}")
         return
-    warn_if_poorly_shuffled(config, console)
+    warn_about_rows(config, console)
     clear_record(run_dir)
     train_ranks(config, run_dir, RunProgress(config, run_dir, console), watch)
     watch()  # once more, to handle the last position that this run has published

@@ -6,6 +6,7 @@ from rich.console import Console
 
 from activation_store import Store, check_mixture, open_store, shuffle_quality, store_exists
 from activation_store.writing.create import shorten
+from conf.hookpoint import find_hookpoint
 from conf.schema.run import RunConfig
 from foundation.errors import ConfigError
 
@@ -43,16 +44,35 @@ def check_store(config: RunConfig) -> str:
             "finish it with stage=harvest or StoreWriter.finalise(), or use stage=pipeline "
             "cluster.mode=concurrent to train while it grows",
         )
-    array = config.sae.hookpoint or next(iter(store.arrays))
-    if array not in store.arrays:
-        raise ConfigError("sae.hookpoint", array, f"an array of the store: {list(store.arrays)}")
+    array = trained_array(config, store)
     if not growing and store.n_tokens < config.train.batch_tokens:
         raise ConfigError(
-            "train.batch_tokens", config.train.batch_tokens, f"at most {store.n_tokens} stored rows"
+            "train.batch_tokens",
+            config.train.batch_tokens,
+            f"at most {store.n_tokens}, the number of rows in the store",
         )
     require_finite(store, array)
     if config.store.mixture:
         check_mixture([store, *mixed_in_stores(config, array)], config.store.weights, [array])
+    return array
+
+
+def trained_array(config: RunConfig, store: Store) -> str:
+    """Return the name of the array that the SAE is trained on.
+
+    Raises:
+        ConfigError: If the store has no array of that name, or several and `sae.hookpoint` is null.
+    """
+    wanted, arrays = config.sae.hookpoint, list(store.arrays)
+    if wanted is None:
+        if len(arrays) == 1:
+            return arrays[0]
+        raise ConfigError(
+            "sae.hookpoint", None, f"one of the arrays of {config.store.path}: {arrays}"
+        )
+    array = find_hookpoint(wanted, arrays)
+    if array is None:
+        raise ConfigError("sae.hookpoint", wanted, f"an array of the store: {arrays}")
     return array
 
 
@@ -96,16 +116,25 @@ def require_finite(store: Store, array: str, key: str = "store.path") -> None:
         )
 
 
-def warn_if_poorly_shuffled(config: RunConfig, console: Console) -> None:
-    """Print a warning if batches mix documents badly.
+def warn_about_rows(config: RunConfig, console: Console) -> None:
+    """Print warnings about the order of a store's rows, their variance, and mixed documents.
 
     Stores that are growing or too large to check quickly are skipped.
     """
+    from cluster.training.spread_sample import (  # imports torch
+        concentration_warning,
+        order_warning,
+    )
+
     paths = config.store.paths
     for path in paths:
         store = open_store(path)
         if not store.finalised or store.n_tokens > _DIAGNOSED_TOKENS:
             continue
+        for diagnosis in (order_warning, concentration_warning):
+            warning = diagnosis(store, trained_array(config, store), config.train.sample_tokens)
+            if warning:
+                console.print(f"train: {warning}", soft_wrap=True)
         quality = shuffle_quality(
             store,
             config.order_seed,

@@ -11,9 +11,12 @@ import torch
 
 from activation_store import ShuffledStream, StagedBatch, StagedStream, Store
 from activation_store.errors import IncompleteStoreError
+from activation_store.reading.buffers import anonymous
 from cluster.training.batch_order import BatchOrder, equal_batches, store_digest
-from cluster.training.device_gather import DeviceRows, decodes_on_device, pinned, to_torch
+from cluster.training.device_gather import DeviceRows, decodes_on_device, to_torch
 from cluster.training.shared_reads import SharedReads
+from cluster.training.spread_sample import has_random_order, read_spread
+from sae_core.training.pinned_memory import pinned_on
 from sae_core.training.source import Batch
 
 T = TypeVar("T")
@@ -63,11 +66,15 @@ class StoreSource:
         self._device_rows: DeviceRows | None = None
         self._stream: ShuffledStream | StagedStream
         settings = self._stream_settings(order.batch_tokens, *order.rows)
-        if device is not None and device.type == "cuda" and decodes_on_device(store, array):
+        on_cuda = device is not None and device.type == "cuda"
+        # Batches that are gathered on the host are uploaded, too.
+        allocate = pinned_on(device) if on_cuda and device is not None else anonymous
+        if on_cuda and decodes_on_device(store, array):
+            assert device is not None
             self._device_rows = DeviceRows(store, array, device)
-            self._stream = StagedStream(store, [array], allocate=pinned, **settings)
+            self._stream = StagedStream(store, [array], allocate=allocate, **settings)
         else:
-            self._stream = ShuffledStream(store, [array], **settings)
+            self._stream = ShuffledStream(store, [array], allocate=allocate, **settings)
 
     @property
     def position(self) -> int:
@@ -90,12 +97,15 @@ class StoreSource:
         return Batch(x, None, first_row)
 
     def sample(self, n: int) -> torch.Tensor:
-        """Return the first `n` rows of the order, [n, d_in], the same on all ranks.
+        """Return `n` rows from all parts of the store, [n, d_in], the same on all ranks.
 
-        If the store holds fewer rows, all rows are returned. The sample is read in equal batches of
-        at most `SAMPLE_BATCH` rows, so it may lack the few rows that do not divide evenly among the
-        batches.
+        A harvested store is in a random order, so its sample is the first `n` rows of the order of
+        batches. If the store holds fewer rows, all rows are returned. The sample is read in equal
+        batches, so it may lack the few rows that do not divide evenly among the batches.
         """
+        if self._store.finalised and not has_random_order(self._store):
+            seed = self._order.row_seed
+            return read_spread(self._store, self._array, n, seed, self._shared_reads)
         with self._counted_as_waiting():
             return self._sample(n)
 
@@ -170,8 +180,8 @@ class StoreSource:
             if time.monotonic() > deadline:
                 raise IncompleteStoreError(
                     f"{self._store.path} has {self._store.n_tokens} rows after waiting "
-                    f"{self._wait_timeout_s:.0f} s, but a sample needs {n}; check that its writer "
-                    "is still alive"
+                    f"{self._wait_timeout_s:.0f} s, but a sample needs {n}; check that the harvest "
+                    "writing the store is still running"
                 )
             time.sleep(_POLL_S)
             self._store.refresh()

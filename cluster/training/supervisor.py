@@ -72,12 +72,12 @@ def train_ranks(
             problem, failed_at = failure
             if stop_request.signal_name:
                 wait_for_old_ranks(run_dir)
-                raise PreemptedError(f"{problem} while stopping for {stop_request.signal_name}")
-            print(f"train: {problem}; attempt {failures + 1}", file=sys.stderr, flush=True)
+                raise PreemptedError(f"{problem} (while stopping for {stop_request.signal_name})")
+            print(f"train: attempt {failures + 1} failed: {problem}", file=sys.stderr, flush=True)
             wait_for_old_ranks(run_dir)
         else:
             raise RankFailedError(
-                f"trainer ranks died {config.cluster.max_failures + 1} times; last problem: "
+                f"trainer ranks failed {config.cluster.max_failures + 1} times; last problem: "
                 f"{problem}; see {run_dir / LOGS}, then rerun the command to resume"
             )
         if stop_request.signal_name:
@@ -121,7 +121,10 @@ def _attempt(
             problem = frozen or _first_problem(tasks, heartbeats)
             return _Failure(problem, ended_at) if problem else None
     except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError):
-        return _Failure("a trainer rank died before it began", failed_at or time.monotonic())
+        return _Failure(
+            "a trainer rank died, or did not answer, before training began",
+            failed_at or time.monotonic(),
+        )
     except PlacementError as error:
         # Ray takes a while to notice a lost node. After a failure, the ranks may therefore soon fit
         # again. In the first attempt, the error is final.
@@ -172,12 +175,14 @@ def _first_problem(tasks: list[Any], heartbeats: Heartbeats) -> str | None:
     errors = [error for error in map(_error_of, filter(_is_done, tasks)) if error is not None]
     deaths = [error for error in errors if isinstance(error, ray.exceptions.RayActorError)]
     if hung := heartbeats.hung():
-        return f"no progress, a trainer rank hung; stacks are in the logs of ranks {hung}"
+        return f"no progress: a trainer rank hung; stacks are in the logs of ranks {hung}"
     if deaths:
         return "a trainer rank died"
     for error in errors:
-        if isinstance(cause_of(error), FoundryError):
-            raise cause_of(error)
+        # An OSError that names a file, such as one of a full disk, needs the user.
+        cause = cause_of(error)
+        if isinstance(cause, FoundryError) or (isinstance(cause, OSError) and cause.filename):
+            raise cause
     for error in errors:
         if not isinstance(cause_of(error), RuntimeError):
             raise error  # a bug in this project; the message has the rank's traceback

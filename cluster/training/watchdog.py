@@ -116,9 +116,9 @@ class Watchdog:
     def _end(self, limit_s: float) -> None:
         self._beat(HUNG)
         print(
-            f"{time.strftime('%Y-%m-%d %H:%M:%S')} no progress for {limit_s:g} s "
-            "(train.hang_timeout_s; before the first step train.timeout_s): this rank, or one it "
-            "is waiting for, is hung. Thread stacks:",
+            f"{time.strftime('%Y-%m-%d %H:%M:%S')} no progress for {limit_s:g} s (the limit is "
+            "train.hang_timeout_s or, before the first step, train.timeout_s if that is longer): "
+            "this rank, or one it is waiting for, is hung. Thread stacks:",
             file=sys.stderr,
             flush=True,
         )

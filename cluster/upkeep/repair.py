@@ -7,7 +7,6 @@ from pathlib import Path
 from rich.console import Console
 
 from activation_store import repair_store
-from cluster.run_folder.saved_config import saved_config
 from conf.schema.run import RunConfig
 
 
@@ -22,9 +21,10 @@ def run(config: RunConfig, run_dir: Path) -> None:
         StoreError: If the header of a store is damaged.
     """
     console = Console(soft_wrap=True)
-    config = saved_config(run_dir) or config
     for path in config.store.paths:
         report = repair_store(path)
         console.print(f"repair: {path}: {report}")
         if report.redo and path == config.store.path:
-            console.print(f"repair: to write them again, run stage=harvest name={config.name}")
+            console.print(
+                f"repair: to write these items again, run stage=harvest name={config.name}"
+            )

@@ -10,7 +10,6 @@ from activation_store import open_store, verify_store
 from activation_store.errors import DamagedDataError
 from activation_store.writing.create import shorten
 from cluster.run_folder.files import CHECKPOINTS
-from cluster.run_folder.saved_config import saved_config
 from conf.schema.run import RunConfig
 from foundation.errors import FoundryError
 from sae_core.checkpoint.folder import list_checkpoints
@@ -25,7 +24,6 @@ def run(config: RunConfig, run_dir: Path) -> None:
             message lists all problems.
     """
     console = Console()
-    config = saved_config(run_dir) or config
     problems = []
     for path in config.store.paths:
         problems += [str(damage) for damage in verify_store(path)]
@@ -39,9 +37,12 @@ def run(config: RunConfig, run_dir: Path) -> None:
             soft_wrap=True,
         )
     if problems:
-        raise DamagedDataError("\n  ".join([f"{len(problems)} problems found:", *problems]))
+        raise DamagedDataError("\n  ".join([f"problems found: {len(problems)}", *problems]))
     stores = ", ".join(config.store.paths)
-    console.print(f"verify: {stores} and {len(checkpoints)} checkpoints are intact")
+    console.print(
+        f"verify: {stores} and all checkpoints in {run_dir} ({len(checkpoints)}) are intact",
+        soft_wrap=True,
+    )
 
 
 def non_finite(path: str) -> list[str]:

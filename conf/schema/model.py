@@ -23,6 +23,10 @@ class ModelConfig:
     gguf_file: str | None = None
     """Name of a GGUF file in the model's folder. The file is dequantised once, into the cache. If
     null, the model has safetensors weights."""
+    kind: str = "causal_lm"
+    """causal_lm: a model that predicts the next token. base: a model without its language-model
+    head, such as an encoder; it is evaluated without cross-entropy, and its modules have other
+    names (`layers.9` instead of `model.layers.9`)."""
     dtype: str = "bfloat16"
     """Number format of the model's weights and activations: bfloat16, float16 or float32."""
     hookpoints: list[str] = field(default_factory=list)
@@ -52,6 +56,8 @@ class ModelConfig:
             raise ConfigError(
                 "model.path", self.path, "a local folder or a Hub name", "set model.path"
             )
+        if self.kind not in ("causal_lm", "base"):
+            raise ConfigError("model.kind", self.kind, "causal_lm or base")
         if self.dtype not in ("bfloat16", "float16", "float32"):
             raise ConfigError("model.dtype", self.dtype, "bfloat16, float16 or float32")
         if not self.hookpoints:

@@ -37,6 +37,9 @@ class PlanConfig:
     also applies to the settings below whose default is null, unless they say otherwise."""
     memory_gib: float | None = None
     """Memory of one GPU, in GiB. For CPU ranks: memory of this machine."""
+    host_memory_gib: float | None = None
+    """Memory of a GPU node for all its ranks, in GiB. If null, that of this machine with
+    plan.hardware=local; otherwise enough is assumed for whole copies of checkpoints."""
     memory_gb_per_s: float | None = None
     """Peak memory bandwidth of one GPU, in GB/s."""
     nvlink_gb_per_s: float | None = None
@@ -92,7 +95,7 @@ class PlanConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"plan.{name}", value, "at least 1")
-        for name in (*_OVERRIDES, "disk_tib", "node_mtbf_hours", "harvest_mfu"):
+        for name in (*_OVERRIDES, "disk_tib", "host_memory_gib", "node_mtbf_hours", "harvest_mfu"):
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise ConfigError(f"plan.{name}", value, "more than 0")

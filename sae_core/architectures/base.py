@@ -32,6 +32,10 @@ class StepOutput(NamedTuple):
     """Scalar: number of active (row, latent) pairs on this rank."""
     metrics: Mapping[str, torch.Tensor]
     """Scalar values of the architecture's own metrics (`Architecture.metrics`), keyed by name."""
+    input_total: torch.Tensor
+    """[D]: sum of this replica's normalised rows."""
+    input_square: torch.Tensor
+    """Scalar: sum of squares of this replica's normalised rows."""
 
 
 class SparseAutoencoder(nn.Module, ABC):
@@ -76,9 +80,16 @@ class SparseAutoencoder(nn.Module, ABC):
         self.b_enc = self.add_rows("b_enc", torch.zeros(n_rows))
         self.W_dec = self.add_rows("W_dec", W_dec)
         self.b_dec = nn.Parameter(torch.zeros(d_model))
+        self.input_center: torch.Tensor
         self.input_mean: torch.Tensor
         self.input_scale: torch.Tensor
         self.tokens_since_fired: torch.Tensor
+        self.input_map: torch.Tensor | None
+        """[D] factors, or a symmetric [D, D] matrix, of the raw activations minus `input_center`.
+        None if `sae.input_transform` has none."""
+        shape = config.map_shape(d_model)
+        self.register_buffer("input_map", None if shape is None else torch.zeros(shape))
+        self.register_buffer("input_center", None if shape is None else torch.zeros(d_model))
         self.register_buffer("input_mean", torch.zeros(d_model))
         self.register_buffer("input_scale", torch.ones(()))
         self.register_buffer("tokens_since_fired", torch.zeros(n_rows, dtype=torch.int64))
@@ -132,14 +143,18 @@ class SparseAutoencoder(nn.Module, ABC):
     def calibrate_encoder(self, x: torch.Tensor) -> None:
         """Initialise the encoder from a sample, once `b_dec` is set; collective over all ranks.
 
-        Scales W_enc so that reconstructions have the mean squared norm of their inputs.
+        Scales W_enc so that the squared error of the reconstructions is as small as possible.
+        Scaled to the norm of the inputs instead, as in Gao et al., a random dictionary starts with
+        an FVU near 1, because its reconstructions hardly correlate with their inputs.
 
         Args:
             x: [N, D] normalised rows, the same on all ranks.
         """
         centred = x - self.b_dec
         recon = self.reconstruct_centred(centred)
-        scale = (centred.square().sum() / recon.square().sum().clamp_min(1e-30)).sqrt()
+        power = recon.square().sum()
+        # Without b_enc, reconstructions are proportional to W_enc. If all are 0, it stays as it is.
+        scale = torch.where(power > 0, (centred * recon).sum() / power.clamp_min(1e-30), 1.0)
         # All ranks use rank 0's value: rounding differences would otherwise make replicas diverge.
         dist.broadcast(scale, src=0)
         self.W_enc.mul_(scale)
@@ -160,11 +175,24 @@ class SparseAutoencoder(nn.Module, ABC):
 
     def normalise(self, raw: torch.Tensor) -> torch.Tensor:
         """Normalise raw activations [B, D] of any float dtype to float32 with unit mean square."""
-        return (raw.float() - self.input_mean) * self.input_scale
+        return (self.mapped(raw).float() - self.input_mean) * self.input_scale
+
+    def mapped(self, raw: torch.Tensor) -> torch.Tensor:
+        """Apply `sae.input_transform`, without centring and scale, to raw activations [N, D].
+
+        Returns:
+            [N, D]: `raw` itself if there is no map, otherwise float32.
+        """
+        if self.input_map is None:
+            return raw
+        centred = raw.float() - self.input_center
+        return centred * self.input_map if self.input_map.ndim == 1 else centred @ self.input_map
 
     def dead(self) -> torch.Tensor:
         """Return the local latents that have not fired for `dead_after_tokens` tokens, [l] bool."""
-        return self.tokens_since_fired >= self.config.dead_after_tokens
+        after = self.config.dead_after_tokens
+        assert after is not None, "the settings of an SAE in training are resolved"
+        return self.tokens_since_fired >= after
 
     @torch.no_grad()
     def update_tokens_since_fired(
@@ -181,7 +209,7 @@ class SparseAutoencoder(nn.Module, ABC):
         if self.mesh.n_data > 1:
             dist.all_reduce(anywhere, op=dist.ReduceOp.MAX, group=self.mesh.data_group)
         aged = torch.where(anywhere > 0, 0, self.tokens_since_fired + batch_tokens)
-        self.tokens_since_fired = torch.where(skipped > 0, self.tokens_since_fired, aged)
+        self.tokens_since_fired.copy_(torch.where(skipped > 0, self.tokens_since_fired, aged))
 
 
 class _Sharded(nn.Parameter):

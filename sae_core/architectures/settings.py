@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from dataclasses import dataclass, replace
+from typing import ClassVar, NamedTuple, Self
 
 from foundation.errors import ConfigError
+
+INPUT_TRANSFORMS = ("center", "scale", "per_channel", "whiten")
 
 
 class AuxiliaryPath(NamedTuple):
@@ -28,11 +30,21 @@ class SAEConfig:
     architecture: str = ""
     """Name of the architecture in the registry; each subclass has its own default."""
     hookpoint: str | None = None
-    """Hookpoint (array of the store) that this SAE reconstructs. If null, the store's first."""
+    """Hookpoint (array of the store) that this SAE reconstructs. May be null if there is only
+    one."""
     n_latents: int = 4096
     """Number of latents in the dictionary."""
-    dead_after_tokens: int = 10_000_000
-    """A latent counts as dead when it has not fired on this many training tokens."""
+    dead_after_tokens: int | None = None
+    """A latent counts as dead when it has not fired on this many training tokens. If null, a tenth
+    of `train.tokens`, at most 10,000,000."""
+    input_transform: str = "scale"
+    """Map of the activations before the SAE, folded into its weights when it is exported or loaded.
+    center: subtract the mean. scale: also divide all channels by one number. per_channel: divide
+    each channel by its standard deviation. whiten: make the covariance the identity. With the last
+    two, the loss and the FVU of the training log are those of the mapped activations."""
+    whiten_epsilon: float = 1e-3
+    """With input_transform=whiten: added to all variances, as a fraction of their mean, so that
+    directions of little variance do not become noise."""
 
     def validate(self) -> None:
         """Validate all fields except `architecture`, which `check_settings` checks.
@@ -42,12 +54,37 @@ class SAEConfig:
         """
         if self.n_latents < 1:
             raise ConfigError("sae.n_latents", self.n_latents, "at least 1")
-        if self.dead_after_tokens < 1:
-            raise ConfigError("sae.dead_after_tokens", self.dead_after_tokens, "at least 1")
+        if self.dead_after_tokens is not None and self.dead_after_tokens < 1:
+            raise ConfigError(
+                "sae.dead_after_tokens", self.dead_after_tokens, "at least 1, or null"
+            )
+        if self.input_transform not in INPUT_TRANSFORMS:
+            expected = f"one of: {', '.join(INPUT_TRANSFORMS)}"
+            raise ConfigError("sae.input_transform", self.input_transform, expected)
+        if self.whiten_epsilon <= 0:
+            raise ConfigError("sae.whiten_epsilon", self.whiten_epsilon, "more than 0")
+
+    def resolved(self, d_model: int, batch_tokens: int, train_tokens: int) -> Self:
+        """Return these settings with values in place of those that follow from the sizes of a run.
+
+        The trainer calls this before it builds the SAE, so that a checkpoint holds the values.
+
+        Args:
+            d_model: Width of the activations.
+            batch_tokens: Rows of the global batch.
+            train_tokens: Training tokens of the whole run.
+        """
+        after = self.dead_after_tokens or default_dead_after_tokens(train_tokens)
+        return replace(self, dead_after_tokens=after)
 
     def active_latents(self) -> int | None:
         """Return the number of active latents per token, or None if it depends on the data."""
         return None
+
+    def map_shape(self, d_model: int) -> tuple[int, ...] | None:
+        """Return the shape of the map of the inputs: [D], [D, D], or None if there is none."""
+        shapes = {"per_channel": (d_model,), "whiten": (d_model, d_model)}
+        return shapes.get(self.input_transform)
 
     def auxiliary_path(self, d_model: int) -> AuxiliaryPath | None:
         """Return the pass through the dead latents, for the plan, or None if there is no such pass.
@@ -56,3 +93,8 @@ class SAEConfig:
             d_model: Width of the activations.
         """
         return None
+
+
+def default_dead_after_tokens(train_tokens: int) -> int:
+    """Return a tenth of the training tokens, at most 10,000,000 (Gao et al. 2024)."""
+    return max(1, min(10_000_000, train_tokens // 10))

@@ -19,7 +19,19 @@ import torch.distributed as dist
 
 from sae_core.distributed.global_topk import select_global
 from sae_core.distributed.mesh import row_range
-from sae_core.kernels import Decoded, Kernels, SparseGradient, SparseLatents, compact, project
+from sae_core.kernels import (
+    EMPTY,
+    Affine,
+    Centred,
+    Decoded,
+    Kernels,
+    SparseGradient,
+    SparseLatents,
+    Subset,
+    active_pairs,
+    input_bias_gradient,
+    project,
+)
 
 
 class Dictionary(NamedTuple):
@@ -60,11 +72,20 @@ class SparsePlan:
         return 1 if self.group is None else dist.get_world_size(self.group)
 
 
+class Normalisation(NamedTuple):
+    """Maps raw activations to inputs of unit mean square, `(raw - mean) * scale`."""
+
+    mean: torch.Tensor
+    """[D] float32."""
+    scale: torch.Tensor
+    """Scalar float32."""
+
+
 class AuxInput(NamedTuple):
     """Input of the auxiliary path of a step."""
 
-    dead: torch.Tensor
-    """Local dead latents, int64, ascending; may be empty."""
+    dead: Subset
+    """Dead latents of this shard; there may be none."""
     rows: torch.Tensor | None
     """Batch rows used, int64, ascending; None means all rows."""
 
@@ -81,6 +102,8 @@ class SparseForward(NamedTuple):
     """
     active: SparseLatents
     """Active pairs of the main path on this shard; they carry no gradient."""
+    inputs: Centred
+    """The centred inputs, with the moments of the normalised ones; they carry no gradient."""
 
 
 def encode_shard(
@@ -89,7 +112,7 @@ def encode_shard(
     b_enc: torch.Tensor,
     k: int,
     plan: SparsePlan,
-    rows: torch.Tensor | None = None,
+    among: Subset | None = None,
 ) -> SparseLatents:
     """Return this shard's pairs among the k largest latents of each token; a collective call.
 
@@ -99,34 +122,45 @@ def encode_shard(
         b_enc: [l].
         k: Number of latents selected per token over all shards.
         plan: Kernels, latent group and offsets.
-        rows: Local latents to select from, int64, ascending; None means all of them.
+        among: Local latents to select from; None means all of them.
 
     Returns:
         Pairs with a positive value; `latents` are local to the shard.
     """
-    if rows is not None:
-        W_enc = W_enc[rows]
-        b_enc = b_enc[rows]
     # Every rank must contribute the same number of slots: the exchange requires equal shapes.
     width = min(k, row_range(plan.n_latents, 0, plan.n_shards)[1])
     taken = min(width, W_enc.shape[0])
-    values, latents = plan.kernels.encode_topk(x, W_enc, b_enc, taken)
+    values, latents = plan.kernels.encode_topk(x, W_enc, b_enc, taken, among)
     if plan.group is not None and plan.n_shards > 1:
         slots = values.new_full((x.shape[0], width), float("-inf"))
         slots[:, :taken] = values
         indices = latents.new_zeros(x.shape[0], width)
-        indices[:, :taken] = latents if rows is None else rows[latents]
+        indices[:, :taken] = latents
         keep = select_global(slots, indices, k, plan.first_latent, plan.group)
-        return compact(slots.masked_fill(~keep, 0.0), indices)
-    return compact(values, latents if rows is None else rows[latents])
+        return active_pairs(plan.kernels, slots.masked_fill(~keep, 0.0), indices)
+    return active_pairs(plan.kernels, values, latents)
+
+
+def fired_latents(active: SparseLatents, n_latents: int) -> torch.Tensor:
+    """Return which of a shard's latents have an active pair, [n_latents] bool.
+
+    Args:
+        active: Pairs of the shard.
+        n_latents: l.
+    """
+    # Empty slots mark one more latent, which is then dropped.
+    fired = torch.zeros(n_latents + 1, dtype=torch.bool, device=active.latents.device)
+    fired.index_fill_(0, torch.where(active.latents == EMPTY, n_latents, active.latents), True)
+    return fired[:n_latents]
 
 
 def sparse_autoencode(
-    x: torch.Tensor,
+    raw: torch.Tensor,
     weights: Dictionary,
     plan: SparsePlan,
     aux: AuxInput | None,
     copies: tuple[torch.Tensor, torch.Tensor] | None = None,
+    normalisation: Normalisation | None = None,
 ) -> SparseForward:
     """Encode, select and decode over all shards; a collective call.
 
@@ -135,18 +169,22 @@ def sparse_autoencode(
     no gradient.
 
     Args:
-        x: [B, D] normalised input, the same on every rank of the latent group. It receives no
+        raw: [B, D] raw activations, the same on every rank of the latent group. They receive no
             gradient.
         weights: Weights of this shard.
         plan: What to select and over which ranks.
         aux: Input of the auxiliary path; None if no rank of the latent group has a dead latent, or
             the auxiliary loss is off. All ranks must agree on whether it is None, and on the rows.
         copies: W_enc and W_dec in `Kernels.copy_dtype`. If None, the weights themselves are used.
+        normalisation: Normalisation of the activations; None if they are normalised.
     """
-    # The pairs carry no gradient, so they are returned in this list, not as outputs of the node.
-    box: list[SparseLatents] = []
-    error, aux_error = _SparseAutoencode.apply(x, *weights, plan, aux, copies, box)
-    return SparseForward(error, aux_error, box[0])
+    if normalisation is None:
+        b_dec = weights.b_dec
+        normalisation = Normalisation(torch.zeros_like(b_dec), b_dec.new_ones(()))
+    # These carry no gradient, so they are returned in this list, not as outputs of the node.
+    box: list[tuple[SparseLatents, Centred]] = []
+    error, aux_error = _SparseAutoencode.apply(raw, *weights, normalisation, plan, aux, copies, box)
+    return SparseForward(error, aux_error, *box[0])
 
 
 class _SparseAutoencode(torch.autograd.Function):
@@ -155,22 +193,23 @@ class _SparseAutoencode(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        x: torch.Tensor,
+        raw: torch.Tensor,
         W_enc: torch.Tensor,
         b_enc: torch.Tensor,
         W_dec: torch.Tensor,
         b_dec: torch.Tensor,
+        normalisation: Normalisation,
         plan: SparsePlan,
         aux: AuxInput | None,
         copies: tuple[torch.Tensor, torch.Tensor] | None,
-        box: list[SparseLatents],
+        box: list[tuple[SparseLatents, Centred]],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         encoder, decoder = copies or (W_enc, W_dec)
-        centred = x - b_dec
-        active = encode_shard(centred, encoder, b_enc, plan.k, plan)
-        paths = [_Path(centred, active, _decode_error(centred, active, decoder, plan))]
+        centred = plan.kernels.centre(raw, Affine(*normalisation, b_dec))
+        inputs = centred.rows
+        active = encode_shard(inputs, encoder, b_enc, plan.k, plan)
+        paths = [_Path(inputs, active, _decode_error(centred, active, decoder, plan))]
         if aux is not None:
-            inputs = centred
             residual = paths[0].decoded.error
             if aux.rows is not None:
                 inputs = inputs[aux.rows]
@@ -179,9 +218,11 @@ class _SparseAutoencode(torch.autograd.Function):
             paths.append(_Path(inputs, chosen, _decode_error(residual, chosen, decoder, plan)))
         ctx.save_for_backward(W_enc, W_dec)
         ctx.plan = plan
-        ctx.paths = paths
-        box.append(active)
-        errors = [path.decoded.error.float().square().sum() for path in paths]
+        # The outputs must not be kept: they refer to this node, and such a cycle is never freed.
+        nothing = W_dec.new_empty(0)
+        ctx.paths = [p._replace(decoded=p.decoded._replace(square=nothing)) for p in paths]
+        box.append((active, centred))
+        errors = [path.decoded.square for path in paths]
         return errors[0], errors[1] if aux is not None else None
 
     @staticmethod
@@ -194,18 +235,20 @@ class _SparseAutoencode(torch.autograd.Function):
         # d/dy |t - y|^2 = -2 (t - y), so the gradients are the errors times these weights.
         weights = [-2.0 * weight for weight in (grad, aux_grad) if weight is not None]
         gradient = _weigh(paths, weights, plan.kernels.gather_dtype)
-        main = paths[0]
-        dvalues = gradient.dvalues[: len(main.active.rows)]
-        db_dec = _encoder_bias_gradient(main.active, dvalues, W_enc, plan)
-        db_dec += weights[0] * main.decoded.error.sum(0)
+        db_dec = weights[0] * paths[0].decoded.total
         if plan.collect is not None:
+            # The receiver adds the part of `b_dec`'s gradient that comes through the encoder.
             plan.collect(gradient)
-            return None, None, None, None, db_dec, None, None, None, None
-        by_row = project(plan.kernels.row_gradients(*gradient), W_dec)
+            return None, None, None, None, db_dec, None, None, None, None, None
+        through_encoder = input_bias_gradient(gradient, W_enc)
+        if plan.n_shards > 1:
+            dist.all_reduce(through_encoder, group=plan.group)
+        db_dec += through_encoder
+        by_row = project(plan.kernels.row_gradients(*gradient.terms), W_dec)
         dW_dec = _scatter(by_row.latents, by_row.W_dec, W_dec)
         dW_enc = _scatter(by_row.latents, by_row.W_enc, W_enc)
         db_enc = W_enc.new_zeros(W_enc.shape[0]).index_copy_(0, by_row.latents, by_row.b_enc)
-        return None, dW_enc, db_enc, dW_dec, db_dec, None, None, None, None
+        return None, dW_enc, db_enc, dW_dec, db_dec, None, None, None, None, None
 
 
 class _Path(NamedTuple):
@@ -218,15 +261,15 @@ class _Path(NamedTuple):
 
 
 def _decode_error(
-    target: torch.Tensor, active: SparseLatents, W_dec: torch.Tensor, plan: SparsePlan
+    target: torch.Tensor | Centred, active: SparseLatents, W_dec: torch.Tensor, plan: SparsePlan
 ) -> Decoded:
     """Run `Kernels.decode_error` over all shards; collective over the latent group."""
     if plan.n_shards == 1:
         return plan.kernels.decode_error(target, active, W_dec)
-    recon = plan.kernels.decode(active, W_dec).to(target.dtype)
+    recon = plan.kernels.decode(active, W_dec)
     dist.all_reduce(recon, group=plan.group)
-    error = target - recon
-    return Decoded(error, plan.kernels.decoder_dot(error, active, W_dec))
+    decoded = plan.kernels.subtract(target, recon)
+    return decoded._replace(dots=plan.kernels.decoder_dot(decoded.error, active, W_dec))
 
 
 def _weigh(
@@ -242,37 +285,37 @@ def _weigh(
     """
     rows = []
     offsets = []
+    ends = []
     first_row = 0
     first_pair = 0
     for path in paths:
         rows.append(path.active.rows + first_row)
         offsets.append(path.active.offsets + first_pair)
+        ends.append(path.active.ends + first_pair)
         first_row += path.x.shape[0]
         first_pair += len(path.active.rows)
     values = [w * path.active.values for path, w in zip(paths, weights, strict=True)]
-    latents = torch.cat([path.active.latents for path in paths])
+    dots = [w * path.decoded.dots for path, w in zip(paths, weights, strict=True)]
     return SparseGradient(
-        SparseLatents(torch.cat(rows), latents, torch.cat(values), torch.cat(offsets)),
-        torch.cat([w * path.decoded.dots for path, w in zip(paths, weights, strict=True)]),
-        torch.cat([path.x.to(dtype or path.x.dtype) for path in paths]),
-        torch.cat([path.decoded.error.to(dtype or path.decoded.error.dtype) for path in paths]),
+        SparseLatents(
+            _joined(rows),
+            _joined([path.active.latents for path in paths]),
+            _joined(values),
+            _joined(offsets),
+            _joined(ends),
+        ),
+        _joined(dots),
+        _joined([path.x.to(dtype or path.x.dtype) for path in paths]),
+        _joined([path.decoded.error.to(dtype or path.decoded.error.dtype) for path in paths]),
+        paths[0].x.shape[0],
     )
+
+
+def _joined(parts: list[torch.Tensor]) -> torch.Tensor:
+    """Concatenate tensors along the first dimension; a single one is not copied."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def _scatter(latents: torch.Tensor, rows: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     """Return a dense tensor with the shape of `like`: `rows` at `latents`, and zeros elsewhere."""
     return torch.zeros_like(like).index_copy_(0, latents, rows)
-
-
-def _encoder_bias_gradient(
-    active: SparseLatents,
-    dvalues: torch.Tensor,
-    W_enc: torch.Tensor,
-    plan: SparsePlan,
-) -> torch.Tensor:
-    """Return the gradient of `b_dec` through the centred input, [D], summed over all shards."""
-    per_latent = W_enc.new_zeros(W_enc.shape[0]).index_add_(0, active.latents, dvalues)
-    through_encoder = -(per_latent @ W_enc)
-    if plan.n_shards > 1:
-        dist.all_reduce(through_encoder, group=plan.group)
-    return through_encoder

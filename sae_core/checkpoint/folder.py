@@ -13,13 +13,14 @@ save.
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import re
 import stat
 import warnings
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from foundation.errors import ConfigError
 from foundation.typed_json import from_json
 from sae_core.architectures.registry import settings_from_json
 from sae_core.errors import DamagedCheckpointError
+from sae_core.kernels.prefilter_choice import PrefilterChoice
 
 SCHEMA = 1
 MANIFEST, STATE, LATEST = "manifest.json", "state.json", "latest"
@@ -61,8 +63,20 @@ class CheckpointState:
     """`{name: settings of the SAE as a dict}`"""
     mesh: dict[str, int]
     """Mesh that wrote the checkpoint. For information only: any mesh can load it."""
+    prefilter: dict[str, Any] = field(default_factory=dict)
+    """The fields of the `PrefilterChoice` that training used; empty unless `train.prefilter=auto`
+    had a choice."""
     schema: int = SCHEMA
     """Version of the checkpoint format."""
+
+    @property
+    def prefilter_choice(self) -> PrefilterChoice | None:
+        """The choice of `train.prefilter=auto`, or None if there was none to make.
+
+        Raises:
+            ValueError: If `prefilter` does not have the fields of a `PrefilterChoice`.
+        """
+        return from_json(PrefilterChoice, self.prefilter) if self.prefilter else None
 
     def to_json(self) -> dict[str, Any]:
         """Return the fields as a dict of plain values."""
@@ -127,7 +141,7 @@ def find_damage(folder: Path, hashes: bool = True, share: tuple[int, int] = (0, 
     except (DamagedCheckpointError, OSError) as error:
         return [str(error)]
     if not isinstance(expected, dict) or not all(isinstance(e, dict) for e in expected.values()):
-        return [f"{folder / MANIFEST}: expected an object of files"]
+        return [f'{folder / MANIFEST}: expected "files" to be an object of objects']
     problems = [f"{folder / name}: missing" for name in sorted(set(expected) - found)]
     problems += [f"{folder / name}: not in the manifest" for name in sorted(found - set(expected))]
     both = sorted(found & set(expected))
@@ -180,21 +194,44 @@ def read_state(folder: Path) -> CheckpointState:
     raw = _read(folder, STATE)
     if raw.get("schema") != SCHEMA:
         raise DamagedCheckpointError(
-            f"{folder / STATE}: schema {raw.get('schema')!r:.40}, expected {SCHEMA}; it was "
-            "written by another version"
+            f"{folder / STATE}: schema {raw.get('schema')!r:.40}, expected {SCHEMA}; the "
+            "checkpoint is damaged, or was written by another version of latent-foundry"
         )
     try:
         state = from_json(CheckpointState, raw)
         for sae in state.saes.values():
             settings_from_json(sae)
+        _ = state.prefilter_choice
     except ConfigError:
         raise  # an architecture that is not installed here; the checkpoint may be valid
     except ValueError as error:
         raise DamagedCheckpointError(f"{folder / STATE}: {error}") from error
     counts = (state.step, state.tokens, state.source_position, state.batch_tokens, state.d_model)
     if min(counts) < 0:
-        raise DamagedCheckpointError(f"{folder / STATE}: expected counts of 0 or more")
+        raise DamagedCheckpointError(
+            f"{folder / STATE}: expected step, tokens, source_position, batch_tokens and d_model "
+            "of 0 or more"
+        )
     return state
+
+
+def weights_digest(folder: Path) -> str | None:
+    """Return a hash of the manifest's hashes of all weight files; None if one is missing.
+
+    Raises:
+        DamagedCheckpointError: If the manifest is unreadable.
+    """
+    files = _read(folder, MANIFEST).get("files")
+    if not isinstance(files, dict):
+        return None
+    hashes = {
+        name: entry.get("sha256") if isinstance(entry, dict) else None
+        for name, entry in files.items()
+        if name.startswith(f"{WEIGHTS}/")
+    }
+    if not hashes or not all(isinstance(value, str) for value in hashes.values()):
+        return None
+    return hashlib.sha256(json.dumps(hashes, sort_keys=True).encode()).hexdigest()
 
 
 def newest_valid(root: Path, hashes: bool = True) -> Path | None:
@@ -211,8 +248,8 @@ def newest_valid(root: Path, hashes: bool = True) -> Path | None:
 
 
 def warn_skipped(error: object) -> None:
-    """Warn that a damaged checkpoint is skipped, and why."""
-    warnings.warn(f"skipping a damaged checkpoint: {error}", stacklevel=3)
+    """Warn that a damaged or unreadable checkpoint is skipped, and why."""
+    warnings.warn(f"skipping a damaged or unreadable checkpoint: {error}", stacklevel=3)
 
 
 def prunable(root: Path, keep: int, keep_every_steps: int | None = None) -> Iterable[Path]:

@@ -115,7 +115,7 @@ def _check_shapes(folder: Path, wanted: dict[str, torch.Tensor]) -> None:
     layout = read_layout(folder)
     for name, tensor in wanted.items():
         if name not in layout:
-            raise CheckpointError(f"{folder}: tensor {name} is missing")
+            raise CheckpointError(f"{folder}: tensor {name} is missing; use another run name")
         if layout[name].shape != tuple(tensor.shape):
             raise CheckpointError(
                 f"{folder}: {name} has shape {list(layout[name].shape)}, expected "
@@ -133,7 +133,7 @@ def _check_same_sae(folder: Path, state: CheckpointState, engine: SAEEngine) -> 
     if width != state.d_model:
         raise CheckpointError(
             f"{folder}: SAE of width {state.d_model}, expected {width}, the width of the "
-            "store; use another run name or the store it was trained on"
+            "store; use another run name, or the store that this SAE was trained on"
         )
     ours, theirs = asdict(engine.sae.config), state.saes[engine.name]
     differing = [key for key in _SIZES if ours[key] != theirs.get(key)]

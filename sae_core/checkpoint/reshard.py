@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Mapping
@@ -22,7 +21,7 @@ from sae_core.checkpoint.folder import (
     payload_files,
     read_state,
 )
-from sae_core.checkpoint.row_ranges import SAVED_OFFSETS, SHARDING, StoredTensor, read_layout
+from sae_core.checkpoint.row_ranges import StoredTensor, read_layout, sharding_metadata
 from sae_core.checkpoint.safetensors_file import TensorFileWriter, rows_per_block
 from sae_core.errors import CheckpointError
 
@@ -104,13 +103,12 @@ def _write_shard(
     path: Path, tensors: Mapping[str, StoredTensor], ranges: Mapping[str, tuple[int, int]]
 ) -> None:
     shapes: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
-    offsets: dict[str, dict[str, list[int]]] = {}
+    starts: dict[str, tuple[int, int]] = {}
     for name, (start, stop) in ranges.items():
         shape = tensors[name].shape
         shapes[name] = (tensors[name].dtype, (stop - start, *shape[1:]) if shape else ())
-        offsets[name] = {SAVED_OFFSETS: [start, *[0] * (len(shape) - 1)] if shape else []}
-    metadata = {SHARDING: json.dumps(offsets), "DCP_VERSION": "1.0"}
-    with TensorFileWriter(path, shapes, metadata) as file:
+        starts[name] = (start, len(shape))
+    with TensorFileWriter(path, shapes, sharding_metadata(starts)) as file:
         for name, (start, stop) in ranges.items():
             step = rows_per_block(file.entries[name].row_bytes)
             for first in range(start, stop, step):

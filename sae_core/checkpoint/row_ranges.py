@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -118,6 +120,20 @@ def _joined(folder: Path, name: str, pieces: list[Piece]) -> StoredTensor:
         row = piece.stop_row
     shape = (row, *first.shape[1:]) if first.shape else ()
     return StoredTensor(first.dtype, shape, tuple(pieces))
+
+
+def sharding_metadata(starts: Mapping[str, tuple[int, int]]) -> dict[str, str]:
+    """Return the metadata of a file with row ranges, as torch's distributed checkpoint reads it.
+
+    Args:
+        starts: For each tensor of the file, the index of its first row in the whole tensor and its
+            number of dimensions.
+    """
+    offsets = {
+        name: {SAVED_OFFSETS: [first_row, *[0] * (n_dims - 1)] if n_dims else []}
+        for name, (first_row, n_dims) in starts.items()
+    }
+    return {SHARDING: json.dumps(offsets), "DCP_VERSION": "1.0"}
 
 
 def read_tensors(folder: Path) -> dict[str, torch.Tensor]:

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from foundation.atomic_files import parse_json
+from foundation.atomic_files import naming, parse_json
 from sae_core.errors import DamagedCheckpointError
 
 DTYPES = {
@@ -91,7 +91,12 @@ def read_header(path: Path) -> Header:
             n_bytes = int.from_bytes(file.read(_LENGTH_BYTES), "little")
             _require(path, size > _LENGTH_BYTES, f"{size} bytes, too short for a safetensors file")
             fits = n_bytes <= min(_MAX_HEADER_BYTES, size - _LENGTH_BYTES)
-            _require(path, fits, f"a header of {n_bytes} bytes is too long in a file of {size}")
+            _require(
+                path,
+                fits,
+                f"a header of {n_bytes} bytes in a file of {size} bytes: expected at most "
+                f"{_MAX_HEADER_BYTES} bytes, and within the file",
+            )
             document = parse_json(file.read(n_bytes))
     except (OSError, ValueError) as error:
         raise DamagedCheckpointError(f"{path}: {error}") from error
@@ -169,7 +174,9 @@ def read_rows(path: Path, entry: Entry, first: int, out: torch.Tensor) -> None:
 
 
 def _bytes_of(tensor: torch.Tensor) -> Any:
-    return tensor.detach().reshape(-1).view(torch.uint8).numpy()
+    flat = tensor.detach().reshape(-1)
+    # A single number counts as contiguous whatever its stride is, but is viewed only with stride 1.
+    return flat.as_strided(flat.shape, (1,)).view(torch.uint8).numpy()
 
 
 def write_at(fd: int, tensor: torch.Tensor, offset_bytes: int) -> None:
@@ -213,9 +220,15 @@ class TensorFileWriter:
             name: Entry(dtype, tuple(shape), begin + document[name]["data_offsets"][0])
             for name, (dtype, shape) in shapes.items()
         }
+        self.path = path
         self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
-        os.pwrite(self._fd, len(text).to_bytes(_LENGTH_BYTES, "little") + text, 0)
-        os.ftruncate(self._fd, begin + end)
+        try:
+            with naming(path):
+                os.pwrite(self._fd, len(text).to_bytes(_LENGTH_BYTES, "little") + text, 0)
+                os.ftruncate(self._fd, begin + end)
+        except OSError:
+            os.close(self._fd)
+            raise
 
     def __enter__(self) -> TensorFileWriter:
         return self
@@ -228,19 +241,27 @@ class TensorFileWriter:
     ) -> None:
         try:
             if kind is None:
-                os.fsync(self._fd)
+                with naming(self.path):
+                    os.fsync(self._fd)
         finally:
             os.close(self._fd)
 
     def write_rows(self, name: str, first: int, rows: torch.Tensor) -> None:
         """Write `rows` [n, ...] to rows [first, first + n) of a tensor."""
         entry = self.entries[name]
-        write_at(self._fd, rows.to(entry.dtype), entry.offset_bytes + first * entry.row_bytes)
+        with naming(self.path):
+            write_at(self._fd, rows.to(entry.dtype), entry.offset_bytes + first * entry.row_bytes)
+
+    def write_bytes(self, name: str, first_byte: int, data: torch.Tensor) -> None:
+        """Write `data` [n] uint8 to bytes [first_byte, first_byte + n) of a tensor."""
+        with naming(self.path):
+            write_at(self._fd, data, self.entries[name].offset_bytes + first_byte)
 
     def write_columns(self, name: str, first: int, rows: torch.Tensor) -> None:
         """Write `rows` [n, D] transposed, to columns [first, first + n) of a tensor [D, L]."""
         entry = self.entries[name]
-        write_columns_at(self._fd, entry, first, rows.to(entry.dtype))
+        with naming(self.path):
+            write_columns_at(self._fd, entry, first, rows.to(entry.dtype))
 
 
 def write_columns_at(fd: int, entry: Entry, first: int, rows: torch.Tensor) -> None:

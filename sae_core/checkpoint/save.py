@@ -4,9 +4,10 @@ The ranks fill and flush `step-N.tmp/`. After each stage every rank reports whet
 succeeded. Rank 0 then writes the manifest, renames the folder and updates `latest`. If a process
 dies before the rename, the older checkpoints are untouched.
 
-torch's own `async_save` only writes the files, in a thread pool that the process waits for on exit.
-Hashing, voting, renaming and pruning would need another thread for each of its futures. Instead, a
-single thread of our own (`background_saver.py`) does everything, using the same storage writer.
+A single thread (`background_saver.py`) writes, hashes, votes, renames and prunes. torch's storage
+writer is not used: it assembles each file in memory, which takes the size of the largest matrix
+twice, and asks for the CUDA stream of its thread, which creates a second context on device 0 in all
+ranks that use another device. The files have the format of torch's distributed checkpoint.
 """
 
 from __future__ import annotations
@@ -15,13 +16,12 @@ import os
 import shutil
 import warnings
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar, cast
 
-import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 
 from foundation.atomic_files import fsync_path, write_json
 from sae_core.checkpoint.folder import (
@@ -37,7 +37,10 @@ from sae_core.checkpoint.folder import (
     payload_files,
     prunable,
 )
-from sae_core.checkpoint.host_copy import HostTensors
+from sae_core.checkpoint.host_copy import Staging
+from sae_core.checkpoint.own_tensors import OwnTensor
+from sae_core.checkpoint.row_ranges import sharding_metadata
+from sae_core.checkpoint.safetensors_file import TensorFileWriter
 from sae_core.distributed.ranks import is_rank_zero, on_all_ranks
 from sae_core.errors import CheckpointError
 
@@ -56,7 +59,8 @@ class Retention:
 
 def write_checkpoint(
     root: Path,
-    tensors: HostTensors,
+    own: list[OwnTensor],
+    staging: Staging,
     state: CheckpointState,
     retention: Retention,
     group: dist.ProcessGroup,
@@ -65,7 +69,8 @@ def write_checkpoint(
 
     Args:
         root: The run's `checkpoints` folder, on a file system that all ranks share.
-        tensors: This rank's part, on the host.
+        own: The tensors that this rank writes.
+        staging: Their bytes. All blocks are returned, also if the save fails.
         state: The scalars, the same on all ranks.
         retention: Which older checkpoints to keep.
         group: A gloo group of all ranks that nothing else uses during the save.
@@ -76,6 +81,20 @@ def write_checkpoint(
     Raises:
         CheckpointError: If any rank failed; raised on all ranks. Older checkpoints are untouched.
     """
+    try:
+        return _write_checkpoint(root, own, staging, state, retention, group)
+    finally:
+        staging.discard()
+
+
+def _write_checkpoint(
+    root: Path,
+    own: list[OwnTensor],
+    staging: Staging,
+    state: CheckpointState,
+    retention: Retention,
+    group: dist.ProcessGroup,
+) -> Path:
     final = root / checkpoint_name(state.step)
     temporary = root / f"{final.name}.tmp"
 
@@ -83,7 +102,7 @@ def write_checkpoint(
         return on_all_ranks(lambda: _as_checkpoint_error(verb, folder, action), group)
 
     together("prepare", temporary, lambda: _prepare(root, temporary) if is_rank_zero() else None)
-    together("write", temporary, lambda: _write(temporary, tensors, state, group))
+    together("write", temporary, lambda: _write(temporary, own, staging, state))
     # On a network file system, one rank may not yet see files that another has just written.
     seen = together("list", temporary, lambda: payload_files(temporary))
     names = sorted(set().union(*_gather(seen, group)))
@@ -132,36 +151,39 @@ def _prepare(root: Path, temporary: Path) -> None:
         (temporary / part).mkdir(parents=True)
 
 
-def _write(
-    temporary: Path, tensors: HostTensors, state: CheckpointState, group: dist.ProcessGroup
-) -> None:
-    rank = dist.get_rank()
-    for part, content in ((WEIGHTS, tensors.weights), (OPTIMIZER, tensors.optimizer)):
-        failures = _save_tensors(temporary / part, content, group)
-        if rank in failures:
-            raise failures[rank]
-        if failures:
-            return  # the ranks that failed raise; no rank writes the next part
+def _write(temporary: Path, own: list[OwnTensor], staging: Staging, state: CheckpointState) -> None:
+    _write_tensors(temporary, own, staging)
     if is_rank_zero():
         write_json(temporary / STATE, state.to_json())
 
 
-def _save_tensors(
-    folder: Path, tensors: dict[str, torch.Tensor], group: dist.ProcessGroup
-) -> dict[int, BaseException]:
-    """Write tensors with torch's storage writer; return all ranks' errors by rank, on all ranks."""
-    # The writer builds each file in memory first, so give each matrix its own file.
-    matrices = sorted(name for name, tensor in tensors.items() if tensor.dim() == 2)
-    files = {name: 1 for name in tensors} | {name: 2 + i for i, name in enumerate(matrices)}
-    writer = dcp.HuggingFaceStorageWriter(
-        str(folder), fqn_to_index_mapping=files, save_distributed=True
-    )
-    try:
-        dcp.save(tensors, storage_writer=writer, process_group=group)
-    # CheckpointException is a BaseException: if not caught here, it would bypass the vote.
-    except dcp.CheckpointException as error:
-        return {rank: failure for rank, (failure, _) in error.failures.items()}
-    return {}
+def _write_tensors(temporary: Path, own: list[OwnTensor], staging: Staging) -> None:
+    """Write this rank's files as their bytes arrive, and flush them to disk."""
+    with ExitStack() as stack:
+        files: dict[str, TensorFileWriter] = {}
+        for path, tensors in _files(own).items():
+            shapes = {tensor.key: (tensor.dtype, tensor.shape) for tensor in tensors}
+            starts = {tensor.key: (tensor.first_row, len(tensor.shape)) for tensor in tensors}
+            writer = TensorFileWriter(temporary / path, shapes, sharding_metadata(starts))
+            files |= dict.fromkeys(shapes, stack.enter_context(writer))
+        while (block := staging.next()) is not None:
+            with block as pieces:
+                for piece in pieces:
+                    files[piece.key].write_bytes(piece.key, piece.first_byte, piece.data)
+
+
+def _files(own: list[OwnTensor]) -> dict[str, list[OwnTensor]]:
+    """Divide this rank's tensors into files: each matrix has its own, all others share one."""
+    files: dict[str, list[OwnTensor]] = {}
+    for folder in (WEIGHTS, OPTIMIZER):
+        here = [tensor for tensor in own if tensor.folder == folder]
+        groups = [[tensor for tensor in here if len(tensor.shape) != 2]]
+        groups += [[tensor] for tensor in here if len(tensor.shape) == 2]
+        for number, tensors in enumerate(groups, 1):
+            name = f"model-{number:05d}-of-{len(groups):05d}.safetensors"
+            if tensors:
+                files[f"{folder}/shard-{dist.get_rank() + 1:05d}-{name}"] = tensors
+    return files
 
 
 def _hash_share(temporary: Path, names: list[str]) -> dict[str, dict[str, object]]:

@@ -8,6 +8,7 @@ another format.
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
@@ -27,6 +28,7 @@ from sae_core.checkpoint.folder import (
     check_manifest,
     newest_valid,
     read_state,
+    weights_digest,
 )
 from sae_core.checkpoint.row_ranges import Piece, StoredTensor, read_layout
 from sae_core.checkpoint.safetensors_file import TensorFileWriter, read_header, rows_per_block
@@ -57,6 +59,11 @@ class StoredSAE:
     """Number of optimiser steps for which the SAE was trained."""
     metadata: dict[str, Any] = field(default_factory=dict)
     """Information about the SAE's origin."""
+    tokens_since_fired: Rows | None = None
+    """Row reader of training's counter [L] int64: number of training tokens since each latent last
+    fired. None if the SAE is not from a checkpoint."""
+    digest: str | None = None
+    """Identity of the weights, if it is known without reading them; see `weights_sha256`."""
 
     def blocks(self, name: str) -> Iterator[tuple[int, torch.Tensor]]:
         """Yield (first row, rows) for consecutive blocks of a tensor, a few MiB each."""
@@ -72,6 +79,42 @@ class StoredSAE:
         for start, rows in self.blocks(name):
             out[start : start + len(rows)] = rows
         return out
+
+    def weights_sha256(self) -> str:
+        """Return a hash that changes with the weights.
+
+        For a checkpoint it is derived from the hashes in its manifest, so that no weight is read.
+        It then also changes when the rows are divided into other files, or another SAE of the
+        checkpoint changes.
+        Otherwise all tensors are read and hashed.
+        """
+        if self.digest is not None:
+            return self.digest
+        sha256 = hashlib.sha256()
+        for name in row_names(self.config):
+            for _, rows in self.blocks(name):
+                sha256.update(rows.contiguous().numpy().data)
+        sha256.update(self.b_dec.contiguous().numpy().data)
+        return sha256.hexdigest()
+
+    def dead_fraction(self) -> float | None:
+        """Return the fraction of latents that are dead according to training's own counter.
+
+        A latent is dead if it has not fired on the last `dead_after_tokens` training tokens. The
+        result is None if the SAE is not from a checkpoint, or was trained on fewer tokens.
+        """
+        after = self.config.dead_after_tokens
+        if self.tokens_since_fired is None or after is None:
+            return None
+        if self.metadata.get("tokens", 0) < after:
+            return None
+        n_latents = self.config.n_latents
+        step = rows_per_block(torch.int64.itemsize)
+        dead = 0
+        for start in range(0, n_latents, step):
+            counter = self.tokens_since_fired(start, min(start + step, n_latents))
+            dead += int((counter >= after).sum())
+        return dead / n_latents
 
     def save(self, folder: Path) -> None:
         """Write `sae.safetensors` and `sae.json` into a folder; `load_sae` reads them back.
@@ -162,7 +205,7 @@ def _open_saved(folder: Path) -> StoredSAE:
         tensors = open_tensors(folder / WEIGHTS_FILE)
         return from_tensors(config, tensors, step, metadata)
     except (OSError, ValueError, KeyError, TypeError, CheckpointError) as error:
-        raise CheckpointError(f"{folder}: not a saved SAE: {error}") from error
+        raise CheckpointError(f"{folder}: not a valid saved SAE: {error}") from error
 
 
 def open_tensors(path: Path) -> dict[str, StoredTensor]:
@@ -211,12 +254,37 @@ def _float_rows(tensor: StoredTensor, divisor: torch.Tensor | None = None) -> Ro
     return lambda start, stop: tensor.rows(start, stop) / divisor
 
 
+def _mapped_rows(tensor: StoredTensor, map_: torch.Tensor) -> Rows:
+    return lambda start, stop: _apply(tensor.rows(start, stop), map_)
+
+
+def _apply(rows: torch.Tensor, map_: torch.Tensor) -> torch.Tensor:
+    """Apply a map of the inputs, [D] or [D, D] float64, to rows [..., D]. Return float32."""
+    wide = rows.double()
+    return (wide * map_ if map_.ndim == 1 else wide @ map_).float()
+
+
+def _check_map(config: SAEConfig, width: int, stored: Mapping[str, StoredTensor]) -> None:
+    """Check the shapes of the map of the inputs.
+
+    Raises:
+        ValueError: If a tensor is missing or has another shape.
+    """
+    shape = config.map_shape(width)
+    if shape is None:
+        return
+    found = [stored[name].shape for name in ("input_center", "input_map")]
+    if found != [(width,), shape]:
+        raise ValueError(f"input_center or input_map: expected shapes ({width},) and {shape}")
+
+
 def open_checkpoint(folder: Path, name: str | None = None) -> StoredSAE:
     """Open an SAE of a checkpoint whose manifest has been checked.
 
     Raises:
         DamagedCheckpointError: If the state or the tensors are invalid.
-        CheckpointError: If the checkpoint has no SAE of that name, or several and `name` is None.
+        CheckpointError: If the checkpoint has no SAE named `name`, or if `name` is None and the
+            checkpoint has several SAEs.
         ConfigError: If no installed package provides its architecture.
     """
     state = read_state(folder)
@@ -227,6 +295,7 @@ def open_checkpoint(folder: Path, name: str | None = None) -> StoredSAE:
         width = check_shapes(config, {key: tensor.shape for key, tensor in stored.items()})
         if (stored["input_scale"].shape, stored["input_mean"].shape) != ((), (width,)):
             raise ValueError(f"input_scale or input_mean: expected shapes () and ({width},)")
+        _check_map(config, width, stored)
     except (ValueError, KeyError) as error:
         raise DamagedCheckpointError(f"{folder / STATE} and {WEIGHTS}: {error}") from error
     return _in_raw_units(folder, state, name, config, stored)
@@ -243,11 +312,21 @@ def _in_raw_units(
     # divided by scale, so decoder rows keep unit norm and the encoder matrix does not change.
     scale, mean = stored["input_scale"].whole(), stored["input_mean"].whole()
     rows = {name: _float_rows(stored[name]) for name in MATRICES}
+    b_dec = mean + stored["b_dec"].whole() / scale
+    if config.map_shape(len(b_dec)) is not None:
+        # Training mapped the activations first. The map is symmetric, so that the products with
+        # encoder rows are those of raw activations with mapped rows.
+        forward = stored["input_map"].whole().double()
+        backward = 1 / forward if forward.ndim == 1 else torch.linalg.inv(forward)
+        rows = {
+            "W_enc": _mapped_rows(stored["W_enc"], forward),
+            "W_dec": _mapped_rows(stored["W_dec"], backward),
+        }
+        b_dec = stored["input_center"].whole() + _apply(b_dec, backward)
     rows["b_enc"] = _float_rows(stored["b_enc"], scale)
     for vector in architecture_of(config).vectors:
         divisor = scale if vector.in_activation_units else None
         rows[vector.name] = _float_rows(stored[vector.name], divisor)
-    b_dec = mean + stored["b_dec"].whole() / scale
     metadata = {
         "checkpoint": folder.name,
         "name": name,
@@ -255,7 +334,16 @@ def _in_raw_units(
         "seed": state.seed,
         "input_scale": float(scale),
     }
-    return StoredSAE(config, len(b_dec), b_dec, rows, state.step, metadata)
+    return StoredSAE(
+        config,
+        len(b_dec),
+        b_dec,
+        rows,
+        state.step,
+        metadata,
+        stored["tokens_since_fired"].rows if "tokens_since_fired" in stored else None,
+        weights_digest(folder),
+    )
 
 
 def _under(tensors: Mapping[str, StoredTensor], prefix: str) -> dict[str, StoredTensor]:

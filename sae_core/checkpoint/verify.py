@@ -27,5 +27,5 @@ def checkpoint_problems(folder: Path) -> list[str]:
     for name, moment in moments.items():
         parameter = weights.get(name.rpartition(".")[0])
         if parameter is None or parameter.shape != moment.shape:
-            problems.append(f"{folder / OPTIMIZER}: shape of {name} differs from its parameter")
+            problems.append(f"{folder / OPTIMIZER}: {name} has no parameter of the same shape")
     return problems

@@ -48,10 +48,11 @@ def select_global(
 
 
 def sent_bytes(n_rows: int, width: int, n_ranks: int, rank: int) -> int:
-    """Return the bytes that one rank sends in one `select_global`, without protocol overhead.
+    """Return the number of bytes that one rank sends per call to `select_global`.
 
-    These are B (1 - 1/G) rows of C keys, plus the k-th keys of the rank's own share of the tokens.
-    The latter are sent to every other rank, padded to the size of the largest share.
+    Protocol overhead is not counted. A rank sends B (1 - 1/G) rows of C keys, plus the k-th keys
+    of its own share of the tokens. The latter are sent to every other rank, padded to the size of
+    the largest share.
 
     Args:
         n_rows: B, rows of the batch.

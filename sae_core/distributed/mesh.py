@@ -61,7 +61,7 @@ class Mesh:
                 "parallel.latent x parallel.data",
                 f"{latent} x {data} = {latent * data}",
                 f"the number of ranks, {world}",
-                "start that many ranks, or change parallel.latent or parallel.data",
+                f"start {latent * data} ranks, or change parallel.latent or parallel.data",
             )
         devices = init_device_mesh(device_type, (data, latent), mesh_dim_names=("data", "latent"))
         return cls(

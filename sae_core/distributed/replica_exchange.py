@@ -13,7 +13,9 @@ import torch.distributed as dist
 from sae_core.kernels import SparseGradient, SparseLatents
 
 
-def gather_over_replicas(gradient: SparseGradient, group: dist.ProcessGroup) -> SparseGradient:
+def gather_over_replicas(
+    gradient: SparseGradient, group: dist.ProcessGroup, asynchronous: bool
+) -> SparseGradient:
     """Return the mean of all replicas' gradients; collective over the data group.
 
     Each replica's loss is a mean over its own rows, and all replicas have the same number of rows.
@@ -21,27 +23,64 @@ def gather_over_replicas(gradient: SparseGradient, group: dist.ProcessGroup) -> 
     Args:
         gradient: Sparse gradient of this replica's loss.
         group: The data group.
+        asynchronous: True if all replicas have the same number of slots (see `Kernels`). The host
+            then does not wait for the device; otherwise it waits for the numbers of pairs.
 
     Returns:
         The sparse gradient of the global batch, the same on every replica.
     """
     n_replicas = dist.get_world_size(group)
-    pairs = gradient.pairs
-    counts = _gather_counts(len(pairs.rows), pairs.rows.device, group)
-    whole = torch.stack((pairs.rows, pairs.latents))
     # The loss of the global batch is the mean of the replicas' losses.
-    real = torch.stack((pairs.values, gradient.dvalues)) / n_replicas
-    rows, latents = _gather_ragged(whole, counts, group)
-    values, dvalues = _gather_ragged(real, counts, group)
-    R = gradient.x.shape[0]
-    replica = torch.repeat_interleave(torch.arange(n_replicas, device=rows.device), counts)
-    per_row = torch.bincount(rows + replica * R, minlength=n_replicas * R)
+    real = torch.stack((gradient.pairs.values, gradient.dvalues)) / n_replicas
+    gather = _gather_slots if asynchronous else _gather_pairs
+    pairs, dvalues = gather(gradient, real, group)
     return SparseGradient(
-        SparseLatents(rows + replica * R, latents, values, per_row.cumsum(0) - per_row),
+        pairs,
         dvalues,
         _gather(gradient.x, group),
         _gather(gradient.error, group),
+        gradient.n_main,
+        n_replicas,
     )
+
+
+def _gather_slots(
+    gradient: SparseGradient, real: torch.Tensor, group: dist.ProcessGroup
+) -> tuple[SparseLatents, torch.Tensor]:
+    """Gather pairs of which every replica has the same number of slots, empty ones included."""
+    pairs = gradient.pairs
+    n_slots = len(pairs.rows)
+    R = gradient.x.shape[0]
+    n_replicas = dist.get_world_size(group)
+    # All replicas have the same layout, so rows and offsets need not be sent.
+    replicas = torch.arange(n_replicas, device=pairs.rows.device)[:, None]
+    latents = _gather(pairs.latents.to(torch.int32), group).long()
+    values, dvalues = _gather(real, group).view(n_replicas, 2, n_slots).unbind(1)
+    ends = _gather(pairs.ends - pairs.offsets, group).view(n_replicas, R) + pairs.offsets
+    merged = SparseLatents(
+        (pairs.rows + replicas * R).reshape(-1),
+        latents,
+        values.reshape(-1),
+        (pairs.offsets + replicas * n_slots).reshape(-1),
+        (ends + replicas * n_slots).reshape(-1),
+    )
+    return merged, dvalues.reshape(-1)
+
+
+def _gather_pairs(
+    gradient: SparseGradient, real: torch.Tensor, group: dist.ProcessGroup
+) -> tuple[SparseLatents, torch.Tensor]:
+    """Gather compact pairs, of which each replica has its own number."""
+    pairs = gradient.pairs
+    n_replicas = dist.get_world_size(group)
+    counts = _gather_counts(len(pairs.rows), pairs.rows.device, group)
+    rows, latents = _gather_ragged(torch.stack((pairs.rows, pairs.latents)), counts, group)
+    values, dvalues = _gather_ragged(real, counts, group)
+    R = gradient.x.shape[0]
+    rows += R * torch.repeat_interleave(torch.arange(n_replicas, device=rows.device), counts)
+    per_row = torch.bincount(rows, minlength=n_replicas * R)
+    ends = per_row.cumsum(0)
+    return SparseLatents(rows, latents, values, ends - per_row, ends), dvalues
 
 
 def _gather_counts(n: int, device: torch.device, group: dist.ProcessGroup) -> torch.Tensor:

@@ -26,8 +26,8 @@ class ShardedAdam(torch.optim.Adam):
         lr: Learning rate of the first step.
         config: Betas, eps.
         clip_norm: Maximum global gradient norm. 0 means no limit. None leaves the norm and clipping
-            to the engine, as ZeRO 1 requires: it passes flat pieces of parameters, and this class
-            cannot tell which of them are sharded.
+            to the engine. ZeRO 1 requires this, because it passes flat pieces of parameters, and
+            this class cannot tell which of them are sharded.
     """
 
     def __init__(
@@ -47,33 +47,40 @@ class ShardedAdam(torch.optim.Adam):
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Apply one update, unless `found_inf` is set or the gradient norm is not finite."""
         if self.clip_norm is not None:
-            norm = self._grad_norm()
-            self._global_grad_norm = norm
-            self.found_inf = torch.maximum(self.found_inf, (~norm.isfinite()).float())
+            self._record_norm(self._grad_norm())
             if self.clip_norm > 0:
-                self.grad_scale = (norm / self.clip_norm).clamp_min(1.0)
+                self.grad_scale = (self._global_grad_norm / self.clip_norm).clamp_min(1.0)
         return super().step(closure)
+
+    def _record_norm(self, norm: torch.Tensor) -> None:
+        self._global_grad_norm.copy_(norm)
+        torch.maximum(self.found_inf, (~norm.isfinite()).float(), out=self.found_inf)
+
+    def discard_gradient(self) -> None:
+        """Drop the gradient of a backward pass that no step follows."""
+        self.zero_grad()
 
     def allocate_state(self) -> None:
         """Create the moments before the first step, so that a checkpoint can be loaded."""
         for group in self.param_groups:
             for parameter in group["params"]:
                 if not self.state[parameter]:
-                    dtype = self._moment_dtype(parameter)
+                    dtype = self.moment_dtype(parameter)
                     self.state[parameter] = {
                         "step": torch.zeros((), device=parameter.device),
                         "exp_avg": torch.zeros_like(parameter, dtype=dtype),
                         "exp_avg_sq": torch.zeros_like(parameter, dtype=dtype),
                     }
 
-    def _moment_dtype(self, parameter: torch.Tensor) -> torch.dtype:
+    def moment_dtype(self, parameter: torch.Tensor) -> torch.dtype:
         """Return the dtype of a parameter's moments."""
         return parameter.dtype
 
     def _grad_norm(self) -> torch.Tensor:
         """Return the norm of the whole gradient; collective over the latent group.
 
-        Squares of sharded parameters are summed over the group; replicated ones count once.
+        Squared gradients of sharded parameters are summed over the group; those of replicated
+        parameters are counted once.
         """
         sharded = self._collected_square()
         replicated = torch.zeros_like(self.found_inf)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import collections
 import logging
 import os
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from sae_core.distributed.mesh import MeshMPU
 from sae_core.engine.adam import ShardedAdam
 from sae_core.engine.fused_adam import FusedRowAdam
 from sae_core.engine.lr_schedule import lr_at
+from sae_core.engine.step_graph import StepGraph
 from sae_core.kernels.stock.update import renormalise_
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -51,8 +53,9 @@ class SAEEngine:
             raise ConfigError(
                 "optim.update",
                 config.optim.update,
-                f"dense: the fused update scales the rows of W_dec to unit norm, and "
-                f"sae.architecture={config.sae.architecture!r} scales those of {sae.unit_rows}",
+                f"dense: the fused update scales the rows of W_dec and of no other parameter to "
+                f"unit norm, but the parameters with unit rows of "
+                f"sae.architecture={config.sae.architecture!r} are {sae.unit_rows}",
             )
         optimizer_class = FusedRowAdam if self.fused else ShardedAdam
         self.optimizer = optimizer_class(
@@ -64,11 +67,41 @@ class SAEEngine:
         self.engine = _initialise_deepspeed(sae, self.optimizer, config, clip_norm if zero else 0.0)
         # -1 until the loss or gradient norm of a step is not finite, then the index of that step.
         self.first_bad_step = torch.full((), -1, dtype=torch.int64, device=device)
+        self._step_index = torch.zeros((), dtype=torch.int64, device=device)
+        self._lr: torch.Tensor | None = None
+        if sae.kernels.asynchronous:
+            # On the device, so that it can change between two replays of a graph.
+            self._lr = torch.zeros((), device=device)
+            for group in self.engine.optimizer.param_groups:
+                group["lr"] = self._lr
+                group["capturable"] = device.type == "cuda"
+        self._run_step: Callable[[torch.Tensor], StepOutput] = self._step_on_device
+        # None if steps do not run as a CUDA graph.
+        self.step_graph: StepGraph | None = None
+        if self._can_capture():
+            self.step_graph = StepGraph(
+                self._step_on_device, self.optimizer.discard_gradient, device
+            )
+            self._run_step = self.step_graph
+
+    def _can_capture(self) -> bool:
+        """Return True if steps run as a CUDA graph.
+
+        With several ranks, a graph would contain collectives; this has not been tried.
+        """
+        return (
+            self.config.train.cuda_graph == "auto"
+            and self.device.type == "cuda"
+            and self.sae.kernels.asynchronous
+            and self.fused
+            and dist.get_world_size() == 1
+        )
 
     def train_step(self, raw: torch.Tensor, step: int) -> StepOutput:
         """Run one step: forward, backward, clip, update, renormalise, age `tokens_since_fired`.
 
-        The host does not wait for the device here, except under ZeRO 1 and in the kernels.
+        The host does not wait for the device here, except under ZeRO 1, with the dense update, and
+        with kernels that are not asynchronous.
 
         If the loss on any rank or the gradient norm is not finite, this update and all later ones
         are skipped, and `first_bad_step` is set to the index of the step.
@@ -78,26 +111,34 @@ class SAEEngine:
             step: Index of this optimiser step.
 
         Returns:
-            The loss and metrics of this replica.
+            The loss and metrics of this replica. The next call may overwrite these tensors.
         """
         tokens = step * self.config.train.batch_tokens
         lr = lr_at(self.config.optim, self.config.sae.n_latents, tokens, self.config.train.tokens)
-        for group in self.engine.optimizer.param_groups:
-            group["lr"] = lr
+        if self._lr is not None:
+            self._lr.fill_(lr)
+        else:
+            for group in self.engine.optimizer.param_groups:
+                group["lr"] = lr
+        self._step_index.fill_(step)
+        return self._run_step(raw)
+
+    def _step_on_device(self, raw: torch.Tensor) -> StepOutput:
+        """Run a step with the learning rate and the index that are on the device."""
         out: StepOutput = self.engine(raw)
         flag = (~out.loss.detach().isfinite()).float()
-        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
-        self.optimizer.found_inf = torch.maximum(self.optimizer.found_inf, flag)
+        if dist.get_world_size() > 1:
+            dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+        self._mark_bad(flag)
         self.engine.backward(out.loss)
         self.engine.step()
         if self.config.parallel.zero_stage:
             # ZeRO silently skips an update whose gradient norm is not finite; record it here.
             flag = (~self.grad_norm.isfinite()).float()
-            self.optimizer.found_inf = torch.maximum(self.optimizer.found_inf, flag)
+            self._mark_bad(flag)
         bad = self.optimizer.found_inf
-        self.first_bad_step = torch.where(
-            (bad > 0) & (self.first_bad_step < 0), step, self.first_bad_step
-        )
+        first = (bad > 0) & (self.first_bad_step < 0)
+        self.first_bad_step.copy_(torch.where(first, self._step_index, self.first_bad_step))
         if not self.fused:
             for name in self.sae.unit_rows:
                 parameter = self.sae.get_parameter(name)
@@ -106,6 +147,11 @@ class SAEEngine:
             self.sae.refresh_copies()
         self.sae.update_tokens_since_fired(out.fired, self.config.train.batch_tokens, bad)
         return out
+
+    def _mark_bad(self, flag: torch.Tensor) -> None:
+        """Skip this update and all later ones if the flag is 1."""
+        found_inf = self.optimizer.found_inf
+        torch.maximum(found_inf, flag, out=found_inf)
 
     def sync_edited_parameters(self) -> None:
         """Update copies of the parameters after other code has changed the parameters in place."""
@@ -148,6 +194,10 @@ class SAEEngine:
         self._allocate_state()
         parameter = self.sae.get_parameter(name)
         return {moment: self._get_moment(parameter, moment) for moment in MOMENTS}
+
+    def moment_dtype(self, name: str) -> torch.dtype:
+        """Return the dtype of the moments that `moments_of` returns for a parameter."""
+        return self.optimizer.moment_dtype(self.sae.get_parameter(name))
 
     @torch.no_grad()
     def load(
@@ -220,6 +270,9 @@ def _initialise_deepspeed(
             # ZeRO checks the exact type of the optimiser and does not know this subclass of Adam.
             "zero_allow_untested_optimizer": True,
             "steps_per_print": 10**9,
+            # On by default, and it synchronises the device twice a step.
+            "timers": {"throughput": {"enabled": False}},
+            "wall_clock_breakdown": False,
         },
     )
     if sae.mesh.n_data == 1 and config.parallel.zero_stage == 0:

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 
 from sae_core.config import OptimConfig
 from sae_core.distributed.replica_exchange import gather_over_replicas
@@ -51,15 +52,40 @@ class FusedRowAdam(ShardedAdam):
         """Update all parameters once, and scale the decoder rows to unit norm."""
         assert self._gradient is not None, "step without a backward pass"
         gradient, self._gradient = self._gradient, None
-        if self.sae.mesh.n_data > 1:
-            gradient = gather_over_replicas(gradient, self.sae.mesh.data_group)
-        self._rows = self.sae.kernels.row_update(gradient, self.sae.W_dec)
+        sae = self.sae
+        if sae.mesh.n_data > 1:
+            asynchronous = sae.kernels.asynchronous
+            gradient = gather_over_replicas(gradient, sae.mesh.data_group, asynchronous)
+        self._rows = sae.kernels.row_update(gradient, sae.W_dec)
+        self._add_input_bias_gradient(self._rows)
         # Computes the norm, sets `grad_scale` and `found_inf`, and updates `b_dec`.
         result = super().step(closure)
         self.allocate_state()
-        self._update_rows(self._rows)
+        square = self._update_rows(self._rows)
+        if self.clip_norm == 0:
+            self._add_to_norm(square)
         self._rows = None
         return result
+
+    def _add_input_bias_gradient(self, rows: RowUpdate) -> None:
+        """Add the part of `b_dec`'s gradient that comes through the encoder, of all shards."""
+        sae = self.sae
+        through_encoder = rows.input_bias_gradient(sae.copies[0] if sae.copies else sae.W_enc)
+        if self.latent_group is not None:
+            dist.all_reduce(through_encoder, group=self.latent_group)
+        assert sae.b_dec.grad is not None
+        sae.b_dec.grad += through_encoder
+
+    def _add_to_norm(self, square: torch.Tensor) -> None:
+        """Complete the gradient norm without clipping, where the update itself computes it."""
+        if self.latent_group is not None:
+            dist.all_reduce(square, group=self.latent_group)
+        self._record_norm((self._global_grad_norm.square() + square).sqrt())
+
+    def discard_gradient(self) -> None:
+        """Drop the gradient of a backward pass that no step follows."""
+        super().discard_gradient()
+        self._gradient = None
 
     def _collect(self, gradient: SparseGradient) -> None:
         """Receive the sparse gradient of a backward pass; see `send_gradient_to` of the SAE."""
@@ -68,13 +94,19 @@ class FusedRowAdam(ShardedAdam):
 
     def _collected_square(self) -> torch.Tensor:
         assert self._rows is not None
-        return self._rows.square()
+        # Without clipping, nothing needs the norm before the update, which computes it in passing.
+        return self._rows.square() if self.clip_norm else super()._collected_square()
 
-    def _moment_dtype(self, parameter: torch.Tensor) -> torch.dtype:
+    def moment_dtype(self, parameter: torch.Tensor) -> torch.dtype:
+        """See `ShardedAdam.moment_dtype`."""
         return self._moment_dtypes.get(parameter, parameter.dtype)
 
-    def _update_rows(self, rows: RowUpdate) -> None:
-        """Apply the row update with this step's options; count the step unless it is skipped."""
+    def _update_rows(self, rows: RowUpdate) -> torch.Tensor:
+        """Apply the row update with this step's options; count the step unless it is skipped.
+
+        Returns:
+            The squared norm of the rows' gradient.
+        """
         sae = self.sae
         options = self.param_groups[0]
         step = self.state[sae.W_enc]["step"] + (1 - self.found_inf)
@@ -87,6 +119,7 @@ class FusedRowAdam(ShardedAdam):
         adam = AdamStep(
             options["lr"], beta1, beta2, options["eps"], step, self.grad_scale, self.found_inf
         )
-        rows.apply(state, adam)
+        square = rows.apply(state, adam)
         for parameter in parameters:
             self.state[parameter]["step"].copy_(step)
+        return square

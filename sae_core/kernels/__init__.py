@@ -7,8 +7,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from sae_core.kernels.gradients import input_bias_gradient, project
     from sae_core.kernels.interface import (
+        EMPTY,
         AdamStep,
+        Affine,
+        Centred,
         Decoded,
         Kernels,
         RowGradients,
@@ -16,14 +20,17 @@ if TYPE_CHECKING:
         RowUpdate,
         SparseGradient,
         SparseLatents,
-        compact,
-        project,
+        Subset,
     )
+    from sae_core.kernels.pairs import active_pairs, compact, in_slots, subset_of
     from sae_core.kernels.registry import get_kernels
     from sae_core.kernels.stock.update import square_sum
 
 __all__ = [
+    "EMPTY",
     "AdamStep",
+    "Affine",
+    "Centred",
     "Decoded",
     "Kernels",
     "RowGradients",
@@ -31,13 +38,27 @@ __all__ = [
     "RowUpdate",
     "SparseGradient",
     "SparseLatents",
+    "Subset",
+    "active_pairs",
     "compact",
     "get_kernels",
+    "in_slots",
+    "input_bias_gradient",
     "project",
     "square_sum",
+    "subset_of",
 ]
 
-_HOME = {"get_kernels": "registry", "square_sum": "stock.update"}
+_HOME = {
+    "active_pairs": "pairs",
+    "compact": "pairs",
+    "get_kernels": "registry",
+    "in_slots": "pairs",
+    "input_bias_gradient": "gradients",
+    "project": "gradients",
+    "square_sum": "stock.update",
+    "subset_of": "pairs",
+}
 """Module of each name that is not in `interface`."""
 
 

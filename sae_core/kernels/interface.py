@@ -6,34 +6,84 @@ N active (row, latent) pairs, U latents with at least one active pair.
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 
+EMPTY = -1
+"""Latent of an empty slot."""
+
 
 class SparseLatents(NamedTuple):
-    """Active (row, latent) pairs, sorted by row (CSR over batch rows)."""
+    """Active (row, latent) pairs in N slots, sorted by row (CSR over batch rows).
+
+    The pairs of row b are in the slots [offsets[b], ends[b]). The slots from there to the next
+    row's offset are empty. `compact` leaves no slot empty. `in_slots` gives every row the same
+    number of slots, so that N is known without waiting for the device.
+    """
 
     rows: torch.Tensor
-    """[N] int64, ascending."""
+    """[N] int64, ascending; also set in empty slots."""
     latents: torch.Tensor
-    """[N] int64, local to the shard."""
+    """[N] int64, local to the shard; `EMPTY` in empty slots."""
     values: torch.Tensor
-    """[N] activations, positive or NaN."""
+    """[N] activations, positive or NaN; 0 in empty slots."""
     offsets: torch.Tensor
-    """[B] int64: index of each row's first pair."""
+    """[B] int64: index of each row's first slot."""
+    ends: torch.Tensor
+    """[B] int64: index past each row's last pair."""
+
+
+class Subset(NamedTuple):
+    """Some of N indices, of which the host does not know how many."""
+
+    indices: torch.Tensor
+    """[N] int64: the members in ascending order, then the others."""
+    size: torch.Tensor
+    """Scalar int64 on the device: number of members."""
+
+
+class Affine(NamedTuple):
+    """The normalisation of raw activations, and the bias to subtract from the result."""
+
+    mean: torch.Tensor
+    """[D] float32."""
+    scale: torch.Tensor
+    """Scalar float32."""
+    bias: torch.Tensor
+    """[D] float32: `b_dec`."""
+
+
+class Centred(NamedTuple):
+    """Centred inputs, `(raw - mean) * scale - bias`, of B batch rows."""
+
+    rows: torch.Tensor
+    """[B, D] in `Kernels.gather_dtype`, or float32 where that is None."""
+    raw: torch.Tensor
+    """[B, D] raw activations, any float dtype."""
+    affine: Affine
+    total: torch.Tensor
+    """[D] float32: sum over the rows of the normalised inputs, `(raw - mean) * scale`."""
+    square: torch.Tensor
+    """Scalar float32: sum of squares of the normalised inputs."""
 
 
 class Decoded(NamedTuple):
     """Result of decoding: the error of each batch row and its dot products with decoder rows."""
 
     error: torch.Tensor
-    """[B, D]: target minus the row's sum of `value * W_dec[latent]`."""
+    """[B, D] in `Kernels.gather_dtype`, or the target's dtype where that is None: target minus the
+    row's sum of `value * W_dec[latent]`. The other fields are computed from the unrounded error,
+    except `dots` of a sharded dictionary."""
     dots: torch.Tensor
     """[N]: `error[row] . W_dec[latent]` of each pair.
 
     -2 times this is the gradient of the squared error with respect to the pair's value.
     """
+    square: torch.Tensor
+    """Scalar: sum of squares of the error."""
+    total: torch.Tensor
+    """[D]: sum of the error over the rows."""
 
 
 class SparseGradient(NamedTuple):
@@ -55,6 +105,20 @@ class SparseGradient(NamedTuple):
     """[R, D] centred inputs of each path, in `Kernels.gather_dtype`."""
     error: torch.Tensor
     """[R, D] reconstruction errors of each path, in `Kernels.gather_dtype`."""
+    n_main: int
+    """Rows of the main path. In each replica's part of the R rows, they come first."""
+    n_replicas: int = 1
+    """Number of replicas whose rows are stacked, all with the same number of rows."""
+
+    @property
+    def terms(self) -> tuple[SparseLatents, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Arguments of `Kernels.row_gradients`."""
+        return self.pairs, self.dvalues, self.x, self.error
+
+    @property
+    def on_main_path(self) -> torch.Tensor:
+        """True for pairs of the main path, [N] bool."""
+        return self.pairs.rows % (self.x.shape[0] // self.n_replicas) < self.n_main
 
 
 class RowGradients(NamedTuple):
@@ -96,7 +160,8 @@ class RowState(NamedTuple):
 class AdamStep(NamedTuple):
     """Hyperparameters and flags of one Adam update."""
 
-    lr: float
+    lr: float | torch.Tensor
+    """Learning rate: a number, or a scalar on the device."""
     beta1: float
     beta2: float
     eps: float
@@ -111,6 +176,17 @@ class AdamStep(NamedTuple):
 class RowUpdate(Protocol):
     """An update of the dictionary rows from one sparse gradient."""
 
+    def input_bias_gradient(self, W_enc: torch.Tensor) -> torch.Tensor:
+        """Return the gradient of `b_dec` through the centred inputs, [D] float32.
+
+        This is minus the sum of `dvalue * W_enc[latent]` over the pairs of the main path on this
+        shard.
+
+        Args:
+            W_enc: [L, D] rows with which the inputs were encoded: masters or copies.
+        """
+        ...
+
     def square(self) -> torch.Tensor:
         """Return the squared norm of the rows' gradient, a scalar, after projecting W_dec's part.
 
@@ -118,10 +194,13 @@ class RowUpdate(Protocol):
         """
         ...
 
-    def apply(self, state: RowState, adam: AdamStep) -> None:
+    def apply(self, state: RowState, adam: AdamStep) -> torch.Tensor:
         """Apply Adam to every row, used or not, then scale W_dec's rows to unit norm.
 
-        No dense [L, D] gradient is built.
+        No dense [L, D] gradient is built. Rows whose gradient is not finite stay unchanged.
+
+        Returns:
+            The squared norm of the rows' gradient, as from `square`; 0 if `adam.skip` is set.
         """
         ...
 
@@ -130,6 +209,11 @@ class Kernels(Protocol):
     """The operations of a sparse training step."""
 
     name: str
+    asynchronous: bool
+    """True if the host must not wait for the device within a step.
+
+    Pairs then have a fixed number of slots, and the auxiliary path runs even if no latent is dead.
+    """
     copy_dtype: torch.dtype | None
     """Dtype of the dictionary copies kept along with the float32 masters; None means no copies."""
     gather_dtype: torch.dtype | None
@@ -140,8 +224,17 @@ class Kernels(Protocol):
     of the sum of its terms' magnitudes. Sums, values, the loss and the bias gradient stay float32.
     """
 
+    def centre(self, raw: torch.Tensor, affine: Affine) -> Centred:
+        """Normalise and centre raw activations, [B, D] of any float dtype."""
+        ...
+
     def encode_topk(
-        self, x: torch.Tensor, W_enc: torch.Tensor, b_enc: torch.Tensor, k: int
+        self,
+        x: torch.Tensor,
+        W_enc: torch.Tensor,
+        b_enc: torch.Tensor,
+        k: int,
+        among: Subset | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Select the k largest of `x @ W_enc.T + b_enc` in every row.
 
@@ -153,10 +246,12 @@ class Kernels(Protocol):
             W_enc: [L, D].
             b_enc: [L].
             k: Number to select; at most L.
+            among: Latents to select from; None means all of them.
 
         Returns:
             values [B, k] in the accumulation dtype, before the ReLU, and latents [B, k] int64.
-            The order within a row is unspecified.
+            Values descend within a row, and tied latents ascend. If `among` has fewer than k
+            members, the remaining values are -inf and the remaining latents are 0.
         """
         ...
 
@@ -180,16 +275,25 @@ class Kernels(Protocol):
         ...
 
     def decode_error(
-        self, target: torch.Tensor, active: SparseLatents, W_dec: torch.Tensor
+        self, target: torch.Tensor | Centred, active: SparseLatents, W_dec: torch.Tensor
     ) -> Decoded:
         """Decode, and return the error and every pair's dot product with its row's error.
 
         For an unsharded dictionary only: the error of a sharded one needs all shards' decodings.
 
         Args:
-            target: [B, D] vectors to reconstruct.
+            target: [B, D] vectors to reconstruct; of centred inputs, the unrounded ones.
             active: Pairs of the B rows.
             W_dec: [L, D].
+        """
+        ...
+
+    def subtract(self, target: torch.Tensor | Centred, recon: torch.Tensor) -> Decoded:
+        """Return the error of a reconstruction that is known, with empty `dots`.
+
+        Args:
+            target: [B, D] vectors to reconstruct; of centred inputs, the unrounded ones.
+            recon: [B, D] reconstructions.
         """
         ...
 
@@ -220,31 +324,19 @@ class Kernels(Protocol):
         ...
 
 
-def compact(values: torch.Tensor, latents: torch.Tensor) -> SparseLatents:
-    """Drop the pairs whose value is zero or negative.
+@runtime_checkable
+class Prepared(Protocol):
+    """Optional part of `Kernels`: kernels that choose among variants before training."""
 
-    This applies the ReLU. It also drops candidates that lost to candidates of other shards; the
-    caller has set their values to 0.
+    def prepare(self, n_rows: int, n_latents: int, d_model: int, k: int) -> None:
+        """Choose variants for these shapes; called once, before the first training step.
 
-    Args:
-        values: [B, K] selected pre-activations; NaN is kept, so that it reaches the loss.
-        latents: [B, K] int64.
-    """
-    _, K = values.shape
-    # Not "values > 0", which would drop NaN.
-    keep = ~(values <= 0)
-    counts = keep.sum(1)
-    offsets = counts.cumsum(0) - counts
-    flat = keep.reshape(-1).nonzero().squeeze(1)
-    rows = torch.div(flat, K, rounding_mode="floor")
-    return SparseLatents(rows, latents.reshape(-1)[flat], values.reshape(-1)[flat], offsets)
+        It may take up to a minute and wait for the device. It changes no state of training.
 
-
-def project(gradients: RowGradients, W_dec: torch.Tensor) -> RowGradients:
-    """Remove the component along each decoder row from W_dec's gradient.
-
-    That component would only change the length of the rows, which are kept at unit norm.
-    """
-    rows = W_dec[gradients.latents]
-    along = (gradients.W_dec * rows).sum(1, keepdim=True)
-    return gradients._replace(W_dec=gradients.W_dec - along * rows)
+        Args:
+            n_rows: B, batch rows of this data replica.
+            n_latents: L, latents of this shard.
+            d_model: D.
+            k: Number of latents to select per row.
+        """
+        ...

@@ -8,27 +8,19 @@ from __future__ import annotations
 import torch
 
 from foundation.errors import ConfigError
-from sae_core.kernels.interface import (
-    Decoded,
-    RowGradients,
-    RowUpdate,
-    SparseGradient,
-    SparseLatents,
-)
-from sae_core.kernels.stock.update import StockRowUpdate
+from sae_core.kernels.interface import RowGradients, SparseLatents
+from sae_core.kernels.torch_kernels import TorchKernels
 
 
-class ReferenceKernels:
+class ReferenceKernels(TorchKernels):
     """Dense implementation of every operation; see `Kernels`."""
 
     name = "reference"
-    copy_dtype: torch.dtype | None = None
-    gather_dtype: torch.dtype | None = None
 
-    def encode_topk(
+    def select(
         self, x: torch.Tensor, W_enc: torch.Tensor, b_enc: torch.Tensor, k: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """See `Kernels.encode_topk`."""
+        """Run `encode_topk` on all latents."""
         pre_acts = x @ W_enc.T + b_enc
         # A stable descending sort leaves equal values in ascending latent order; NaN sorts first.
         values, latents = pre_acts.sort(dim=1, descending=True, stable=True)
@@ -44,13 +36,6 @@ class ReferenceKernels:
         """See `Kernels.decoder_dot`."""
         return (vectors @ matrix.T)[active.rows, active.latents]
 
-    def decode_error(
-        self, target: torch.Tensor, active: SparseLatents, W_dec: torch.Tensor
-    ) -> Decoded:
-        """See `Kernels.decode_error`."""
-        error = target - self.decode(active, W_dec)
-        return Decoded(error, self.decoder_dot(error, active, W_dec))
-
     def row_gradients(
         self, active: SparseLatents, dvalues: torch.Tensor, x: torch.Tensor, error: torch.Tensor
     ) -> RowGradients:
@@ -62,10 +47,6 @@ class ReferenceKernels:
         dpre[active.rows, slots] = dvalues
         return RowGradients(latents, acts.T @ error, dpre.T @ x, dpre.sum(0))
 
-    def row_update(self, gradient: SparseGradient, W_dec: torch.Tensor) -> RowUpdate:
-        """See `Kernels.row_update`."""
-        return StockRowUpdate(self.row_gradients(*gradient), W_dec)
-
 
 def build(compute_dtype: torch.dtype, tf32: bool, prefilter: str) -> ReferenceKernels:
     """Build these kernels with the settings of training; see `get_kernels`."""
@@ -75,7 +56,7 @@ def build(compute_dtype: torch.dtype, tf32: bool, prefilter: str) -> ReferenceKe
         raise ConfigError(
             "compute dtype", compute_dtype, "float32 or float64 for kernels=reference"
         )
-    if prefilter not in ("auto", "none"):
+    if prefilter != "none":
         raise ConfigError("train.prefilter", prefilter, "none for kernels=reference")
     return ReferenceKernels()
 

@@ -20,14 +20,34 @@ class KernelBody:
     build: str
     """"module:function" that takes `compute_dtype`, `tf32` and `prefilter`, as in `get_kernels`,
     and returns the `Kernels`. It raises a ConfigError for options that it does not support."""
+    devices: tuple[str, ...] = ("cpu", "cuda")
+    """Types of devices on which it runs."""
     prefilters: tuple[str, ...] = ()
-    """Names of its prefilters, in addition to `auto` and `none`."""
+    """Names of its prefilters, in addition to `none`."""
     prefilter_dtypes: tuple[str, ...] = ()
     """Values of `train.compute_dtype` that its prefilters support."""
+    prefilter_devices: tuple[str, ...] = ()
+    """Types of devices, "cpu" or "cuda", on which its prefilters run."""
+    timed_prefilters: tuple[str, ...] = ()
+    """Prefilters that `train.prefilter=auto` chooses from by time, besides `none`. They must be
+    exact for every row. With any, the kernels are
+    `sae_core.kernels.prefilter_timing.PrefilteringKernels`."""
 
 
-STOCK = KernelBody("sae_core.kernels.stock.body:build", ("bfloat16x3", "bfloat16"), ("float32",))
-TRITON = KernelBody("sae_core.kernels.triton.body:build", ("float8",), ("float32", "bfloat16"))
+STOCK = KernelBody(
+    "sae_core.kernels.stock.body:build",
+    prefilters=("bfloat16x3", "bfloat16"),
+    prefilter_dtypes=("float32",),
+    prefilter_devices=("cpu",),
+    timed_prefilters=("bfloat16x3",),
+)
+TRITON = KernelBody(
+    "sae_core.kernels.triton.body:build",
+    devices=("cuda",),
+    prefilters=("float8",),
+    prefilter_dtypes=("float32", "bfloat16"),
+    prefilter_devices=("cuda",),
+)
 REFERENCE = KernelBody("sae_core.kernels.reference:build")
 
 KERNELS: Registry[KernelBody] = Registry(
@@ -51,8 +71,9 @@ def get_kernels(
         name: Name in `KERNELS`.
         compute_dtype: Dtype of the encoder product's inputs.
         tf32: Multiply float32 in TF32 on tensor cores, with 10 bits of mantissa.
-        prefilter: `none`, `bfloat16` or `bfloat16x3` (stock with float32), `float8` (triton), or
-            `auto`: bfloat16x3 for stock on CPUs that multiply bfloat16 in hardware, else none.
+        prefilter: `none`, `bfloat16` or `bfloat16x3` (stock with float32 on the CPU), or `float8`
+            (triton). For `train.prefilter=auto`, build with `none`, then call
+            `sae_core.kernels.prefilter_timing.choose_prefilter`.
 
     Raises:
         ConfigError: If the name is unknown, or these kernels do not run on this machine or do not

@@ -7,14 +7,19 @@ sample. Then the architecture initialises its encoder (`SparseAutoencoder.calibr
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.distributed as dist
 
 from sae_core.architectures.base import SparseAutoencoder
 from sae_core.errors import ShapeError
+from sae_core.training.input_transform import channel_scales, whitening
 
 _ENCODER_ROWS = 4096
 """Maximum number of sample rows used to initialise the encoder."""
+_LEAST_SPREAD = 1e-10
+"""Smallest variance, relative to the mean square, that is not taken for rounding of equal rows."""
 _MEDIAN_STEPS = 100
 """Maximum number of iterations for the geometric median."""
 
@@ -49,8 +54,8 @@ def calibrate(sae: SparseAutoencoder, sample: torch.Tensor) -> None:
         sample: [N, D] raw activations, the same on every rank.
 
     Raises:
-        ShapeError: If the sample has the wrong width or fewer than two rows, is not finite, or has
-            zero variance.
+        ShapeError: If the sample has the wrong width or fewer than two rows, is not finite, or if
+            all rows are equal but for rounding.
     """
     d_model = sae.d_model
     if sample.ndim != 2 or sample.shape[1] != d_model or len(sample) < 2:
@@ -59,18 +64,52 @@ def calibrate(sae: SparseAutoencoder, sample: torch.Tensor) -> None:
             f"[2 or more, {d_model}]; check d_model and the number of stored activations"
         )
     raw = sample.float()
-    mean = raw.mean(0)
-    power = (raw - mean).square().sum(1).mean()
-    if not bool(torch.isfinite(power)) or bool(power <= 0):
-        raise ShapeError(
-            f"calibration sample has variance {float(power)}: expected a finite number above 0; "
-            "check the stored activations with stage=verify"
-        )
+    _require_spread(raw)
+    _fit_map(sae, raw)
+    mapped = sae.mapped(raw)
+    mean = mapped.mean(0)
     sae.input_mean.copy_(mean)
-    sae.input_scale.copy_((d_model / power).sqrt())
+    if sae.config.input_transform != "center":
+        power = (mapped - mean).square().sum(1).mean()
+        sae.input_scale.copy_((d_model / power).sqrt())
     x = sae.normalise(raw)
     sae.b_dec.copy_(geometric_median(x))
     # All ranks use rank 0's values: rounding differences would otherwise make replicas diverge.
     for tensor in (sae.input_mean, sae.input_scale, sae.b_dec):
         dist.broadcast(tensor, src=0)
     sae.calibrate_encoder(x[:_ENCODER_ROWS])
+
+
+def _require_spread(raw: torch.Tensor) -> None:
+    """Check that the rows [N, D] are finite and not all equal.
+
+    Raises:
+        ShapeError: If they are not finite, or are equal but for rounding.
+    """
+    power = (raw - raw.mean(0)).square().sum(1).mean()
+    least = _LEAST_SPREAD * raw.square().sum(1).mean()
+    variance, least_variance = torch.stack([power, least]).tolist()  # the host waits once
+    if not math.isfinite(variance) or variance <= least_variance:
+        raise ShapeError(
+            f"calibration sample has variance {variance:.3g}: expected a finite number above "
+            f"{least_variance:.3g}, what rounding of equal rows may give; check the stored "
+            "activations; stage=verify finds values that are not finite"
+        )
+
+
+def _fit_map(sae: SparseAutoencoder, raw: torch.Tensor) -> None:
+    """Fit the map of `sae.input_transform` to a sample, the same on all ranks; collective.
+
+    Args:
+        sae: The shard.
+        raw: [N, D] float32 raw activations.
+    """
+    if sae.input_map is None:
+        return
+    sae.input_center.copy_(raw.double().mean(0))
+    if sae.input_map.ndim == 1:
+        sae.input_map.copy_(channel_scales(raw))
+    else:
+        sae.input_map.copy_(whitening(raw, sae.config.whiten_epsilon))
+    for tensor in (sae.input_center, sae.input_map):
+        dist.broadcast(tensor, src=0)

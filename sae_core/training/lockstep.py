@@ -60,7 +60,7 @@ def train_to_end(trainer: Trainer) -> bool:
         written.
 
     Raises:
-        NonFiniteLossError: If a loss or gradient was not finite; no update was made from it.
+        NonFiniteLossError: If a loss or gradient was not finite; no weight was updated with it.
         CheckpointError: If a checkpoint could not be written.
     """
     (outcome,) = train_in_lockstep([trainer])

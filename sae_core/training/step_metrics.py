@@ -55,16 +55,15 @@ class StepMetrics:
                 f"{type(self.engine.sae).__name__}: StepOutput.metrics has {sorted(out.metrics)}, "
                 f"expected the names in Architecture.metrics, {sorted(self.own_names)}"
             )
-        x = self.engine.sae.normalise(raw)
         scalars = {
             "squared_error": out.squared_error,
             "loss": out.loss.detach(),
             **out.metrics,
             "n_active": out.n_active,
-            "square": x.square().sum(),
+            "square": out.input_square,
         }
         named = torch.stack([scalars[name].double() for name in self.names])
-        self._sums += torch.cat((named, x.sum(0).double()))
+        self._sums += torch.cat((named, out.input_total.double()))
         self.n_steps += 1
         self.n_rows += raw.shape[0]
 

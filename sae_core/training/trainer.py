@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,8 +22,12 @@ from sae_core.distributed.mesh import Mesh
 from sae_core.distributed.ranks import is_rank_zero
 from sae_core.engine.deepspeed_engine import SAEEngine
 from sae_core.errors import CheckpointError, NonFiniteLossError
-from sae_core.kernels.registry import default_kernels, get_kernels
+from sae_core.kernels.interface import Prepared
+from sae_core.kernels.prefilter_choice import PrefilterChoice, candidates
+from sae_core.kernels.registry import KERNELS, default_kernels, get_kernels
 from sae_core.training.calibrate import calibrate
+from sae_core.training.input_transform import InputReport, report_of
+from sae_core.training.prefilter import agree_on_prefilter
 from sae_core.training.source import ActivationSource
 from sae_core.training.step_metrics import StepMetrics, mfu, peak_memory_bytes
 
@@ -71,6 +75,9 @@ class Trainer:
         stop_requested: Callable[[], bool] = lambda: False,
     ) -> None:
         config.validate()
+        train = config.train
+        sae_config = config.sae.resolved(source.d_in, train.batch_tokens, train.tokens)
+        config = replace(config, sae=sae_config)
         self.config = config
         self.mesh = mesh
         self.source = source
@@ -80,31 +87,53 @@ class Trainer:
         self.report_every = report_every
         self.device = torch.device(mesh.devices.device_type)
         name = config.train.kernels
+        if name == "auto":
+            name = default_kernels(self.device.type)
+        dtype = compute_dtype(config.train.compute_dtype, self.device)
+        config.train.validate_prefilter(self.device.type)  # it may have been auto until now
+        prefilter = config.train.prefilter
         kernels = get_kernels(
-            default_kernels(self.device.type) if name == "auto" else name,
-            compute_dtype(config.train.compute_dtype, self.device),
+            name,
+            dtype,
             tf32=config.train.compute_dtype == "tf32",
-            prefilter=config.train.prefilter,
+            prefilter="none" if prefilter == "auto" else prefilter,
         )
         sae = build_sae(config.sae, source.d_in, mesh, kernels, seed).to(self.device)
         self.engine = SAEEngine(config.sae.hookpoint or "sae", sae, config, self.device)
         self.step = 0
+        self._prefilters = candidates(
+            KERNELS[name], self.device.type, str(dtype).removeprefix("torch.")
+        )
+        self.prefilter: PrefilterChoice | None = None
+        """The choice of `train.prefilter=auto`, known once calibrated or resumed; None if there was
+        none to make."""
         self.saver = CheckpointSaver(
             checkpoints, config.checkpoint, mesh, self.device, config.train.batch_tokens
         )
+        self.inputs: InputReport | None = None
+        """How the channels of the calibration sample differ; None on other ranks than 0, and if the
+        run was resumed."""
         self._metrics = StepMetrics(self.engine)
         self._clock = _Clock()
         self._began: float | None = None
         self._seconds = 0.0
 
     def calibrate(self) -> None:
-        """Fit input scale, bias and encoder to a sample; call once, before a new run."""
+        """Fit input scale, bias and encoder to a sample, and choose the prefilter; collective.
+
+        Call once, before a new run.
+        """
         sample = self.source.sample(self.config.train.sample_tokens)
         calibrate(self.engine.sae, sample)
+        self.inputs = report_of(sample) if is_rank_zero() else None
         self.engine.sync_edited_parameters()
+        self._choose_prefilter(None)
 
     def resume(self, folder: Path) -> None:
         """Load a checkpoint written on this mesh or any other; collective over all ranks.
+
+        The prefilter that `train.prefilter=auto` chose is kept where possible; see
+        `agree_on_prefilter`.
 
         Raises:
             ConfigError: If batch size, seed or source differ from those of the checkpoint.
@@ -119,7 +148,7 @@ class Trainer:
             )
         if state.seed != self.seed:
             raise ConfigError(
-                "seed", self.seed, f"{state.seed}, which fixed the order of rows in {folder.name}"
+                "seed", self.seed, f"{state.seed}, the seed with which {folder.name} was trained"
             )
         if state.source_identity != self.source.identity:
             raise ConfigError(
@@ -127,10 +156,11 @@ class Trainer:
                 self.source.identity,
                 f"the stores, weights and order (store.window_items, store.buffer_tokens) that "
                 f"{folder.name} was trained on, {state.source_identity}",
-                "use that store and those settings, or start a new run with another name=...",
+                "use those stores and settings, or start a new run with another name=...",
             )
         self.step = state.step
         self.source.seek(state.source_position)
+        self._choose_prefilter(state.prefilter_choice)
 
     @property
     def is_done(self) -> bool:
@@ -147,6 +177,7 @@ class Trainer:
                 reported, because the step itself does not wait for the device.
         """
         if self._began is None:
+            self._prepare_kernels()
             self._began = time.perf_counter()
             self._clock.start()
         self._train_step()
@@ -189,12 +220,14 @@ class Trainer:
         Returns:
             `seconds`: duration of training; `checkpoints`: number of saves; `checkpoint_pause_s`:
             seconds that training waited for saves (copies to the host, an earlier save that was
-            still running, the last save); `checkpoint_writing_s`: seconds spent writing them.
+            still running, the last save); `checkpoint_memory_wait_s`: the part of it that was spent
+            waiting for host memory; `checkpoint_writing_s`: seconds spent writing them.
         """
         return {
             "seconds": self._seconds,
             "checkpoints": self.saver.saves,
             "checkpoint_pause_s": self.saver.pause_s,
+            "checkpoint_memory_wait_s": self.saver.memory_wait_s,
             "checkpoint_writing_s": self.saver.writing_s,
         }
 
@@ -213,9 +246,23 @@ class Trainer:
             d_model=sae.d_model,
             saes={self.engine.name: asdict(sae.config)},
             mesh=asdict(self.config.parallel),
+            prefilter=asdict(self.prefilter) if self.prefilter else {},
         )
         self.saver.save(self.engine, state)
         self._clock.pause(self.saver.pause_s - paused)
+
+    def _choose_prefilter(self, kept: PrefilterChoice | None) -> None:
+        if self.config.train.prefilter == "auto":
+            rows = self.config.train.batch_tokens // self.mesh.n_data
+            self.prefilter = agree_on_prefilter(self.engine.sae, self._prefilters, rows, kept)
+
+    def _prepare_kernels(self) -> None:
+        sae = self.engine.sae
+        k = sae.config.active_latents()
+        if k is not None and isinstance(sae.kernels, Prepared):
+            n_rows = self.config.train.batch_tokens // self.mesh.n_data
+            n_latents = len(sae.W_enc)
+            sae.kernels.prepare(n_rows, n_latents, sae.d_model, min(k, n_latents))
 
     def _train_step(self) -> None:
         with self._clock.waiting():
@@ -257,9 +304,9 @@ class Trainer:
         except CheckpointError as error:
             failed = error
         raise NonFiniteLossError(
-            f"{self.engine.name}: loss or gradient of step {step} is not finite; no update was "
-            "made from it. Check the store with stage=verify, or lower optim.lr; run the same "
-            "command again to resume from the last checkpoint"
+            f"{self.engine.name}: loss or gradient of step {step} is not finite; no weight was "
+            "updated with such a value. Check the store with stage=verify, or start a new run with "
+            "a lower optim.lr; run the same command again to resume from the last checkpoint"
         ) from failed
 
 

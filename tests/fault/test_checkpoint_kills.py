@@ -123,6 +123,34 @@ def test_a_save_that_training_overtakes_holds_its_own_step(tmp_path, latent, zer
         same(tmp_path / "now", tmp_path / "later", step)
 
 
+@pytest.mark.parametrize(("latent", "zero"), [(1, 1), (2, 0)])
+def test_a_save_without_room_for_a_copy_holds_its_own_step(tmp_path, latent, zero):
+    more = {"latent": latent, "zero": zero, "failure": Failure("begin", "wait")}
+    for name, settings in (
+        ("now", {"checkpoint": {"asynchronous": False, "keep": 9}}),
+        ("short", {"checkpoint": {"keep": 9}, "short_of_memory": True}),
+    ):
+        codes, logs = run(tmp_path / name, **settings, **more)
+        assert codes == [0, 0], logs
+    assert "not saved fully in the background" in logs[0] and "0.00 GiB" in logs[0]
+    waits = re.search(r"'checkpoint_memory_wait_s': ([\d.]+)", logs[0])
+    assert waits is not None and float(waits[1]) > 0.9, logs[0]
+    for step in range(EVERY, STEPS + 1, EVERY):
+        same(tmp_path / "now", tmp_path / "short", step)
+
+
+@pytest.mark.parametrize("asynchronous", [True, False])
+def test_training_does_not_wait_for_blocks_of_a_save_that_failed(tmp_path, asynchronous):
+    codes, logs = run(
+        tmp_path,
+        failure=Failure("disk", "raise", rank=1),
+        step_s=0.02,
+        checkpoint={"asynchronous": asynchronous},
+        short_of_memory=True,
+    )
+    assert codes == [CHECKPOINT_FAILED] * 2, logs
+
+
 def test_milestones_are_kept_and_saves_also_follow_the_clock(tmp_path):
     settings = {
         "every_tokens": 10**9,

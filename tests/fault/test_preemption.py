@@ -1,4 +1,4 @@
-"""Test SIGTERM and SIGUSR1: a last checkpoint, exit code 75, and resuming."""
+"""Test SIGTERM, SIGUSR1 and Ctrl-C: a last checkpoint, exit code 75, and resuming."""
 
 from __future__ import annotations
 
@@ -209,18 +209,23 @@ def test_signals_to_a_driver_and_to_its_process_group(folder):
     ]
     metrics = run_dir / "metrics.jsonl"
     steps = []
-    for kill in (os.kill, os.killpg):
+    # A terminal sends SIGINT to the whole process group.
+    for kill, name in (
+        (os.kill, signal.SIGTERM),
+        (os.killpg, signal.SIGUSR1),
+        (os.killpg, signal.SIGINT),
+    ):
         before = size(metrics)
         process = start(*arguments)
         wait_for_growth(metrics, before, process)
-        kill(process.pid, signal.SIGTERM if kill is os.kill else signal.SIGUSR1)
+        kill(process.pid, name)
         output, _ = process.communicate(timeout=100)
         assert process.returncode == EXIT_PREEMPTED, output
         assert "preempted: " in output and "run the same command again to resume" in output
         newest = newest_valid(run_dir / "checkpoints")
         assert newest is not None
         steps.append(step_of(newest))
-    assert 0 < steps[0] < steps[1] < STEPS
+    assert 0 < steps[0] < steps[1] < steps[2] < STEPS
     process = start(*arguments)
     output, _ = process.communicate(timeout=100)
     assert process.returncode == 0, output

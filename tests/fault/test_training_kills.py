@@ -176,7 +176,7 @@ def test_ranks_that_keep_dying_end_the_run(folder):
         killed.update(rank_pids(mine / "run"))
     output, _ = process.communicate(timeout=100)
     assert process.returncode == 1
-    assert "trainer ranks died 2 times" in output and "resume" in output
+    assert "trainer ranks failed 2 times" in output and "resume" in output
 
 
 def torchrun(run_dir: Path, config: str) -> subprocess.CompletedProcess[str]:

@@ -263,6 +263,8 @@ def test_links_in_a_checkpoint_are_refused(checkpoint: Path, tmp_path: Path, wha
         {"saes": {NAME: {"n_latents": 8, "k": 4, "_target_": "os.system"}}},
         {"saes": [1]},
         {"mesh": {"latent": 1.5}},
+        {"prefilter": {"name": "none"}},
+        {"prefilter": {"name": "none", "processor": "x", "seconds": {"none": "soon"}}},
         {"unknown": 1},
     ],
 )
@@ -332,7 +334,7 @@ def test_a_config_larger_than_memory_is_refused(tmp_path: Path):
 
 
 def test_a_saved_config_is_read_back(tmp_path: Path):
-    config = RunConfig(name="x", seed=3)
+    config = RunConfig(name=tmp_path.name, runs_dir=str(tmp_path.parent), seed=3)
     config.data.path, config.model.hookpoints = "a: *b & !c # {d}", ["layers.1", "'quoted'"]
     config.optim.lr = 1e-5
     save_config(config, tmp_path / "config.yaml")
@@ -407,7 +409,7 @@ def test_a_saelens_folder_of_another_kind_is_named(
 ):
     config = RunConfig()
     stored = load_sae(make_checkpoint(tmp_path / "c", L, D)).stored()
-    source = Source("m", None, "d", NAME, config.data.context_tokens)
+    source = Source("m", None, "d", NAME, config.data.context_tokens, True, None)
     shapes = {"W_enc": (D, L), "W_dec": (L, D), "b_enc": (L,), "b_dec": (D,)}
     laid = {name: (torch.float32, shape) for name, shape in shapes.items()}
     with TensorFileWriter(tmp_path / "sae_weights.safetensors", laid):

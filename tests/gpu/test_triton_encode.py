@@ -20,8 +20,8 @@ from sae_core.architectures.sparse_autoencode import (
     sparse_autoencode,
 )
 from sae_core.errors import ShapeError
-from sae_core.kernels import compact, get_kernels
-from sae_core.kernels.interface import SparseLatents
+from sae_core.kernels import Kernels, compact, get_kernels, in_slots, subset_of
+from sae_core.kernels.interface import EMPTY, Affine, SparseLatents
 from sae_core.kernels.triton.body import TritonKernels
 
 pytestmark = pytest.mark.gpu
@@ -108,11 +108,74 @@ def test_a_row_that_overflowed_early_is_run_again_after_all_later_segments():
     assert_same_selection(x, W, torch.zeros(1200, device=DEVICE), 4)
 
 
-def test_overflow_runs_again_in_pieces(monkeypatch):
-    monkeypatch.setattr("sae_core.kernels.triton.encode._RERUN_KEYS", 1000)
-    x, W = torch.ones(3, 40, device=DEVICE), torch.zeros(700, 40, device=DEVICE)
+@pytest.mark.parametrize("slots", [16, 64])
+def test_overflow_reduces_pools_in_pieces(monkeypatch, slots):
+    monkeypatch.setattr("sae_core.kernels.triton.encoder.overflow._SLOTS", slots)
+    x, W = integers((20, 40), 1), torch.zeros(700, 40, device=DEVICE)
+    x[:, 0] = torch.arange(20, device=DEVICE) % 3 - 1  # rising, constant and falling rows
     W[:, 0] = torch.arange(700, device=DEVICE)
+    W[:, 1] = integers((700,), 2)
     assert_same_selection(x, W, torch.zeros(700, device=DEVICE), 7)
+
+
+def test_a_subset_of_the_latents():
+    x, W, b = integers((9, 40), 1), integers((1500, 40), 2), integers((1500,), 3)
+    for n, k in ((0, 5), (3, 5), (200, 5), (900, 5), (1500, 40)):
+        mask = torch.zeros(1500, dtype=torch.bool, device=DEVICE)
+        mask[torch.randperm(1500, generator=torch.Generator().manual_seed(n))[:n]] = True
+        ours = body().encode_topk(x, W, b, k, subset_of(mask))
+        theirs = REFERENCE.encode_topk(x.double(), W.double(), b.double(), k, subset_of(mask))
+        assert torch.equal(ours[0].double(), theirs[0]) and torch.equal(ours[1], theirs[1])
+
+
+def test_a_subset_of_the_latents_in_which_rows_overflow():
+    x, W = torch.ones(6, 40, device=DEVICE), torch.zeros(1200, 40, device=DEVICE)
+    x[3:] = -1.0
+    W[:, 0] = torch.arange(1200, device=DEVICE)
+    mask = torch.arange(1200, device=DEVICE) % 3 > 0
+    ours = body().encode_topk(x, W, torch.zeros(1200, device=DEVICE), 4, subset_of(mask))
+    best = [1199, 1198, 1196, 1195], [1, 2, 4, 5]
+    assert ours[1].tolist() == [best[0]] * 3 + [best[1]] * 3
+
+
+def test_a_subset_of_the_rows():
+    x, W, b = integers((70, 40), 1), integers((700, 40), 2), integers((700,), 3)
+    x[3], W[:, 0] = 1.0, torch.arange(700, device=DEVICE)  # an overflow in this row, too
+    values, latents = body().exact_topk(x, W, b, 6)
+    for chosen in ([], [3], [0, 3, 40, 69], list(range(70))):
+        mask = torch.zeros(70, dtype=torch.bool, device=DEVICE)
+        mask[chosen] = True
+        again = body().exact_topk(x, W, b, 6, rows=subset_of(mask))
+        assert torch.equal(again[0][mask], values[mask])
+        assert torch.equal(again[1][mask], latents[mask])
+
+
+def test_pairs_in_slots_give_the_results_of_compact_ones():
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randn(9, 5, generator=generator).sort(1, descending=True).values.to(DEVICE)
+    values[0], values[1], values[2, 0] = -1.0, values[1].abs(), NAN
+    latents = torch.stack([torch.randperm(20, generator=generator)[:5] for _ in range(9)])
+    W, x = integers((20, 40), 1), integers((9, 40), 2)
+    padded, packed = (make(values, latents.to(DEVICE)) for make in (in_slots, compact))
+    used = padded.latents != EMPTY
+    assert padded.values[~used].eq(0).all() and len(padded.latents) == 45
+    for ours, theirs in zip((part[used] for part in padded[:3]), packed[:3], strict=True):
+        assert torch.equal(ours.nan_to_num(), theirs.nan_to_num())
+    assert torch.equal(padded.ends - padded.offsets, packed.ends - packed.offsets)
+    assert_equal(body().decode(padded, W), body().decode(packed, W))
+    dots, wanted = body().decoder_dot(x, padded, W), body().decoder_dot(x, packed, W)
+    assert_equal(dots[used], wanted)
+    decoded, exact = body().decode_error(x, padded, W), body().decode_error(x, packed, W)
+    assert_equal(decoded.error, exact.error)
+    assert_equal(decoded.dots[used], exact.dots)
+    dvalues = integers((45,), 3)
+    gradients = body().row_gradients(padded, dvalues, x, x)
+    for a, b in zip(gradients, body().row_gradients(packed, dvalues[used], x, x), strict=True):
+        assert_equal(a, b)
+
+
+def assert_equal(ours: torch.Tensor, theirs: torch.Tensor) -> None:
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=0, equal_nan=True)
 
 
 def test_nan_and_infinity_are_selected_not_dropped():
@@ -135,7 +198,7 @@ def test_a_dictionary_of_minus_infinity():
 
 
 def test_a_pool_too_wide_for_the_network(monkeypatch):
-    monkeypatch.setattr("sae_core.kernels.triton.select.LARGEST_NETWORK", 64)
+    monkeypatch.setattr("sae_core.kernels.triton.encoder.select.LARGEST_NETWORK", 64)
     assert_same_selection(integers((5, 40), 1), integers((700, 40), 2), integers((700,), 3), 4)
 
 
@@ -159,7 +222,8 @@ def test_offsets_past_two_to_the_31():
     dots = REFERENCE.decoder_dot(x.double(), double, near)
     assert torch.equal(body().decoder_dot(x, active, W).double(), dots)
     far, per_row = far_rows(40, 40, 3), torch.arange(40, device=DEVICE)
-    pairs = SparseLatents(per_row, per_row % 3, torch.ones(40, device=DEVICE), per_row)
+    ones = torch.ones(40, device=DEVICE)
+    pairs = SparseLatents(per_row, per_row % 3, ones, per_row, per_row + 1)
     sums = body().row_gradients(pairs, pairs.values, far, far)
     decoded = body().decode_error(far, pairs, W)
     theirs = REFERENCE.decode_error(far.double(), double_of(pairs), near)
@@ -209,7 +273,7 @@ def test_rows_and_batches_without_active_pairs():
     assert torch.equal(body().decode_error(W[:3], none, W).error, W[:3])
     empty = compact(torch.ones(0, 2, device=DEVICE), active.latents.new_zeros(0, 2))
     nothing = body().decode_error(W[:0], empty, W)
-    assert [tuple(part.shape) for part in nothing] == [(0, 72), (0,)]
+    assert [tuple(part.shape) for part in nothing] == [(0, 72), (0,), (), (72,)]
     gradients = body().row_gradients(none, none.values, W[:3], W[:3])
     assert [tuple(part.shape) for part in gradients] == [(0,), (0, 72), (0, 72), (0,)]
 
@@ -236,9 +300,10 @@ def test_a_whole_step_gives_the_gradients_of_the_stock_body():
     x = torch.randn(B, D, generator=generator).to(DEVICE)
     rows = [torch.randn(L, D, generator=generator).to(DEVICE) for _ in range(2)]
     weights = (rows[0], torch.zeros(L), rows[1] / rows[1].norm(dim=1, keepdim=True), torch.ones(D))
-    dead = torch.arange(50, 60, device=DEVICE)
+    dead = subset_of(torch.arange(L, device=DEVICE) >= 50)
     results = []
-    for kernels in (body(), get_kernels("stock", torch.float32)):
+    bodies: list[Kernels] = [body(), get_kernels("stock", torch.float32)]
+    for kernels in bodies:
         own = [part.to(DEVICE).clone().requires_grad_() for part in weights]
         plan = SparsePlan(kernels, L, k, 4, 0, None)
         out = sparse_autoencode(x, Dictionary(*own), plan, AuxInput(dead, None))
@@ -293,3 +358,42 @@ def test_unsupported_inputs_are_refused():
     if INTERPRETED:
         with pytest.raises(ConfigError, match="raw bit patterns"):
             TritonKernels(torch.bfloat16)
+
+
+@pytest.mark.parametrize("raw_dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("rounded", [None, torch.float16], ids=str)
+def test_inputs_are_centred_and_subtracted_in_one_pass(monkeypatch, raw_dtype, rounded):
+    """Rounded rows are float16 here, because the interpreter truncates bfloat16."""
+    B, L, D = 37, 20, 72
+    generator = torch.Generator().manual_seed(0)
+    raw = (5 + 3 * torch.randn(B, D, generator=generator)).to(DEVICE, raw_dtype)
+    affine = Affine(raw.float().mean(0), raw.new_full((), 0.3, dtype=torch.float32), raw[0].float())
+    kernels = body()
+    monkeypatch.setattr(kernels, "gather_dtype", rounded)
+    ours = kernels.centre(raw, affine)
+    theirs = REFERENCE.centre(raw.double(), Affine(*(part.double() for part in affine)))
+    assert ours.rows.dtype == (rounded or torch.float32)
+    assert_near(ours.rows, theirs.rows, 1e-3 if rounded else 1e-5)
+    assert_near(ours.total, theirs.total, 1e-4)
+    assert_near(ours.square, theirs.square, 1e-5)
+
+    W = torch.randn(L, D, generator=generator).to(DEVICE)
+    values = torch.rand(B, 3, generator=generator).to(DEVICE).sort(1, descending=True).values
+    latents = torch.stack([torch.randperm(L, generator=generator)[:3] for _ in range(B)])
+    active = compact(values, latents.to(DEVICE))
+    recon = kernels.decode(active, W)
+    for decoded in (kernels.decode_error(ours, active, W), kernels.subtract(ours, recon)):
+        wanted = REFERENCE.decode_error(theirs, double_of(active), W.double())
+        assert decoded.error.dtype == (rounded or torch.float32)
+        assert_near(decoded.error, wanted.error, 1e-3 if rounded else 1e-5)
+        # Sums and dot products are those of the error before it is rounded.
+        assert_near(decoded.square, wanted.square, 1e-5)
+        assert_near(decoded.total, wanted.total, 1e-4)
+        if len(decoded.dots):
+            assert_near(decoded.dots, wanted.dots, 1e-4)
+    plain = kernels.subtract(raw, recon)
+    assert_near(plain.error, raw.double() - recon.double(), 1e-3 if rounded else 1e-5)
+
+
+def assert_near(ours: torch.Tensor, theirs: torch.Tensor, tolerance: float) -> None:
+    torch.testing.assert_close(ours.double(), theirs, rtol=tolerance, atol=tolerance)

@@ -8,7 +8,9 @@ import torch
 from sae_core.errors import ShapeError
 from sae_core.kernels.triton.body import TritonKernels
 from sae_core.kernels.triton.prefilter_float8 import (
+    PROMOTED,
     SLOTS,
+    SUM_WIDTH,
     SplitRows,
     SplitSpec,
     dequantise,
@@ -121,6 +123,26 @@ def test_values_are_those_of_the_rounded_inputs_and_the_bounds():
     assert (values.diff(dim=1) <= 0).all()
     true = x.double() @ W.double().T + b.double()
     assert (values.double() >= true.gather(1, latents)).all()
+
+
+@pytest.mark.parametrize("kind", ["normal", "positive", "half lost"])
+@pytest.mark.parametrize("D", [768] if INTERPRETED else [768, 4096])
+def test_float8_sums_lose_no_more_than_their_bound(kind, D):
+    x, W, b = normal(9, D, seed=1), normal(64, D, seed=2), torch.zeros(64, device=DEVICE)
+    if kind != "normal":
+        x, W = x.abs(), W.abs()
+    if kind == "half lost":
+        # A large running sum from the first step of every promotion cuts off later products.
+        x[:, torch.arange(D) % PROMOTED >= SUM_WIDTH] /= 16
+        W[:, torch.arange(D) % PROMOTED >= SUM_WIDTH] /= 16
+    rows, latents = both(x, W)
+    values, order = body().bounded_topk(unbounded(rows), unbounded(latents), b, 64)
+    exact = dequantise(unbounded(rows)).double() @ dequantise(unbounded(latents)).double().T
+    bounds = (dequantise(m)[:, -1].double() for m in (rows, latents))
+    bound = next(bounds)[:, None] * next(bounds)
+    float32_sums = 1e-6 * x.norm(dim=1)[:, None] * W.norm(dim=1)
+    loss = (values.double() - exact.gather(1, order)).abs()
+    assert (loss <= (bound + float32_sums).gather(1, order)).all()
 
 
 def test_the_prefilter_selects_the_same_latents():

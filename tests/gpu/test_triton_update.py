@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from sae_core.errors import ShapeError
-from sae_core.kernels import AdamStep, RowState, SparseGradient, SparseLatents, compact
+from sae_core.kernels import EMPTY, AdamStep, RowState, SparseGradient, SparseLatents, compact
 from sae_core.kernels.rounding import round_stochastically_, salt_of
 from sae_core.kernels.stock.body import StockKernels
 from sae_core.kernels.triton.update import TritonRowUpdate, round_stochastically
@@ -51,7 +51,7 @@ def gradient_of(B: int, L: int, D: int, k: int, hot: int = 0) -> SparseGradient:
     values = torch.rand(B, k, generator=generator) + 0.1
     pairs = compact(values.to(DEVICE), latents.to(DEVICE))
     dvalues = normal(len(pairs.rows), seed=1)
-    return SparseGradient(pairs, dvalues, normal(B, D, seed=2), normal(B, D, seed=3))
+    return SparseGradient(pairs, dvalues, normal(B, D, seed=2), normal(B, D, seed=3), B)
 
 
 def state_of(
@@ -97,8 +97,12 @@ def exact(state: RowState) -> RowState:
 
 
 def exact_gradient(gradient: SparseGradient) -> SparseGradient:
-    dense = (part.double() for part in gradient[1:])
-    return SparseGradient(double_of(gradient.pairs), *dense)
+    return gradient._replace(
+        pairs=double_of(gradient.pairs),
+        dvalues=gradient.dvalues.double(),
+        x=gradient.x.double(),
+        error=gradient.error.double(),
+    )
 
 
 @pytest.mark.parametrize("divisor", [None, 3.5])
@@ -179,10 +183,10 @@ def test_the_norm_of_a_gradient_that_is_nearly_along_its_rows():
     L, D = 6, 72
     state = state_of(L, D)
     rows = torch.arange(L, device=DEVICE)
-    pairs = SparseLatents(rows, rows, torch.ones(L, device=DEVICE), rows)
+    pairs = SparseLatents(rows, rows, torch.ones(L, device=DEVICE), rows, rows + 1)
     error = 1000 * state.W_dec + 1e-3 * normal(L, D, seed=5)
     nothing = torch.zeros(L, device=DEVICE)
-    gradient = SparseGradient(pairs, nothing, error, error)
+    gradient = SparseGradient(pairs, nothing, error, error, L)
     ours = body().row_update(gradient, state.W_dec).square()
     wanted = REFERENCE.row_update(exact_gradient(gradient), state.W_dec.double()).square()
     assert 1e-4 < wanted < 1e-2
@@ -206,10 +210,13 @@ def test_bfloat16_moments_have_the_bits_of_the_stock_ones():
     """Use numbers whose moments are exact in float32, so that only the rounding matters."""
     B, L, D = 6, 20, 40
     gradient = gradient_of(B, L, D, 1)
-    integers = [torch.randint(-9, 10, t.shape, device=DEVICE).float() for t in gradient[1:]]
+    integers = [
+        torch.randint(-9, 10, t.shape, device=DEVICE).float()
+        for t in (gradient.dvalues, gradient.x, gradient.error)
+    ]
     rows = torch.arange(B, device=DEVICE)
     pairs = gradient.pairs._replace(values=torch.ones(B, device=DEVICE), latents=rows)
-    gradient = SparseGradient(pairs, *integers)
+    gradient = SparseGradient(pairs, integers[0], integers[1], integers[2], B)
     state = state_of(L, D, torch.bfloat16)
     # A row of W_dec has one nonzero entry, so the projection is exact as well.
     state.W_dec.zero_()[:, 0] = 1.0
@@ -233,7 +240,7 @@ def test_inputs_in_less_than_float32():
 def test_no_pairs_and_no_latents():
     none = compact(-torch.ones(3, 2, device=DEVICE), torch.zeros(3, 2, device=DEVICE).long())
     x, state = normal(3, 40, seed=0), state_of(8, 40)
-    gradient, theirs = SparseGradient(none, none.values, x, x), clone(state)
+    gradient, theirs = SparseGradient(none, none.values, x, x, 3), clone(state)
     update = body().row_update(gradient, state.W_dec)
     assert update.square() == 0
     update.apply(state, adam_of())
@@ -248,8 +255,8 @@ def test_no_pairs_and_no_latents():
 
 def test_inputs_past_two_to_the_31():
     far, rows = far_rows(40, 40, 3), torch.arange(40, device=DEVICE)
-    pairs = SparseLatents(rows, rows % 3, torch.ones(40, device=DEVICE), rows)
-    gradient, state = SparseGradient(pairs, pairs.values, far, far), state_of(3, 40)
+    pairs = SparseLatents(rows, rows % 3, torch.ones(40, device=DEVICE), rows, rows + 1)
+    gradient, state = SparseGradient(pairs, pairs.values, far, far, 40), state_of(3, 40)
     square = body().row_update(gradient, state.W_dec).square().double()
     wanted = REFERENCE.row_update(exact_gradient(gradient), state.W_dec.double()).square()
     torch.testing.assert_close(square, wanted, rtol=1e-5, atol=0)
@@ -259,3 +266,79 @@ def test_rows_that_are_not_contiguous_are_refused():
     gradient, state = gradient_of(5, 30, 40, 3), state_of(30, 40)
     with pytest.raises(ShapeError, match=r"call .contiguous()"):
         body().row_update(gradient, state.W_dec.T.contiguous().T)
+
+
+def in_slots_too(gradient: SparseGradient, n_slots: int) -> tuple[SparseGradient, torch.Tensor]:
+    """Return the gradient with `n_slots` slots per row, and which of them hold its pairs."""
+    pairs, R = gradient.pairs, len(gradient.x)
+    counts = pairs.ends - pairs.offsets
+    used = (torch.arange(n_slots, device=DEVICE) < counts[:, None]).reshape(-1)
+    latents = torch.full((R * n_slots,), EMPTY, device=DEVICE)
+    values, dvalues = torch.zeros(R * n_slots, device=DEVICE), normal(R * n_slots, seed=9)
+    latents[used], values[used], dvalues[used] = pairs.latents, pairs.values, gradient.dvalues
+    rows = torch.arange(R, device=DEVICE)
+    offsets = rows * n_slots
+    spread = SparseLatents(
+        rows.repeat_interleave(n_slots), latents, values, offsets, offsets + counts
+    )
+    return gradient._replace(pairs=spread, dvalues=dvalues), used
+
+
+@pytest.mark.parametrize("clipped", [False, True])
+def test_pairs_in_slots_give_the_update_of_compact_ones(clipped):
+    gradient, state = gradient_of(9, 40, 72, 5, hot=2), state_of(40, 72)
+    spread, _ = in_slots_too(gradient, 7)
+    theirs, adam = clone(state), adam_of(divisor=2.0 if clipped else None)
+    results = []
+    for own, kept in ((gradient, theirs), (spread, state)):
+        update = body().row_update(own, kept.W_dec)
+        results.append([update.input_bias_gradient(kept.W_enc), update.square()])
+        results[-1].append(update.apply(kept, adam))
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b)
+    assert all(torch.equal(a, b) for a, b in zip(flat(state), flat(theirs), strict=True))
+
+
+@pytest.mark.parametrize("weights", [torch.float32, COPIES], ids=str)
+def test_the_gradient_of_the_input_bias_counts_the_main_path_of_every_replica(weights):
+    B, L, D = 12, 300, 72  # two replicas, each with 4 rows of the main path and 2 others
+    gradient = gradient_of(B, L, D, 5, hot=1)._replace(n_main=4, n_replicas=2)
+    W = normal(L, D, seed=8).to(weights)
+    ours = body().row_update(gradient, W.float()).input_bias_gradient(W)
+    pairs = gradient.pairs
+    main = torch.tensor([0, 1, 2, 3, 6, 7, 8, 9], device=DEVICE)
+    live = torch.isin(pairs.rows, main)
+    terms = gradient.dvalues.double()[:, None] * W.double()[pairs.latents]
+    wanted = -terms[live].sum(0)
+    torch.testing.assert_close(ours.double(), wanted, rtol=1e-5, atol=1e-5)
+    if weights == torch.float32:
+        theirs = StockKernels().row_update(gradient, W).input_bias_gradient(W)
+        torch.testing.assert_close(theirs.double(), wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_apply_returns_the_squared_norm():
+    gradient, state = gradient_of(9, 40, 72, 5, hot=2), state_of(40, 72)
+    for kernels in (body(), StockKernels()):
+        update = kernels.row_update(gradient, state.W_dec)
+        wanted = kernels.row_update(gradient, state.W_dec).square()
+        assert update.apply(clone(state), adam_of(skip=1.0)) == 0
+        square = kernels.row_update(gradient, state.W_dec).apply(clone(state), adam_of())
+        torch.testing.assert_close(square, wanted, rtol=1e-6, atol=0)
+
+
+def test_rows_whose_gradient_is_not_finite_stay_unchanged():
+    gradient, state = gradient_of(9, 40, 72, 5), state_of(40, 72, copies=COPIES)
+    gradient.dvalues[0] = float("nan")
+    hurt = int(gradient.pairs.latents[0])
+    before = clone(state)
+    square = body().row_update(gradient, state.W_dec).apply(state, adam_of())
+    assert not square.isfinite()
+    moved = [
+        (a != b).reshape(40, -1).any(1) for a, b in zip(flat(state), flat(before), strict=True)
+    ]
+    # The gradient of the hurt latent's decoder row is finite, so that row moves.
+    for part in (0, 2, 3, 5, 6, 8, 9):
+        assert not moved[part][hurt] and moved[part].sum() == 39
+    theirs = clone(before)
+    assert not StockKernels().row_update(gradient, theirs.W_dec).apply(theirs, adam_of()).isfinite()
+    assert all(torch.equal(a, b) for a, b in zip(flat(theirs), flat(before), strict=True))

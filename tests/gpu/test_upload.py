@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from activation_store.reading.buffers import Recycler
-from cluster.training.device_gather import pinned, to_torch
+from cluster.training.device_gather import to_torch
+from sae_core.training.pinned_memory import pinned_on
 from sae_core.training.upload import Uploader
 
 pytestmark = [
@@ -18,7 +19,7 @@ N = 1 << 20
 
 
 def test_pinned_memory_is_not_reused_during_its_copy() -> None:
-    recycler = Recycler(pinned)
+    recycler = Recycler(pinned_on(torch.device("cuda", 0)))
     uploader = Uploader(torch.device("cuda"))
     uploaded = []
     for number in range(4):

@@ -15,9 +15,11 @@ import torch
 from activation_store import StoreWriter, open_store
 from activation_store.config import MixedStore
 from activation_store.errors import StoreMismatchError
+from analysis.evaluation import firing
 from analysis.evaluation import stage as evaluation_stage
 from analysis.evaluation.measurement import Accumulator, Measured, Predictions, Rows
 from analysis.evaluation.metrics import METRICS, Metric
+from analysis.pages import stage as report_stage
 from cluster.harvest import stage as harvest_stage
 from cluster.language_model.contexts import prepare_contexts
 from cluster.language_model.loading import load_language_model, load_tokenizer
@@ -26,6 +28,7 @@ from conf.schema.cluster import ClusterConfig
 from conf.schema.data import DataConfig
 from conf.schema.model import ModelConfig
 from conf.schema.run import RunConfig
+from foundation.errors import ConfigError
 from sae_core import SAE
 from sae_core.architectures.topk.inference import TopKInference
 from sae_core.config import TopKConfig
@@ -125,8 +128,11 @@ def test_metrics_agree_with_a_direct_computation(harvested: RunConfig, tmp_path:
     assert metrics["mse"] == pytest.approx(float(error.mean()), rel=1e-5)
     assert metrics["l0"] == pytest.approx(float((sae.encode(x) > 0).sum(1).double().mean()))
 
-    # Run the rest of the model on the reconstruction at positions 1 and later.
-    spliced = torch.cat([hidden[:, :1], sae(hidden[:, 1:])], dim=1)
+    # Run the rest of the model on the reconstruction, except at special tokens: the SAE was not
+    # trained on their rows.
+    special = torch.isin(ids, torch.tensor([0, 1]))
+    assert special[:, 1:].any()
+    spliced = torch.where(special[..., None], hidden, sae(hidden))
     model.get_submodule("model.layers.1").register_forward_hook(lambda *_: spliced)
     recon = model(ids).logits[:, 1:-1].log_softmax(-1)
     ce_recon = -recon.gather(-1, ids[:, 2:, None]).double().mean()
@@ -181,8 +187,91 @@ def test_firing_counts_are_those_of_the_stored_rows(harvested: RunConfig, tmp_pa
     latents = sae.encode(torch.from_numpy(store.read(HOOKPOINT, 0, store.n_tokens)))
     expected = (latents > 0).sum(0)
     frequency = json.loads((tmp_path / "eval" / "frequency.json").read_text())
-    assert frequency == {"tokens": store.n_tokens, "counts": expected.tolist()}
+    assert frequency == {
+        "tokens": store.n_tokens,
+        "of_tokens": store.n_tokens,
+        "counts": expected.tolist(),
+    }
+    assert metrics["frequency_tokens"] == store.n_tokens and metrics["dead_in_training"] is None
     assert 0 < metrics["dead_fraction"] == float((expected == 0).double().mean()) < 1
+
+
+def test_an_sae_larger_than_its_memory_is_evaluated_in_shards(
+    harvested: RunConfig, tmp_path: Path
+) -> None:
+    W = torch.nn.functional.normalize(
+        torch.randn(3000, D, generator=torch.Generator().manual_seed(0)), dim=1
+    )
+    save_sae(tmp_path, W, k=3)
+    whole = metrics_of(harvested, tmp_path)
+    counts = json.loads((tmp_path / "eval" / "frequency.json").read_text())
+    assert (whole["device"], whole["compute_dtype"], whole["sae_shards"]) == ("cpu", "float32", 1)
+    assert whole["sae_read_bytes"] == 2 * W.numel() * 4
+    # 512 KiB: 85 latents per shard, so that encoding 64 rows takes an eighth of it.
+    little = replace(harvested, eval=replace(harvested.eval, max_memory_gib=512 / 2**20))
+    (tmp_path / "eval" / "metrics.json").unlink()  # a limit of memory changes no metric
+    streamed = metrics_of(little, tmp_path)
+    assert streamed["sae_shards"] > 4 and streamed["sae_read_bytes"] > whole["sae_read_bytes"]
+    assert json.loads((tmp_path / "eval" / "frequency.json").read_text()) == counts
+    differing = {"seconds", "inputs", "sae_shards", "sae_read_bytes"}
+    for key in whole.keys() - differing:
+        wanted = whole[key]
+        if isinstance(wanted, float):
+            # The KL divergence and the divisor of ce_recovered_mean are tiny here, so that float32
+            # rounding counts.
+            rel = 1e-3 if key == "ce_recovered_mean" else 1e-5
+            wanted = pytest.approx(wanted, rel=rel, abs=1e-7)
+        assert streamed[key] == wanted
+    assert streamed["heldout"] and streamed["l0"] == whole["l0"]
+
+
+def test_firings_are_counted_on_a_stated_sample(
+    harvested: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(firing, "ROWS_PER_READ", 32)
+    sae = save_sae(tmp_path, plus_minus(), k=3, b_enc=-torch.arange(2.0 * D) / 4)
+    config = replace(harvested, eval=replace(harvested.eval, frequency_tokens=60))
+    metrics = metrics_of(config, tmp_path)
+    store = open_store(config.store.path)
+    sample = firing.sample_rows(store, 60, config.seed)
+    assert 60 <= metrics["frequency_tokens"] == sample.n_rows == 64 < store.n_tokens
+    x = torch.cat([torch.from_numpy(store.read(HOOKPOINT, *block)) for block in sample.blocks])
+    counts = (sae.encode(x) > 0).sum(0)
+    frequency = json.loads((tmp_path / "eval" / "frequency.json").read_text())
+    assert frequency == {"tokens": 64, "of_tokens": store.n_tokens, "counts": counts.tolist()}
+    assert metrics["dead_fraction"] == float((counts == 0).double().mean())
+    assert "0 of frequency_tokens training rows" in metrics["definitions"]["dead_fraction"]
+
+    report_stage.run(config, tmp_path)
+    page = (tmp_path / "report" / "index.html").read_text(encoding="utf-8")
+    assert "of all latents, on 64 sampled tokens" in page
+    assert f"over 64 of {store.n_tokens} stored training tokens" in page
+    assert "never fired (0 of 64 tokens)" in page
+
+
+@pytest.mark.parametrize("stored", [HOOKPOINT, f"{HOOKPOINT}@output"])
+def test_a_hookpoint_may_be_written_in_two_ways(
+    harvested: RunConfig, tmp_path: Path, stored: str
+) -> None:
+    sae = save_sae(tmp_path / "a", plus_minus(), k=3)
+    plain = metrics_of(harvested, tmp_path / "a")
+    TopKInference(
+        replace(sae.config, hookpoint=stored), sae.W_enc, sae.W_dec, sae.b_enc, sae.b_dec
+    ).save(tmp_path / "b")
+    listed = replace(harvested.model, hookpoints=[f"{HOOKPOINT}@output", "model.layers.0"])
+    metrics = metrics_of(replace(harvested, model=listed), tmp_path / "b")
+    assert metrics["heldout"] and metrics["hookpoint"] == HOOKPOINT
+    assert (metrics["fvu"], metrics["ce_recon"]) == (plain["fvu"], plain["ce_recon"])
+
+
+def test_cuda_without_a_gpu_is_refused(harvested: RunConfig, tmp_path: Path) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    save_sae(tmp_path, plus_minus(), k=3)
+    config = replace(harvested, train=replace(harvested.train, device="cuda"))
+    with pytest.raises(ConfigError, match=r"train\.device='cuda'"):
+        evaluation_stage.run(config, tmp_path)
+    assert not (tmp_path / "eval").exists()
 
 
 def test_it_runs_again_only_after_a_change(harvested: RunConfig, tmp_path: Path) -> None:
@@ -218,6 +307,11 @@ def test_a_store_of_a_users_own_rows(tmp_path: Path) -> None:
         ({}, None),
         ({"heldout_fraction": 0.01}, "has rows of the same text, harvested with other settings"),
         ({"dataset_sha256": None}, "names no text"),
+        (
+            {"dataset_sha256": "a mixture", "heldout_fraction": 0.01, "dataset_mixture": []},
+            "which may include the same text, harvested with other settings (heldout_fraction",
+        ),
+        ({"dataset_sha256": "a mixture", "dataset_mixture": []}, None),
     ],
 )
 def test_a_mixed_in_store_must_not_contain_the_heldout_text(
@@ -245,6 +339,34 @@ def test_a_store_with_other_harvest_settings_has_no_heldout_text(
     assert (
         metrics["ce_clean"] is None and "heldout_fraction: the store has 0.2" in metrics["reason"]
     )
+
+
+def test_without_held_out_text_stored_rows_are_evaluated(
+    harvested: RunConfig, tmp_path: Path
+) -> None:
+    save_sae(tmp_path, plus_minus(), k=3)
+    config = replace(harvested, data=replace(harvested.data, heldout="none"))
+    metrics = metrics_of(config, tmp_path)
+    assert metrics["heldout"] is False and metrics["reason"] == "data.heldout=none"
+    assert metrics["rows"] == open_store(harvested.store.path).n_tokens
+    assert metrics["ce_recovered"] is None and metrics["fvu"] > 0
+
+
+def test_the_last_part_of_each_document_is_evaluated(harvested: RunConfig, tmp_path: Path) -> None:
+    data = replace(harvested.data, heldout="tokens")
+    store = replace(harvested.store, path=str(tmp_path / "store"))
+    config = replace(harvested, data=data, store=store)
+    with ray_session(ClusterConfig(), min_cpus=2):
+        harvest_stage.run(config, tmp_path / "run")
+    save_sae(tmp_path, plus_minus(), k=D)
+    metrics = metrics_of(config, tmp_path)
+    assert metrics["heldout"] and metrics["ce_recovered"] == pytest.approx(1, abs=1e-3)
+    header = open_store(config.store.path).header.provenance or {}
+    assert header["heldout"] == "tokens"
+    metrics = metrics_of(harvested, tmp_path)
+    assert metrics["heldout"]  # the other store held out whole documents
+    metrics = metrics_of(replace(harvested, store=store), tmp_path)
+    assert "heldout: the store has 'tokens', this run has 'documents'" in metrics["reason"]
 
 
 def test_a_store_of_another_width_is_refused(harvested: RunConfig, tmp_path: Path) -> None:

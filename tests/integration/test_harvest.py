@@ -24,6 +24,7 @@ from cluster.errors import ClusterError, PlacementError
 from cluster.harvest import stage as harvest_stage
 from cluster.harvest import worker_pool
 from cluster.harvest.items import plan_items
+from cluster.harvest.worker import ItemResult
 from cluster.language_model.contexts import prepare_contexts
 from cluster.language_model.errors import ModelError, TextError
 from cluster.language_model.loading import load_language_model, load_tokenizer
@@ -206,7 +207,7 @@ def test_a_restart_does_only_the_missing_items(tmp_path: Path) -> None:
     class Enough(Exception):
         pass
 
-    def stop_after_four(pool: Any, work: Any, *more: Any) -> Iterator[int | None]:
+    def stop_after_four(pool: Any, work: Any, *more: Any) -> Iterator[ItemResult | None]:
         for done, rows in enumerate(r for r in run(pool, work, *more) if r is not None):
             yield rows
             if done == 3:
@@ -224,7 +225,7 @@ def test_a_restart_does_only_the_missing_items(tmp_path: Path) -> None:
 
     submitted: list[int] = []
 
-    def note_items(pool: Any, work: Any, *more: Any) -> Iterator[int | None]:
+    def note_items(pool: Any, work: Any, *more: Any) -> Iterator[ItemResult | None]:
         todo = list(work)
         submitted.extend(item for item, _ in todo)
         return run(pool, todo, *more)
@@ -238,6 +239,30 @@ def test_a_restart_does_only_the_missing_items(tmp_path: Path) -> None:
     assert len(missing) - len(submitted) <= config.cluster.harvest_workers
     assert shard_hashes(path) == shard_hashes(tmp_path / "whole" / "store")
     assert {name: (path / name).stat().st_mtime_ns for name in before} == before
+
+
+def test_a_harvest_resumes_if_the_hookpoints_are_written_in_another_way(tmp_path: Path) -> None:
+    config = make_config(tmp_path)
+    harvest_stage.run(config, tmp_path / "run")
+    whole = shard_hashes(tmp_path / "run" / "store")
+    # Begin a second store, and continue it with the full names.
+    job = harvest_stage.prepare(config, tmp_path / "other")
+    assert job is not None
+    spelled = [f"{name}@output" for name in config.model.hookpoints]
+    full = replace(config, model=replace(config.model, hookpoints=spelled))
+    store = open_store(str(tmp_path / "run" / "store"))
+    StoreWriter(
+        job.store,
+        dict(store.arrays),
+        dtype=store.header.dtype,
+        codec=store.header.codec,
+        shard_tokens=store.header.shard_tokens,
+        n_items=store.n_items,
+        provenance=store.header.provenance,
+        calibration=store.header.calibration,
+    )
+    harvest_stage.run(full, tmp_path / "other")
+    assert shard_hashes(tmp_path / "other" / "store") == whole
 
 
 def test_a_complete_store_is_left_alone_and_another_one_is_refused(tmp_path: Path) -> None:
@@ -280,7 +305,7 @@ def test_a_text_shorter_than_requested_is_stored_completely(
 def test_harvest_errors_keep_their_type_and_text(tmp_path: Path) -> None:
     config = make_config(tmp_path)
     config.model.hookpoints = ["model.layer.1"]
-    with pytest.raises(ModelError, match=r"similar names: model.layers.1"):
+    with pytest.raises(ModelError, match=r"use one of its modules, such as model.layers.1"):
         harvest_stage.run(config, tmp_path / "run")
     (tmp_path / "short.txt").write_text("w1 w2")
     config = make_config(tmp_path)
@@ -318,7 +343,7 @@ def test_workers_that_keep_dying_end_the_harvest(
     killer = threading.Thread(target=kill_every_start, daemon=True)
     killer.start()
     try:
-        with pytest.raises(ClusterError, match=r"died . times without finishing an item"):
+        with pytest.raises(ClusterError, match=r"started . times without finishing an item"):
             harvest_stage.run(config, tmp_path / "run")
     finally:
         stop.set()

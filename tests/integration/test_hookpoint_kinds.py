@@ -27,10 +27,10 @@ from sae_core import load_sae
 from sae_core.architectures.topk.inference import TopKInference
 from sae_core.config import TopKConfig
 from tests.support.tiny_models import save_gpt2, write_text
-from tests.support.toys.hookpoint_kind import InputKind
+from tests.support.toys.hookpoint_kind import TakenKind
 
 D, MODULE = 12, "transformer.h.1"
-HOOKPOINT = f"{MODULE}@input"
+HOOKPOINT = f"{MODULE}@taken"
 
 
 @pytest.fixture
@@ -50,7 +50,7 @@ def config(tmp_path: Path) -> Iterator[RunConfig]:
     )
     config.store.path, config.store.shard_tokens = str(tmp_path / "store"), 64
     config.store.dtype, config.eval.tokens = "float32", 64
-    with HOOKPOINT_KINDS.registered("input", InputKind()):
+    with HOOKPOINT_KINDS.registered("taken", TakenKind()):
         yield config
 
 
@@ -63,7 +63,7 @@ def harvest(config: RunConfig, run_dir: Path) -> None:
     )
     run_dir.mkdir()
     worker = HarvestWorker(spec)
-    calibration = worker.calibrate(0, job.plan.contexts(0))
+    calibration = worker.calibrate(0, job.plan.contexts(0)).calibration
     widths = {name: len(moments.mean) for name, moments in calibration.items()}
     writer = StoreWriter(
         job.store,
@@ -108,8 +108,9 @@ def test_a_kind_from_outside_works_in_every_stage(config: RunConfig, tmp_path: P
     assert metrics["ce_recon"] == pytest.approx(metrics["ce_clean"], abs=1e-6)
     order = np.random.default_rng([config.seed, 2]).permutation(len(contexts.heldout))
     heldout = torch.from_numpy(contexts.heldout.input_ids(order[: config.eval.tokens // 16]))
+    kept = ~torch.isin(heldout, torch.tensor([0, 1]))[..., None]
     model.get_submodule(MODULE).register_forward_pre_hook(
-        lambda _m, inputs: (torch.cat([inputs[0][:, :1], 0 * inputs[0][:, 1:]], 1), *inputs[1:])
+        lambda _m, inputs: (torch.where(kept, 0.0, inputs[0]), *inputs[1:])
     )
     zeroed = model(heldout).logits[:, 1:-1].log_softmax(-1)
     ce_zero = -zeroed.gather(-1, heldout[:, 2:, None]).double().mean()
@@ -119,7 +120,7 @@ def test_a_kind_from_outside_works_in_every_stage(config: RunConfig, tmp_path: P
     export_stage.run(config, tmp_path / "run")
     export = tmp_path / "run" / "export"
     card = (export / "README.md").read_text()
-    assert f"| hookpoint | input of `{MODULE}`, width {D} |" in card
+    assert f"| hookpoint | taken of `{MODULE}`, width {D} |" in card
     peer = load_sae(export / "sparsify" / HOOKPOINT)
     assert peer.config.hookpoint == HOOKPOINT
 

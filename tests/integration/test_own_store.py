@@ -10,8 +10,6 @@ import numpy as np
 import pytest
 
 from activation_store import StoreWriter, open_store
-from activation_store.config import MixedStore
-from analysis.origin import with_stored_provenance
 from cluster.errors import NonFiniteRowsError
 from cluster.harvest.worker import HarvestWorker, WorkerSpec
 from cluster.run_folder.saved_config import save_config
@@ -40,40 +38,25 @@ def own_store(path: Path, bad: int = 0, finalise: bool = True) -> RunConfig:
     return config
 
 
-def test_model_and_text_of_an_own_store_are_unknown(tmp_path):
-    trained = with_stored_provenance(own_store(tmp_path / "s"))
-    assert (trained.model.path, trained.model.package) == ("unknown", None)
-    assert (trained.data.path, trained.data.package) == ("unknown", None)
-
-
-def test_all_texts_of_a_mixture_are_named(tmp_path):
-    said = {"model": "m", "weights_sha256": "1", "dataset": "/data/b", "dataset_sha256": "b"}
-    for name, change in (("a", {"dataset_sha256": "a", "dataset": "a"}), ("b", {}), ("c", {})):
-        provenance = {**said, **change} if name != "c" else None
-        writer = StoreWriter(
-            tmp_path / name, {"acts": 4}, shard_tokens=64, provenance=provenance, dtype="float32"
-        )
-        writer.write_item(0, np.ones((64, 4), np.float32))
-        writer.finalise()
-    config = RunConfig()
-    config.model.path, config.data.path = "m", "a"
-    config.store.path = str(tmp_path / "a")
-    config.store.mixture = [MixedStore(str(tmp_path / "b"), 3.0)]
-    trained = with_stored_provenance(config)
-    assert (trained.model.path, trained.data.path) == ("m", "a (weight 1), b (weight 3)")
-    config.store.mixture.append(MixedStore(str(tmp_path / "c")))
-    trained = with_stored_provenance(config)
-    assert (trained.model.path, trained.data.path) == ("unknown", "unknown")
-
-
 def test_invalid_stores_are_refused_before_ranks_start(tmp_path):
     config = own_store(tmp_path / "s")
     check_store(config)
+    config.sae.hookpoint = "acts@output"  # the same tensor as "acts"
+    assert check_store(config) == "acts"
     config.sae.hookpoint = "typo"
     with pytest.raises(ConfigError, match=r"sae.hookpoint='typo': expected an array .*'acts'"):
         check_store(config)
+    several = RunConfig()
+    several.store.path, several.train.batch_tokens = str(tmp_path / "several"), 64
+    writer = StoreWriter(several.store.path, {"a": 4, "b": 4}, dtype="float32", shard_tokens=64)
+    writer.write_item(0, {name: np.ones((64, 4), np.float32) for name in ("a", "b")})
+    writer.finalise()
+    with pytest.raises(ConfigError, match=r"sae\.hookpoint=None: expected one of the arrays .*'b'"):
+        check_store(several)
+    several.sae.hookpoint = "b"
+    assert check_store(several) == "b"
     config.sae.hookpoint, config.train.batch_tokens = None, 65
-    with pytest.raises(ConfigError, match="at most 64 stored rows"):
+    with pytest.raises(ConfigError, match="at most 64, the number of rows in the store"):
         check_store(config)
     with pytest.raises(ConfigError, match="finalise"):
         check_store(own_store(tmp_path / "open", finalise=False))
@@ -100,7 +83,7 @@ def test_non_finite_rows_are_not_harvested(tmp_path):
     sidecars = {name: np.array([5, 5, 9, 9]) for name in columns}
     StoreWriter(tmp_path / "s", {"a": 3, "b": 3}, shard_tokens=4)
     worker._computed = (6, rows, sidecars)
-    assert worker.run_item(6, contexts) == 4
+    assert worker.run_item(6, contexts).rows == 4
     rows["b"][2:, 1] = np.inf
     worker._computed = (7, rows, sidecars)
     found = "item 7: b has 2 values .* in 2 rows, the first at document 9, position 9; .*bfloat16"

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from sae_core.checkpoint import newest_valid
+from sae_core.checkpoint import host_copy, newest_valid
 from tests.support.trainer_ranks import BATCH, Job, SyntheticSource, config_of
 
 STEPS, EVERY, FAILURE_STEP = 40, 10, 20
@@ -38,8 +38,12 @@ def train(
     failure: Failure | None = None,
     checkpoint: dict[str, Any] | None = None,
     step_s: float = 0.0,
+    short_of_memory: bool = False,
 ) -> int:
-    """Run one rank: resume, train and return 0. Every batch takes at least `step_s` seconds."""
+    """Run one rank: resume, train and return 0. Every batch takes at least `step_s` seconds.
+
+    If `short_of_memory`, the host has no memory for copies, and blocks have 1,000 bytes.
+    """
     import torch.distributed as dist
 
     from sae_core.distributed.mesh import Mesh
@@ -47,6 +51,9 @@ def train(
     from sae_core.training.trainer import Trainer
 
     torch.set_num_threads(1)
+    if short_of_memory:
+        patched: Any = host_copy
+        patched.BLOCK_BYTES, patched.available_bytes = 1000, lambda: 0
     dist.init_process_group("gloo")
     mesh = Mesh.create("cpu", latent, dist.get_world_size() // latent)
     root = Path(folder) / "checkpoints"
@@ -88,9 +95,8 @@ class _Slow(SyntheticSource):
 
 def install_failure(failure: Failure) -> None:
     """Install the failure at `failure.point` of the save of step `failure.step`."""
-    from torch.distributed.checkpoint import HuggingFaceStorageWriter
-
     from sae_core.checkpoint import background_saver, save
+    from sae_core.checkpoint.safetensors_file import TensorFileWriter
 
     def fail() -> None:
         if failure.how == "kill":
@@ -125,11 +131,11 @@ def install_failure(failure: Failure) -> None:
 
         saver.save = trapped_save
     elif failure.point == "write":
-        before(save, "_save_tensors", lambda folder, *_: is_target(folder) and _torn(folder))
+        before(save, "_write_tensors", lambda folder, *_: is_target(folder) and _torn(folder))
     elif failure.point == "begin":
         before(save, "_write")
     elif failure.point == "disk":
-        before(HuggingFaceStorageWriter, "write_data", lambda self, *_: is_target(self.path))
+        before(TensorFileWriter, "write_bytes", lambda self, *_: is_target(self.path))
     elif failure.point == "no room":
         _limit_file_size(save, is_target)
     elif failure.point == "manifest":
@@ -145,16 +151,14 @@ def install_failure(failure: Failure) -> None:
 
 
 def _torn(folder: Path) -> bool:
-    """If `folder` is the optimizer part, begin a file in it and return True, otherwise False."""
-    if folder.name != "optimizer":
-        return False
-    (folder / "shard-00001-model-00001-of-00001.safetensors").write_bytes(b"x" * 1000)
+    """Begin a file of the optimizer part of an unfinished checkpoint, and return True."""
+    (folder / "optimizer" / "shard-00001-model-00001-of-00001.safetensors").write_bytes(b"x" * 1000)
     return True
 
 
 def _limit_file_size(save: Any, is_target: Callable[..., bool]) -> None:
     """Limit the files that this process may write during the save to 4 KiB."""
-    real = save._save_tensors
+    real = save._write_tensors
 
     def limited(folder: Path, *more: Any) -> Any:
         soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -165,7 +169,7 @@ def _limit_file_size(save: Any, is_target: Callable[..., bool]) -> None:
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
-    save._save_tensors = limited
+    save._write_tensors = limited
 
 
 TOKENS_PER_SAVE = EVERY * BATCH

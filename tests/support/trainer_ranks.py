@@ -209,7 +209,7 @@ def _disable(feature: str | None) -> None:
         "fired all-reduce": (base, "dist", without_all_reduce),
         "gradient average": (SAEEngine, "train_step", _without_average(SAEEngine.train_step)),
         "sharded mark": (TopKSAE, "forward", _without_mark(TopKSAE.forward)),
-        "replica exchange": (fused_adam, "gather_over_replicas", lambda gradient, _: gradient),
+        "replica exchange": (fused_adam, "gather_over_replicas", lambda gradient, *_: gradient),
         "zero push": (SAEEngine, "_push_to_zero", lambda *_: None),
     }
     if feature is not None:

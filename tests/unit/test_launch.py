@@ -45,6 +45,10 @@ def launch(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
         ("sae.hookpoint=model.layers.3", "one of model.hookpoints"),
         ("data.heldout_fraction=0", "between 0 and 1"),
         ("train.kernels=fast", "one of: auto, stock, triton, reference"),
+        (
+            "train.kernels=triton train.device=cpu",
+            "train.kernels='triton': expected kernels that run on train.device=cpu, such as stock",
+        ),
         ("seed=-1", "0 or more"),
         ("optim.lr=nan", "a finite number"),
         ("data.tokens=100", "at least one batch"),
@@ -98,6 +102,7 @@ def test_help_names_stages_groups_and_examples(tmp_path):
 
 
 def test_a_changed_config_is_refused_with_a_diff(tmp_path):
+    (tmp_path / "runs" / "demo").mkdir(parents=True)  # a failed start keeps an existing folder
     launch("stage=train", "store.path=missing", cwd=tmp_path)
     corrected = launch("stage=train", "store.path=missing", "sae.k=31", cwd=tmp_path)
     assert "sae.k" not in corrected.stderr  # an empty run may change its config

@@ -64,14 +64,14 @@ class Slurm(TrackedBackend):
         log = str(job.folder / f"slurm-{job_id}.log")
         return Submission(job_id, f"{job_id}, {path}", f"tail -f {log}", {"log": log})
 
-    def unfinished_state(self, job: SubmittedJob) -> str | None:
+    def unfinished_state(self, job: SubmittedJob, config: SubmitConfig) -> str | None:
         """Return the state of a submitted job, such as PENDING, or None if it has ended."""
         fields = commands.job_fields(job.id)
         if fields is None or fields["JobState"].startswith(_ENDED):
             return None
         return fields["JobState"]
 
-    def describe(self, job: SubmittedJob) -> str:
+    def describe(self, job: SubmittedJob, config: SubmitConfig) -> str:
         """Describe a submitted job in one line, followed by a line with its log file."""
         fields = commands.job_fields(job.id)
         text = _describe_from_record(job) if fields is None else _describe_known(job, fields)

@@ -31,7 +31,10 @@ def call(*command: str) -> str:
             f"{command[0]}: no answer from Slurm within {_TIMEOUT_S:.0f} s; try again later"
         ) from error
     if done.returncode:
-        raise SchedulerError(f"{command[0]}: {done.stderr.strip() or done.stdout.strip()}")
+        raise SchedulerError(
+            f"{command[0]} failed with exit code {done.returncode}: "
+            f"{done.stderr.strip() or done.stdout.strip()}"
+        )
     return done.stdout
 
 

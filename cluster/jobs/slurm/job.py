@@ -105,7 +105,11 @@ class Attempt:
         deadline = time.monotonic() + _NODES_TIMEOUT_S
         while waiting.poll() is None:
             if self.signalled or time.monotonic() > deadline:
-                print(f"job: stopped waiting for Ray on {self.n_nodes} nodes", flush=True)
+                print(
+                    f"job: stopped waiting for {self.n_nodes} nodes to join Ray, because a signal "
+                    f"arrived or {_NODES_TIMEOUT_S} s passed",
+                    flush=True,
+                )
                 waiting.kill()
             time.sleep(_POLL_S)
         return waiting.returncode == 0

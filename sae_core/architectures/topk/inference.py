@@ -33,9 +33,8 @@ class TopKInference(SAE):
             ShapeError: If the last dimension of `x` is not D.
         """
         flat = self.rows_of(x)
-        values, indices = self.kernels.encode_topk(
-            flat - self.b_dec, self.W_enc, self.b_enc, self.config.k
-        )
+        k = min(self.config.k, len(self.W_enc))  # a shard may have fewer latents than k
+        values, indices = self.kernels.encode_topk(flat - self.b_dec, self.W_enc, self.b_enc, k)
         values, order = values.relu().sort(dim=1, descending=True, stable=True)
-        shape = (*x.shape[:-1], self.config.k)
+        shape = (*x.shape[:-1], k)
         return values.view(shape), indices.gather(1, order).view(shape)

@@ -1,15 +1,15 @@
 """TopK SAE with AuxK (Gao et al. 2024, arXiv 2406.04093), one shard of its dictionary per rank.
 
-    x         = (raw - input_mean) * input_scale
+    x         = (mapped(raw) - input_mean) * input_scale
     pre_acts  = (x - b_dec) @ W_enc.T + b_enc
     latents   = relu(topk(pre_acts, k))          # exact over all shards
     recon     = latents @ W_dec + b_dec
     loss      = |x - recon|^2 / D + auxk_coef * |residual - aux_recon|^2 / |residual|^2
 
 The auxiliary term may be estimated, without bias, from a fixed fraction of the batch's rows.
-`input_scale` is chosen so that the calibration sample's mean squared norm is D. The first term of
-the loss is then the fraction of variance unexplained. Export folds the normalisation into the
-weights.
+`mapped` is the map of `sae.input_transform`, by default none. `input_scale` is chosen so that the
+calibration sample's mean squared norm is D. The first term of the loss is then the fraction of
+variance unexplained. Export folds map and normalisation into the weights.
 """
 
 from __future__ import annotations
@@ -25,13 +25,15 @@ from sae_core.architectures.base import SparseAutoencoder, StepOutput
 from sae_core.architectures.sparse_autoencode import (
     AuxInput,
     Dictionary,
+    Normalisation,
     SparsePlan,
     encode_shard,
+    fired_latents,
     sparse_autoencode,
 )
 from sae_core.architectures.topk.settings import TopKConfig, default_auxk
 from sae_core.distributed.mesh import Mesh
-from sae_core.kernels import Kernels, SparseGradient
+from sae_core.kernels import Kernels, SparseGradient, subset_of
 
 
 class TopKSAE(SparseAutoencoder):
@@ -54,20 +56,26 @@ class TopKSAE(SparseAutoencoder):
         The metric `auxk_loss` is scaled so that its mean over the data replicas equals its value
         for the global batch.
         """
-        x = self.normalise(raw)
         weights = Dictionary(self.W_enc, self.b_enc, self.W_dec, self.b_dec)
-        aux = self._aux_input(x.shape[0])
-        out = sparse_autoencode(x, weights, self.plan, aux, self.copies)
-        loss = out.squared_error / x.numel()
-        aux_loss = torch.zeros((), device=x.device)
+        raw = self.mapped(raw)
+        B = raw.shape[0]
+        n_dead = self._n_dead() if self.config.auxk_coef else None
+        aux = None if n_dead is None else self._aux_input(B, n_dead)
+        normalisation = Normalisation(self.input_mean, self.input_scale)
+        out = sparse_autoencode(raw, weights, self.plan, aux, self.copies, normalisation)
+        loss = out.squared_error / raw.numel()
+        aux_loss = torch.zeros((), device=raw.device)
         if out.aux_squared_error is not None:
-            aux_loss = self._aux_loss(out.squared_error.detach(), out.aux_squared_error, x.shape[0])
+            aux_loss = self._aux_loss(out.squared_error.detach(), out.aux_squared_error, B)
+            # Without dead latents there is no auxiliary loss, although the path may have run.
+            assert n_dead is not None
+            aux_loss = torch.where(n_dead > 0, aux_loss, 0.0)
             loss = loss + self.config.auxk_coef * aux_loss
-        fired = torch.zeros_like(self.tokens_since_fired, dtype=torch.bool)
-        fired[out.active.latents] = True
-        n_active = torch.tensor(len(out.active.latents), device=x.device)
+        n_active = (out.active.ends - out.active.offsets).sum()
+        fired = fired_latents(out.active, len(self.tokens_since_fired))
         metrics = {"auxk_loss": aux_loss.detach()}
-        return StepOutput(loss, out.squared_error.detach(), fired, n_active, metrics)
+        moments = (out.inputs.total, out.inputs.square)
+        return StepOutput(loss, out.squared_error.detach(), fired, n_active, metrics, *moments)
 
     @torch.no_grad()
     def reconstruct_centred(self, centred: torch.Tensor) -> torch.Tensor:
@@ -82,25 +90,33 @@ class TopKSAE(SparseAutoencoder):
         """See `SparseAutoencoder.send_gradient_to`."""
         self.plan = replace(self.plan, collect=receive)
 
-    def _aux_input(self, n_rows: int) -> AuxInput | None:
-        """Return the dead latents and auxiliary rows; None if no rank has a dead latent."""
-        if self.config.auxk_coef == 0:
-            return None
-        dead = self.dead().nonzero().squeeze(1)
-        total = torch.tensor(len(dead), device=dead.device)
+    def _n_dead(self) -> torch.Tensor:
+        """Return the number of dead latents of all shards, a scalar on the device; collective."""
+        n_dead = self.dead().sum()
         if self.plan.group is not None:
-            dist.all_reduce(total, group=self.plan.group)
-        if not bool(total > 0):
+            dist.all_reduce(n_dead, group=self.plan.group)
+        return n_dead
+
+    def _aux_input(self, n_rows: int, n_dead: torch.Tensor) -> AuxInput | None:
+        """Return the dead latents and auxiliary rows; None if the auxiliary path need not run.
+
+        With asynchronous kernels it always runs, because the host does not know whether any latent
+        is dead. With others it runs if there is a dead latent on any shard.
+        """
+        if not self.kernels.asynchronous and not bool(n_dead > 0):
             return None
+        dead = subset_of(self.dead())
         taken = self._aux_rows(n_rows)
         if taken == n_rows:
             return AuxInput(dead, None)
         # The stream is shuffled, so evenly spaced rows are as good as random ones.
-        return AuxInput(dead, torch.arange(taken, device=dead.device) * n_rows // taken)
+        rows = torch.arange(taken, device=n_dead.device) * n_rows // taken
+        return AuxInput(dead, rows)
 
     def _aux_rows(self, n_rows: int) -> int:
         """Return the number of rows of the auxiliary path."""
-        return max(1, math.ceil(self.config.auxk_rows * n_rows))
+        share = self.config.auxk_rows
+        return n_rows if share is None else max(1, math.ceil(share * n_rows))
 
     def _aux_loss(self, residual: torch.Tensor, missing: torch.Tensor, n_rows: int) -> torch.Tensor:
         """Return the fraction of the residual that dead latents leave unexplained.

@@ -10,32 +10,24 @@ import torch
 import torch.nn.functional as F
 
 from foundation.errors import ConfigError
-from sae_core.kernels.interface import (
-    Decoded,
-    RowGradients,
-    RowUpdate,
-    SparseGradient,
-    SparseLatents,
-)
+from sae_core.kernels.interface import RowGradients, SparseLatents
 from sae_core.kernels.prefilter import Prefilter, prefiltered_topk
 from sae_core.kernels.stock.encode import streamed_topk
-from sae_core.kernels.stock.prefilter_bfloat16 import Bfloat16Prefilter, bfloat16_is_fast
-from sae_core.kernels.stock.update import StockRowUpdate
+from sae_core.kernels.stock.prefilter_bfloat16 import Bfloat16Prefilter
+from sae_core.kernels.torch_kernels import TorchKernels
 
 
-class StockKernels:
+class StockKernels(TorchKernels):
     """Implementation in stock torch operations; see `Kernels`.
 
     Args:
         compute_dtype: Dtype of the encoder product. With bfloat16, pre-activations are summed in
             float32 and then rounded to bfloat16, so nearly equal ones become ties.
-        prefilter: Finds candidates in low precision before the exact selection. If None, the full
-            product is computed in `compute_dtype`.
+        prefilter: Finds candidates in low precision before the exact selection, for CPU tensors
+            only. If None, the full product is computed in `compute_dtype`.
     """
 
     name = "stock"
-    copy_dtype: torch.dtype | None = None
-    gather_dtype: torch.dtype | None = None
 
     def __init__(
         self, compute_dtype: torch.dtype = torch.float32, prefilter: Prefilter | None = None
@@ -43,10 +35,27 @@ class StockKernels:
         self.compute_dtype = compute_dtype
         self.prefilter = prefilter
 
-    def encode_topk(
+    def use_prefilter(self, name: str) -> None:
+        """Use `none`, `bfloat16` or `bfloat16x3`; see `PrefilteringKernels.use_prefilter`."""
+        if name not in ("none", "bfloat16", "bfloat16x3"):
+            expected = "none, bfloat16 or bfloat16x3 for kernels=stock"
+            raise ConfigError("train.prefilter", name, expected)
+        if name == "none":
+            self.prefilter = None
+            return
+        if self.compute_dtype != torch.float32 or not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+            raise ConfigError(
+                "train.prefilter",
+                name,
+                "none",
+                "for a bfloat16 prefilter, use compute_dtype=float32 on a CPU with AVX-512",
+            )
+        self.prefilter = Bfloat16Prefilter(split=name == "bfloat16x3")
+
+    def select(
         self, x: torch.Tensor, W_enc: torch.Tensor, b_enc: torch.Tensor, k: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """See `Kernels.encode_topk`."""
+        """Run `encode_topk` on all latents."""
         if self.prefilter is not None:
             return prefiltered_topk(self.prefilter, self, x, W_enc, b_enc, k)
         return self.exact_topk(x, W_enc, b_enc, k)
@@ -78,13 +87,6 @@ class StockKernels:
         )
         return dot
 
-    def decode_error(
-        self, target: torch.Tensor, active: SparseLatents, W_dec: torch.Tensor
-    ) -> Decoded:
-        """See `Kernels.decode_error`."""
-        error = target - self.decode(active, W_dec)
-        return Decoded(error, self.decoder_dot(error, active, W_dec))
-
     def row_gradients(
         self, active: SparseLatents, dvalues: torch.Tensor, x: torch.Tensor, error: torch.Tensor
     ) -> RowGradients:
@@ -105,10 +107,6 @@ class StockKernels:
             latents, segment_sum(active.values[order], error), segment_sum(dvalues, x), db_enc
         )
 
-    def row_update(self, gradient: SparseGradient, W_dec: torch.Tensor) -> RowUpdate:
-        """See `Kernels.row_update`."""
-        return StockRowUpdate(self.row_gradients(*gradient), W_dec)
-
     def _linear(self, x: torch.Tensor, W: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         """Return `x @ W.T + b` in float32, with inputs in `compute_dtype`."""
         if self.compute_dtype != torch.float32:
@@ -126,24 +124,6 @@ def build(compute_dtype: torch.dtype, tf32: bool, prefilter: str) -> StockKernel
         raise ConfigError("train.compute_dtype", "tf32", "float32 for kernels=stock")
     if compute_dtype not in (torch.float32, torch.bfloat16):
         raise ConfigError("compute dtype", compute_dtype, "float32 or bfloat16 for kernels=stock")
-    return StockKernels(compute_dtype, _prefilter(prefilter, compute_dtype))
-
-
-def _prefilter(prefilter: str, compute_dtype: torch.dtype) -> Prefilter | None:
-    """Return the prefilter of this name, or None for no prefilter."""
-    possible = compute_dtype == torch.float32 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    if prefilter == "auto":
-        prefilter = "bfloat16x3" if possible and bfloat16_is_fast() else "none"
-    if prefilter == "none":
-        return None
-    if prefilter not in ("bfloat16", "bfloat16x3"):
-        expected = "none, bfloat16 or bfloat16x3 for kernels=stock"
-        raise ConfigError("train.prefilter", prefilter, expected)
-    if not possible:
-        raise ConfigError(
-            "train.prefilter",
-            prefilter,
-            "none",
-            "for a bfloat16 prefilter, use compute_dtype=float32 on a CPU with AVX-512",
-        )
-    return Bfloat16Prefilter(split=prefilter == "bfloat16x3")
+    kernels = StockKernels(compute_dtype)
+    kernels.use_prefilter(prefilter)
+    return kernels

@@ -8,7 +8,14 @@ from __future__ import annotations
 
 import torch
 
-from sae_core.kernels.interface import AdamStep, RowGradients, RowState
+from sae_core.kernels.gradients import input_bias_gradient
+from sae_core.kernels.interface import (
+    AdamStep,
+    Kernels,
+    RowGradients,
+    RowState,
+    SparseGradient,
+)
 from sae_core.kernels.rounding import round_stochastically_, salt_of
 
 _BLOCK_BYTES = 4 << 20
@@ -24,24 +31,39 @@ class StockRowUpdate:
     """Update of dictionary rows in stock torch operations; see `RowUpdate`.
 
     Args:
-        rows: Row gradients; those of W_dec are projected in place (see `project`).
-        W_dec: [L, D] master rows.
+        kernels: Kernels that sum the gradient's terms.
+        gradient: Gradient of the global batch, with compact pairs.
+        W_dec: [L, D] master rows, along which W_dec's gradient is projected (see `project`).
     """
 
-    def __init__(self, rows: RowGradients, W_dec: torch.Tensor) -> None:
-        self.rows = rows
+    def __init__(self, kernels: Kernels, gradient: SparseGradient, W_dec: torch.Tensor) -> None:
+        self.gradient = gradient
+        self.rows = rows = kernels.row_gradients(*gradient.terms)
+        self._square: torch.Tensor | None = None
         size = max(1, _BLOCK_BYTES // (W_dec.element_size() * W_dec.shape[1]))
         for latents, dW_dec in zip(rows.latents.split(size), rows.W_dec.split(size), strict=True):
             decoder = W_dec.index_select(0, latents)
             dW_dec.addcmul_((dW_dec * decoder).sum(1, keepdim=True), decoder, value=-1)
 
+    def input_bias_gradient(self, W_enc: torch.Tensor) -> torch.Tensor:
+        """See `RowUpdate.input_bias_gradient`."""
+        return input_bias_gradient(self.gradient, W_enc)
+
     def square(self) -> torch.Tensor:
         """See `RowUpdate.square`."""
-        parts = (self.rows.W_enc, self.rows.W_dec, self.rows.b_enc)
-        return torch.stack([square_sum(part) for part in parts]).sum()
+        if self._square is None:
+            parts = (self.rows.W_enc, self.rows.W_dec, self.rows.b_enc)
+            self._square = torch.stack([square_sum(part) for part in parts]).sum()
+        return self._square
 
-    def apply(self, state: RowState, adam: AdamStep) -> None:
-        """See `RowUpdate.apply`."""
+    def apply(self, state: RowState, adam: AdamStep) -> torch.Tensor:
+        """See `RowUpdate.apply`; if any row's gradient is not finite, no row changes."""
+        square = self.square()
+        skip = torch.maximum(adam.skip, (~square.isfinite()).to(adam.skip.dtype))
+        self._apply(state, adam._replace(skip=skip))
+        return torch.where(adam.skip > 0, 0.0, square)
+
+    def _apply(self, state: RowState, adam: AdamStep) -> None:
         n_rows, d_model = state.W_enc.shape
         size = max(1, min(_BLOCK_BYTES // (4 * d_model), n_rows))
         scratch = _Scratch(state, size)

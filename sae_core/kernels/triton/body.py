@@ -12,19 +12,22 @@ import torch
 from foundation.errors import ConfigError
 from sae_core.errors import ShapeError
 from sae_core.kernels.interface import (
+    Affine,
+    Centred,
     Decoded,
     RowGradients,
     RowUpdate,
     SparseGradient,
     SparseLatents,
+    Subset,
 )
-from sae_core.kernels.prefilter import prefiltered_topk
+from sae_core.kernels.prefilter import n_float8_candidates, prefiltered_topk
 from sae_core.kernels.triton.prefilter_float8 import Float8Prefilter, SplitRows
 
 if TYPE_CHECKING:
     from types import ModuleType
 
-    from sae_core.kernels.triton.encode import Encoder
+    from sae_core.kernels.triton.encoder.encode import Encoder
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _LARGEST_LATENT = 1 << 31
@@ -34,8 +37,7 @@ class TritonKernels:
     """Implementation in Triton; see `Kernels`. Results are reproducible bit for bit.
 
     Pre-activations are summed in float32; the selected values and all gradients are float32 too.
-    The host waits for the device in two operations only. Encoding waits once, or twice with the
-    prefilter, to learn whether any row must be run again. `row_gradients` waits once.
+    Only `row_gradients`, which the dense update uses, makes the host wait for the device.
 
     Args:
         compute_dtype: Dtype of the encoder product's inputs.
@@ -49,6 +51,7 @@ class TritonKernels:
     """
 
     name = "triton"
+    asynchronous = True
 
     def __init__(
         self,
@@ -59,7 +62,7 @@ class TritonKernels:
     ) -> None:
         interpreted = _check_triton()
         _check_dtype(compute_dtype, precision, interpreted)
-        from sae_core.kernels.triton import segments, sparse
+        from sae_core.kernels.triton import dense, segments, sparse
         from sae_core.kernels.triton import update as triton_update
         from sae_core.kernels.triton.quantise import split_rows
 
@@ -72,31 +75,77 @@ class TritonKernels:
             Float8Prefilter(self.bounded_topk, split_rows) if float8_prefilter else None
         )
         self._encoder = _encoder(compute_dtype, precision, interpreted)
+        self._float8_encoder = _encoder(torch.float8_e4m3fn, "ieee", interpreted)
+        self._dense: ModuleType = dense
         self._sparse: ModuleType = sparse
         self._segments: ModuleType = segments
         self._update: ModuleType = triton_update
 
+    def prepare(self, n_rows: int, n_latents: int, d_model: int, k: int) -> None:
+        """See `Prepared.prepare`: choose the encoder's kernel by timing; see `choose.py`.
+
+        Without a call, or under the interpreter, the default kernel is used. Selected latents are
+        the same either way.
+        """
+        if self.interpreted or not n_rows or not k:
+            return
+        from sae_core.kernels.triton.encoder.choose import choose
+
+        if self.prefilter is None:
+            few = choose(self._encoder, n_rows, n_latents, d_model, k)
+            self._encoder = self._encoder.with_few(few)
+            return
+        # The exact encoder only runs the rows that the prefilter could not certify.
+        count = n_float8_candidates(d_model, n_latents, k)
+        few = choose(self._float8_encoder, n_rows, n_latents, d_model, count)
+        self._float8_encoder = self._float8_encoder.with_few(few)
+
+    def centre(self, raw: torch.Tensor, affine: Affine) -> Centred:
+        """See `Kernels.centre`."""
+        self._check(raw)
+        centred: Centred = self._dense.centre(raw, affine, self.gather_dtype)
+        return centred
+
     def encode_topk(
-        self, x: torch.Tensor, W_enc: torch.Tensor, b_enc: torch.Tensor, k: int
+        self,
+        x: torch.Tensor,
+        W_enc: torch.Tensor,
+        b_enc: torch.Tensor,
+        k: int,
+        among: Subset | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """See `Kernels.encode_topk`."""
-        # k is 0 where a shard without dead latents takes part in AuxK.
-        if self.prefilter is not None and k and x.shape[0]:
+        if self.prefilter is not None and among is None and x.shape[0]:
             # Candidates are rescored as in the full product: inputs rounded, sums in float32.
             rounded = x.to(self.compute_dtype).float()
             W_enc = W_enc.to(self.compute_dtype)
             return prefiltered_topk(self.prefilter, self, rounded, W_enc, b_enc, k)
-        return self.exact_topk(x, W_enc, b_enc, k)
+        return self.exact_topk(x, W_enc, b_enc, k, among=among)
 
     def exact_topk(
-        self, x: torch.Tensor, W_enc: torch.Tensor, b_enc: torch.Tensor, k: int
+        self,
+        x: torch.Tensor,
+        W_enc: torch.Tensor,
+        b_enc: torch.Tensor,
+        k: int,
+        rows: Subset | None = None,
+        among: Subset | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Run `encode_topk` without a prefilter."""
+        """Run `encode_topk` without a prefilter, on some rows or on all of them.
+
+        Args:
+            x: [B, D] centred inputs.
+            W_enc: [L, D].
+            b_enc: [L].
+            k: Number to select; at most L.
+            rows: Rows to encode; None means all of them. The results of other rows are undefined.
+            among: Latents to select from; None means all of them.
+        """
         self._check(x, W_enc, b_enc)
         if _is_empty(x.shape[0], W_enc.shape[0], k):
             shape = (x.shape[0], k)
             return x.new_empty(shape, dtype=torch.float32), x.new_empty(shape, dtype=torch.int64)
-        return self._encoder.topk(x, W_enc, b_enc, k)
+        return self._encoder.topk(x, W_enc, b_enc, k, rows, among)
 
     def bounded_topk(
         self, x: SplitRows, W: SplitRows, b: torch.Tensor, count: int
@@ -129,12 +178,10 @@ class TritonKernels:
                 "compute capability 8.9 or higher for float8",
                 "use train.prefilter=none",
             )
-        from sae_core.kernels.triton.quantise import FP8
-
         B, L = len(x.scales), len(W.scales)
         if _is_empty(B, L, count):
             return x.scales.new_empty(B, count), b.new_empty(B, count, dtype=torch.int64)
-        return _encoder(FP8, "ieee", self.interpreted).topk_split(x, W, b, count)
+        return self._float8_encoder.topk_split(x, W, b, count)
 
     def decode(self, active: SparseLatents, W_dec: torch.Tensor) -> torch.Tensor:
         """See `Kernels.decode`."""
@@ -151,11 +198,17 @@ class TritonKernels:
         return dot
 
     def decode_error(
-        self, target: torch.Tensor, active: SparseLatents, W_dec: torch.Tensor
+        self, target: torch.Tensor | Centred, active: SparseLatents, W_dec: torch.Tensor
     ) -> Decoded:
         """See `Kernels.decode_error`."""
-        self._check(target, W_dec)
-        decoded: Decoded = self._sparse.decode_error(target, active, W_dec)
+        self._check(target.raw if isinstance(target, Centred) else target, W_dec)
+        decoded: Decoded = self._sparse.decode_error(target, active, W_dec, self.gather_dtype)
+        return decoded
+
+    def subtract(self, target: torch.Tensor | Centred, recon: torch.Tensor) -> Decoded:
+        """See `Kernels.subtract`."""
+        self._check(target.raw if isinstance(target, Centred) else target, recon)
+        decoded: Decoded = self._dense.subtract(target, recon, self.gather_dtype)
         return decoded
 
     def row_gradients(
@@ -177,19 +230,19 @@ class TritonKernels:
             if tensor.device.type != "cuda" and not self.interpreted:
                 raise ShapeError(
                     f"tensor is on {tensor.device}: the triton kernels need CUDA tensors; "
-                    "use kernels=stock on this device"
+                    "use train.kernels=stock on this device"
                 )
             if tensor.dtype not in _DTYPES:
                 raise ShapeError(
                     f"tensor has dtype {tensor.dtype}: the triton kernels need bfloat16, float16 "
-                    "or float32; use kernels=reference for float64"
+                    "or float32; use train.kernels=reference for float64"
                 )
 
 
 def build(compute_dtype: torch.dtype, tf32: bool, prefilter: str) -> TritonKernels:
     """Build these kernels with the settings of training; see `get_kernels`."""
-    if prefilter not in ("auto", "none", "float8"):
-        raise ConfigError("train.prefilter", prefilter, "none or float8 for kernels=triton")
+    if prefilter not in ("none", "float8"):
+        raise ConfigError("train.prefilter", prefilter, "none or float8 for train.kernels=triton")
     if tf32 and prefilter == "float8":
         raise ConfigError("train.prefilter", prefilter, "none with train.compute_dtype=tf32")
     return TritonKernels(
@@ -209,9 +262,9 @@ def _is_empty(B: int, L: int, k: int) -> bool:
 
 
 def _encoder(dtype: torch.dtype, precision: str, interpreted: bool) -> Encoder:
-    from sae_core.kernels.triton import encode
+    from sae_core.kernels.triton.encoder import candidates, encode
 
-    cut = encode.INTERPRETER_TILES if interpreted else encode.tiles(dtype, precision)
+    cut = candidates.INTERPRETER_TILES if interpreted else candidates.tiles(dtype, precision)
     return encode.Encoder(dtype, precision, cut, interpreted)
 
 
@@ -221,18 +274,18 @@ def _check_triton() -> bool:
         import triton
     except ImportError as error:
         raise ConfigError(
-            "kernels",
+            "train.kernels",
             "triton",
             "triton to be installed",
-            "run pip install triton, or use kernels=stock",
+            "run pip install triton, or use train.kernels=stock",
         ) from error
     interpreted = bool(triton.knobs.runtime.interpret)
     if not interpreted and not torch.cuda.is_available():
         raise ConfigError(
-            "kernels",
+            "train.kernels",
             "triton",
             "a CUDA device",
-            "use kernels=stock, or set TRITON_INTERPRET=1 in tests",
+            "use train.kernels=stock, or set TRITON_INTERPRET=1 in tests",
         )
     return interpreted
 
@@ -240,7 +293,7 @@ def _check_triton() -> bool:
 def _check_dtype(compute_dtype: torch.dtype, precision: str, interpreted: bool) -> None:
     if compute_dtype not in _DTYPES:
         raise ConfigError(
-            "compute dtype", compute_dtype, "bfloat16, float16 or float32 for kernels=triton"
+            "compute dtype", compute_dtype, "bfloat16, float16 or float32 for train.kernels=triton"
         )
     if precision not in ("ieee", "tf32"):
         raise ConfigError("precision", precision, "ieee or tf32")

@@ -15,6 +15,15 @@ FP_FUSION = {"enable_fp_fusion": True}
 
 Triton 3.10 changes the default to False. Setting it keeps results independent of Triton's version.
 """
+COUNTS = [
+    *("n_rows", "n_latents", "first", "stop", "k", "B"),
+    *("n_slots", "n_main", "period", "first_latent", "n_side"),
+]
+"""Arguments of kernels that Triton must not specialise.
+
+By default it compiles another kernel where a number is 1, or a multiple of 16. For these, no such
+kernel would be faster, and all of them would have to be compiled and checked.
+"""
 LARGEST_ROW = 8192
 """Largest supported d_model: `_MOST_COLUMNS` for each thread of a program of 16 warps.
 
@@ -42,7 +51,8 @@ def row_shape(D: int, per_thread: int, in_flight: int) -> dict[str, int]:
     """
     if D > LARGEST_ROW:
         raise ShapeError(
-            f"d_model={D}: the triton kernels support at most {LARGEST_ROW}; use kernels=stock"
+            f"d_model={D}: the triton kernels support at most {LARGEST_ROW}; "
+            "use train.kernels=stock"
         )
     BD = max(16, triton.next_power_of_2(D))
     warps = max(1, min(BD // (32 * per_thread), _USUAL_WARPS), BD // (32 * _MOST_COLUMNS))

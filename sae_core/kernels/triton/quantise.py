@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from sae_core.kernels.triton import prefilter_float8
-from sae_core.kernels.triton.launch import contiguous_columns, row_shape
+from sae_core.kernels.triton.launch import COUNTS, contiguous_columns, row_shape
 from sae_core.kernels.triton.prefilter_float8 import SplitRows, SplitSpec, side_width
 
 FP8 = torch.float8_e4m3fn
@@ -19,11 +19,17 @@ _TINY = tl.constexpr(prefilter_float8.TINY)
 _UP = tl.constexpr(prefilter_float8.UP)
 _SMALLEST = tl.constexpr(prefilter_float8.SMALLEST)
 _STEP_MAGIC = tl.constexpr(1.5 * 2**20)
+_STEP = tl.constexpr(prefilter_float8.SUM_WIDTH)
+_STEPS = tl.constexpr(prefilter_float8.PROMOTED // prefilter_float8.SUM_WIDTH)
+_ADDENDS = tl.constexpr(prefilter_float8.SUM_ADDENDS)
+_FLOAT8_STEP = tl.constexpr(prefilter_float8.FLOAT8_STEP)
+_BFLOAT16_STEP = tl.constexpr(prefilter_float8.BFLOAT16_STEP)
+_SMALLEST_NORMAL = tl.constexpr(prefilter_float8.SMALLEST_NORMAL)
 
 
 @triton.jit
 def _power_of(value):
-    """Return the largest power of two that is at most a positive float32."""
+    """Return the largest power of two that is at most the magnitude of a float32."""
     return (value.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
 
 
@@ -53,6 +59,20 @@ def _round_to_bfloat16(value):
 
 
 @triton.jit
+def _sum_weights(low, n_low, PAIRS: tl.constexpr, BD: tl.constexpr):
+    """Compute `prefilter_float8.sum_weights` of rounded rows that are zero from column n_low on."""
+    columns = tl.arange(0, BD)
+    later = ((columns // _STEP) % _STEPS - _STEPS + 1) * -1
+    weights = (later * (_ADDENDS + 1) + 1).to(tl.float32)
+    running = tl.sum(weights[None, :] * low * low, 1)
+    N: tl.constexpr = BD // _STEP
+    largest = tl.max(tl.reshape(tl.abs(low), (PAIRS, N, _STEP)), 2)
+    largest = tl.maximum(largest, _SMALLEST_NORMAL)
+    largest = tl.where((tl.arange(0, N) * _STEP < n_low)[None, :], largest, 0.0)
+    return running + tl.sum(largest * largest, 1) * _ADDENDS
+
+
+@triton.jit(do_not_specialize=COUNTS)
 def split_kernel(
     matrix, channels, moved, squares, low, side, scales, deviations, sums, n_rows, D, n_side,
     width, side_columns, stride, PAIRS: tl.constexpr, BD: tl.constexpr,
@@ -71,19 +91,23 @@ def split_kernel(
     part = tl.where(is_low[None, :], tile, 0.0)
     largest = tl.maximum(tl.div_rn(tl.max(tl.abs(part), 1), _MAX), _TINY)
     scale = 2 * _power_of(tl.maximum(largest, tl.max(tl.abs(tile), 1) * _SMALLEST))
-    inverse = tl.div_rn(1.0, scale)
-    scaled = tile * inverse[:, None]
+    scaled = tile * tl.div_rn(1.0, scale)[:, None]
     rounded = tl.where(is_low[None, :], _round_to_float8(scaled), _round_to_bfloat16(scaled))
-    away = tile - rounded * scale[:, None]
-    terms = tl.load(moved + columns, mask=columns < D, other=0.0)[None, :] * away * away
-    terms += tl.load(squares + columns, mask=columns < D, other=0.0)[None, :] * tile * tile
-    bound = deviations * tl.sqrt_rn(tl.sqrt_rn(tl.sum(terms * terms, 1))) * inverse * _UP
-    lost = sums * tl.sqrt_rn(tl.sum(part * part, 1)) * inverse * _UP
+    # As in `prefilter_float8.rounding_variances`.
+    power = _power_of(scaled)
+    side_step = tl.where(scaled == rounded, 0.0, power * _BFLOAT16_STEP)
+    low_step = tl.maximum(power, _SMALLEST_NORMAL) * _FLOAT8_STEP
+    step = tl.where(is_low[None, :], low_step, side_step)
+    away = tl.load(moved + columns, mask=columns < D, other=0.0)[None, :] * (step * step / 12)
+    size = tl.load(squares + columns, mask=columns < D, other=0.0)[None, :] * scaled * scaled
+    bound = deviations * tl.sqrt_rn(tl.sqrt_rn(tl.sum(away * away + size * size, 1))) * _UP
+    part = tl.where(is_low[None, :], rounded, 0.0)
+    lost = sums * tl.sqrt_rn(_sum_weights(part, D - n_side, PAIRS, BD)) * _UP
     where = low + rows[:, None] * width + columns[None, :]
     # Columns after the last float8 channel, up to the width, become zeros.
     tl.store(
         where,
-        tl.where(is_low[None, :], rounded, 0.0).to(low.dtype.element_ty),
+        part.to(low.dtype.element_ty),
         mask=live[:, None] & (columns < width)[None, :],
     )
     base = side + rows * side_columns
@@ -99,7 +123,8 @@ def split_kernel(
 
 def split_shape(D: int) -> dict[str, int]:
     """Return the compile-time sizes of `split_kernel`; see `row_shape`."""
-    return row_shape(D, per_thread=8, in_flight=32)
+    shape = row_shape(D, per_thread=8, in_flight=32)
+    return {**shape, "BD": max(shape["BD"], prefilter_float8.SUM_WIDTH)}
 
 
 def split_rows(matrix: torch.Tensor, weights: SplitSpec) -> SplitRows:

@@ -18,8 +18,8 @@ import torch
 import triton
 import triton.language as tl
 
-from sae_core.kernels.interface import RowGradients, SparseLatents
-from sae_core.kernels.triton.launch import contiguous_columns, row_shape
+from sae_core.kernels.interface import EMPTY, RowGradients, SparseLatents
+from sae_core.kernels.triton.launch import COUNTS, contiguous_columns, row_shape
 
 PIECE = 512
 """Maximum number of pairs that one program sums."""
@@ -100,7 +100,7 @@ def slot_sum(
     return acc, total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def piece_kernel(
     owners, n_slots,
     rows, values, dvalues, edges, piece_ends, dec, enc, bias, x, error, D, x_stride, error_stride,
@@ -159,7 +159,7 @@ def sum_shape(D: int) -> dict[str, int]:
 
 
 def sort_by_latent(latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sort pairs by latent; a latent's pairs stay in row order.
+    """Sort pairs by latent, empty slots first; a latent's pairs stay in row order.
 
     Args:
         latents: [N] int64, below 2**31.
@@ -188,7 +188,7 @@ def segments(
         x: [R, D] centred inputs, in any float dtype that the kernels take.
         error: [R, D] reconstruction errors, in any float dtype that the kernels take.
         order: [N] int64, indices that sort the pairs by slot.
-        edges: [S + 1] int64, start of each slot's pairs in that order, followed by N.
+        edges: [S + 1] int64, start of each slot's pairs in that order, and the end of the last.
     """
     N = len(order)
     D = x.shape[1]
@@ -220,7 +220,12 @@ def segments(
 def row_gradients(
     active: SparseLatents, dvalues: torch.Tensor, x: torch.Tensor, error: torch.Tensor
 ) -> RowGradients:
-    """See `Kernels.row_gradients`; float32. The host waits once, for the number of used latents."""
+    """See `Kernels.row_gradients`; float32. The host waits for the number of used latents."""
+    used = (active.latents != EMPTY).nonzero().squeeze(1)
+    active = active._replace(
+        rows=active.rows[used], latents=active.latents[used], values=active.values[used]
+    )
+    dvalues = dvalues[used]
     by_latent, order = sort_by_latent(active.latents)
     latents, counts = by_latent.unique_consecutive(return_counts=True)
     U = len(latents)

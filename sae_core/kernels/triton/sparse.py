@@ -13,8 +13,15 @@ import torch
 import triton
 import triton.language as tl
 
-from sae_core.kernels.interface import Decoded, SparseLatents
-from sae_core.kernels.triton.launch import FP_FUSION, contiguous_columns, row_shape
+from sae_core.kernels.interface import Centred, Decoded, SparseLatents
+from sae_core.kernels.triton.dense import (
+    ROWS,
+    empty_sums,
+    store_sums,
+    target_arguments,
+    target_row,
+)
+from sae_core.kernels.triton.launch import COUNTS, FP_FUSION, contiguous_columns, row_shape
 
 PAIRS = 8
 """Number of pairs whose dictionary rows are loaded together, to keep several loads in flight."""
@@ -23,15 +30,6 @@ PAIRS = 8
 def column_block(D: int, most: int) -> int:
     """Return the number of columns of d_model per tile: a power of two, or `most`."""
     return min(most, triton.next_power_of_2(D))
-
-
-@triton.jit
-def _row_end(offsets, row, B, n_pairs):
-    """Return the index past a row's last pair."""
-    end = tl.zeros((), tl.int64) + n_pairs
-    if row + 1 < B:
-        end = tl.load(offsets + row + 1)
-    return end
 
 
 @triton.jit
@@ -44,7 +42,7 @@ def _dictionary_rows(latents, pairs, live, W, W_stride, columns, inside):
 
 @triton.jit
 def decode_kernel(
-    latents, values, offsets, W, out, B, n_pairs, D, W_stride,
+    latents, values, offsets, ends, W, out, D, W_stride,
     PAIRS: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     """Compute out[row] = sum of value * W[latent]; one program per (row, column block)."""
@@ -52,7 +50,7 @@ def decode_kernel(
     columns = tl.program_id(1) * BD + tl.arange(0, BD)
     inside = columns < D
     begin = tl.load(offsets + row)
-    end = _row_end(offsets, row, B, n_pairs)
+    end = tl.load(ends + row)
     acc = tl.zeros((PAIRS, BD), tl.float32)
     for first in range(begin, end, PAIRS):
         pairs = first + tl.arange(0, PAIRS)
@@ -65,13 +63,13 @@ def decode_kernel(
 
 @triton.jit
 def decoder_dot_kernel(
-    grad, latents, offsets, W, out, B, n_pairs, D, grad_stride, W_stride,
+    grad, latents, offsets, ends, W, out, D, grad_stride, W_stride,
     PAIRS: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     """Compute out[pair] = grad[row] . W[latent]; one program per row, whose grad stays in L1."""
     row = tl.program_id(0)
     begin = tl.load(offsets + row)
-    end = _row_end(offsets, row, B, n_pairs)
+    end = tl.load(ends + row)
     grad_row = grad + row.to(tl.int64) * grad_stride
     for first in range(begin, end, PAIRS):
         pairs = first + tl.arange(0, PAIRS)
@@ -86,37 +84,43 @@ def decoder_dot_kernel(
         tl.store(out + pairs, tl.sum(acc, 1).to(out.dtype.element_ty), mask=live)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def decode_error_kernel(
-    target, latents, values, offsets, W, error, dots, B, n_pairs, D, target_stride, W_stride,
-    PAIRS: tl.constexpr, BD: tl.constexpr,
+    target, mean, scale, shift, latents, values, offsets, ends, W, error, dots, totals, squares, B,
+    D, target_stride, W_stride, ROWS: tl.constexpr, PAIRS: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    """Compute each row's error and its dot products with the row's decoder rows.
+    """Compute ROWS rows' errors and their dot products with the rows' decoder rows.
 
-    error[row] = target[row] - sum of value * W[latent]; dots[pair] = error[row] . W[latent].
-    One program per row. The error stays in registers. The decoder rows are read twice, the second
-    time from a cache.
+    error[row] = target[row] - sum of value * W[latent]; dots[pair] = error[row] . W[latent]. The
+    error stays in registers for the dot products. The decoder rows are read twice, the second time
+    from a cache. Each program also stores the sum of its errors, [BD], and their squares' sum.
     """
-    row = tl.program_id(0)
     columns = tl.arange(0, BD)
     inside = columns < D
-    begin = tl.load(offsets + row)
-    end = _row_end(offsets, row, B, n_pairs)
-    recon = tl.zeros((BD,), tl.float32)
-    for first in range(begin, end, PAIRS):
-        pairs = first + tl.arange(0, PAIRS)
-        live = pairs < end
-        value = tl.load(values + pairs, mask=live, other=0.0).to(tl.float32)
-        rows = _dictionary_rows(latents, pairs, live, W, W_stride, columns, inside)
-        recon += tl.sum(value[:, None] * rows, 0)
-    target_row = target + row.to(tl.int64) * target_stride
-    left = tl.load(target_row + columns, mask=inside, other=0.0).to(tl.float32) - recon
-    tl.store(error + row.to(tl.int64) * D + columns, left, mask=inside)
-    for first in range(begin, end, PAIRS):
-        pairs = first + tl.arange(0, PAIRS)
-        live = pairs < end
-        rows = _dictionary_rows(latents, pairs, live, W, W_stride, columns, inside)
-        tl.store(dots + pairs, tl.sum(left[None, :] * rows, 1), mask=live)
+    total = tl.zeros((BD,), tl.float32)
+    square = tl.zeros((BD,), tl.float32)
+    start = tl.program_id(0).to(tl.int64) * ROWS
+    for number in range(start, tl.minimum(start + ROWS, B)):
+        row = tl.zeros((), tl.int64) + number  # int64 under the interpreter, too
+        begin = tl.load(offsets + row)
+        end = tl.load(ends + row)
+        recon = tl.zeros((BD,), tl.float32)
+        for first in range(begin, end, PAIRS):
+            pairs = first + tl.arange(0, PAIRS)
+            live = pairs < end
+            value = tl.load(values + pairs, mask=live, other=0.0).to(tl.float32)
+            rows = _dictionary_rows(latents, pairs, live, W, W_stride, columns, inside)
+            recon += tl.sum(value[:, None] * rows, 0)
+        left = target_row(target, row, target_stride, mean, scale, shift, columns, inside) - recon
+        total += left
+        square += left * left
+        tl.store(error + row * D + columns, left.to(error.dtype.element_ty), mask=inside)
+        for first in range(begin, end, PAIRS):
+            pairs = first + tl.arange(0, PAIRS)
+            live = pairs < end
+            rows = _dictionary_rows(latents, pairs, live, W, W_stride, columns, inside)
+            tl.store(dots + pairs, tl.sum(left[None, :] * rows, 1), mask=live)
+    store_sums(totals, squares, total, square, D, columns, inside)
 
 
 def decode_shape(D: int) -> dict[str, int]:
@@ -125,7 +129,7 @@ def decode_shape(D: int) -> dict[str, int]:
     Programs are large, so that few run on a multiprocessor: the decoder rows that each reads twice
     must fit in the L1 cache together.
     """
-    return row_shape(D, per_thread=4, in_flight=64)
+    return {"ROWS": ROWS, **row_shape(D, per_thread=4, in_flight=64)}
 
 
 def decode(active: SparseLatents, W_dec: torch.Tensor) -> torch.Tensor:
@@ -137,40 +141,54 @@ def decode(active: SparseLatents, W_dec: torch.Tensor) -> torch.Tensor:
     BD = column_block(D, 512)
     if B:
         decode_kernel[(B, triton.cdiv(D, BD))](
-            active.latents, active.values, active.offsets, W_dec, out, B, len(active.latents), D,
+            active.latents, active.values, active.offsets, active.ends, W_dec, out, D,
             W_dec.stride(0), PAIRS=PAIRS, BD=BD, **FP_FUSION,
         )  # fmt: skip
     return out
 
 
 def decoder_dot(grad: torch.Tensor, active: SparseLatents, W_dec: torch.Tensor) -> torch.Tensor:
-    """See `Kernels.decoder_dot`; the result has the dtype of `grad`, sums are float32."""
+    """See `Kernels.decoder_dot`; the result is float32."""
     grad = contiguous_columns(grad)
     W_dec = contiguous_columns(W_dec)
     B = len(active.offsets)
-    n_pairs = len(active.latents)
     D = W_dec.shape[1]
-    out = torch.empty(n_pairs, dtype=grad.dtype, device=grad.device)
-    if n_pairs:
+    # Zeros, because no program writes to empty slots.
+    out = torch.zeros(len(active.latents), device=grad.device)
+    if B:
         decoder_dot_kernel[(B,)](
-            grad, active.latents, active.offsets, W_dec, out, B, n_pairs, D, grad.stride(0),
+            grad, active.latents, active.offsets, active.ends, W_dec, out, D, grad.stride(0),
             W_dec.stride(0), PAIRS=PAIRS, BD=column_block(D, 256), **FP_FUSION,
         )  # fmt: skip
     return out
 
 
-def decode_error(target: torch.Tensor, active: SparseLatents, W_dec: torch.Tensor) -> Decoded:
-    """See `Kernels.decode_error`; the results are float32."""
-    target = contiguous_columns(target)
+def decode_error(
+    target: torch.Tensor | Centred,
+    active: SparseLatents,
+    W_dec: torch.Tensor,
+    dtype: torch.dtype | None,
+) -> Decoded:
+    """See `Kernels.decode_error`.
+
+    Args:
+        target: [B, D].
+        active: Pairs of the B rows.
+        W_dec: [L, D].
+        dtype: Dtype of the error; None means float32. All other results are float32.
+    """
+    rows, *affine = target_arguments(target)
     W_dec = contiguous_columns(W_dec)
-    B = len(active.offsets)
-    n_pairs = len(active.latents)
-    D = W_dec.shape[1]
-    error = torch.empty(B, D, device=target.device)
-    dots = torch.empty(n_pairs, device=target.device)
+    B, D = rows.shape
+    device = rows.device
+    error = torch.empty(B, D, dtype=dtype or torch.float32, device=device)
+    # Zeros, because no program writes to empty slots.
+    dots = torch.zeros(len(active.latents), device=device)
+    totals, squares = empty_sums(rows)
     if B:
-        decode_error_kernel[(B,)](
-            target, active.latents, active.values, active.offsets, W_dec, error, dots, B, n_pairs,
-            D, target.stride(0), W_dec.stride(0), **decode_shape(D),
+        decode_error_kernel[squares.shape](
+            rows, *affine, active.latents, active.values, active.offsets, active.ends, W_dec,
+            error, dots, totals, squares, B, D, rows.stride(0), W_dec.stride(0),
+            **decode_shape(D),
         )  # fmt: skip
-    return Decoded(error, dots)
+    return Decoded(error, dots, squares.sum(), totals.sum(0))

@@ -18,6 +18,7 @@ import triton.language as tl
 from sae_core.errors import ShapeError
 from sae_core.kernels import rounding
 from sae_core.kernels.interface import AdamStep, RowState, SparseGradient
+from sae_core.kernels.triton.launch import COUNTS, contiguous_columns
 from sae_core.kernels.triton.segments import (
     PIECE,
     Segments,
@@ -27,6 +28,8 @@ from sae_core.kernels.triton.segments import (
     sum_shape,
 )
 
+BIAS_SLOTS = 128
+"""Latents per program of `input_bias_kernel`."""
 _ROW = tl.constexpr(rounding.ROW)
 _COLUMN = tl.constexpr(rounding.COLUMN)
 _MIX_1 = tl.constexpr(rounding.MIX_1)
@@ -73,9 +76,12 @@ def _moved(w, m, v, step_size, root, eps):
 
 @triton.jit
 def _store_moment(moment, at, inside, value, row, columns, step, ARRAY: tl.constexpr):
-    """Store a moment of array ARRAY, rounded stochastically if it is kept in bfloat16."""
+    """Store a moment of array ARRAY, rounded stochastically if it is kept in bfloat16.
+
+    step: pointer to a float32.
+    """
     if moment.dtype.element_ty == tl.bfloat16:
-        value = round_stochastically(value, row, columns, salt_of(step, ARRAY))
+        value = round_stochastically(value, row, columns, salt_of(tl.load(step), ARRAY))
     tl.store(moment + at, value.to(moment.dtype.element_ty), mask=inside)
 
 
@@ -123,9 +129,38 @@ def square_kernel(
     tl.store(squares + slot, square)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
+def input_bias_kernel(
+    partial, W, rows, dvalues, edges, n_slots, n_main, period, D, W_stride,
+    SLOTS: tl.constexpr, PAIRS: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    """Sum dvalue * W[slot] over the main path's pairs of SLOTS slots; one row of partial, [., D].
+
+    A pair is on the main path if its row modulo `period` is below `n_main`.
+    """
+    columns = tl.arange(0, BD)
+    inside = columns < D
+    total = tl.zeros((BD,), tl.float32)
+    # int64, because a row begins past element 2**31 in a dictionary of a million latents.
+    first = tl.program_id(0).to(tl.int64) * SLOTS
+    for number in range(first, tl.minimum(first + SLOTS, n_slots)):
+        slot = tl.zeros((), tl.int64) + number  # int64 under the interpreter, too
+        begin, end = tl.load(edges + slot), tl.load(edges + slot + 1)
+        if begin < end:
+            weights = tl.zeros((PAIRS,), tl.float32)
+            for start in range(begin, end, PAIRS):
+                pairs = start + tl.arange(0, PAIRS)
+                row = tl.load(rows + pairs, mask=pairs < end, other=0)
+                live = (pairs < end) & (row % period < n_main)
+                weights += tl.load(dvalues + pairs, mask=live, other=0.0)
+            w = tl.load(W + slot * W_stride + columns, mask=inside, other=0.0)
+            total += tl.sum(weights, 0) * w.to(tl.float32)
+    tl.store(partial + tl.program_id(0).to(tl.int64) * D + columns, total, mask=inside)
+
+
+@triton.jit(do_not_specialize=COUNTS)
 def update_kernel(
-    W_enc, W_dec, b_enc, m_enc, m_dec, m_b, v_enc, v_dec, v_b, copy_enc, copy_dec,
+    W_enc, W_dec, b_enc, m_enc, m_dec, m_b, v_enc, v_dec, v_b, copy_enc, copy_dec, squares,
     numbers, step, skip, first_latent, lerp, beta2, weight2, eps,
     rows, values, dvalues, edges, piece_ends, dec, enc, bias, x, error, D, x_stride, error_stride,
     COPIES: tl.constexpr, FROM_GRAD: tl.constexpr,
@@ -133,7 +168,8 @@ def update_kernel(
 ):  # fmt: skip
     """Apply Adam to one latent's rows and bias, used or not, and normalise its row of W_dec.
 
-    numbers: [3] float32, see `_numbers`.
+    Stores the squared norm of the latent's gradient. A row whose gradient is not finite stays
+    unchanged. numbers: [3] float32, see `_numbers`.
     """
     if tl.load(skip) > 0:
         return
@@ -142,41 +178,46 @@ def update_kernel(
     inside = columns < D
     at = slot * D + columns
     row = (slot + first_latent).to(tl.int32)
-    count = tl.load(step)
     g, _ = slot_sum(
         rows, values, error, error_stride, edges, piece_ends, dec, bias, slot, D,
         columns, inside, PIECE, PAIRS, BD,
     )  # fmt: skip
     w = tl.load(W_dec + at, mask=inside, other=0.0)
     g = g - tl.sum(g * w, 0) * w
+    square = tl.sum(g * g, 0)
+    finite = columns < tl.where(square < float("inf"), D, 0)
     w = _adam_row(
-        W_dec, g, m_dec, v_dec, at, inside, row, columns, count, numbers, lerp, beta2, weight2, eps,
+        W_dec, g, m_dec, v_dec, at, finite, row, columns, step, numbers, lerp, beta2, weight2, eps,
         1, FROM_GRAD,
     )  # fmt: skip
     w = tl.where(inside, w, 0.0)  # columns past D are NaN if eps is 0
     w = w * tl.div_rn(1.0, tl.maximum(tl.sqrt_rn(tl.sum(w * w, 0)), 1e-12))
-    tl.store(W_dec + at, w, mask=inside)
+    tl.store(W_dec + at, w, mask=finite)
     if COPIES:
-        tl.store(copy_dec + at, w.to(copy_dec.dtype.element_ty), mask=inside)
+        tl.store(copy_dec + at, w.to(copy_dec.dtype.element_ty), mask=finite)
     g, b = slot_sum(
         rows, dvalues, x, x_stride, edges, piece_ends, enc, bias, slot, D,
         columns, inside, PIECE, PAIRS, BD,
     )  # fmt: skip
+    square_enc = tl.sum(g * g, 0) + b * b
+    tl.store(squares + slot, square + square_enc)
+    is_finite = square_enc < float("inf")
+    finite = columns < tl.where(is_finite, D, 0)
     w = _adam_row(
-        W_enc, g, m_enc, v_enc, at, inside, row, columns, count, numbers, lerp, beta2, weight2, eps,
+        W_enc, g, m_enc, v_enc, at, finite, row, columns, step, numbers, lerp, beta2, weight2, eps,
         0, FROM_GRAD,
     )  # fmt: skip
-    tl.store(W_enc + at, w, mask=inside)
+    tl.store(W_enc + at, w, mask=finite)
     if COPIES:
-        tl.store(copy_enc + at, w.to(copy_enc.dtype.element_ty), mask=inside)
+        tl.store(copy_enc + at, w.to(copy_enc.dtype.element_ty), mask=finite)
     b = tl.div_rn(b, tl.load(numbers + 2))
     m, v = _moments(
         tl.load(m_b + slot), tl.load(v_b + slot), b, lerp, beta2, weight2, FROM_GRAD
     )  # fmt: skip
     w = _moved(tl.load(b_enc + slot), m, v, tl.load(numbers), tl.load(numbers + 1), eps)
-    tl.store(b_enc + slot, w)
-    tl.store(m_b + slot, m)
-    tl.store(v_b + slot, v)
+    tl.store(b_enc + slot, w, mask=is_finite)
+    tl.store(m_b + slot, m, mask=is_finite)
+    tl.store(v_b + slot, v, mask=is_finite)
 
 
 class TritonRowUpdate:
@@ -192,12 +233,29 @@ class TritonRowUpdate:
     """
 
     def __init__(self, gradient: SparseGradient, W_dec: torch.Tensor) -> None:
-        pairs, dvalues, x, error = gradient
+        pairs, dvalues, x, error = gradient.terms
         by_latent, order = sort_by_latent(pairs.latents)
         slots = torch.arange(W_dec.shape[0] + 1, dtype=torch.int32, device=W_dec.device)
+        # Empty slots come first, so the first edge is past them.
         edges = torch.searchsorted(by_latent, slots)
+        self.n_main = gradient.n_main
+        self.period = len(x) // gradient.n_replicas
         self.W_dec = _whole(W_dec)
         self.segments: Segments = segments(pairs, dvalues, x, error, order, edges)
+
+    def input_bias_gradient(self, W_enc: torch.Tensor) -> torch.Tensor:
+        """See `RowUpdate.input_bias_gradient`."""
+        W_enc = contiguous_columns(W_enc)
+        L, D = W_enc.shape
+        n_programs = triton.cdiv(L, BIAS_SLOTS)
+        partial = torch.empty(n_programs, D, device=W_enc.device)
+        made = self.segments
+        if L:
+            input_bias_kernel[(n_programs,)](
+                partial, W_enc, made.rows, made.dvalues, made.edges, L, self.n_main, self.period,
+                D, W_enc.stride(0), SLOTS=BIAS_SLOTS, **input_bias_shape(D),
+            )  # fmt: skip
+        return -partial.sum(0)
 
     def square(self) -> torch.Tensor:
         """See `RowUpdate.square`."""
@@ -210,11 +268,13 @@ class TritonRowUpdate:
             )  # fmt: skip
         return squares.sum()
 
-    def apply(self, state: RowState, adam: AdamStep) -> None:
+    def apply(self, state: RowState, adam: AdamStep) -> torch.Tensor:
         """See `RowUpdate.apply`."""
         L, D = state.W_dec.shape
+        # Zeros, because a skipped update stores nothing.
+        squares = torch.zeros(L, device=state.W_dec.device)
         if not L:
-            return
+            return squares.sum()
         masters = (state.W_enc, state.W_dec, state.b_enc)
         # If there are no copies, the masters are passed in their place, and the kernel ignores
         # these arguments.
@@ -223,11 +283,18 @@ class TritonRowUpdate:
         from_grad = 1 - adam.beta1 >= 0.5
         lerp = -adam.beta1 if from_grad else 1 - adam.beta1
         update_kernel[(L,)](
-            *map(_whole, written), _numbers(adam), adam.step, adam.skip, state.first_latent,
-            lerp, adam.beta2, 1 - adam.beta2, adam.eps, *self.segments.arguments,
-            COPIES=state.copies is not None, FROM_GRAD=from_grad, PIECE=PIECE,
-            **sum_shape(D),
+            *map(_whole, written), squares, _numbers(adam), adam.step, adam.skip,
+            state.first_latent, lerp, adam.beta2, 1 - adam.beta2, adam.eps,
+            *self.segments.arguments, COPIES=state.copies is not None, FROM_GRAD=from_grad,
+            PIECE=PIECE, **sum_shape(D),
         )  # fmt: skip
+        return squares.sum()
+
+
+def input_bias_shape(D: int) -> dict[str, int]:
+    """Return the compile-time sizes and launch options of `input_bias_kernel`, except SLOTS."""
+    shape = sum_shape(D)
+    return {**shape, "PAIRS": 32 * shape["num_warps"]}
 
 
 def _numbers(adam: AdamStep) -> torch.Tensor:
@@ -237,7 +304,8 @@ def _numbers(adam: AdamStep) -> torch.Tensor:
     as in torch's fused Adam.
     """
     step = adam.step.double()
-    step_size = adam.lr / (1 - adam.beta1**step)
+    lr = adam.lr.double() if isinstance(adam.lr, torch.Tensor) else adam.lr
+    step_size = lr / (1 - adam.beta1**step)
     root = (1 - adam.beta2**step).sqrt()
     divisor = torch.ones_like(step) if adam.divisor is None else adam.divisor.double()
     return torch.stack([step_size, root, divisor.reshape(())]).float()

@@ -24,6 +24,7 @@ from sae_core.kernels import Kernels
 from sae_core.kernels.registry import KERNELS, KernelBody
 from sae_core.kernels.stock.body import StockKernels
 from sae_core.training_metrics import TrainingMetric, mean_over_steps
+from tests.support.toys.slots import SLOTTED
 
 
 @dataclass
@@ -63,6 +64,8 @@ class ToySAE(SparseAutoencoder):
             fired=(latents > 0).any(0),
             n_active=(latents > 0).sum(),
             metrics={"size": size.detach()},
+            input_total=x.sum(0),
+            input_square=x.square().sum(),
         )
 
     @torch.no_grad()
@@ -125,8 +128,9 @@ COPYING = KernelBody("tests.support.toys.architecture:build_copying")
 
 @contextmanager
 def registered_toys() -> Iterator[None]:
-    """Add the toy architecture `toy` and the kernel body `copying`."""
+    """Add the toy architecture `toy` and the kernel bodies `copying` and `slotted`."""
     with ExitStack() as stack:
         stack.enter_context(ARCHITECTURES.registered("toy", TOY))
         stack.enter_context(KERNELS.registered("copying", COPYING))
+        stack.enter_context(KERNELS.registered("slotted", SLOTTED))
         yield

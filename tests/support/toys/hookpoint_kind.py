@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from conf.hookpoint import Hookpoint
 
 
-class InputKind(HookpointKind):
+class TakenKind(HookpointKind):
     """The first positional input of a module; with option `head`, only the columns of one head."""
 
     def check(self, hookpoint: Hookpoint) -> None:

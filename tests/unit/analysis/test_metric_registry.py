@@ -137,7 +137,9 @@ def test_a_metric_that_is_not_registered_here_is_still_shown() -> None:
 
 
 def test_the_builtin_metrics_and_their_order() -> None:
-    names = ["fvu", "mse", "l0", "dead_fraction", "ce_clean", "ce_recon", "ce_zero", "ce_mean"]
-    assert list(definitions()) == [*names, "ce_recovered", "ce_recovered_mean", "kl", "tokens"]
+    names = ["fvu", "fvu_median", "variance_top_1", "mse", "l0"]
+    names += ["dead_fraction", "frequency_tokens", "dead_in_training"]
+    names += ["ce_clean", "ce_recon", "ce_zero", "ce_mean"]
+    assert list(definitions()) == [*names, "ce_recovered_mean", "ce_recovered", "kl", "tokens"]
     assert METRICS["dead_fraction"].text(0.0123) == "1.23% of all latents"
     assert METRICS["tokens"].text(1234) == "1,234 tokens"

@@ -92,6 +92,10 @@ runpy.run_module("benchmarks.step", run_name="__main__", alter_sys=True)
         **dict.fromkeys(STEPS, "none"),
         "slope": "none",
     }
+    # `auto` does not time so small a product.
+    encoders = ("encode + topk", "encode + topk, no prefilter", *STEPS)
+    found = {row["op"]: row["prefilter"] for row in rows if "prefilter" in row}
+    assert found == dict.fromkeys(encoders, "none")
     assert [row["op"] for row in tail] == ["gemm", "step + clip"] * 3 + ["slope"]
     assert tail[-1]["work"]["L"] == [128, 256, 512]
     assert math.isfinite(tail[-1]["slope"])
@@ -119,7 +123,7 @@ from sae_core.kernels import get_kernels
 
 start_one_rank()
 inputs = Inputs(Work(256, 32, 64, 4), Setup.of("cpu"))
-config = step_ours._trainer_config(inputs, step_ours.Variant("", clip=True, auxk_rows=0.5))
+config = step_ours.trainer_config(inputs, step_ours.Variant("", clip=True, auxk_rows=0.5))
 saes = []
 for plain in (True, False):
     torch.manual_seed(0)
@@ -328,7 +332,7 @@ def test_slope_needs_every_size() -> None:
     rows = slope_rows(float)
     rows[2] = {key: rows[2][key] for key in ("system", "op", "work")} | {"error": "budget"}
     row = slope_row(rows)
-    assert "not measured" in row["error"]
+    assert "not both measured at every L" in row["error"]
     assert "slope" not in row
 
 

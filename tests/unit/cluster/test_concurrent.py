@@ -30,7 +30,9 @@ def harvest_of(path: Path, items: list[int], lead: int, sample_tokens: int) -> _
     plan: Any = None
     harvest_lock = HarvestLock(path, "run")
     return _Harvest(
-        HarvestJob(config, path.parent, str(path), plan, {}, harvest_lock, True, Console(), False)
+        HarvestJob(
+            config, path.parent, str(path), plan, {}, None, harvest_lock, True, Console(), False
+        )
     )
 
 

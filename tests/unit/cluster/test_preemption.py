@@ -9,6 +9,8 @@ import sys
 import time
 from typing import Any
 
+import pytest
+
 from cluster.preemption import signals_kept
 from tests.support.paths import ROOT
 
@@ -54,3 +56,26 @@ def test_processes_started_by_ray_survive_sigusr1_and_a_rank_receives_it():
     time.sleep(0.2)
     assert rank.poll() is None
     assert rank.communicate("on\n", timeout=40)[0] == "heard\n"
+
+
+IGNORED = """
+import os, signal
+from cluster.preemption import Interrupted, on_preemption, raise_interrupted
+signal.signal(signal.SIGINT, signal.SIG_IGN if {ignored} else signal.default_int_handler)
+try:
+    with on_preemption(raise_interrupted, 60):
+        os.kill(os.getpid(), signal.SIGINT)
+    print("went on")
+except Interrupted as name:
+    print(name)
+"""
+
+
+@pytest.mark.parametrize(("ignored", "said"), [(True, "went on\n"), (False, "SIGINT\n")])
+def test_ctrl_c_stops_a_run_unless_the_shell_ignores_it(ignored: bool, said: str) -> None:
+    code = IGNORED.format(ignored=ignored)
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=ENVIRONMENT, capture_output=True, text=True, check=False
+    )
+    assert done.stdout == said, done.stderr
+    assert ("press Ctrl-C again" in done.stderr) is not ignored

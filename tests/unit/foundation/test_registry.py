@@ -52,7 +52,7 @@ def test_an_installed_package_adds_members(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(tmp_path))
     registry = shapes()
     assert registry["circle"] == "a circle"
-    with pytest.raises(FoundryError, match=r"'oval' of round-shapes could not .*mend or uninstall"):
+    with pytest.raises(FoundryError, match=r"'oval' of round-shapes could not .*fix or uninstall"):
         registry["oval"]
     forms: Registry[object] = Registry("form", "draw.form", "forms", {"path": "pathlib:Path"})
     for _ in range(2):  # also when it is asked again

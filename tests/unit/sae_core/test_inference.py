@@ -12,6 +12,7 @@ from sae_core.architectures.dictionary_init import random_unit_rows
 from sae_core.architectures.topk.inference import TopKInference
 from sae_core.config import TopKConfig
 from sae_core.errors import CheckpointError, ShapeError
+from sae_core.kernels import get_kernels
 from tests.support.trainer_ranks import Job, SyntheticSource, run_job
 
 
@@ -30,7 +31,7 @@ def test_save_and_load(tmp_path):
     assert (again.config, again.step, again.metadata) == (sae.config, 7, {"a": 1})
     assert torch.equal(again(x), sae(x))
     (tmp_path / "sae.safetensors").write_bytes(b"short")
-    with pytest.raises(CheckpointError, match="not a saved SAE"):
+    with pytest.raises(CheckpointError, match="not a valid saved SAE"):
         load_sae(tmp_path)
 
 
@@ -45,13 +46,25 @@ def test_dense_and_sparse_agree_in_any_batch_shape():
     assert torch.equal(latents.gather(-1, indices), values)
 
 
+def test_the_kernels_follow_the_device_unless_they_were_chosen(monkeypatch):
+    monkeypatch.setattr(
+        "sae_core.inference.default_kernels", {"cpu": "stock", "meta": "reference"}.__getitem__
+    )
+    sae = small()
+    assert sae.kernels.name == "stock" and sae.kernels is sae.kernels
+    assert sae.to("meta").kernels.name == "reference"
+    chosen = get_kernels("stock", torch.bfloat16)
+    sae.kernels = chosen
+    assert sae.kernels is chosen and small().kernels.name == "stock"
+
+
 def test_wrong_width_and_wrong_folders_are_named(tmp_path):
     with pytest.raises(ShapeError, match=r"\(4, 7\): expected \[..., 6\]"):
         small()(torch.zeros(4, 7))
     with pytest.raises(CheckpointError, match="stage=train"):
         load_sae(tmp_path)
     (tmp_path / "sae.json").write_text(json.dumps({"config": {"nonsense": 1}}))
-    with pytest.raises(CheckpointError, match="not a saved SAE"):
+    with pytest.raises(CheckpointError, match="not a valid saved SAE"):
         load_sae(tmp_path)
 
 

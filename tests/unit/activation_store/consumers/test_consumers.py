@@ -177,7 +177,7 @@ def test_a_stream_that_needs_deleted_items_raises(tmp_path: Path) -> None:
     whole_epoch = stream(open_store(path))
     whole_epoch.seek(13)
     whole_epoch.next()
-    with pytest.raises(DeletedDataError, match="epoch 1 needs rows that were deleted"):
+    with pytest.raises(DeletedDataError, match="epoch 1 needs deleted rows"):
         whole_epoch.next()
     mixture = MixtureStream([open_store(path)], [1], ["token_id"], **OPTIONS)
     with pytest.raises(DeletedDataError):

@@ -78,7 +78,7 @@ def test_each_chunk_is_read_once(scattered: Store, monkeypatch: pytest.MonkeyPat
 
 
 def test_missing_rows_and_arrays_are_named(scattered: Store) -> None:
-    with pytest.raises(ConfigError, match="rows=98: expected 0 to 97"):
+    with pytest.raises(ConfigError, match="rows=98: expected at least 0 and below 98"):
         take_rows(scattered, "a", [0, 98])
     with pytest.raises(ConfigError, match="rows=-1"):
         take_rows(scattered, "a", [-1])

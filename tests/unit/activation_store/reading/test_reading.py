@@ -16,6 +16,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 
 from activation_store import ShuffledStream, StagedStream, open_store, verify_store
 from activation_store import threads as parallel
@@ -131,6 +132,22 @@ def test_steady_reading_allocates_nothing(tmp_path: Path) -> None:
     for batch, copy in zip(kept, copies, strict=True):
         np.testing.assert_array_equal(batch.arrays["a"], copy)
     source.close()
+
+
+def test_all_that_a_device_reads_of_a_block_is_in_the_given_memory(tmp_path: Path) -> None:
+    memory: list[NDArray[np.uint8]] = []
+
+    def allocate(n_bytes: int) -> NDArray[np.uint8]:
+        memory.append(np.empty(n_bytes, np.uint8))
+        return memory[-1]
+
+    write_store(tmp_path / "s", ROWS, arrays=ARRAYS)
+    staged = StagedStream(open_store(tmp_path / "s"), ["a"], allocate=allocate, **OPTIONS)
+    (part, *_) = staged.next().parts
+    assert part.block.order is not None
+    for array in (part.block.order, *part.block.arrays.values()):
+        assert any(np.shares_memory(array, one) for one in memory)
+    staged.close()
 
 
 @pytest.mark.parametrize("codec", ["none", "blosc", "int8"])

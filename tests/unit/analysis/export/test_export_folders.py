@@ -18,6 +18,7 @@ from analysis.export.formats import EXPORT_FORMATS, ExportFormat
 from analysis.export.saelens import hook_name
 from analysis.origin import Source, source_of
 from cluster.run_folder.errors import RunFileError
+from cluster.run_folder.files import HARVEST
 from conf.schema.run import RunConfig
 from foundation.atomic_files import replaced_folder
 from sae_core.architectures.topk.inference import TopKInference
@@ -47,6 +48,7 @@ def config() -> RunConfig:
 @pytest.fixture
 def run_dir(tmp_path: Path) -> Path:
     make_sae().save(tmp_path)
+    (tmp_path / HARVEST).write_text("{}")  # the config describes the harvest of this run
     return tmp_path
 
 
@@ -155,9 +157,11 @@ def test_local_paths_are_not_exported(config: RunConfig, run_dir: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["../up", "a/b", ".hidden", ""])
-def test_hookpoint_that_is_not_a_folder_name_is_refused(config: RunConfig, name: str) -> None:
+def test_hookpoint_that_is_not_a_folder_name_is_refused(
+    config: RunConfig, run_dir: Path, name: str
+) -> None:
     with pytest.raises(ExportError, match=r"sae\.hookpoint"):
-        source_of(config, make_sae(name).stored())
+        source_of(config, run_dir, name)
 
 
 def test_export_replaces_the_earlier_one(config: RunConfig, run_dir: Path) -> None:
@@ -262,7 +266,9 @@ def test_a_format_that_cannot_hold_the_sae_is_left_out(
         architectures = ("gated", "relu")
 
     stored = make_sae().stored()
-    message = "numpy cannot hold sae.architecture='topk'; expected one of: gated, relu"
+    message = (
+        "the numpy format does not support sae.architecture='topk'; expected one of: gated, relu"
+    )
     with pytest.raises(ExportError, match=message):
         OnlyGated().check(stored)
     with EXPORT_FORMATS.registered("only_gated", OnlyGated()):

@@ -68,7 +68,14 @@ def test_full_page(tmp_path: Path) -> None:
     text = rendered(full_run(tmp_path))
     page = Page(text)
     assert page.tags.count("svg") >= 5  # loss, fvu, l0, throughput, histogram
-    for shown in ("0.1834", "2.800 → 3.100", "3,607", "1 MiB", "2 never fired", "step-00000039"):
+    for shown in (
+        "0.1834",
+        "2.800 → 3.100",
+        "3,607",
+        "1 MiB",
+        "2 never fired (0 of 1,000 tokens)",
+        "step-00000039",
+    ):
         assert shown in text, shown
     assert "run <code>stage" not in text
 

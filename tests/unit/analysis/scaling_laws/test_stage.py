@@ -88,7 +88,7 @@ def test_the_largest_cells_are_forecast(found: dict[str, Any]) -> None:
         assert abs(row["error"]) < 0.03
         assert row["error"] == pytest.approx(row["forecast"]["value"] / row["measured"] - 1)
     # Three cells remain at each k, too few for the three coefficients of L(n).
-    assert "3 cells, expected at least 4" in law(found, "L(n)", 16)["not_held_out"]
+    assert "3 usable cells, expected at least 4" in law(found, "L(n)", 16)["not_held_out"]
 
 
 def test_forecasts_do_not_see_the_cells_they_are_checked_on(tmp_path: Path, sweep: Path) -> None:
@@ -203,7 +203,7 @@ def test_too_few_cells(tmp_path: Path) -> None:
         fitted(tmp_path)
     for n in (64, 128, 256):
         write_run(tmp_path / f"n{n}", n, 8, level(n, 8), rng, identity="", settles_tokens=1.0)
-    with pytest.raises(FitError, match=r"L\(n\) at k = 8: 3 cells, expected at least 4"):
+    with pytest.raises(FitError, match=r"L\(n\) at k = 8: 3 usable cells, expected at least 4"):
         fitted(tmp_path)
     shutil.rmtree(tmp_path / "n256" / "checkpoints")
     with pytest.raises(FitError, match="n256 has no readable checkpoint, so its d_model and"):
@@ -218,7 +218,7 @@ def test_cells_that_ended_in_their_warm_up_have_no_frontier(tmp_path: Path) -> N
         config.optim.warmup_tokens = config.train.n_steps * config.train.batch_tokens + 1
         save_config(config, run / "config.yaml")
     reason = fitted(tmp_path)["not_fitted"]["L(C) at k = 8"]
-    assert "no cell was trained beyond its warm-up" in reason
+    assert "no cell has logged rows after its warm-up and the first tenth of its tokens" in reason
 
 
 def test_cells_of_different_activations_are_refused(tmp_path: Path) -> None:

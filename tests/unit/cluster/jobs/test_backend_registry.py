@@ -47,11 +47,11 @@ class Spool(TrackedBackend):
         path.write_text(shlex.join(job.command))
         return Submission(path.name, f"{path.name} in a spool", "ls", {"spooled": str(path)})
 
-    def unfinished_state(self, job: SubmittedJob) -> str | None:
+    def unfinished_state(self, job: SubmittedJob, config: SubmitConfig) -> str | None:
         return "SPOOLED" if Path(job.details["spooled"]).exists() else None
 
-    def describe(self, job: SubmittedJob) -> str:
-        return f"{job.id} {self.unfinished_state(job) or 'TAKEN'}"
+    def describe(self, job: SubmittedJob, config: SubmitConfig) -> str:
+        return f"{job.id} {self.unfinished_state(job, config) or 'TAKEN'}"
 
 
 class Note(JobBackend):

@@ -22,6 +22,7 @@ from cluster.jobs.ray_jobs import RAY_JOBS
 from cluster.jobs.skypilot import SKYPILOT
 from cluster.jobs.slurm import batch_script
 from cluster.run_folder.submitted_jobs import FOLDER
+from conf.schema.data import MixedText
 from conf.schema.run import RunConfig
 from conf.schema.submit import SubmitConfig
 from launch import _make_paths_absolute
@@ -145,6 +146,8 @@ def test_code_sent_to_ray_runs_in_its_copy_with_local_paths(
     config.store.path, config.data.path, config.model.path = "store", "texts", "org/a-model"
     odd = 'a "b, c\\'
     config.store.mixture = [MixedStore(odd, 2.0), MixedStore("s3://bucket/d", 1e-5)]
+    (here / "more").mkdir()
+    config.data.mixture = [MixedText("more", 3.0, split="test"), MixedText("org/text")]
     _make_paths_absolute(config)
     typed = ["stage=submit", "data.path=texts", "store.path=store", "model.path=org/a-model"]
     typed.append("store.mixture=[{path:x}]")
@@ -161,6 +164,12 @@ def test_code_sent_to_ray_runs_in_its_copy_with_local_paths(
     assert OverridesParser.create().parse_override(mixture).value() == [
         {"path": str(here / odd), "weight": 2.0},
         {"path": "s3://bucket/d", "weight": 1e-5},
+    ]
+    mixture = next(one for one in arguments if one.startswith("data.mixture="))
+    arguments.remove(mixture)
+    assert OverridesParser.create().parse_override(mixture).value() == [
+        {"path": str(here / "more"), "weight": 3.0, "split": "test"},
+        {"path": "org/text", "weight": 1.0},
     ]
     assert sorted(arguments) == [
         f"cache_dir={here}/cache",

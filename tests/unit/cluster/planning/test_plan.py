@@ -16,6 +16,7 @@ from cluster.planning.links import Collective, collectives, seconds
 from cluster.planning.memory import device_bytes, host_bytes
 from cluster.planning.mesh_search import best_layout, layouts, plan_layout
 from cluster.planning.stage import run
+from cluster.planning.step_buffers import Moment, gpu_buffers, peak
 from cluster.planning.step_time import compute_seconds, read_seconds, schedule, step_seconds
 from cluster.planning.storage import store_bytes_total
 from cluster.planning.tables import run_table
@@ -23,8 +24,10 @@ from cluster.planning.work import Work, work_of
 from conf.schema.plan import PlanConfig
 from conf.schema.run import RunConfig
 from foundation.errors import ConfigError
+from sae_core.checkpoint.host_copy import BLOCK_BYTES, FEWEST_BLOCKS
 from sae_core.config import OptimConfig, ParallelConfig, TopKConfig, TrainConfig
 from tests.support.paths import ROOT
+from tests.support.tiny_models import write_text
 from tests.support.toys.codec import Halves
 
 H100 = gpu(PlanConfig(hardware="h100"))
@@ -76,9 +79,99 @@ def test_bfloat16_moments_take_half():
 
 
 def test_a_checkpoint_is_shared_by_replicas():
-    parts = host_bytes(work(data=4))
-    assert parts["checkpoint copy"] == 2 * 16 * 16 * (4 + 8)
-    assert parts["checkpoint writer"] == 2 * 16 * 16 * 4
+    assert host_bytes(work(data=4))["checkpoint copy"] == 2 * 16 * 16 * (4 + 8)
+
+
+def million(host_memory_gib=None, **sae) -> tuple[RunConfig, Hardware]:
+    """Return a run of 2**20 latents of width 4096 on one H200, and its hardware."""
+    config = config_of(n_latents=1 << 20, batch=1 << 15, k=64, host_memory_gib=host_memory_gib)
+    config.plan.hardware, config.model.d_model = "h200", 4096
+    for key, value in sae.items():
+        setattr(config.sae, key, value)
+    return config, gpu(config.plan)
+
+
+def test_a_host_with_too_little_memory_for_a_copy_blocks_training():
+    config, hardware = million(host_memory_gib=128)
+    config.store.buffer_tokens = 1 << 16
+    layout = plan_layout(config, 4096, hardware, config.parallel)
+    loader = layout.host["loader, pinned"]
+    room = (128 - 4) * GIB - loader
+    assert room / 2 - BLOCK_BYTES < layout.host["checkpoint copy"] <= room / 2
+    assert layout.blocking_bytes == 96 * GIB - layout.host["checkpoint copy"]
+    config.checkpoint.asynchronous = False
+    layout = plan_layout(config, 4096, hardware, config.parallel)
+    assert layout.host["checkpoint copy"] == FEWEST_BLOCKS * BLOCK_BYTES
+    assert layout.blocking_bytes == 96 * GIB
+    config, hardware = million()  # a host of unknown size is assumed to be large enough
+    layout = plan_layout(config, 4096, hardware, config.parallel)
+    assert (layout.host["checkpoint copy"], layout.blocking_bytes) == (96 * GIB, 0)
+
+
+def test_ranks_of_a_small_machine_share_its_memory_for_copies():
+    config = config_of(n_latents=1 << 16, k=8, latent=2)
+    small = replace(H100, device="cpu", memory_bytes=4 * GIB, shared=True, process_bytes=0)
+    layout = plan_layout(config, 1024, small, config.parallel)
+    room = 2 * GIB - layout.device_total
+    assert layout.host == {"checkpoint copy": room / 2 // BLOCK_BYTES * BLOCK_BYTES}
+
+
+def test_the_pools_of_auxk_are_counted():
+    """32,768 rows of 16,384 keys, and masked copies, take 8 GiB; the mask 0.5, the results 1."""
+    config, hardware = million(auxk_rows=1.0)
+    config.plan.dead_fraction = 0.05
+    buffers = gpu_buffers(work_of(config, 4096, on_gpu=True))
+    (pools,) = (buffer for buffer in buffers if buffer.what == "auxiliary pools of keys")
+    assert pools.n_bytes / GIB == pytest.approx(9.5, rel=0.01)
+    moment, held = peak(buffers)
+    assert moment is Moment.SUM  # 67 million pairs, in pieces of 512
+    layout = plan_layout(config, 4096, hardware, config.parallel)
+    assert layout.device["step"] == sum(held.values())
+
+
+def test_auxk_on_more_rows_than_fit_is_refused_with_its_setting():
+    config, hardware = million(auxk_rows=1.0)
+    config.train.batch_tokens = 1 << 17
+    config.plan.dead_fraction = 0.05
+    text = refusal(config, 4096, hardware)
+    assert text.startswith("sae.auxk_rows=1.0") and "use a smaller share, or null" in text
+    config.sae = TopKConfig(n_latents=1 << 20, k=64)
+    assert plan_layout(config, 4096, hardware, config.parallel).fits
+
+
+def test_the_plan_shows_the_share_of_rows_that_it_chose(tmp_path, capsys):
+    config, _ = million(auxk_rows=None)
+    config.plan.dead_fraction = 0.05
+    config.store.path = str(tmp_path / "store")
+    config.cluster.address = "auto"
+    config.data.path = str(write_text(tmp_path / "text.txt"))
+    run(config, tmp_path)
+    printed = "".join(capsys.readouterr().out.replace("│", "").split())
+    assert "auxiliarylosson0.125oftherows" in printed
+
+
+def test_rows_without_a_certificate_are_encoded_twice():
+    hardware = replace(H100, rates=ONLY_PRODUCTS)
+    config = config_of()
+    config.train.prefilter = "float8"
+    product = 2 * 8 * 64 * 16 / 2.0
+    phases = schedule(work_of(config, 16, on_gpu=True), hardware)
+    # An eighth of the columns stay bfloat16.
+    assert compute_seconds(phases) == pytest.approx((7 / 16 + 1 / 8 + 0.05) * product)
+
+
+def test_wide_pools_take_longer_to_select_from():
+    rates = replace(ONLY_PRODUCTS, row_s=1.0, stream_bytes=1.0)
+    hardware = replace(H100, rates=rates)
+
+    def encoder_s(k: int) -> float:
+        phases = schedule(work(n_latents=1 << 20, k=k), hardware)
+        product = 2 * 8 * (1 << 20) * 16 / 2.0
+        return next(phase.seconds for phase in phases if phase.what == "encoder") - product
+
+    assert encoder_s(32) == 8
+    assert encoder_s(64) == pytest.approx(8 * 2 * (6 / 5) ** 2)  # 512 keys instead of 256
+    assert encoder_s(2048) == 4 * 8 * 16384 * 81  # segments of 1, 4, 16 and 64 pools
 
 
 def test_a_million_latents_on_eight_gpus():
@@ -106,8 +199,9 @@ def test_traffic_of_a_latent_group():
 
 def test_traffic_of_replicas_is_sparse_or_dense():
     sparse = calls_of(data=2)
-    assert sparse["pairs"].sent_bytes == 4 * 2 * 24  # 4 rows of 2 pairs
-    assert sparse["inputs and errors"].sent_bytes == 2 * 4 * 16 * 2
+    # 4 rows of 2 slots, and of 8 for latents that may be dead, and the rows' numbers of pairs
+    assert sparse["pairs"].sent_bytes == 4 * (2 + 8) * 12 + (4 + 4) * 8
+    assert sparse["inputs and errors"].sent_bytes == 2 * (4 + 4) * 16 * 2
     config = config_of(data=2)
     config.optim.update = "dense"
     calls = collectives(work_of(config, 16, on_gpu=True))["exchange"]
@@ -157,6 +251,31 @@ def test_replicas_update_from_the_pairs_of_all():
     assert work_of(config, 16, on_gpu=True).update_pairs == 4 * 2
 
 
+def test_every_row_has_slots_for_all_pairs_that_it_may_have():
+    found = work(latent=4, dead_fraction=0.25)  # shards of 16 latents, 4 of them dead
+    assert found.pairs == 8 * (2 + 8) / 4
+    assert found.slots == 8 * (2 + 8)  # a shard may have all pairs of a row
+    assert work().auxk == 8 and work().pairs == 8 * 2  # the path runs, and finds nothing
+    with_stock_kernels = config_of()
+    with_stock_kernels.train.kernels = "stock"
+    assert work_of(with_stock_kernels, 16, on_gpu=True).slots == 8 * 2
+
+
+def test_three_blocks_of_stored_rows_are_on_the_device():
+    found = work()
+    parts = device_bytes(found, H100)
+    assert parts["loader"] == 3 * found.block_rows * 16 * 2
+
+
+def test_a_captured_step_has_a_batch_of_its_own():
+    config = config_of()
+    assert work_of(config, 16, on_gpu=True).graph and not work(latent=2).graph
+    _, captured = peak(gpu_buffers(work_of(config, 16, on_gpu=True)))
+    config.train.cuda_graph = "off"
+    _, eager = peak(gpu_buffers(work_of(config, 16, on_gpu=True)))
+    assert sum(captured.values()) - sum(eager.values()) == 8 * 16 * 2
+
+
 def test_ranks_of_one_machine_share_it():
     machine = replace(H100, shared=True, ranks_per_node=2)
     halved = shared_among(machine, 2)
@@ -177,7 +296,8 @@ def test_every_rank_reads_all_of_a_mixture_on_the_host():
     config.store.mixture = [MixedStore("b")]
     mixed = work_of(config, 16, on_gpu=True)
     assert read_seconds(mixed, H100) == 2 * read_seconds(work(data=2), H100)
-    assert "loader" not in device_bytes(mixed, H100)
+    # Batches are uploaded instead of blocks: the one in use, which the step counts, and two more.
+    assert device_bytes(mixed, H100)["loader"] == 2 * 4 * 16 * 2
     assert mixed.buffer_rows == 2 * work(data=2).buffer_rows
 
 
@@ -268,6 +388,7 @@ def test_a_pipeline_measures_nothing(tmp_path, capsys):
     config = config_of(hardware="local", n_gpus=8, simulate=True)
     config.train.device = "cpu"
     config.cache_dir, config.store.path = str(tmp_path / "cache"), str(tmp_path / "store")
+    config.data.path = str(write_text(tmp_path / "text.txt"))
     run(config, tmp_path)
     printed = capsys.readouterr().out
     assert "local, not measured" in printed and "1 latent x 1 data" in printed
@@ -277,14 +398,15 @@ def test_a_pipeline_measures_nothing(tmp_path, capsys):
 def test_deleting_consumed_activations_limits_the_disk_space():
     config = config_of()
     config.data.tokens = 10**9
-    whole = store_bytes_total(config, 16)
+    whole = store_bytes_total(config, [16])
     assert whole == 10**9 * (16 * 2 + 16)
+    assert store_bytes_total(config, [16, 64]) == 10**9 * ((16 + 64) * 2 + 16)
     config.cluster.retention, config.cluster.max_lead_items = "consumed", 10
     config.checkpoint.every_tokens, config.checkpoint.keep = 10**6, 2
     # Two checkpoints are kept while a third is written, with all rows since the oldest.
-    assert store_bytes_total(config, 16) == ((10 + 2 * 16) * 8192 + 3 * 10**6) * 48
+    assert store_bytes_total(config, [16]) == ((10 + 2 * 16) * 8192 + 3 * 10**6) * 48
     config.checkpoint.keep_every_tokens = 10**8
-    assert store_bytes_total(config, 16) == whole
+    assert store_bytes_total(config, [16]) == whole
 
 
 @pytest.mark.parametrize(
@@ -382,3 +504,61 @@ def test_the_command(tmp_path):
     for words in ("layouts", "8 x 1", "traffic per rank", "weak scaling", "4,096", "cost"):
         assert words in done.stdout
     assert list(tmp_path.iterdir()) == []
+
+
+def cpu(prefiltered: Rates | None, **changes) -> Hardware:
+    """Return a CPU whose float32 product has 2 FLOP/s, with these rates of a prefilter."""
+    slow = Link(1.0, 1.0, 1.0, 0.0)
+    return Hardware(
+        "local", "cpu", ONLY_PRODUCTS, 1e12, slow, slow, 1.0, 0.0, 8, 0.0, prefiltered, **changes
+    )
+
+
+def cpu_work(hardware: Hardware, **train) -> Work:
+    config = config_of(n_latents=64, k=2)
+    config.train = replace(config.train, device="cpu", **train)
+    return plan_layout(config, 16, hardware, config.parallel).work
+
+
+def test_the_plan_expects_the_prefilter_that_is_predicted_to_be_faster():
+    slow, fast = (replace(ONLY_PRODUCTS, product_flops=flops) for flops in (5.0, 7.0))
+    # bfloat16x3 needs three times the FLOP of the float32 product.
+    for rates, expected in ((None, "none"), (slow, "none"), (fast, "bfloat16x3")):
+        assert cpu_work(cpu(rates)).prefilter == expected
+    for train in ({"compute_dtype": "bfloat16"}, {"kernels": "reference"}):
+        assert cpu_work(cpu(fast), **train).prefilter == "none"
+    assert cpu_work(cpu(fast), prefilter="none").prefilter == "none"
+    assert cpu_work(cpu(slow), prefilter="bfloat16").prefilter == "bfloat16"
+    # Memory is planned for the largest.
+    assert cpu_work(cpu(None, timed=False)).prefilter == "bfloat16x3"
+
+
+def test_each_encoder_has_the_rate_of_its_own_product():
+    hardware = cpu(replace(ONLY_PRODUCTS, product_flops=8.0))
+    one = 2 * 8 * 64 * 16
+    for prefilter, expected in (
+        ("none", one / 2),
+        ("bfloat16x3", 3 * one / 8),
+        ("bfloat16", one / 8),
+    ):
+        work = cpu_work(hardware, prefilter=prefilter)
+        assert compute_seconds(schedule(work, hardware)) == pytest.approx(expected)
+    # AuxK selects too many latents for a prefilter.
+    wide = replace(cpu_work(hardware, prefilter="bfloat16x3"), k=9)
+    assert compute_seconds(schedule(wide, hardware)) == pytest.approx(one / 2)
+
+
+def test_each_hookpoint_counts_with_its_own_width(tmp_path, capsys, monkeypatch):
+    widths = {"h": 16, "mlp": 64}
+    monkeypatch.setattr(
+        "cluster.language_model.model_checks.hookpoint_width",
+        lambda model, name, cache: widths[name],
+    )
+    monkeypatch.setattr("cluster.planning.stage.require_usable", lambda model: None)
+    config = config_of()
+    config.stage, config.data.tokens = "plan", 10**9
+    config.model.hookpoints, config.model.d_model = ["h", "mlp"], None
+    config.plan.disk_tib = 150 * GIB / 2**40  # enough if both were as narrow as the first
+    with pytest.raises(ConfigError, match=r"data\.tokens.*need 164 GiB"):
+        run(config, tmp_path)
+    assert "d_model 16, 64" in capsys.readouterr().out

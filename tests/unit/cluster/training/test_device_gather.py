@@ -16,9 +16,7 @@ from activation_store import (
     StoreWriter,
     open_store,
 )
-from cluster.training.batch_order import BatchOrder
 from cluster.training.device_gather import DeviceRows, decodes_on_device, to_torch
-from cluster.training.store_source import StoreSource
 from tests.support.store_cases import calibration, write_store
 from tests.support.toys.codec import Halves
 
@@ -64,8 +62,5 @@ def test_rows_that_only_the_host_can_decode(tmp_path):
     with CODECS.registered("host", Halves(host_only=True)):
         write_store(tmp_path, [16], arrays=arrays, codec="host", calibration=calibration(arrays))
         store = open_store(tmp_path)
+        # `tests/gpu/fake_cuda` shows that these rows are gathered on the host and uploaded.
         assert not decodes_on_device(store, "a")
-        # Uses no GPU yet: rows are gathered on the host and uploaded batch by batch.
-        source = StoreSource(store, "a", BatchOrder(0, 8, 1, 16), torch.device("cuda"))
-        assert isinstance(source._stream, ShuffledStream)
-        source.close()

@@ -86,8 +86,10 @@ def test_stored_settings_keep_their_class() -> None:
 
 def test_a_run_config_is_saved_and_loaded(tmp_path: Path) -> None:
     path = tmp_path / "config.yaml"
-    save_config(config(), path)
-    assert load_config(path) == config() and type(load_config(path).sae) is ToyConfig
+    saved = config()
+    saved.name, saved.runs_dir = tmp_path.name, str(tmp_path.parent)
+    save_config(saved, path)
+    assert load_config(path) == saved and type(load_config(path).sae) is ToyConfig
     text = path.read_text()
     path.write_text(text.replace("architecture: toy", "architecture: gone"))
     with pytest.raises(ConfigError, match=r"sae.architecture='gone': expected one of: topk, toy"):
@@ -176,8 +178,8 @@ def test_pages_and_laws_do_not_assume_k(tmp_path: Path) -> None:
 
 def test_kernel_bodies_are_registered_too() -> None:
     TrainConfig(kernels="copying").validate()
-    assert KERNELS.names() == ["stock", "triton", "reference", "copying"]
-    with pytest.raises(ConfigError, match="one of: auto, stock, triton, reference, copying"):
+    assert KERNELS.names() == ["stock", "triton", "reference", "copying", "slotted"]
+    with pytest.raises(ConfigError, match="one of: auto, stock, triton, reference, copying, slot"):
         TrainConfig(kernels="fast").validate()
     with pytest.raises(ConfigError, match=r"train.prefilter='float8': expected one of auto, none"):
         TrainConfig(kernels="copying", prefilter="float8").validate()

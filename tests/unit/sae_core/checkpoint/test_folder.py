@@ -90,7 +90,9 @@ def test_damage_is_named_and_the_older_one_used(tmp_path, damage):
     DAMAGES[damage](newest)
     with pytest.raises(DamagedCheckpointError, match="step-00000002"):
         check_manifest(newest)
-    with pytest.warns(UserWarning, match="skipping a damaged checkpoint.*step-00000002"):
+    with pytest.warns(
+        UserWarning, match="skipping a damaged or unreadable checkpoint.*step-00000002"
+    ):
         assert newest_valid(tmp_path) == older
 
 

@@ -29,8 +29,8 @@ def sparse_gradient(seed):
     shuffled[:, 5] += torch.arange(R) % 2  # a hot latent
     latents = shuffled.topk(4, dim=1).indices.reshape(-1)
     values, dvalues = normal(seed + 1, len(rows)), normal(seed + 2, len(rows))
-    pairs = SparseLatents(rows, latents, values, torch.arange(R) * 4)
-    return SparseGradient(pairs, dvalues, normal(seed + 3, R, D), normal(seed + 4, R, D))
+    pairs = SparseLatents(rows, latents, values, torch.arange(R) * 4, torch.arange(R) * 4 + 4)
+    return SparseGradient(pairs, dvalues, normal(seed + 3, R, D), normal(seed + 4, R, D), R)
 
 
 def fresh_state(dtype=torch.float32, first_latent=0):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,11 +18,13 @@ CASES = sorted(str(path) for path in (ROOT / "tests" / "gpu").glob("test_triton_
 
 
 @pytest.mark.slow
-def test_the_cases_hold_under_the_interpreter():
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("cases", CASES, ids=lambda path: Path(path).stem)
+def test_the_cases_hold_under_the_interpreter(cases):
     pytest.importorskip("triton", reason="triton is not installed: pip install triton")
     # A new process, because importing a kernel decides whether it is interpreted.
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", *CASES],
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", cases],
         cwd=ROOT,
         env={**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""},
         capture_output=True,

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
 import torch
 
 from sae_core.architectures.dictionary_init import random_unit_rows
 from sae_core.architectures.topk.settings import default_auxk
 from sae_core.distributed.mesh import row_range
-from sae_core.training.calibrate import geometric_median
+from sae_core.errors import ShapeError
+from sae_core.training.calibrate import calibrate, geometric_median
 
 
 def test_rows_do_not_depend_on_the_sharding():
@@ -31,6 +36,18 @@ def test_geometric_median_resists_an_outlier():
     x = torch.randn(501, 4, generator=torch.Generator().manual_seed(0))
     x[0] = 1e6
     assert geometric_median(x).norm() < 0.3 < x.mean(0).norm()
+
+
+@pytest.mark.parametrize("value", [1000.0, 1.0, 1e-6, 0.0])
+def test_equal_rows_are_refused_even_if_they_are_rounded(value):
+    """Training on the rounding noise of constant rows would look like training."""
+    sae: Any = SimpleNamespace(d_model=8)
+    noise = 1e-6 * value * torch.randn(64, 8, generator=torch.Generator().manual_seed(0))
+    for rows in (torch.full((64, 8), value), value + noise):
+        with pytest.raises(ShapeError, match=r"variance .*: expected a finite number above"):
+            calibrate(sae, rows)
+    with pytest.raises(AttributeError):  # the checks pass; a real SAE would be calibrated now
+        calibrate(sae, value + 1e-3 * max(value, 1.0) * torch.randn(64, 8))
 
 
 def test_default_auxk():

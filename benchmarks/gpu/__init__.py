@@ -1,0 +1,1 @@
+"""The first run on a GPU as one command: correctness, then time and memory beside predictions."""

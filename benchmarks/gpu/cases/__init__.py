@@ -1,0 +1,1 @@
+"""The kernel cases of `tests/gpu`, run in several processes, with or without pytest."""

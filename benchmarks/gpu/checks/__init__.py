@@ -1,0 +1,1 @@
+"""Parts that check results: against float64, between candidates, between runs."""

@@ -1,0 +1,1 @@
+"""Predictions beside measurements, and what follows from the results."""

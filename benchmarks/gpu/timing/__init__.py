@@ -1,0 +1,1 @@
+"""Parts that measure: the device, products, kernels and whole steps."""

@@ -1,0 +1,41 @@
+"""Rules by which a part of a text is held out for the evaluation."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+
+from conf.schema.data import DataConfig
+
+
+def is_heldout(text: str, fraction: float) -> bool:
+    """Return True if a document belongs to the held-out split.
+
+    The decision depends only on the text, so that copies of a document are in the same split.
+    """
+    head = hashlib.sha256(text.encode()).digest()[:8]
+    return int.from_bytes(head, "big") < fraction * 2**64
+
+
+def parts_of_splits(text: str, n_tokens: int, data: DataConfig) -> Iterator[tuple[str, int, int]]:
+    """Yield the parts of a document that belong to the splits, by the rule `data.heldout`.
+
+    Args:
+        text: Text of the document.
+        n_tokens: Number of its tokens.
+        data: Settings of the text.
+
+    Yields:
+        The split, train or heldout, and the first and last plus one of its tokens.
+    """
+    if data.heldout == "none":
+        yield "train", 0, n_tokens
+    elif data.heldout == "documents":
+        split = "heldout" if is_heldout(text, data.heldout_fraction) else "train"
+        yield split, 0, n_tokens
+    else:
+        stop = n_tokens - round(data.heldout_fraction * n_tokens)
+        if stop:
+            yield "train", 0, stop
+        if stop < n_tokens:
+            yield "heldout", stop, n_tokens
