@@ -21,10 +21,10 @@ import torch.distributed as dist
 
 from cluster.errors import ClusterError, PreemptedError
 from cluster.preemption import StopRequest, on_preemption
-from cluster.run_folder.environment import record_training
 from cluster.run_folder.files import CONFIG, rank_heartbeat
 from cluster.run_folder.lock import rank_lock
 from cluster.run_folder.saved_config import load_config
+from cluster.run_folder.starts import record_training
 from cluster.run_folder.sweep_record import clear_record
 from cluster.training.group import Member, train_members
 from cluster.training.metric_sinks import MetricSinks

@@ -59,7 +59,9 @@ def _arguments_on_shared_folders(
             "data.mixture": config.data.mixture,
         }
         paths |= {key: _entries(mixture) for key, mixture in mixtures.items() if mixture}
-    kept = _without(overrides, "stage=", "name=", *(f"{key}=" for key in paths))
+    kept = _without(
+        overrides, "stage=", "name=", *_submit(overrides), *(f"{key}=" for key in paths)
+    )
     paths = {key: text if key.endswith(".mixture") else _word(text) for key, text in paths.items()}
     added = {"stage": config.submit.stage, "name": config.name, **paths}
     return [*kept, *(f"{key}={value}" for key, value in added.items())]
@@ -97,10 +99,18 @@ def _arguments_in_container(config: RunConfig, overrides: list[str]) -> list[str
                 f"{override}: expected a config that is in the image; give its values on the "
                 "command line, or add its files to conf/ of the image"
             )
-    kept = _without(overrides, "stage=", "name=", "runs_dir=", "cache_dir=", "submit=", "submit.")
+    kept = _without(overrides, "stage=", "name=", "runs_dir=", "cache_dir=", *_submit(overrides))
     mount = config.submit.mount
     paths = [f"runs_dir={_word(mount)}", f"cache_dir={_word(f'{mount}/.cache')}"]
     return [*kept, f"stage={config.submit.stage}", f"name={config.name}", *paths]
+
+
+def _submit(overrides: list[str]) -> tuple[str, ...]:
+    """Return the prefixes of settings of the job, which its driver does not use.
+
+    If another argument refers to one, all are kept.
+    """
+    return () if any("${submit." in override for override in overrides) else ("submit=", "submit.")
 
 
 def _without(overrides: list[str], *prefixes: str) -> list[str]:

@@ -9,16 +9,11 @@ import re
 import shlex
 import subprocess
 import sys
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from cluster.run_folder.files import ENVIRONMENT
-from foundation.atomic_files import read_json, write_json
-
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("torch", "triton", "deepspeed", "ray", "zarr", "tensorstore", "numpy", "transformers")
-_MAX_STARTS = 1000
 _HIDDEN = "***"
 _SECRET_KEY = re.compile(
     r"(?is)^([\w.+~-]*(?:(?:auth|access|api|hf|bearer)[_-]?token|secret|passw(?:or)?d|api[_-]?key"
@@ -84,40 +79,6 @@ def threads() -> int | None:
     """Return torch's number of threads per operation, or None if torch is not imported."""
     torch = sys.modules.get("torch")
     return int(torch.get_num_threads()) if torch is not None else None
-
-
-def record_start(run_dir: Path) -> None:
-    """Write the environment of a driver, with the commands of all starts, to `env.json`.
-
-    `starts` lists time (UTC), commit and command of each start of a driver, oldest first.
-    """
-    here = environment()
-    now = datetime.now(UTC).isoformat(timespec="seconds")
-    earlier = _earlier(run_dir).get("starts", [])
-    starts = [*earlier, {"time": now, "commit": here["commit"], "command": here["command"]}]
-    write_json(run_dir / ENVIRONMENT, {**here, "starts": starts[-_MAX_STARTS:]})
-
-
-def record_training(run_dir: Path) -> None:
-    """Add hardware and versions that a trainer rank sees, such as GPUs, to `env.json`.
-
-    The commit and the commands stay those of the driver, which for a cell is that of its sweep.
-    """
-    earlier = _earlier(run_dir) or _earlier(run_dir.parent)
-    write_json(
-        run_dir / ENVIRONMENT,
-        {"commit": commit(), "command": command()}
-        | earlier
-        | {"hardware": {**hardware(), "threads": threads()}, "versions": versions()},
-    )
-
-
-def _earlier(folder: Path) -> dict[str, Any]:
-    try:
-        found = read_json(folder / ENVIRONMENT)
-    except (FileNotFoundError, ValueError):  # a damaged file is written anew
-        return {}
-    return found if isinstance(found, dict) else {}
 
 
 def environment() -> dict[str, Any]:

@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from cluster.run_folder.environment import record_start
 from cluster.run_folder.errors import RunDirError
 from cluster.run_folder.files import (
     CHECKPOINTS,
@@ -21,6 +20,7 @@ from cluster.run_folder.files import (
 )
 from cluster.run_folder.lock import driver_lock
 from cluster.run_folder.saved_config import forbidden_changes, save_config, saved_config
+from cluster.run_folder.starts import record_start
 from conf.schema.run import RunConfig
 from foundation.atomic_files import naming
 from foundation.errors import EXIT_BAD_INPUT, FoundryError

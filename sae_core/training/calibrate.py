@@ -87,8 +87,9 @@ def _require_spread(raw: torch.Tensor) -> None:
         ShapeError: If they are not finite, or are equal but for rounding.
     """
     power = (raw - raw.mean(0)).square().sum(1).mean()
-    least = _LEAST_SPREAD * raw.square().sum(1).mean()
-    variance, least_variance = torch.stack([power, least]).tolist()  # the host waits once
+    mean_square = raw.square().sum(1).mean()
+    variance, square = torch.stack([power, mean_square]).tolist()  # the host waits once
+    least_variance = _LEAST_SPREAD * square
     if not math.isfinite(variance) or variance <= least_variance:
         raise ShapeError(
             f"calibration sample has variance {variance:.3g}: expected a finite number above "

@@ -69,12 +69,12 @@ def report_of(sample: torch.Tensor) -> InputReport:
     n_loud = math.ceil(LOUD_SHARE * sample.shape[1])
     loudest = variance.sort(descending=True).values
     middle = loudest.median()
-    numbers = (
+    numbers = [
         mean.norm() / total.sqrt(),
         loudest[:n_loud].sum() / total,
         (loudest[0] / middle.clamp_min(torch.finfo(torch.float64).tiny)).sqrt(),
-    )
-    return InputReport(*map(float, numbers))
+    ]
+    return InputReport(*torch.stack(numbers).tolist())
 
 
 def channel_scales(sample: torch.Tensor) -> torch.Tensor:

@@ -36,6 +36,7 @@ from tests.support.single_rank import (
     make_run,
     make_store,
 )
+from tests.support.tiny_models import write_text
 
 pytestmark = pytest.mark.distributed
 
@@ -182,6 +183,7 @@ def test_the_identity_follows_the_number_of_rows(folder: Path, tmp_path: Path) -
 def test_a_pipeline_refuses_a_store_before_it_harvests(folder: Path, tmp_path: Path) -> None:
     config = RunConfig(stage="pipeline")
     config.model.hookpoints, config.model.d_model = ["acts"], D
+    config.data.path = str(write_text(tmp_path / "text.txt"))
     config.store.path = str(tmp_path / "not-yet")
     config.store.mixture = [MixedStore(str(tmp_path / "missing"))]
     with pytest.raises(ConfigError, match=r"missing.*expected a store"):

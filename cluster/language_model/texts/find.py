@@ -120,6 +120,10 @@ def _name(data: DataConfig) -> str:
 
 def _single(data: DataConfig, keys: str = "data.") -> Text:
     """Find one text, without mixture and limit. Its keys begin with `keys` in messages."""
+    if not data.path and data.package is None:
+        raise TextError(
+            f"{keys}path is empty; expected a file, a folder or the name of a data set on the Hub"
+        )
     root = _root(data)
     reading = Reading(data.text_field, data.encoding)
     if not root.exists() and data.package is None and _may_be_hub_name(data.path):

@@ -125,8 +125,7 @@ def test_a_registered_backend_takes_a_run(spool: Path, tmp_path: Path, run: Laun
     assert words == recorded.command
     assert words == [
         *(sys.executable, str(ROOT / "launch.py")),
-        *("submit.scheduler=spool", "submit.stage=status", "sae.k=16"),
-        *("stage=status", "name=toy", f"runs_dir={tmp_path / 'runs'}"),
+        *("sae.k=16", "stage=status", "name=toy", f"runs_dir={tmp_path / 'runs'}"),
     ]
     done = subprocess.run(words, cwd="/", capture_output=True, text=True, check=True)
     assert "status: toy" in done.stdout

@@ -13,7 +13,7 @@ import pytest
 
 from cluster.language_model.errors import TextError
 from cluster.language_model.texts import find_text
-from conf.schema.data import DataConfig
+from conf.schema.data import DataConfig, MixedText
 
 
 def write(folder: Path, *names: str) -> None:
@@ -62,6 +62,17 @@ def test_files_that_are_no_documents_are_left_out_and_told(
     write(tmp_path, data, other)
     assert read(tmp_path) == [data]
     assert "left out" in told(tmp_path)
+
+
+def test_an_empty_path_is_not_the_current_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path, "a.jsonl")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(TextError, match=r"data\.path is empty; expected a file"):
+        find_text(DataConfig(path=""))
+    with pytest.raises(TextError, match=r"data\.mixture\[0\]\.path is empty"):
+        find_text(DataConfig(path="a.jsonl", mixture=[MixedText()]))
 
 
 def test_a_hidden_folder_can_be_read_when_it_is_named(tmp_path: Path) -> None:

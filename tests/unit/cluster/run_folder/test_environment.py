@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster.run_folder import environment
+from cluster.run_folder import environment, starts
 from cluster.run_folder.files import ENVIRONMENT
 
 
@@ -36,18 +36,18 @@ def test_every_start_is_recorded_and_ranks_keep_the_command(
 ) -> None:
     for stage in ("harvest", "train"):
         monkeypatch.setattr(sys, "orig_argv", ["python", "launch.py", f"stage={stage}"])
-        environment.record_start(tmp_path)
+        starts.record_start(tmp_path)
     monkeypatch.setattr(sys, "orig_argv", ["python", "default_worker.py"])
-    environment.record_training(tmp_path)
+    starts.record_training(tmp_path)
     saved = json.loads((tmp_path / ENVIRONMENT).read_text())
     assert saved["command"] == "python launch.py stage=train"
     assert [one["command"].split("=")[1] for one in saved["starts"]] == ["harvest", "train"]
     assert saved["versions"] and saved["hardware"]["cores"]
     # A cell of a sweep is started by the sweep's command.
     (tmp_path / "cell").mkdir()
-    environment.record_training(tmp_path / "cell")
+    starts.record_training(tmp_path / "cell")
     cell = json.loads((tmp_path / "cell" / ENVIRONMENT).read_text())
     assert cell["command"] == "python launch.py stage=train"
     (tmp_path / ENVIRONMENT).write_text("damaged")
-    environment.record_start(tmp_path)
+    starts.record_start(tmp_path)
     assert len(json.loads((tmp_path / ENVIRONMENT).read_text())["starts"]) == 1
