@@ -19,7 +19,7 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not INTERPRETED, reason="these ranks train on the CPU"),
 ]
-STEPS = 20
+STEPS = 12
 TIMEOUT_S = 280.0
 
 

@@ -109,7 +109,7 @@ def config_of(job: Job) -> TrainerConfig:
         OptimConfig(
             lr=3e-3,
             warmup_tokens=8 * BATCH,
-            decay_tokens=10 * BATCH,
+            decay_tokens=min(10, job.steps - 8) * BATCH,
             clip_norm=job.clip_norm,
             update=job.update,
             moments=job.moments,
