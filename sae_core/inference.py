@@ -10,12 +10,14 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from foundation.errors import ConfigError
 from foundation.registry import import_attribute
 from sae_core import peer_formats
 from sae_core.architectures.registry import architecture_of
 from sae_core.architectures.settings import SAEConfig
-from sae_core.checkpoint.stored_sae import StoredSAE, open_sae, row_names
+from sae_core.checkpoint.stored_sae import MATRICES, StoredSAE, open_sae, row_names
 from sae_core.errors import ShapeError
+from sae_core.inference_gradients import active_values, needs_gradient, product, weighted_rows
 from sae_core.kernels import Kernels, compact, get_kernels
 from sae_core.kernels.keys import pack_keys, unpack_keys
 from sae_core.kernels.registry import default_kernels
@@ -48,6 +50,10 @@ class SAE(nn.Module, ABC):
 
     Each architecture has a subclass; `load_sae` picks it.
 
+    Gradients flow through all methods, to activations and latents, and to weights whose
+    `requires_grad` is set. The choice of the active latents has none. Results are float32, and on
+    the device of the SAE.
+
     A subclass must also work on a shard, which is an SAE with l of the L rows of every tensor that
     has one row per latent. `config` is that of the whole SAE, and indices count from the shard's
     first row. `encode_topk` then returns the latents of the shard that may be active, and `merge`
@@ -55,9 +61,9 @@ class SAE(nn.Module, ABC):
 
     Args:
         config: Settings; `architecture`, sizes and `hookpoint` are used.
-        W_enc: [L, D] float32. A shard that encodes has it in `Kernels.copy_dtype`; one that only
-            decodes has no rows.
-        W_dec: [L, D] float32. A shard that only encodes has no rows.
+        W_enc: [L, D] in float32, or in a 16-bit dtype, which is converted to float32 in pieces. A
+            shard that encodes has it in `Kernels.copy_dtype`; one that only decodes has no rows.
+        W_dec: [L, D] in the dtype of W_enc, or float32. A shard that only encodes has no rows.
         b_enc: [L] float32.
         b_dec: [D] float32.
         step: Number of optimiser steps for which the SAE was trained.
@@ -94,15 +100,19 @@ class SAE(nn.Module, ABC):
     def kernels(self) -> Kernels:
         """Implementation of the sparse operations.
 
-        The default multiplies in float32, with the Triton kernels on CUDA and the stock kernels on
-        other devices. It changes when the SAE is moved to another kind of device.
+        The default is the Triton kernels on CUDA and the stock kernels on other devices; it changes
+        when the SAE is moved. It multiplies in float32, but on CUDA weights in bfloat16 as they
+        are.
 
         Raises:
             ConfigError: If the SAE is on CUDA and Triton is not installed.
         """
         device = self.b_dec.device.type
         if self._kernels is None or self._device_type not in ("", device):
-            self._kernels = get_kernels(default_kernels(device), torch.float32)
+            name = default_kernels(device)
+            # The Triton encoder multiplies 16-bit weights as they are, and sums in float32.
+            is_half = name == "triton" and self.W_enc.dtype == torch.bfloat16
+            self._kernels = get_kernels(name, torch.bfloat16 if is_half else torch.float32)
             self._device_type = device
         return self._kernels
 
@@ -116,12 +126,11 @@ class SAE(nn.Module, ABC):
         """Width of the activations."""
         return self.b_dec.shape[0]
 
-    @abstractmethod
     def encode_topk(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the active latents of each row, in descending order of their values.
 
         Args:
-            x: [..., D] raw activations of any float dtype.
+            x: [..., D] raw activations of any float dtype, on the SAE's device.
 
         Returns:
             Values [..., K] float32 and indices [..., K] int64, where K is the largest number of
@@ -129,6 +138,28 @@ class SAE(nn.Module, ABC):
 
         Raises:
             ShapeError: If the last dimension of `x` is not D.
+        """
+        flat = self.rows_of(x)
+        with torch.no_grad():
+            values, indices = self.encode_rows(flat)
+        if needs_gradient(flat, self.W_enc, self.b_enc, self.b_dec):
+            values = active_values(flat - self.b_dec, self.W_enc, self.b_enc, values, indices)
+        shape = (*x.shape[:-1], values.shape[-1])
+        return values.view(shape), indices.view(shape)
+
+    @abstractmethod
+    def encode_rows(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the active latents of each row, in descending order of their values.
+
+        `encode_topk` calls this without gradients, and adds those of the pre-activations,
+        `(x - b_dec) @ W_enc.T + b_enc`. If the value of an active latent is not its pre-activation
+        plus a constant, override `encode_topk` as well.
+
+        Args:
+            x: [N, D] float32 raw activations.
+
+        Returns:
+            As `encode_topk`, for N rows.
         """
 
     @classmethod
@@ -157,7 +188,6 @@ class SAE(nn.Module, ABC):
             wanted = int(counts.max()) if len(counts) else 0
         return unpack_keys(keys.topk(min(wanted, keys.shape[1]), dim=1).values)
 
-    @torch.no_grad()
     def encode(self, x: torch.Tensor) -> torch.Tensor:
         """Encode raw activations [..., D] into dense latents [..., L], float32.
 
@@ -165,21 +195,21 @@ class SAE(nn.Module, ABC):
         """
         values, indices = self.encode_topk(x)
         latents = values.new_zeros(*x.shape[:-1], self.config.n_latents)
-        return latents.scatter_(-1, indices, values)
+        return latents.scatter_add(-1, indices, values)
 
-    @torch.no_grad()
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """Decode dense latents [..., L] into raw activations [..., D], float32."""
-        return latents @ self.W_dec + self.b_dec
+        return product(latents.float(), self.W_dec) + self.b_dec
 
-    @torch.no_grad()
     def decode_topk(self, values: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
-        """Decode the output of `encode_topk` into raw activations [..., D], float32."""
+        """Decode the output of `encode_topk` into raw activations [..., D], float32.
+
+        Values of 0 or less are left out.
+        """
         k = values.shape[-1]
         recon = self.decode_rows(values.reshape(-1, k), indices.reshape(-1, k)) + self.b_dec
         return recon.view(*values.shape[:-1], self.d_model)
 
-    @torch.no_grad()
     def decode_rows(self, values: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
         """Return each row's sum of `value * W_dec[index]`, [N, D] float32, without `b_dec`.
 
@@ -187,6 +217,8 @@ class SAE(nn.Module, ABC):
             values: [N, K] float32; values of 0 or less are left out.
             indices: [N, K] int64.
         """
+        if needs_gradient(values, self.W_dec) or self.W_dec.dtype != torch.float32:
+            return weighted_rows(values.float().relu(), indices, self.W_dec)
         return self.kernels.decode(compact(values, indices), self.W_dec)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -216,31 +248,53 @@ class SAE(nn.Module, ABC):
 
 
 def load_sae(
-    path: str | Path, name: str | None = None, *, verify_hashes: bool = True, allow_pt: bool = False
+    path: str | Path,
+    name: str | None = None,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    verify_hashes: bool = True,
+    allow_pt: bool = False,
 ) -> SAE:
     """Load an SAE from a run, a checkpoint, a saved SAE, or a file of another library.
+
+    Weights are read in blocks of a few MiB, straight to the device and in the dtype that is asked
+    for, so that nothing else is held in memory.
 
     Args:
         path: Run folder (its newest valid checkpoint is loaded), checkpoint folder, folder written
             by `SAE.save`, or a plain TopK SAE of SAELens, sparsify or dictionary_learning (a folder
             or a `.pt` file).
         name: Name of the SAE. It may be None if the checkpoint holds only one.
+        device: Device to load it to.
+        dtype: Dtype of the matrices `W_enc` and `W_dec`: float32, or bfloat16 or float16 for half
+            of the memory. Vectors and results are float32.
         verify_hashes: Verify the SHA-256 of every file of a checkpoint first.
         allow_pt: Allow a `.pt` file to be read. Such a file is a pickle. It is loaded with torch's
             restricted loader (`weights_only=True`), which accepts only tensors and plain values.
 
     Raises:
         CheckpointError: If no SAE is found, the SAE is damaged, or `name` is not in the checkpoint.
+        ConfigError: If `dtype` is another one.
     """
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise ConfigError("dtype", dtype, "torch.float32, torch.bfloat16 or torch.float16")
     path = Path(path)
     peer = peer_formats.find(path)
     if peer is None:
         stored = open_sae(path, name, verify_hashes)
     else:
         stored = peer_formats.open_peer(peer, path, allow_pt)
-    tensors = {name: stored.whole(name) for name in row_names(stored.config)}
+    tensors = {
+        row_name: stored.whole(row_name, dtype if row_name in MATRICES else torch.float32, device)
+        for row_name in row_names(stored.config)
+    }
     return inference_class(stored.config)(
-        stored.config, **tensors, b_dec=stored.b_dec, step=stored.step, metadata=stored.metadata
+        stored.config,
+        **tensors,
+        b_dec=stored.b_dec.to(device),
+        step=stored.step,
+        metadata=stored.metadata,
     )
 
 

@@ -54,7 +54,7 @@ def capture(
     handles: list[RemovableHandle] = []
     try:
         for name in hookpoints:
-            handles.append(_attach(model, name, partial(keep, name)))
+            handles.append(register(model, name, partial(keep, name)))
         with torch.inference_mode():
             model(input_ids=input_ids, use_cache=False, **arguments)
     except _Captured:
@@ -86,7 +86,7 @@ def require_single_calls(model: nn.Module, hookpoints: Sequence[str]) -> None:
         calls[name] += 1
 
     ids = torch.zeros(1, 2, dtype=torch.int64, device=next(model.parameters()).device)
-    handles = [_attach(model, name, partial(count, name)) for name in hookpoints]
+    handles = [register(model, name, partial(count, name)) for name in hookpoints]
     try:
         with torch.inference_mode():
             model(input_ids=ids, use_cache=False)
@@ -125,7 +125,7 @@ def splice(model: nn.Module, hookpoint: str, replace: Callable[[Tensor], Tensor]
         spliced[:, 1:] = replace(hidden[:, 1:]).to(hidden.dtype)
         return spliced
 
-    handle = _attach(model, hookpoint, replaced)
+    handle = register(model, hookpoint, replaced)
     try:
         yield
     finally:
@@ -148,6 +148,12 @@ def find_module(model: nn.Module, name: str) -> nn.Module:
     )
 
 
-def _attach(model: nn.Module, name: str, visit: Visit) -> RemovableHandle:
+def register(model: nn.Module, name: str, visit: Visit) -> RemovableHandle:
+    """Register a hook that calls `visit` with a hookpoint's value in every forward pass.
+
+    Raises:
+        ModelError: If the module does not exist.
+        ConfigError: If the hookpoint is malformed, or its kind or options do not exist.
+    """
     hookpoint, kind = resolve(name)
     return kind.attach(model, find_module(model, hookpoint.module), hookpoint, visit)

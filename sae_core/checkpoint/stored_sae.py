@@ -72,10 +72,15 @@ class StoredSAE:
         for start in range(0, n_latents, step):
             yield start, self.rows[name](start, min(start + step, n_latents))
 
-    def whole(self, name: str) -> torch.Tensor:
-        """Read a tensor in full: [L, D] or [L], float32."""
+    def whole(
+        self,
+        name: str,
+        dtype: torch.dtype = torch.float32,
+        device: str | torch.device = "cpu",
+    ) -> torch.Tensor:
+        """Read a tensor in full, block by block: [L, D] or [L]."""
         shape = (self.config.n_latents, self.d_model)
-        out = torch.empty(shape if name in MATRICES else shape[:1])
+        out = torch.empty(shape if name in MATRICES else shape[:1], dtype=dtype, device=device)
         for start, rows in self.blocks(name):
             out[start : start + len(rows)] = rows
         return out

@@ -18,23 +18,17 @@ class TopKInference(SAE):
 
     config: TopKConfig
 
-    @torch.no_grad()
-    def encode_topk(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the k largest latents of each row; see `SAE.encode_topk`.
+    def encode_rows(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the k largest latents of each row; see `SAE.encode_rows`.
 
         Args:
-            x: [..., D] raw activations of any float dtype.
+            x: [N, D] float32 raw activations.
 
         Returns:
-            Values [..., k] float32 after the ReLU, and indices [..., k] int64. If fewer than k
+            Values [N, k] float32 after the ReLU, and indices [N, k] int64. If fewer than k
             pre-activations are positive, the remaining values are 0.
-
-        Raises:
-            ShapeError: If the last dimension of `x` is not D.
         """
-        flat = self.rows_of(x)
         k = min(self.config.k, len(self.W_enc))  # a shard may have fewer latents than k
-        values, indices = self.kernels.encode_topk(flat - self.b_dec, self.W_enc, self.b_enc, k)
+        values, indices = self.kernels.encode_topk(x - self.b_dec, self.W_enc, self.b_enc, k)
         values, order = values.relu().sort(dim=1, descending=True, stable=True)
-        shape = (*x.shape[:-1], k)
-        return values.view(shape), indices.gather(1, order).view(shape)
+        return values, indices.gather(1, order)

@@ -111,6 +111,7 @@ class StockKernels(TorchKernels):
         """Return `x @ W.T + b` in float32, with inputs in `compute_dtype`."""
         if self.compute_dtype != torch.float32:
             return F.linear(x, W.to(self.compute_dtype)).float() + b
+        W, b = W.float(), b.float()  # inference may hold them in 16 bits
         if x.device.type == "cpu" and torch.backends.mkldnn.is_available():
             # oneDNN's float32 product is up to twice as fast as the default one on AMD CPUs.
             out: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, W, b, "none", [], "")

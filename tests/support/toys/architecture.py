@@ -92,10 +92,8 @@ class ToyInference(SAE):
 
     threshold: torch.Tensor
 
-    @torch.no_grad()
-    def encode_topk(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        pre_acts = (self.rows_of(x) - self.b_dec) @ self.W_enc.T + self.b_enc - self.threshold
-        latents = pre_acts.relu().view(*x.shape[:-1], -1)
+    def encode_rows(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        latents = ((x - self.b_dec) @ self.W_enc.T + self.b_enc - self.threshold).relu()
         most = int((latents > 0).sum(-1).max())
         return latents.topk(most, dim=-1)
 

@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 
+from foundation.errors import ConfigError
 from sae_core import SAE, load_sae
 from sae_core.architectures.dictionary_init import random_unit_rows
 from sae_core.architectures.topk.inference import TopKInference
@@ -44,6 +45,66 @@ def test_dense_and_sparse_agree_in_any_batch_shape():
     values, indices = sae.encode_topk(x)
     assert (values.diff(dim=-1) <= 0).all() and (values >= 0).all()
     assert torch.equal(latents.gather(-1, indices), values)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_are_those_of_the_formulas(dtype):
+    """Of inputs, latents and weights, against autograd through the dense formulas."""
+    sae, x = small(), torch.randn(7, 6, generator=torch.Generator().manual_seed(3))
+    for matrix in (sae.W_enc, sae.W_dec):
+        matrix.data = matrix.data.to(dtype)
+    sae.requires_grad_(True)
+    weights = torch.randn(7, 6, generator=torch.Generator().manual_seed(4))
+    results = []
+    for dense in (False, True):
+        sae.zero_grad(set_to_none=True)
+        inputs = x.clone().requires_grad_(True)
+        if dense:
+            pre_acts = (inputs - sae.b_dec) @ sae.W_enc.float().T + sae.b_enc
+            kept = torch.zeros_like(pre_acts).scatter(1, pre_acts.topk(3).indices, 1.0)
+            recon = (pre_acts.relu() * kept) @ sae.W_dec.float() + sae.b_dec
+        else:
+            recon = sae(inputs)
+        (recon * weights).sum().backward()
+        results.append([inputs.grad, *(part.grad for part in sae.parameters())])
+    error = 1e-5 if dtype == torch.float32 else 5e-2
+    for found, expected in zip(*results, strict=True):
+        assert found.abs().sum() > 0
+        torch.testing.assert_close(found, expected, rtol=error, atol=error)
+    latents = sae.encode(x).detach().requires_grad_(True)
+    (sae.decode(latents) * weights).sum().backward()
+    torch.testing.assert_close(latents.grad, weights @ sae.W_dec.float().T)
+
+
+def test_without_gradients_nothing_is_recorded():
+    sae, x = small(), torch.randn(5, 6)
+    assert not sae(x).requires_grad
+    with torch.no_grad():
+        assert not sae(x.requires_grad_(True)).requires_grad
+    with torch.inference_mode():
+        assert sae(x).is_inference()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_of_the_memory(tmp_path, dtype):
+    sae, x = small(), torch.randn(2, 50, 6)
+    sae.save(tmp_path)
+    half = load_sae(tmp_path, dtype=dtype)
+    assert half.W_enc.dtype == half.W_dec.dtype == dtype and half.b_dec.dtype == torch.float32
+    # Like the SAE whose weights are rounded, in float32.
+    rounded = load_sae(tmp_path)
+    for name in ("W_enc", "W_dec"):
+        getattr(rounded, name).data = getattr(half, name).float()
+    assert torch.equal(half.encode_topk(x)[1], rounded.encode_topk(x)[1])
+    torch.testing.assert_close(half(x), rounded(x))
+    torch.testing.assert_close(half.decode(half.encode(x)), rounded(x))
+    assert half(x.to(dtype)).dtype == torch.float32
+    cast = load_sae(tmp_path).to(dtype)  # rounds the vectors as well, and so selects otherwise
+    assert cast(x).dtype == torch.float32
+    assert ((cast(x) - half(x)).abs() < 0.1).float().mean() > 0.9
+    assert load_sae(tmp_path, device="meta").W_enc.device.type == "meta"
+    with pytest.raises(ConfigError, match=r"dtype=torch\.float64"):
+        load_sae(tmp_path, dtype=torch.float64)
 
 
 def test_the_kernels_follow_the_device_unless_they_were_chosen(monkeypatch):
