@@ -39,6 +39,7 @@ STAGES = {
     "sweep": "cluster.sweep.stage",
     "fit": "analysis.scaling_laws.stage",
     "submit": "cluster.jobs.stage",
+    "hookpoints": "cluster.language_model.stage",
 }
 HARVEST_AND_TRAIN = "harvest and train"
 """Internal stage that harvests and trains concurrently. The pipeline uses it; users cannot."""
@@ -55,7 +56,7 @@ STAGES_WITH_SAVED_CONFIG = (
 )
 """Stages that continue an existing run with its saved config, changed only by the keys that are set
 on the command line. If an option of a group is chosen there, the composed config is used."""
-READ_ONLY_STAGES = ("plan", "verify", "reshard", "status", "fit", "submit")
+READ_ONLY_STAGES = ("plan", "verify", "reshard", "status", "fit", "submit", "hookpoints")
 """Stages that do not change the run and may be used while the run is active.
 
 The stage fit writes its results to the folder of the sweep.

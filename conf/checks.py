@@ -13,6 +13,7 @@ from foundation.errors import ConfigError
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _CREDENTIALS = re.compile(r"://[^/@\s]*@")
+_NEEDS_MODEL = {"hookpoints"}
 _NEEDS_TEXT = {"pipeline", "plan", "harvest", "scaling_laws"}
 _SWEEPS = {"sweep", "scaling_laws"}
 
@@ -58,6 +59,8 @@ def validate(config: RunConfig, stages: tuple[str, ...]) -> None:
     config.plan.validate()
     if config.stage == "submit":
         _check_submit(config, stages)
+    if config.stage in _NEEDS_MODEL:
+        config.model.validate()
     if config.stage in _NEEDS_TEXT:
         config.model.validate()
         config.data.validate()

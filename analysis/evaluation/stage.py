@@ -280,7 +280,7 @@ def _run_spliced(
     from analysis.evaluation.splice import SplicedEvaluation
     from cluster.language_model.contexts import prepare_contexts
     from cluster.language_model.errors import TextError
-    from cluster.language_model.hooks import require_single_calls
+    from cluster.language_model.hooks import require_one_row_per_token
     from cluster.language_model.loading import load_language_model, load_tokenizer
     from cluster.language_model.model_checks import require_known_tokens, require_usable_model
     from cluster.progress import ProgressLine
@@ -308,7 +308,7 @@ def _run_spliced(
         )
     device = str(evaluation.sae.plan.devices[0])
     model = load_language_model(config.model, cache_dir, device)
-    require_single_calls(model, [evaluation.hookpoint])
+    require_one_row_per_token(model, [evaluation.hookpoint])
     predicts = config.model.kind != "base"
     if not predicts:
         evaluation.console.print(f"evaluate: {_NO_PREDICTIONS}")

@@ -172,7 +172,7 @@ class HarvestWorker:
         """
         import torch
 
-        from cluster.language_model.hooks import capture, require_single_calls
+        from cluster.language_model.hooks import capture, require_one_row_per_token
         from cluster.language_model.loading import load_language_model
         from cluster.language_model.tensor_parallel import ModelShards
 
@@ -182,7 +182,7 @@ class HarvestWorker:
         if model.shards > 1:
             return ModelShards(model, self.spec.cache_dir, device).capture
         whole = load_language_model(model, self.spec.cache_dir, device)
-        require_single_calls(whole, model.hookpoints)
+        require_one_row_per_token(whole, model.hookpoints)
         return lambda ids: capture(whole, model.hookpoints, torch.from_numpy(ids).to(device))
 
     @cached_property

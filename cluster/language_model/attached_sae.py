@@ -5,14 +5,12 @@ Shape legend: B texts, T tokens of a forward pass, D width of the hookpoint, K a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from cluster.language_model.hookpoint_kinds import hidden_states
-from cluster.language_model.hooks import register
-from conf.hookpoint import parse_hookpoint
+from cluster.language_model.hooks import RunningPass, replaced_by
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -133,45 +131,9 @@ def attach(
         ConfigError: If the hookpoint is malformed, or its kind or options do not exist.
     """
     attached = AttachedSAE(sae, keep_error)
-    text = _Text()
 
-    def replace(value: Any) -> Tensor:
-        hidden = hidden_states(parse_hookpoint(hookpoint), value)
-        return attached.run(hidden, text.applies(hidden))
+    def replace(x: Tensor, running: RunningPass) -> Tensor:
+        return attached.run(x, running.inside_texts(x))
 
-    handles = [
-        model.register_forward_pre_hook(text.note, with_kwargs=True),
-        register(model, hookpoint, replace),
-    ]
-    try:
+    with replaced_by(model, hookpoint, replace):
         yield attached
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-class _Text:
-    """Where the tokens of the running forward pass are in their texts."""
-
-    def __init__(self) -> None:
-        self._mask: Tensor | None = None
-        self._done = 0
-
-    def note(self, _model: nn.Module, given: Sequence[Any], named: dict[str, Any]) -> None:
-        """Note the arguments of a forward pass: its mask and the number of cached tokens."""
-        self._mask = named.get("attention_mask", given[1] if len(given) > 1 else None)
-        cache = named.get("past_key_values")
-        self._done = int(cache.get_seq_length()) if cache is not None else 0
-
-    def applies(self, x: Tensor) -> Tensor:
-        """Return a mask [B, T]: neither padding nor the first token of a text."""
-        import torch
-
-        n_texts, n_tokens = x.shape[:2]
-        positions = torch.arange(self._done, self._done + n_tokens, device=x.device)
-        mask = self._mask
-        if mask is None or mask.ndim != 2 or mask.shape[1] < self._done + n_tokens:
-            return (positions > 0).expand(n_texts, n_tokens)
-        real = mask.to(x.device).bool()
-        first = real.int().argmax(1, keepdim=True)
-        return real[:, self._done : self._done + n_tokens] & (positions > first)

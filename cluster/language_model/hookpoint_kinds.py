@@ -7,6 +7,7 @@ in `HOOKPOINT_KINDS`.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, cast
@@ -108,10 +109,13 @@ def hidden_states(
 ) -> Tensor:
     """Check that a value is a tensor [contexts, context_tokens, width], and return it.
 
+    A tensor [contexts * context_tokens, width] is returned in that shape.
+
     Args:
         hookpoint: Where the value was found, used in the error message.
         value: What the hook took from the module.
-        expected: Expected [contexts, context_tokens]. If None, any shape is accepted.
+        expected: Expected [contexts, context_tokens]. If None, any shape with three dimensions is
+            accepted.
 
     Raises:
         ModelError: If the value is not such a tensor.
@@ -119,6 +123,8 @@ def hidden_states(
     import torch
 
     is_tensor = isinstance(value, torch.Tensor)
+    if is_tensor and value.ndim == 2 and expected and len(value) == math.prod(expected):
+        value = value.view(*expected, -1)
     if not is_tensor or value.ndim != 3 or value.shape[:2] != (expected or value.shape[:2]):
         raise ModelError(
             f"model.hookpoints: the {hookpoint.describe()} is "

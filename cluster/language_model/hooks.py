@@ -68,22 +68,28 @@ def capture(
     )
 
 
-def require_single_calls(model: nn.Module, hookpoints: Sequence[str]) -> None:
-    """Check that a forward pass runs the module of every hookpoint once.
+def require_one_row_per_token(model: nn.Module, hookpoints: Sequence[str]) -> None:
+    """Check that a forward pass runs the module of every hookpoint once, in the order of tokens.
 
-    `capture` would take the first of several calls, and `splice` would replace them all. Runs a
-    whole pass over two tokens. If the model is split, all of its ranks must call this.
+    `capture` would take the first of several calls, and `splice` would replace them all. Tensors
+    [contexts * context_tokens, W], as inside mixtures of experts, may be sorted in another way,
+    which shows when two contexts change places. Runs whole passes over a few tokens. If the model
+    is split, all of its ranks must call this.
 
     Raises:
-        ModelError: If a module runs several times, as with layers that share their weights.
+        ModelError: If a module runs several times, as with layers that share their weights, or its
+            rows are not in the order of tokens.
         ConfigError: If a hookpoint is malformed, or its kind or options do not exist.
     """
     import torch
 
     calls = dict.fromkeys(hookpoints, 0)
+    flat: set[str] = set()
 
-    def count(name: str, _value: Any) -> None:
+    def count(name: str, value: Any) -> None:
         calls[name] += 1
+        if isinstance(value, torch.Tensor) and value.ndim == 2:
+            flat.add(name)
 
     ids = torch.zeros(1, 2, dtype=torch.int64, device=next(model.parameters()).device)
     handles = [register(model, name, partial(count, name)) for name in hookpoints]
@@ -104,6 +110,68 @@ def require_single_calls(model: nn.Module, hookpoints: Sequence[str]) -> None:
             f"times: {', '.join(f'{name} ({times} times)' for name, times in repeated.items())}; "
             "choose modules inside or around the repeated part"
         )
+    if flat:
+        _require_token_order(model, sorted(flat))
+
+
+def _require_token_order(model: nn.Module, hookpoints: Sequence[str]) -> None:
+    """Check that rows change places when two contexts do.
+
+    Raises:
+        ModelError: If they do not.
+    """
+    import torch
+
+    n_tokens = 8
+    ids = torch.arange(2 * n_tokens, device=next(model.parameters()).device).view(2, n_tokens)
+    ids = ids % int(model.get_input_embeddings().weight.shape[0])  # type: ignore[operator]
+    rows, swapped = capture(model, hookpoints, ids), capture(model, hookpoints, ids.flip(0))
+    for name in hookpoints:
+        difference = (rows[name] - swapped[name].flip(0)).float().norm()
+        if not difference <= 0.1 * rows[name].float().norm():
+            raise ModelError(
+                f"model.hookpoints: the rows of {name!r} are not in the order of the tokens; "
+                "choose a module around it, whose output is [contexts, context_tokens, width]"
+            )
+
+
+class RunningPass:
+    """Shape, padding and cached tokens of the forward pass that is running.
+
+    Register `note` as a hook before the forward pass of the model, with keyword arguments.
+    """
+
+    def __init__(self) -> None:
+        self.shape: tuple[int, ...] | None = None
+        """Number of texts and of their tokens in this pass, B and T; None if it is not known."""
+        self._mask: Tensor | None = None
+        self._cached = 0
+
+    def note(self, _model: nn.Module, given: Sequence[Any], named: dict[str, Any]) -> None:
+        """Note the arguments of a forward pass."""
+        tokens = named.get("input_ids", given[0] if given else None)
+        tokens = named.get("inputs_embeds") if tokens is None else tokens
+        self.shape = None if tokens is None else tuple(tokens.shape[:2])
+        self._mask = named.get("attention_mask", given[1] if len(given) > 1 else None)
+        cache = named.get("past_key_values")
+        self._cached = int(cache.get_seq_length()) if cache is not None else 0
+
+    def inside_texts(self, x: Tensor) -> Tensor:
+        """Return a mask [B, T] of the tokens that are neither padding nor the first of a text.
+
+        Args:
+            x: [B, T, D] activations of this pass.
+        """
+        import torch
+
+        n_texts, n_tokens = x.shape[:2]
+        end = self._cached + n_tokens
+        positions = torch.arange(self._cached, end, device=x.device)
+        if self._mask is None or self._mask.ndim != 2 or self._mask.shape[1] < end:
+            return (positions > 0).expand(n_texts, n_tokens)
+        real = self._mask.to(x.device).bool()
+        first = real.int().argmax(1, keepdim=True)
+        return real[:, self._cached : end] & (positions > first)
 
 
 @contextmanager
@@ -119,17 +187,40 @@ def splice(model: nn.Module, hookpoint: str, replace: Callable[[Tensor], Tensor]
         ConfigError: If the hookpoint is malformed, or its kind or options do not exist.
     """
 
-    def replaced(value: Any) -> Tensor:
-        hidden = hidden_states(parse_hookpoint(hookpoint), value)
+    def replaced(hidden: Tensor, _running: RunningPass) -> Tensor:
         spliced = hidden.clone()
         spliced[:, 1:] = replace(hidden[:, 1:]).to(hidden.dtype)
         return spliced
 
-    handle = register(model, hookpoint, replaced)
+    with replaced_by(model, hookpoint, replaced):
+        yield
+
+
+@contextmanager
+def replaced_by(
+    model: nn.Module, hookpoint: str, replace: Callable[[Tensor, RunningPass], Tensor]
+) -> Iterator[None]:
+    """Replace the tensor of `hookpoint`, [B, T, D], during the block by what `replace` returns.
+
+    Raises:
+        ModelError: If the module does not exist, or (from the forward pass) if the tensor has
+            another shape.
+        ConfigError: If the hookpoint is malformed, or its kind or options do not exist.
+    """
+    running = RunningPass()
+
+    def visit(value: Any) -> Tensor:
+        hidden = hidden_states(parse_hookpoint(hookpoint), value, running.shape)
+        replaced: Tensor = replace(hidden, running).reshape(value.shape)
+        return replaced
+
+    handles = [model.register_forward_pre_hook(running.note, with_kwargs=True)]
     try:
+        handles.append(register(model, hookpoint, visit))
         yield
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
 
 
 def find_module(model: nn.Module, name: str) -> nn.Module:

@@ -123,21 +123,51 @@ def hookpoint_width(cfg: ModelConfig, hookpoint: str, cache_dir: Path) -> int:
     import torch
 
     parsed, kind = resolve(hookpoint)
-    config = model_config(cfg, cache_dir)
     try:
-        with quiet_transformers(), torch.device("meta"):
-            # The masks of eager attention do not depend on values, which these tensors lack.
-            model = auto_class(config, cfg.kind).from_config(
-                config, trust_remote_code=False, attn_implementation="eager"
-            )
+        model = model_without_weights(cfg, cache_dir)
+        with torch.device("meta"):
             ids = torch.zeros(1, 2, dtype=torch.int64)
-            found = capture(model.eval(), [hookpoint], ids, attention_mask=torch.ones_like(ids))
-            return int(found[hookpoint].shape[-1])
+            found = capture(model, [hookpoint], ids, attention_mask=torch.ones_like(ids))
+        return int(found[hookpoint].shape[-1])
     except (RuntimeError, NotImplementedError, ValueError, TypeError, AttributeError):
         pass
     try:
-        return kind.width(parsed, config.get_text_config())
+        return kind.width(parsed, model_config(cfg, cache_dir).get_text_config())
     except AttributeError as error:
         raise ModelError(
             f"model.path={cfg.path!r}: expected a config with the width of {hookpoint!r}: {error}"
         ) from error
+
+
+def model_without_weights(cfg: ModelConfig, cache_dir: Path) -> nn.Module:
+    """Build the model on the meta device from its configuration alone, in `cfg.dtype`.
+
+    Raises:
+        ModelError: If the model or a usable configuration is not found.
+    """
+    import torch
+
+    config = model_config(cfg, cache_dir)
+    with quiet_transformers(), torch.device("meta"):
+        # The masks of eager attention do not depend on values, which these tensors lack.
+        model: nn.Module = auto_class(config, cfg.kind).from_config(
+            config,
+            trust_remote_code=False,
+            attn_implementation="eager",
+            dtype=getattr(torch, cfg.dtype),
+        )
+    return model.eval()
+
+
+def head_counts(model: nn.Module) -> list[tuple[str, int]]:
+    """Return the numbers of attention heads, in words, and their widths; [] if it has none."""
+    config: Any = model.config
+    text = config.get_text_config()
+    heads = getattr(text, "num_attention_heads", None)
+    if not isinstance(heads, int) or heads < 1:
+        return []
+    width = int(getattr(text, "head_dim", None) or text.hidden_size // heads)
+    keys = getattr(text, "num_key_value_heads", None) or heads
+    if keys == heads:
+        return [(f"{heads} heads", width)]
+    return [(f"{heads} heads ({keys} of keys and values)", width)]

@@ -29,7 +29,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cluster.language_model.errors import ModelError
-from cluster.language_model.hooks import capture, require_single_calls
+from cluster.language_model.hooks import capture, require_one_row_per_token
 from cluster.language_model.loading import load_language_model, model_config, prepared_folder
 from cluster.run_folder.environment import ROOT
 from conf.hookpoint import parse_hookpoint
@@ -209,7 +209,7 @@ def _load(rank: int, store: Store, cfg: ModelConfig, cache_dir: Path, device: st
         timeout=timedelta(seconds=_TIMEOUT_S),
     )
     model = load_language_model(cfg, cache_dir, device, shards=cfg.shards)
-    require_single_calls(model, cfg.hookpoints)
+    require_one_row_per_token(model, cfg.hookpoints)
     return model
 
 

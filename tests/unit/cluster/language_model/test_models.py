@@ -7,12 +7,23 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
-from transformers import AlbertConfig, AlbertModel, T5Config, T5Model
+from transformers import (
+    AlbertConfig,
+    AlbertModel,
+    MixtralConfig,
+    MixtralForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+    T5Config,
+    T5Model,
+)
 
 from cluster.language_model.errors import ModelError
 from cluster.language_model.files import locate_model
-from cluster.language_model.hooks import capture, require_single_calls, splice
+from cluster.language_model.hooks import capture, require_one_row_per_token, splice
 from cluster.language_model.loading import load_language_model, load_tokenizer
+from cluster.language_model.model_checks import model_without_weights
+from cluster.language_model.stage import list_hookpoints
 from conf.schema.model import ModelConfig
 from tests.support.tiny_models import save_gpt2, save_llama
 
@@ -96,12 +107,94 @@ def test_a_module_that_runs_several_times_is_refused(tmp_path: Path) -> None:
     model = AlbertModel(config).eval()
     layer = "encoder.albert_layer_groups.0.albert_layers.0"
     with pytest.raises(ModelError, match=rf"several times: {layer} \(3 times\)"):
-        require_single_calls(model, ["encoder.embedding_hidden_mapping_in", layer])
-    require_single_calls(model, ["encoder.embedding_hidden_mapping_in", "encoder"])
+        require_one_row_per_token(model, ["encoder.embedding_hidden_mapping_in", layer])
+    require_one_row_per_token(model, ["encoder.embedding_hidden_mapping_in", "encoder"])
     t5 = T5Config(vocab_size=63, d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2)
     encoder_decoder = T5Model(t5).eval()
-    require_single_calls(encoder_decoder, ["encoder.block.1"])
+    require_one_row_per_token(encoder_decoder, ["encoder.block.1"])
     assert capture(encoder_decoder, ["encoder.block.1"], IDS)["encoder.block.1"].shape == (2, 4, 16)
+
+
+def opt() -> nn.Module:
+    torch.manual_seed(0)
+    config = OPTConfig(
+        vocab_size=63,
+        hidden_size=16,
+        ffn_dim=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        word_embed_proj_dim=16,
+        max_position_embeddings=64,
+    )
+    return OPTForCausalLM(config).eval()
+
+
+def mixtral(experts_per_token: int) -> nn.Module:
+    torch.manual_seed(0)
+    config = MixtralConfig(
+        vocab_size=63,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        num_local_experts=4,
+        num_experts_per_tok=experts_per_token,
+    )
+    return MixtralForCausalLM(config).eval()
+
+
+@torch.inference_mode()
+def test_flat_outputs_are_captured_and_replaced_by_token() -> None:
+    """OPT's MLP and the experts of Mixtral return [contexts * context_tokens, width]."""
+    for model, name in ((opt(), "model.decoder.layers.0.fc2"), (mixtral(2), "model.layers.0.mlp")):
+        hookpoint = name if name.endswith("fc2") else f"{name}.experts"
+        require_one_row_per_token(model, [hookpoint])
+        found = capture(model, [hookpoint], IDS)[hookpoint]
+        if not name.endswith("fc2"):  # the module around the experts has the same rows
+            torch.testing.assert_close(found, capture(model, [name], IDS)[name])
+        assert found.shape == (2, 4, 16)
+        with splice(model, hookpoint, torch.zeros_like):
+            replaced = capture(model, [hookpoint], IDS)[hookpoint]
+        # `capture` is asked after `splice`, and so sees what it put there.
+        assert torch.equal(replaced[:, 0], found[:, 0]) and not replaced[:, 1:].any()
+
+
+def test_rows_in_another_order_than_the_tokens_are_refused() -> None:
+    """With one expert per token, the experts' activations are sorted by expert."""
+    model = mixtral(1)
+    sorted_rows = "model.layers.0.mlp.experts.act_fn"
+    with pytest.raises(ModelError, match=rf"rows of '{sorted_rows}' are not in the order"):
+        require_one_row_per_token(model, [sorted_rows])
+    require_one_row_per_token(model, ["model.layers.0.mlp.experts", "model.layers.1"])
+
+
+def test_the_hookpoints_of_a_model_are_listed(tmp_path: Path) -> None:
+    save_llama(tmp_path / "model")
+    skeleton = model_without_weights(ModelConfig(path=str(tmp_path / "model")), tmp_path)
+    rows, failure = list_hookpoints(skeleton)
+    listed = {row.module: (row.layers, row.output, row.input, row.dtype) for row in rows}
+    assert failure == ""
+    layers = [0, 1, 2]
+    assert listed["model.layers.N"] == (layers, "16", "16", "bfloat16")
+    assert listed["model.layers.N.mlp.down_proj"] == (layers, "16", "32", "bfloat16")
+    assert listed["model.layers.N.self_attn.k_proj"] == (layers, "8", "16", "bfloat16")
+    assert listed["model.embed_tokens"] == ([], "16", "", "bfloat16")
+    # What is listed can be captured, with the width that is listed.
+    model = load(tmp_path / "model", tmp_path)
+    for row in rows:
+        for width, suffix in ((row.output, ""), (row.input, "@input")):
+            for layer in row.layers or [0]:
+                hookpoint = row.module.replace("N", str(layer)) + suffix
+                if width and hookpoint != "model.rotary_emb@input":
+                    assert capture(model, [hookpoint], IDS)[hookpoint].shape[-1] == int(width)
+
+
+def test_flat_hookpoints_are_listed() -> None:
+    listed = {row.module: row for model in (opt(), mixtral(2)) for row in list_hookpoints(model)[0]}
+    assert listed["model.decoder.layers.N.fc1"].output == "32"
+    assert listed["model.layers.N.mlp.experts"].output == "16"
+    assert listed["model.layers.N.mlp.gate"].output.startswith("4, 2 [item=1]")
 
 
 def test_an_unknown_hookpoint_lists_close_names(tmp_path: Path) -> None:
