@@ -117,6 +117,9 @@ def _configured(config: RunConfig) -> dict[str, Any]:
         "context_tokens": config.data.context_tokens,
         "dropped_positions": [0],
         "dropped_special_tokens": config.data.drop_special_tokens,
+        "stored_positions": [config.data.first_position, config.data.last_position],
+        "excluded_ids": config.data.exclude_ids,
+        "roles": config.data.roles,
         "max_norm_multiple": config.data.max_norm_multiple,
     }
 
@@ -168,6 +171,15 @@ def _left_out(found: Sequence[dict[str, Any]]) -> tuple[str, ...] | None:
         words.append(f"position {', '.join(map(str, positions))} of each context")
     if _agreed(found, "dropped_special_tokens"):
         words.append("special tokens")
+    first, last = _agreed(found, "stored_positions") or (1, None)
+    if first > 1:
+        words.append(f"positions before {first} of each context")
+    if last is not None:
+        words.append(f"positions after {last} of each context")
+    if excluded := _agreed(found, "excluded_ids"):
+        words.append(f"token ids {', '.join(map(str, excluded))}")
+    if roles := _agreed(found, "roles"):
+        words.append(f"messages of other roles than {', '.join(roles)}")
     multiple = _agreed(found, "max_norm_multiple")
     if multiple is not None:
         words.append(f"rows of more than {multiple:g} times the median norm")

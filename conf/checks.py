@@ -114,6 +114,13 @@ def _check_no_credentials(config: RunConfig) -> None:
 
 
 def _check_harvest_fits_store(config: RunConfig) -> None:
+    if config.model.shards > 1 and config.data.packing != "joined":
+        raise ConfigError(
+            "data.packing",
+            config.data.packing,
+            "joined with model.shards > 1",
+            "set model.shards=1",
+        )
     rows = config.data.context_tokens - 1
     if config.store.shard_tokens < rows:
         raise ConfigError(

@@ -15,6 +15,10 @@ CLEAN, RECON, ZERO, MEAN = "clean", "recon", "zero", "mean"
 """Variants of the forward pass: the hookpoint's output is unmodified, reconstructed by the SAE,
 replaced by zeros, or replaced by the mean of the stored training rows."""
 
+NO_TARGET = -100
+"""Target of a prediction that has none: of padding, or of the first token of another document.
+torch's cross-entropy leaves it out."""
+
 
 @dataclass(frozen=True)
 class Rows:
@@ -41,7 +45,7 @@ class Predictions:
     clean: Tensor
     """[contexts, T - 2, vocabulary] logits of the unmodified model for the same predictions."""
     targets: Tensor
-    """[contexts, T - 2] int64 next tokens."""
+    """[contexts, T - 2] int64 next tokens, or `NO_TARGET`."""
 
 
 class Accumulator:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
-from analysis.evaluation.measurement import CLEAN, RECON, Accumulator, Predictions
+from analysis.evaluation.measurement import CLEAN, NO_TARGET, RECON, Accumulator, Predictions
 
 if TYPE_CHECKING:
     from sae_core.inference import SparseCoder
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 class PredictionSums(Accumulator):
     """Sums for the cross-entropies and the KL divergence, in nats.
 
-    B contexts of T tokens give B * (T - 2) predictions.
+    B contexts of T tokens give B * (T - 2) predictions, less those without a target.
     """
 
     def __init__(self, sae: SparseCoder) -> None:
@@ -29,9 +29,9 @@ class PredictionSums(Accumulator):
         variant, logits, targets = predictions.variant, predictions.logits, predictions.targets
         self._loss[variant] = self._loss.get(variant, 0.0) + _loss(logits, targets)
         if variant == CLEAN:
-            self._predictions += targets.numel()
+            self._predictions += int((targets != NO_TARGET).sum())
         if variant == RECON:
-            self._kl += _divergence(predictions.clean, logits)
+            self._kl += _divergence(predictions.clean, logits, targets)
 
     def cross_entropy(self, variant: str) -> float | None:
         """Return the mean cross-entropy of a variant, or None if there is no held-out text."""
@@ -59,15 +59,19 @@ def _loss(logits: Tensor, targets: Tensor) -> float:
     # tensor of the evaluation.
     total = 0.0
     for context, wanted in zip(logits, targets, strict=True):
-        total += float(nn.functional.cross_entropy(context.float(), wanted, reduction="sum"))
+        loss = nn.functional.cross_entropy(
+            context.float(), wanted, reduction="sum", ignore_index=NO_TARGET
+        )
+        total += float(loss)
     return total
 
 
-def _divergence(clean: Tensor, other: Tensor) -> float:
-    """Return the sum over predictions of KL(clean || other), in nats."""
+def _divergence(clean: Tensor, other: Tensor, targets: Tensor) -> float:
+    """Return the sum over predictions with a target of KL(clean || other), in nats."""
     total = 0.0
-    for p, q in zip(clean, other, strict=True):
-        log_p, log_q = p.float().log_softmax(-1), q.float().log_softmax(-1)
+    for p, q, wanted in zip(clean, other, targets, strict=True):
+        has_target = wanted != NO_TARGET
+        log_p, log_q = (part[has_target].float().log_softmax(-1) for part in (p, q))
         # kl_div(input, target) is KL(target || input).
         total += float(nn.functional.kl_div(log_q, log_p, reduction="sum", log_target=True))
     return total

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from analysis.evaluation.measurement import (
     CLEAN,
     MEAN,
+    NO_TARGET,
     RECON,
     ZERO,
     Accumulator,
@@ -18,12 +19,13 @@ from analysis.evaluation.measurement import (
     Rows,
 )
 from cluster.language_model.hooks import capture, splice
+from cluster.language_model.packing import to_device
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from cluster.language_model.contexts import Split
+    from cluster.language_model.tokens.contexts import Split
     from sae_core.sharded_inference import ShardedSAE
 
 
@@ -104,7 +106,7 @@ class SplicedEvaluation:
 
     def _activations(self, split: Split, batch: NDArray[np.int64]) -> Tensor:
         """Return the clean activations from position 1 on: [contexts, T - 1, D]."""
-        captured = capture(self._model, [self._hookpoint], self._input_ids(split, batch))
+        captured = capture(self._model, [self._hookpoint], **self._inputs(split, batch))
         return captured[self._hookpoint][:, 1:].to(self._sae.rows_device)
 
     def _reconstruct(self, x: list[Tensor]) -> list[Rows]:
@@ -136,7 +138,7 @@ class SplicedEvaluation:
 
     def _add_batch(self, split: Split, batch: NDArray[np.int64], rows: Rows) -> None:
         """Feed the accumulators with a batch's rows and with the predictions of its four passes."""
-        input_ids = self._input_ids(split, batch)
+        inputs = self._inputs(split, batch)
         # Only the rows that a store would keep.
         kept = torch.from_numpy(split.kept(batch)).to(rows.x.device)
         if self._max_norm is not None:
@@ -152,23 +154,27 @@ class SplicedEvaluation:
             ZERO: torch.zeros_like,
             MEAN: lambda x: self._mean.to(x).expand_as(x),
         }
-        clean = self._run(input_ids, lambda x: x)
-        self._show(CLEAN, clean, clean, input_ids)
+        targets = inputs["input_ids"][:, 2:].clone()
+        predicted = split.predicted(batch)
+        if predicted is not None:
+            targets[~torch.from_numpy(predicted).to(targets.device)] = NO_TARGET
+        clean = self._run(inputs, lambda x: x)
+        self._show(CLEAN, clean, clean, targets)
         for variant, replace in replacements.items():
-            logits = self._run(input_ids, _only_at(kept, replace))
-            self._show(variant, logits, clean, input_ids)
+            logits = self._run(inputs, _only_at(kept, replace))
+            self._show(variant, logits, clean, targets)
 
-    def _input_ids(self, split: Split, batch: NDArray[np.int64]) -> Tensor:
-        return torch.from_numpy(split.input_ids(batch)).to(self._device)
+    def _inputs(self, split: Split, batch: NDArray[np.int64]) -> dict[str, Tensor]:
+        return to_device(split.model_inputs(batch), self._device)
 
-    def _run(self, input_ids: Tensor, replace: Callable[[Tensor], Tensor]) -> Tensor:
+    def _run(self, inputs: dict[str, Tensor], replace: Callable[[Tensor], Tensor]) -> Tensor:
         with splice(self._model, self._hookpoint, replace):
-            logits: Tensor = self._model(input_ids=input_ids, use_cache=False).logits
+            logits: Tensor = self._model(**inputs, use_cache=False).logits
         # The prediction at position 0 is the same in all passes. The last position has no target.
         return logits[:, 1:-1]
 
-    def _show(self, variant: str, logits: Tensor, clean: Tensor, input_ids: Tensor) -> None:
-        predictions = Predictions(variant, logits, clean, input_ids[:, 2:])
+    def _show(self, variant: str, logits: Tensor, clean: Tensor, targets: Tensor) -> None:
+        predictions = Predictions(variant, logits, clean, targets)
         for accumulator in self._accumulators:
             accumulator.add_predictions(predictions)
 

@@ -41,6 +41,11 @@ SPLIT_PROVENANCE_KEYS = (
     "dropped_special_tokens",
     "bos_id",
     "separator_id",
+    "text_kind",
+    "roles",
+    "packing",
+    "stored_positions",
+    "excluded_ids",
 )
 """Provenance keys that must match between store and config.
 
@@ -214,7 +219,7 @@ def _no_heldout_reason(evaluation: Evaluation) -> str | None:
     from cluster.language_model.loading import load_tokenizer
 
     cache_dir = Path(config.cache_dir).expanduser()
-    wanted = describe(config, load_tokenizer(config.model, cache_dir), cache_dir)
+    wanted = describe(config, load_tokenizer(config.model, cache_dir, config.data.kind), cache_dir)
     found = differences(provenance, {key: wanted[key] for key in SPLIT_PROVENANCE_KEYS})
     if found:
         return f"the store was harvested with other settings ({'; '.join(found)})"
@@ -278,17 +283,18 @@ def _run_spliced(
     import numpy as np
 
     from analysis.evaluation.splice import SplicedEvaluation
-    from cluster.language_model.contexts import prepare_contexts
     from cluster.language_model.errors import TextError
     from cluster.language_model.hooks import require_one_row_per_token
     from cluster.language_model.loading import load_language_model, load_tokenizer
     from cluster.language_model.model_checks import require_known_tokens, require_usable_model
+    from cluster.language_model.packing import require_document_masks
+    from cluster.language_model.tokens.contexts import prepare_contexts
     from cluster.progress import ProgressLine
 
     config = evaluation.config
     cache_dir = Path(config.cache_dir).expanduser()
     skeleton = require_usable_model(config.model, config.data.context_tokens, cache_dir)
-    tokenizer = load_tokenizer(config.model, cache_dir)
+    tokenizer = load_tokenizer(config.model, cache_dir, config.data.kind)
     contexts = prepare_contexts(config.data, tokenizer, cache_dir)
     require_known_tokens(skeleton, tokenizer, contexts)
     split = contexts.heldout
@@ -309,6 +315,8 @@ def _run_spliced(
     device = str(evaluation.sae.plan.devices[0])
     model = load_language_model(config.model, cache_dir, device)
     require_one_row_per_token(model, [evaluation.hookpoint])
+    if config.data.packing == "masked":
+        require_document_masks(model, [evaluation.hookpoint])
     predicts = config.model.kind != "base"
     if not predicts:
         evaluation.console.print(f"evaluate: {_NO_PREDICTIONS}")

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from cluster.language_model.contexts import Split
 from cluster.language_model.errors import TextError
+from cluster.language_model.tokens.contexts import Split
 
 PLAN_CONTEXTS = 4096
 """Number of contexts whose rows are counted in one step. It bounds memory use."""

@@ -19,16 +19,21 @@ EARLIER: dict[str, Any] = {
     "model_shards": 1,
     "model_kind": "causal_lm",
     "heldout": "documents",
+    "text_kind": "text",
+    "roles": [],
+    "packing": "joined",
+    "stored_positions": [1, None],
+    "excluded_ids": [],
 }
 """Values of keys that the headers of earlier stores lack."""
 
 
 def describe(config: RunConfig, tokenizer: Any, cache_dir: Path) -> dict[str, Any]:
     """Return the provenance of a config's rows: every setting that affects their bytes."""
-    from cluster.language_model.boundaries import boundary_ids
     from cluster.language_model.files import locate_model
     from cluster.language_model.loading import tokenizer_sha256
     from cluster.language_model.texts import find_text
+    from cluster.language_model.tokens.boundaries import boundary_ids, excluded_ids
 
     model = locate_model(config.model)
     bos_id, separator_id = boundary_ids(tokenizer, config.data)
@@ -45,6 +50,9 @@ def describe(config: RunConfig, tokenizer: Any, cache_dir: Path) -> dict[str, An
         "dataset": _dataset(config.data),
         **mixed_texts(config.data),
         "dataset_sha256": find_text(config.data).sha256(cache_dir),
+        "text_kind": config.data.kind,
+        "roles": sorted(config.data.roles),
+        "packing": config.data.packing,
         "context_tokens": config.data.context_tokens,
         "batch_contexts": config.model.batch_contexts,
         "model_shards": config.model.shards,  # another split rounds its partial sums differently
@@ -52,6 +60,8 @@ def describe(config: RunConfig, tokenizer: Any, cache_dir: Path) -> dict[str, An
         "heldout": config.data.heldout,
         "dropped_positions": [0],
         "dropped_special_tokens": config.data.drop_special_tokens,
+        "stored_positions": [config.data.first_position, config.data.last_position],
+        "excluded_ids": list(excluded_ids(tokenizer, config.data)),
         "max_norm_multiple": config.data.max_norm_multiple,
         "tokens_wanted": config.data.tokens,
         "seed": config.seed,

@@ -110,12 +110,12 @@ def prepare(
     from activation_store import HarvestLock
     from cluster.harvest.items import plan_items
     from cluster.harvest.text_report import counts_lines, require_splits, token_lines
-    from cluster.language_model.contexts import prepare_contexts
     from cluster.language_model.hookpoint_kinds import require_usable
     from cluster.language_model.loading import load_tokenizer
     from cluster.language_model.model_checks import require_known_tokens, require_usable_model
     from cluster.language_model.tensor_parallel import require_shardable
     from cluster.language_model.texts import find_text, pin_revisions, require_text
+    from cluster.language_model.tokens.contexts import prepare_contexts
 
     console = console or Console(soft_wrap=True)
     cache_dir = Path(config.cache_dir).expanduser()
@@ -125,7 +125,7 @@ def prepare(
     require_shardable(config.model, cache_dir)
     skeleton = require_usable_model(config.model, config.data.context_tokens, cache_dir)
     path = store_path(config, run_dir)
-    tokenizer = load_tokenizer(config.model, cache_dir)
+    tokenizer = load_tokenizer(config.model, cache_dir, config.data.kind)
     provenance = describe(config, tokenizer, cache_dir)
     existing = matching_store(path, config, provenance)
     if existing and existing.finalised:
@@ -137,7 +137,10 @@ def prepare(
         console.print(f"text: {line}", markup=False)
     contexts = prepare_contexts(config.data, tokenizer, cache_dir)
     require_known_tokens(skeleton, tokenizer, contexts)
-    for line in (*counts_lines(contexts, config.eval.tokens), *token_lines(contexts, tokenizer)):
+    for line in (
+        *counts_lines(contexts, config.eval.tokens),
+        *token_lines(contexts, tokenizer, config.data.kind),
+    ):
         console.print(f"text: {line}", markup=False)
     require_splits(contexts, config.data)
     tokens = config.data.tokens

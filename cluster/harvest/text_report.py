@@ -9,7 +9,7 @@ import numpy as np
 from cluster.language_model.errors import TextError
 
 if TYPE_CHECKING:
-    from cluster.language_model.contexts import Contexts
+    from cluster.language_model.tokens.contexts import Contexts
     from conf.schema.data import DataConfig
 
 _SHOWN_TOKENS = 8
@@ -38,6 +38,10 @@ def counts_lines(contexts: Contexts, eval_tokens: int) -> list[str]:
         lines.append(f"mixture: {parts}")
     if counts["ended_by"]:
         lines.append(f"the mixture ends here because {counts['ended_by']} has no more documents")
+    no_token, n_tokens = counts.get("no_token", 0), sum(tokens.values())
+    if contexts.train.packing == "separate" and no_token:
+        share = no_token / (no_token + n_tokens)
+        lines.append(f"{share:.0%} of all positions are padding, as data.packing=separate")
     held_out = len(contexts.heldout) * contexts.context_tokens
     if held_out > 0 and len(contexts.heldout) < eval_tokens // contexts.context_tokens:
         lines.append(
@@ -82,8 +86,14 @@ def _documents(number: int) -> str:
     return "1 document" if number == 1 else f"{number:,} documents"
 
 
-def token_lines(contexts: Contexts, tokenizer: Any) -> list[str]:
-    """Return lines for people: the first tokens, and special tokens that documents spell out."""
+def token_lines(contexts: Contexts, tokenizer: Any, kind: str = "text") -> list[str]:
+    """Return lines for people: the first tokens, and special tokens that documents spell out.
+
+    Args:
+        contexts: The contexts of the text.
+        tokenizer: Tokenizer of the model.
+        kind: What a document is, `data.kind`.
+    """
     lines = []
     if len(contexts.train):
         ids = contexts.train.input_ids(np.array([0]))[0][:_SHOWN_TOKENS].tolist()
@@ -93,6 +103,7 @@ def token_lines(contexts: Contexts, tokenizer: Any) -> list[str]:
     if n_special:
         lines.append(
             f"{n_special:,} special tokens are written in the documents, such as "
-            f"{tokenizer.all_special_tokens[0]!r}; they are read as text"
+            f"{tokenizer.all_special_tokens[0]!r}; "
+            + ("the chat template makes them real" if kind == "chat" else "they are read as text")
         )
     return lines

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from activation_store import Calibration, StoreWriter
-    from cluster.language_model.contexts import Split
+    from cluster.language_model.tokens.contexts import ModelInputs, Split
 
 
 @dataclass(frozen=True)
@@ -161,12 +161,12 @@ class HarvestWorker:
         for start in range(0, len(contexts), self.spec.model.batch_contexts):
             batch = contexts[start : start + self.spec.model.batch_contexts]
             kept = torch.from_numpy(self._split.kept(batch)).to(self.spec.device)
-            outputs = self._forward(self._split.input_ids(batch))
+            outputs = self._forward(self._split.model_inputs(batch))
             yield {name: to_numpy(hidden[:, 1:][kept]) for name, hidden in outputs.items()}
 
     @cached_property
-    def _forward(self) -> Callable[[NDArray[np.int64]], dict[str, Tensor]]:
-        """Function that maps input ids [contexts, context_tokens] to the hookpoints' tensors.
+    def _forward(self) -> Callable[[ModelInputs], dict[str, Tensor]]:
+        """Function from a model's inputs to the hookpoints' tensors [contexts, context_tokens, D].
 
         The first access loads the model.
         """
@@ -174,23 +174,27 @@ class HarvestWorker:
 
         from cluster.language_model.hooks import capture, require_one_row_per_token
         from cluster.language_model.loading import load_language_model
+        from cluster.language_model.packing import require_document_masks, to_device
         from cluster.language_model.tensor_parallel import ModelShards
 
         model, device = self.spec.model, self.spec.device
         if device == "cpu":
             torch.set_num_threads(1)
         if model.shards > 1:
-            return ModelShards(model, self.spec.cache_dir, device).capture
+            shards = ModelShards(model, self.spec.cache_dir, device)
+            return lambda inputs: shards.capture(inputs.input_ids)
         whole = load_language_model(model, self.spec.cache_dir, device)
         require_one_row_per_token(whole, model.hookpoints)
-        return lambda ids: capture(whole, model.hookpoints, torch.from_numpy(ids).to(device))
+        if self.spec.data.packing == "masked":
+            require_document_masks(whole, model.hookpoints)
+        return lambda inputs: capture(whole, model.hookpoints, **to_device(inputs, device))
 
     @cached_property
     def _split(self) -> Split:
-        from cluster.language_model.contexts import prepare_contexts
         from cluster.language_model.loading import load_tokenizer
+        from cluster.language_model.tokens.contexts import prepare_contexts
 
-        tokenizer = load_tokenizer(self.spec.model, self.spec.cache_dir)
+        tokenizer = load_tokenizer(self.spec.model, self.spec.cache_dir, self.spec.data.kind)
         return prepare_contexts(self.spec.data, tokenizer, self.spec.cache_dir).train
 
     @cached_property

@@ -10,14 +10,18 @@ from typing import TYPE_CHECKING, Any
 from cluster.language_model.cache import built_once, digest
 from cluster.language_model.errors import ModelError
 from cluster.language_model.files import ModelFiles, locate_model
+from cluster.language_model.no_tokenizer import NoTokenizer
 from conf.schema.model import ModelConfig
 
 if TYPE_CHECKING:
     from torch import nn
 
 
-def load_tokenizer(cfg: ModelConfig, cache_dir: Path) -> Any:
+def load_tokenizer(cfg: ModelConfig, cache_dir: Path, kind: str = "text") -> Any:
     """Load the model's tokenizer without reading weights.
+
+    If documents are ids of tokens (`data.kind=token_ids`), a model without a tokenizer gets a
+    `NoTokenizer`.
 
     A GGUF model's tokenizer is stored inside the weight file, from which it is extracted once into
     `cache_dir`.
@@ -37,6 +41,8 @@ def load_tokenizer(cfg: ModelConfig, cache_dir: Path) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError) as error:
+        if kind == "token_ids" and not any(folder.glob("token*")):
+            return NoTokenizer(config_of(folder))
         raise ModelError(
             f"model.path: could not load a tokenizer from {folder}: {one_line(error)}"
         ) from error
@@ -49,6 +55,8 @@ def load_tokenizer(cfg: ModelConfig, cache_dir: Path) -> Any:
 
 def tokenizer_sha256(tokenizer: Any) -> str:
     """Return a hash of everything that determines how text is turned into tokens."""
+    if isinstance(tokenizer, NoTokenizer):
+        return "no tokenizer"
     return digest([tokenizer.backend_tokenizer.to_str(), tokenizer.special_tokens_map])
 
 

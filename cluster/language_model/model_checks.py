@@ -23,7 +23,7 @@ from foundation.errors import ConfigError
 if TYPE_CHECKING:
     from torch import nn
 
-    from cluster.language_model.contexts import Contexts
+    from cluster.language_model.tokens.contexts import Contexts
 
 
 def require_usable_model(cfg: ModelConfig, context_tokens: int, cache_dir: Path) -> nn.Module:
@@ -53,14 +53,14 @@ def require_known_tokens(skeleton: nn.Module, tokenizer: Any, contexts: Contexts
     Args:
         skeleton: The model, or its skeleton.
         tokenizer: Tokenizer of the text.
-        contexts: The tokenised text. It is only read if the tokenizer has more tokens than the
-            model.
+        contexts: The tokenised text. It is only read if it was given as ids, or the tokenizer has
+            more tokens than the model.
 
     Raises:
         ModelError: If a token id is beyond the model's embedding.
     """
     n_embeddings = int(_embedding(skeleton).weight.shape[0])
-    if max(tokenizer.get_vocab().values()) < n_embeddings:
+    if not contexts.given_ids and max(tokenizer.get_vocab().values()) < n_embeddings:
         return
     ids = [contexts.bos_id, contexts.separator_id]
     ids += [int(s.token_id.max()) for s in (contexts.train, contexts.heldout) if len(s)]

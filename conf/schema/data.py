@@ -8,6 +8,9 @@ from dataclasses import dataclass, field
 from foundation.errors import ConfigError
 
 HELDOUT_RULES = ("documents", "tokens", "none")
+FIELDS = {"text": "text", "token_ids": "input_ids", "chat": "messages"}
+"""Kinds of documents, and the fields that hold them by default."""
+PACKINGS = ("joined", "masked", "separate")
 
 
 @dataclass
@@ -42,9 +45,16 @@ class DataConfig:
     package: str | None = None
     """An installed Python package that contains the text; `path` is then relative to the package.
     If null, `path` is a path on this machine."""
-    text_field: str = "text"
-    """Field or column with the text, in formats that have fields. Dots lead into nested fields:
-    `meta.text`. For one JSON object whose values are the documents, `'*'`."""
+    kind: str = "text"
+    """What a document is. text: text; token_ids: a list of ids of the model's vocabulary; chat: a
+    list of messages `{role, content}`, which go through the model's chat template."""
+    text_field: str | None = None
+    """Field or column with the documents, in formats that have fields. Null means text, input_ids
+    or messages, as `kind` says. Dots lead into nested fields: `meta.text`. For one JSON object
+    whose values are the documents, `'*'`."""
+    roles: list[str] = field(default_factory=list)
+    """Roles whose messages are stored if `kind=chat`, such as `[assistant]`. Empty means all
+    tokens, those of the template included. Other tokens are still read by the model."""
     encoding: str = "utf-8"
     """Character encoding of text, JSON and CSV files, such as cp1252 or utf-16."""
     files: str | None = None
@@ -78,6 +88,19 @@ class DataConfig:
     its BOS token."""
     separator_token: str | None = None
     """Token that follows every document. Null means the tokenizer's EOS token."""
+    packing: str = "joined"
+    """How documents fill contexts. joined: one after another, and tokens see the documents before
+    theirs; masked: likewise, but every document begins with BOS and sees only itself; separate:
+    each document has contexts of its own, with padding."""
+    first_position: int = 1
+    """First position of a context whose row is stored. Position 0 never is, because it is an
+    attention sink."""
+    last_position: int | None = None
+    """Last position of a context whose row is stored; null means all."""
+    exclude_tokens: list[str] = field(default_factory=list)
+    """Tokens whose rows are not stored, such as `["\\n"]`."""
+    exclude_ids: list[int] = field(default_factory=list)
+    """Ids of tokens whose rows are not stored."""
     heldout_fraction: float = 0.05
     """Fraction of the documents that is kept out of the store and used for evaluation. A hash of a
     document's text determines whether the document is held out."""
@@ -88,8 +111,12 @@ class DataConfig:
     """Do not store rows whose norm at any hookpoint is more than this multiple of the median norm
     in the first work item. A few such rows would hold much of the variance. Null stores all."""
     drop_special_tokens: bool = True
-    """Do not store the rows of BOS, EOS and padding tokens. Position 0 of a context is never
-    stored, because it is an attention sink."""
+    """Do not store the rows of BOS, EOS and padding tokens."""
+
+    @property
+    def field(self) -> str:
+        """Field or column with the documents."""
+        return self.text_field or FIELDS[self.kind]
 
     def validate(self) -> None:
         """Validate all fields.
@@ -122,6 +149,33 @@ class DataConfig:
             )
         if self.heldout not in HELDOUT_RULES:
             raise ConfigError("data.heldout", self.heldout, f"one of: {', '.join(HELDOUT_RULES)}")
+        self._validate_rows()
+
+    def _validate_rows(self) -> None:
+        """Validate the fields that say how contexts are made and which rows are stored."""
+        for key, value, allowed in (
+            ("data.kind", self.kind, tuple(FIELDS)),
+            ("data.packing", self.packing, PACKINGS),
+        ):
+            if value not in allowed:
+                raise ConfigError(key, value, f"one of: {', '.join(allowed)}")
+        if self.roles and self.kind != "chat":
+            raise ConfigError("data.roles", self.roles, "[] unless data.kind=chat")
+        last = self.context_tokens - 1
+        if not 1 <= self.first_position <= last:
+            raise ConfigError(
+                "data.first_position",
+                self.first_position,
+                f"1 to {last}, the last position of data.context_tokens={self.context_tokens}",
+            )
+        if self.last_position is not None and not self.first_position <= self.last_position <= last:
+            raise ConfigError(
+                "data.last_position",
+                self.last_position,
+                f"null, or data.first_position={self.first_position} to {last}",
+            )
+        if any(one < 0 for one in self.exclude_ids):
+            raise ConfigError("data.exclude_ids", self.exclude_ids, "ids of 0 or more")
 
     def _validate_text(self) -> None:
         """Validate the fields that name the text and say how it is read."""

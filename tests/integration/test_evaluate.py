@@ -21,8 +21,8 @@ from analysis.evaluation.measurement import Accumulator, Measured, Predictions, 
 from analysis.evaluation.metrics import METRICS, Metric
 from analysis.pages import stage as report_stage
 from cluster.harvest import stage as harvest_stage
-from cluster.language_model.contexts import prepare_contexts
 from cluster.language_model.loading import load_language_model, load_tokenizer
+from cluster.language_model.tokens.contexts import prepare_contexts
 from cluster.ray_session import ray_session
 from conf.schema.cluster import ClusterConfig
 from conf.schema.data import DataConfig

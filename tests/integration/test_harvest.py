@@ -25,9 +25,9 @@ from cluster.harvest import stage as harvest_stage
 from cluster.harvest import worker_pool
 from cluster.harvest.items import plan_items
 from cluster.harvest.worker import ItemResult
-from cluster.language_model.contexts import prepare_contexts
 from cluster.language_model.errors import ModelError, TextError
 from cluster.language_model.loading import load_language_model, load_tokenizer
+from cluster.language_model.tokens.contexts import prepare_contexts
 from cluster.ray_session import ray_session
 from conf.schema.cluster import ClusterConfig
 from conf.schema.data import DataConfig

@@ -16,9 +16,9 @@ from analysis.export import stage as export_stage
 from cluster.harvest import stage as harvest_stage
 from cluster.harvest.items import plan_items
 from cluster.harvest.worker import HarvestWorker, WorkerSpec
-from cluster.language_model.contexts import prepare_contexts
 from cluster.language_model.hookpoint_kinds import HOOKPOINT_KINDS
 from cluster.language_model.loading import load_language_model, load_tokenizer
+from cluster.language_model.tokens.contexts import prepare_contexts
 from conf.schema.data import DataConfig
 from conf.schema.model import ModelConfig
 from conf.schema.run import RunConfig

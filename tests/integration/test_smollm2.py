@@ -10,9 +10,9 @@ import pytest
 import torch
 import yaml
 
-from cluster.language_model.contexts import prepare_contexts
 from cluster.language_model.hooks import capture
 from cluster.language_model.loading import load_language_model, load_tokenizer
+from cluster.language_model.tokens.contexts import prepare_contexts
 from conf.schema.data import DataConfig
 from conf.schema.model import ModelConfig
 from tests.support.paths import ROOT

@@ -15,6 +15,7 @@ register an instance in `TEXT_FORMATS`.
 """
 
 from cluster.language_model.text_formats.base import Reading, Records, TextFormat
+from cluster.language_model.text_formats.documents import Document, document_of
 from cluster.language_model.text_formats.opening import open_text
 from cluster.language_model.text_formats.registry import (
     TEXT_FORMATS,
@@ -24,9 +25,11 @@ from cluster.language_model.text_formats.registry import (
 
 __all__ = [
     "TEXT_FORMATS",
+    "Document",
     "Reading",
     "Records",
     "TextFormat",
+    "document_of",
     "format_of",
     "formats_by_suffix",
     "open_text",

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cluster.language_model.text_formats.fields import as_text
+from cluster.language_model.text_formats.documents import Document, document_of
 
 
 @dataclass(frozen=True)
@@ -19,6 +19,8 @@ class Reading:
     """Field or column with the text, in formats that have fields. Dots lead into nested fields."""
     encoding: str = "utf-8"
     """Character encoding of formats that are text."""
+    kind: str = "text"
+    """What a document is: `data.kind`."""
     alone: bool = True
     """True if the source is this single file rather than a folder of files."""
 
@@ -37,7 +39,7 @@ class TextFormat(ABC):
     fields, such as notes and lists of addresses, are not read."""
 
     @abstractmethod
-    def documents(self, file: Path, reading: Reading) -> Iterator[str | None]:
+    def documents(self, file: Path, reading: Reading) -> Iterator[Document | None]:
         """Yield the documents of a file in a fixed order, and None for a null.
 
         The caller counts and skips nulls and blank documents.
@@ -63,7 +65,7 @@ class Records(TextFormat):
             OSError: If the file cannot be read.
         """
 
-    def documents(self, file: Path, reading: Reading) -> Iterator[str | None]:
-        """Yield the text of each record; see `as_text` for the values that are text."""
+    def documents(self, file: Path, reading: Reading) -> Iterator[Document | None]:
+        """Yield the document of each record; see `document_of` for the values that are one."""
         for place, value in self.values(file, reading):
-            yield as_text(value, reading.field, f"{file}, {place}")
+            yield document_of(value, reading.kind, reading.field, f"{file}, {place}")

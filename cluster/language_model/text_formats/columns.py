@@ -28,7 +28,7 @@ class Columns(Records):
 
         number = 0
         try:
-            for batch in self.batches(file, reading.field):
+            for batch in self.batches(file, reading):
                 name = batch.schema.names[0]
                 for value in batch.column(0).to_pylist():
                     number += 1
@@ -41,12 +41,12 @@ class Columns(Records):
             raise TextError(f"{file}, rows from {number + 1}: not UTF-8 text ({error})") from error
 
     @abstractmethod
-    def batches(self, file: Path, field: str) -> Iterator[pyarrow.RecordBatch]:
-        """Yield batches whose only column is the one that `field` leads to, or into.
+    def batches(self, file: Path, reading: Reading) -> Iterator[pyarrow.RecordBatch]:
+        """Yield batches whose only column is the one that the field leads to, or into.
 
         Raises:
             ArrowException: If the content is not of this format.
-            TextError: If there is no such column, or it does not hold strings.
+            TextError: If there is no such column, or it holds no documents of this kind.
         """
 
 
@@ -55,12 +55,12 @@ class Parquet(Columns):
 
     suffixes = (".parquet",)
 
-    def batches(self, file: Path, field: str) -> Iterator[pyarrow.RecordBatch]:
+    def batches(self, file: Path, reading: Reading) -> Iterator[pyarrow.RecordBatch]:
         """Yield batches of up to `ROWS_PER_READ` rows; other columns are not read."""
         import pyarrow.parquet
 
         with pyarrow.parquet.ParquetFile(file) as table:
-            column = _text_column(field, table.schema_arrow, file)
+            column = _document_column(reading, table.schema_arrow, file)
             yield from table.iter_batches(batch_size=ROWS_PER_READ, columns=[column])
 
 
@@ -69,7 +69,7 @@ class Arrow(Columns):
 
     suffixes = (".arrow", ".feather", ".ipc")
 
-    def batches(self, file: Path, field: str) -> Iterator[pyarrow.RecordBatch]:
+    def batches(self, file: Path, reading: Reading) -> Iterator[pyarrow.RecordBatch]:
         """Yield the batches of the file or stream."""
         import pyarrow
 
@@ -78,12 +78,12 @@ class Arrow(Columns):
             source.seek(0)
             if is_file:
                 with pyarrow.ipc.open_file(source) as table:
-                    column = _text_column(field, table.schema, file)
+                    column = _document_column(reading, table.schema, file)
                     for number in range(table.num_record_batches):
                         yield from _sliced(table.get_batch(number), column)
                 return
             with pyarrow.ipc.open_stream(source) as stream:
-                column = _text_column(field, stream.schema, file)
+                column = _document_column(reading, stream.schema, file)
                 for batch in stream:
                     yield from _sliced(batch, column)
 
@@ -95,12 +95,13 @@ def _sliced(batch: pyarrow.RecordBatch, column: str) -> Iterator[pyarrow.RecordB
         yield one.slice(start, ROWS_PER_READ)
 
 
-def _text_column(field: str, schema: pyarrow.Schema, file: Path) -> str:
-    """Return the column that holds the field, and check that the field is text.
+def _document_column(reading: Reading, schema: pyarrow.Schema, file: Path) -> str:
+    """Return the column that holds the field, and check its type.
 
     Raises:
-        TextError: If there is no such column or nested field, or it does not hold strings.
+        TextError: If there is no such column or nested field, or it holds no documents.
     """
+    field = reading.field
     column = field if field in schema.names else field.partition(".")[0]
     if schema.names.count(column) > 1:
         raise TextError(f"{file}: expected one column {column!r}, found several")
@@ -112,8 +113,9 @@ def _text_column(field: str, schema: pyarrow.Schema, file: Path) -> str:
         raise TextError(
             f"{file}: column data.text_field={field!r} not found; use one of its columns, {columns}"
         )
-    if not _is_text(found):
-        raise TextError(f"{file}: column {field!r} has the type {found}; expected strings")
+    fits, expected = _TYPES[reading.kind]
+    if not fits(found):
+        raise TextError(f"{file}: column {field!r} has the type {found}; expected {expected}")
     return column
 
 
@@ -156,6 +158,28 @@ def _is_text(kind: pyarrow.DataType) -> bool:
         or types.is_string_view(kind)
         or types.is_null(kind)
     )
+
+
+def _is_ids(kind: pyarrow.DataType) -> bool:
+    from pyarrow import types
+
+    inner = kind.value_type if _is_list(kind) else None
+    return bool(types.is_null(kind) or (inner is not None and types.is_integer(inner)))
+
+
+def _is_messages(kind: pyarrow.DataType) -> bool:
+    from pyarrow import types
+
+    inner = kind.value_type if _is_list(kind) else None
+    return bool(types.is_null(kind) or (inner is not None and types.is_struct(inner)))
+
+
+_TYPES = {
+    "text": (_is_text, "strings"),
+    "token_ids": (_is_ids, "lists of integers, as data.kind=token_ids"),
+    "chat": (_is_messages, "lists of messages, as data.kind=chat"),
+}
+"""For each kind of documents, the test of a column's type, and the type in words."""
 
 
 def _is_list(kind: pyarrow.DataType) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+from cluster.language_model.errors import TextError
 from cluster.language_model.text_formats.base import Reading, TextFormat
 from cluster.language_model.text_formats.opening import open_text
 
@@ -18,6 +19,11 @@ class Plain(TextFormat):
 
     def documents(self, file: Path, reading: Reading) -> Iterator[str]:
         """Yield the whole file or, if it is the only file, its blocks between blank lines."""
+        if reading.kind != "text":
+            raise TextError(
+                f"{file}: expected a file with the field {reading.field!r}, such as JSON Lines or "
+                f"Parquet, as data.kind={reading.kind}"
+            )
         with open_text(file, reading.encoding) as lines:
             if not reading.alone:
                 yield lines.read()

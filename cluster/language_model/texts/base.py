@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from cluster.language_model.text_formats import Document
+
 
 @dataclass
 class Tally:
@@ -34,7 +36,7 @@ class Text(ABC):
         """
 
     @abstractmethod
-    def documents(self, tally: Tally | None = None) -> Iterator[str]:
+    def documents(self, tally: Tally | None = None) -> Iterator[Document]:
         """Yield every document that is neither null nor blank.
 
         Args:
@@ -58,15 +60,15 @@ class Text(ABC):
         """Return lines for people: what is read, and what is left out and why."""
 
 
-def present(texts: Iterator[str | None], tally: Tally) -> Iterator[str]:
-    """Yield the texts that are neither null nor blank, and count the others."""
-    for text in texts:
-        if text is None:
+def present(documents: Iterator[Document | None], tally: Tally) -> Iterator[Document]:
+    """Yield the documents that are neither null nor blank, and count the others."""
+    for document in documents:
+        if document is None:
             tally.null += 1
-        elif not text or text.isspace():
+        elif not len(document) or (isinstance(document, str) and document.isspace()):
             tally.blank += 1
         else:
-            yield _encodable(text)
+            yield _encodable(document) if isinstance(document, str) else document
 
 
 def _encodable(text: str) -> str:

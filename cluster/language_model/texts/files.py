@@ -12,7 +12,13 @@ from typing import Any
 
 from cluster.language_model.cache import digest, file_sha256
 from cluster.language_model.errors import TextError
-from cluster.language_model.text_formats import Reading, TextFormat, format_of, formats_by_suffix
+from cluster.language_model.text_formats import (
+    Document,
+    Reading,
+    TextFormat,
+    format_of,
+    formats_by_suffix,
+)
 from cluster.language_model.text_formats.opening import (
     encoding_error,
     has_byte_order_mark,
@@ -62,7 +68,7 @@ class FileText(Text):
             parts["document"] = "file"
         return digest(parts)
 
-    def documents(self, tally: Tally | None = None) -> Iterator[str]:
+    def documents(self, tally: Tally | None = None) -> Iterator[Document]:
         """Yield every document that is neither null nor blank, in the order of the files.
 
         Raises:
@@ -96,7 +102,9 @@ class FileText(Text):
         files = f"{count}, {_size(sum(sizes))}, of {self.root}: {', '.join(names)}"
         return [files, *self.notes, *empty]
 
-    def _documents_of(self, file: Path, formats: Mapping[str, TextFormat]) -> Iterator[str | None]:
+    def _documents_of(
+        self, file: Path, formats: Mapping[str, TextFormat]
+    ) -> Iterator[Document | None]:
         reading = replace(self.reading, alone=file == self.root)
         try:
             with _readable(file):

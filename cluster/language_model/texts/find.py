@@ -9,7 +9,12 @@ from pathlib import Path
 
 from cluster.language_model.cache import digest, find_package
 from cluster.language_model.errors import TextError
-from cluster.language_model.text_formats import Reading, format_of, formats_by_suffix
+from cluster.language_model.text_formats import (
+    Document,
+    Reading,
+    format_of,
+    formats_by_suffix,
+)
 from cluster.language_model.text_formats.opening import format_suffix
 from cluster.language_model.texts.base import Tally, Text
 from cluster.language_model.texts.cards import declared_files
@@ -33,7 +38,7 @@ class FirstDocuments(Text):
         """Return a hash of the text and the number of documents."""
         return digest({"text": self.text.sha256(cache_dir), "max_documents": self.n_documents})
 
-    def documents(self, tally: Tally | None = None) -> Iterator[str]:
+    def documents(self, tally: Tally | None = None) -> Iterator[Document]:
         """Yield the first documents of the text."""
         return islice(self.text.documents(tally), self.n_documents)
 
@@ -125,15 +130,16 @@ def _single(data: DataConfig, keys: str = "data.") -> Text:
             f"{keys}path is empty; expected a file, a folder or the name of a data set on the Hub"
         )
     root = _root(data)
-    reading = Reading(data.text_field, data.encoding)
+    reading = Reading(data.field, data.encoding, data.kind)
     if not root.exists() and data.package is None and _may_be_hub_name(data.path):
         return HubText(
             data.path,
             data.subset,
             data.split or TRAIN,
             data.revision,
-            data.text_field,
+            data.field,
             data.streaming,
+            data.kind,
         )
     if not root.exists():
         pattern = ""

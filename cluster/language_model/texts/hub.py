@@ -12,7 +12,8 @@ from typing import Any
 
 from cluster.language_model.cache import digest
 from cluster.language_model.errors import TextError
-from cluster.language_model.text_formats.fields import as_text, field_of
+from cluster.language_model.text_formats import Document, document_of
+from cluster.language_model.text_formats.fields import field_of
 from cluster.language_model.texts.base import Tally, Text, present
 
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -48,6 +49,8 @@ class HubText(Text):
     """Field with the text; dots lead into nested fields."""
     streaming: bool
     """Read the files over the network while they are needed, instead of downloading them first."""
+    kind: str = "text"
+    """What a document is: `data.kind`."""
 
     def sha256(self, cache_dir: Path) -> str:
         """Return a hash of the name, the commit, the part that is read, and the field."""
@@ -81,7 +84,7 @@ class HubText(Text):
             ) from error
         return str(info.sha)
 
-    def documents(self, tally: Tally | None = None) -> Iterator[str]:
+    def documents(self, tally: Tally | None = None) -> Iterator[Document]:
         """Yield the text of every row that is neither null nor blank.
 
         Raises:
@@ -111,7 +114,7 @@ class HubText(Text):
         how = "streamed" if self.streaming else "downloaded"
         return [f"{self.name} on the Hub{subset}, split {self.split}, commit {self.commit}, {how}"]
 
-    def _texts(self, rows: Any) -> Iterator[str | None]:
+    def _texts(self, rows: Any) -> Iterator[Document | None]:
         iterator = iter(rows)
         number = 0
         while True:
@@ -123,7 +126,8 @@ class HubText(Text):
                 return
             number += 1
             where = f"{self.name}, split {self.split}, row {number}"
-            yield as_text(field_of(row, self.field, where), self.field, where)
+            value = field_of(row, self.field, where)
+            yield document_of(value, self.kind, self.field, where)
 
     def _load(self, streaming: bool) -> Any:
         """Return the rows, with only the column of the field."""

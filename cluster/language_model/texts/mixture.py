@@ -8,6 +8,7 @@ from pathlib import Path
 
 from cluster.language_model.cache import digest
 from cluster.language_model.errors import TextError
+from cluster.language_model.text_formats import Document
 from cluster.language_model.texts.base import Tally, Text
 
 
@@ -19,7 +20,7 @@ class Part:
     """Its path, for people."""
     text: Text
     weight: float
-    """Share of the characters of the mixture, relative to the weights of the other texts."""
+    """Share of the characters, or token ids, relative to the weights of the other texts."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class Mixture(Text):
         shares = [[part.text.sha256(cache_dir), part.weight / total] for part in self.parts]
         return digest({"mixture": shares})
 
-    def documents(self, tally: Tally | None = None) -> Iterator[str]:
+    def documents(self, tally: Tally | None = None) -> Iterator[Document]:
         """Yield the documents of all texts until one has no more.
 
         Raises:

@@ -28,7 +28,7 @@ class TinyModel(nn.Module):
 
 
 class TinySplit:
-    """Held-out contexts; see `cluster.language_model.contexts.Split`."""
+    """Held-out contexts; see `cluster.language_model.tokens.contexts.Split`."""
 
     def input_ids(self, contexts: NDArray[np.int64]) -> NDArray[np.int64]:
         """Return [contexts, tokens] int64."""

@@ -23,8 +23,6 @@ from transformers import (
     RobertaModel,
 )
 
-from cluster.language_model.boundaries import boundary_ids
-from cluster.language_model.contexts import prepare_contexts
 from cluster.language_model.errors import ModelError
 from cluster.language_model.hooks import capture
 from cluster.language_model.loading import load_language_model, load_skeleton, load_tokenizer
@@ -33,6 +31,8 @@ from cluster.language_model.model_checks import (
     require_known_tokens,
     require_usable_model,
 )
+from cluster.language_model.tokens.boundaries import boundary_ids
+from cluster.language_model.tokens.contexts import prepare_contexts
 from conf.schema.data import DataConfig
 from conf.schema.model import ModelConfig
 from foundation.errors import ConfigError

@@ -30,7 +30,7 @@ def write(folder: Path, *names: str) -> None:
 
 
 def read(folder: Path, **settings: Any) -> list[str]:
-    return list(find_text(DataConfig(path=str(folder), **settings)).documents())
+    return [str(one) for one in find_text(DataConfig(path=str(folder), **settings)).documents()]
 
 
 def told(folder: Path, **settings: Any) -> str:

@@ -35,7 +35,7 @@ def read(path: Path, field: str = "text", **settings: Any) -> tuple[list[str], T
     tally = Tally()
     text = find_text(DataConfig(path=str(path), text_field=field, **settings))
     text.check()
-    return list(text.documents(tally)), tally
+    return [str(one) for one in text.documents(tally)], tally
 
 
 def lines(records: list[Any]) -> bytes:

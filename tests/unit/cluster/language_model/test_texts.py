@@ -12,10 +12,10 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from cluster.language_model.contexts import prepare_contexts
 from cluster.language_model.errors import TextError
 from cluster.language_model.text_formats import TEXT_FORMATS, Reading, TextFormat, open_text
 from cluster.language_model.texts import find_text
+from cluster.language_model.tokens.contexts import prepare_contexts
 from conf.schema.data import DataConfig
 from tests.support.tiny_models import save_tokenizer
 
@@ -29,7 +29,7 @@ DOCUMENTS = ["first text", "zweiter Text\nin two lines", "третий"]
 
 
 def read(path: Path, field: str = "text") -> list[str]:
-    return list(find_text(DataConfig(path=str(path), text_field=field)).documents())
+    return [str(one) for one in find_text(DataConfig(path=str(path), text_field=field)).documents()]
 
 
 def test_a_text_file_is_cut_at_blank_lines(tmp_path: Path) -> None:

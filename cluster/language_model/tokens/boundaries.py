@@ -6,6 +6,7 @@ import re
 from typing import Any
 
 from cluster.language_model.errors import TextError
+from cluster.language_model.no_tokenizer import NoTokenizer
 from conf.schema.data import DataConfig
 from foundation.errors import ConfigError
 
@@ -28,13 +29,20 @@ def boundary_ids(tokenizer: Any, data: DataConfig) -> tuple[int, int]:
     """
     bos_id = _named(tokenizer, "data.bos_token", data.bos_token)
     separator_id = _named(tokenizer, "data.separator_token", data.separator_token)
-    if bos_id is None:
+    if isinstance(tokenizer, NoTokenizer):
+        bos_id, separator_id = tokenizer.bos_token_id, tokenizer.eos_token_id
+    elif bos_id is None:
         bos_id = _prepended(tokenizer)
     if bos_id is None:
         bos_id = _own(tokenizer, "bos_token", "cls_token")
     if separator_id is None:
         separator_id = _own(tokenizer, "eos_token", "sep_token")
     if bos_id is None and separator_id is None:
+        if isinstance(tokenizer, NoTokenizer):
+            raise TextError(
+                "the model has no tokenizer, and its config.json has neither bos_token_id nor "
+                "eos_token_id; add one of them there: it begins every context"
+            )
         raise TextError(
             "the tokenizer has neither a BOS nor an EOS token; name tokens of its vocabulary with "
             "data.bos_token and data.separator_token"
@@ -43,6 +51,32 @@ def boundary_ids(tokenizer: Any, data: DataConfig) -> tuple[int, int]:
         int(separator_id if bos_id is None else bos_id),  # type: ignore[arg-type]
         int(bos_id if separator_id is None else separator_id),  # type: ignore[arg-type]
     )
+
+
+def excluded_ids(tokenizer: Any, data: DataConfig) -> tuple[int, ...]:
+    """Return the ids of `data.exclude_tokens` and `data.exclude_ids`, ascending.
+
+    A token is named as in the vocabulary, or by its text.
+
+    Raises:
+        ConfigError: If a text is no single token.
+    """
+    ids = set(data.exclude_ids)
+    vocabulary = tokenizer.get_vocab() if data.exclude_tokens else {}
+    for token in data.exclude_tokens:
+        found = [vocabulary[token]] if token in vocabulary else []
+        if not found and vocabulary:
+            found = tokenizer(token, add_special_tokens=False)["input_ids"]
+        if len(found) != 1:
+            names = tokenizer.convert_ids_to_tokens(found) if found else "no tokens"
+            raise ConfigError(
+                "data.exclude_tokens",
+                token,
+                f"one token of the model's vocabulary, found {names}",
+                "name each token, or set data.exclude_ids",
+            )
+        ids.add(int(found[0]))
+    return tuple(sorted(ids))
 
 
 def special_strings(tokenizer: Any) -> re.Pattern[str] | None:
@@ -56,6 +90,8 @@ def special_strings(tokenizer: Any) -> re.Pattern[str] | None:
 def _named(tokenizer: Any, key: str, token: str | None) -> int | None:
     if token is None:
         return None
+    if isinstance(tokenizer, NoTokenizer):
+        raise ConfigError(key, token, "null, because the model has no tokenizer to look it up in")
     vocabulary = tokenizer.get_vocab()
     if token not in vocabulary:
         known = tokenizer.all_special_tokens[:4] or sorted(vocabulary)[:4]

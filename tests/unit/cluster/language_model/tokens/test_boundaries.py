@@ -11,9 +11,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from cluster.harvest.text_report import token_lines
-from cluster.language_model.boundaries import boundary_ids
-from cluster.language_model.contexts import prepare_contexts
 from cluster.language_model.errors import TextError
+from cluster.language_model.tokens.boundaries import boundary_ids
+from cluster.language_model.tokens.contexts import prepare_contexts
 from conf.schema.data import DataConfig
 from foundation.errors import ConfigError
 

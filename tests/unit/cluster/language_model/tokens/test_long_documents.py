@@ -13,8 +13,8 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from cluster.language_model import long_documents
-from cluster.language_model.long_documents import encode_documents
+from cluster.language_model.tokens import long_documents
+from cluster.language_model.tokens.long_documents import encode_documents
 from tests.support.paths import ROOT
 from tests.support.tiny_models import save_tokenizer
 
@@ -130,7 +130,7 @@ def test_pieces_are_joined_without_reading_all_at_once(
 MEASURE = """
 import json, resource, sys
 from pathlib import Path
-from cluster.language_model.contexts import prepare_contexts
+from cluster.language_model.tokens.contexts import prepare_contexts
 from conf.schema.data import DataConfig
 from transformers import AutoTokenizer
 

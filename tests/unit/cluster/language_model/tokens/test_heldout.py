@@ -13,9 +13,9 @@ from rich.console import Console
 
 from cluster.harvest import stage as harvest_stage
 from cluster.harvest.provenance import describe, differences
-from cluster.language_model.contexts import prepare_contexts
 from cluster.language_model.errors import TextError
 from cluster.language_model.loading import load_tokenizer
+from cluster.language_model.tokens.contexts import prepare_contexts
 from conf.schema.data import DataConfig
 from conf.schema.model import ModelConfig
 from conf.schema.run import RunConfig

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from cluster.harvest.items import plan_items
-from cluster.language_model.contexts import Contexts, prepare_contexts
 from cluster.language_model.errors import TextError
-from cluster.language_model.heldout import is_heldout
+from cluster.language_model.tokens.contexts import Contexts, prepare_contexts
+from cluster.language_model.tokens.heldout import is_heldout
 from conf.schema.data import DataConfig
 from tests.support.tiny_models import save_tokenizer, write_text
 
