@@ -97,7 +97,9 @@ def compose_and_run(composed: DictConfig) -> None:
         with (
             on_preemption(raise_interrupted, config.checkpoint.grace_s),
             open_run(
-                config, config.stage in READ_ONLY_STAGES, config.stage in STAGES_OF_EXISTING_RUNS
+                config,
+                config.stage in READ_ONLY_STAGES,
+                config.stage in STAGES_OF_EXISTING_RUNS and not _brings_sae(config),
             ) as run_dir,
         ):
             if config.stage == "pipeline":
@@ -105,6 +107,11 @@ def compose_and_run(composed: DictConfig) -> None:
             for stage in stages:
                 more = [_arguments()] if stage == "submit" else []
                 import_module(MODULES[stage]).run(config, run_dir, *more)
+
+
+def _brings_sae(config: RunConfig) -> bool:
+    """Return True if the stage evaluates an SAE that no run here has trained."""
+    return config.stage == "evaluate" and config.eval.sae is not None
 
 
 def _given_keys() -> set[str]:
@@ -156,6 +163,13 @@ def _make_paths_absolute(config: RunConfig) -> None:
         local = Path(part.path).expanduser()
         if part.path and part.package is None and local.exists():
             part.path = str(local.resolve())
+
+    config.eval.sae = _absolute_sae(config.eval.sae)
+    config.train.init_from = _absolute_sae(config.train.init_from)
+
+
+def _absolute_sae(path: str | None) -> str | None:
+    return None if path is None else str(Path(path).expanduser().resolve())
 
 
 def _absolute(store: str) -> str:

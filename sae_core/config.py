@@ -144,6 +144,10 @@ class TrainConfig:
     """Tokens in the global batch, over all data replicas."""
     sample_tokens: int = 32_768
     """Number of rows used to calibrate the input scale and the geometric-median bias."""
+    init_from: str | None = None
+    """Start from the weights of this SAE instead of random ones: a run, a checkpoint, a saved SAE,
+    or a folder of SAELens or sparsify. It must have the same architecture and sizes; `sae.k` may
+    differ. Read only at the start of a run."""
     device: str = "auto"
     """Device to train on: cpu, cuda, or auto (cuda if available)."""
     compute_dtype: str = "auto"

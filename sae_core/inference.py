@@ -12,15 +12,15 @@ from torch import nn
 
 from foundation.errors import ConfigError
 from foundation.registry import import_attribute
-from sae_core import peer_formats
 from sae_core.architectures.registry import architecture_of
 from sae_core.architectures.settings import SAEConfig
-from sae_core.checkpoint.stored_sae import MATRICES, StoredSAE, open_sae, row_names
+from sae_core.checkpoint.stored_sae import MATRICES, StoredSAE, row_names
 from sae_core.errors import ShapeError
 from sae_core.inference_gradients import active_values, needs_gradient, product, weighted_rows
 from sae_core.kernels import Kernels, compact, get_kernels
 from sae_core.kernels.keys import pack_keys, unpack_keys
 from sae_core.kernels.registry import default_kernels
+from sae_core.peer_formats import open_any
 
 
 class SparseCoder(Protocol):
@@ -279,12 +279,7 @@ def load_sae(
     """
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise ConfigError("dtype", dtype, "torch.float32, torch.bfloat16 or torch.float16")
-    path = Path(path)
-    peer = peer_formats.find(path)
-    if peer is None:
-        stored = open_sae(path, name, verify_hashes)
-    else:
-        stored = peer_formats.open_peer(peer, path, allow_pt)
+    stored = open_any(Path(path), name, verify_hashes, allow_pt)
     tensors = {
         row_name: stored.whole(row_name, dtype if row_name in MATRICES else torch.float32, device)
         for row_name in row_names(stored.config)

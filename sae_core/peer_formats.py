@@ -30,6 +30,7 @@ from sae_core.checkpoint.stored_sae import (
     StoredSAE,
     check_shapes,
     from_tensors,
+    open_sae,
     open_tensors,
     row_names,
 )
@@ -201,6 +202,26 @@ def find(path: Path) -> PeerFormat | None:
     if any((path / name).exists() for name in (CONFIG_FILE, MANIFEST, CHECKPOINTS)):
         return None  # our own format takes precedence, even next to files of others
     return next((peer for _, peer in PEER_FORMATS.items() if peer.recognises(path)), None)
+
+
+def open_any(
+    path: Path, name: str | None = None, verify_hashes: bool = True, allow_pt: bool = False
+) -> StoredSAE:
+    """Open an SAE of ours (see `open_sae`) or of another library.
+
+    Args:
+        path: Run, checkpoint, saved SAE, or folder or file of another library.
+        name: Name of the SAE. It may be None if there is only one.
+        verify_hashes: Verify the SHA-256 of every file of a checkpoint first.
+        allow_pt: True if pickles may be read, with torch's restricted loader.
+
+    Raises:
+        CheckpointError: If no SAE is found, or it is damaged or of another kind.
+    """
+    peer = find(path)
+    if peer is None:
+        return open_sae(path, name, verify_hashes)
+    return open_peer(peer, path, allow_pt)
 
 
 def open_peer(peer: PeerFormat, path: Path, allow_pt: bool) -> StoredSAE:

@@ -10,16 +10,17 @@ from __future__ import annotations
 import json
 import math
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from analysis.evaluation.measurement import Accumulator, Measured
 from analysis.evaluation.metrics import METRICS, definitions, metric_rows
 from cluster.harvest.provenance import describe, differences
-from cluster.run_folder.files import EVALUATION, FREQUENCY, store_path
+from cluster.run_folder.files import CHECKPOINTS, EVALUATION, FREQUENCY, store_path
 from conf.hookpoint import find_hookpoint
 from foundation.atomic_files import write_json
+from foundation.errors import ConfigError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -90,19 +91,26 @@ def run(config: RunConfig, run_dir: Path) -> None:
     from activation_store import open_store
     from analysis.evaluation.dictionary import compute_dtype_of, devices_of, shard_sae
     from analysis.evaluation.firing import sample_rows
-    from sae_core.checkpoint.stored_sae import open_sae
+    from sae_core.peer_formats import open_any
 
     console = Console(soft_wrap=True)
     started = time.monotonic()
     devices = devices_of(config)
-    stored = open_sae(run_dir)
+    brought = config.eval.sae
+    if brought is not None:
+        _require_no_checkpoints(config, run_dir)
+    stored = open_any(run_dir if brought is None else Path(brought))
     store = open_store(store_path(config, run_dir))
+    if brought is not None and config.sae.hookpoint is not None:
+        stored = replace(stored, config=replace(stored.config, hookpoint=config.sae.hookpoint))
     hookpoint = _array_of(stored, store)
-    checkpoint = str(stored.metadata.get("checkpoint", f"step-{stored.step}"))
+    name = f"step-{stored.step}" if brought is None else Path(brought).name
+    checkpoint = str(stored.metadata.get("checkpoint", name))
     compute_dtype = str(compute_dtype_of(config, devices[0])).removeprefix("torch.")
     # Everything that the metrics depend on. If it is unchanged, the metrics are up to date.
     settings = asdict(config.eval)
     del settings["max_memory_gib"]  # changes only how the SAE is divided
+    del settings["sae"]  # its weights count, not its path
     inputs = {
         "eval": settings,
         "data": asdict(config.data),
@@ -144,6 +152,23 @@ def run(config: RunConfig, run_dir: Path) -> None:
         console.print(
             f"evaluate: 1% of the rows have {share:.0%} of the variance, so fvu mostly tells how "
             "well these are reconstructed; compare fvu_median, and see data.max_norm_multiple"
+        )
+
+
+def _require_no_checkpoints(config: RunConfig, run_dir: Path) -> None:
+    """Check that the metrics of another SAE would not replace those of the run's own.
+
+    Raises:
+        ConfigError: If the run has checkpoints.
+    """
+    from sae_core.checkpoint.folder import list_checkpoints
+
+    if list_checkpoints(run_dir / CHECKPOINTS):
+        raise ConfigError(
+            "eval.sae",
+            config.eval.sae,
+            f"a run without checkpoints of its own, but {run_dir} has some",
+            "choose another name=...",
         )
 
 
@@ -355,14 +380,15 @@ def _array_of(stored: StoredSAE, store: Store) -> str:
         if len(store.arrays) > 1:
             raise StoreMismatchError(
                 f"the SAE does not name its array: expected a store with one, found "
-                f"{dict(store.arrays)}; set store.path to a store with only its array"
+                f"{dict(store.arrays)}; set sae.hookpoint to its array"
             )
         wanted = next(iter(store.arrays))
     array = find_hookpoint(wanted, store.arrays) or wanted
     if store.arrays.get(array) != stored.d_model:
         raise StoreMismatchError(
             f"store.path: expected the SAE's training array {array!r} of width {stored.d_model}, "
-            f"found {dict(store.arrays)}; set store.path to the store of this run"
+            f"found {dict(store.arrays)}; set store.path to its store, or name its array with "
+            "sae.hookpoint"
         )
     return array
 

@@ -20,6 +20,10 @@ class EvalConfig:
     to whole blocks of 2,048 rows. If null, or if the store has no more, all rows are counted.
     `dead_fraction` and `eval/frequency.json` rest on this sample; a latent that fires less often
     than about once in this number of tokens counts as dead."""
+    sae: str | None = None
+    """SAE to evaluate on this run's store and text instead of the run's own: a run, a checkpoint, a
+    saved SAE, or a folder of SAELens or sparsify. The run must have no checkpoint of its own.
+    `sae.hookpoint` names its array in the store, if the SAE calls it otherwise."""
     compute_dtype: str = "auto"
     """Dtype of the encoder's product: float32, bfloat16 (sums in float32), or auto (that of
     `train.compute_dtype`; tf32 counts as float32). Decoding is always in float32."""

@@ -25,7 +25,9 @@ from sae_core.errors import CheckpointError, NonFiniteLossError
 from sae_core.kernels.interface import Prepared
 from sae_core.kernels.prefilter_choice import PrefilterChoice, candidates
 from sae_core.kernels.registry import KERNELS, default_kernels, get_kernels
+from sae_core.peer_formats import open_any
 from sae_core.training.calibrate import calibrate
+from sae_core.training.initial_weights import start_from
 from sae_core.training.input_transform import InputReport, report_of
 from sae_core.training.prefilter import agree_on_prefilter
 from sae_core.training.source import ActivationSource
@@ -121,10 +123,15 @@ class Trainer:
     def calibrate(self) -> None:
         """Fit input scale, bias and encoder to a sample, and choose the prefilter; collective.
 
+        With `train.init_from`, bias and dictionary are those of another SAE.
+
         Call once, before a new run.
         """
         sample = self.source.sample(self.config.train.sample_tokens)
         calibrate(self.engine.sae, sample)
+        init_from = self.config.train.init_from
+        if init_from is not None:
+            start_from(self.engine.sae, open_any(Path(init_from)), init_from)
         self.inputs = report_of(sample) if is_rank_zero() else None
         self.engine.sync_edited_parameters()
         self._choose_prefilter(None)

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from activation_store import StoreWriter, open_store
 from activation_store.config import MixedStore
@@ -93,6 +94,34 @@ def test_a_perfect_dictionary_loses_nothing(harvested: RunConfig, tmp_path: Path
     assert metrics["kl"] == pytest.approx(0, abs=1e-6)
     assert metrics["ce_recovered"] == pytest.approx(1, abs=1e-3)
     assert metrics["tokens"] == 192 and metrics["hookpoint"] == HOOKPOINT  # 12 contexts of 16
+
+
+def test_an_sae_from_elsewhere_is_measured(harvested: RunConfig, tmp_path: Path) -> None:
+    own = save_sae(tmp_path / "own", plus_minus(), k=4)
+    expected = metrics_of(harvested, tmp_path / "own")
+    # A folder of sparsify, which calls its hookpoint by the name of the folder.
+    folder = tmp_path / "from-elsewhere"
+    folder.mkdir()
+    tensors = {"encoder.weight": own.W_enc, "encoder.bias": own.b_enc}
+    save_file(
+        {name: tensor.detach().clone() for name, tensor in tensors.items()}
+        | {"W_dec": own.W_dec.detach().clone(), "b_dec": own.b_dec.detach().clone()},
+        folder / "sae.safetensors",
+    )
+    cfg = {"activation": "topk", "k": 4, "num_latents": 2 * D, "d_in": D, "expansion_factor": 2}
+    (folder / "cfg.json").write_text(json.dumps(cfg))
+    config = replace(harvested, eval=replace(harvested.eval, sae=str(folder)))
+    with pytest.raises(StoreMismatchError, match=r"found .*or name its array with sae\.hookpoint"):
+        metrics_of(config, tmp_path / "new")
+    config = replace(config, sae=replace(config.sae, hookpoint=HOOKPOINT))
+    found = metrics_of(config, tmp_path / "new")
+    assert found["checkpoint"] == "from-elsewhere" and found["heldout"]
+    for metric in METRICS.names():
+        assert found[metric] == expected[metric], metric
+    (tmp_path / "trained" / "checkpoints" / "step-00000007").mkdir(parents=True)
+    (tmp_path / "trained" / "checkpoints" / "step-00000007" / "manifest.json").write_text("{}")
+    with pytest.raises(ConfigError, match=r"eval\.sae=.*a run without checkpoints of its own"):
+        metrics_of(config, tmp_path / "trained")
 
 
 def test_a_dictionary_that_never_fires_is_an_ablation(harvested: RunConfig, tmp_path: Path) -> None:

@@ -95,6 +95,7 @@ class Job:
     """Values to set in the SAE's config."""
     moments: str = "float32"
     prefilter: str = "auto"
+    init_from: str | None = None
 
 
 def config_of(job: Job) -> TrainerConfig:
@@ -118,6 +119,7 @@ def config_of(job: Job) -> TrainerConfig:
             job.steps * BATCH,
             BATCH,
             sample_tokens=480,
+            init_from=job.init_from,
             kernels=job.kernels,
             prefilter=job.prefilter if job.kernels == "stock" else "auto",
         ),
