@@ -91,7 +91,7 @@ def run(config: RunConfig, run_dir: Path) -> None:
     from activation_store import open_store
     from analysis.evaluation.dictionary import compute_dtype_of, devices_of, shard_sae
     from analysis.evaluation.firing import sample_rows
-    from sae_core.peer_formats import open_any
+    from sae_core.checkpoint.stored_sae import open_sae
 
     console = Console(soft_wrap=True)
     started = time.monotonic()
@@ -99,7 +99,7 @@ def run(config: RunConfig, run_dir: Path) -> None:
     brought = config.eval.sae
     if brought is not None:
         _require_no_checkpoints(config, run_dir)
-    stored = open_any(run_dir if brought is None else Path(brought))
+    stored = open_sae(run_dir) if brought is None else _open_brought(brought)
     store = open_store(store_path(config, run_dir))
     if brought is not None and config.sae.hookpoint is not None:
         stored = replace(stored, config=replace(stored.config, hookpoint=config.sae.hookpoint))
@@ -153,6 +153,21 @@ def run(config: RunConfig, run_dir: Path) -> None:
             f"evaluate: 1% of the rows have {share:.0%} of the variance, so fvu mostly tells how "
             "well these are reconstructed; compare fvu_median, and see data.max_norm_multiple"
         )
+
+
+def _open_brought(path: str) -> StoredSAE:
+    """Open the SAE of `eval.sae`.
+
+    Raises:
+        ConfigError: If there is none that can be read.
+    """
+    from sae_core.errors import CheckpointError
+    from sae_core.peer_formats import open_any
+
+    try:
+        return open_any(Path(path))
+    except CheckpointError as error:
+        raise ConfigError("eval.sae", path, "an SAE", str(error)) from error
 
 
 def _require_no_checkpoints(config: RunConfig, run_dir: Path) -> None:

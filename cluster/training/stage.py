@@ -41,12 +41,13 @@ def run(
         PreemptedError: If a signal stopped training. A checkpoint has been saved if possible.
     """
     console = console or Console()
-    check_store(config)  # before torch is imported, which takes seconds
+    array = check_store(config)  # before torch is imported, which takes seconds
     from cluster.training.progress_line import RunProgress, training_costs
     from cluster.training.store_cursor import unregister
     from cluster.training.supervisor import train_ranks
     from sae_core.checkpoint.folder import newest_valid
 
+    _check_start(config, run_dir, array)
     wait_for_old_ranks(run_dir)
     done = finished(config, run_dir)
     if done is not None:
@@ -61,6 +62,21 @@ def run(
     newest = newest_valid(run_dir / CHECKPOINTS, hashes=False)
     console.print(f"train: {training_costs(run_dir)}", soft_wrap=True)
     console.print(f"train: done, {newest}")
+
+
+def _check_start(config: RunConfig, run_dir: Path, array: str) -> None:
+    """Check before any rank starts that `train.init_from` fits, unless the run has begun.
+
+    Raises:
+        ConfigError: If it is no SAE or has another architecture or size.
+    """
+    from activation_store import open_store
+    from sae_core.checkpoint.folder import list_checkpoints
+    from sae_core.training.initial_weights import open_start
+
+    path = config.train.init_from
+    if path is not None and not list_checkpoints(run_dir / CHECKPOINTS):
+        open_start(path, config.sae, open_store(config.store.path).arrays[array])
 
 
 def finished(config: RunConfig, run_dir: Path) -> Path | None:

@@ -3,22 +3,53 @@
 from __future__ import annotations
 
 import warnings
+from pathlib import Path
 
 import torch
 
 from foundation.errors import ConfigError
 from sae_core.architectures.base import SparseAutoencoder
 from sae_core.architectures.registry import architecture_of
+from sae_core.architectures.settings import SAEConfig
 from sae_core.checkpoint.safetensors_file import rows_per_block
 from sae_core.checkpoint.stored_sae import StoredSAE
+from sae_core.errors import CheckpointError
+from sae_core.peer_formats import open_any
 
 _KEY = "train.init_from"
 _UNIT = 0.01
 """Relative difference of a decoder row's norm from 1 above which rows are said to be scaled."""
 
 
+def open_start(path: str, config: SAEConfig, d_model: int) -> StoredSAE:
+    """Open the SAE that training starts from, and check that it fits.
+
+    Args:
+        path: Where it is: `train.init_from`.
+        config: Settings of the SAE to train.
+        d_model: Width of the activations.
+
+    Raises:
+        ConfigError: If there is no SAE, or it has another architecture, width or number of latents.
+    """
+    try:
+        stored = open_any(Path(path))
+    except CheckpointError as error:
+        raise ConfigError(_KEY, path, "an SAE", str(error)) from error
+    ours = (config.architecture, config.n_latents, d_model)
+    theirs = (stored.config.architecture, stored.config.n_latents, stored.d_model)
+    if ours != theirs:
+        raise ConfigError(
+            _KEY,
+            path,
+            "an SAE with sae.architecture={}, sae.n_latents={} and the width {} of the store; this "
+            "one has {}, {} and {}".format(*ours, *theirs),
+        )
+    return stored
+
+
 @torch.no_grad()
-def start_from(sae: SparseAutoencoder, stored: StoredSAE, path: str) -> None:
+def start_from(sae: SparseAutoencoder, path: str) -> None:
     """Copy the weights of a trained SAE into a calibrated shard.
 
     The trained SAE reads raw activations. Its weights are written for the inputs that this SAE
@@ -28,21 +59,12 @@ def start_from(sae: SparseAutoencoder, stored: StoredSAE, path: str) -> None:
 
     Args:
         sae: The shard, after `calibrate`.
-        stored: The trained SAE.
-        path: Where it is, for messages.
+        path: Where the trained SAE is; see `open_start`.
 
     Raises:
-        ConfigError: If it has another architecture, width or number of latents.
+        ConfigError: If there is no SAE that fits.
     """
-    ours = (sae.config.architecture, sae.config.n_latents, sae.d_model)
-    theirs = (stored.config.architecture, stored.config.n_latents, stored.d_model)
-    if ours != theirs:
-        raise ConfigError(
-            _KEY,
-            path,
-            "an SAE with sae.architecture={}, sae.n_latents={} and the width {} of the store; this "
-            "one has {}, {} and {}".format(*ours, *theirs),
-        )
+    stored = open_start(path, sae.config, sae.d_model)
     scale = sae.input_scale.double().cpu()
     first, forward, backward = _map_of(sae)
     b_dec = (stored.b_dec.double() - first) @ forward

@@ -25,7 +25,6 @@ from sae_core.errors import CheckpointError, NonFiniteLossError
 from sae_core.kernels.interface import Prepared
 from sae_core.kernels.prefilter_choice import PrefilterChoice, candidates
 from sae_core.kernels.registry import KERNELS, default_kernels, get_kernels
-from sae_core.peer_formats import open_any
 from sae_core.training.calibrate import calibrate
 from sae_core.training.initial_weights import start_from
 from sae_core.training.input_transform import InputReport, report_of
@@ -131,7 +130,7 @@ class Trainer:
         calibrate(self.engine.sae, sample)
         init_from = self.config.train.init_from
         if init_from is not None:
-            start_from(self.engine.sae, open_any(Path(init_from)), init_from)
+            start_from(self.engine.sae, init_from)
         self.inputs = report_of(sample) if is_rank_zero() else None
         self.engine.sync_edited_parameters()
         self._choose_prefilter(None)
