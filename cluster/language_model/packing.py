@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from cluster.language_model.errors import ModelError
-from cluster.language_model.hooks import capture
+from cluster.language_model.hooks import capture, rows_agree
 
 if TYPE_CHECKING:
     import torch
@@ -41,9 +41,8 @@ def require_document_masks(model: nn.Module, hookpoints: Sequence[str]) -> None:
     rows = capture(model, hookpoints, ids % n_ids, position_ids=positions)
     alone = capture(model, hookpoints, ids[:, length:] % n_ids)
     for name in hookpoints:
-        second = rows[name][:, length:].float()
-        difference = max((second[0] - second[1]).norm(), (second - alone[name].float()).norm())
-        if not difference <= 0.05 * second.norm():
+        second = rows[name][:, length:]
+        if not (rows_agree(second, second.flip(0)) and rows_agree(second, alone[name])):
             raise ModelError(
                 f"data.packing=masked: {type(model).__name__} mixes the documents of a context, as "
                 f"it does not use positions to keep them apart ({name}); set data.packing=separate "

@@ -20,7 +20,7 @@ from transformers import (
 
 from cluster.language_model.errors import ModelError
 from cluster.language_model.files import locate_model
-from cluster.language_model.hooks import capture, require_one_row_per_token, splice
+from cluster.language_model.hooks import capture, require_one_row_per_token, rows_agree, splice
 from cluster.language_model.loading import load_language_model, load_tokenizer
 from cluster.language_model.model_checks import model_without_weights
 from cluster.language_model.stage import list_hookpoints
@@ -167,6 +167,16 @@ def test_rows_in_another_order_than_the_tokens_are_refused() -> None:
     with pytest.raises(ModelError, match=rf"rows of '{sorted_rows}' are not in the order"):
         require_one_row_per_token(model, [sorted_rows])
     require_one_row_per_token(model, ["model.layers.0.mlp.experts", "model.layers.1"])
+
+
+def test_an_attention_sink_does_not_hide_other_rows() -> None:
+    x = torch.randn(2, 6, 16, generator=torch.Generator().manual_seed(0))
+    x[:, 0] *= 1000
+    assert rows_agree(x, x + 1e-3)
+    other = x.clone()
+    other[1, 3] += 1
+    assert not rows_agree(x, other)
+    assert not rows_agree(x, torch.full_like(x, float("nan")))
 
 
 def test_the_hookpoints_of_a_model_are_listed(tmp_path: Path) -> None:
