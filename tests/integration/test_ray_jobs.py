@@ -28,7 +28,7 @@ from tests.support.paths import ROOT
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(400)]
 
-BATCH, STEPS, EVERY = 64, 1500, 400
+BATCH, STEPS, EVERY = 64, 3000, 400
 
 
 def free_ports(n: int) -> list[int]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 from unittest.mock import patch
 
 import torch
@@ -277,7 +277,7 @@ def spliced(device: FakeDevice, folder: str) -> Record:
     from analysis.evaluation.predictions import PredictionSums
     from analysis.evaluation.reconstruction import ReconstructionSums
     from analysis.evaluation.splice import SplicedEvaluation
-    from tests.support.fake_cuda.tiny_model import TinyModel, TinySplit
+    from tests.support.fake_cuda.tiny_model import TinyModel, tiny_split
 
     sae_folder = save_small(device, folder)
     with device:
@@ -287,7 +287,7 @@ def spliced(device: FakeDevice, folder: str) -> Record:
         mean = torch.zeros(D_SMALL, dtype=torch.float64)
         evaluation = SplicedEvaluation(model, sae, "layer", mean, sums)
         device.clear()
-        evaluation.run(cast(Any, TinySplit()), np.arange(4), 4)
+        evaluation.run(tiny_split(4), np.arange(4), 4)
         return device.clear()
 
 

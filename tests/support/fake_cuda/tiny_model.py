@@ -7,8 +7,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import nn
+
+from cluster.language_model.tokens.contexts import Split
+from cluster.language_model.tokens.streams import NO_TOKEN
 
 VOCABULARY, TOKENS = 50, 16
 
@@ -22,18 +24,18 @@ class TinyModel(nn.Module):
         self.layer = nn.Linear(d_model, d_model)
         self.head = nn.Linear(d_model, VOCABULARY)
 
-    def forward(self, input_ids: torch.Tensor, use_cache: bool) -> Any:
+    def forward(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, use_cache: bool
+    ) -> Any:
         """Return an object with `logits`, [contexts, tokens, vocabulary]."""
         return SimpleNamespace(logits=self.head(self.layer(self.embedding(input_ids))))
 
 
-class TinySplit:
-    """Held-out contexts; see `cluster.language_model.tokens.contexts.Split`."""
-
-    def input_ids(self, contexts: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Return [contexts, tokens] int64."""
-        return np.zeros((len(contexts), TOKENS), np.int64)
-
-    def kept(self, contexts: NDArray[np.int64]) -> NDArray[np.bool_]:
-        """Return which positions but the first a store would keep, [contexts, tokens - 1]."""
-        return np.ones((len(contexts), TOKENS - 1), np.bool_)
+def tiny_split(n_contexts: int) -> Split:
+    """Return held-out contexts with padding, so that some predictions have no target."""
+    shape = (n_contexts, TOKENS - 1)
+    position = np.tile(np.arange(TOKENS - 1, dtype=np.int32), (n_contexts, 1))
+    position[:, -3:] = NO_TOKEN
+    return Split(
+        np.ones(shape, np.int32), np.zeros(shape, np.int64), position, 0, (), packing="separate"
+    )
