@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from functools import partial
 from pathlib import Path
@@ -206,8 +207,9 @@ class SAE(nn.Module, ABC):
 
         Values of 0 or less are left out.
         """
-        k = values.shape[-1]
-        recon = self.decode_rows(values.reshape(-1, k), indices.reshape(-1, k)) + self.b_dec
+        # Not -1, which is ambiguous if no latent is active.
+        shape = (math.prod(values.shape[:-1]), values.shape[-1])
+        recon = self.decode_rows(values.reshape(shape), indices.reshape(shape)) + self.b_dec
         return recon.view(*values.shape[:-1], self.d_model)
 
     def decode_rows(self, values: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:

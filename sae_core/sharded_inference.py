@@ -11,6 +11,7 @@ Shape legend: N rows of a call, R rows of a batch, D d_model, L latents, K activ
 
 from __future__ import annotations
 
+import math
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal, NamedTuple
@@ -119,8 +120,9 @@ class ShardedSAE:
         Raises:
             DamagedCheckpointError: If a shard cannot be read.
         """
-        k = values.shape[-1]
-        pairs = values.reshape(-1, k), indices.reshape(-1, k)
+        # Not -1, which is ambiguous if no latent is active.
+        shape = (math.prod(values.shape[:-1]), values.shape[-1])
+        pairs = values.reshape(shape), indices.reshape(shape)
         recon = values.new_zeros(len(pairs[0]), self.d_model)
         # Shards are added one after another, also those of different devices: one sum of rows needs
         # less memory than one per device, and its order does not depend on the devices.

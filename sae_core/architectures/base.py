@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from typing import ClassVar, NamedTuple, cast
+from typing import NamedTuple, cast
 
 import torch
 import torch.distributed as dist
@@ -54,7 +54,7 @@ class SparseAutoencoder(nn.Module, ABC):
         seed: Seed of the initial dictionary, which does not depend on the number of shards.
     """
 
-    unit_rows: ClassVar[tuple[str, ...]] = ("W_dec",)
+    unit_rows: tuple[str, ...] = ("W_dec",)
     """Parameters whose rows are scaled to unit norm after every update. The fused update always
     scales `W_dec`, and no other parameter."""
 
@@ -111,6 +111,30 @@ class SparseAutoencoder(nn.Module, ABC):
         self.row_names.add(name)
         return parameter
 
+    def begin_step(self, tokens: int) -> None:
+        """Prepare for a step; called on the host before each one. The default does nothing.
+
+        Schedules belong here: as functions of `tokens`, they need no state in checkpoints. Steps
+        that run as a CUDA graph do not see changes of Python values.
+
+        Args:
+            tokens: Training tokens before this step.
+        """
+
+    def after_update(self, out: StepOutput, skipped: torch.Tensor) -> None:
+        """Change state after the update of a step. The default does nothing.
+
+        Args:
+            out: Output of the step.
+            skipped: Scalar: 1 if the update was skipped, in which case nothing may change.
+        """
+
+    def weights_replaced(self) -> None:
+        """Update state after other code has replaced weights and vectors; the default does nothing.
+
+        `train.init_from` calls this.
+        """
+
     @abstractmethod
     def forward(self, raw: torch.Tensor) -> StepOutput:
         """Compute the loss on this replica's rows; collective over the latent and data groups.
@@ -157,6 +181,14 @@ class SparseAutoencoder(nn.Module, ABC):
         scale = torch.where(power > 0, (centred * recon).sum() / power.clamp_min(1e-30), 1.0)
         # All ranks use rank 0's value: rounding differences would otherwise make replicas diverge.
         dist.broadcast(scale, src=0)
+        self.scale_encoder(scale)
+
+    @torch.no_grad()
+    def scale_encoder(self, scale: torch.Tensor) -> None:
+        """Multiply pre-activations by a scalar before training, when `b_enc` is still 0.
+
+        A subclass also scales its thresholds.
+        """
         self.W_enc.mul_(scale)
 
     @property

@@ -63,7 +63,12 @@ ARCHITECTURES: Registry[Architecture] = Registry(
     "architecture",
     "sae.architecture",
     "architectures",
-    {"topk": "sae_core.architectures.topk.settings:TOPK"},
+    {
+        "topk": "sae_core.architectures.topk.settings:TOPK",
+        "jumprelu": "sae_core.architectures.jumprelu.settings:JUMPRELU",
+        "relu": "sae_core.architectures.relu.settings:RELU",
+        "gated": "sae_core.architectures.gated.settings:GATED",
+    },
 )
 
 

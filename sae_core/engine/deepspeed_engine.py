@@ -114,6 +114,7 @@ class SAEEngine:
             The loss and metrics of this replica. The next call may overwrite these tensors.
         """
         tokens = step * self.config.train.batch_tokens
+        self.sae.begin_step(tokens)
         lr = lr_at(self.config.optim, self.config.sae.n_latents, tokens, self.config.train.tokens)
         if self._lr is not None:
             self._lr.fill_(lr)
@@ -146,6 +147,7 @@ class SAEEngine:
                 self._push_to_zero(parameter)
             self.sae.refresh_copies()
         self.sae.update_tokens_since_fired(out.fired, self.config.train.batch_tokens, bad)
+        self.sae.after_update(out, bad)
         return out
 
     def _mark_bad(self, flag: torch.Tensor) -> None:

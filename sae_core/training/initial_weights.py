@@ -85,6 +85,7 @@ def start_from(sae: SparseAutoencoder, path: str) -> None:
             values = stored.rows[vector.name](*there).double()
             factor = norms * scale if vector.in_activation_units else 1.0
             getattr(sae, vector.name)[own].copy_(values * factor)
+    sae.weights_replaced()
     if n_scaled:
         warnings.warn(
             f"{_KEY}={path}: {n_scaled:,} of {n_rows:,} decoder rows did not have unit norm and "

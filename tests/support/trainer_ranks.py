@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from sae_core.architectures.registry import ARCHITECTURES
 from sae_core.config import (
     CheckpointConfig,
     OptimConfig,
@@ -20,7 +21,7 @@ from sae_core.config import (
 )
 from sae_core.training.source import Batch
 from tests.support.ranks import Ranks
-from tests.support.toys.architecture import ToyConfig, registered_toys
+from tests.support.toys.architecture import registered_toys
 
 D, N_LATENTS, BATCH, STEPS = 24, 250, 48, 50
 
@@ -90,7 +91,7 @@ class Job:
     """Step whose batch contains NaN on rank `poison_rank`."""
     poison_rank: int = 0
     architecture: str = "topk"
-    """topk, or toy (see `tests.support.toys.architecture`)."""
+    """Registered name, or toy (see `tests.support.toys.architecture`)."""
     overrides: dict[str, Any] = field(default_factory=dict)
     """Values to set in the SAE's config."""
     moments: str = "float32"
@@ -101,8 +102,9 @@ class Job:
 def config_of(job: Job) -> TrainerConfig:
     """Return the trainer's config of a job."""
     sae: SAEConfig = TopKConfig(n_latents=N_LATENTS, k=6, auxk=8, dead_after_tokens=8 * BATCH)
-    if job.architecture == "toy":
-        sae = ToyConfig(n_latents=N_LATENTS, dead_after_tokens=8 * BATCH)
+    if job.architecture != "topk":
+        settings = ARCHITECTURES[job.architecture].settings
+        sae = settings(n_latents=N_LATENTS, dead_after_tokens=8 * BATCH)
     for key, value in job.overrides.items():
         setattr(sae, key, value)
     return TrainerConfig(

@@ -1,0 +1,1 @@
+"""Gated SAE (Rajamanoharan et al. 2024, arXiv 2404.16014): settings, training, inference."""

@@ -1,0 +1,1 @@
+"""JumpReLU (Rajamanoharan et al. 2024, arXiv 2407.14435): settings, training, inference."""

@@ -1,0 +1,1 @@
+"""What the kinds that are sparse by a penalty share: warm-up, dense autograd, inference."""
