@@ -1,10 +1,11 @@
-"""Read TopK SAEs that other libraries wrote.
+"""Read SAEs that other libraries wrote.
 
 Apart from the exporters, only this file uses the other libraries' names.
 
-cfg.json, sae_weights.safetensors    SAELens 6
-cfg.json, sae.safetensors            sparsify
-ae.pt, or any *.pt                   dictionary_learning's AutoEncoderTopK; only with allow_pt=True
+cfg.json, sae_weights.safetensors    SAELens 6: topk, standard, jumprelu, gated
+cfg.json, sae.safetensors            sparsify: TopK
+ae.pt, or any *.pt                   dictionary_learning: AutoEncoderTopK, AutoEncoder,
+                                     GatedAutoEncoder, JumpReluAutoEncoder; only with allow_pt=True
 
 To add a format, subclass `PeerFormat` and register an instance in `PEER_FORMATS`.
 """
@@ -21,7 +22,6 @@ import torch
 
 from foundation.atomic_files import read_json
 from foundation.registry import Registry
-from sae_core.architectures.topk.settings import TopKConfig
 from sae_core.checkpoint.folder import MANIFEST
 from sae_core.checkpoint.row_ranges import StoredTensor
 from sae_core.checkpoint.stored_sae import (
@@ -36,6 +36,14 @@ from sae_core.checkpoint.stored_sae import (
 )
 from sae_core.config import CHECKPOINTS
 from sae_core.errors import CheckpointError
+from sae_core.peer_dictionary_learning import from_state
+from sae_core.peer_rows import (
+    row_slice,
+    settings_of,
+    with_positive_threshold,
+    with_subtracted_bias,
+    with_unit_decoder,
+)
 
 _MAX_CONFIG_BYTES = 1 << 20
 # Keys of `cfg.json` without influence on what the SAE computes. Any other unknown key is refused,
@@ -47,7 +55,26 @@ _SAELENS_HARMLESS = {"d_in", "d_sae", "dtype", "device", "metadata", "k"} | {
     "use_sparse_activations",
     "noise_sigma",
     "mse_loss_normalization",
+    "lp_norm",
+    "l1_coefficient",
+    "l1_warm_up_steps",
+    "l0_coefficient",
+    "l0_warm_up_steps",
+    "target_l0",
+    "pre_act_loss_coefficient",
+    "jumprelu_init_threshold",
+    "jumprelu_bandwidth",
+    "jumprelu_sparsity_loss_mode",
+    "jumprelu_tanh_scale",
+    "jumprelu_ste_to_input",
 }
+_SAELENS_KINDS = {
+    "topk": ("topk", {}),
+    "standard": ("relu", {}),
+    "jumprelu": ("jumprelu", {"threshold": "threshold"}),
+    "gated": ("gated", {"b_enc": "b_gate", "r_mag": "r_mag", "b_mag": "b_mag"}),
+}
+"""Our architecture, and the names of its vectors if they differ, by SAELens' architecture."""
 _SPARSIFY_HARMLESS = {"d_in", "k", "num_latents", "expansion_factor"} | {
     # settings of training
     "multi_topk",
@@ -62,7 +89,7 @@ _SPARSIFY = {
 
 
 class PeerFormat(ABC):
-    """A file format in which another library saves a TopK SAE."""
+    """A file format in which another library saves an SAE."""
 
     @abstractmethod
     def recognises(self, path: Path) -> bool:
@@ -84,7 +111,10 @@ class PeerFormat(ABC):
 
 
 class DictionaryLearning(PeerFormat):
-    """dictionary_learning's AutoEncoderTopK, a pickle of tensors."""
+    """dictionary_learning's `ae.pt`, a pickle of tensors.
+
+    `sae_core.peer_dictionary_learning` lists the classes.
+    """
 
     def recognises(self, path: Path) -> bool:
         """Return True for a `.pt` file, or a folder with `ae.pt`."""
@@ -105,21 +135,21 @@ class DictionaryLearning(PeerFormat):
                 f"{file}: torch's restricted loader could not read the file: "
                 f"{type(error).__name__}: {error}"
             ) from error
-        _require_topk(file, state)
         if isinstance(state, dict) and "pre_bias" in state:
             raise CheckpointError(
                 f"{file}: expected an SAE on raw activations, found an SAE of "
                 "openai/sparse_autoencoder, which normalises each token by its own mean and "
                 "standard deviation"
             )
-        return _from_dictionary_learning(state, file)
+        return from_state(state, file)
 
 
 class SAELens(PeerFormat):
     """A folder that SAELens 6 writes.
 
     With `rescale_acts_by_decoder_norm`, latents are scaled by the norms of the decoder's rows
-    before the selection. The norms are folded into the weights.
+    before the selection. The norms are folded into the weights. Without `apply_b_dec_to_input`, as
+    in Gemma Scope, the product of the encoder with `b_dec` is added to the biases.
     """
 
     def recognises(self, path: Path) -> bool:
@@ -129,31 +159,39 @@ class SAELens(PeerFormat):
     def open(self, path: Path, allow_pt: bool) -> StoredSAE:
         """Open the tensors; W_enc is read at once, the others on demand."""
         cfg = read_json(path / "cfg.json", _MAX_CONFIG_BYTES)
-        rescaled = bool(cfg.get("rescale_acts_by_decoder_norm", False))
+        kind = cfg.get("architecture")
+        if kind not in _SAELENS_KINDS:
+            raise ValueError(f"architecture={kind!r:.80}, expected one of {list(_SAELENS_KINDS)}")
+        ours, names = _SAELENS_KINDS[kind]
+        rescaled = ours == "topk" and bool(cfg.get("rescale_acts_by_decoder_norm", False))
+        subtracted = bool(cfg.get("apply_b_dec_to_input", True))
         _expect(
             cfg,
             _SAELENS_HARMLESS,
-            architecture="topk",
-            apply_b_dec_to_input=True,
+            architecture=kind,
+            apply_b_dec_to_input=subtracted,
             normalize_activations="none",
             reshape_activations="none",
             rescale_acts_by_decoder_norm=rescaled,
         )
         tensors = open_tensors(path / "sae_weights.safetensors")
         metadata = cfg.get("metadata") or {}
-        config = _config(cfg["k"], cfg["d_sae"], metadata.get("hf_hook_name"))
-        shapes = {name: tensor.shape for name, tensor in tensors.items()}
+        config = settings_of(ours, cfg["d_sae"], metadata.get("hf_hook_name"), cfg.get("k"))
+        names = {name: names.get(name, name) for name in (*row_names(config), "b_dec")}
+        shapes = {ours: tensors[name].shape for ours, name in names.items() if name in tensors}
         check_shapes(config, shapes | {"W_enc": shapes["W_enc"][::-1]})
         # W_enc is [D, L] on disk, so every row holds a part of each block of latents.
         encoder = tensors["W_enc"].whole().float().T
         rows: dict[str, Rows] = {
-            "W_enc": partial(_slice, encoder),
-            "W_dec": partial(_float_rows, tensors["W_dec"]),
-            "b_enc": partial(_float_rows, tensors["b_enc"]),
+            name: partial(_float_rows, tensors[names[name]]) for name in row_names(config)
         }
-        if rescaled:
-            rows = _with_unit_decoder(rows)
+        rows["W_enc"] = partial(row_slice, encoder)
         b_dec = tensors["b_dec"].whole().float()
+        if rescaled:
+            rows = with_unit_decoder(rows)
+        if not subtracted:
+            rows = with_subtracted_bias(rows, b_dec)
+        rows = with_positive_threshold(rows)
         return StoredSAE(config, len(b_dec), b_dec, rows, 0, metadata)
 
 
@@ -178,7 +216,7 @@ class Sparsify(PeerFormat):
         n_latents = cfg.get("num_latents") or cfg["expansion_factor"] * cfg["d_in"]
         tensors = open_tensors(path / "sae.safetensors")
         ours = {_SPARSIFY[name]: tensor for name, tensor in tensors.items() if name in _SPARSIFY}
-        return from_tensors(_config(cfg["k"], n_latents, path.name), ours)
+        return from_tensors(settings_of("topk", n_latents, path.name, cfg["k"]), ours)
 
 
 DICTIONARY_LEARNING = DictionaryLearning()
@@ -228,97 +266,16 @@ def open_peer(peer: PeerFormat, path: Path, allow_pt: bool) -> StoredSAE:
     """Open an SAE of another library.
 
     Raises:
-        CheckpointError: If it is not a supported TopK SAE, or is a pickle and `allow_pt` is False.
+        CheckpointError: If it is not a supported SAE, or is a pickle and `allow_pt` is False.
     """
     try:
         return peer.open(path, allow_pt)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
-        raise CheckpointError(f"{path}: not a supported TopK SAE: {error!r}") from error
+        raise CheckpointError(f"{path}: not a supported SAE: {error!r}") from error
 
 
 def _has(folder: Path, *names: str) -> bool:
     return all((folder / name).is_file() for name in names)
-
-
-def _require_topk(file: Path, state: Any) -> None:
-    """Check that a file holds an AutoEncoderTopK.
-
-    Other classes have tensors of the same names, but select latents in another way. `config.json`
-    names the class.
-
-    Raises:
-        CheckpointError: If it names another class, or is missing where it is needed.
-    """
-    config = file.parent / "config.json"
-    if not config.is_file():
-        threshold = state.get("threshold") if isinstance(state, dict) else None
-        if threshold is None or float(threshold) < 0:
-            return  # no threshold was learned, so it can only be the k largest
-        raise CheckpointError(
-            f"{config} not found: expected it beside the SAE, because AutoEncoderTopK and "
-            "BatchTopKSAE have the same tensors but select latents in different ways; copy it there"
-        )
-    trainer = read_json(config, _MAX_CONFIG_BYTES).get("trainer") or {}
-    found = trainer.get("dict_class")
-    if found != "AutoEncoderTopK":
-        raise CheckpointError(
-            f"{config}: trainer.dict_class={found!r:.80}: expected 'AutoEncoderTopK'; other kinds "
-            "of SAEs cannot be read yet"
-        )
-
-
-def _with_unit_decoder(rows: Mapping[str, Rows]) -> dict[str, Rows]:
-    """Return rows of an SAE with unit decoder rows whose latents are scaled by the original norms.
-
-    Such an SAE selects the latents with the largest norm times pre-activation, and reconstructs the
-    same.
-    """
-    decoder = rows["W_dec"]
-
-    def norms(start: int, stop: int) -> torch.Tensor:
-        return decoder(start, stop).norm(dim=1).clamp_min(1e-30)
-
-    return {
-        "W_enc": lambda start, stop: rows["W_enc"](start, stop) * norms(start, stop)[:, None],
-        "b_enc": lambda start, stop: rows["b_enc"](start, stop) * norms(start, stop),
-        "W_dec": lambda start, stop: decoder(start, stop) / norms(start, stop)[:, None],
-    }
-
-
-def _from_dictionary_learning(state: Any, file: Path) -> StoredSAE:
-    for name in ("encoder.weight", "decoder.weight", "encoder.bias", "b_dec"):
-        _expect_plain(name, state[name])
-    tensors = {
-        "W_enc": state["encoder.weight"],
-        "W_dec": state["decoder.weight"].T,
-        "b_enc": state["encoder.bias"],
-        "b_dec": state["b_dec"],
-    }
-    config = _config(int(state["k"]), len(tensors["b_enc"]), None)
-    width = check_shapes(config, {name: tuple(tensor.shape) for name, tensor in tensors.items()})
-    rows = {name: partial(_slice, tensors[name]) for name in row_names(config)}
-    return StoredSAE(config, width, tensors["b_dec"].float(), rows, 0, {"file": file.name})
-
-
-def _expect_plain(name: str, tensor: torch.Tensor) -> None:
-    """Check that a tensor is dense and that the file holds all of its numbers.
-
-    A malicious file could otherwise declare a large shape over little data and exhaust memory.
-    """
-    plain = tensor.layout == torch.strided and tensor.device.type == "cpu"
-    if not (plain and tensor.is_floating_point()) or (
-        tensor.untyped_storage().nbytes() < tensor.numel() * tensor.itemsize
-    ):
-        raise ValueError(f"{name}: expected a plain tensor of floating-point numbers")
-
-
-def _config(k: Any, n_latents: Any, hookpoint: Any) -> TopKConfig:
-    if isinstance(k, float) and k.is_integer():
-        k = int(k)
-    if type(k) is not int or type(n_latents) is not int:
-        raise ValueError(f"k={k!r:.40}, n_latents={n_latents!r:.40}: expected whole numbers")
-    name = hookpoint if isinstance(hookpoint, str) else None
-    return TopKConfig(k=k, n_latents=n_latents, hookpoint=name)
 
 
 def _expect(cfg: Mapping[str, Any], harmless: Collection[str], **values: Any) -> None:
@@ -342,7 +299,3 @@ def _expect(cfg: Mapping[str, Any], harmless: Collection[str], **values: Any) ->
 
 def _float_rows(tensor: StoredTensor, start: int, stop: int) -> torch.Tensor:
     return tensor.rows(start, stop).float()
-
-
-def _slice(tensor: torch.Tensor, start: int, stop: int) -> torch.Tensor:
-    return tensor[start:stop].float()

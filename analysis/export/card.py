@@ -92,7 +92,8 @@ def _facts(sae: StoredSAE, source: Source, config: RunConfig) -> str:
 
 def _norms(sae: StoredSAE) -> str:
     if sae.config.map_shape(sae.d_model) is None:
-        return "unit-norm decoder"
+        unit = sae.config.has_unit_decoder()
+        return "unit-norm decoder" if unit else "decoder rows of any norm"
     return f"inputs mapped with {sae.config.input_transform}, folded into the weights"
 
 

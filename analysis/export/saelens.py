@@ -1,18 +1,20 @@
 """Export for SAELens 6: `cfg.json` and `sae_weights.safetensors`.
 
-`sae_lens.SAE.load_from_disk` loads the folder.
+`sae_lens.SAE.load_from_disk` loads the folder. Its names for our architectures: topk, and relu as
+`standard`, jumprelu, gated.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from analysis.export.formats import ExportFormat
 from conf.hookpoint import parse_hookpoint
 from foundation.atomic_files import write_json
-from sae_core.architectures.topk.settings import topk_settings
+from sae_core.architectures.topk.settings import TopKConfig
 from sae_core.checkpoint.stored_sae import write_rows
 
 if TYPE_CHECKING:
@@ -27,18 +29,37 @@ _RESIDUAL = re.compile(
 )
 
 
+class _Kind(NamedTuple):
+    """How SAELens stores one of our architectures."""
+
+    name: str
+    """SAELens' name of the architecture."""
+    tensors: Mapping[str, str]
+    """Names in the file, keyed by ours."""
+
+
+_SHARED = {"W_enc": "W_enc", "W_dec": "W_dec", "b_dec": "b_dec"}
+_KINDS = {
+    "topk": _Kind("topk", _SHARED | {"b_enc": "b_enc"}),
+    "relu": _Kind("standard", _SHARED | {"b_enc": "b_enc"}),
+    "jumprelu": _Kind("jumprelu", _SHARED | {"b_enc": "b_enc", "threshold": "threshold"}),
+    "gated": _Kind("gated", _SHARED | {"b_enc": "b_gate", "r_mag": "r_mag", "b_mag": "b_mag"}),
+}
+
+
 class SAELens(ExportFormat):
     """SAELens 6."""
 
     title = "SAELens 6"
+    architectures = tuple(_KINDS)
 
     def write(self, sae: StoredSAE, source: Source, folder: Path) -> None:
         """Write `cfg.json` and `sae_weights.safetensors`.
 
         W_enc is transposed to [d_in, d_sae]. All tensors are float32. SAELens computes the same
-        function: h = (x - b_dec) @ W_enc + b_enc; relu(topk(h)) @ W_dec + b_dec.
+        function, for topk: h = (x - b_dec) @ W_enc + b_enc; relu(topk(h)) @ W_dec + b_dec.
         """
-        names = {name: name for name in ("W_enc", "W_dec", "b_enc", "b_dec")}
+        names = _KINDS[sae.config.architecture].tensors
         write_rows(sae, folder / "sae_weights.safetensors", names, transposed="W_enc")
         write_json(folder / "cfg.json", saelens_config(sae, source))
 
@@ -52,17 +73,22 @@ SAELENS = SAELens()
 
 def saelens_config(sae: StoredSAE, source: Source) -> dict[str, Any]:
     """Return the content of `cfg.json`."""
+    own: dict[str, Any] = {}
+    if isinstance(sae.config, TopKConfig):
+        own = {
+            "k": sae.config.k,  # without this key the loader silently uses 100
+            "rescale_acts_by_decoder_norm": False,  # latents are selected by their own size
+        }
     return {
-        "architecture": "topk",
+        "architecture": _KINDS[sae.config.architecture].name,
         "d_in": sae.d_model,
         "d_sae": sae.config.n_latents,
-        "k": topk_settings(sae.config).k,  # without this key the loader silently uses 100
         "dtype": "float32",
         "device": "cpu",
         "apply_b_dec_to_input": True,
         "normalize_activations": "none",
         "reshape_activations": "none",
-        "rescale_acts_by_decoder_norm": False,  # latents are selected by their own size
+        **own,
         "metadata": {
             "sae_lens_version": FORMAT_VERSION,
             # Without this key the loader claims that its own version trained the SAE.

@@ -81,6 +81,10 @@ class SAEConfig:
         """Return the number of active latents per token, or None if it depends on the data."""
         return None
 
+    def has_unit_decoder(self) -> bool:
+        """Return True if decoder rows have unit norm in the units of training."""
+        return True
+
     def map_shape(self, d_model: int) -> tuple[int, ...] | None:
         """Return the shape of the map of the inputs: [D], [D, D], or None if there is none."""
         shapes = {"per_channel": (d_model,), "whiten": (d_model, d_model)}

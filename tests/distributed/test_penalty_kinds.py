@@ -22,12 +22,12 @@ KINDS: dict[str, dict[str, Any]] = {
         "architecture": "jumprelu",
         "overrides": {"l0_coef": 1.0, "l0_target": 6.0, "bandwidth": 0.3},
     },
-    "relu": {"architecture": "relu", "overrides": {"l1_coef": 1.0}},
+    "relu": {"architecture": "relu", "overrides": {"l1_coef": 0.1}},
     "decoder_norm": {
         "architecture": "relu",
-        "overrides": {"l1_coef": 1.0, "decoder_norm": "penalty"},
+        "overrides": {"l1_coef": 0.1, "decoder_norm": "penalty"},
     },
-    "gated": {"architecture": "gated", "overrides": {"l1_coef": 1.0}},
+    "gated": {"architecture": "gated", "overrides": {"l1_coef": 0.1}},
 }
 OWN_METRICS = {
     "jumprelu": ["l0_penalty"],

@@ -396,7 +396,8 @@ def test_no_secret_of_the_environment_is_saved(tmp_path: Path, monkeypatch, capf
 @pytest.mark.parametrize(
     ("change", "problem"),
     [
-        ({"architecture": "jumprelu"}, "architecture='jumprelu', expected 'topk'"),
+        ({"architecture": "temporal"}, "architecture='temporal', expected one of"),
+        ({"architecture": "jumprelu"}, "threshold has shape None"),
         ({"normalize_activations": "layer_norm"}, "normalize_activations"),
         ({"k": None}, "k=None"),
         ({"k": 10**9}, "sae.k"),

@@ -15,7 +15,7 @@ class GatedConfig(PenaltyConfig):
 
     architecture: str = "gated"
     """Name of the architecture in the registry."""
-    l1_coef: float = 2.0
+    l1_coef: float = 4.0
     """Weight of the L1 norm of the gates beside the squared error, for inputs whose mean squared
     norm is d_model. Both are divided by d_model, so that the squared error is the fraction of
     variance unexplained."""

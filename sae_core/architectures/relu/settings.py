@@ -39,6 +39,10 @@ class ReLUConfig(PenaltyConfig):
             expected = f"one of: {', '.join(DECODER_NORMS)}"
             raise ConfigError("sae.decoder_norm", self.decoder_norm, expected)
 
+    def has_unit_decoder(self) -> bool:
+        """Return True with `decoder_norm=unit`."""
+        return self.decoder_norm == "unit"
+
 
 RELU = Architecture(
     settings=ReLUConfig,

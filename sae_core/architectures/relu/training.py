@@ -30,14 +30,14 @@ class ReLUSAE(PenaltySAE):
         self, config: ReLUConfig, d_model: int, mesh: Mesh, kernels: Kernels, seed: int
     ) -> None:
         super().__init__(config, d_model, mesh, kernels, seed)
-        if config.decoder_norm == "penalty":
+        if not config.has_unit_decoder():
             self.unit_rows = ()
 
     def losses(self, x: torch.Tensor) -> Losses:
         """See `PenaltySAE.losses`."""
         latents = self.encode_centred(self.centre(x))
         sizes = latents.sum(0)
-        if self.config.decoder_norm == "unit":
+        if self.config.has_unit_decoder():
             W_dec = self.unit_decoder()
         else:
             W_dec = self.W_dec

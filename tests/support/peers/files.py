@@ -13,8 +13,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from dictionary_learning.dictionary import AutoEncoder, GatedAutoEncoder, JumpReluAutoEncoder
 from dictionary_learning.trainers.batch_top_k import BatchTopKSAE
 from dictionary_learning.trainers.top_k import AutoEncoderTopK
+from sae_lens.saes.gated_sae import GatedSAE, GatedSAEConfig
+from sae_lens.saes.jumprelu_sae import (
+    JumpReLUSAE,
+    JumpReLUSAEConfig,
+    JumpReLUTrainingSAE,
+    JumpReLUTrainingSAEConfig,
+)
+from sae_lens.saes.standard_sae import StandardSAE, StandardSAEConfig
 from sae_lens.saes.topk_sae import TopKSAE, TopKSAEConfig
 from safetensors.torch import save_file
 
@@ -38,6 +47,26 @@ def write(folder: Path, sae: Any) -> None:
     )
 
 
+def write_saelens(folder: Path, sae: Any) -> None:
+    """Write an SAE of SAELens with random parameters, some of whose thresholds are negative."""
+    randomise(sae)
+    if isinstance(sae, JumpReLUTrainingSAE):
+        # With thresholds below 0, only its inference class applies a ReLU.
+        sae.threshold.data.abs_()
+    sae.save_model(folder)
+    write(folder, sae)
+
+
+def write_dictionary_learning(folder: Path, coder: Any) -> None:
+    """Write an SAE of dictionary_learning with random parameters, and its config."""
+    folder.mkdir()
+    randomise(coder)
+    torch.save(coder.state_dict(), folder / "ae.pt")
+    trainer = {"dict_class": type(coder).__name__, "activation_dim": D, "dict_size": L}
+    (folder / "config.json").write_text(json.dumps({"trainer": trainer}))
+    write(folder, coder)
+
+
 def main() -> None:
     """Write one SAE of each kind."""
     torch.manual_seed(0)
@@ -49,6 +78,17 @@ def main() -> None:
         randomise(sae)
         sae.save_model(folder)
         write(folder, sae)
+    for kind, settings in (
+        (TopKSAE, TopKSAEConfig(d_in=D, d_sae=L, k=K)),
+        *((StandardSAE, StandardSAEConfig(D, L, apply_b_dec_to_input=b)) for b in (True, False)),
+        *((JumpReLUSAE, JumpReLUSAEConfig(D, L, apply_b_dec_to_input=b)) for b in (True, False)),
+        *((GatedSAE, GatedSAEConfig(D, L, apply_b_dec_to_input=b)) for b in (True, False)),
+        (JumpReLUTrainingSAE, JumpReLUTrainingSAEConfig(D, L)),
+    ):
+        way = "" if settings.apply_b_dec_to_input else "-unsubtracted"
+        write_saelens(root / f"saelens-{kind.__name__}{way}", kind(settings))
+    for kind in (AutoEncoder, GatedAutoEncoder, JumpReluAutoEncoder):
+        write_dictionary_learning(root / kind.__name__, kind(D, L))
     for kind in (AutoEncoderTopK, BatchTopKSAE):
         folder = root / kind.__name__
         folder.mkdir()

@@ -2,8 +2,8 @@
 
     python tests/support/peers/outputs.py CASE_FOLDER...
 
-A case folder contains `export/` and `x.safetensors`. This script adds `peers.safetensors` and
-`peers.json`.
+A case folder contains `export/`, with the folders of some peers, and `x.safetensors`. This script
+adds `peers.safetensors` and `peers.json`.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ def saelens_outputs(folder: Path, x: torch.Tensor) -> Outputs:
     sae = SAE.load_from_disk(folder)
     latents = sae.encode(x)
     outputs = {"latents": latents, "decoded": sae.decode(latents), "recon": sae(x)}
-    return outputs, {**sae.cfg.metadata.to_dict(), "k": sae.cfg.k, "class": type(sae).__name__}
+    k = getattr(sae.cfg, "k", None)
+    return outputs, {**sae.cfg.metadata.to_dict(), "k": k, "class": type(sae).__name__}
 
 
 @torch.no_grad()
@@ -63,6 +64,8 @@ def main() -> None:
         tensors: dict[str, torch.Tensor] = {}
         facts: dict[str, dict[str, Any]] = {}
         for peer, outputs in PEERS.items():
+            if not (case / "export" / peer).is_dir():
+                continue
             computed, facts[peer] = outputs(case / "export" / peer, x)
             tensors |= {f"{peer}.{name}": value.contiguous() for name, value in computed.items()}
         save_file(tensors, case / "peers.safetensors")

@@ -56,7 +56,7 @@ def test_settings_and_their_class_are_validated() -> None:
     for sae, said in (
         (ToyConfig(penalty=-1), r"sae.penalty=-1"),
         (ToyConfig(n_latents=0), r"sae.n_latents=0"),
-        (SAEConfig(), r"sae.architecture='': expected one of: topk, toy"),
+        (SAEConfig(), r"sae.architecture='': expected one of: topk, .*toy"),
         (TopKConfig(architecture="toy"), "the architecture of these settings, TopKConfig.*sae=toy"),
     ):
         with pytest.raises(ConfigError, match=said):
@@ -92,7 +92,7 @@ def test_a_run_config_is_saved_and_loaded(tmp_path: Path) -> None:
     assert load_config(path) == saved and type(load_config(path).sae) is ToyConfig
     text = path.read_text()
     path.write_text(text.replace("architecture: toy", "architecture: gone"))
-    with pytest.raises(ConfigError, match=r"sae.architecture='gone': expected one of: topk, toy"):
+    with pytest.raises(ConfigError, match=r"sae.architecture='gone': expected one of: topk, .*toy"):
         load_config(path)
     path.write_text(text.replace("penalty: 0.5", "k: 4"))
     with pytest.raises(ConfigError, match="'k' not in 'ToyConfig'"):
