@@ -129,6 +129,21 @@ class SparseAutoencoder(nn.Module, ABC):
             skipped: Scalar: 1 if the update was skipped, in which case nothing may change.
         """
 
+    def resample(self, skipped: torch.Tensor) -> torch.Tensor | None:
+        """Replace the rows of some latents after the update of a step; collective over all ranks.
+
+        The engine then sets Adam's moments of these rows to 0, in all parameters that have one row
+        per latent.
+
+        Args:
+            skipped: Scalar: 1 if the update was skipped, in which case nothing may change.
+
+        Returns:
+            [l] bool, the latents that were replaced; None in a step without resampling, which all
+            ranks must agree on. The default is None.
+        """
+        return None
+
     def weights_replaced(self) -> None:
         """Update state after other code has replaced weights and vectors; the default does nothing.
 

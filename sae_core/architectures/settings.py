@@ -81,6 +81,10 @@ class SAEConfig:
         """Return the number of active latents per token, or None if it depends on the data."""
         return None
 
+    def lr_share(self, tokens: int) -> float:
+        """Return the factor of the learning rate in the step that starts after `tokens` tokens."""
+        return 1.0
+
     def has_unit_decoder(self) -> bool:
         """Return True if decoder rows have unit norm in the units of training."""
         return True

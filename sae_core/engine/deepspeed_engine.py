@@ -116,6 +116,7 @@ class SAEEngine:
         tokens = step * self.config.train.batch_tokens
         self.sae.begin_step(tokens)
         lr = lr_at(self.config.optim, self.config.sae.n_latents, tokens, self.config.train.tokens)
+        lr *= self.config.sae.lr_share(tokens)
         if self._lr is not None:
             self._lr.fill_(lr)
         else:
@@ -148,12 +149,32 @@ class SAEEngine:
             self.sae.refresh_copies()
         self.sae.update_tokens_since_fired(out.fired, self.config.train.batch_tokens, bad)
         self.sae.after_update(out, bad)
+        replaced = self.sae.resample(bad)
+        if replaced is not None:
+            self._forget_rows(replaced)
+            self.sync_edited_parameters()
         return out
 
     def _mark_bad(self, flag: torch.Tensor) -> None:
         """Skip this update and all later ones if the flag is 1."""
         found_inf = self.optimizer.found_inf
         torch.maximum(found_inf, flag, out=found_inf)
+
+    @torch.no_grad()
+    def _forget_rows(self, latents: torch.Tensor) -> None:
+        """Set Adam's moments of some latents' rows to 0; collective under ZeRO 1.
+
+        Args:
+            latents: [l] bool.
+        """
+        self._allocate_state()
+        for name, parameter in self.sae.named_parameters():
+            if name not in self.sae.row_names:
+                continue
+            for moment in MOMENTS:
+                value = self._get_moment(parameter, moment)
+                value[latents] = 0.0
+                self._set_moment(parameter, moment, value)
 
     def sync_edited_parameters(self) -> None:
         """Update copies of the parameters after other code has changed the parameters in place."""

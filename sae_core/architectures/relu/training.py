@@ -8,7 +8,7 @@
 `norm` is 1 with `decoder_norm=unit` (Bricken et al. 2023, "Towards Monosemanticity"; Conmy's and
 Marks' recipes), and |W_dec| of the latent's row with `decoder_norm=penalty` (Anthropic, "Circuits
 Updates - April 2024"). `share` grows from 0 to 1 in the warm-up. Memory: see
-`sae_core.architectures.penalty.training`.
+`sae_core.architectures.penalty.training`. Resampling: see `sae_core.architectures.relu.resampling`.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from __future__ import annotations
 import torch
 
 from sae_core.architectures.penalty.training import Losses, PenaltySAE
+from sae_core.architectures.relu.resampling import resample_dead
 from sae_core.architectures.relu.settings import ReLUConfig
 from sae_core.distributed.mesh import Mesh
 from sae_core.kernels import Kernels
@@ -32,6 +33,23 @@ class ReLUSAE(PenaltySAE):
         super().__init__(config, d_model, mesh, kernels, seed)
         if not config.has_unit_decoder():
             self.unit_rows = ()
+        self._seed = seed
+        self._tokens = 0
+        self._rows: tuple[torch.Tensor, torch.Tensor] | None = None
+        """Rows of the batch [B, D] and their squared errors [B], in a step that resamples."""
+
+    def begin_step(self, tokens: int) -> None:
+        """See `SparseAutoencoder.begin_step`."""
+        super().begin_step(tokens)
+        self._tokens = tokens
+
+    def resample(self, skipped: torch.Tensor) -> torch.Tensor | None:
+        """See `SparseAutoencoder.resample`."""
+        rows, self._rows = self._rows, None
+        # Only a step that resamples waits for the device here.
+        if rows is None or bool(skipped > 0):
+            return None
+        return resample_dead(self, *rows, seed=f"{self._seed} resample {self._tokens}")
 
     def losses(self, x: torch.Tensor) -> Losses:
         """See `PenaltySAE.losses`."""
@@ -43,7 +61,10 @@ class ReLUSAE(PenaltySAE):
             W_dec = self.W_dec
             sizes = sizes * W_dec.norm(dim=1)
         recon = self.decode(latents, W_dec)
-        error = (x - self.b_dec - recon).square().sum()
+        row_errors = (x - self.b_dec - recon).square().sum(1)
+        error = row_errors.sum()
+        if self.config.resamples_at(self._tokens):
+            self._rows = x, row_errors.detach()
         weight = self.penalty_share * self.config.l1_coef / x.numel()
         penalty = weight * self.over_shards(sizes.sum())
         return Losses(latents, error, penalty, {"l1_penalty": penalty.detach()})

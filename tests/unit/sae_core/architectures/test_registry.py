@@ -51,7 +51,7 @@ def config(**parts: object) -> RunConfig:
 
 
 def test_settings_and_their_class_are_validated() -> None:
-    assert ARCHITECTURES.names() == ["topk", "toy"]
+    assert {"topk", "toy"} <= set(ARCHITECTURES.names())
     config().trainer.validate()
     for sae, said in (
         (ToyConfig(penalty=-1), r"sae.penalty=-1"),
