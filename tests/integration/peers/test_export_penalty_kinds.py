@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -30,7 +31,7 @@ L, D, ROWS = 96, 24, 48
 def make_sae(kind: str) -> SAE:
     torch.manual_seed(0)
     config = ARCHITECTURES[kind].settings(n_latents=L, hookpoint="model.layers.9")
-    vectors = {
+    vectors: dict[str, Any] = {
         vector.name: torch.rand(L) * (3.0 if vector.in_activation_units else 0.5)
         for vector in ARCHITECTURES[kind].vectors
     }

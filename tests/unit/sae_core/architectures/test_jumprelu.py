@@ -37,7 +37,8 @@ def test_the_gradients_of_the_threshold_by_hand():
     assert pre_acts.grad[:, 0].tolist() == [0.0, 0.0, 100.0, 1000.0]
     assert threshold.grad.item() == pytest.approx(-1.0 / 0.2 * (10 + 100))
 
-    pre_acts.grad = threshold.grad = None
+    pre_acts.grad = None
+    threshold.grad.zero_()
     is_active = step_function(pre_acts, threshold, 0.2)
     assert is_active[:, 0].tolist() == [0.0, 0.0, 1.0, 1.0]
     (is_active[:, 0] * torch.tensor([1.0, 10.0, 100.0, 1000.0])).sum().backward()
