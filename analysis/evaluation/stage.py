@@ -14,9 +14,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from analysis.evaluation.heldout import no_heldout_reason
 from analysis.evaluation.measurement import Accumulator, Measured
 from analysis.evaluation.metrics import METRICS, definitions, metric_rows
-from cluster.harvest.provenance import describe, differences
 from cluster.run_folder.files import CHECKPOINTS, EVALUATION, FREQUENCY, store_path
 from conf.hookpoint import find_hookpoint
 from foundation.atomic_files import write_json
@@ -31,29 +31,6 @@ if TYPE_CHECKING:
     from conf.schema.run import RunConfig
     from sae_core.checkpoint.stored_sae import StoredSAE
     from sae_core.sharded_inference import ShardedSAE
-
-SPLIT_PROVENANCE_KEYS = (
-    "weights_sha256",
-    "tokenizer_sha256",
-    "dataset_sha256",
-    "context_tokens",
-    "heldout_fraction",
-    "heldout",
-    "dropped_special_tokens",
-    "bos_id",
-    "separator_id",
-    "text_kind",
-    "roles",
-    "packing",
-    "stored_positions",
-    "excluded_ids",
-)
-"""Provenance keys that must match between store and config.
-
-If a value differs, the store may contain rows from another model, or rows from contexts that this
-config holds out.
-"""
-
 
 _NO_PREDICTIONS = "no cross-entropy, as model.kind=base is a model without a language-model head"
 
@@ -92,6 +69,7 @@ def run(config: RunConfig, run_dir: Path) -> None:
     from analysis.evaluation.dictionary import compute_dtype_of, devices_of, shard_sae
     from analysis.evaluation.firing import sample_rows
     from sae_core.checkpoint.stored_sae import open_sae
+    from sae_core.peer_formats import open_set
 
     console = Console(soft_wrap=True)
     started = time.monotonic()
@@ -99,7 +77,7 @@ def run(config: RunConfig, run_dir: Path) -> None:
     brought = config.eval.sae
     if brought is not None:
         _require_no_checkpoints(config, run_dir)
-    stored = open_sae(run_dir) if brought is None else _open_brought(brought)
+    stored = open_sae(run_dir) if brought is None else open_set("eval.sae", brought)
     store = open_store(store_path(config, run_dir))
     if brought is not None and config.sae.hookpoint is not None:
         stored = replace(stored, config=replace(stored.config, hookpoint=config.sae.hookpoint))
@@ -155,21 +133,6 @@ def run(config: RunConfig, run_dir: Path) -> None:
         )
 
 
-def _open_brought(path: str) -> StoredSAE:
-    """Open the SAE of `eval.sae`.
-
-    Raises:
-        ConfigError: If there is none that can be read.
-    """
-    from sae_core.errors import CheckpointError
-    from sae_core.peer_formats import open_any
-
-    try:
-        return open_any(Path(path))
-    except CheckpointError as error:
-        raise ConfigError("eval.sae", path, "an SAE", str(error)) from error
-
-
 def _require_no_checkpoints(config: RunConfig, run_dir: Path) -> None:
     """Check that the metrics of another SAE would not replace those of the run's own.
 
@@ -206,7 +169,7 @@ def _evaluate(evaluation: Evaluation) -> tuple[dict[str, Any], list[int]]:
     """Return the metrics, and each latent's number of firings."""
     from analysis.evaluation.firing import typical_row
 
-    reason = _no_heldout_reason(evaluation)
+    reason = no_heldout_reason(evaluation.config, evaluation.store, evaluation.hookpoint)
     kinds = {metric.accumulator for _, metric in METRICS.items() if metric.accumulator is not None}
     sums = {kind: kind(evaluation.sae) for kind in kinds}
     accumulators = list(sums.values())
@@ -241,61 +204,6 @@ def _is_up_to_date(file: Path, inputs: dict[str, Any]) -> bool:
 def _json_number(value: float | int | None) -> float | int | None:
     """Return the value, or None if it is not finite: JSON has no NaN or infinity."""
     return value if value is not None and math.isfinite(value) else None
-
-
-def _no_heldout_reason(evaluation: Evaluation) -> str | None:
-    """Return why this store has no held-out text under this config, or None if it has some.
-
-    Mixed-in rows are checked as well, because they must not come from the held-out text.
-    """
-    config, provenance = evaluation.config, evaluation.store.header.provenance or {}
-    if not provenance.get("weights_sha256"):
-        return "the store's provenance names no language model"
-    harvested = list(map(str, provenance.get("hookpoints", [])))
-    if find_hookpoint(evaluation.hookpoint, harvested) is None:
-        return f"the store's provenance does not list {evaluation.hookpoint!r} as a hookpoint"
-    if config.data.heldout == "none":
-        return "data.heldout=none"
-    from cluster.language_model.loading import load_tokenizer
-
-    cache_dir = Path(config.cache_dir).expanduser()
-    wanted = describe(config, load_tokenizer(config.model, cache_dir, config.data.kind), cache_dir)
-    found = differences(provenance, {key: wanted[key] for key in SPLIT_PROVENANCE_KEYS})
-    if found:
-        return f"the store was harvested with other settings ({'; '.join(found)})"
-    for path in config.store.paths[1:]:
-        reason = _contamination_reason(path, wanted)
-        if reason is not None:
-            return reason
-    return None
-
-
-def _contamination_reason(path: str, wanted: dict[str, Any]) -> str | None:
-    """Return why the mixed-in store may contain held-out text, or None if it cannot.
-
-    A store of another text cannot, unless it is a mixture of texts. Neither can a store of the same
-    text with the same split.
-    """
-    from activation_store import open_store
-
-    provenance = open_store(path).header.provenance or {}
-    text = provenance.get("dataset_sha256")
-    if text is None:
-        return f"the provenance of the mixed-in store {path} names no text"
-    keys: tuple[str, ...] = SPLIT_PROVENANCE_KEYS
-    rows = "rows of the same text"
-    if text != wanted["dataset_sha256"]:
-        if "dataset_mixture" not in provenance and "dataset_mixture" not in wanted:
-            return None
-        # One of the texts of a mixture may be a text of this run.
-        keys = ("heldout", "heldout_fraction")
-        rows = "rows of a mixture, which may include the same text"
-    found = differences(provenance, {key: wanted[key] for key in keys})
-    if not found:
-        return None
-    return (
-        f"the mixed-in store {path} has {rows}, harvested with other settings ({'; '.join(found)})"
-    )
 
 
 def _count_firings(evaluation: Evaluation, accumulators: list[Accumulator]) -> FiringPass:

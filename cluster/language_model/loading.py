@@ -273,7 +273,7 @@ def _readable_gguf(files: ModelFiles) -> Iterator[None]:
         yield
     except ModelError:
         raise
-    except Exception as error:
+    except Exception as error:  # the parser has no error of its own
         raise ModelError(
             f"model.gguf_file: could not read {files.folder / str(files.gguf_file)}: "
             f"{one_line(error)}; download it again, or use safetensors weights"
