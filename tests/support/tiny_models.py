@@ -1,4 +1,4 @@
-"""Tiny random language models with their own tokenizer, texts for them, and their contexts."""
+"""Tiny random language models with their own tokenizer, texts for them, and their rows."""
 
 from __future__ import annotations
 
@@ -19,8 +19,12 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from activation_store import StoreWriter
+from cluster.harvest import stage as harvest_stage
+from cluster.harvest.worker import HarvestWorker, WorkerSpec
 from cluster.language_model.tokens.contexts import Contexts, prepare_contexts
 from conf.schema.data import DataConfig
+from conf.schema.run import RunConfig
 
 WORDS = [f"w{i}" for i in range(60)]
 VOCABULARY = {word: i for i, word in enumerate(["<s>", "</s>", "<unk>", *WORDS])}
@@ -135,3 +139,28 @@ def contexts_of(tmp_path: Path, text: str | Path, template: str = "", **data: An
     if template:
         tokenizer.chat_template = template
     return prepare_contexts(config, tokenizer, tmp_path / "cache")
+
+
+def harvest_here(config: RunConfig, run_dir: Path) -> None:
+    """Harvest into `config.store.path` with a worker in this process, without Ray."""
+    job = harvest_stage.prepare(config, run_dir)
+    assert job is not None
+    spec = WorkerSpec(
+        config.model, config.data, config.seed, job.store, Path(config.cache_dir), "cpu", run_dir
+    )
+    run_dir.mkdir()
+    worker = HarvestWorker(spec)
+    calibration = worker.calibrate(0, job.plan.contexts(0)).calibration
+    widths = {name: len(moments.mean) for name, moments in calibration.items()}
+    writer = StoreWriter(
+        job.store,
+        widths,
+        dtype=config.store.dtype,
+        shard_tokens=config.store.shard_tokens,
+        n_items=job.plan.n_items,
+        provenance=job.provenance,
+        calibration=calibration,
+    )
+    for item in range(job.plan.n_items):
+        worker.run_item(item, job.plan.contexts(item))
+    writer.finalise()
