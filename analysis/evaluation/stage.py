@@ -28,15 +28,22 @@ if TYPE_CHECKING:
 
     from activation_store import Store
     from analysis.evaluation.firing import FiringPass, RowSample
+    from analysis.evaluation.splice import SplicedEvaluation
     from conf.schema.run import RunConfig
     from sae_core.checkpoint.stored_sae import StoredSAE
     from sae_core.sharded_inference import ShardedSAE
 
-_NO_PREDICTIONS = "no cross-entropy, as model.kind=base is a model without a language-model head"
+_NO_HEAD = "no cross-entropy, as model.kind=base is a model without a language-model head"
+_NO_TARGETS = (
+    "no cross-entropy, as no held-out token after the first of its context is followed by another "
+    "of its document; raise data.context_tokens"
+)
 
 
 LARGE_SHARE = 0.1
 """Share of the variance in 1% of the rows above which the evaluation warns."""
+SMALL_CHANGE = 0.01
+"""Change of the cross-entropy by mean ablation, in nats, below which the evaluation warns."""
 
 
 @dataclass(frozen=True)
@@ -125,12 +132,26 @@ def run(config: RunConfig, run_dir: Path) -> None:
     write_json(run_dir / FREQUENCY, frequency)
     write_json(file, metrics)
     _print_table(console, metrics)
+    for line in _cautions(metrics):
+        console.print(f"evaluate: {line}")
+
+
+def _cautions(metrics: dict[str, Any]) -> list[str]:
+    """Return what speaks against taking metrics at face value."""
+    lines = []
     share = metrics.get("variance_top_1")
     if share is not None and share >= LARGE_SHARE:
-        console.print(
-            f"evaluate: 1% of the rows have {share:.0%} of the variance, so fvu mostly tells how "
-            "well these are reconstructed; compare fvu_median, and see data.max_norm_multiple"
+        lines.append(
+            f"1% of the rows have {share:.0%} of the variance, so fvu mostly tells how well these "
+            "are reconstructed; compare fvu_median, and see data.max_norm_multiple"
         )
+    clean, ablated = metrics.get("ce_clean"), metrics.get("ce_mean")
+    if clean is not None and ablated is not None and abs(ablated - clean) < SMALL_CHANGE:
+        lines.append(
+            f"the mean instead of the activations changes the cross-entropy by only "
+            f"{ablated - clean:.2g} nats, so ce_recovered_mean and ce_recovered tell little"
+        )
+    return lines
 
 
 def _require_no_checkpoints(config: RunConfig, run_dir: Path) -> None:
@@ -178,7 +199,8 @@ def _evaluate(evaluation: Evaluation) -> tuple[dict[str, Any], list[int]]:
         accumulator.start(typical)
     firings = _count_firings(evaluation, accumulators if reason is not None else [])
     if reason is None:
-        n_rows, n_tokens = _run_spliced(evaluation, firings.mean, accumulators)
+        spliced, n_tokens = _run_spliced(evaluation, firings.mean, accumulators)
+        n_rows = spliced.n_rows
     else:
         evaluation.console.print(f"evaluate: no held-out text, {reason}")
         n_rows = n_tokens = firings.n_rows
@@ -188,9 +210,13 @@ def _evaluate(evaluation: Evaluation) -> tuple[dict[str, Any], list[int]]:
         name: _json_number(metric.value(measured)) for name, metric in METRICS.items()
     }
     metrics |= {"rows": n_rows, "heldout": reason is None, "reason": reason}
-    if reason is None and evaluation.config.model.kind == "base":
-        metrics["reason"] = _NO_PREDICTIONS
+    if reason is None and not spliced.n_predictions:
+        metrics["reason"] = _why_no_predictions(evaluation.config)
     return metrics, firings.counts.tolist()
+
+
+def _why_no_predictions(config: RunConfig) -> str:
+    return _NO_HEAD if config.model.kind == "base" else _NO_TARGETS
 
 
 def _is_up_to_date(file: Path, inputs: dict[str, Any]) -> bool:
@@ -226,8 +252,12 @@ def _count_firings(evaluation: Evaluation, accumulators: list[Accumulator]) -> F
 
 def _run_spliced(
     evaluation: Evaluation, mean: Tensor, accumulators: list[Accumulator]
-) -> tuple[int, int]:
-    """Evaluate on held-out text and return the numbers of rows and tokens."""
+) -> tuple[SplicedEvaluation, int]:
+    """Evaluate on held-out text and return the evaluation and the number of tokens.
+
+    Raises:
+        TextError: If the text is shorter than one context, or no row of it is of those stored.
+    """
     import numpy as np
 
     from analysis.evaluation.splice import SplicedEvaluation
@@ -265,16 +295,13 @@ def _run_spliced(
     require_one_row_per_token(model, [evaluation.hookpoint])
     if config.data.packing == "masked":
         require_document_masks(model, [evaluation.hookpoint])
-    predicts = config.model.kind != "base"
-    if not predicts:
-        evaluation.console.print(f"evaluate: {_NO_PREDICTIONS}")
     spliced = SplicedEvaluation(
         model,
         evaluation.sae,
         evaluation.hookpoint,
         mean,
         accumulators,
-        predicts,
+        config.model.kind != "base",
         _max_norm(evaluation),
     )
     with ProgressLine(evaluation.console) as line:
@@ -284,7 +311,15 @@ def _run_spliced(
             config.eval.batch_contexts,
             progress=lambda done: line.show(f"evaluate: {done}/{len(order)} held-out contexts"),
         )
-    return spliced.n_rows, len(order) * config.data.context_tokens
+    if not spliced.n_rows:
+        raise TextError(
+            f"the store keeps none of the rows of the {len(order)} held-out contexts that were "
+            "evaluated: expected rows to measure; raise eval.tokens, or keep more rows with "
+            "data.first_position, data.exclude_tokens and the other settings of rows"
+        )
+    if not spliced.n_predictions:
+        evaluation.console.print(f"evaluate: {_why_no_predictions(config)}")
+    return spliced, len(order) * config.data.context_tokens
 
 
 def _max_norm(evaluation: Evaluation) -> float | None:
