@@ -164,18 +164,14 @@ def _make_paths_absolute(config: RunConfig) -> None:
         if part.path and part.package is None and local.exists():
             part.path = str(local.resolve())
 
-    config.eval.sae = _absolute_sae(config.eval.sae)
-    config.train.init_from = _absolute_sae(config.train.init_from)
+    config.eval.sae = config.eval.sae and _absolute(config.eval.sae)
+    config.train.init_from = config.train.init_from and _absolute(config.train.init_from)
 
 
-def _absolute_sae(path: str | None) -> str | None:
-    return None if path is None else str(Path(path).expanduser().resolve())
-
-
-def _absolute(store: str) -> str:
-    if not store or "://" in store:  # an object store's address
-        return store
-    return str(Path(store).expanduser().resolve())
+def _absolute(path: str) -> str:
+    if not path or "://" in path:  # an object store's address
+        return path
+    return str(Path(path).expanduser().resolve())
 
 
 def _print_config(config: RunConfig) -> None:

@@ -1,9 +1,10 @@
-"""Format numbers, byte counts and other plain values for people."""
+"""Format numbers and other plain values for people."""
 
 from __future__ import annotations
 
-import math
 from typing import Any
+
+from foundation.units import bytes_text
 
 
 def value_text(value: Any, key: str = "") -> str:
@@ -17,13 +18,6 @@ def value_text(value: Any, key: str = "") -> str:
     if key.endswith("_bytes"):
         return bytes_text(value)
     return f"{value:,}" if isinstance(value, int) else f"{value:.6g}"
-
-
-def bytes_text(count: float) -> str:
-    """Format a byte count in binary units: `512 B`, `1.5 MiB`."""
-    units = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
-    power = min(int(math.log2(count) // 10), len(units) - 1) if count >= 1 else 0
-    return f"{count / 1024**power:.3g} {units[power]}"
 
 
 def number(value: float, digits: int = 3) -> str:

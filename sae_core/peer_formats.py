@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from foundation.atomic_files import read_json
+from foundation.errors import ConfigError
 from foundation.registry import Registry
 from sae_core.checkpoint.folder import MANIFEST
 from sae_core.checkpoint.row_ranges import StoredTensor
@@ -260,6 +261,22 @@ def open_any(
     if peer is None:
         return open_sae(path, name, verify_hashes)
     return open_peer(peer, path, allow_pt)
+
+
+def open_set(key: str, path: str) -> StoredSAE:
+    """Open the SAE that a setting names.
+
+    Args:
+        key: Name of the setting, such as `train.init_from`.
+        path: Its value.
+
+    Raises:
+        ConfigError: If there is no SAE that can be read.
+    """
+    try:
+        return open_any(Path(path))
+    except CheckpointError as error:
+        raise ConfigError(key, path, "an SAE", str(error)) from error
 
 
 def open_peer(peer: PeerFormat, path: Path, allow_pt: bool) -> StoredSAE:

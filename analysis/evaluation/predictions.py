@@ -34,14 +34,14 @@ class PredictionSums(Accumulator):
             self._kl += _divergence(predictions.clean, logits, targets)
 
     def cross_entropy(self, variant: str) -> float | None:
-        """Return the mean cross-entropy of a variant, or None if there is no held-out text."""
+        """Return the mean cross-entropy of a variant, or None if nothing was predicted."""
         loss = self._loss.get(variant)
-        return None if loss is None else loss / max(self._predictions, 1)
+        return loss / self._predictions if loss is not None and self._predictions else None
 
     def recovered(self, ablated: str) -> float | None:
         """Return (ablated - recon) / (ablated - clean) of the cross-entropies.
 
-        The result is None if there is no held-out text, or if the ablation changes nothing.
+        The result is None if nothing was predicted, or if the ablation changes nothing.
         """
         worst, recon, clean = map(self.cross_entropy, (ablated, RECON, CLEAN))
         if worst is None or recon is None or clean is None or worst == clean:
@@ -50,8 +50,8 @@ class PredictionSums(Accumulator):
 
     @property
     def kl(self) -> float | None:
-        """Mean of KL(clean || recon); None if there is no held-out text."""
-        return self._kl / max(self._predictions, 1) if RECON in self._loss else None
+        """Mean of KL(clean || recon); None if nothing was predicted."""
+        return self._kl / self._predictions if self._predictions else None
 
 
 def _loss(logits: Tensor, targets: Tensor) -> float:

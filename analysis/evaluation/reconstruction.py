@@ -60,8 +60,10 @@ class ReconstructionSums(Accumulator):
         """Median over rows of |x - recon|^2 / |x - typical|^2; None if there are no rows."""
         distances = torch.cat([torch.zeros(0).double(), *self._row_distances])
         errors = torch.cat([torch.zeros(0).double(), *self._row_errors])
-        ratios = (errors / distances)[distances > 0]
-        return float(ratios.median()) if len(ratios) else None
+        ratios = (errors / distances)[distances > 0].sort().values
+        n_rows = len(ratios)
+        # torch.median returns the lower of the two middle values.
+        return float(ratios[(n_rows - 1) // 2] + ratios[n_rows // 2]) / 2 if n_rows else None
 
     @property
     def top_share(self) -> float | None:
@@ -72,11 +74,11 @@ class ReconstructionSums(Accumulator):
         return float(distances.topk(n_top).values.sum()) / total if total else None
 
     @property
-    def mse(self) -> float:
-        """Mean squared error per element."""
-        return self._error / (max(self.n_rows, 1) * len(self._sum))
+    def mse(self) -> float | None:
+        """Mean squared error per element; None if there are no rows."""
+        return self._error / (self.n_rows * len(self._sum)) if self.n_rows else None
 
     @property
-    def l0(self) -> float:
-        """Mean number of latents above 0 per row."""
-        return self._active / max(self.n_rows, 1)
+    def l0(self) -> float | None:
+        """Mean number of latents above 0 per row; None if there are no rows."""
+        return self._active / self.n_rows if self.n_rows else None

@@ -72,6 +72,8 @@ class SplicedEvaluation:
         self._device = next(model.parameters()).device
         self.n_rows = 0
         """Number of rows evaluated so far."""
+        self.n_predictions = 0
+        """Number of predictions so far that have a target."""
 
     @torch.inference_mode()
     def run(
@@ -158,6 +160,7 @@ class SplicedEvaluation:
         predicted = split.predicted(batch)
         if predicted is not None:
             targets[~torch.from_numpy(predicted).to(targets.device)] = NO_TARGET
+        self.n_predictions += int((targets != NO_TARGET).sum())
         clean = self._run(inputs, lambda x: x)
         self._show(CLEAN, clean, clean, targets)
         for variant, replace in replacements.items():

@@ -14,9 +14,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from analysis.evaluation.heldout import no_heldout_reason
 from analysis.evaluation.measurement import Accumulator, Measured
 from analysis.evaluation.metrics import METRICS, definitions, metric_rows
-from cluster.harvest.provenance import describe, differences
 from cluster.run_folder.files import CHECKPOINTS, EVALUATION, FREQUENCY, store_path
 from conf.hookpoint import find_hookpoint
 from foundation.atomic_files import write_json
@@ -28,38 +28,22 @@ if TYPE_CHECKING:
 
     from activation_store import Store
     from analysis.evaluation.firing import FiringPass, RowSample
+    from analysis.evaluation.splice import SplicedEvaluation
     from conf.schema.run import RunConfig
     from sae_core.checkpoint.stored_sae import StoredSAE
     from sae_core.sharded_inference import ShardedSAE
 
-SPLIT_PROVENANCE_KEYS = (
-    "weights_sha256",
-    "tokenizer_sha256",
-    "dataset_sha256",
-    "context_tokens",
-    "heldout_fraction",
-    "heldout",
-    "dropped_special_tokens",
-    "bos_id",
-    "separator_id",
-    "text_kind",
-    "roles",
-    "packing",
-    "stored_positions",
-    "excluded_ids",
+_NO_HEAD = "no cross-entropy, as model.kind=base is a model without a language-model head"
+_NO_TARGETS = (
+    "no cross-entropy, as no held-out token after the first of its context is followed by another "
+    "of its document; raise data.context_tokens"
 )
-"""Provenance keys that must match between store and config.
-
-If a value differs, the store may contain rows from another model, or rows from contexts that this
-config holds out.
-"""
-
-
-_NO_PREDICTIONS = "no cross-entropy, as model.kind=base is a model without a language-model head"
 
 
 LARGE_SHARE = 0.1
 """Share of the variance in 1% of the rows above which the evaluation warns."""
+SMALL_CHANGE = 0.01
+"""Change of the cross-entropy by mean ablation, in nats, below which the evaluation warns."""
 
 
 @dataclass(frozen=True)
@@ -92,6 +76,7 @@ def run(config: RunConfig, run_dir: Path) -> None:
     from analysis.evaluation.dictionary import compute_dtype_of, devices_of, shard_sae
     from analysis.evaluation.firing import sample_rows
     from sae_core.checkpoint.stored_sae import open_sae
+    from sae_core.peer_formats import open_set
 
     console = Console(soft_wrap=True)
     started = time.monotonic()
@@ -99,7 +84,7 @@ def run(config: RunConfig, run_dir: Path) -> None:
     brought = config.eval.sae
     if brought is not None:
         _require_no_checkpoints(config, run_dir)
-    stored = open_sae(run_dir) if brought is None else _open_brought(brought)
+    stored = open_sae(run_dir) if brought is None else open_set("eval.sae", brought)
     store = open_store(store_path(config, run_dir))
     if brought is not None and config.sae.hookpoint is not None:
         stored = replace(stored, config=replace(stored.config, hookpoint=config.sae.hookpoint))
@@ -147,27 +132,26 @@ def run(config: RunConfig, run_dir: Path) -> None:
     write_json(run_dir / FREQUENCY, frequency)
     write_json(file, metrics)
     _print_table(console, metrics)
+    for line in _cautions(metrics):
+        console.print(f"evaluate: {line}")
+
+
+def _cautions(metrics: dict[str, Any]) -> list[str]:
+    """Return what speaks against taking metrics at face value."""
+    lines = []
     share = metrics.get("variance_top_1")
     if share is not None and share >= LARGE_SHARE:
-        console.print(
-            f"evaluate: 1% of the rows have {share:.0%} of the variance, so fvu mostly tells how "
-            "well these are reconstructed; compare fvu_median, and see data.max_norm_multiple"
+        lines.append(
+            f"1% of the rows have {share:.0%} of the variance, so fvu mostly tells how well these "
+            "are reconstructed; compare fvu_median, and see data.max_norm_multiple"
         )
-
-
-def _open_brought(path: str) -> StoredSAE:
-    """Open the SAE of `eval.sae`.
-
-    Raises:
-        ConfigError: If there is none that can be read.
-    """
-    from sae_core.errors import CheckpointError
-    from sae_core.peer_formats import open_any
-
-    try:
-        return open_any(Path(path))
-    except CheckpointError as error:
-        raise ConfigError("eval.sae", path, "an SAE", str(error)) from error
+    clean, ablated = metrics.get("ce_clean"), metrics.get("ce_mean")
+    if clean is not None and ablated is not None and abs(ablated - clean) < SMALL_CHANGE:
+        lines.append(
+            f"the mean instead of the activations changes the cross-entropy by only "
+            f"{ablated - clean:.2g} nats, so ce_recovered_mean and ce_recovered tell little"
+        )
+    return lines
 
 
 def _require_no_checkpoints(config: RunConfig, run_dir: Path) -> None:
@@ -206,7 +190,7 @@ def _evaluate(evaluation: Evaluation) -> tuple[dict[str, Any], list[int]]:
     """Return the metrics, and each latent's number of firings."""
     from analysis.evaluation.firing import typical_row
 
-    reason = _no_heldout_reason(evaluation)
+    reason = no_heldout_reason(evaluation.config, evaluation.store, evaluation.hookpoint)
     kinds = {metric.accumulator for _, metric in METRICS.items() if metric.accumulator is not None}
     sums = {kind: kind(evaluation.sae) for kind in kinds}
     accumulators = list(sums.values())
@@ -215,7 +199,8 @@ def _evaluate(evaluation: Evaluation) -> tuple[dict[str, Any], list[int]]:
         accumulator.start(typical)
     firings = _count_firings(evaluation, accumulators if reason is not None else [])
     if reason is None:
-        n_rows, n_tokens = _run_spliced(evaluation, firings.mean, accumulators)
+        spliced, n_tokens = _run_spliced(evaluation, firings.mean, accumulators)
+        n_rows = spliced.n_rows
     else:
         evaluation.console.print(f"evaluate: no held-out text, {reason}")
         n_rows = n_tokens = firings.n_rows
@@ -225,9 +210,13 @@ def _evaluate(evaluation: Evaluation) -> tuple[dict[str, Any], list[int]]:
         name: _json_number(metric.value(measured)) for name, metric in METRICS.items()
     }
     metrics |= {"rows": n_rows, "heldout": reason is None, "reason": reason}
-    if reason is None and evaluation.config.model.kind == "base":
-        metrics["reason"] = _NO_PREDICTIONS
+    if reason is None and not spliced.n_predictions:
+        metrics["reason"] = _why_no_predictions(evaluation.config)
     return metrics, firings.counts.tolist()
+
+
+def _why_no_predictions(config: RunConfig) -> str:
+    return _NO_HEAD if config.model.kind == "base" else _NO_TARGETS
 
 
 def _is_up_to_date(file: Path, inputs: dict[str, Any]) -> bool:
@@ -241,61 +230,6 @@ def _is_up_to_date(file: Path, inputs: dict[str, Any]) -> bool:
 def _json_number(value: float | int | None) -> float | int | None:
     """Return the value, or None if it is not finite: JSON has no NaN or infinity."""
     return value if value is not None and math.isfinite(value) else None
-
-
-def _no_heldout_reason(evaluation: Evaluation) -> str | None:
-    """Return why this store has no held-out text under this config, or None if it has some.
-
-    Mixed-in rows are checked as well, because they must not come from the held-out text.
-    """
-    config, provenance = evaluation.config, evaluation.store.header.provenance or {}
-    if not provenance.get("weights_sha256"):
-        return "the store's provenance names no language model"
-    harvested = list(map(str, provenance.get("hookpoints", [])))
-    if find_hookpoint(evaluation.hookpoint, harvested) is None:
-        return f"the store's provenance does not list {evaluation.hookpoint!r} as a hookpoint"
-    if config.data.heldout == "none":
-        return "data.heldout=none"
-    from cluster.language_model.loading import load_tokenizer
-
-    cache_dir = Path(config.cache_dir).expanduser()
-    wanted = describe(config, load_tokenizer(config.model, cache_dir, config.data.kind), cache_dir)
-    found = differences(provenance, {key: wanted[key] for key in SPLIT_PROVENANCE_KEYS})
-    if found:
-        return f"the store was harvested with other settings ({'; '.join(found)})"
-    for path in config.store.paths[1:]:
-        reason = _contamination_reason(path, wanted)
-        if reason is not None:
-            return reason
-    return None
-
-
-def _contamination_reason(path: str, wanted: dict[str, Any]) -> str | None:
-    """Return why the mixed-in store may contain held-out text, or None if it cannot.
-
-    A store of another text cannot, unless it is a mixture of texts. Neither can a store of the same
-    text with the same split.
-    """
-    from activation_store import open_store
-
-    provenance = open_store(path).header.provenance or {}
-    text = provenance.get("dataset_sha256")
-    if text is None:
-        return f"the provenance of the mixed-in store {path} names no text"
-    keys: tuple[str, ...] = SPLIT_PROVENANCE_KEYS
-    rows = "rows of the same text"
-    if text != wanted["dataset_sha256"]:
-        if "dataset_mixture" not in provenance and "dataset_mixture" not in wanted:
-            return None
-        # One of the texts of a mixture may be a text of this run.
-        keys = ("heldout", "heldout_fraction")
-        rows = "rows of a mixture, which may include the same text"
-    found = differences(provenance, {key: wanted[key] for key in keys})
-    if not found:
-        return None
-    return (
-        f"the mixed-in store {path} has {rows}, harvested with other settings ({'; '.join(found)})"
-    )
 
 
 def _count_firings(evaluation: Evaluation, accumulators: list[Accumulator]) -> FiringPass:
@@ -318,8 +252,12 @@ def _count_firings(evaluation: Evaluation, accumulators: list[Accumulator]) -> F
 
 def _run_spliced(
     evaluation: Evaluation, mean: Tensor, accumulators: list[Accumulator]
-) -> tuple[int, int]:
-    """Evaluate on held-out text and return the numbers of rows and tokens."""
+) -> tuple[SplicedEvaluation, int]:
+    """Evaluate on held-out text and return the evaluation and the number of tokens.
+
+    Raises:
+        TextError: If the text is shorter than one context, or no row of it is of those stored.
+    """
     import numpy as np
 
     from analysis.evaluation.splice import SplicedEvaluation
@@ -357,16 +295,13 @@ def _run_spliced(
     require_one_row_per_token(model, [evaluation.hookpoint])
     if config.data.packing == "masked":
         require_document_masks(model, [evaluation.hookpoint])
-    predicts = config.model.kind != "base"
-    if not predicts:
-        evaluation.console.print(f"evaluate: {_NO_PREDICTIONS}")
     spliced = SplicedEvaluation(
         model,
         evaluation.sae,
         evaluation.hookpoint,
         mean,
         accumulators,
-        predicts,
+        config.model.kind != "base",
         _max_norm(evaluation),
     )
     with ProgressLine(evaluation.console) as line:
@@ -376,7 +311,15 @@ def _run_spliced(
             config.eval.batch_contexts,
             progress=lambda done: line.show(f"evaluate: {done}/{len(order)} held-out contexts"),
         )
-    return spliced.n_rows, len(order) * config.data.context_tokens
+    if not spliced.n_rows:
+        raise TextError(
+            f"the store keeps none of the rows of the {len(order)} held-out contexts that were "
+            "evaluated: expected rows to measure; raise eval.tokens, or keep more rows with "
+            "data.first_position, data.exclude_tokens and the other settings of rows"
+        )
+    if not spliced.n_predictions:
+        evaluation.console.print(f"evaluate: {_why_no_predictions(config)}")
+    return spliced, len(order) * config.data.context_tokens
 
 
 def _max_norm(evaluation: Evaluation) -> float | None:

@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from analysis.evaluation.metrics import METRICS, Metric, MetricRow, metric_rows
-from analysis.number_format import bytes_text, number, value_text
+from analysis.number_format import number, value_text
 from analysis.origin import source_of
 from analysis.pages.settings import flat, tree
 from analysis.pages.svg import histogram, line_chart
 from cluster.run_folder.contents import checkpoint_entries, read_optional_json
 from cluster.run_folder.files import ENVIRONMENT, EVALUATION, FREQUENCY, HARVEST
 from cluster.run_folder.metrics_log import TrainingLog, read_training_log
+from foundation.units import bytes_text
 
 if TYPE_CHECKING:
     from analysis.origin import Source

@@ -17,6 +17,7 @@ from cluster.run_folder.saved_config import saved_config
 from cluster.run_folder.sweep_record import read_record
 from cluster.training.progress_line import render
 from conf.schema.run import RunConfig
+from foundation.units import bytes_text
 from sae_core.checkpoint.folder import list_checkpoints
 
 
@@ -82,8 +83,7 @@ def _size(path: str) -> str:
     store = open_store(path)
     state = "finalised" if store.finalised else "being written"
     return (
-        f"{store.n_tokens:,} tokens in {store.n_items} items, "
-        f"{store.n_bytes / 2**30:.2f} GiB, {state}"
+        f"{store.n_tokens:,} tokens in {store.n_items} items, {bytes_text(store.n_bytes)}, {state}"
     )
 
 

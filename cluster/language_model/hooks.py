@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from cluster.language_model.errors import ModelError
 from cluster.language_model.hookpoint_kinds import Visit, hidden_states, resolve
+from cluster.language_model.sizes import n_embeddings
 from conf.hookpoint import parse_hookpoint
 
 if TYPE_CHECKING:
@@ -128,7 +129,7 @@ def _require_token_order(model: nn.Module, hookpoints: Sequence[str]) -> None:
 
     n_tokens = 8
     ids = torch.arange(2 * n_tokens, device=next(model.parameters()).device).view(2, n_tokens)
-    ids = ids % int(model.get_input_embeddings().weight.shape[0])  # type: ignore[operator]
+    ids = ids % n_embeddings(model)
     rows, swapped = capture(model, hookpoints, ids), capture(model, hookpoints, ids.flip(0))
     for name in hookpoints:
         if not rows_agree(rows[name], swapped[name].flip(0)):

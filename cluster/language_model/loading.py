@@ -11,6 +11,7 @@ from cluster.language_model.cache import built_once, digest
 from cluster.language_model.errors import ModelError
 from cluster.language_model.files import ModelFiles, locate_model
 from cluster.language_model.no_tokenizer import NoTokenizer
+from cluster.language_model.quantised import dequantise_on_load, require_dequantised
 from conf.schema.model import ModelConfig
 
 if TYPE_CHECKING:
@@ -125,11 +126,14 @@ def _from_folder(folder: Path, cfg: ModelConfig, **options: Any) -> Any:
     import torch
     from safetensors import SafetensorError
 
-    auto = auto_class(config_of(folder), cfg.kind)
+    config = config_of(folder)
+    auto = auto_class(config, cfg.kind)
+    quantised = dequantise_on_load(config, folder)
     with quiet_transformers():
         try:
             model, info = auto.from_pretrained(
                 folder,
+                config=config,
                 dtype=getattr(torch, cfg.dtype),
                 trust_remote_code=False,
                 use_safetensors=True,
@@ -142,6 +146,8 @@ def _from_folder(folder: Path, cfg: ModelConfig, **options: Any) -> Any:
                 f"model.path: could not load the model in {folder}: {one_line(error)}"
             ) from error
     require_complete(model, info, folder, cfg)
+    if quantised:
+        require_dequantised(model, folder, getattr(torch, cfg.dtype))
     return model
 
 
@@ -273,7 +279,7 @@ def _readable_gguf(files: ModelFiles) -> Iterator[None]:
         yield
     except ModelError:
         raise
-    except Exception as error:
+    except Exception as error:  # the parser has no error of its own
         raise ModelError(
             f"model.gguf_file: could not read {files.folder / str(files.gguf_file)}: "
             f"{one_line(error)}; download it again, or use safetensors weights"

@@ -17,6 +17,7 @@ from cluster.language_model.loading import (
     model_config,
     quiet_transformers,
 )
+from cluster.language_model.sizes import head_width, n_embeddings, text_config
 from conf.schema.model import ModelConfig
 from foundation.errors import ConfigError
 
@@ -24,6 +25,10 @@ if TYPE_CHECKING:
     from torch import nn
 
     from cluster.language_model.tokens.contexts import Contexts
+
+NEEDS_VALUES = (RuntimeError, NotImplementedError, ValueError, TypeError, AttributeError)
+"""What a pass through a model without weights raises if the model looks at values, such as to route
+tokens to experts: torch has no error of its own for it, and a model may raise whatever it meets."""
 
 
 def require_usable_model(cfg: ModelConfig, context_tokens: int, cache_dir: Path) -> nn.Module:
@@ -59,15 +64,15 @@ def require_known_tokens(skeleton: nn.Module, tokenizer: Any, contexts: Contexts
     Raises:
         ModelError: If a token id is beyond the model's embedding.
     """
-    n_embeddings = int(_embedding(skeleton).weight.shape[0])
-    if not contexts.given_ids and max(tokenizer.get_vocab().values()) < n_embeddings:
+    limit = n_embeddings(skeleton)
+    if not contexts.given_ids and max(tokenizer.get_vocab().values()) < limit:
         return
     ids = [contexts.bos_id, contexts.separator_id]
     ids += [int(s.token_id.max()) for s in (contexts.train, contexts.heldout) if len(s)]
-    if max(ids) >= n_embeddings:
+    if max(ids) >= limit:
         raise ModelError(
             f"model.path: the text has token id {max(ids)} "
-            f"({tokenizer.convert_ids_to_tokens(max(ids))!r}); expected ids below {n_embeddings}, "
+            f"({tokenizer.convert_ids_to_tokens(max(ids))!r}); expected ids below {limit}, "
             "the number of the model's embeddings; use the tokenizer that belongs to the model"
         )
 
@@ -80,8 +85,7 @@ def position_limit(model: nn.Module) -> int | None:
     """
     from torch import nn
 
-    config: Any = model.config
-    text = config.get_text_config()
+    text = text_config(model)
     if getattr(text, "alibi", False) or text.model_type == "mpt":
         return None
     limit = getattr(text, "max_position_embeddings", None)
@@ -104,11 +108,6 @@ def _scaled_positions(rope: dict[str, Any], limit: int) -> float:
     return float(rope.get("factor") or 0) * original
 
 
-def _embedding(model: nn.Module) -> nn.Embedding:
-    embedding: nn.Embedding = model.get_input_embeddings()  # type: ignore[operator]
-    return embedding
-
-
 def hookpoint_width(cfg: ModelConfig, hookpoint: str, cache_dir: Path) -> int:
     """Return the width D of a hookpoint's rows, using only the model's configuration.
 
@@ -129,8 +128,8 @@ def hookpoint_width(cfg: ModelConfig, hookpoint: str, cache_dir: Path) -> int:
             ids = torch.zeros(1, 2, dtype=torch.int64)
             found = capture(model, [hookpoint], ids, attention_mask=torch.ones_like(ids))
         return int(found[hookpoint].shape[-1])
-    except (RuntimeError, NotImplementedError, ValueError, TypeError, AttributeError):
-        pass
+    except NEEDS_VALUES:
+        pass  # the kind knows the width, too
     try:
         return kind.width(parsed, model_config(cfg, cache_dir).get_text_config())
     except AttributeError as error:
@@ -161,12 +160,11 @@ def model_without_weights(cfg: ModelConfig, cache_dir: Path) -> nn.Module:
 
 def head_counts(model: nn.Module) -> list[tuple[str, int]]:
     """Return the numbers of attention heads, in words, and their widths; [] if it has none."""
-    config: Any = model.config
-    text = config.get_text_config()
+    text = text_config(model)
     heads = getattr(text, "num_attention_heads", None)
     if not isinstance(heads, int) or heads < 1:
         return []
-    width = int(getattr(text, "head_dim", None) or text.hidden_size // heads)
+    width = head_width(text)
     keys = getattr(text, "num_key_value_heads", None) or heads
     if keys == heads:
         return [(f"{heads} heads", width)]

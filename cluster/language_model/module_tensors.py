@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from cluster.language_model.errors import ModelError
 from cluster.language_model.hookpoint_kinds import HookpointKind, Visit
+from cluster.language_model.sizes import head_width, text_config
 from conf.hookpoint import Hookpoint
 from foundation.errors import ConfigError
 
@@ -42,7 +43,7 @@ class _ModuleTensor(HookpointKind):
 
     def width(self, hookpoint: Hookpoint, config: Any) -> int:
         """Return the width of a head or of the residual stream."""
-        return _head_width(config) if "head" in dict(hookpoint.options) else config.hidden_size
+        return head_width(config) if "head" in dict(hookpoint.options) else config.hidden_size
 
     def _visited(
         self, values: Mapping[str, Any], model: nn.Module, hookpoint: Hookpoint, visit: Visit
@@ -81,7 +82,7 @@ class OutputKind(_ModuleTensor):
         """Register a forward hook."""
 
         def hook(_module: nn.Module, _inputs: Any, output: Any) -> Any:
-            found = self._visited(_elements(output), model, hookpoint, visit)
+            found = self._visited(elements(output), model, hookpoint, visit)
             return None if found is None else _with_element(output, *found)
 
         return module.register_forward_hook(hook)
@@ -111,7 +112,7 @@ class InputKind(_ModuleTensor):
         return module.register_forward_pre_hook(hook, with_kwargs=True)
 
 
-def _elements(output: Any) -> dict[str, Any]:
+def elements(output: Any) -> dict[str, Any]:
     """Return the elements of a tuple, list, dictionary or dataclass by name; others as "0"."""
     if isinstance(output, tuple | list):
         return {str(i): value for i, value in enumerate(output)}
@@ -161,12 +162,6 @@ def _chosen(values: Mapping[str, Any], item: str | None, hookpoint: Hookpoint) -
     )
 
 
-def _head_width(config: Any) -> int:
-    """Return the width of an attention head from a model's configuration."""
-    stated = getattr(config, "head_dim", None)
-    return int(stated or config.hidden_size // config.num_attention_heads)
-
-
 def _columns(head: int, width: int, model: nn.Module, hookpoint: Hookpoint) -> slice:
     """Return the columns of a head.
 
@@ -176,8 +171,8 @@ def _columns(head: int, width: int, model: nn.Module, hookpoint: Hookpoint) -> s
     Raises:
         ModelError: If the tensor is not divided into the model's heads, or has no such head.
     """
-    config = model.config.get_text_config()  # type: ignore[union-attr, operator]
-    size = _head_width(config)
+    config = text_config(model)
+    size = head_width(config)
     n_heads = int(config.num_attention_heads)
     counts = {n_heads, int(getattr(config, "num_key_value_heads", None) or n_heads)}
     if width % size or width // size not in counts:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from cluster.language_model.errors import ModelError
 from cluster.language_model.hooks import capture, rows_agree
+from cluster.language_model.sizes import n_embeddings
 
 if TYPE_CHECKING:
     import torch
@@ -34,7 +35,7 @@ def require_document_masks(model: nn.Module, hookpoints: Sequence[str]) -> None:
 
     length = 8
     device = next(model.parameters()).device
-    n_ids = int(model.get_input_embeddings().weight.shape[0])  # type: ignore[operator]
+    n_ids = n_embeddings(model)
     ids = torch.arange(2 * length, device=device).repeat(2, 1)
     ids[1, :length] += length
     positions = torch.arange(length, device=device).repeat(2, 2)

@@ -14,7 +14,12 @@ from rich.console import Console
 from rich.table import Table
 
 from cluster.language_model.loading import one_line
-from cluster.language_model.model_checks import head_counts, model_without_weights
+from cluster.language_model.model_checks import (
+    NEEDS_VALUES,
+    head_counts,
+    model_without_weights,
+)
+from cluster.language_model.module_tensors import elements
 from conf.schema.run import RunConfig
 
 if TYPE_CHECKING:
@@ -98,7 +103,7 @@ def list_hookpoints(model: nn.Module) -> tuple[list[Row], str]:
     try:
         with torch.inference_mode(), device:
             model(input_ids=ids, use_cache=False, attention_mask=torch.ones_like(ids))
-    except (RuntimeError, NotImplementedError, ValueError, TypeError, AttributeError) as error:
+    except NEEDS_VALUES as error:
         failure = one_line(error)
     finally:
         for handle in handles:
@@ -107,7 +112,7 @@ def list_hookpoints(model: nn.Module) -> tuple[list[Row], str]:
     for name, _ in model.named_modules():
         if len(outputs.get(name, ())) != 1:
             continue
-        output, dtype = _widths(_elements(outputs[name][0]))
+        output, dtype = _widths(elements(outputs[name][0]))
         taken, _ = _widths(inputs[name])
         if not output and not taken:
             continue
@@ -117,12 +122,6 @@ def list_hookpoints(model: nn.Module) -> tuple[list[Row], str]:
         )
         row.layers += [int(number) for number in _LAYER.findall(name)[:1]]
     return list(rows.values()), failure
-
-
-def _elements(output: Any) -> Mapping[str, Any]:
-    if isinstance(output, tuple | list):
-        return {str(i): value for i, value in enumerate(output)}
-    return output if isinstance(output, Mapping) else {"0": output}
 
 
 def _widths(values: Mapping[str, Any]) -> tuple[str, str]:

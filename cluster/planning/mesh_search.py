@@ -23,6 +23,7 @@ from cluster.planning.step_time import (
 from cluster.planning.work import Work, work_of
 from conf.schema.run import RunConfig
 from foundation.errors import ConfigError
+from foundation.units import bytes_text
 from sae_core.architectures.topk.settings import MOST_AUX_PAIRS
 from sae_core.config import ParallelConfig
 
@@ -166,16 +167,16 @@ def best_layout(found: list[Layout], config: RunConfig) -> Layout:
 
 def too_large_error(layout: Layout, config: RunConfig) -> ConfigError:
     """Return the error for a layout that is too large. The remedy depends on the largest part."""
-    need = layout.needed_bytes / GIB
-    room = _ROOM * layout.limit_bytes / GIB
+    need = bytes_text(layout.needed_bytes)
+    room = bytes_text(_ROOM * layout.limit_bytes)
     whose = "a rank needs" if layout.work.on_gpu else f"{layout.work.n_ranks} ranks need"
     where = "per GPU" if layout.work.on_gpu else "on this machine"
     parts = sorted(layout.device.items(), key=lambda part: -part[1])
-    largest = ", ".join(f"{name} {size / GIB:.1f}" for name, size in parts[:3])
+    largest = ", ".join(f"{name} {bytes_text(size)}" for name, size in parts[:3])
     mesh = layout.parallel
     expected = (
-        f"at most {room:.1f} GiB {where}, but {whose} {need:.1f} GiB with latent {mesh.latent} x "
-        f"data {mesh.data} (largest parts of a rank, in GiB: {largest})"
+        f"at most {room} {where}, but {whose} {need} with latent {mesh.latent} x "
+        f"data {mesh.data} (largest parts of a rank: {largest})"
     )
     if _fits_without_auxk(layout):
         share = layout.work.aux_rows / layout.work.rows

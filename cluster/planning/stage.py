@@ -12,16 +12,18 @@ from rich.table import Table
 from cluster.language_model.hookpoint_kinds import require_usable
 from cluster.language_model.texts import require_text
 from cluster.planning import tables
-from cluster.planning.hardware import GIB, Hardware
+from cluster.planning.hardware import Hardware
 from cluster.planning.local import planned_hardware
 from cluster.planning.memory import saved_bytes
 from cluster.planning.mesh_search import Layout, best_layout, layouts, plan_layout, too_large_error
 from cluster.planning.scaling import weak_scaling
 from cluster.planning.storage import read_bytes_per_rank, store_bytes_total
+from cluster.run_folder.opening import announce_extension
 from cluster.training.store_checks import mixed_in_stores
 from conf.hookpoint import find_hookpoint
 from conf.schema.run import RunConfig
 from foundation.errors import ConfigError
+from foundation.units import bytes_text
 
 
 def run(config: RunConfig, run_dir: Path) -> None:
@@ -32,10 +34,13 @@ def run(config: RunConfig, run_dir: Path) -> None:
 
     Raises:
         ConfigError: If the run does not fit. The error names the setting to change.
+        RunDirError: If the run was already trained on more tokens.
         TextError: In a pipeline, if the text is missing or cannot be read.
     """
     if config.stage != "plan":
         require_text(config.data)  # the harvest would find out only after this stage
+    else:
+        announce_extension(config, run_dir)
     require_usable(config.model)
     widths = _widths(config)
     trained = config.sae.hookpoint or next(iter(config.model.hookpoints), "")
@@ -100,13 +105,13 @@ def _summary(
         "mesh": f"{mesh.latent} latent x {mesh.data} data, ZeRO {mesh.zero_stage} "
         f"(parallel.latent={mesh.latent} parallel.data={mesh.data} "
         f"parallel.zero_stage={mesh.zero_stage})",
-        "memory per rank": f"{rank_bytes / GIB:.2f} GiB; another {host_bytes / GIB:.2f} GiB on "
+        "memory per rank": f"{bytes_text(rank_bytes)}; another {bytes_text(host_bytes)} on "
         "the host while a checkpoint is written",
-        "checkpoint": f"{saved_bytes(layout.work) / GIB:.2f} GiB per rank, {_background(layout)}",
-        "store": f"{config.data.tokens:,} tokens, at most {store_bytes / GIB:,.2f} GiB at once",
+        "checkpoint": f"{bytes_text(saved_bytes(layout.work))} per rank, {_background(layout)}",
+        "store": f"{config.data.tokens:,} tokens, at most {bytes_text(store_bytes)} at once",
         "training": f"{config.train.n_steps:,} steps of {config.train.batch_tokens:,} tokens"
         + epochs,
-        "reading": f"{read_bytes_per_rank(config, d_model) / GIB:,.2f} GiB per rank",
+        "reading": f"{bytes_text(read_bytes_per_rank(config, d_model))} per rank",
     }
     for key, value in rows.items():
         table.add_row(key, value)
@@ -120,7 +125,7 @@ def _background(layout: Layout) -> str:
     if not layout.work.asynchronous_save:
         return "written while training waits (checkpoint.asynchronous=false)"
     return (
-        f"of which training waits for {blocking / GIB:.2f} GiB to be written, because the host has "
+        f"of which training waits for {bytes_text(blocking)} to be written, because the host has "
         "no memory to copy them"
     )
 
@@ -176,7 +181,7 @@ def _check_disk(config: RunConfig, store_bytes: int) -> None:
         raise ConfigError(
             "data.tokens",
             config.data.tokens,
-            f"a store of at most {room / GIB:.0f} GiB ({where}), but these tokens need "
-            f"{store_bytes / GIB:.0f} GiB",
+            f"a store of at most {bytes_text(room)} ({where}), but these tokens need "
+            f"{bytes_text(store_bytes)}",
             "store fewer tokens, or set store.path to a folder on a larger disk",
         )

@@ -9,12 +9,13 @@ from rich.table import Table
 
 from activation_store.codecs.registry import CODECS
 from activation_store.format.header import DTYPES
-from cluster.planning.hardware import GIB, Hardware, shared_among
+from cluster.planning.hardware import Hardware, shared_among
 from cluster.planning.links import collectives, crosses_nodes, seconds
 from cluster.planning.mesh_search import Layout
 from cluster.planning.step_buffers import gpu_buffers, peak
 from cluster.planning.work import stored_row_bytes
 from conf.schema.run import RunConfig
+from foundation.units import bytes_text
 
 
 class Simulated(NamedTuple):
@@ -35,14 +36,14 @@ class Simulated(NamedTuple):
 
 
 def memory_table(layout: Layout) -> Table:
-    """Return the memory of a rank by part, in GiB."""
+    """Return the memory of a rank by part."""
     where = "device" if layout.work.on_gpu else "process"
-    table = _table("memory per rank", "part", "GiB", "where")
+    table = _table("memory per rank", "part", "size", "where")
     for part, size in layout.device.items():
-        table.add_row(part, f"{size / GIB:.3f}", where)
-    table.add_row("peak", f"{layout.device_total / GIB:.3f}", where, style="bold")
+        table.add_row(part, bytes_text(size), where)
+    table.add_row("peak", bytes_text(layout.device_total), where, style="bold")
     for part, size in layout.host.items():
-        table.add_row(part, f"{size / GIB:.3f}", "host")
+        table.add_row(part, bytes_text(size), "host")
     return table
 
 
@@ -79,14 +80,14 @@ def traffic_table(layout: Layout, hardware: Hardware) -> Table:
 
 def layout_table(found: Sequence[Layout]) -> Table:
     """Return the layouts that the search compared, one per row."""
-    columns = ("gradients sent", "GiB per rank", "fits", "step ms", "tokens/s")
+    columns = ("gradients sent", "memory per rank", "fits", "step ms", "tokens/s")
     table = _table("layouts", "latent x data", *columns)
     for layout in found:
         work = layout.work
         table.add_row(
             f"{work.latent} x {work.data}",
             layout.exchange,
-            f"{layout.device_total / GIB:.1f}",
+            bytes_text(layout.device_total),
             "yes" if layout.fits else "no",
             f"{layout.step_s * 1e3:.1f}",
             f"{work.rows * work.data / layout.step_s:,.0f}",
@@ -95,13 +96,13 @@ def layout_table(found: Sequence[Layout]) -> Table:
 
 
 def peak_table(layout: Layout) -> Table:
-    """Return the arrays that a step on a GPU holds at its peak, largest first, in GiB."""
+    """Return the arrays that a step on a GPU holds at its peak, largest first."""
     moment, held = peak(gpu_buffers(layout.work))
     where = moment.name.lower().replace("_", " ")
-    table = _table(f"arrays of a step at its peak ({where})", "array", "GiB")
+    table = _table(f"arrays of a step at its peak ({where})", "array", "size")
     for what, n_bytes in sorted(held.items(), key=lambda item: -item[1]):
-        if n_bytes >= 0.001 * GIB:
-            table.add_row(what, f"{n_bytes / GIB:.3f}")
+        if n_bytes >= 0.001 * sum(held.values()):
+            table.add_row(what, bytes_text(n_bytes))
     return table
 
 

@@ -7,6 +7,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 from cluster.run_folder.errors import RunDirError
@@ -87,12 +88,18 @@ def _remove_untouched(run_dir: Path, created: list[Path]) -> None:
             folder.rmdir()
 
 
-def _announce_extension(saved: RunConfig, config: RunConfig, run_dir: Path) -> None:
+def announce_extension(config: RunConfig, run_dir: Path) -> None:
     """Print what a new `train.tokens` does to the learning rate of a run with checkpoints.
+
+    All other settings are those that the run was started with, as when it goes on.
 
     Raises:
         RunDirError: If the run was already trained on more tokens.
     """
+    saved = saved_config(run_dir)
+    if saved is None:
+        return
+    config = replace(saved, train=replace(saved.train, tokens=config.train.tokens))
     if config.train.n_steps == saved.train.n_steps:
         return
     from rich import print as show
@@ -136,7 +143,7 @@ def _agree_on_config(config: RunConfig, run_dir: Path) -> None:
                 f"{run_dir} was started with another config:{diff}\n"
                 "use another name=..., restore the values, or delete the folder"
             )
-        _announce_extension(saved, config, run_dir)
+        announce_extension(config, run_dir)
     # Write to a temporary file and rename it, so that a reader never sees a partial config.
     temporary = path.with_suffix(".yaml.tmp")
     save_config(config, temporary)

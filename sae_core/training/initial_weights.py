@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from pathlib import Path
 
 import torch
 
@@ -13,8 +12,7 @@ from sae_core.architectures.registry import architecture_of
 from sae_core.architectures.settings import SAEConfig
 from sae_core.checkpoint.safetensors_file import rows_per_block
 from sae_core.checkpoint.stored_sae import StoredSAE
-from sae_core.errors import CheckpointError
-from sae_core.peer_formats import open_any
+from sae_core.peer_formats import open_set
 
 _KEY = "train.init_from"
 _UNIT = 0.01
@@ -32,10 +30,7 @@ def open_start(path: str, config: SAEConfig, d_model: int) -> StoredSAE:
     Raises:
         ConfigError: If there is no SAE, or it has another architecture, width or number of latents.
     """
-    try:
-        stored = open_any(Path(path))
-    except CheckpointError as error:
-        raise ConfigError(_KEY, path, "an SAE", str(error)) from error
+    stored = open_set(_KEY, path)
     ours = (config.architecture, config.n_latents, d_model)
     theirs = (stored.config.architecture, stored.config.n_latents, stored.d_model)
     if ours != theirs:
@@ -66,19 +61,21 @@ def start_from(sae: SparseAutoencoder, path: str) -> None:
     """
     stored = open_start(path, sae.config, sae.d_model)
     scale = sae.input_scale.double().cpu()
-    first, forward, backward = _map_of(sae)
-    b_dec = (stored.b_dec.double() - first) @ forward
+    forward, backward = _maps_of(sae)
+    b_dec = stored.b_dec.double()
+    if forward is not None:
+        b_dec = _mapped(b_dec - sae.input_center.double().cpu(), forward)
     sae.b_dec.copy_((b_dec - sae.input_mean.double().cpu()) * scale)
     n_scaled = 0
     n_rows, step = len(sae.W_dec), rows_per_block(8 * sae.d_model)
     for start in range(0, n_rows, step):
         own = slice(start, min(start + step, n_rows))
         there = (sae.first_latent + own.start, sae.first_latent + own.stop)
-        W_dec = stored.rows["W_dec"](*there).double() @ forward
+        W_dec = _mapped(stored.rows["W_dec"](*there).double(), forward)
         norms = W_dec.norm(dim=1).clamp_min(1e-30)
         n_scaled += int(((norms - 1).abs() > _UNIT).sum())
         sae.W_dec[own].copy_(W_dec / norms[:, None])
-        W_enc = stored.rows["W_enc"](*there).double() @ backward
+        W_enc = _mapped(stored.rows["W_enc"](*there).double(), backward)
         sae.W_enc[own].copy_(W_enc * norms[:, None])
         sae.b_enc[own].copy_(stored.rows["b_enc"](*there).double() * norms * scale)
         for vector in architecture_of(sae.config).vectors:
@@ -94,11 +91,16 @@ def start_from(sae: SparseAutoencoder, path: str) -> None:
         )
 
 
-def _map_of(sae: SparseAutoencoder) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return the centre [D] of the map of raw activations, the map and its inverse, [D, D]."""
+def _maps_of(sae: SparseAutoencoder) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Return the map of centred activations and its inverse, [D] or [D, D] float64, if any."""
     if sae.input_map is None:
-        identity = torch.eye(sae.d_model, dtype=torch.float64)
-        return torch.zeros(sae.d_model, dtype=torch.float64), identity, identity
+        return None, None
     forward = sae.input_map.double().cpu()
-    forward = torch.diag(forward) if forward.ndim == 1 else forward
-    return sae.input_center.double().cpu(), forward, torch.linalg.inv(forward)
+    return forward, 1 / forward if forward.ndim == 1 else torch.linalg.inv(forward)
+
+
+def _mapped(rows: torch.Tensor, map_: torch.Tensor | None) -> torch.Tensor:
+    """Apply a map to rows [..., D] float64; None changes nothing."""
+    if map_ is None:
+        return rows
+    return rows * map_ if map_.ndim == 1 else rows @ map_

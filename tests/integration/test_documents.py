@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, OPTConfig, OPTForCausalLM
+from transformers import AutoModelForCausalLM
 
 from activation_store import open_store
 from analysis.evaluation import stage as evaluation_stage
@@ -27,7 +27,7 @@ from conf.schema.model import ModelConfig
 from conf.schema.run import RunConfig
 from sae_core.architectures.topk.inference import TopKInference
 from sae_core.config import TopKConfig
-from tests.support.tiny_models import save_llama
+from tests.support.tiny_models import opt, save_llama
 
 pytestmark = pytest.mark.ray
 HOOKPOINT = "model.layers.1"
@@ -152,8 +152,5 @@ def test_ids_beyond_the_vocabulary_are_refused(tmp_path: Path) -> None:
 
 def test_a_model_that_mixes_documents_is_refused() -> None:
     """OPT numbers positions from its mask, and does not read those that are given."""
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 16, "ffn_dim": 32, "num_attention_heads": 2, "word_embed_proj_dim": 16}
-    opt = OPTConfig(vocab_size=63, num_hidden_layers=2, max_position_embeddings=64, **sizes)
     with pytest.raises(ModelError, match=r"data\.packing=masked: OPTForCausalLM mixes"):
-        require_document_masks(OPTForCausalLM(opt).eval(), ["model.decoder.layers.1"])
+        require_document_masks(opt(), ["model.decoder.layers.1"])

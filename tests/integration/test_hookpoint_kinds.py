@@ -10,12 +10,11 @@ import numpy as np
 import pytest
 import torch
 
-from activation_store import StoreWriter, open_store, verify_store
+from activation_store import open_store, verify_store
 from analysis.evaluation import stage as evaluation_stage
 from analysis.export import stage as export_stage
 from cluster.harvest import stage as harvest_stage
 from cluster.harvest.items import plan_items
-from cluster.harvest.worker import HarvestWorker, WorkerSpec
 from cluster.language_model.hookpoint_kinds import HOOKPOINT_KINDS
 from cluster.language_model.loading import load_language_model, load_tokenizer
 from cluster.language_model.tokens.contexts import prepare_contexts
@@ -26,7 +25,7 @@ from foundation.errors import ConfigError
 from sae_core import load_sae
 from sae_core.architectures.topk.inference import TopKInference
 from sae_core.config import TopKConfig
-from tests.support.tiny_models import save_gpt2, write_text
+from tests.support.tiny_models import harvest_here, save_gpt2, write_text
 from tests.support.toys.hookpoint_kind import TakenKind
 
 D, MODULE = 12, "transformer.h.1"
@@ -54,33 +53,8 @@ def config(tmp_path: Path) -> Iterator[RunConfig]:
         yield config
 
 
-def harvest(config: RunConfig, run_dir: Path) -> None:
-    """Run the worker in this process, because a Ray worker would not know the toy kind."""
-    job = harvest_stage.prepare(config, run_dir)
-    assert job is not None
-    spec = WorkerSpec(
-        config.model, config.data, config.seed, job.store, Path(config.cache_dir), "cpu", run_dir
-    )
-    run_dir.mkdir()
-    worker = HarvestWorker(spec)
-    calibration = worker.calibrate(0, job.plan.contexts(0)).calibration
-    widths = {name: len(moments.mean) for name, moments in calibration.items()}
-    writer = StoreWriter(
-        job.store,
-        widths,
-        dtype=config.store.dtype,
-        shard_tokens=config.store.shard_tokens,
-        n_items=job.plan.n_items,
-        provenance=job.provenance,
-        calibration=calibration,
-    )
-    for item in range(job.plan.n_items):
-        worker.run_item(item, job.plan.contexts(item))
-    writer.finalise()
-
-
 def test_a_kind_from_outside_works_in_every_stage(config: RunConfig, tmp_path: Path) -> None:
-    harvest(config, tmp_path / "run")
+    harvest_here(config, tmp_path / "run")  # a Ray worker would not know the toy kind
     store = open_store(config.store.path)
     assert store.arrays == {MODULE: D, HOOKPOINT: D} and verify_store(config.store.path) == []
     rows = {name: store.read(name, 0, store.n_tokens) for name in store.arrays}

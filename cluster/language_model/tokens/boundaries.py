@@ -47,6 +47,7 @@ def boundary_ids(tokenizer: Any, data: DataConfig) -> tuple[int, int]:
             "the tokenizer has neither a BOS nor an EOS token; name tokens of its vocabulary with "
             "data.bos_token and data.separator_token"
         )
+    # One of them is not None, which mypy cannot know.
     return (
         int(separator_id if bos_id is None else bos_id),  # type: ignore[arg-type]
         int(bos_id if separator_id is None else separator_id),  # type: ignore[arg-type]

@@ -81,7 +81,7 @@ class Split:
         ids = self.input_ids(contexts)
         if self.packing == "joined":
             return ModelInputs(ids)
-        inside = self.position[contexts] != NO_TOKEN
+        inside = self._inside(contexts)
         if self.packing == "separate":
             mask = np.pad(inside.astype(np.int64), ((0, 0), (1, 0)), constant_values=1)
             return ModelInputs(ids, attention_mask=mask)
@@ -102,7 +102,7 @@ class Split:
         if last is not None:
             kept[:, last:] = False
         if self.packing != "joined":
-            kept &= self.position[contexts] != NO_TOKEN
+            kept &= self._inside(contexts)
         if self.counts is not None:
             kept &= self.counts[contexts]
         return kept
@@ -115,8 +115,12 @@ class Split:
         """
         if self.packing == "joined":
             return None
-        inside = self.position[contexts] != NO_TOKEN
+        inside = self._inside(contexts)
         return inside[:, :-1] & inside[:, 1:]
+
+    def _inside(self, contexts: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """Return a mask [n, T-1] of the tokens of documents: neither padding nor BOS."""
+        return self.position[contexts] != NO_TOKEN
 
 
 @dataclass(frozen=True)
@@ -166,8 +170,8 @@ def prepare_contexts(data: DataConfig, tokenizer: Any, cache_dir: Path) -> Conte
     if data.kind == "chat":
         key["template"] = tokenizer.chat_template
     if data.packing != "joined":
-        key |= {"packing": data.packing, "bos_id": bos_id}
-    if data.kind == "token_ids":
+        key["packing"] = data.packing
+    if data.packing != "joined" or data.kind == "token_ids":
         key["bos_id"] = bos_id
 
     def build(target: Path) -> None:
@@ -178,12 +182,12 @@ def prepare_contexts(data: DataConfig, tokenizer: Any, cache_dir: Path) -> Conte
 
     folder = built_once(cache_dir / "contexts" / digest(key), build)
     meta = json.loads((folder / "meta.json").read_text())
-    dropped: tuple[int, ...] = ()
+    dropped = set(excluded_ids(tokenizer, data))
     if data.drop_special_tokens:
         known = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
-        dropped = tuple(sorted({bos_id, separator_id, *(i for i in known if i is not None)}))
-    dropped = tuple(sorted({*dropped, *excluded_ids(tokenizer, data)}))
-    train, heldout = (_open_split(folder, name, data, bos_id, dropped) for name in SPLITS)
+        dropped |= {bos_id, separator_id, *(i for i in known if i is not None)}
+    dropped_ids = tuple(sorted(dropped))
+    train, heldout = (_open_split(folder, name, data, bos_id, dropped_ids) for name in SPLITS)
     n_documents = int(meta["n_documents"])
     return Contexts(
         folder,

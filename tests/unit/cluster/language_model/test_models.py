@@ -10,10 +10,6 @@ from torch import nn
 from transformers import (
     AlbertConfig,
     AlbertModel,
-    MixtralConfig,
-    MixtralForCausalLM,
-    OPTConfig,
-    OPTForCausalLM,
     T5Config,
     T5Model,
 )
@@ -25,7 +21,7 @@ from cluster.language_model.loading import load_language_model, load_tokenizer
 from cluster.language_model.model_checks import model_without_weights
 from cluster.language_model.stage import list_hookpoints
 from conf.schema.model import ModelConfig
-from tests.support.tiny_models import save_gpt2, save_llama
+from tests.support.tiny_models import mixtral, opt, save_gpt2, save_llama
 
 IDS = torch.tensor([[0, 5, 9, 30], [0, 7, 7, 8]])
 
@@ -113,35 +109,6 @@ def test_a_module_that_runs_several_times_is_refused(tmp_path: Path) -> None:
     encoder_decoder = T5Model(t5).eval()
     require_one_row_per_token(encoder_decoder, ["encoder.block.1"])
     assert capture(encoder_decoder, ["encoder.block.1"], IDS)["encoder.block.1"].shape == (2, 4, 16)
-
-
-def opt() -> nn.Module:
-    torch.manual_seed(0)
-    config = OPTConfig(
-        vocab_size=63,
-        hidden_size=16,
-        ffn_dim=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        word_embed_proj_dim=16,
-        max_position_embeddings=64,
-    )
-    return OPTForCausalLM(config).eval()
-
-
-def mixtral(experts_per_token: int) -> nn.Module:
-    torch.manual_seed(0)
-    config = MixtralConfig(
-        vocab_size=63,
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        num_local_experts=4,
-        num_experts_per_tok=experts_per_token,
-    )
-    return MixtralForCausalLM(config).eval()
 
 
 @torch.inference_mode()

@@ -10,21 +10,14 @@ import pytest
 
 from cluster.harvest.items import plan_items
 from cluster.language_model.errors import TextError
-from cluster.language_model.tokens.contexts import Contexts, prepare_contexts
+from cluster.language_model.tokens.contexts import Contexts
 from cluster.language_model.tokens.heldout import is_heldout
-from conf.schema.data import DataConfig
-from tests.support.tiny_models import save_tokenizer, write_text
+from tests.support.tiny_models import contexts_of, write_text
 
 
 def prepare(tmp_path: Path, text: str | None = None, **settings: Any) -> Contexts:
-    file = tmp_path / "text.txt"
-    if text is None:
-        write_text(file)
-    else:
-        file.write_text(text)
-    settings = {"context_tokens": 8, "heldout_fraction": 0.3, **settings}
-    data = DataConfig(path=str(file), **settings)
-    return prepare_contexts(data, save_tokenizer(tmp_path / "tokenizer"), tmp_path / "cache")
+    given = write_text(tmp_path / "text.txt") if text is None else text
+    return contexts_of(tmp_path, given, **{"context_tokens": 8, "heldout_fraction": 0.3} | settings)
 
 
 def test_documents_are_joined_by_the_separator_and_cut(tmp_path: Path) -> None:

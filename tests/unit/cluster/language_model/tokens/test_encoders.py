@@ -14,10 +14,9 @@ import pytest
 
 from cluster.language_model.errors import TextError
 from cluster.language_model.texts import Tally, find_text
-from cluster.language_model.tokens.contexts import Contexts, prepare_contexts
 from cluster.language_model.tokens.encoders import ChatEncoder
 from conf.schema.data import DataConfig
-from tests.support.tiny_models import save_tokenizer
+from tests.support.tiny_models import contexts_of, save_tokenizer
 
 IDS = [[3, 4, 5], [], None, [6, 7]]
 CHAT = [
@@ -105,22 +104,13 @@ def test_columns_and_files_of_another_kind_are_refused(tmp_path: Path) -> None:
         find_text(DataConfig(path=str(tmp_path / "plain.txt"), kind="chat")).check()
 
 
-def prepare(tmp_path: Path, file: Path, **settings: Any) -> Contexts:
-    tokenizer = save_tokenizer(tmp_path / "tokenizer")
-    tokenizer.chat_template = TEMPLATE
-    settings = {"heldout_fraction": 1e-9, **settings}
-    data = DataConfig(path=str(file), **settings)
-    data.validate()
-    return prepare_contexts(data, tokenizer, tmp_path / "cache")
-
-
 def test_ids_that_have_their_boundaries_get_no_others(tmp_path: Path) -> None:
     file = write(tmp_path, ".jsonl", "input_ids", [[0, 3, 4, 1], [0, 5, 1]])
-    joined = prepare(tmp_path, file, kind="token_ids", context_tokens=8)
+    joined = contexts_of(tmp_path, file, kind="token_ids", context_tokens=8)
     assert joined.train.token_id.tolist() == [[0, 3, 4, 1, 0, 5, 1]]
     assert joined.train.kept(np.array([0])).tolist() == [[0, 1, 1, 0, 0, 1, 0]]
-    options = {"kind": "token_ids", "packing": "separate", "context_tokens": 4}
-    separate = prepare(tmp_path, file, **options)
+    options: dict[str, Any] = {"kind": "token_ids", "packing": "separate", "context_tokens": 4}
+    separate = contexts_of(tmp_path, file, **options)
     assert separate.train.input_ids(np.arange(2)).tolist() == [[0, 3, 4, 1], [0, 5, 1, 1]]
     assert separate.train.kept(np.arange(2)).tolist() == [[1, 1, 0], [1, 0, 0]]
 
@@ -135,7 +125,9 @@ def test_the_turns_of_a_role_are_stored(tmp_path: Path) -> None:
         (["assistant"], [6, 8, 9]),
         (["user"], [4, 5, 7]),
     ):
-        contexts = prepare(tmp_path, file, kind="chat", roles=roles, context_tokens=len(ids) + 1)
+        contexts = contexts_of(
+            tmp_path, file, TEMPLATE, kind="chat", roles=roles, context_tokens=len(ids) + 1
+        )
         assert contexts.train.token_id.tolist() == [ids]
         kept = contexts.train.kept(np.array([0]))
         assert contexts.train.token_id[kept].tolist() == stored

@@ -15,26 +15,23 @@ from cluster.harvest import stage as harvest_stage
 from cluster.harvest.provenance import describe, differences
 from cluster.language_model.errors import TextError
 from cluster.language_model.loading import load_tokenizer
-from cluster.language_model.tokens.contexts import prepare_contexts
+from cluster.language_model.tokens.contexts import Contexts
 from conf.schema.data import DataConfig
 from conf.schema.model import ModelConfig
 from conf.schema.run import RunConfig
-from tests.support.tiny_models import save_llama, save_tokenizer, write_text
+from tests.support.tiny_models import contexts_of, save_llama, write_text
 
 LONG = " ".join(f"w{i % 60}" for i in range(1000))
 
 
-def contexts_of(tmp_path: Path, text: str, **settings: Any) -> Any:
-    (tmp_path / "text.txt").write_text(text)
-    settings = {"context_tokens": 8, "heldout_fraction": 0.2, **settings}
-    data = DataConfig(path=str(tmp_path / "text.txt"), **settings)
-    return prepare_contexts(data, save_tokenizer(tmp_path / "tok"), tmp_path / "cache")
+def prepared(tmp_path: Path, text: str, **settings: Any) -> Contexts:
+    return contexts_of(tmp_path, text, **{"context_tokens": 8, "heldout_fraction": 0.2} | settings)
 
 
 def test_the_last_tokens_of_each_document_are_held_out(tmp_path: Path) -> None:
     words = [f"w{i}" for i in range(20)]
     text = f"{' '.join(words)}\n\n{' '.join(words[:10])}"
-    contexts = contexts_of(tmp_path, text, heldout="tokens", context_tokens=2)
+    contexts = prepared(tmp_path, text, heldout="tokens", context_tokens=2)
     assert contexts.train.token_id.ravel().tolist() == [*range(3, 19), 1, *range(3, 11), 1]
     assert contexts.heldout.token_id.ravel().tolist() == [*range(19, 23), 1, 11, 12, 1]
     assert contexts.heldout.position.ravel().tolist() == [16, 17, 18, 19, 20, 8, 9, 10]
@@ -43,14 +40,12 @@ def test_the_last_tokens_of_each_document_are_held_out(tmp_path: Path) -> None:
 
 
 def test_nothing_is_held_out_when_asked(tmp_path: Path) -> None:
-    contexts = contexts_of(tmp_path, "\n\n".join(["w1 w2 w3"] * 50), heldout="none")
+    contexts = prepared(tmp_path, "\n\n".join(["w1 w2 w3"] * 50), heldout="none")
     assert not len(contexts.heldout) and len(contexts.train) == 50 * 4 // 7
 
 
 def test_each_rule_has_its_own_cache(tmp_path: Path) -> None:
-    folders = {
-        contexts_of(tmp_path, LONG, heldout=h).folder for h in ("documents", "tokens", "none")
-    }
+    folders = {prepared(tmp_path, LONG, heldout=h).folder for h in ("documents", "tokens", "none")}
     assert len(folders) == 3
 
 
@@ -143,7 +138,7 @@ def test_a_store_says_what_was_held_out_and_earlier_ones_held_out_documents(tmp_
 
 
 def test_the_two_parts_of_a_document_share_no_token(tmp_path: Path) -> None:
-    contexts = contexts_of(tmp_path, LONG, heldout="tokens", context_tokens=2)
+    contexts = prepared(tmp_path, LONG, heldout="tokens", context_tokens=2)
     places = [
         set(part.position[part.token_id > 2].ravel()) for part in (contexts.train, contexts.heldout)
     ]

@@ -8,20 +8,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cluster.language_model.tokens.contexts import Contexts, prepare_contexts
-from conf.schema.data import DataConfig
+from cluster.language_model.tokens.contexts import Contexts
 from foundation.errors import ConfigError
-from tests.support.tiny_models import save_tokenizer
+from tests.support.tiny_models import contexts_of
 
 TEXT = "w0 w1 w2\n\nw3\n\nw4 w5 w6 w7 w8 w9"  # ids 3 4 5, 6, 7 8 9 10 11 12; BOS 0, EOS 1
 
 
 def prepare(tmp_path: Path, **settings: Any) -> Contexts:
-    (tmp_path / "text.txt").write_text(TEXT)
-    settings = {"context_tokens": 6, "heldout_fraction": 1e-9, **settings}
-    data = DataConfig(path=str(tmp_path / "text.txt"), **settings)
-    data.validate()
-    return prepare_contexts(data, save_tokenizer(tmp_path / "tokenizer"), tmp_path / "cache")
+    return contexts_of(tmp_path, TEXT, **{"context_tokens": 6} | settings)
 
 
 def test_separate_documents_have_contexts_of_their_own(tmp_path: Path) -> None:
