@@ -19,7 +19,12 @@ from typing import Any
 CHECKPOINT_FAILED = 3
 """Exit code of a rank that ended with a CheckpointError."""
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["tests.support.ranks", "deepspeed", "cluster.rank"])
+_PRELOADED = (
+    *("tests.support.ranks", "deepspeed", "cluster.rank"),
+    # The first optimiser and the first engine of a process import these: seconds for each rank.
+    *("torch._dynamo", "deepspeed.module_inject.auto_ep_config"),
+)
+_CONTEXT.set_forkserver_preload(list(_PRELOADED))
 
 
 def free_ports(count: int) -> list[int]:

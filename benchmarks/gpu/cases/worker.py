@@ -34,9 +34,14 @@ def main() -> int:
         return run_cases(ROOT / CASES, log, options.share, options.stride)
     import pytest
 
-    arguments = [str(ROOT / CASES), "-q", "-p", "no:cacheprovider", "-p", "no:randomly"]
+    arguments = [*case_files(), "-q", "-p", "no:cacheprovider", "-p", "no:randomly"]
     arguments += ["--continue-on-collection-errors", "--rootdir", str(ROOT)]
     return int(pytest.main(arguments, plugins=[Recorder(log, options.share, options.stride)]))
+
+
+def case_files() -> list[str]:
+    """Return the files of the cases. Folders in `tests/gpu` have tests that need no GPU."""
+    return [str(path) for path in sorted((ROOT / CASES).glob("test_*.py"))]
 
 
 class Recorder:

@@ -47,7 +47,7 @@ def _sweep(context: Context, name: str, work: Work) -> list[Row]:
                 timings = interleaved(
                     {"encode": call, "product": yardstick},
                     rounds=context.shapes.rounds,
-                    warmup=2,
+                    warmup=context.shapes.warmup,
                     synchronize=context.setup.synchronize,
                 )
             except Exception as error:  # one candidate that does not run must not hide the others

@@ -13,6 +13,7 @@ import pytest
 
 from benchmarks.gpu.cases.log import LOST, CaseLog, device_is_lost, share_of
 from benchmarks.gpu.cases.runner import cases_of, run_cases, stand_in
+from benchmarks.gpu.cases.worker import case_files
 from tests.support.paths import ROOT
 
 CASES = """
@@ -134,6 +135,12 @@ def test_a_lost_device_ends_the_process_and_the_next_one_goes_on(
 def test_out_of_memory_does_not_lose_the_device() -> None:
     assert device_is_lost("AcceleratorError: CUDA error: misaligned address")
     assert not device_is_lost("CUDA error: out of memory") and not device_is_lost("AssertionError")
+
+
+def test_cases_are_those_of_a_gpu_not_of_the_fake_device() -> None:
+    files = [Path(path) for path in case_files()]
+    assert {path.parent for path in files} == {ROOT / "tests" / "gpu"}
+    assert "test_triton_encode.py" in {path.name for path in files}
 
 
 def test_shares_cover_the_cases_once() -> None:

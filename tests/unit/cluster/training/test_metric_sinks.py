@@ -7,6 +7,7 @@ import json
 import pytest
 
 from cluster.run_folder.metrics_log import logged_rows
+from cluster.training import metric_sinks
 from cluster.training.metric_sinks import MetricSinks
 from conf.schema.run import RunConfig
 
@@ -56,6 +57,7 @@ def test_wandb_continues_under_its_id(tmp_path):
 
 @pytest.mark.slow
 def test_a_dead_network_stops_nothing(tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(metric_sinks, "_WANDB_TIMEOUT_S", 3.0)  # the test waits for all of it
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
     monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
     sinks = MetricSinks(config("online"), tmp_path, console=False)
