@@ -150,8 +150,8 @@ def run(config: RunConfig, run_dir: Path) -> None:
     share = metrics.get("variance_top_1")
     if share is not None and share >= LARGE_SHARE:
         console.print(
-            f"evaluate: 1% of the rows have {share:.0%} of the variance, so fvu mostly tells how "
-            "well these are reconstructed; compare fvu_median, and see data.max_norm_multiple"
+            f"evaluate: 1% of the rows hold {share:.0%} of the variance, so fvu mostly measures "
+            "how well these are reconstructed; compare fvu_median, and see data.max_norm_multiple"
         )
 
 
@@ -159,7 +159,7 @@ def _open_brought(path: str) -> StoredSAE:
     """Open the SAE of `eval.sae`.
 
     Raises:
-        ConfigError: If there is none that can be read.
+        ConfigError: If it is missing or cannot be read.
     """
     from sae_core.errors import CheckpointError
     from sae_core.peer_formats import open_any

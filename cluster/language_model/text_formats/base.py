@@ -16,7 +16,7 @@ class Reading:
     """How the documents of a file are to be read."""
 
     field: str = "text"
-    """Field or column with the text, in formats that have fields. Dots lead into nested fields."""
+    """Field or column with the text, in formats that have fields. Dots select nested fields."""
     encoding: str = "utf-8"
     """Character encoding of formats that are text."""
     kind: str = "text"

@@ -42,11 +42,11 @@ class Columns(Records):
 
     @abstractmethod
     def batches(self, file: Path, reading: Reading) -> Iterator[pyarrow.RecordBatch]:
-        """Yield batches whose only column is the one that the field leads to, or into.
+        """Yield batches with a single column: the one that is or contains the field.
 
         Raises:
             ArrowException: If the content is not of this format.
-            TextError: If there is no such column, or it holds no documents of this kind.
+            TextError: If there is no such column, or its type does not hold documents of this kind.
         """
 
 

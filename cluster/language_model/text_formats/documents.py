@@ -27,7 +27,7 @@ def document_of(value: Any, kind: str, field: str, where: str) -> Document | Non
         where: Place of the record, for messages.
 
     Raises:
-        TextError: If the value is no document of this kind.
+        TextError: If the value is not a document of this kind.
     """
     if kind == "text":
         return as_text(value, field, where)
@@ -56,7 +56,7 @@ def _token_ids(value: Any, field: str, where: str) -> NDArray[np.int32]:
 def _messages(value: Any, field: str, where: str) -> list[dict[str, str]]:
     """Return the messages of a chat with the keys `role` and `content`.
 
-    ShareGPT's `from` and `value` are read as well. Parts of a content that are no text are refused.
+    ShareGPT's `from` and `value` are read as well. Content parts that are not text are rejected.
     """
     if isinstance(value, dict):
         raise missing_field(value, field, where)

@@ -17,7 +17,7 @@ class Part:
     """One text of a mixture."""
 
     name: str
-    """Its path, for people."""
+    """Its path, as printed."""
     text: Text
     weight: float
     """Share of the characters, or token ids, relative to the weights of the other texts."""
@@ -28,7 +28,8 @@ class Mixture(Text):
     """The documents of several texts, in an order that only the texts and weights determine.
 
     The next document always comes from the text that is furthest behind its share of the characters
-    so far. The mixture ends with the text that ends first, so that the shares hold throughout.
+    so far. The mixture ends when the first of its texts runs out, so that the shares hold
+    throughout.
     """
 
     parts: tuple[Part, ...]

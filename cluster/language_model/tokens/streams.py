@@ -45,7 +45,7 @@ def write_streams(
 
     Args:
         documents: The documents of the text.
-        encoder: What makes tokens of them.
+        encoder: Encoder of the documents.
         boundaries: Ids of BOS and of the separator.
         data: Settings of the text.
         target: Folder to write to.
