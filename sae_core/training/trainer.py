@@ -106,8 +106,7 @@ class Trainer:
             KERNELS[name], self.device.type, str(dtype).removeprefix("torch.")
         )
         self.prefilter: PrefilterChoice | None = None
-        """The choice of `train.prefilter=auto`, known once calibrated or resumed; None if there was
-        none to make."""
+        """The choice of `train.prefilter=auto`, set by `calibrate` or `resume`, else None."""
         self.saver = CheckpointSaver(
             checkpoints, config.checkpoint, mesh, self.device, config.train.batch_tokens
         )
@@ -306,7 +305,7 @@ class Trainer:
             return
         failed: CheckpointError | None = None
         try:
-            self.saver.wait()  # let it finish: its weights are from before the bad step
+            self.saver.wait()  # let it finish: it has the weights from before the bad step
         except CheckpointError as error:
             failed = error
         raise NonFiniteLossError(
