@@ -38,8 +38,8 @@ from sae_core.config import CHECKPOINTS
 from sae_core.errors import CheckpointError
 
 _MAX_CONFIG_BYTES = 1 << 20
-# Keys of `cfg.json` without influence on what the SAE computes. Any other unknown key is refused,
-# because it may change the mathematics.
+# Keys of `cfg.json` that do not affect what the SAE computes. Any other unknown key is rejected,
+# because it may change the result.
 _SAELENS_HARMLESS = {"d_in", "d_sae", "dtype", "device", "metadata", "k"} | {
     # settings of training
     "aux_loss_coefficient",
@@ -100,7 +100,7 @@ class DictionaryLearning(PeerFormat):
             )
         try:
             state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-        except Exception as error:  # a malicious file can make the restricted loader raise anything
+        except Exception as error:  # a malicious file can raise anything here
             raise CheckpointError(
                 f"{file}: torch's restricted loader could not read the file: "
                 f"{type(error).__name__}: {error}"
@@ -243,7 +243,7 @@ def _has(folder: Path, *names: str) -> bool:
 def _require_topk(file: Path, state: Any) -> None:
     """Check that a file holds an AutoEncoderTopK.
 
-    Other classes have tensors of the same names, but select latents in another way. `config.json`
+    Other classes have tensors of the same names, but select latents differently. `config.json`
     names the class.
 
     Raises:
@@ -255,7 +255,7 @@ def _require_topk(file: Path, state: Any) -> None:
         if threshold is None or float(threshold) < 0:
             return  # no threshold was learned, so it can only be the k largest
         raise CheckpointError(
-            f"{config} not found: expected it beside the SAE, because AutoEncoderTopK and "
+            f"{config} not found: expected it next to the SAE, because AutoEncoderTopK and "
             "BatchTopKSAE have the same tensors but select latents in different ways; copy it there"
         )
     trainer = read_json(config, _MAX_CONFIG_BYTES).get("trainer") or {}

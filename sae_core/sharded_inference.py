@@ -177,7 +177,7 @@ class ShardedSAE:
             weights = values[first : first + step].to(device)
             if self.n_shards > 1:
                 outside = (own < 0) | (own >= shard.stop - shard.start)
-                # Pairs whose value is 0 are left out, so any index of the shard will do.
+                # Pairs whose value is 0 are ignored, so any index of the shard will do.
                 weights = weights.masked_fill(outside, 0.0)
                 own = own.masked_fill(outside, 0)
             recon[first : first + step] += sae.decode_rows(weights, own).to(recon.device)
