@@ -1,4 +1,4 @@
-"""What the driver says about the text before the harvest, and its check of both splits."""
+"""Report on the text before the harvest, and a check of both splits."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ _SHOWN_TOKENS = 8
 
 
 def counts_lines(contexts: Contexts, eval_tokens: int) -> list[str]:
-    """Return lines for people: the documents that were read, and those that were skipped.
+    """Return lines to print: the documents that were read, and those that were skipped.
 
     Args:
         contexts: The contexts of the text.
-        eval_tokens: Number of held-out tokens that the evaluation wants.
+        eval_tokens: Number of held-out tokens that the evaluation requires.
     """
     counts = contexts.counts
     if "null" not in counts:  # a cache of an earlier version
@@ -87,7 +87,7 @@ def _documents(number: int) -> str:
 
 
 def token_lines(contexts: Contexts, tokenizer: Any, kind: str = "text") -> list[str]:
-    """Return lines for people: the first tokens, and special tokens that documents spell out.
+    """Return lines to print: the first tokens, and special tokens that are written in documents.
 
     Args:
         contexts: The contexts of the text.
@@ -104,6 +104,10 @@ def token_lines(contexts: Contexts, tokenizer: Any, kind: str = "text") -> list[
         lines.append(
             f"{n_special:,} special tokens are written in the documents, such as "
             f"{tokenizer.all_special_tokens[0]!r}; "
-            + ("the chat template makes them real" if kind == "chat" else "they are read as text")
+            + (
+                "the chat template turns them into special tokens"
+                if kind == "chat"
+                else "they are read as text"
+            )
         )
     return lines
