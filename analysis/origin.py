@@ -48,8 +48,8 @@ def source_of(config: RunConfig, run_dir: Path, hookpoint: str | None) -> Source
     """Return what is known of the rows that the run's SAE was trained on.
 
     Users who train on their own activations leave the config's model and text at their defaults.
-    Therefore only the headers of the stores count. If the store that this run harvested is missing,
-    for example because it was deleted after training, the config counts.
+    Therefore only the headers of the stores are used. If the store that this run harvested is
+    missing, for example because it was deleted after training, the config is used.
 
     Args:
         config: The run's config.
