@@ -129,7 +129,7 @@ def test_opening_another_store_shows_what_differs(tmp_path: Path) -> None:
             {"dtype": "float32", "chunk_bytes": 96},
             "dtype: the store has 'bfloat16', wanted 'float32'",
         ),
-        ({"shard_tokens": 32}, "shard_tokens: the store has 16, wanted 32"),
+        ({"shard_tokens": 32}, "shard_tokens: the store has 16, requested 32"),
         ({"chunk_bytes": 100}, "chunk_rows: the store has 4, wanted 8"),
         ({"n_items": 10}, "planned_items: the store has 9, wanted 10"),
         ({"arrays": {"x": 6}}, "arrays: the store has"),
