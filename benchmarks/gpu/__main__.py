@@ -108,7 +108,7 @@ def _print_end(outcomes: list[Outcome], interpreted: bool) -> None:
     rows = comparison(outcomes, interpreted)
     if rows:
         name = device_of(outcomes, interpreted)
-        print(f"\npredicted for {name} beside measured")
+        print(f"\npredicted and measured for {name}")
         print(format_table(rows, COLUMNS))
     if interpreted:
         print("\nTriton's interpreter ran the kernels: the times mean nothing.")

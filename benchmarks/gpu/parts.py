@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Part:
-    """One part of the command. It runs in a process of its own."""
+    """One part of the command. It runs in a separate process."""
 
     name: str
     """Name, as in `--parts`."""
@@ -49,7 +49,11 @@ PARTS: tuple[Part, ...] = (
     Part("waits", "host waits and kernels of a step", 80, "benchmarks.gpu.timing.waits:run", True),
     Part("graph", "the step as a CUDA graph", 40, "benchmarks.gpu.checks.graph:run", True),
     Part(
-        "step", "step times beside the bare product", 240, "benchmarks.gpu.timing.steps:run", True
+        "step",
+        "step times relative to the bare product",
+        240,
+        "benchmarks.gpu.timing.steps:run",
+        True,
     ),
     Part(
         "encode", "time of the encoder's candidates", 80, "benchmarks.gpu.timing.encode_sweep:run"

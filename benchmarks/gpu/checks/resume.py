@@ -82,7 +82,7 @@ class Run(ABC):
 
     @abstractmethod
     def save(self, folder: Path, step: int) -> None:
-        """Write everything that a run needs to go on."""
+        """Write everything that a run needs to continue."""
 
     @abstractmethod
     def load(self, folder: Path, step: int) -> None:

@@ -21,7 +21,7 @@ def changes(outcomes: Sequence[Outcome], compared: Sequence[Row], interpreted: b
 
     Args:
         outcomes: The parts so far.
-        compared: Rows of the table of predicted beside measured.
+        compared: Rows of the table of predictions and measurements.
         interpreted: True if the CPU interpreted the kernels, so that times mean nothing.
     """
     rules = _RESULTS if interpreted else (*_RESULTS, *_COSTS)

@@ -54,7 +54,7 @@ class Assumptions:
 
 
 EXPECTED = Assumptions(wide=660 / 790, square=495 / 790, many=0.4, exposed=1.0, issue=0.5)
-"""Published H100 figures of such tiles, in TFLOP/s beside 790 of cuBLAS; the rest is a guess."""
+"""Published H100 figures of such tiles in TFLOP/s, of 790 for cuBLAS; the rest is a guess."""
 BEST = Assumptions(wide=1.0, square=1.0, many=0.6, exposed=0.0, issue=1.0)
 """A product as fast as cuBLAS, and nothing lost elsewhere: a limit, not an expectation."""
 
