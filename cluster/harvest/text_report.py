@@ -41,7 +41,7 @@ def counts_lines(contexts: Contexts, eval_tokens: int) -> list[str]:
     no_token, n_tokens = counts.get("no_token", 0), sum(tokens.values())
     if contexts.train.packing == "separate" and no_token:
         share = no_token / (no_token + n_tokens)
-        lines.append(f"{share:.0%} of all positions are padding, as data.packing=separate")
+        lines.append(f"{share:.0%} of all positions are padding, because data.packing=separate")
     held_out = len(contexts.heldout) * contexts.context_tokens
     if held_out > 0 and len(contexts.heldout) < eval_tokens // contexts.context_tokens:
         lines.append(

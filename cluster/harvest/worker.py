@@ -50,7 +50,7 @@ class WorkerSpec:
 
 
 class FirstItem(NamedTuple):
-    """What the first work item tells about each hookpoint."""
+    """Statistics of each hookpoint's rows in the first work item."""
 
     calibration: dict[str, Calibration]
     """Mean, standard deviation and norm of the rows that are stored."""

@@ -62,7 +62,7 @@ class HookpointKind(ABC):
             raise ConfigError(
                 "model.hookpoints",
                 str(hookpoint),
-                f"no options in brackets, as the kind {hookpoint.kind!r} has none",
+                f"no options in brackets, because the kind {hookpoint.kind!r} has none",
             )
 
     def width(self, hookpoint: Hookpoint, config: Any) -> int:

@@ -37,7 +37,7 @@ class _ModuleTensor(HookpointKind):
             raise ConfigError(
                 "model.hookpoints",
                 str(hookpoint),
-                "no other options than head=NUMBER, counted from 0, and item=NAME or item=NUMBER",
+                "no options other than head=NUMBER, counted from 0, and item=NAME or item=NUMBER",
             )
 
     def width(self, hookpoint: Hookpoint, config: Any) -> int:

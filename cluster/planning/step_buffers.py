@@ -56,7 +56,7 @@ class Buffer(NamedTuple):
     """One array, or several with the same lifetime."""
 
     what: str
-    """What it holds."""
+    """Content of the buffer."""
     n_bytes: float
     """Size in bytes."""
     first: Moment

@@ -98,7 +98,7 @@ class Work:
 
     @property
     def host_row_bytes(self) -> int:
-        """Bytes of a row, decoded in a mixture, else stored, on a GPU's host and between ranks."""
+        """Bytes of a row on a GPU's host and between ranks: decoded in a mixture, else stored."""
         return self.row_bytes if self.mixture else self.stored_row_bytes
 
     @property

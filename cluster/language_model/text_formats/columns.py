@@ -176,8 +176,8 @@ def _is_messages(kind: pyarrow.DataType) -> bool:
 
 _TYPES = {
     "text": (_is_text, "strings"),
-    "token_ids": (_is_ids, "lists of integers, as data.kind=token_ids"),
-    "chat": (_is_messages, "lists of messages, as data.kind=chat"),
+    "token_ids": (_is_ids, "lists of integers, because data.kind=token_ids"),
+    "chat": (_is_messages, "lists of messages, because data.kind=chat"),
 }
 """For each kind of documents, the test of a column's type, and the type in words."""
 

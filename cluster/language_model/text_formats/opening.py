@@ -65,14 +65,14 @@ def format_suffix(file: Path) -> str:
 
 
 def open_bytes(file: Path) -> IO[bytes]:
-    """Open a file for reading, and decompress it if its suffix is that of a compression."""
+    """Open a file for reading, and decompress it if its suffix names a compression format."""
     compression = compression_of(file)
     opened = COMPRESSIONS[compression](file) if compression else file.open("rb")
     return cast("IO[bytes]", opened)
 
 
 def open_text(file: Path, encoding: str = UTF_8, newline: str | None = None) -> IO[str]:
-    """Open a text file for reading, and decompress it if its suffix is that of a compression.
+    """Open a text file for reading, and decompress it if its suffix names a compression format.
 
     A byte-order mark at the start of UTF-8 text is skipped.
 

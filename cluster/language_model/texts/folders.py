@@ -88,7 +88,7 @@ def choose_files(
 
 
 def _visible(root: Path, notes: list[str]) -> Iterator[Path]:
-    """Yield all files below a folder that are not hidden, through links to folders as well."""
+    """Yield all files below a folder that are not hidden, also following links to folders."""
     hidden = []
     seen = {root.resolve()}
     for folder, folders, names in os.walk(root, onerror=_raise, followlinks=True):

@@ -44,7 +44,7 @@ class Mixture(Text):
         """Yield the documents of all texts until one has no more.
 
         Raises:
-            TextError: If a text cannot be read, or has no document at all.
+            TextError: If a text cannot be read, or contains no documents.
         """
         tally = Tally() if tally is None else tally
         streams = [part.text.documents(tally) for part in self.parts]
@@ -57,7 +57,7 @@ class Mixture(Text):
             text = next(streams[behind], None)
             if text is None:
                 if not characters[behind]:
-                    raise TextError(f"data.mixture: {name!r} has no document; remove it")
+                    raise TextError(f"data.mixture: {name!r} contains no documents; remove it")
                 tally.ended_by = name
                 return
             characters[behind] += len(text)
