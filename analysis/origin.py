@@ -1,4 +1,4 @@
-"""What is known of the model and the text that an SAE was trained on, for exports and pages."""
+"""Origin of an SAE: its model and text as far as they are known, for exports and pages."""
 
 from __future__ import annotations
 
@@ -179,7 +179,7 @@ def _left_out(found: Sequence[dict[str, Any]]) -> tuple[str, ...] | None:
     if excluded := _agreed(found, "excluded_ids"):
         words.append(f"token ids {', '.join(map(str, excluded))}")
     if roles := _agreed(found, "roles"):
-        words.append(f"messages of other roles than {', '.join(roles)}")
+        words.append(f"messages with roles other than {', '.join(roles)}")
     multiple = _agreed(found, "max_norm_multiple")
     if multiple is not None:
         words.append(f"rows of more than {multiple:g} times the median norm")

@@ -122,8 +122,8 @@ class ShardedSAE:
         k = values.shape[-1]
         pairs = values.reshape(-1, k), indices.reshape(-1, k)
         recon = values.new_zeros(len(pairs[0]), self.d_model)
-        # Shards are added one after another, also those of different devices: one sum of rows needs
-        # less memory than one per device, and its order does not depend on the devices.
+        # Shards are added one after another, including those of different devices: one sum of rows
+        # needs less memory than one per device, and its order does not depend on the devices.
         placed = zip(self.plan.devices, self._shards, strict=True)
         every = [(shard, device) for device, shards in placed for shard in shards]
         for shard, device in sorted(every, key=lambda one: one[0].start):

@@ -1,6 +1,6 @@
 """Linear maps that equalise the variance of the input channels, and when to propose one.
 
-A few channels with far more variance than the others, as attention outputs have, hold most of the
+A few channels with far more variance than the others, as in attention outputs, hold most of the
 squared error that training minimises. The dictionary then describes little else, and many of its
 latents never fire on new rows.
 """
@@ -25,7 +25,7 @@ _ROWS_PER_BLOCK = 8192
 
 
 class InputReport(NamedTuple):
-    """How the channels of a sample differ, which decides whether a transform helps."""
+    """Differences between the channels of a sample, which decide whether a transform helps."""
 
     mean_to_spread: float
     """Norm of the mean row, divided by the root mean square distance of the rows from it."""

@@ -111,7 +111,7 @@ class Trainer:
             checkpoints, config.checkpoint, mesh, self.device, config.train.batch_tokens
         )
         self.inputs: InputReport | None = None
-        """How the channels of the calibration sample differ; None on other ranks than 0, and if the
+        """How the channels of the calibration sample differ; None on ranks other than 0, and if the
         run was resumed."""
         self._metrics = StepMetrics(self.engine)
         self._clock = _Clock()
