@@ -12,7 +12,7 @@ class Part:
     name: str
     """Name, as in `--parts`."""
     title: str
-    """What it finds out."""
+    """Purpose of the part."""
     seconds: float
     """Its time in a run of 20 minutes. Longer and shorter runs scale it, and time that earlier
     parts left is shared by the later ones."""

@@ -31,7 +31,7 @@ _TAIL = 4000
 
 @dataclass
 class Outcome:
-    """What one part found."""
+    """Result of one part."""
 
     part: str
     title: str

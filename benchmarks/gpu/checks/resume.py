@@ -52,7 +52,7 @@ class Run(ABC):
     """
 
     path: str
-    """What runs the steps and saves them."""
+    """Name of the code that runs the steps and saves them."""
 
     def __init__(self, context: Context, variant: Variant, seed: int) -> None:
         self.context = context

@@ -21,7 +21,7 @@ from sae_core.kernels.prefilter import FIRST_ROUND, n_float8_candidates
 
 @dataclass(frozen=True)
 class Rates:
-    """What a device does per second."""
+    """Work that a device does per second."""
 
     name: str
     flop_per_s: float
@@ -38,7 +38,7 @@ class Rates:
 
 @dataclass(frozen=True)
 class Assumptions:
-    """What cannot be counted."""
+    """Assumptions about what cannot be counted."""
 
     wide: float
     """Speed of the encoder's best tile (128 x 256, 8 warps) relative to the bare product."""
