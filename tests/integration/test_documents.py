@@ -155,5 +155,5 @@ def test_a_model_that_mixes_documents_is_refused() -> None:
     torch.manual_seed(0)
     sizes = {"hidden_size": 16, "ffn_dim": 32, "num_attention_heads": 2, "word_embed_proj_dim": 16}
     opt = OPTConfig(vocab_size=63, num_hidden_layers=2, max_position_embeddings=64, **sizes)
-    with pytest.raises(ModelError, match=r"data\.packing=masked: OPTForCausalLM mixes"):
+    with pytest.raises(ModelError, match=r"data\.packing=masked: OPTForCausalLM attends across"):
         require_document_masks(OPTForCausalLM(opt).eval(), ["model.decoder.layers.1"])

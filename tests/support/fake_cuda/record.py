@@ -1,4 +1,4 @@
-"""What the fake CUDA device records while a program runs on it. Does not import torch."""
+"""Records of the fake CUDA device while a program runs on it. Does not import torch."""
 
 from __future__ import annotations
 

@@ -127,7 +127,7 @@ def test_options_choose_a_part_of_the_tensor(tmp_path: Path) -> None:
         found = capture(model, [whole, *heads], IDS)
         with splice(model, heads[1], torch.zeros_like):
             ablated = capture(model, [whole], IDS)[whole]
-        with pytest.raises(ConfigError, match=r"\[side=3\]': expected no other options than head"):
+        with pytest.raises(ConfigError, match=r"\[side=3\]': expected no options other than head"):
             capture(model, [f"{whole}[side=3]"], IDS)
     assert torch.equal(torch.cat([found[head] for head in heads], -1), found[whole])
     assert found[heads[1]].any() and not ablated[:, 1:, 6:].any()

@@ -90,7 +90,7 @@ def test_other_tensors_are_refused_by_name(name: str, skeleton: bool, tmp_path: 
     [
         ({"num_hidden_layers": 5}, r"lack .*model\.layers\.3\..* and 14 more"),
         ({"num_hidden_layers": 2}, r"does not use: model\.layers\.2\..* and 5 more"),
-        ({"intermediate_size": 64}, r"other shapes: .*down_proj\.weight \[16, 32\] instead of"),
+        ({"intermediate_size": 64}, r"different shapes: .*down_proj\.weight \[16, 32\] instead of"),
         ({"vocab_size": 100}, r"embed_tokens\.weight \[63, 16\] instead of \[100, 16\]"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Test which files of a folder are read as documents, and that the others are told."""
+"""Test which files of a folder are read as documents, and that the others are reported."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def test_several_formats_of_data_are_refused(tmp_path: Path) -> None:
 
 def test_a_folder_without_documents_says_what_it_has(tmp_path: Path) -> None:
     write(tmp_path, "README.md", "picture.png", ".a.jsonl")
-    message = r"found none.*hidden: \.a\.jsonl.*describe the data: README\.md.*picture\.png"
+    message = r"found none.*hidden: \.a\.jsonl.*descriptions of the data: README\.md.*picture\.png"
     with pytest.raises(TextError, match=message):
         read(tmp_path)
     with pytest.raises(TextError, match=r"that match data\.files='\*\.csv'; found none"):
@@ -132,7 +132,7 @@ HUB = (
 def test_a_snapshot_of_the_hub_gives_its_train_split(tmp_path: Path) -> None:
     write(tmp_path, *HUB, "README.md", ".gitattributes", "dataset_infos.json")
     assert read(tmp_path) == [*HUB[:2]]
-    assert "files of other splits (data.split): 1 of test, 1 of validation" in told(tmp_path)
+    assert "other splits (data.split): 1 of test, 1 of validation" in told(tmp_path)
     assert read(tmp_path, split="validation") == [HUB[2]]
     assert len(read(tmp_path, split="all")) == 4
     with pytest.raises(TextError, match=r"data\.split='dev2'.*'test', 'train', 'validation'"):

@@ -1,4 +1,4 @@
-"""Test what is held out, and that too little text is told before the harvest."""
+"""Test what is held out, and that too little text is reported before the harvest."""
 
 from __future__ import annotations
 
