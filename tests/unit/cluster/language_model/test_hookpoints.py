@@ -76,7 +76,7 @@ def test_the_same_tensor_is_listed_once() -> None:
 def test_unknown_kinds_and_options_are_refused_before_any_work() -> None:
     with pytest.raises(ConfigError, match=r"'h.0@nothing'.* one of these kinds after '@': output"):
         require_usable(ModelConfig(hookpoints=["h.1", "h.0@nothing"]))
-    with pytest.raises(ConfigError, match=r"'h.0@output\[side=3\]': expected no other options"):
+    with pytest.raises(ConfigError, match=r"'h.0@output\[side=3\]': expected no options other"):
         require_usable(ModelConfig(hookpoints=["h.0@output[side=3]"]))
     cfg = ModelConfig(hookpoints=["h.0", "h.0@input"], shards=2)
     with pytest.raises(ConfigError, match=r"model.shards=2: .*'input' \(h.0@input\) need a whol"):
