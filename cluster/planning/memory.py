@@ -77,7 +77,7 @@ def device_bytes(work: Work, hardware: Hardware) -> dict[str, float]:
 def host_bytes(work: Work, room_bytes: float = float("inf")) -> dict[str, float]:
     """Return a rank's other host memory, for checkpoints and GPU loading, as `{part: bytes}`.
 
-    Files are written directly from this copy.
+    Files are written directly from the copy of a checkpoint.
 
     Args:
         work: The rank's work.
