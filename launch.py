@@ -132,7 +132,7 @@ def _continued(config: RunConfig, keys: set[str]) -> RunConfig:
         return config
     config, changes = continued(config, plain)
     for change in changes:
-        print(f"{config.stage}: set for this run's saved config: {change}")
+        print(f"{config.stage}: changed in this run's saved config: {change}")
     return config
 
 

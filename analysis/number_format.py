@@ -1,4 +1,4 @@
-"""Format numbers and other plain values for people."""
+"""Format numbers, byte counts and other plain values for display."""
 
 from __future__ import annotations
 

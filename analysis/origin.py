@@ -1,4 +1,4 @@
-"""What is known of the model and the text that an SAE was trained on, for exports and pages."""
+"""Origin of an SAE: its model and text as far as they are known, for exports and pages."""
 
 from __future__ import annotations
 
@@ -48,8 +48,8 @@ def source_of(config: RunConfig, run_dir: Path, hookpoint: str | None) -> Source
     """Return what is known of the rows that the run's SAE was trained on.
 
     Users who train on their own activations leave the config's model and text at their defaults.
-    Therefore only the headers of the stores count. If the store that this run harvested is missing,
-    for example because it was deleted after training, the config counts.
+    Therefore only the headers of the stores are used. If the store that this run harvested is
+    missing, for example because it was deleted after training, the config is used.
 
     Args:
         config: The run's config.
@@ -179,7 +179,7 @@ def _left_out(found: Sequence[dict[str, Any]]) -> tuple[str, ...] | None:
     if excluded := _agreed(found, "excluded_ids"):
         words.append(f"token ids {', '.join(map(str, excluded))}")
     if roles := _agreed(found, "roles"):
-        words.append(f"messages of other roles than {', '.join(roles)}")
+        words.append(f"messages with roles other than {', '.join(roles)}")
     multiple = _agreed(found, "max_norm_multiple")
     if multiple is not None:
         words.append(f"rows of more than {multiple:g} times the median norm")

@@ -63,7 +63,7 @@ def configurations() -> Iterator[Configuration]:
     """Yield every kernel in every dtype that it runs in.
 
     Row kernels are compiled for a number of columns, so they come in several widths. One of these
-    is no multiple of 16, so that rows are not aligned. The encoder pads such rows.
+    is not a multiple of 16, so that rows are not aligned. The encoder pads such rows.
     """
     for dtype, precision in (*((dtype, "ieee") for dtype in _TYPES), (torch.float32, "tf32")):
         yield from _encoders(dtype, precision)

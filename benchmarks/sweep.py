@@ -166,7 +166,9 @@ def _require_same(alone: list[Side], together: Side) -> None:
         other = dict(side.trainers[0].engine.sae.named_parameters())
         for name, tensor in trainer.engine.sae.named_parameters():
             if not torch.equal(tensor, other[name]):
-                raise RuntimeError(f"SAE {index}: {name} differs between alone and together")
+                raise RuntimeError(
+                    f"SAE {index}: {name} differs between training alone and together"
+                )
 
 
 def configs_of(n_latents: list[int], ks: list[int], tokens: int) -> list[TrainerConfig]:

@@ -1,4 +1,4 @@
-"""Errors of the stages. Each message gives the value found, what was expected, and a remedy."""
+"""Errors of the stages. Each message gives the value found, the value expected, and a fix."""
 
 from __future__ import annotations
 
@@ -36,6 +36,6 @@ class PreemptedError(ClusterError):
 
 
 class SchedulerError(ClusterError):
-    """The scheduler was not found, did not answer, or refused a request."""
+    """The scheduler was not found, did not respond, or refused a request."""
 
     exit_code = EXIT_FAILED

@@ -68,7 +68,7 @@ def on_preemption(action: Callable[[str], None], grace_s: float) -> Iterator[Non
     os.set_blocking(writer, False)
     threading.Thread(target=_watch, args=(reader, grace_s), daemon=True).start()
     outer_fd = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-    # A shell without job control starts background commands with SIGINT ignored, and means it.
+    # A shell without job control starts background commands with SIGINT ignored on purpose.
     heeded = [number for number in _SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
     outer = {number: signal.signal(number, handle) for number in heeded}
     # Ranks inherit a signal mask that blocks SIGUSR1; see `signals_kept`.

@@ -140,7 +140,7 @@ def _check_harvest_fits_store(config: RunConfig) -> None:
         raise ConfigError(
             "sae.hookpoint",
             None,
-            f"one of model.hookpoints={config.model.hookpoints}, as an SAE is trained on one",
+            f"one of model.hookpoints={config.model.hookpoints}, because an SAE is trained on one",
             f"set 'sae.hookpoint={config.model.hookpoints[0]}', and train on the others with "
             "stage=train and the same store.path",
         )

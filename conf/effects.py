@@ -85,7 +85,7 @@ RULES = (
         "the store exists already, and its header says how it was written",
         only_given=True,
     ),
-    Rule(("sweep",), _unused_in("sweep", "scaling_laws", "plan"), "this is no sweep", True),
+    Rule(("sweep",), _unused_in("sweep", "scaling_laws", "plan"), "this run is not a sweep", True),
     Rule(("fit",), _unused_in("fit", "scaling_laws"), "nothing is fitted", True),
     Rule(("reshard",), _unused_in("reshard"), "nothing is resharded", True),
     Rule(("submit",), _unused_in("submit"), "no job is submitted", True),

@@ -28,7 +28,7 @@ _NOISE = (
     "2. To",
     "3. To",
 )
-"""Beginnings of lines in Hydra's messages that do not help the user."""
+"""Prefixes of lines in Hydra's messages that do not help the user."""
 
 
 def describe_error(error: BaseException, arguments: Sequence[str] = ()) -> tuple[str | None, int]:

@@ -28,7 +28,7 @@ def total_bytes(root: Path = Path("/")) -> int | None:
     """Return the memory of this host, or the smallest limit of this process's cgroups if less.
 
     Args:
-        root: Folder in which `proc` and `sys` lie; other than `/` only in tests.
+        root: Folder that contains `proc` and `sys`; other than `/` only in tests.
 
     Returns:
         Bytes; None if the system does not report them.
@@ -46,7 +46,7 @@ def available_bytes(root: Path = Path("/")) -> int | None:
     Page cache that the kernel can free counts as available.
 
     Args:
-        root: Folder in which `proc` and `sys` lie; other than `/` only in tests.
+        root: Folder that contains `proc` and `sys`; other than `/` only in tests.
 
     Returns:
         Bytes, at least 0; None if the system does not report them.

@@ -26,7 +26,7 @@ def require_own_packages() -> None:
             print(
                 f"error: package {name!r} was found in {places}: expected {root / name}, the "
                 "package of latent-foundry; remove the other one from PYTHONPATH, uninstall its "
-                "distribution, or use an environment of its own for latent-foundry",
+                "distribution, or use a separate environment for latent-foundry",
                 file=sys.stderr,
             )
             sys.exit(EXIT_BAD_INPUT)

@@ -106,7 +106,7 @@ class Registry(Generic[T]):
         place = self._places[name]
         try:
             return cast(T, import_attribute(place))
-        except Exception as error:  # the package's code can raise anything
+        except Exception as error:  # the package's code may raise any exception
             if name not in self._packages:
                 raise
             package = self._packages[name]

@@ -25,7 +25,7 @@ from sae_core.peer_formats import open_any
 
 
 class SparseCoder(Protocol):
-    """What an evaluation needs of a trained SAE, whole (`SAE`) or in shards (`ShardedSAE`)."""
+    """A trained SAE as evaluations use it, whole (`SAE`) or in shards (`ShardedSAE`)."""
 
     @property
     def config(self) -> SAEConfig:
@@ -102,8 +102,8 @@ class SAE(nn.Module, ABC):
         """Implementation of the sparse operations.
 
         The default is the Triton kernels on CUDA and the stock kernels on other devices; it changes
-        when the SAE is moved. It multiplies in float32, but on CUDA weights in bfloat16 as they
-        are.
+        when the SAE is moved. It multiplies in float32, except that on CUDA bfloat16 weights are
+        not converted.
 
         Raises:
             ConfigError: If the SAE is on CUDA and Triton is not installed.
@@ -205,7 +205,7 @@ class SAE(nn.Module, ABC):
     def decode_topk(self, values: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
         """Decode the output of `encode_topk` into raw activations [..., D], float32.
 
-        Values of 0 or less are left out.
+        Values of 0 or less are ignored.
         """
         # Not -1, which is ambiguous if no latent is active.
         shape = (math.prod(values.shape[:-1]), values.shape[-1])
@@ -216,7 +216,7 @@ class SAE(nn.Module, ABC):
         """Return each row's sum of `value * W_dec[index]`, [N, D] float32, without `b_dec`.
 
         Args:
-            values: [N, K] float32; values of 0 or less are left out.
+            values: [N, K] float32; values of 0 or less are ignored.
             indices: [N, K] int64.
         """
         if needs_gradient(values, self.W_dec) or self.W_dec.dtype != torch.float32:
@@ -260,8 +260,8 @@ def load_sae(
 ) -> SAE:
     """Load an SAE from a run, a checkpoint, a saved SAE, or a file of another library.
 
-    Weights are read in blocks of a few MiB, straight to the device and in the dtype that is asked
-    for, so that nothing else is held in memory.
+    Weights are read in blocks of a few MiB, straight to the device and in the requested dtype, so
+    that nothing else is held in memory.
 
     Args:
         path: Run folder (its newest valid checkpoint is loaded), checkpoint folder, folder written
@@ -277,7 +277,7 @@ def load_sae(
 
     Raises:
         CheckpointError: If no SAE is found, the SAE is damaged, or `name` is not in the checkpoint.
-        ConfigError: If `dtype` is another one.
+        ConfigError: If `dtype` is not one of these.
     """
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise ConfigError("dtype", dtype, "torch.float32, torch.bfloat16 or torch.float16")

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 _CHUNK_ELEMENTS = 1 << 24
-"""Most elements of rows that are gathered or converted at a time."""
+"""Maximum number of elements that are gathered or converted at a time."""
 
 
 def needs_gradient(*tensors: torch.Tensor) -> bool:

@@ -36,7 +36,7 @@ _TRITON_ROW_BYTES = 8192
 
 @dataclass(frozen=True)
 class ShardPlan:
-    """How an SAE is divided over devices and over time."""
+    """Division of an SAE over devices and over time."""
 
     devices: tuple[torch.device, ...]
     """Devices that take part."""

@@ -47,8 +47,8 @@ from sae_core.peer_rows import (
 )
 
 _MAX_CONFIG_BYTES = 1 << 20
-# Keys of `cfg.json` without influence on what the SAE computes. Any other unknown key is refused,
-# because it may change the mathematics.
+# Keys of `cfg.json` that do not affect what the SAE computes. Any other unknown key is rejected,
+# because it may change the result.
 _SAELENS_HARMLESS = {"d_in", "d_sae", "dtype", "device", "metadata", "k"} | {
     # settings of training
     "aux_loss_coefficient",
@@ -131,7 +131,7 @@ class DictionaryLearning(PeerFormat):
             )
         try:
             state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-        except Exception as error:  # a malicious file can make the restricted loader raise anything
+        except Exception as error:  # a malicious file can raise anything here
             raise CheckpointError(
                 f"{file}: torch's restricted loader could not read the file: "
                 f"{type(error).__name__}: {error}"

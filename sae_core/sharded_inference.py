@@ -124,8 +124,8 @@ class ShardedSAE:
         shape = (math.prod(values.shape[:-1]), values.shape[-1])
         pairs = values.reshape(shape), indices.reshape(shape)
         recon = values.new_zeros(len(pairs[0]), self.d_model)
-        # Shards are added one after another, also those of different devices: one sum of rows needs
-        # less memory than one per device, and its order does not depend on the devices.
+        # Shards are added one after another, including those of different devices: one sum of rows
+        # needs less memory than one per device, and its order does not depend on the devices.
         placed = zip(self.plan.devices, self._shards, strict=True)
         every = [(shard, device) for device, shards in placed for shard in shards]
         for shard, device in sorted(every, key=lambda one: one[0].start):
@@ -179,7 +179,7 @@ class ShardedSAE:
             weights = values[first : first + step].to(device)
             if self.n_shards > 1:
                 outside = (own < 0) | (own >= shard.stop - shard.start)
-                # Pairs whose value is 0 are left out, so any index of the shard will do.
+                # Pairs whose value is 0 are ignored, so any index of the shard will do.
                 weights = weights.masked_fill(outside, 0.0)
                 own = own.masked_fill(outside, 0)
             recon[first : first + step] += sae.decode_rows(weights, own).to(recon.device)

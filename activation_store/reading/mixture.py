@@ -89,10 +89,10 @@ def _counts(weights: list[Fraction]) -> list[int]:
 class MixtureStream:
     """Endless stream of batches with rows of several stores.
 
-    Batch i is a pure function of (stores, weights, seed, i). The rows of each store appear in a
-    shuffled order of their own, each row once per epoch of its store. Replicas take disjoint slices
-    of every batch. Unlike the readers of a `ShuffledStream`, replicas read whole blocks, because
-    the rows that a slice takes from a store vary from batch to batch.
+    Batch i is a pure function of (stores, weights, seed, i). The rows of each store appear in its
+    own shuffled order, each row once per epoch of its store. Replicas take disjoint slices of every
+    batch. Unlike the readers of a `ShuffledStream`, replicas read whole blocks, because the rows
+    that a slice takes from a store vary from batch to batch.
 
     Args:
         stores: Finalised stores in which `arrays` have the same widths and data types.

@@ -129,7 +129,7 @@ def remove_stale(root: Path) -> list[str]:
         The removed files, relative to `root`.
     """
     removed = []
-    (root / TMP).mkdir(exist_ok=True)  # a copy of a store may lack this folder, as it is empty
+    (root / TMP).mkdir(exist_ok=True)  # a copy of a store may lack this folder, because it is empty
     for file in (root / TMP).iterdir():
         # The file's writer, or another process that cleans up, may remove the file in the meantime.
         with contextlib.suppress(FileNotFoundError):

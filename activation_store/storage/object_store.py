@@ -222,7 +222,7 @@ class ObjectStorage(Storage):
             self._ask("delete", name, lambda: obstore.delete(self._store, name))
 
     def is_stale(self, name: str) -> bool:
-        """Return whether an uncommitted shard is older than `STALE_S`, as there is no lock."""
+        """Return whether an uncommitted shard is older than `STALE_S`, because there is no lock."""
         meta = self._head(name)
         return meta is not None and _age_s(meta) > STALE_S
 

@@ -96,7 +96,7 @@ def compare(path: object, there: StoreHeader, wanted: StoreHeader, given: set[st
             for key in sorted({*there.provenance, *wanted.provenance})
         ]
     lines = [
-        f"  {key}: the store has {shorten(old)}, wanted {shorten(new)}"
+        f"  {key}: the store has {shorten(old)}, requested {shorten(new)}"
         for key, old, new in pairs
         if old != new
     ]

@@ -304,7 +304,7 @@ class StoreWriter:
         first = from_row(self.header, i, commit_log.read_record(self._storage, self.header, i)[0])
         if (first.rows, first.files()) != (n_rows, _files(shards)):
             raise NonDeterministicItemError(
-                f"item {i} of {self.path} is already committed with other bytes by attempt "
+                f"item {i} of {self.path} is already committed with different bytes by attempt "
                 f"{first.attempt} (difference: {_differing(first, n_rows, shards)}); the first "
                 "attempt is kept; make each item a pure function of its number"
             )
@@ -329,7 +329,7 @@ class StoreWriter:
         # If the item has no record, the file is left over from a dead attempt and may be replaced.
         if self.is_committed(i):
             raise NonDeterministicItemError(
-                f"item {i} of {self.path} was committed by another attempt with other bytes of "
+                f"item {i} of {self.path} was committed by another attempt with different bytes of "
                 f"{name}; make each item a pure function of its number"
             )
         self._storage.put(file, shard.parts)

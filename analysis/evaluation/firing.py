@@ -73,7 +73,7 @@ def sample_rows(store: Store, wanted: int | None, seed: int) -> RowSample:
 def typical_row(store: Store, array: str, sample: RowSample) -> Tensor:
     """Return the median of each dimension over rows from all parts of the sample: [D] float64.
 
-    Unlike the mean, it is not moved by a few rows of huge norm.
+    Unlike the mean, it is not affected by a few rows with a huge norm.
     """
     chosen = sample.blocks[:: max(1, -(-len(sample.blocks) // TYPICAL_BLOCKS))]
     rows = [

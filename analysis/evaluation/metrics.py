@@ -53,7 +53,7 @@ class Metric:
         return f"{self.number(value)} {self.unit}".rstrip()
 
     def basis(self, evaluated: Mapping[str, Any]) -> str:
-        """Return on how many tokens the value was counted, or an empty text.
+        """Return the number of tokens behind the value in words, or an empty string.
 
         Args:
             evaluated: Contents of `eval/metrics.json`.
@@ -131,8 +131,9 @@ FVU_MEDIAN = Metric(
 )
 VARIANCE_TOP_1 = Metric(
     title="Variance of 1%",
-    definition="share of sum |x - typical|^2 that the 1% of the same rows with the largest part "
-    "have; if it is large, fvu mostly tells how well these rows are reconstructed",
+    definition="share of sum |x - typical|^2 that comes from the 1% of these rows with the "
+    "largest terms; if it is large, fvu mostly measures how well those rows are "
+    "reconstructed",
     value=lambda measured: measured[ReconstructionSums].top_share,
     accumulator=ReconstructionSums,
     unit="of the variance",
@@ -157,7 +158,7 @@ L0 = Metric(
 )
 DEAD_FRACTION = Metric(
     title="Dead",
-    definition="fraction of latents that are above 0 on 0 of frequency_tokens training rows, a "
+    definition="fraction of latents that are above 0 on none of frequency_tokens training rows, a "
     "random sample of those stored at store.path (with cluster.retention=consumed: of the rows not "
     "yet deleted); a latent that fires less than about once in frequency_tokens tokens may count "
     "as dead",

@@ -67,7 +67,7 @@ class ReconstructionSums(Accumulator):
 
     @property
     def top_share(self) -> float | None:
-        """Share of sum |x - typical|^2 that the 1% of the rows farthest from it have."""
+        """Share of sum |x - typical|^2 that comes from the 1% of the rows farthest from it."""
         distances = torch.cat([torch.zeros(0).double(), *self._row_distances])
         total = float(distances.sum())
         n_top = -(-len(distances) // 100)

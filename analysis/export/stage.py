@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 def run(config: RunConfig, run_dir: Path) -> None:
     """Export the newest valid checkpoint to `export/`, replacing any earlier export as a whole.
 
-    Formats that cannot hold this SAE are left out, and the reason is printed for each.
+    Formats that cannot hold this SAE are skipped, and the reason is printed for each.
 
     Raises:
         CheckpointError: If the run has no valid checkpoint.
@@ -31,7 +31,7 @@ def run(config: RunConfig, run_dir: Path) -> None:
     metrics = read_optional_json(run_dir / EVALUATION)
     formats, refusals = formats_for(sae)
     for refusal in refusals:
-        print(f"export: left out: {refusal}")
+        print(f"export: skipped: {refusal}")
     with replaced_folder(run_dir / EXPORT) as folder:
         sae.save(folder)
         for name, export_format in formats.items():

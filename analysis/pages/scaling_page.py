@@ -35,9 +35,9 @@ class Section:
     note: str
     """Number of points and of coefficients."""
     verdict: str
-    """What speaks against relying on the law, or how well it fits."""
+    """Reasons not to rely on the law, or how well it fits."""
     is_doubtful: bool
-    """Whether anything speaks against it."""
+    """Whether there is a reason not to rely on the law."""
     svg: str
     """Chart of the points and the fit."""
     residuals_svg: str

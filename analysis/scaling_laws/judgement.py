@@ -1,4 +1,4 @@
-"""Say in words what speaks against relying on a fitted law: few points, misfit, wide intervals."""
+"""State the reasons not to rely on a fitted law: few points, misfit, wide intervals."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ Array = NDArray[np.float64]
 FEW_SPARE = 2
 """Degrees of freedom up to which a law is little more than a curve through its points."""
 LARGE_RESIDUAL = 0.05
-"""Spread of the log residuals above which their order is looked at. Below it, a law may be used
+"""Spread of the log residuals above which their order is examined. Below it, a law may be used
 even if it is not quite the right one."""
 ORDERED = 0.5
-"""Correlation of each residual with the next one from which residuals count as ordered."""
+"""Correlation between neighbouring residuals from which residuals count as ordered."""
 _FEWEST_ORDERED = 5
-"""Smallest number of points whose order says something."""
+"""Smallest number of points whose order is meaningful."""
 _EXPONENTS = ("b", "p", "beta_n")
 """Coefficients that say how fast the loss, or the number of tokens, changes with n or C."""
 
@@ -80,13 +80,13 @@ def _correlation_of_neighbours(result: Result) -> float:
 def _wide_intervals(result: Result) -> list[str]:
     found = []
     for name, interval in result.fit.coefficients().items():
-        # The coefficients of the joint law other than beta_n have no meaning of their own.
+        # The coefficients of the joint law other than beta_n have no meaning on their own.
         if name in _EXPONENTS and interval.low <= 0 <= interval.high:
-            found.append(f"{name} cannot be told from 0")
+            found.append(f"{name} cannot be distinguished from 0")
         elif name in _EXPONENTS and interval.high - interval.low > abs(interval.value):
             found.append(f"{name} lies anywhere between {interval.low:.2g} and {interval.high:.2g}")
         elif name == "e" and interval.low <= 0 and result.law is not JOINT_LAW:
-            found.append("the floor e cannot be told from 0, so do not extrapolate far")
+            found.append("the floor e cannot be distinguished from 0, so do not extrapolate far")
     return found
 
 

@@ -231,7 +231,7 @@ def fit(
     """Fit a law to measurements with Huber's loss on log residuals, from several start points.
 
     The bootstrap keeps x and resamples the residuals of the cells. Resampling the cells themselves
-    would often leave too few distinct n to fit the law, as there are only a handful of cells.
+    would often leave too few distinct n to fit the law, because there are only a handful of cells.
 
     Args:
         law: The law to fit.
@@ -374,7 +374,7 @@ class _Problem:
         return np.stack([q @ inner[p] for q, p in zip(self._q, self._parts, strict=True)])
 
     def _residuals(self, inner: Array, log_y: Array, width: float) -> Array:
-        """Return [N] values whose squares are twice Huber's loss, as MINPACK sums only squares."""
+        """Return [N] residuals for MINPACK, whose squares are twice Huber's loss."""
         raw = log_y - self.predict(inner)
         size = np.abs(raw)
         tail = np.sign(raw) * np.sqrt(np.maximum(2 * width * size - width**2, 0))

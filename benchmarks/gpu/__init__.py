@@ -1,1 +1,1 @@
-"""The first run on a GPU as one command: correctness, then time and memory beside predictions."""
+"""The first run on a GPU as one command: correctness, then time and memory against predictions."""

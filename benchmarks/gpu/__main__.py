@@ -7,7 +7,7 @@ Needs torch, triton and NumPy. Steps run through DeepSpeed, and checkpoints are 
 trainer, where deepspeed and safetensors are installed. Each part has its own process, time and line
 of result. The JSON is written again whenever there is something new, so that a run that is cut off
 keeps what it has found. Without a GPU, `--interpret` runs the parts on the CPU at tiny sizes; its
-times mean nothing.
+times are meaningless.
 """
 
 from __future__ import annotations
@@ -108,10 +108,10 @@ def _print_end(outcomes: list[Outcome], interpreted: bool) -> None:
     rows = comparison(outcomes, interpreted)
     if rows:
         name = device_of(outcomes, interpreted)
-        print(f"\npredicted for {name} beside measured")
+        print(f"\npredicted and measured for {name}")
         print(format_table(rows, COLUMNS))
     if interpreted:
-        print("\nTriton's interpreter ran the kernels: the times mean nothing.")
+        print("\nTriton's interpreter ran the kernels: the times are meaningless.")
     needed = changes(outcomes, rows, interpreted)
     print("\nto change:" if needed else "\nto change: nothing found")
     for number, change in enumerate(needed, start=1):

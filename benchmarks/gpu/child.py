@@ -3,8 +3,8 @@
     python -m benchmarks.gpu.child MODULE:FUNCTION --result FILE --seconds S [--rank] [--interpret]
 
 A part has its own process because an illegal access on a GPU makes every later call of the process
-fail, and because only ending a process surely frees its device memory. SIGTERM prints the stacks of
-all threads before the process ends, so that the parent's report says where a part was cut off.
+fail, and because only ending a process reliably frees its device memory. SIGTERM prints the stacks
+of all threads before the process ends, so that the parent's report says where a part was cut off.
 """
 
 from __future__ import annotations

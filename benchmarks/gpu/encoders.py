@@ -21,7 +21,7 @@ TopK = Callable[[], tuple[torch.Tensor, torch.Tensor]]
 PRODUCTS = ((torch.bfloat16, "ieee"), (torch.float32, "tf32"), (FP8, "ieee"))
 """Dtypes and precisions of the encoder's products on a GPU."""
 INTERPRETED_PRODUCTS = ((torch.float16, "ieee"), (FP8, "ieee"))
-"""Those for the interpreter, which cannot multiply bfloat16."""
+"""The same for the interpreter, which cannot multiply bfloat16."""
 
 
 def candidates(dtype: torch.dtype, precision: str, interpreted: bool) -> dict[str, encode.Encoder]:

@@ -1,4 +1,4 @@
-"""What a part of the command gets, and how it reports: `Context`."""
+"""The `Context` of a part of the command: its inputs, and how it reports."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class Context:
         return row
 
     def save(self, **more: Any) -> None:
-        """Write the rows to the result file again, with further keys beside them."""
+        """Write the rows to the result file again, with further keys next to them."""
         write_json(self._result, plain({"rows": self.rows, **more}))
 
 

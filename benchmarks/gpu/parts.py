@@ -7,12 +7,12 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Part:
-    """One part of the command. It runs in a process of its own."""
+    """One part of the command. It runs in a separate process."""
 
     name: str
     """Name, as in `--parts`."""
     title: str
-    """What it finds out."""
+    """Purpose of the part."""
     seconds: float
     """Its time in a run of 20 minutes. Longer and shorter runs scale it, and time that earlier
     parts left is shared by the later ones."""
@@ -49,7 +49,11 @@ PARTS: tuple[Part, ...] = (
     Part("waits", "host waits and kernels of a step", 80, "benchmarks.gpu.timing.waits:run", True),
     Part("graph", "the step as a CUDA graph", 40, "benchmarks.gpu.checks.graph:run", True),
     Part(
-        "step", "step times beside the bare product", 240, "benchmarks.gpu.timing.steps:run", True
+        "step",
+        "step times relative to the bare product",
+        240,
+        "benchmarks.gpu.timing.steps:run",
+        True,
     ),
     Part(
         "encode", "time of the encoder's candidates", 80, "benchmarks.gpu.timing.encode_sweep:run"

@@ -31,7 +31,7 @@ _TAIL = 4000
 
 @dataclass
 class Outcome:
-    """What one part found."""
+    """Result of one part."""
 
     part: str
     title: str
@@ -156,7 +156,7 @@ def _start(
         command.append("--interpret")
         environment |= {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
     with open(output, "wb") as file:
-        # In a session of its own, so that its own processes can be ended together with it.
+        # In a new session, so that the process and its children can be ended together.
         return subprocess.Popen(
             command, cwd=ROOT, env=environment, stdout=file, stderr=file, start_new_session=True
         )

@@ -9,7 +9,7 @@ from benchmarks.step.work import Work
 
 @dataclass(frozen=True)
 class Shapes:
-    """What the parts measure."""
+    """Sizes that the parts measure."""
 
     steps: dict[str, Work]
     """Workloads of the step table, by name."""

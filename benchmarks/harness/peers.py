@@ -1,4 +1,4 @@
-"""Measure the peers' training steps, each in a process of its own inside `.venv-peers`."""
+"""Measure the peers' training steps, each in a separate process inside `.venv-peers`."""
 
 from __future__ import annotations
 

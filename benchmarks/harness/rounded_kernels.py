@@ -1,8 +1,8 @@
 """Stock kernels that round where the Triton kernels do in bfloat16, to measure what rounding costs.
 
 Triton's kernels multiply 16-bit copies of the weights and keep centred inputs and errors in
-bfloat16, also the errors that the auxiliary loss reconstructs. Sums, selected values, the loss and
-dot products are float32 in both.
+bfloat16, including the errors that the auxiliary loss reconstructs. Sums, selected values, the loss
+and dot products are float32 in both.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
     python -m benchmarks.store [--d-model 768 4096] [--mib 512] [--no-peers] [--json FILE]
 
 Every row for a read times a whole pass over the same data, round by round in one process. SAELens
-runs in a process of its own, with its own yardstick. Our checksums are always on, and `verify`
+runs in a separate process, with its own yardstick. Our checksums are always on, and `verify`
 reads every file of the store. Ratios are speeds relative to a yardstick:
 
 - reads: a memmap of a raw file, copied into a reused buffer;
@@ -68,7 +68,7 @@ def warm_rows(data: Data, rounds: int, peers: bool) -> list[dict[str, Any]]:
     calls = read_calls(data)
     yardstick = next(iter(calls))
     rows = as_rows(data, interleaved(_named(calls), rounds=rounds, warmup=2), yardstick)
-    if peers:  # the peers are slow: fewer rounds, beside a yardstick timed again
+    if peers:  # the peers are slow: fewer rounds, next to a yardstick timed again
         theirs = {yardstick: calls[yardstick], **peer_calls(data)}
         rows += as_rows(data, interleaved(_named(theirs), rounds=3, warmup=1), yardstick)[1:]
     return rows

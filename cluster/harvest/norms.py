@@ -1,8 +1,8 @@
 """Rows of huge norm: a limit from the first work item, and the rows above it.
 
 A few tokens away from position 0, such as the first newline, can have norms many times the usual
-one. They hold much of the variance, so that an SAE spends itself on them and its FVU mostly tells
-how well it reconstructs them.
+one. They hold much of the variance, so an SAE spends most of its capacity on them, and its FVU
+mostly measures how well it reconstructs them.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def within(rows: Arrays, limits: Mapping[str, float]) -> NDArray[np.bool_]:
 
 
 def statistics_line(name: str, one: NormStatistics, tokenizer: Any) -> str:
-    """Return a line for people about the norms of a hookpoint."""
+    """Return a line to print about the norms of a hookpoint."""
     multiple = one.largest / one.median if one.median else float("inf")
     return (
         f"norms of {name} in the first item: median {one.median:.3g}, largest {multiple:.1f} times "
@@ -78,7 +78,7 @@ def statistics_line(name: str, one: NormStatistics, tokenizer: Any) -> str:
 
 
 def dropped_line(dropped: Counter[int], rows: int, multiple: float, tokenizer: Any) -> str:
-    """Return a line for people about the rows that were left out.
+    """Return a line to print about the rows that were left out.
 
     Args:
         dropped: Number of rows left out for each token id.

@@ -1,4 +1,4 @@
-"""What the driver says about the text before the harvest, and its check of both splits."""
+"""Report on the text before the harvest, and a check of both splits."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ _SHOWN_TOKENS = 8
 
 
 def counts_lines(contexts: Contexts, eval_tokens: int) -> list[str]:
-    """Return lines for people: the documents that were read, and those that were skipped.
+    """Return lines to print: the documents that were read, and those that were skipped.
 
     Args:
         contexts: The contexts of the text.
-        eval_tokens: Number of held-out tokens that the evaluation wants.
+        eval_tokens: Number of held-out tokens that the evaluation requires.
     """
     counts = contexts.counts
     if "null" not in counts:  # a cache of an earlier version
@@ -41,7 +41,7 @@ def counts_lines(contexts: Contexts, eval_tokens: int) -> list[str]:
     no_token, n_tokens = counts.get("no_token", 0), sum(tokens.values())
     if contexts.train.packing == "separate" and no_token:
         share = no_token / (no_token + n_tokens)
-        lines.append(f"{share:.0%} of all positions are padding, as data.packing=separate")
+        lines.append(f"{share:.0%} of all positions are padding, because data.packing=separate")
     held_out = len(contexts.heldout) * contexts.context_tokens
     if held_out > 0 and len(contexts.heldout) < eval_tokens // contexts.context_tokens:
         lines.append(
@@ -87,7 +87,7 @@ def _documents(number: int) -> str:
 
 
 def token_lines(contexts: Contexts, tokenizer: Any, kind: str = "text") -> list[str]:
-    """Return lines for people: the first tokens, and special tokens that documents spell out.
+    """Return lines to print: the first tokens, and special tokens that are written in documents.
 
     Args:
         contexts: The contexts of the text.
@@ -104,6 +104,10 @@ def token_lines(contexts: Contexts, tokenizer: Any, kind: str = "text") -> list[
         lines.append(
             f"{n_special:,} special tokens are written in the documents, such as "
             f"{tokenizer.all_special_tokens[0]!r}; "
-            + ("the chat template makes them real" if kind == "chat" else "they are read as text")
+            + (
+                "the chat template turns them into special tokens"
+                if kind == "chat"
+                else "they are read as text"
+            )
         )
     return lines

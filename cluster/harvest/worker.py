@@ -50,7 +50,7 @@ class WorkerSpec:
 
 
 class FirstItem(NamedTuple):
-    """What the first work item tells about each hookpoint."""
+    """Statistics of each hookpoint's rows in the first work item."""
 
     calibration: dict[str, Calibration]
     """Mean, standard deviation and norm of the rows that are stored."""
@@ -125,7 +125,7 @@ class HarvestWorker:
             rows, sidecars = self._compute(item, contexts)
         self._computed = None
         require_finite(item, rows, sidecars)
-        # Another run may have created the store and written the same hookpoints in another way.
+        # Another run may have created the store and spelled the same hookpoints differently.
         arrays = self._writer.header.arrays
         named = {find_hookpoint(name, arrays) or name: values for name, values in rows.items()}
         # The limits are those of the first item, whichever worker computed it.

@@ -133,7 +133,7 @@ def _info(job: SubmittedJob, config: SubmitConfig) -> Any:
             address is not known to be the user's.
     """
     address = job.details["address"]
-    # The run folder may come from somebody else, and `connect` sends the user's token.
+    # The run folder may be untrusted, and `connect` sends the user's token.
     if address.rstrip("/") != config.address.rstrip("/") and not _is_this_machine(address):
         raise SchedulerError(
             f"job {job.id} was submitted to {address}: expected submit.address={config.address}, "

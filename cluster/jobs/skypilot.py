@@ -104,7 +104,7 @@ def _script(config: SubmitConfig, command: list[str], grace_s: int) -> str:
             f'  {start} --address="$address" || true  # returns when the head ends',
             "  exit 0",
             "fi",
-            # Any failure here must end the job, as waiting nodes cost money.
+            # Any failure here must end the job, because waiting nodes cost money.
             f'{start} --head --node-ip-address="$head" --port={_PORT} \\',
             "  --include-dashboard=false &",
             "ray_head=$!",

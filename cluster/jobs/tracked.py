@@ -67,7 +67,7 @@ class TrackedBackend(JobBackend):
         """Return the state of a submitted job, such as PENDING, or None if it has ended.
 
         Args:
-            job: The job, as recorded in the run folder, which may come from somebody else.
+            job: The job, as recorded in the run folder, which may be untrusted.
             config: The user's settings.
 
         Raises:
@@ -79,7 +79,7 @@ class TrackedBackend(JobBackend):
         """Describe a submitted job in one line, followed by a line that says where its log is.
 
         Args:
-            job: The job, as recorded in the run folder, which may come from somebody else.
+            job: The job, as recorded in the run folder, which may be untrusted.
             config: The user's settings.
 
         Raises:

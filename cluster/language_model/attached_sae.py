@@ -23,7 +23,7 @@ Edit = Callable[["Tensor"], "Tensor"]
 
 @dataclass
 class AttachedSAE:
-    """An SAE that runs inside a model; `attach` makes it.
+    """An SAE that runs inside a model; created by `attach`.
 
     Latents are computed at every position but the first token of a text (usually BOS, whose
     activation is an attention sink that SAEs are not trained on) and padding. Edits apply to the
@@ -42,7 +42,7 @@ class AttachedSAE:
     """Indices of the active latents, [B, T, K] int64."""
     error: Tensor = field(init=False)
     """Activations minus their reconstruction, before any edit, [B, T, D] float32; 0 where the SAE
-    does not run. It has no gradient of its own."""
+    does not run. It has no gradient."""
     _edits: dict[int, Edit] = field(default_factory=dict)
 
     def set(self, latent: int, value: float) -> None:
@@ -50,7 +50,7 @@ class AttachedSAE:
         self.edit(latent, lambda values: values.new_full(values.shape, value))
 
     def add(self, latent: int, value: float) -> None:
-        """Add to the value of a latent wherever the SAE runs, also where it is not active."""
+        """Add to the value of a latent wherever the SAE runs, even where it is not active."""
         self.edit(latent, lambda values: values + value)
 
     def scale(self, latent: int, factor: float) -> None:
@@ -79,7 +79,7 @@ class AttachedSAE:
         self._edits.clear()
 
     def run(self, x: Tensor, applies: Tensor) -> Tensor:
-        """Return what the model continues with in place of activations `x`.
+        """Return the activations that the model continues with instead of `x`.
 
         Args:
             x: [B, T, D] activations in the model's dtype.
@@ -101,7 +101,7 @@ class AttachedSAE:
             old = (values * (indices == latent)).sum(-1)
             out = out + (edit(old) - old)[..., None] * self.sae.W_dec[latent].float()
         if self.keep_error and not self._edits and not torch.is_grad_enabled():
-            return x  # to the bit
+            return x  # bit for bit the model's own activations
         return torch.where(runs, out.to(x.dtype), rows).to(x.device)
 
 
@@ -111,8 +111,8 @@ def attach(
 ) -> Iterator[AttachedSAE]:
     """Run an SAE inside a Hugging Face model during the block.
 
-    With `keep_error`, a pass without edits gives what the model gives alone. Gradients of later
-    layers reach the latents, and through them the activations, but not through the error.
+    With `keep_error`, a pass without edits gives the same output as the model alone. Gradients of
+    later layers reach the latents, and through them the activations, but not through the error.
 
     Args:
         model: The language model.

@@ -62,7 +62,7 @@ class HookpointKind(ABC):
             raise ConfigError(
                 "model.hookpoints",
                 str(hookpoint),
-                f"no options in brackets, as the kind {hookpoint.kind!r} has none",
+                f"no options in brackets, because the kind {hookpoint.kind!r} has none",
             )
 
     def width(self, hookpoint: Hookpoint, config: Any) -> int:
@@ -147,6 +147,6 @@ def require_usable(cfg: ModelConfig) -> None:
             raise ConfigError(
                 "model.shards",
                 cfg.shards,
-                f"1, as hookpoints of the kind {hookpoint.kind!r} ({text}) need a whole model",
+                f"1, because hookpoints of the kind {hookpoint.kind!r} ({text}) need a whole model",
                 "raise cluster.harvest_workers to run more whole copies of the model",
             )

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 _ROUNDING = 0.1
-"""Largest difference between passes, relative to a row's norm, that is taken for rounding."""
+"""Largest difference between passes, relative to a row's norm, that is attributed to rounding."""
 
 
 class _Captured(Exception):
@@ -77,8 +77,8 @@ def require_one_row_per_token(model: nn.Module, hookpoints: Sequence[str]) -> No
     """Check that a forward pass runs the module of every hookpoint once, in the order of tokens.
 
     `capture` would take the first of several calls, and `splice` would replace them all. Tensors
-    [contexts * context_tokens, W], as inside mixtures of experts, may be sorted in another way,
-    which shows when two contexts change places. Runs whole passes over a few tokens. If the model
+    [contexts * context_tokens, W], as inside mixtures of experts, may be in another order, which is
+    detected by swapping two contexts. Runs complete forward passes over a few tokens. If the model
     is split, all of its ranks must call this.
 
     Raises:
@@ -120,10 +120,10 @@ def require_one_row_per_token(model: nn.Module, hookpoints: Sequence[str]) -> No
 
 
 def _require_token_order(model: nn.Module, hookpoints: Sequence[str]) -> None:
-    """Check that rows change places when two contexts do.
+    """Check that swapping two contexts swaps their rows.
 
     Raises:
-        ModelError: If they do not.
+        ModelError: If this is not the case.
     """
     import torch
 
@@ -166,7 +166,7 @@ class RunningPass:
         self._cached = 0
 
     def note(self, _model: nn.Module, given: Sequence[Any], named: dict[str, Any]) -> None:
-        """Note the arguments of a forward pass."""
+        """Record the arguments of a forward pass."""
         tokens = named.get("input_ids", given[0] if given else None)
         tokens = named.get("inputs_embeds") if tokens is None else tokens
         self.shape = None if tokens is None else tuple(tokens.shape[:2])

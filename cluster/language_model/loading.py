@@ -155,8 +155,7 @@ def auto_class(config: Any, kind: str) -> Any:
     """Return the transformers class that loads a model of this kind.
 
     Raises:
-        ModelError: If the architecture has no language-model head, or reads text in both
-            directions.
+        ModelError: If the architecture has no language-model head, or is bidirectional.
     """
     import transformers
     from transformers.models.auto import modeling_auto
@@ -168,8 +167,8 @@ def auto_class(config: Any, kind: str) -> Any:
     masked = name in modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES or name == "bert-generation"
     if masked and not (getattr(config, "is_decoder", False) or config.is_encoder_decoder):
         raise ModelError(
-            f"model.path: {name} models read text in both directions; expected a model that "
-            f"predicts the next token{use_base}"
+            f"model.path: {name} models are bidirectional; expected a model that predicts the "
+            f"next token{use_base}"
         )
     if type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
         return transformers.AutoModelForCausalLM
@@ -183,7 +182,7 @@ def auto_class(config: Any, kind: str) -> Any:
 def require_complete(model: Any, info: Any, folder: Path, cfg: ModelConfig) -> None:
     """Check that the files have exactly the tensors of the model.
 
-    Transformers fills missing tensors with random numbers, other ones in every process. Tensors
+    Transformers fills missing tensors with random numbers, which differ between processes. Tensors
     that are tied to others, or that the architecture does not need, are not in `info`. Unexpected
     tensors outside the model, such as another head, are accepted.
 
@@ -210,7 +209,7 @@ def require_complete(model: Any, info: Any, folder: Path, cfg: ModelConfig) -> N
     }
     found = {
         "lack tensors of the model": missing,
-        "have tensors of other shapes": mismatched,
+        "have tensors of different shapes": mismatched,
         "have tensors that it does not use": unexpected,
     }
     problems = [f"{what}: {_names(keys)}" for what, keys in found.items() if keys]
@@ -273,7 +272,7 @@ def _convert_weights(files: ModelFiles, cfg: ModelConfig, target: Path) -> None:
 def _readable_gguf(files: ModelFiles) -> Iterator[None]:
     """Turn any error while a GGUF file is read into a ModelError.
 
-    The parsers of damaged files raise whatever they run into, such as IndexError or struct.error.
+    Given a damaged file, the parsers may raise any exception, such as IndexError or struct.error.
     """
     try:
         yield

@@ -81,7 +81,7 @@ def position_limit(model: nn.Module) -> int | None:
     """Return the largest number of tokens in a context, or None if the model has no limit.
 
     Models with rotary positions compute beyond their limit, but were not trained for it. Scaling
-    that the configuration declares counts; a sliding window is no limit.
+    that the configuration declares counts; a sliding window is not a limit.
     """
     from torch import nn
 
@@ -112,7 +112,7 @@ def hookpoint_width(cfg: ModelConfig, hookpoint: str, cache_dir: Path) -> int:
     """Return the width D of a hookpoint's rows, using only the model's configuration.
 
     The width is measured on the model without weights. Where that is not possible, for example
-    because the model looks at values, the width is the one that the kind expects.
+    because the model depends on values, the width is the one that the kind expects.
 
     Raises:
         ModelError: If the model or the hookpoint's module is not found, or its configuration lacks

@@ -1,7 +1,7 @@
-"""The hookpoint kinds `output` and `input`: a tensor that a module returns or takes.
+"""The hookpoint kinds `output` and `input`: a tensor that a module outputs or takes as input.
 
-Options: `item` names an element of a tuple, dictionary or dataclass, or an argument; `head` takes
-the part of one attention head from the last dimension.
+Options: `item` names an element of a tuple, dictionary or dataclass, or an argument; `head` selects
+the slice of one attention head in the last dimension.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _USUAL = ("0", "last_hidden_state", "hidden_states")
 
 
 class _ModuleTensor(HookpointKind):
-    """A tensor [contexts, context_tokens, W] among the values that a module returns or takes."""
+    """A tensor [contexts, context_tokens, W] among a module's outputs or inputs."""
 
     name: ClassVar[str]
 
@@ -38,7 +38,7 @@ class _ModuleTensor(HookpointKind):
             raise ConfigError(
                 "model.hookpoints",
                 str(hookpoint),
-                "no other options than head=NUMBER, counted from 0, and item=NAME or item=NUMBER",
+                "no options other than head=NUMBER, counted from 0, and item=NAME or item=NUMBER",
             )
 
     def width(self, hookpoint: Hookpoint, config: Any) -> int:
@@ -71,7 +71,7 @@ class _ModuleTensor(HookpointKind):
 
 
 class OutputKind(_ModuleTensor):
-    """What a module returns."""
+    """The output of a module."""
 
     name = "output"
     works_with_shards = True
@@ -89,7 +89,7 @@ class OutputKind(_ModuleTensor):
 
 
 class InputKind(_ModuleTensor):
-    """What a module takes: its arguments, by position or name."""
+    """The inputs of a module: its arguments, by position or name."""
 
     name = "input"
 

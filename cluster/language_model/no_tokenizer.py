@@ -1,4 +1,4 @@
-"""What stands for the tokenizer of a model that has none and reads ids of tokens."""
+"""Replacement for the tokenizer of a model that has none and is given token ids."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from typing import Any, ClassVar
 
 
 class NoTokenizer:
-    """The ids of special tokens in a model's configuration, and no names of tokens.
+    """The ids of special tokens from a model's configuration, without token names.
 
-    It has the attributes of a tokenizer of transformers that are used for ids.
+    It has those attributes of a transformers tokenizer that concern ids.
 
     Args:
         config: The model's transformers configuration.

@@ -1,4 +1,4 @@
-"""Run a model on contexts with padding or with several documents that do not see each other."""
+"""Run a model on contexts with padding or with documents that must not attend to each other."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ def to_device(inputs: ModelInputs, device: str | torch.device) -> dict[str, Tens
 
 
 def require_document_masks(model: nn.Module, hookpoints: Sequence[str]) -> None:
-    """Check that positions which start again keep the model's attention within a document.
+    """Check that restarting the positions keeps the model's attention within a document.
 
     Two contexts differ in their first document only. The rows of their second document must agree.
 
     Raises:
-        ModelError: If they do not.
+        ModelError: If this is not the case.
     """
     import torch
 
@@ -45,7 +45,7 @@ def require_document_masks(model: nn.Module, hookpoints: Sequence[str]) -> None:
         second = rows[name][:, length:]
         if not (rows_agree(second, second.flip(0)) and rows_agree(second, alone[name])):
             raise ModelError(
-                f"data.packing=masked: {type(model).__name__} mixes the documents of a context, as "
-                f"it does not use positions to keep them apart ({name}); set data.packing=separate "
-                "or joined"
+                f"data.packing=masked: {type(model).__name__} attends across the documents of a "
+                f"context, because it does not use positions to separate them ({name}); set "
+                "data.packing=separate or joined"
             )

@@ -34,7 +34,7 @@ class Row:
     """Modules of one name in several layers, whose tensors have the same widths."""
 
     module: str
-    """Name of the module, with N for the number of its layer."""
+    """Name of the module, with N in place of its layer number."""
     layers: list[int] = field(default_factory=list)
     """Numbers of the layers; empty if the name has none."""
     output: str = ""
@@ -59,8 +59,8 @@ def run(config: RunConfig, run_dir: Path) -> None:
     console.print(table)
     sizes = ", ".join(f"{count} of width {width}" for count, width in head_counts(model))
     for line in (
-        "the numbers are widths; a hookpoint is MODULE, with the number of a layer for N, or "
-        "MODULE@input for what it takes",
+        "the numbers are widths; a hookpoint is MODULE, with a layer number in place of N, or "
+        "MODULE@input for its input",
         f"[head=0] and so on take one attention head: {sizes}" if sizes else "",
         f"the pass without weights ended early, so later modules are missing: {failure}"
         if failure
@@ -71,12 +71,12 @@ def run(config: RunConfig, run_dir: Path) -> None:
 
 
 def list_hookpoints(model: nn.Module) -> tuple[list[Row], str]:
-    """Run a model on two contexts and list the modules that return or take a row for each token.
+    """List the modules whose output or input has a row for each token, by running the model.
 
     Modules that run several times are left out.
 
     Args:
-        model: The model, on any device; the meta device is enough.
+        model: The model, on any device; the meta device is enough. It is run on two contexts.
 
     Returns:
         The modules in the order in which the model has them, and why the pass ended early, or "".
@@ -127,7 +127,7 @@ def list_hookpoints(model: nn.Module) -> tuple[list[Row], str]:
 def _widths(values: Mapping[str, Any]) -> tuple[str, str]:
     """Return the widths of the values that have a row for each token, and the first one's dtype.
 
-    The first is what a hookpoint takes; the others need the option `item`.
+    A hookpoint selects the first by default; the others need the option `item`.
     """
     import torch
 

@@ -63,7 +63,7 @@ def require_shardable(cfg: ModelConfig, cache_dir: Path) -> None:
         raise ConfigError(
             "model.shards",
             cfg.shards,
-            f"1, as transformers has no tensor-parallel plan for {config.model_type}",
+            f"1, because transformers has no tensor-parallel plan for {config.model_type}",
             "raise cluster.harvest_workers to run more whole copies of the model",
         )
     for name in ("num_attention_heads", "num_key_value_heads", "intermediate_size"):
@@ -166,7 +166,7 @@ class ModelShards:
         while not self._member_is_gone():
             time.sleep(_POLL_S)
         time.sleep(_REPORT_TIMEOUT_S)
-        self._leave("a process of the group died")
+        self._leave("a process of the group has died")
 
     def _leave_if_broken(self, error: Exception) -> None:
         """End this worker if the group failed, so that Ray restarts it.

@@ -84,7 +84,7 @@ def _local_gpu(plan: PlanConfig, name: str, measure: bool) -> Hardware:
             "h100, h200 or a100, because the ranks train on GPUs but only CPUs can be measured "
             f"(GPU of this machine: {name or 'none'})",
             "choose the GPU closest to yours and override its data sheet with plan.tflops, "
-            "plan.memory_gib and their neighbours",
+            "plan.memory_gib and related settings",
         )
     memory = torch.cuda.get_device_properties(0).total_memory if name else 0
     if not kinds:

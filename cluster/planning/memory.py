@@ -77,7 +77,7 @@ def device_bytes(work: Work, hardware: Hardware) -> dict[str, float]:
 def host_bytes(work: Work, room_bytes: float = float("inf")) -> dict[str, float]:
     """Return a rank's other host memory, for checkpoints and GPU loading, as `{part: bytes}`.
 
-    Files are written from the copy itself, without another one.
+    Files are written directly from the copy of a checkpoint.
 
     Args:
         work: The rank's work.
@@ -112,7 +112,7 @@ def copy_bytes(work: Work, room_bytes: float) -> float:
 
 
 def blocking_bytes(work: Work, copied_bytes: float) -> float:
-    """Return how much of a checkpoint must be written before training goes on.
+    """Return how much of a checkpoint must be written before training continues.
 
     Args:
         work: The rank's work.

@@ -68,7 +68,7 @@ class Layout:
 
     @property
     def blocking_bytes(self) -> float:
-        """Bytes of a checkpoint that each rank writes before training goes on."""
+        """Bytes of a checkpoint that each rank writes before training continues."""
         return blocking_bytes(self.work, self.host.get("checkpoint copy", 0.0))
 
     @property

@@ -1,4 +1,4 @@
-"""The arrays of a training step on a GPU, each with its size and the part of the step it lives in.
+"""The arrays of a training step on a GPU, their sizes, and the parts of the step that hold them.
 
 The list follows the code of the Triton kernels and of `sae_core.architectures.sparse_autoencode`
 line by line, so that it can be checked against them; `tests/unit/cluster/planning` compares it with
@@ -7,9 +7,9 @@ the tensors that a step allocates. Weights, moments and gradients are counted in
 Shape legend: B batch rows, A rows of the auxiliary path, R = B + A, D d_model, l latents of the
 shard, K and Ka latents selected per row, N slots for pairs of this rank.
 
-Pairs are counted in slots: every row has as many as it may have pairs, so that the host need not
-know how many there are. Sums over rows that programs leave behind ([B / 16, D] float32) live only
-inside `centre` and `decode_error`, where less is held than later, and are not counted.
+Pairs are counted in slots: every row has a slot for each pair that it may have, so that the host
+need not know how many there are. Partial sums over rows ([B / 16, D] float32) are not counted: they
+exist only inside `centre` and `decode_error`, where less memory is in use than later.
 """
 
 from __future__ import annotations
@@ -53,10 +53,10 @@ class Moment(IntEnum):
 
 
 class Buffer(NamedTuple):
-    """One array, or several that live and die together."""
+    """One array, or several with the same lifetime."""
 
     what: str
-    """What it holds."""
+    """Content of the buffer."""
     n_bytes: float
     """Size in bytes."""
     first: Moment
@@ -93,7 +93,7 @@ def _batch(work: Work) -> Iterator[Buffer]:
     every = (Moment.DEAD, Moment.UPDATE)
     yield Buffer("raw rows", work.rows * work.device_row_bytes, *every)
     if work.graph:
-        # `StepGraph._input`. The graph's memory pool takes the place of the allocator's.
+        # `StepGraph._input`. The graph's memory pool replaces the allocator's.
         yield Buffer("graph's copy of raw rows", work.rows * work.device_row_bytes, *every)
     # The autograd node holds its paths until the step has returned the loss.
     yield Buffer("x, centred", work.gather_bytes * rows, Moment.PREFILTER, Moment.UPDATE)
@@ -127,7 +127,7 @@ def _selection(work: Work, path: str, moment: Moment, n_rows: int, k: int) -> It
     if work.latent > 1:
         # values and latents, their slots, keys, masked keys, received keys and their merged copy
         yield Buffer(f"{path}candidates", (12 + 12 + 4 * 8) * slots, compact, compact)
-    # `in_slots`: values and latents as they were selected, and flags of the active ones
+    # `in_slots`: values and latents as selected, and flags of the active ones
     yield Buffer(f"{path}selected", (4 + 8 + 1) * slots, compact, compact)
     yield Buffer(f"{path}pairs", _PAIR * slots + 16 * n_rows, compact, Moment.UPDATE)
     yield Buffer(f"{path}dot products", 4 * slots, Moment(moment + 2), Moment.UPDATE)
@@ -165,8 +165,8 @@ def _float8(work: Work) -> Iterator[Buffer]:
     if work.product_bytes < 4:
         # The rows are rounded again where all of them have room to be encoded a second time.
         yield Buffer("rounded rows, cast", work.product_bytes * D * B, *2 * (Moment.ENCODE,))
-    # `exact_keys` of the larger round: flags, latents, ones, rows, values with bias, these without
-    # -0.0, bits as int64, and three parts of the keys
+    # `exact_keys` of the larger round: flags, latents, ones, rows, values with bias, the same
+    # without -0.0, bits as int64, and three parts of the keys
     pair_bytes = 1 + 8 + 4 + 8 + 4 + 4 + 8 + 3 * 8
     most = max(FIRST_ROUND * work.k, count - FIRST_ROUND * work.k)
     yield Buffer("rescoring", pair_bytes * B * most, *2 * (Moment.RESCORE,))
@@ -180,7 +180,7 @@ def _auxiliary(work: Work) -> Iterator[Buffer]:
         return
     A, D, l = work.aux_rows, work.d_model, work.shard  # noqa: E741 - `l` as in the legend
     yield Buffer("dead latents, then the others", 8 * l, Moment.DEAD, Moment.AUX_DECODE)
-    # `subset_of`: the mask, its sums, all numbers, and the terms of their places
+    # `subset_of`: the mask, its running sums, all indices, and the terms of their positions
     yield Buffer("places of dead latents", (1 + 4 * 8) * l, Moment.DEAD, Moment.DEAD)
     if work.rows > A:
         size = work.gather_bytes * A * D
@@ -237,7 +237,7 @@ def _update(work: Work) -> Iterator[Buffer]:
     yield Buffer("owners of pieces", 2 * 8 * n_pieces, Moment.SUM, Moment.SUM)
     # edges of the latents' pairs, and ends of their pieces
     yield Buffer("edges", (8 + 8) * l, *held)
-    # numbers of latents as int32, and counts and pieces per latent
+    # indices of latents as int32, and counts and pieces per latent
     yield Buffer("counts per latent", (4 + 8 + 8) * l, Moment.SUM, Moment.SUM)
     if work.fused:
         partial = 4 * D * -(-l // _BIAS_SLOTS)

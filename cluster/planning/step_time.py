@@ -140,7 +140,7 @@ def _encoder(work: Work, rows: int, latents: int, k: int, hardware: Hardware) ->
     rates, D = hardware.rates, work.d_model
     product = 2 * rows * latents * D / rates.product_flops
     if work.on_gpu:
-        # All segments of the shard are selected from, also those without a member of a subset.
+        # All segments of the shard are selected from, including those without a member of a subset.
         scanned = work.shard if work.asynchronous else latents
         selected = _selection(rows, scanned, k, rates)
         if work.prefilter == "float8" and is_prefiltered(latents, k):

@@ -154,7 +154,7 @@ def run_table(
 
 
 def _smaller_codec(config: RunConfig, d_model: int) -> str:
-    """Suggest the codec with the fewest bytes per row. Empty if none needs fewer than now."""
+    """Suggest the codec with the fewest bytes per row. Empty if it is the current one."""
     dtype = DTYPES[config.store.dtype]
     row_bytes = {name: codec.row_bytes(dtype, d_model) for name, codec in CODECS.items()}
     least = min(row_bytes, key=row_bytes.__getitem__)

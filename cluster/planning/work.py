@@ -82,7 +82,7 @@ class Work:
     """True if rows come from several stores. Every rank then reads all rows, and the host gathers
     and decodes the rank's own rows."""
     map_numbers: int = 0
-    """Numbers in the map of the inputs (`sae.input_transform`), or 0 if there is none."""
+    """Number of elements in the map of the inputs (`sae.input_transform`); 0 without a map."""
 
     @property
     def block_rows(self) -> int:
@@ -98,7 +98,7 @@ class Work:
 
     @property
     def host_row_bytes(self) -> int:
-        """Bytes of a row, decoded in a mixture, else stored, on a GPU's host and between ranks."""
+        """Bytes of a row on a GPU's host and between ranks: decoded in a mixture, else stored."""
         return self.row_bytes if self.mixture else self.stored_row_bytes
 
     @property

@@ -59,7 +59,7 @@ RANKS_LOCK = "ranks.lock"
 TRAINER_LOCK = "trainer.lock"
 """Lock held by rank 0 of the group that trains the run."""
 STOP_REQUEST = "stop.request"
-"""File by which the driver asks the trainer ranks to save a checkpoint and stop."""
+"""File through which the driver asks the trainer ranks to save a checkpoint and stop."""
 
 
 def rank_log(run_dir: Path, rank: int) -> Path:

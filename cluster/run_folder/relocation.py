@@ -1,8 +1,9 @@
-"""Paths inside a run's folder, which stay right when the folder is moved, copied or renamed.
+"""Paths inside a run's folder, which remain valid when the folder is moved, copied or renamed.
 
 `config.yaml` holds them relative to the folder of the run, and `runs_dir` as an absolute path. The
 cells of a sweep lie in the sweep's folder, and may refer to files there. Earlier versions saved
-absolute paths, and `runs_dir` as it was given, often relative to a folder that is not known later.
+absolute paths, and `runs_dir` as the user gave it, often relative to a folder that is not known
+later.
 """
 
 from __future__ import annotations
@@ -36,10 +37,10 @@ def with_relative_paths(config: RunConfig, run_dir: Path) -> RunConfig:
 def located(config: RunConfig, run_dir: Path) -> RunConfig:
     """Return a saved config with the name, parent and paths that `run_dir` has now.
 
-    Configs of earlier versions hold absolute paths. A path in the folder that the run, or its
-    sweep, had then is taken from the folder that it has now. If that former folder is known only
-    relative to another one, this is done only for what exists in the present folder, because the
-    path of a store elsewhere may contain the same names.
+    Configs of earlier versions hold absolute paths. A path inside the former folder of the run, or
+    of its sweep, is replaced by the same path inside the current folder. If the former folder is
+    known only as a relative path, this is done only for paths that exist in the current folder,
+    because the path of a store elsewhere may contain the same names.
 
     Args:
         config: The config as it was saved.

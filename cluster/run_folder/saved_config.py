@@ -113,7 +113,7 @@ def continued(config: RunConfig, given: Collection[str]) -> tuple[RunConfig, lis
         return config, []
     composed = OmegaConf.structured(config)
     merged = OmegaConf.structured(saved)
-    # `submit` is the user's, because it says to which clusters a token may be sent.
+    # Take `submit` from the user, because it says to which clusters a token may be sent.
     for key in {*given, "stage", "name", "runs_dir", "cache_dir", "submit"}:
         OmegaConf.update(merged, key, OmegaConf.select(composed, key), merge=False)
     result = cast(RunConfig, OmegaConf.to_object(merged))

@@ -42,6 +42,6 @@ def record_training(run_dir: Path) -> None:
 def _earlier(folder: Path) -> dict[str, Any]:
     try:
         found = read_json(folder / ENVIRONMENT)
-    except (FileNotFoundError, ValueError):  # a damaged file is written anew
+    except (FileNotFoundError, ValueError):  # a damaged file is overwritten
         return {}
     return found if isinstance(found, dict) else {}

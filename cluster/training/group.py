@@ -235,8 +235,8 @@ def _source(
     if config.store.mixture:
         stores = [store, *map(open_store, config.store.paths[1:])]
         return MixtureSource(stores, config.store.weights, array, order, device, shared_reads)
-    # In concurrent mode the driver stops the ranks if the harvest fails, so the ranks may wait
-    # without a limit.
+    # In concurrent mode the driver stops the ranks if the harvest fails, so the ranks need no time
+    # limit.
     wait_timeout_s = math.inf if config.cluster.mode == "concurrent" else WAIT_TIMEOUT_S
     return StoreSource(store, array, order, device, wait_timeout_s, shared_reads)
 

@@ -81,7 +81,7 @@ def _wait_until_ready(ranks: list[Any], timeout_s: float) -> None:
 def _failed_to_start(error: Any) -> bool:
     """Return True if the actor's constructor raised, False if its process or node died.
 
-    Only the text of Ray's error tells the two apart.
+    The two cases can be told apart only by the text of Ray's error.
     """
     return "error raised in its creation task" in str(error)
 

@@ -1,8 +1,8 @@
 """A sample of rows from all parts of a store, and a warning if the parts differ.
 
-The harvest puts contexts into a random order, so any of its rows are a fair sample. Stores of a
-user's own activations may be ordered, for example by source: their first rows then tell nothing
-about the rest.
+The harvest puts contexts into a random order, so any of its rows are a random sample. Stores of a
+user's own activations may be ordered, for example by source: their first rows are then not
+representative of the rest.
 """
 
 from __future__ import annotations
@@ -106,8 +106,9 @@ def concentration_warning(store: Store, array: str, wanted: int) -> str | None:
     if share < _LARGE_TOP_SHARE:
         return None
     return (
-        f"1% of the rows of {array} in {store.path} have {share:.0%} of the variance: the SAE will "
-        "mostly learn these, and its fvu mostly tell how well it reconstructs them; leave them out "
+        f"1% of the rows of {array} in {store.path} have {share:.0%} of the variance: the SAE "
+        "will mostly learn these, and its fvu mostly measure how well it reconstructs them; leave "
+        "them out "
         "(data.max_norm_multiple for a harvest)"
     )
 

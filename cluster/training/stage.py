@@ -68,7 +68,7 @@ def _check_start(config: RunConfig, run_dir: Path, array: str) -> None:
     """Check before any rank starts that `train.init_from` fits, unless the run has begun.
 
     Raises:
-        ConfigError: If it is no SAE or has another architecture or size.
+        ConfigError: If it is not an SAE, or has another architecture or size.
     """
     from activation_store import open_store
     from sae_core.checkpoint.folder import list_checkpoints

@@ -45,7 +45,7 @@ class RunCursor:
         self._consumer = Consumer(store, name, self._kept)
 
     def publish(self) -> None:
-        """Publish the position, if it needs other items than the last published position.
+        """Publish the position, if it needs different items from the last published position.
 
         Call it before waiting for the next batch: producers may write that batch's window only once
         they know that all earlier windows have been read.

@@ -26,7 +26,7 @@ _SETTLE_S = 3.0
 
 
 class _Failure(NamedTuple):
-    """Why a group of ranks ended before it had trained to the end."""
+    """The reason why a group of ranks ended before it had trained to the end."""
 
     problem: str
     failed_at: float

@@ -50,7 +50,7 @@ class DataConfig:
     list of messages `{role, content}`, which go through the model's chat template."""
     text_field: str | None = None
     """Field or column with the documents, in formats that have fields. Null means text, input_ids
-    or messages, as `kind` says. Dots lead into nested fields: `meta.text`. For one JSON object
+    or messages, as `kind` says. Dots select nested fields: `meta.text`. For one JSON object
     whose values are the documents, `'*'`."""
     roles: list[str] = field(default_factory=list)
     """Roles whose messages are stored if `kind=chat`, such as `[assistant]`. Empty means all
@@ -74,8 +74,8 @@ class DataConfig:
     """Use only this many documents, the first ones; null means all."""
     mixture: list[MixedText] = field(default_factory=list)
     """Other texts `{path: ..., weight: ...}` to mix with the one at `path`, document by document,
-    so that their shares of the characters are in proportion to the weights. The mixture ends with
-    the text that ends first."""
+    so that their shares of the characters are in proportion to the weights. The mixture ends when
+    the first of its texts runs out."""
     weight: float = 1.0
     """Share of the text at `path` in a mixture, relative to the weights of the other texts."""
     tokens: int = 400_000
@@ -91,7 +91,7 @@ class DataConfig:
     packing: str = "joined"
     """How documents fill contexts. joined: one after another, and tokens see the documents before
     theirs; masked: likewise, but every document begins with BOS and sees only itself; separate:
-    each document has contexts of its own, with padding."""
+    each document has its own contexts, with padding."""
     first_position: int = 1
     """First position of a context whose row is stored. Position 0 never is, because it is an
     attention sink."""
@@ -193,7 +193,7 @@ class DataConfig:
             raise ConfigError(
                 "data.streaming",
                 self.streaming,
-                "data.max_documents beside it, because otherwise the whole data set is read",
+                "data.max_documents as well, because otherwise the whole data set is read",
                 "set data.max_documents",
             )
         weights = {f"data.mixture[{i}].weight": one.weight for i, one in enumerate(self.mixture)}

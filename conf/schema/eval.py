@@ -22,16 +22,16 @@ class EvalConfig:
     than about once in this number of tokens counts as dead."""
     sae: str | None = None
     """SAE to evaluate on this run's store and text instead of the run's own: a run, a checkpoint, a
-    saved SAE, or a folder of SAELens or sparsify. The run must have no checkpoint of its own.
-    `sae.hookpoint` names its array in the store, if the SAE calls it otherwise."""
+    saved SAE, or a folder of SAELens or sparsify. The run itself must have no checkpoints.
+    `sae.hookpoint` names its array in the store, if the SAE names it differently."""
     compute_dtype: str = "auto"
     """Dtype of the encoder's product: float32, bfloat16 (sums in float32), or auto (that of
     `train.compute_dtype`; tf32 counts as float32). Decoding is always in float32."""
     max_memory_gib: float | None = None
     """Memory for the SAE's weights and the rows that it encodes, in GiB, on each device and on the
     host. An SAE that needs more is divided over as many GPUs as training has ranks, or read from
-    disk in shards. The language model and a few numbers per latent come on top. If null, half of
-    what is free when the stage starts."""
+    disk in shards. The language model and a few numbers per latent are not included. If null, half
+    of what is free when the stage starts."""
 
     def validate(self) -> None:
         """Validate all fields.

@@ -172,7 +172,7 @@ class SparseAutoencoder(nn.Module, ABC):
         """
 
     def send_gradient_to(self, receive: Callable[[SparseGradient], None]) -> None:
-        """Send all further gradients of W_enc, b_enc and W_dec to `receive` instead of autograd.
+        """Send all further gradients of W_enc, b_enc and W_dec to `receive` instead of to autograd.
 
         Each backward pass calls `receive` once. The fused optimiser uses this.
         """

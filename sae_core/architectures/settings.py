@@ -1,4 +1,4 @@
-"""Settings that all architectures share. This module does not import torch."""
+"""Settings shared by all architectures. This module does not import torch."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class AuxiliaryPath(NamedTuple):
 
 @dataclass
 class SAEConfig:
-    """Settings that all architectures share; each architecture adds its own in a subclass."""
+    """Settings shared by all architectures; each architecture adds its own in a subclass."""
 
     sparse_gradient: ClassVar[bool] = False
     """True if training produces the gradient of the dictionary rows as a `SparseGradient`, which
@@ -65,9 +65,9 @@ class SAEConfig:
             raise ConfigError("sae.whiten_epsilon", self.whiten_epsilon, "more than 0")
 
     def resolved(self, d_model: int, batch_tokens: int, train_tokens: int) -> Self:
-        """Return these settings with values in place of those that follow from the sizes of a run.
+        """Return these settings with the values that depend on the sizes of the run filled in.
 
-        The trainer calls this before it builds the SAE, so that a checkpoint holds the values.
+        The trainer calls this before it builds the SAE, so that checkpoints contain the values.
 
         Args:
             d_model: Width of the activations.

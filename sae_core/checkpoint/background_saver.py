@@ -120,8 +120,8 @@ class CheckpointSaver:
         if self._copy.short_bytes and not self.saves and is_rank_zero():
             whole, short = self._copy.n_bytes / 2**30, self._copy.short_bytes / 2**30
             warnings.warn(
-                "checkpoints are not saved fully in the background: the part of a rank has "
-                f"{whole:.2f} GiB, and its host can spare {whole - short:.2f} GiB, so training "
+                f"checkpoints are not saved fully in the background: a rank's part has {whole:.2f} "
+                f"GiB, and its host can spare {whole - short:.2f} GiB, so training "
                 f"waits until {short:.2f} GiB of each checkpoint are written. To shorten these "
                 "pauses, use a host with more memory, optim.moments=bfloat16, or more ranks on "
                 "more hosts",

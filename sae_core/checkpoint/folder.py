@@ -71,7 +71,7 @@ class CheckpointState:
 
     @property
     def prefilter_choice(self) -> PrefilterChoice | None:
-        """The choice of `train.prefilter=auto`, or None if there was none to make.
+        """The choice of `train.prefilter=auto`, or None if there was nothing to choose.
 
         Raises:
             ValueError: If `prefilter` does not have the fields of a `PrefilterChoice`.

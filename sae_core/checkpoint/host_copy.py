@@ -2,9 +2,9 @@
 
 The training thread copies the bytes of this rank's tensors, in order, into blocks of host memory,
 and passes each block to the writing thread, which writes it to a file and returns it. If the host
-has room for blocks for all bytes, training waits for the copy only. Otherwise the blocks go round:
-training waits until the last bytes are copied, so that they are those of the step at which the save
-began, and therefore until all other bytes are written.
+has room for blocks for all bytes, training waits for the copy only. Otherwise the blocks are reused
+in turn: training waits until the last bytes are copied, so that they are those of the step at which
+the save began, and therefore until all other bytes are written.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class StagedBlock:
 
 
 class Staging:
-    """The bytes of one save, on their way from the training thread to the writing thread."""
+    """Queue for the bytes of one save, from the training thread to the writing thread."""
 
     def __init__(self) -> None:
         self._queue: SimpleQueue[StagedBlock | BaseException | None] = SimpleQueue()
@@ -76,7 +76,7 @@ class Staging:
         self._queue.put(block)
 
     def close(self, error: BaseException | None = None) -> None:
-        """Say that no block follows, or that copying failed with `error`."""
+        """Signal that no block follows, or that copying failed with `error`."""
         self._queue.put(error)
 
     def next(self) -> StagedBlock | None:
@@ -112,9 +112,9 @@ class HostCopy:
     Args:
         mesh: The trainer's mesh.
         device: Device of the parameters. Blocks for CUDA tensors are pinned.
-        asynchronous: Take as many blocks as the host can spare, so that training goes on as early
-            as possible. If False, training waits for the whole save: on a GPU, two blocks go round,
-            and on the CPU the tensors themselves are written.
+        asynchronous: Take as many blocks as the host can spare, so that training continues as early
+            as possible. If False, training waits for the whole save: on a GPU, two blocks are used
+            in turn, and on the CPU the tensors themselves are written.
         group: A gloo group of all ranks.
     """
 
@@ -139,7 +139,7 @@ class HostCopy:
 
     @property
     def short_bytes(self) -> int:
-        """Bytes that must be written before training goes on, for lack of host memory."""
+        """Bytes that must be written before training continues, for lack of host memory."""
         if not self._asynchronous:
             return 0
         return max(0, self.n_bytes - self.n_blocks * self._block_bytes)

@@ -70,7 +70,7 @@ def write_checkpoint(
     Args:
         root: The run's `checkpoints` folder, on a file system that all ranks share.
         own: The tensors that this rank writes.
-        staging: Their bytes. All blocks are returned, also if the save fails.
+        staging: Their bytes. All blocks are returned, even if the save fails.
         state: The scalars, the same on all ranks.
         retention: Which older checkpoints to keep.
         group: A gloo group of all ranks that nothing else uses during the save.

@@ -18,7 +18,7 @@ from foundation.errors import ConfigError
 def row_range(n_rows: int, shard: int, n_shards: int) -> tuple[int, int]:
     """Return the rows [start, stop) of one shard: ceil(n / shards), or fewer in the last ones.
 
-    `DTensor` splits the same way with `Shard(0)`, so a checkpoint needs no layout of its own.
+    `DTensor` splits the same way with `Shard(0)`, so a checkpoint needs no separate layout.
     """
     size = -(-n_rows // n_shards)
     return min(shard * size, n_rows), min((shard + 1) * size, n_rows)

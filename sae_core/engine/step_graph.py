@@ -1,4 +1,4 @@
-"""A training step as a CUDA graph, whose launches cost the host as much as one.
+"""A training step as a CUDA graph, which costs the host about as much as a single launch.
 
 A step launches about two hundred operations. Where they are short, as with small batches, the
 device would wait for the host between them.
@@ -23,8 +23,8 @@ class StepGraph:
     """Runs a step eagerly a few times, then captures it and replays the graph.
 
     The step must read everything that changes between calls from tensors that stay at the same
-    place, and update its state in place. If it cannot be captured, a warning says why, and it goes
-    on eagerly.
+    place, and update its state in place. If it cannot be captured, a warning says why, and it
+    continues eagerly.
 
     Args:
         step: The work of a step on the device, given the batch. The host must not wait for the
@@ -80,11 +80,11 @@ class StepGraph:
         """Capture a step. Nothing is computed by this."""
         graph = torch.cuda.CUDAGraph()
         self._input = torch.empty_like(raw)
-        # The graph has memory of its own. Return that of the steps so far, or both would be held.
+        # The graph has its own memory pool. Release the memory of the eager steps first.
         gc.collect()
         torch.cuda.empty_cache()
         try:
-            # Other threads, such as those that write checkpoints, may go on meanwhile.
+            # Other threads, such as those that write checkpoints, may continue meanwhile.
             with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
                 out = self._step(self._input)
                 self._output = out._replace(loss=out.loss.detach())

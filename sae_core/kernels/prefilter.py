@@ -39,7 +39,7 @@ This and the next number certify at least 95% of the rows of all kinds tried, wi
 _FLOAT8_PER_K_WIDE = 7
 """Candidates of the float8 prefilter per selected latent if d_model is at least `_WIDE`.
 
-The bound on the truncation of sums grows with d_model, while candidates cost less beside the
+The bound on the truncation of sums grows with d_model, while candidates cost less relative to the
 product of longer rows.
 """
 _WIDE = 2048

@@ -1,4 +1,4 @@
-"""What `train.prefilter=auto` chose, and the times that it chose by. Does not import torch."""
+"""The choice of `train.prefilter=auto`, and the times behind it. Does not import torch."""
 
 from __future__ import annotations
 

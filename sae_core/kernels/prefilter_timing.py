@@ -45,7 +45,7 @@ class PrefilteringKernels(Kernels, Protocol):
 
 
 def processor_name() -> str:
-    """Return the name of this machine's processor, with its means to multiply bfloat16."""
+    """Return the name of this machine's processor, with its instructions for bfloat16 products."""
     found = torch.cpu.get_capabilities()
     features = [name for name in ("avx512_bf16", "amx_bf16", "bf16") if found.get(name)]
     if torch.ops.mkldnn._is_mkldnn_bf16_supported():
@@ -137,7 +137,8 @@ def time_prefilters(
         long = timer.fastest(usable, large, left_s)
         more = (L - large) / (large - small)
         whole = {
-            # At least half of the time grows with the latents, whatever a disturbed clock says.
+            # At least half of the time grows with the latents, however noisy the measured times
+            # are.
             name: t + more * max(t - short[name], t * (1 - small / large) / 2)
             for name, t in long.items()
         }
@@ -165,7 +166,7 @@ class _Timer:
         self._W_enc = W_enc
         self._b_enc = b_enc
         self._k = k
-        # A generator of its own: choosing must not change the run's random numbers.
+        # A separate generator: choosing must not change the run's random numbers.
         generator = torch.Generator().manual_seed(0)
         self._x = torch.randn(n_rows, W_enc.shape[1], generator=generator).to(W_enc.device)
         self._start = 0

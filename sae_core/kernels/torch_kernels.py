@@ -1,4 +1,4 @@
-"""What the kernels in plain torch operations share: `StockKernels` and `ReferenceKernels`."""
+"""Base class of the kernels in plain torch operations, `StockKernels` and `ReferenceKernels`."""
 
 from __future__ import annotations
 

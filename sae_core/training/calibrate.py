@@ -19,7 +19,7 @@ from sae_core.training.input_transform import channel_scales, whitening
 _ENCODER_ROWS = 4096
 """Maximum number of sample rows used to initialise the encoder."""
 _LEAST_SPREAD = 1e-10
-"""Smallest variance, relative to the mean square, that is not taken for rounding of equal rows."""
+"""Variance, relative to the mean square, up to which rows may differ by rounding only."""
 _MEDIAN_STEPS = 100
 """Maximum number of iterations for the geometric median."""
 
@@ -55,7 +55,7 @@ def calibrate(sae: SparseAutoencoder, sample: torch.Tensor) -> None:
 
     Raises:
         ShapeError: If the sample has the wrong width or fewer than two rows, is not finite, or if
-            all rows are equal but for rounding.
+            all rows are equal up to rounding.
     """
     d_model = sae.d_model
     if sample.ndim != 2 or sample.shape[1] != d_model or len(sample) < 2:
@@ -84,16 +84,16 @@ def _require_spread(raw: torch.Tensor) -> None:
     """Check that the rows [N, D] are finite and not all equal.
 
     Raises:
-        ShapeError: If they are not finite, or are equal but for rounding.
+        ShapeError: If they are not finite, or are equal up to rounding.
     """
     power = (raw - raw.mean(0)).square().sum(1).mean()
     mean_square = raw.square().sum(1).mean()
-    variance, square = torch.stack([power, mean_square]).tolist()  # the host waits once
+    variance, square = torch.stack([power, mean_square]).tolist()  # a single host sync
     least_variance = _LEAST_SPREAD * square
     if not math.isfinite(variance) or variance <= least_variance:
         raise ShapeError(
             f"calibration sample has variance {variance:.3g}: expected a finite number above "
-            f"{least_variance:.3g}, what rounding of equal rows may give; check the stored "
+            f"{least_variance:.3g}, the level of rounding errors; check the stored "
             "activations; stage=verify finds values that are not finite"
         )
 

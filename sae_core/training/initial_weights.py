@@ -16,7 +16,7 @@ from sae_core.peer_formats import open_set
 
 _KEY = "train.init_from"
 _UNIT = 0.01
-"""Relative difference of a decoder row's norm from 1 above which rows are said to be scaled."""
+"""Relative difference of a decoder row's norm from 1 above which rows are reported as scaled."""
 
 
 def open_start(path: str, config: SAEConfig, d_model: int) -> StoredSAE:

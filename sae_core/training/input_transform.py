@@ -1,6 +1,6 @@
-"""Linear maps of the inputs that make channels equally loud, and what they are proposed from.
+"""Linear maps that equalise the variance of the input channels, and when to propose one.
 
-A few channels with far more variance than the others, as attention outputs have, hold most of the
+A few channels with far more variance than the others, as in attention outputs, hold most of the
 squared error that training minimises. The dictionary then describes little else, and many of its
 latents never fire on new rows.
 """
@@ -15,10 +15,9 @@ import torch
 from sae_core.errors import ShapeError
 
 LOUD_SHARE = 0.05
-"""Share of the channels whose part of the variance `InputReport` states."""
+"""Share of the channels whose part of the variance `InputReport` gives."""
 DOMINATED = 0.5
-"""Part of the variance in those channels from which a transform is proposed. With equal channels it
-is `LOUD_SHARE`."""
+"""Part of the variance in those channels above which a transform is proposed."""
 _LEAST_STD = 1e-3
 """Smallest standard deviation of a channel by which it is divided, as a fraction of the root mean
 square over the channels. Constant channels would otherwise become rounding noise."""
@@ -26,17 +25,17 @@ _ROWS_PER_BLOCK = 8192
 
 
 class InputReport(NamedTuple):
-    """How the channels of a sample differ, which decides whether a transform helps."""
+    """Differences between the channels of a sample, which decide whether a transform helps."""
 
     mean_to_spread: float
     """Norm of the mean row, divided by the root mean square distance of the rows from it."""
     loud_variance: float
-    """Part of the variance in the loudest 5% of the channels, rounded up."""
+    """Part of the variance in the 5% of the channels with the most variance, rounded up."""
     loudest_to_median: float
-    """Standard deviation of the loudest channel, divided by that of the median channel."""
+    """Largest standard deviation of a channel, divided by that of the median channel."""
 
     def proposal(self, transform: str) -> str | None:
-        """Return a sentence that proposes another `sae.input_transform`, or None if none is needed.
+        """Return a sentence that proposes another `sae.input_transform`; None if not needed.
 
         Args:
             transform: The transform in use.
@@ -44,15 +43,15 @@ class InputReport(NamedTuple):
         if transform not in ("scale", "center") or self.loud_variance < DOMINATED:
             return None
         return (
-            f"the loudest {LOUD_SHARE:.0%} of the channels hold {self.loud_variance:.0%} of the "
-            "variance, and with it most of the loss; sae.input_transform=per_channel (or whiten) "
-            "gives all channels the same"
+            f"the {LOUD_SHARE:.0%} of the channels with the most variance hold "
+            f"{self.loud_variance:.0%} of it, and therefore dominate the loss; "
+            "sae.input_transform=per_channel (or whiten) gives all channels the same variance"
         )
 
     def __str__(self) -> str:
         return (
-            f"mean {self.mean_to_spread:.3g} times the spread; loudest {LOUD_SHARE:.0%} of the "
-            f"channels: {self.loud_variance:.0%} of the variance; loudest channel "
+            f"norm of the mean {self.mean_to_spread:.3g} times the spread; top {LOUD_SHARE:.0%} of "
+            f"the channels: {self.loud_variance:.0%} of the variance; largest standard deviation "
             f"{self.loudest_to_median:.3g} times the median one"
         )
 

@@ -1,4 +1,4 @@
-"""Page-locked (pinned) host memory of exactly the size that was asked for.
+"""Page-locked (pinned) host memory of exactly the requested size.
 
 torch's own pinned memory (`pin_memory=True`) is rounded up to a power of two, so that large buffers
 take up to twice their size. Here a buffer is ordinary process memory that is registered with CUDA.
@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from foundation.errors import ConfigError
 
 _PORTABLE = 1
-"""`cudaHostRegisterPortable`: the memory counts as pinned in the contexts of all devices."""
+"""`cudaHostRegisterPortable`: the memory is treated as pinned in the contexts of all devices."""
 
 
 def pinned_on(device: torch.device) -> Callable[[int], NDArray[Any]]:

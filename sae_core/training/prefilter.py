@@ -26,9 +26,9 @@ def agree_on_prefilter(
     """Choose the prefilter by time and make the SAE's kernels use it; collective over all ranks.
 
     All ranks time the candidates at once, as they will train, and take the candidate whose slowest
-    rank is the fastest. A kept choice is taken without timing. It is made again, with a warning, if
-    it is not a candidate any more, or was made on other processors, which round sums differently in
-    any case.
+    rank is the fastest. A saved choice is reused without timing. The choice is repeated, with a
+    warning, if the saved one is no longer a candidate, or was made on other processors, which round
+    sums differently anyway.
 
     Args:
         sae: Shard of this rank, on its device.

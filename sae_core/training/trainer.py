@@ -106,13 +106,12 @@ class Trainer:
             KERNELS[name], self.device.type, str(dtype).removeprefix("torch.")
         )
         self.prefilter: PrefilterChoice | None = None
-        """The choice of `train.prefilter=auto`, known once calibrated or resumed; None if there was
-        none to make."""
+        """The choice of `train.prefilter=auto`, set by `calibrate` or `resume`, else None."""
         self.saver = CheckpointSaver(
             checkpoints, config.checkpoint, mesh, self.device, config.train.batch_tokens
         )
         self.inputs: InputReport | None = None
-        """How the channels of the calibration sample differ; None on other ranks than 0, and if the
+        """How the channels of the calibration sample differ; None on ranks other than 0, and if the
         run was resumed."""
         self._metrics = StepMetrics(self.engine)
         self._clock = _Clock()
@@ -306,7 +305,7 @@ class Trainer:
             return
         failed: CheckpointError | None = None
         try:
-            self.saver.wait()  # let it finish: its weights are from before the bad step
+            self.saver.wait()  # let it finish: it has the weights from before the bad step
         except CheckpointError as error:
             failed = error
         raise NonFiniteLossError(

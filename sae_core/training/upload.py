@@ -8,14 +8,14 @@ import torch
 
 
 class Uploader:
-    """Copies tensors to a device, on a CUDA stream of its own.
+    """Copies tensors to a device, on a separate CUDA stream.
 
     Copies from pinned memory overlap with the work that is queued on the device, and continue after
     `upload` has returned. The memory must not change during the copy, but its owner may reuse it as
     soon as nothing refers to it. The host tensors of an upload are therefore kept until the next
-    upload. It first waits for that copy, and for the work that was queued before it, so that a host
-    far ahead of the device does not fill the device's memory with uploads. The device still has the
-    work that was queued between the two uploads.
+    upload. Each upload first waits for the copy of the previous one, and for the work that was
+    queued before it, so that a host far ahead of the device does not fill the device's memory with
+    uploads. The device still has the work that was queued between the two uploads.
 
     Args:
         device: Device to copy to.

@@ -44,7 +44,7 @@ def test_the_first_step_has_the_error_of_the_other_sae(
         error = ((x - sae(x)) @ map_).square().sum()
         fvu = float(error / ((x - x.mean(0)) @ map_).square().sum())
         assert rows[0]["fvu"] == pytest.approx(fvu, rel=1e-3)
-    # Other maps weigh the channels, and so the error and the selection, in another way.
+    # Other maps weigh the channels, and so the error and the selection, differently.
     assert rows[0]["fvu"] < random
 
 

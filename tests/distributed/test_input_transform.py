@@ -1,4 +1,4 @@
-"""Test the maps of the inputs: folded exactly, resumed bit for bit, and better on loud channels."""
+"""Test the input maps: folded exactly, resumed bit for bit, better on dominant channels."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from tests.support.trainer_ranks import D, Job, SyntheticSource, config_of, run_
 pytestmark = pytest.mark.distributed
 
 LOUD = 30.0
-"""Factor of the two loud channels of `LoudSource`."""
+"""Factor of the two dominant channels of `LoudSource`."""
 
 
 class LoudSource(SyntheticSource):
-    """Synthetic rows of which two channels are far louder than the others."""
+    """Synthetic rows in which two channels have far more variance than the others."""
 
     def rows(self, index: int) -> torch.Tensor:
         x = super().rows(index)
@@ -115,7 +115,8 @@ def test_loud_channels_take_over_unless_they_are_mapped(tmp_path: Path) -> None:
         folder = tmp_path / transform
         ranks = Ranks(folder, 1, _train_loud, str(folder), transform, 400)
         assert ranks.codes() == [0], ranks.logs()
-        proposed[transform] = "proposal: the loudest 5% of the channels" in ranks.logs()[0]
+        proposal = "proposal: the 5% of the channels with the most variance"
+        proposed[transform] = proposal in ranks.logs()[0]
         sae = load_sae(folder)
         error = (sae(rows) - rows)[:, 2:].square().sum()
         quiet_fvu[transform] = float(error / (rows - rows.mean(0))[:, 2:].square().sum())

@@ -121,7 +121,7 @@ def test_nothing_is_appended_outside_the_matrix(dtype, precision, candidate):
 
 def test_loads_fall_back_to_pointers_where_descriptors_do_not_fit(monkeypatch):
     candidate = next(each for each in candidates(torch.float16, "ieee") if each.descriptors)
-    # The matrices begin at an odd column; rows of other lengths than 48 may be copied.
+    # The matrices begin at an odd column; rows of lengths other than 48 may be copied.
     x, W, b = integers((20, 64), 1).half(), integers((600, 64), 2).half(), integers((600,), 3)
     x, W = x[:, 1:49], W[:, 1:49]
     assert not descriptors_fit(W) and descriptors_fit(integers((4, 40), 1).half())

@@ -1,4 +1,4 @@
-"""Test a model without a language-model head: no cross-entropy is measured, and that is said."""
+"""Test a model without a language-model head: no cross-entropy, and the reason is given."""
 
 from __future__ import annotations
 

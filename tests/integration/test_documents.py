@@ -152,5 +152,5 @@ def test_ids_beyond_the_vocabulary_are_refused(tmp_path: Path) -> None:
 
 def test_a_model_that_mixes_documents_is_refused() -> None:
     """OPT numbers positions from its mask, and does not read those that are given."""
-    with pytest.raises(ModelError, match=r"data\.packing=masked: OPTForCausalLM mixes"):
+    with pytest.raises(ModelError, match=r"data\.packing=masked: OPTForCausalLM attends across"):
         require_document_masks(opt(), ["model.decoder.layers.1"])

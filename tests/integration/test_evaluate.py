@@ -269,7 +269,7 @@ def test_firings_are_counted_on_a_stated_sample(
     frequency = json.loads((tmp_path / "eval" / "frequency.json").read_text())
     assert frequency == {"tokens": 64, "of_tokens": store.n_tokens, "counts": counts.tolist()}
     assert metrics["dead_fraction"] == float((counts == 0).double().mean())
-    assert "0 of frequency_tokens training rows" in metrics["definitions"]["dead_fraction"]
+    assert "none of frequency_tokens training rows" in metrics["definitions"]["dead_fraction"]
 
     report_stage.run(config, tmp_path)
     page = (tmp_path / "report" / "index.html").read_text(encoding="utf-8")

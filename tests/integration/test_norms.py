@@ -1,4 +1,4 @@
-"""Test that rows of huge norm are neither stored, trained on nor evaluated, and are told."""
+"""Test that rows of huge norm are neither stored, trained on nor evaluated, and are reported."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_rows_of_huge_norm_are_left_out(tmp_path: Path, capsys: pytest.CaptureFi
     (limit,) = one.header.provenance["max_norms"].values()
     assert np.linalg.norm(stored, axis=1).max() < limit < np.linalg.norm(rows, axis=1).max()
 
-    # The SAE reconstructs the loud token perfectly, and everything else badly.
+    # The SAE reconstructs the large token perfectly, and everything else badly.
     loudest = torch.from_numpy(rows[loud][0])
     W = torch.nn.functional.normalize(loudest[None], dim=1)
     sae_config = TopKConfig(n_latents=1, k=1, hookpoint=HOOKPOINT)
@@ -90,4 +90,4 @@ def test_rows_of_huge_norm_are_left_out(tmp_path: Path, capsys: pytest.CaptureFi
     assert metrics["all"]["fvu_median"] > 0.5 and metrics["of-1"]["fvu_median"] > 0.5
     assert metrics["all"]["variance_top_1"] > 0.3 > metrics["of-1"]["variance_top_1"]
     assert metrics["of-1"]["rows"] < metrics["all"]["rows"]
-    assert out.count("so fvu mostly tells how well these are reconstructed") == 1
+    assert out.count("so fvu mostly measures how well these are reconstructed") == 1

@@ -218,7 +218,7 @@ def test_killed_and_cancelled_jobs_are_not_requeued_and_the_next_one_resumes(fol
     second.wait_for_step(200)
     subprocess.run(["scancel", second.id], check=True)
     second.wait_for("CANCELLED")
-    wait_until(lambda: second.attempts() == ["start", "start", 75], "no end noted", slurm)
+    wait_until(lambda: second.attempts() == ["start", "start", 75], "no end recorded", slurm)
     second.wait_until_gone()
     assert second.fields["JobState"] == "CANCELLED" and second.fields["Restarts"] == "0"
     assert second.steps().count(5) == 1, "restarted without a checkpoint"

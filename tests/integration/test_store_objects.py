@@ -251,7 +251,7 @@ def test_other_bytes_and_other_stores_are_refused(url: str) -> None:
     before = objects(url)
     with pytest.raises(NonDeterministicItemError, match="item 0"):
         writer.write_item(0, *item_columns(99, 16, ARRAYS))
-    with pytest.raises(StoreMismatchError, match="shard_tokens: the store has 16, wanted 32"):
+    with pytest.raises(StoreMismatchError, match="shard_tokens: the store has 16, requested 32"):
         write_store(url, [], arrays=ARRAYS, finalise=False, shard_tokens=32)
     with pytest.raises(StoreFormatError, match="holds objects but is not an activation store"):
         StoreWriter(url.rpartition("/")[0], ARRAYS)

@@ -1,4 +1,4 @@
-"""Part `float8`: the largest error of the float8 product, relative to the bound it is given.
+"""Part `float8`: the largest error of the float8 product, relative to its bound.
 
 Two bounds cover two kinds of error: the rounding of the inputs, and the sums, which the device
 computes with fewer bits than float32 has. Positive data make the sums lose most, because no term

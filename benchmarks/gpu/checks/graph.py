@@ -2,7 +2,7 @@
 
 Where deepspeed is installed, both runs are those of the trainer's engine, with `train.cuda_graph`
 on and off. Elsewhere the captured run wraps the step of `PlainTrainer` in the engine's `StepGraph`.
-A step that cannot be captured goes on eagerly; the row then has torch's reason.
+A step that cannot be captured continues eagerly; the row then has torch's reason.
 """
 
 from __future__ import annotations

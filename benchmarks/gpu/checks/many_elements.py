@@ -16,7 +16,7 @@ from benchmarks.step.work import Work
 _SAMPLES = 4096
 _CHUNK_ROWS = 65536
 _SPARE = 1.2
-"""Memory to have free, as a multiple of the operands and results."""
+"""Required free memory, as a multiple of the operands and results."""
 
 
 def run(context: Context) -> str:

@@ -52,7 +52,7 @@ class Run(ABC):
     """
 
     path: str
-    """What runs the steps and saves them."""
+    """Name of the code that runs the steps and saves them."""
 
     def __init__(self, context: Context, variant: Variant, seed: int) -> None:
         self.context = context
@@ -82,7 +82,7 @@ class Run(ABC):
 
     @abstractmethod
     def save(self, folder: Path, step: int) -> None:
-        """Write everything that a run needs to go on."""
+        """Write everything that a run needs to continue."""
 
     @abstractmethod
     def load(self, folder: Path, step: int) -> None:

@@ -21,7 +21,7 @@ _CANNOT_RUN = ("Device not supported", "Unable to find", "failed to initialize")
 
 
 def run(context: Context) -> str:
-    """Run both tools in processes of their own, each in a share of the time."""
+    """Run both tools in separate processes, each in a share of the time."""
     tool_path = shutil.which(COMMAND)
     if tool_path is None:
         context.report("compute-sanitizer", skipped=f"{COMMAND} is not on the PATH")

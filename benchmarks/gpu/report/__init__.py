@@ -1,1 +1,1 @@
-"""Predictions beside measurements, and what follows from the results."""
+"""Predictions compared with measurements, and what follows from the results."""

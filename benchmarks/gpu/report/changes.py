@@ -1,4 +1,4 @@
-"""What to change: rules that turn results into a file, a constant or a setting to change."""
+"""Rules that turn results into advice: which file, constant or setting to change."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ def changes(outcomes: Sequence[Outcome], compared: Sequence[Row], interpreted: b
 
     Args:
         outcomes: The parts so far.
-        compared: Rows of the table of predicted beside measured.
-        interpreted: True if the CPU interpreted the kernels, so that times mean nothing.
+        compared: Rows of the table of predictions and measurements.
+        interpreted: True if the CPU interpreted the kernels, so that times are meaningless.
     """
     rules = _RESULTS if interpreted else (*_RESULTS, *_COSTS)
     return [text for rule in rules for text in rule(outcomes, compared)]
@@ -65,7 +65,7 @@ def _encoder_results(outcomes: Sequence[Outcome], compared: Sequence[Row]) -> It
             )
         else:
             yield (
-                f"encoder {where}: selects other latents than float64 (error "
+                f"encoder {where}: selects different latents from float64 (error "
                 f"{row['error_ratio']} of the allowed): sae_core/kernels/triton/encoder/filter.py"
             )
 

@@ -1,4 +1,4 @@
-"""The table of predicted beside measured times and memory."""
+"""The table that compares predicted with measured times and memory."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ from sae_core.kernels.prefilter import FIRST_ROUND, n_float8_candidates
 
 @dataclass(frozen=True)
 class Rates:
-    """What a device does per second."""
+    """Work that a device does per second."""
 
     name: str
     flop_per_s: float
@@ -38,7 +38,7 @@ class Rates:
 
 @dataclass(frozen=True)
 class Assumptions:
-    """What cannot be counted."""
+    """Assumptions about what cannot be counted."""
 
     wide: float
     """Speed of the encoder's best tile (128 x 256, 8 warps) relative to the bare product."""
@@ -54,7 +54,7 @@ class Assumptions:
 
 
 EXPECTED = Assumptions(wide=660 / 790, square=495 / 790, many=0.4, exposed=1.0, issue=0.5)
-"""Published H100 figures of such tiles, in TFLOP/s beside 790 of cuBLAS; the rest is a guess."""
+"""Published H100 figures of such tiles in TFLOP/s, of 790 for cuBLAS; the rest is a guess."""
 BEST = Assumptions(wide=1.0, square=1.0, many=0.6, exposed=0.0, issue=1.0)
 """A product as fast as cuBLAS, and nothing lost elsewhere: a limit, not an expectation."""
 

@@ -1,4 +1,4 @@
-"""What `stage=plan` predicts for the steps of the step table: time and peak memory."""
+"""Predictions of `stage=plan` for the steps of the step table: time and peak memory."""
 
 from __future__ import annotations
 

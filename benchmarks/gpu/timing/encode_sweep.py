@@ -1,4 +1,4 @@
-"""Part `encode`: the time of each candidate of the encoder beside the bare product."""
+"""Part `encode`: the time of each candidate of the encoder relative to the bare product."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Parts `step` and `largest`: kernels and whole steps beside the bare product of the same run."""
+"""Parts `step` and `largest`: kernels and whole steps next to the bare product of the same run."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def run_largest(context: Context) -> str:
 def measure_all(
     context: Context, name: str, work: Work, operations: Sequence[str], share: Budget
 ) -> list[Row]:
-    """Measure operations one by one, each beside the bare product, and report each at once.
+    """Measure operations one by one, each next to the bare product, and report each at once.
 
     Args:
         context: Device and time.

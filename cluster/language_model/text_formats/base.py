@@ -13,10 +13,10 @@ from cluster.language_model.text_formats.documents import Document, document_of
 
 @dataclass(frozen=True)
 class Reading:
-    """How the documents of a file are to be read."""
+    """Settings for reading the documents of a file."""
 
     field: str = "text"
-    """Field or column with the text, in formats that have fields. Dots lead into nested fields."""
+    """Field or column with the text, in formats that have fields. Dots select nested fields."""
     encoding: str = "utf-8"
     """Character encoding of formats that are text."""
     kind: str = "text"
@@ -66,6 +66,6 @@ class Records(TextFormat):
         """
 
     def documents(self, file: Path, reading: Reading) -> Iterator[Document | None]:
-        """Yield the document of each record; see `document_of` for the values that are one."""
+        """Yield the document of each record; see `document_of` for the values that count as one."""
         for place, value in self.values(file, reading):
             yield document_of(value, reading.kind, reading.field, f"{file}, {place}")

@@ -42,11 +42,11 @@ class Columns(Records):
 
     @abstractmethod
     def batches(self, file: Path, reading: Reading) -> Iterator[pyarrow.RecordBatch]:
-        """Yield batches whose only column is the one that the field leads to, or into.
+        """Yield batches with a single column: the one that is or contains the field.
 
         Raises:
             ArrowException: If the content is not of this format.
-            TextError: If there is no such column, or it holds no documents of this kind.
+            TextError: If there is no such column, or its type does not hold documents of this kind.
         """
 
 
@@ -176,8 +176,8 @@ def _is_messages(kind: pyarrow.DataType) -> bool:
 
 _TYPES = {
     "text": (_is_text, "strings"),
-    "token_ids": (_is_ids, "lists of integers, as data.kind=token_ids"),
-    "chat": (_is_messages, "lists of messages, as data.kind=chat"),
+    "token_ids": (_is_ids, "lists of integers, because data.kind=token_ids"),
+    "chat": (_is_messages, "lists of messages, because data.kind=chat"),
 }
 """For each kind of documents, the test of a column's type, and the type in words."""
 

@@ -27,7 +27,7 @@ def document_of(value: Any, kind: str, field: str, where: str) -> Document | Non
         where: Place of the record, for messages.
 
     Raises:
-        TextError: If the value is no document of this kind.
+        TextError: If the value is not a document of this kind.
     """
     if kind == "text":
         return as_text(value, field, where)
@@ -48,7 +48,8 @@ def _token_ids(value: Any, field: str, where: str) -> NDArray[np.int32]:
     if wrong or ids.min() < 0 or ids.max() > _LARGEST_ID:
         raise TextError(
             f"{where}: expected a list of token ids of 0 or more in the field data.text_field="
-            f"{field!r}, as data.kind=token_ids; found {type(value).__name__} {str(value)[:60]}"
+            f"{field!r}, because data.kind=token_ids; found {type(value).__name__} "
+            f"{str(value)[:60]}"
         )
     return ids.astype(np.int32)
 
@@ -56,7 +57,7 @@ def _token_ids(value: Any, field: str, where: str) -> NDArray[np.int32]:
 def _messages(value: Any, field: str, where: str) -> list[dict[str, str]]:
     """Return the messages of a chat with the keys `role` and `content`.
 
-    ShareGPT's `from` and `value` are read as well. Parts of a content that are no text are refused.
+    ShareGPT's `from` and `value` are read as well. Content parts that are not text are rejected.
     """
     if isinstance(value, dict):
         raise missing_field(value, field, where)
@@ -72,7 +73,7 @@ def _messages(value: Any, field: str, where: str) -> list[dict[str, str]]:
         if not isinstance(role, str) or not isinstance(content, str):
             raise TextError(
                 f"{where}: expected a list of messages with the texts 'role' and 'content' in the "
-                f"field data.text_field={field!r}, as data.kind=chat; found "
+                f"field data.text_field={field!r}, because data.kind=chat; found "
                 f"{type(message).__name__} {str(message)[:80]}"
             )
         messages.append({"role": _SHAREGPT_ROLES.get(role, role), "content": content})

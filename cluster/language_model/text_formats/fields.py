@@ -13,8 +13,8 @@ NESTED_LEVELS = 3
 def field_of(record: Any, field: str, where: str) -> Any:
     """Return the value of a field of a record. A record that is text or null is its own value.
 
-    A field that is named `field` takes precedence. Otherwise each dot leads into a nested field,
-    and through a list into the fields of all its elements.
+    A field that is named `field` takes precedence. Otherwise each dot selects a nested field or, in
+    a list, that field of every element.
 
     Args:
         record: The record.

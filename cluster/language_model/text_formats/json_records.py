@@ -103,8 +103,8 @@ def _elements(stream: IO[str], file: Path) -> Iterator[tuple[str, Any]]:
                 if more and not isinstance(error, RecursionError):
                     break
                 raise _not_json(f"{file}, element {number + 1}", error) from error
-            # A number at the end of what was read may go on. Texts and objects may not, but what
-            # follows them must be seen to tell whether it is a comma.
+            # A number at the end of the buffer may continue. Texts and objects may not, but what
+            # follows them must be read to know whether it is a comma.
             if more and _skip_spaces(text, end) == len(text):
                 break
             number += 1

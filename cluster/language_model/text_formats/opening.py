@@ -1,4 +1,4 @@
-"""Open text files: decompress and decode them, and explain bytes that are not in the encoding."""
+"""Open text files: decompress and decode them, and explain decoding errors."""
 
 from __future__ import annotations
 
@@ -65,14 +65,14 @@ def format_suffix(file: Path) -> str:
 
 
 def open_bytes(file: Path) -> IO[bytes]:
-    """Open a file for reading, and decompress it if its name says that it is compressed."""
+    """Open a file for reading, and decompress it if its suffix names a compression format."""
     compression = compression_of(file)
     opened = COMPRESSIONS[compression](file) if compression else file.open("rb")
     return cast("IO[bytes]", opened)
 
 
 def open_text(file: Path, encoding: str = UTF_8, newline: str | None = None) -> IO[str]:
-    """Open a text file for reading, and decompress it if its name says that it is compressed.
+    """Open a text file for reading, and decompress it if its suffix names a compression format.
 
     A byte-order mark at the start of UTF-8 text is skipped.
 
@@ -130,14 +130,14 @@ def is_utf_8(encoding: str) -> bool:
 
 
 def _reason(probe: bytes) -> str:
-    """Return what the first bytes of a file say about it, and how to mend it."""
+    """Return what the first bytes of a file reveal about its encoding, and how to fix the error."""
     for mark, name in MARKS.items():
         if probe.startswith(mark) and name != "UTF-8":
             return f"it begins with the byte-order mark of {name}; set data.encoding={name.lower()}"
     for first, (name, suffix) in PACKED.items():
         if probe.startswith(first):
-            mend = f"let its name end in {suffix}" if suffix else "unpack it"
-            return f"it is compressed with {name}; {mend}"
+            fix = f"rename it to end in {suffix}" if suffix else "decompress it"
+            return f"it is compressed with {name}; {fix}"
     if _has_controls(probe):
         return (
             "it has many control characters; if it is UTF-16 text, set data.encoding=utf-16-le or "

@@ -22,7 +22,7 @@ class Plain(TextFormat):
         if reading.kind != "text":
             raise TextError(
                 f"{file}: expected a file with the field {reading.field!r}, such as JSON Lines or "
-                f"Parquet, as data.kind={reading.kind}"
+                f"Parquet, because data.kind={reading.kind}"
             )
         with open_text(file, reading.encoding) as lines:
             if not reading.alone:

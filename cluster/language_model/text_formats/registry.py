@@ -64,6 +64,7 @@ def format_of(file: Path, formats: Mapping[str, TextFormat] | None = None) -> Te
         )
     if compression_of(file) and not formats[suffix].may_be_compressed:
         raise TextError(
-            f"data.path: {file}: {suffix} files must not be compressed as a whole; unpack this file"
+            f"data.path: {file}: {suffix} files must not be compressed as a whole; decompress "
+            "this file"
         )
     return formats[suffix]

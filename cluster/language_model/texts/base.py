@@ -49,7 +49,7 @@ class Text(ABC):
 
     @abstractmethod
     def check(self) -> None:
-        """Read as little as shows that the documents can be read.
+        """Check that the documents can be read, reading as little as possible.
 
         Raises:
             TextError: If a file cannot be read or lacks the field of the text.
@@ -57,7 +57,7 @@ class Text(ABC):
 
     @abstractmethod
     def summary(self) -> list[str]:
-        """Return lines for people: what is read, and what is left out and why."""
+        """Return lines to print: what is read, what is skipped and why."""
 
 
 def present(documents: Iterator[Document | None], tally: Tally) -> Iterator[Document]:

@@ -33,7 +33,7 @@ def declared_files(
         root: The folder.
         wanted_subset: Subset to read; None means the default, or the only one.
         wanted_split: Split to read; None means train, or the only one; "all" means all.
-        notes: Lines for people, to which this adds.
+        notes: Lines to print; this function appends to them.
 
     Raises:
         TextError: If there is no such subset or split, or one must be chosen.

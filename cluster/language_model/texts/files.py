@@ -43,7 +43,7 @@ class FileText(Text):
     reading: Reading
     """How the files are read. `alone` is replaced for each file."""
     notes: tuple[str, ...] = ()
-    """Lines for people about the choice of the files."""
+    """Lines to print about the choice of the files."""
 
     def sha256(self, cache_dir: Path) -> str:
         """Return a hash of the names and contents of the files and of how they are read.
@@ -132,14 +132,14 @@ def _begins_with_mark(file: Path) -> bool:
 
 
 def _require_content(file: Path) -> None:
-    """Refuse the small file that stands for one that Git LFS has not downloaded.
+    """Reject a Git LFS pointer, the small placeholder of a file that was not downloaded.
 
     Raises:
-        TextError: If this is such a file.
+        TextError: If the file is a pointer.
     """
     with file.open("rb") as stream:
         if stream.read(len(LFS_POINTER)) == LFS_POINTER:
-            raise TextError(f"{file} is a pointer of Git LFS, not the file; run `git lfs pull`")
+            raise TextError(f"{file} is a Git LFS pointer, not the file itself; run `git lfs pull`")
 
 
 def _size(n_bytes: int) -> str:

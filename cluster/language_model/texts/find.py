@@ -84,7 +84,7 @@ def require_text(data: DataConfig) -> None:
 
 
 def pin_revisions(data: DataConfig) -> DataConfig:
-    """Return the settings with the commits of data sets on the Hub in place of branches.
+    """Replace the branches of data sets on the Hub by their current commits.
 
     Workers that start later then read the same documents.
     """

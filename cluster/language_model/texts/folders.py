@@ -2,7 +2,7 @@
 
 Hidden files and folders, dataset cards, licences and the metadata of data sets are left out. If the
 folder has files with fields, such as JSON Lines or Parquet, its plain files are left out too. If
-the names of all files tell their split, the files of one split are chosen.
+the names of all files identify their split, the files of one split are chosen.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from cluster.language_model.text_formats.opening import format_suffix
 from cluster.language_model.texts.splits import choose_split
 
 HIDDEN = (".", "__MACOSX", "__pycache__")
-"""Beginnings of the names of files and folders that programs keep for themselves."""
+"""Prefixes of the names of files and folders that programs keep for their own use."""
 CARDS = (
     "readme",
     "license",
@@ -60,7 +60,7 @@ def choose_files(
         split: Split to read; None means train if there are splits; "all" reads them all.
 
     Returns:
-        The files, and lines for people about the files that are left out.
+        The files, and lines to print about the files that are skipped.
 
     Raises:
         TextError: If the files are of several formats with fields, or no file is of the split.
@@ -80,15 +80,15 @@ def choose_files(
         else:
             files.append(file)
     if described:
-        notes.append(f"left out, they describe the data: {_shortened(described)}")
+        notes.append(f"skipped, descriptions of the data: {_shortened(described)}")
     if others:
-        notes.append(f"left out, of other formats: {_shortened(others)}")
+        notes.append(f"skipped, other formats: {_shortened(others)}")
     files = _of_one_kind(files, formats, root, notes)
     return choose_split(files, root, split, notes), notes
 
 
 def _visible(root: Path, notes: list[str]) -> Iterator[Path]:
-    """Yield all files below a folder that are not hidden, through links to folders as well."""
+    """Yield all files below a folder that are not hidden, also following links to folders."""
     hidden = []
     seen = {root.resolve()}
     for folder, folders, names in os.walk(root, onerror=_raise, followlinks=True):
@@ -114,7 +114,7 @@ def _visible(root: Path, notes: list[str]) -> Iterator[Path]:
                     "not exist; download it, or remove the link"
                 )
     if hidden:
-        notes.append(f"left out, hidden: {_shortened(sorted(hidden))}")
+        notes.append(f"skipped, hidden: {_shortened(sorted(hidden))}")
 
 
 def _raise(error: OSError) -> NoReturn:
@@ -122,7 +122,7 @@ def _raise(error: OSError) -> NoReturn:
 
 
 def _describes(file: Path, formats: Mapping[str, TextFormat]) -> bool:
-    """Return True if a file describes data by its name, rather than holding documents."""
+    """Return True if, judging by its name, a file describes data rather than holding documents."""
     if formats[format_suffix(file)].has_fields:
         return file.name.lower() in METADATA
     return file.name.lower().split(".")[0].replace("-", "_") in CARDS
@@ -144,7 +144,7 @@ def _of_one_kind(
     else:
         chosen = with_fields
         names = [file.relative_to(root).as_posix() for file in plain]
-        notes.append(f"left out, plain text beside data files: {_shortened(names)}")
+        notes.append(f"skipped, plain text next to data files: {_shortened(names)}")
     kinds = {id(format_of(file, formats)) for file in chosen}
     if with_fields and len(kinds) > 1:
         suffixes = Counter(format_suffix(file) for file in chosen)

@@ -46,9 +46,9 @@ class HubText(Text):
     revision: str | None
     """Commit, branch or tag; None means the default branch."""
     field: str
-    """Field with the text; dots lead into nested fields."""
+    """Field with the text; dots select nested fields."""
     streaming: bool
-    """Read the files over the network while they are needed, instead of downloading them first."""
+    """Read the files over the network as they are needed, instead of downloading them first."""
     kind: str = "text"
     """What a document is: `data.kind`."""
 
@@ -66,10 +66,10 @@ class HubText(Text):
 
     @cached_property
     def commit(self) -> str:
-        """The commit that `revision` stands for.
+        """The commit that `revision` resolves to.
 
         Raises:
-            TextError: If the Hub does not answer, or has no such data set or revision.
+            TextError: If the Hub does not respond, or has no such data set or revision.
         """
         if self.revision is not None and COMMIT.fullmatch(self.revision):
             return self.revision

@@ -17,7 +17,7 @@ class Part:
     """One text of a mixture."""
 
     name: str
-    """Its path, for people."""
+    """Its path, as printed."""
     text: Text
     weight: float
     """Share of the characters, or token ids, relative to the weights of the other texts."""
@@ -28,7 +28,8 @@ class Mixture(Text):
     """The documents of several texts, in an order that only the texts and weights determine.
 
     The next document always comes from the text that is furthest behind its share of the characters
-    so far. The mixture ends with the text that ends first, so that the shares hold throughout.
+    so far. The mixture ends when the first of its texts runs out, so that the shares hold
+    throughout.
     """
 
     parts: tuple[Part, ...]
@@ -43,7 +44,7 @@ class Mixture(Text):
         """Yield the documents of all texts until one has no more.
 
         Raises:
-            TextError: If a text cannot be read, or has no document at all.
+            TextError: If a text cannot be read, or contains no documents.
         """
         tally = Tally() if tally is None else tally
         streams = [part.text.documents(tally) for part in self.parts]
@@ -56,7 +57,7 @@ class Mixture(Text):
             text = next(streams[behind], None)
             if text is None:
                 if not characters[behind]:
-                    raise TextError(f"data.mixture: {name!r} has no document; remove it")
+                    raise TextError(f"data.mixture: {name!r} contains no documents; remove it")
                 tally.ended_by = name
                 return
             characters[behind] += len(text)

@@ -21,7 +21,8 @@ def saved_files(folder: Path, split: str | None) -> tuple[Path, ...]:
         split: Split to read; None means train, or the only one; "all" means all.
 
     Raises:
-        TextError: If the split is not there, or the metadata is damaged or leads out of the folder.
+        TextError: If the split does not exist, or the metadata is damaged or points outside the
+            folder.
     """
     if (folder / SPLITS).is_file():
         splits = _chosen(folder, split)
@@ -66,7 +67,7 @@ def _inside(folder: Path, name: str, metadata: Path) -> Path:
     """Return a path in a folder.
 
     Raises:
-        TextError: If the name leads out of the folder.
+        TextError: If the name points outside the folder.
     """
     if Path(name).is_absolute() or ".." in Path(name).parts or not name:
         raise TextError(

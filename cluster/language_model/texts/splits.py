@@ -1,4 +1,4 @@
-"""Splits of a data set, as the names of its files and folders tell them."""
+"""Splits of a data set, recognised by the names of its files and folders."""
 
 from __future__ import annotations
 
@@ -22,23 +22,25 @@ WORDS = {
     "eval": "test",
     "evaluation": "test",
 }
-"""Words that tell a split, as in the `datasets` library."""
+"""Words that identify a split, as in the `datasets` library."""
 _WORD = re.compile(r"[A-Za-z]+")
 
 
 def choose_split(files: list[Path], root: Path, wanted: str | None, notes: list[str]) -> list[Path]:
-    """Return the files of one split, or all files if their names do not tell splits.
+    """Return the files of one split, or all files if their names do not identify splits.
 
-    Names tell splits only if every one does: among other documents, `test.txt` is a document.
+    Splits are recognised only if every name identifies one: among other documents, `test.txt` is an
+    ordinary document.
 
     Args:
         files: The files of a folder.
         root: The folder.
         wanted: Split to choose; None means train if there are splits; "all" chooses all files.
-        notes: Lines for people, to which this adds.
+        notes: Lines to print; this function appends to them.
 
     Raises:
-        TextError: If there is no file of the split, or none is wanted and train is not among them.
+        TextError: If there is no file of the split, or no split is requested and train is not among
+            them.
     """
     if wanted == ALL or not files:
         return files
@@ -56,7 +58,8 @@ def choose_split(files: list[Path], root: Path, wanted: str | None, notes: list[
         if counts and None in split_of.values():
             names = [file.name for file in files if split_of[file] is not None]
             notes.append(
-                f"read like all others, although the names tell splits: {', '.join(names[:4])}; "
+                f"read like all others, although these names look like splits: "
+                f"{', '.join(names[:4])}; "
                 "choose with data.split or data.files"
             )
         return files
@@ -70,12 +73,12 @@ def choose_split(files: list[Path], root: Path, wanted: str | None, notes: list[
     left_out = Counter(split_of[file] or "no split" for file in files if file not in set(chosen))
     if left_out:
         found = ", ".join(f"{count} of {name}" for name, count in sorted(left_out.items()))
-        notes.append(f"left out, files of other splits (data.split): {found}")
+        notes.append(f"skipped, other splits (data.split): {found}")
     return chosen
 
 
 def _split_of(name: Path) -> str | None:
-    """Return the split that a file's name tells, or else that of the innermost folder."""
+    """Return the split that a file's name identifies, or else that of the innermost folder."""
     for part in reversed(name.parts):
         words = [WORDS[word] for word in _WORD.findall(part.lower()) if word in WORDS]
         if words:

@@ -20,8 +20,8 @@ def boundary_ids(tokenizer: Any, data: DataConfig) -> tuple[int, int]:
     that the tokenizer itself puts before a text, or else with its BOS token, and EOS separates
     documents (in encoders CLS and SEP). If one of them is missing, the other is used for both.
 
-    Chat models may declare the marks of turns as BOS and EOS, although they were pre-trained with
-    `<|endoftext|>`. So that token is used in place of one that occurs in the chat template.
+    Chat models may declare their turn markers as BOS and EOS, although they were pre-trained with
+    `<|endoftext|>`. That token is therefore used in place of one that occurs in the chat template.
 
     Raises:
         ConfigError: If a named token is not in the vocabulary.
@@ -60,7 +60,7 @@ def excluded_ids(tokenizer: Any, data: DataConfig) -> tuple[int, ...]:
     A token is named as in the vocabulary, or by its text.
 
     Raises:
-        ConfigError: If a text is no single token.
+        ConfigError: If a text is not a single token.
     """
     ids = set(data.exclude_ids)
     vocabulary = tokenizer.get_vocab() if data.exclude_tokens else {}

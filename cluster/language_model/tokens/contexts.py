@@ -85,7 +85,7 @@ class Split:
         if self.packing == "separate":
             mask = np.pad(inside.astype(np.int64), ((0, 0), (1, 0)), constant_values=1)
             return ModelInputs(ids, attention_mask=mask)
-        # A document begins with BOS, which is marked as no token of it.
+        # A document begins with BOS, which is marked as not being one of its tokens.
         columns = np.arange(ids.shape[1])
         begins = np.pad(~inside, ((0, 0), (1, 0)), constant_values=True)
         first = np.maximum.accumulate(np.where(begins, columns, 0), axis=1)

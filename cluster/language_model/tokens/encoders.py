@@ -1,4 +1,4 @@
-"""How the kinds of documents become tokens."""
+"""Encoders: turn documents of each kind into tokens."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Encoded(NamedTuple):
 
 
 class Encoder(ABC):
-    """Makes tokens of documents of one kind."""
+    """Tokenises documents of one kind."""
 
     n_special = 0
     """Number of special tokens that were found written in documents so far."""
@@ -43,7 +43,7 @@ class Encoder(ABC):
 
 
 class TextEncoder(Encoder):
-    """Tokenises text. Special tokens that are written in a document are text, and counted."""
+    """Tokenises text. Special tokens written in a document are treated as text and counted."""
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
@@ -119,7 +119,7 @@ class ChatEncoder(Encoder):
         """Return the first and last plus one character of each message that counts.
 
         A message is its content and the special token that directly follows, which ends a turn.
-        Marks in place of the contents show where the template puts them.
+        Markers in place of the contents show where the template puts them.
 
         Raises:
             TextError: If the template does more with contents than to strip spaces around them.
@@ -139,7 +139,7 @@ class ChatEncoder(Encoder):
             if not text.startswith(before, end) or not found:
                 raise TextError(
                     f"data.roles={sorted(self._roles)}: the chat template changes the message "
-                    f"{content[:60]!r}, so that its tokens are not known; set data.roles=[] to "
+                    f"{content[:60]!r}, so its tokens cannot be located; set data.roles=[] to "
                     "store all tokens"
                 )
             end = start + len(found[0])
@@ -151,7 +151,7 @@ class ChatEncoder(Encoder):
     def _rendered(self, messages: list[dict[str, str]]) -> str:
         try:
             text: str = self._tokenizer.apply_chat_template(messages, tokenize=False)
-        except Exception as error:  # a template raises whatever it likes
+        except Exception as error:  # a template may raise any exception
             roles = [message["role"] for message in messages]
             raise TextError(
                 f"data.kind=chat: the model's chat template refuses messages of the roles {roles}: "

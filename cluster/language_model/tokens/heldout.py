@@ -1,4 +1,4 @@
-"""Rules by which a part of a text is held out for the evaluation."""
+"""Rules for holding out a part of a text for evaluation."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from conf.schema.data import DataConfig
 def is_heldout(document: Document, fraction: float) -> bool:
     """Return True if a document belongs to the held-out split.
 
-    The decision depends only on its content, so that copies of a document are in the same split.
+    The decision depends only on its content, so copies of a document are in the same split.
     """
     content = document.encode() if isinstance(document, str) else document.tobytes()
     head = hashlib.sha256(content).digest()[:8]

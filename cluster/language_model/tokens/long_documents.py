@@ -1,9 +1,10 @@
 """Tokenise documents of any length in bounded memory.
 
 A tokenizer needs more than 100 bytes for each character of its input. A long document is therefore
-tokenised in pieces that overlap. Two pieces are joined where both give the same tokens for a while,
-far enough from the cuts, because a tokenizer decides by what is near. The result is that of the
-whole document; where the pieces do not agree, the overlap is enlarged, up to the whole document.
+tokenised in pieces that overlap. Two pieces are joined where both give the same tokens over a
+stretch far enough from the cuts, because a token depends only on the text near it. The result is
+that of the whole document; where the pieces do not agree, the overlap is enlarged, up to the whole
+document.
 """
 
 from __future__ import annotations

@@ -45,7 +45,7 @@ def write_streams(
 
     Args:
         documents: The documents of the text.
-        encoder: What makes tokens of them.
+        encoder: Encoder of the documents.
         boundaries: Ids of BOS and of the separator.
         data: Settings of the text.
         target: Folder to write to.
@@ -102,7 +102,7 @@ def _packed(
     ids, positions = encoded.ids[start:stop], np.arange(start, stop)
     counts = np.ones(len(encoded.ids), np.bool_) if encoded.counts is None else encoded.counts
     counts = counts[start:stop]
-    # Ids and templates may have the marks of a document already.
+    # Token ids and templates may already contain the tokens that mark a document.
     if data.packing != "joined" and len(ids) and ids[0] == bos_id:
         ids, positions, counts = ids[1:], positions[1:], counts[1:]
     ends = len(ids) and ids[-1] == separator_id and data.kind != "text"

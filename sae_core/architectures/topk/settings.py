@@ -70,7 +70,7 @@ class TopKConfig(SAEConfig):
         return AuxiliaryPath(self.auxk or default_auxk(d_model), share)
 
     def resolved(self, d_model: int, batch_tokens: int, train_tokens: int) -> Self:
-        """Return the settings with numbers in place of nulls; see `SAEConfig.resolved`."""
+        """Return the settings with numbers instead of nulls; see `SAEConfig.resolved`."""
         found = super().resolved(d_model, batch_tokens, train_tokens)
         if self.auxk_rows is not None:
             return found

@@ -196,7 +196,7 @@ def segments(
     counts = edges.diff()
     per_slot = torch.where(counts > PIECE, (counts + PIECE - 1) // PIECE, 0)
     # Upper bound: a hot slot has at most count / PIECE + 1 pieces, and there are at most
-    # N / (PIECE + 1) hot slots, as each has more than PIECE pairs.
+    # N / (PIECE + 1) hot slots, because each has more than PIECE pairs.
     n_pieces = N // PIECE + N // (PIECE + 1) if N > PIECE else 0
     made = Segments(
         pairs.rows[order],

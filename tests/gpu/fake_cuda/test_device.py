@@ -1,4 +1,4 @@
-"""Test that the fake CUDA device finds every fault it is there to find, and no other."""
+"""Test that the fake CUDA device finds every fault it is meant to find, and no other."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_a_covered_launch(fake_cuda, compiled):
     [
         ({"counts": "int64"}, "counts is '*i64', compiled '*i32'"),
         ({"k": 32, "width": 2048}, "LOG_K is 5, compiled"),
-        ({"offset": 1}, "threshold is no multiple of 16"),
+        ({"offset": 1}, "threshold is not a multiple of 16"),
     ],
 )
 def test_an_uncovered_launch(fake_cuda, compiled, change, reason):

@@ -35,7 +35,7 @@ ANSWERS = {
     "sae_core/distributed/ranks.py: _any_failed": 0,
     "sae_core/training/trainer.py: Trainer._raise_if_bad": -1,
 }
-"""What a healthy device answers; see `FakeDevice.answers`."""
+"""Answers of a healthy device; see `FakeDevice.answers`."""
 WARM_UP = 3
 """Steps before the recorded one, which is captured as a CUDA graph if it can be."""
 

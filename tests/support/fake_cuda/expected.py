@@ -1,4 +1,4 @@
-"""Waits that the fake CUDA device reports and that are right, each with its reason.
+"""Waits that the fake CUDA device reports and that are expected, each with its reason.
 
 A test fails if an entry is no longer reported.
 """

@@ -27,7 +27,7 @@ _LARGEST_GRID = ((1 << 31) - 1, 65535, 65535)
 
 @dataclass(frozen=True)
 class _Pointer:
-    """Stands in for a tensor in a launch: what Triton's specialisation looks at."""
+    """Stand-in for a tensor in a launch: what Triton's specialisation depends on."""
 
     dtype: torch.dtype
     offset_bytes: int
@@ -89,7 +89,7 @@ def describe(kernel: Any, args: Iterable[Any], kwargs: Mapping[str, Any], grid: 
 
 
 def _argument(kernel: str, value: Any) -> Any:
-    """Return what stands in for an argument."""
+    """Return the stand-in for an argument."""
     if not isinstance(value, torch.Tensor):
         base = getattr(value, "base", None)  # of a tensor descriptor
         if isinstance(base, torch.Tensor):
@@ -151,7 +151,7 @@ def _difference(launch: Launch, compiled: Launch) -> str:
             if key not in ours or key not in theirs or ours[key] != theirs[key]:
                 parts.append(f"{key} is {ours.get(key)!r}, compiled {theirs.get(key)!r}")
     unaligned = [name for name in compiled.aligned if name not in launch.aligned]
-    parts += [f"{name} is no multiple of 16, compiled for multiples" for name in unaligned]
+    parts += [f"{name} is not a multiple of 16, compiled for multiples" for name in unaligned]
     aligned = [name for name in launch.aligned if name not in compiled.aligned]
     parts += [f"{name} is a multiple of 16, compiled for others" for name in aligned]
     return "; ".join(parts)

@@ -44,7 +44,7 @@ class Captured:
 
 
 class FakeDevice(TorchDispatchMode):
-    """Stands in for a CUDA device while it is active.
+    """Replaces a CUDA device while it is active.
 
     Tensors of the host are real, and operations on them run. A tensor on `cuda` has a dtype, shape
     and strides but no numbers: its operations run in torch's `FakeTensorMode`.
@@ -72,7 +72,7 @@ class FakeDevice(TorchDispatchMode):
         return record
 
     def waited(self, what: str) -> None:
-        """Note that the host waits for the device.
+        """Record that the host waits for the device.
 
         Raises:
             CaptureError: If a CUDA graph is being captured, like on a GPU.
@@ -142,7 +142,7 @@ class FakeDevice(TorchDispatchMode):
             return func(*args, **kwargs)
 
     def _waited_for_stream(self, what: str) -> None:
-        """Note that the host waits for the current stream."""
+        """Record that the host waits for the current stream."""
         self.waited(what)
         self.order.wait_on_host(self.order.clock(self.order.current))
 
@@ -177,7 +177,7 @@ class FakeDevice(TorchDispatchMode):
         return out
 
     def _check_devices(self, func: OpOverload, tensors: Sequence[torch.Tensor]) -> None:
-        """Raise MixedDevices for a tensor of the host, or note the wait if it is an index."""
+        """Raise MixedDevices for a tensor of the host, or record the wait if it is an index."""
         for tensor in tensors:
             if is_on_device(tensor) or tensor.dim() == 0:  # a scalar is passed by value
                 continue
@@ -193,7 +193,7 @@ class FakeDevice(TorchDispatchMode):
         kwargs: Mapping[str, Any],
         tensors: Sequence[torch.Tensor],
     ) -> Any:
-        """Run a collective on the host, or note one on the device."""
+        """Run a collective on the host, or record one on the device."""
         name = func.name().removeprefix("c10d::")
         groups = (
             dist.ProcessGroup.unbox(leaf)
@@ -218,7 +218,7 @@ class FakeDevice(TorchDispatchMode):
     def _note_order(
         self, func: OpOverload, args: Sequence[Any], read: Iterable[torch.Tensor], out: Any
     ) -> None:
-        """Add an operation to its stream, and note races with other streams."""
+        """Add an operation to its stream, and record races with other streams."""
         schema = func._schema
         if not schema.is_mutable and any(one.alias_info is not None for one in schema.returns):
             return  # a view reads and writes nothing

@@ -25,7 +25,7 @@ def compiler() -> str | None:
 def missing() -> str | None:
     """Return why the fake device does not run here, or None if it does."""
     if version("torch").partition("+")[2].startswith(("cu", "rocm")):
-        return "this build of torch has a CUDA device of its own; the fake one needs a CPU build"
+        return "this build of torch has a real CUDA device; the fake one needs a CPU build"
     if find_spec("triton") is None:
         return "triton is not installed: pip install triton"
     if compiler() is None:

@@ -1,4 +1,4 @@
-"""Which torch operators make the host wait for a CUDA device, or sum in no fixed order there."""
+"""The torch operators that make the host wait for a CUDA device, or sum in no fixed order there."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run does besides its steps, on the fake CUDA device."""
+"""The parts of a run other than its steps, on the fake CUDA device."""
 
 from __future__ import annotations
 

@@ -41,7 +41,7 @@ class DeviceError(Exception):
 class FakeCudaProcess:
     """A process that runs functions with the fake device, one at a time.
 
-    The device changes torch for good, so it needs a process of its own. It is started once,
+    The device changes torch permanently, so it needs a separate process. It is started once,
     because importing torch and DeepSpeed takes seconds.
     """
 

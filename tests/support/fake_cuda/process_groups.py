@@ -16,7 +16,7 @@ c10d: Any = distributed
 
 
 class _Options:
-    """Stands in for `ProcessGroupNCCL.Options`, which torch fills in."""
+    """Stand-in for `ProcessGroupNCCL.Options`, which torch fills in."""
 
     _timeout: Any = None
     is_high_priority_stream = False

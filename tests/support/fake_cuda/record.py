@@ -1,4 +1,4 @@
-"""What the fake CUDA device notes while a program runs on it. Does not import torch."""
+"""Records of the fake CUDA device while a program runs on it. Does not import torch."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ class Launch:
 
 @dataclass
 class Record:
-    """Everything noted since the last `clear`."""
+    """Everything recorded since the last `clear`."""
 
     waits: Counter[Wait] = field(default_factory=Counter)
     launches: Counter[Launch] = field(default_factory=Counter)
@@ -142,6 +142,6 @@ def place_of_call() -> tuple[Place, str]:
 
 def _place(frame: FrameType) -> Place:
     code = frame.f_code
-    # Some versions of Python run a comprehension in a function of its own.
+    # Some versions of Python run a comprehension in a separate function.
     function = re.sub(r"(\.<locals>\.<\w+>)+$", "", code.co_qualname)
     return Place(code.co_filename.removeprefix(f"{ROOT}/"), frame.f_lineno, function)

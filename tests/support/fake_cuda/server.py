@@ -11,7 +11,7 @@ from tests.support.fake_cuda import native
 
 
 def serve(connection: Connection) -> None:
-    """Run the functions that the parent names, with the fake device, until it hangs up."""
+    """Run the functions that the parent names, on the fake device, until it disconnects."""
     library = native.load()  # before anything imports torch
     from tests.support.fake_cuda import launches, torch_cuda
 

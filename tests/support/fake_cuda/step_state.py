@@ -1,4 +1,4 @@
-"""Where the state of a training step is: a replayed CUDA graph reads and writes the same memory."""
+"""Find the memory of a training step's state, which a replayed CUDA graph reads and writes."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ STATE = {
         for part in ("step", "exp_avg", "exp_avg_sq")
     ),
 }
-"""What every step updates; names as in `state_of`."""
+"""Tensors that every step updates; names as in `state_of`."""
 _WITHIN_A_STEP = {
     # Computed and used by the same step.
     "optimizer.grad_scale",
@@ -50,7 +50,7 @@ def state_of(engine: SAEEngine) -> dict[str, torch.Tensor]:
 
 
 def moved(before: Mapping[str, torch.Tensor], after: Mapping[str, torch.Tensor]) -> set[str]:
-    """Return the names of the tensors that are in other memory than before, new or gone."""
+    """Return the names of the tensors that are in different memory than before, new or gone."""
     common = before.keys() & after.keys()
     return (before.keys() ^ after.keys()) | {
         name for name in common if _memory(before[name]) != _memory(after[name])

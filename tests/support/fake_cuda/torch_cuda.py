@@ -32,7 +32,7 @@ _MEMORY = (
 def install(library: ctypes.CDLL) -> FakeDevice:
     """Make this process see one CUDA device, and return the mode that must be active to use it.
 
-    This cannot be undone: the process is good for nothing else afterwards.
+    This cannot be undone: the process cannot be used for anything else afterwards.
     """
     order = StreamOrder(library)
     device = FakeDevice(order)
@@ -56,7 +56,7 @@ def install(library: ctypes.CDLL) -> FakeDevice:
 
 
 class CudaRuntime:
-    """Stands in for the module that `torch.cuda.cudart` returns."""
+    """Stand-in for the module that `torch.cuda.cudart` returns."""
 
     def __init__(self, library: ctypes.CDLL) -> None:
         self._library = library
@@ -166,7 +166,7 @@ def _graphs(device: FakeDevice, order: StreamOrder) -> dict[str, Any]:
 
 
 def _apply(self: torch.nn.Module, fn: Callable[[torch.Tensor], torch.Tensor]) -> torch.nn.Module:
-    """Convert a module's tensors; stands in for `Module._apply`.
+    """Convert a module's tensors; a replacement for `Module._apply`.
 
     Torch changes a parameter in place, which is impossible between a real and a fake tensor. Here
     a parameter that moves is replaced, with its attributes.

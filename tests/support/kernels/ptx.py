@@ -141,7 +141,7 @@ def _add(address: int, number: int) -> int:
 def create_inline_asm(
     builder: Any, text: str, constraints: str, values: Any, types: Any, pure: bool, pack: int
 ) -> SimpleNamespace:
-    """Stand in for `InterpreterBuilder.create_inline_asm`; the text's result is ignored."""
+    """Replace `InterpreterBuilder.create_inline_asm`; the text's result is ignored."""
     assert constraints.split(",").count("=r") == pack
     assert constraints.count(",") + 1 == pack * (1 + len(values))
     shape = values[0].data.shape

@@ -2,7 +2,7 @@
 
     python tests/support/peers/files.py FOLDER
 
-Each SAE goes to a folder of its own, with `expected.safetensors`: x, latents and recon.
+Each SAE goes to its own folder, with `expected.safetensors`: x, latents and recon.
 """
 
 from __future__ import annotations

@@ -38,7 +38,7 @@ def die(context: Context) -> str:
 
 
 def hang(context: Context) -> str:
-    """Report a row with the id of a child process, then wait for ever, as does the child."""
+    """Report a row with the id of a child process, then wait forever, as does the child."""
     sleeper = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
     context.report("before", child=sleeper.pid)
     time.sleep(600)

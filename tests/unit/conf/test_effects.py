@@ -1,4 +1,4 @@
-"""Test that settings without effect in a run are told."""
+"""Test that settings without effect in a run are reported."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_settings_with_an_effect_are_not_told() -> None:
     assert not list(without_effect(config_with({"sae.auxk": 64, "optim.lr_at_16k": 1e-3}), []))
     mixed = config_with({"store.weight": 2.0, "store.mixture": [MixedStore("s")]})
     assert not list(without_effect(mixed, []))
-    # Values of an experiment for other stages are not told; a job may use every group.
+    # Values of an experiment for other stages are not reported; a job may use every group.
     assert not list(without_effect(config_with({"stage": "train", "submit.nodes": 2}), []))
     submitted = {"stage": "submit", "sweep.k": [16], "plan.n_gpus": 8}
     assert not list(without_effect(config_with(submitted), submitted))

@@ -49,7 +49,7 @@ def test_dense_and_sparse_agree_in_any_batch_shape():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_gradients_are_those_of_the_formulas(dtype):
-    """Of inputs, latents and weights, against autograd through the dense formulas."""
+    """Compare gradients of inputs, latents and weights with autograd through the dense formulas."""
     sae, x = small(), torch.randn(7, 6, generator=torch.Generator().manual_seed(3))
     for matrix in (sae.W_enc, sae.W_dec):
         matrix.data = matrix.data.to(dtype)

@@ -94,7 +94,7 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Tiles:
-    """How the segments of one dtype are computed."""
+    """Tile configurations for the segments of one dtype."""
 
     few: Candidate
     """For segments in which a row appends few keys per tile; see `Candidate.most_keys`."""

@@ -1,8 +1,8 @@
-"""Choice of the encoder's candidate by timing, kept in the user's cache folder.
+"""Choose the encoder's candidate by timing, and save the choice in the user's cache folder.
 
 Selected sets are equal whichever candidate wins, so ranks choose on their own and may differ. That
 the selected values are equal bit for bit, too, is expected but has not been verified on hardware;
-the kept choice makes later runs on the same kind of GPU use the same kernel.
+the saved choice makes later runs on the same kind of GPU use the same kernel.
 """
 
 # Triton ships no types.
@@ -110,8 +110,8 @@ def choose(encoder: Encoder, n_rows: int, n_latents: int, d_model: int, k: int) 
     except torch.cuda.OutOfMemoryError as error:
         warnings.warn(f"the encoder's candidates were not timed: {error}", stacklevel=2)
         return encoder.tiles.few
-    # An error of the device itself, such as an illegal access, must not pass for a candidate that
-    # does not run: waiting for the device raises it again.
+    # An error of the device itself, such as an illegal access, must not be mistaken for a candidate
+    # that does not run: waiting for the device raises it again.
     torch.cuda.synchronize()
     if not times_ms:
         return encoder.tiles.few
@@ -133,7 +133,7 @@ def timing_enabled() -> bool:
 
 
 def _has_few(candidate: Candidate, n_latents: int, k: int) -> bool:
-    """Return True if the last segment of so many latents has few keys per tile."""
+    """Return True if the last segment of `n_latents` latents has few keys per tile."""
     return candidate.most_keys * (n_latents // 4) >= k * candidate.tile.BN
 
 
@@ -142,7 +142,7 @@ def time_all(
     measure: Callable[[Candidate], float],
     clock: Callable[[], float] = time.monotonic,
 ) -> dict[str, float]:
-    """Measure every candidate twice, forth and back, and return the smaller time by label.
+    """Measure all candidates in order and in reverse, and return each one's smaller time by label.
 
     The order cancels a slow drift of the GPU's clock. Candidates that Triton cannot compile for the
     device are left out, with a warning, and so are those that `BUDGET_S` leaves no time for.
@@ -151,7 +151,7 @@ def time_all(
     times_ms: dict[str, float] = {}
     for each in options:
         if clock() - began > BUDGET_S:
-            warnings.warn(f"no time is left to time {each.label}", stacklevel=2)
+            warnings.warn(f"no time is left to measure {each.label}", stacklevel=2)
             continue
         try:
             times_ms[each.label] = measure(each)
@@ -184,7 +184,7 @@ class FilterTimer:
         share = torch.tensor(k / before, dtype=torch.float64)
         limit = float(torch.special.ndtri(1 - share))
         self._encoder = encoder
-        # A generator of its own: training's random numbers must not depend on what is timed.
+        # A separate generator: training's random numbers must not depend on what is timed.
         generator = torch.Generator(device).manual_seed(0)
         x = _random_rows(encoder.dtype, rows, d_model, d_model**-0.5, generator)
         W = _random_rows(encoder.dtype, latents, d_model, 1.0, generator)
@@ -240,15 +240,15 @@ def _random_rows(
 
 
 def choice_file(case: Case, options: Sequence[Candidate]) -> Path:
-    """Return the file that keeps the choice among `options`.
+    """Return the file that holds the choice among `options`.
 
     The name changes with the list of candidates, so that an earlier version's choice is not used.
 
     Raises:
-        RuntimeError: If there is no home folder.
+        RuntimeError: If the home folder cannot be determined.
     """
     base = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    if not base.is_absolute():  # as the XDG specification demands
+    if not base.is_absolute():  # as the XDG specification requires
         base = Path.home() / ".cache"
     text = json.dumps([asdict(case), [each.label for each in options]], sort_keys=True)
     name = hashlib.sha256(text.encode()).hexdigest()[:16]
@@ -256,7 +256,7 @@ def choice_file(case: Case, options: Sequence[Candidate]) -> Path:
 
 
 def read_choice(case: Case, options: Sequence[Candidate]) -> Candidate | None:
-    """Return the kept choice, or None where there is none; warn if its file is damaged."""
+    """Return the saved choice, or None if there is none; warn if its file is damaged."""
     try:
         path = choice_file(case, options)
         choice = from_json(Choice, read_json(path, _LONGEST_FILE))
@@ -269,15 +269,15 @@ def read_choice(case: Case, options: Sequence[Candidate]) -> Candidate | None:
     except (FileNotFoundError, RuntimeError):
         return None
     except (OSError, ValueError) as error:
-        warnings.warn(f"ignoring the encoder's kept choice, {path}: {error}", stacklevel=3)
+        warnings.warn(f"ignoring the encoder's saved choice, {path}: {error}", stacklevel=3)
         return None
 
 
 def write_choice(case: Case, options: Sequence[Candidate], choice: Choice) -> None:
-    """Keep a choice; warn if the cache folder cannot be written."""
+    """Save a choice; warn if the cache folder cannot be written."""
     try:
         path = choice_file(case, options)
         path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, asdict(choice))
     except (OSError, RuntimeError) as error:
-        warnings.warn(f"the encoder's choice cannot be kept: {error}", stacklevel=3)
+        warnings.warn(f"could not save the encoder's choice: {error}", stacklevel=3)

@@ -172,7 +172,7 @@ class Encoder:
             candidate: How to run the kernel; loads fall back to pointers where descriptors cannot
                 address the rows.
             factors: Factors of the product.
-            first: First latent of the segment, or its place among the subset.
+            first: First latent of the segment, or its position in the subset.
             stop: End of the segment.
             pools: Pools and thresholds of the rows. Keys past a pool's width are counted but lost.
         """

@@ -62,9 +62,9 @@ _RESULT = """
 
 
 def _for_each_value(template: str) -> str:
-    """Return PTX in which the template stands once for each value that an instance handles.
+    """Return PTX that repeats the template for each value that an instance handles.
 
-    The results, which nobody uses, are operands 0 to `PACK` - 1. The registers of each operand
+    The results, which are unused, are operands 0 to `PACK` - 1. The registers of each operand
     follow in the order of `_OPERANDS`.
     """
     pack = PACK.value

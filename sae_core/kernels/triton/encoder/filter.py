@@ -36,8 +36,8 @@ def keys_kernel(
 ):  # fmt: skip
     """Write the keys of all pairs to out, [n_rows, n_latents] int64.
 
-    With a subset of the latents, the keys are those at its first `n_latents` places. Places past
-    its last member get empty keys.
+    With a subset of the latents, the keys are those at its first `n_latents` positions. Positions
+    past its last member get empty keys.
     """
     row_block, block = block_of(tl.program_id(0), n_rows, n_latents, BM, BN, GROUP)
     if is_past(row_count, row_block * BM):
@@ -63,7 +63,7 @@ def _filter_tile(
     BK: tl.constexpr, PRECISION: tl.constexpr, SPLIT: tl.constexpr, WIDEN: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
 ):  # fmt: skip
-    """Run `filter_kernel` for one block of rows and the latents from the place `first` on."""
+    """Run `filter_kernel` for one block of rows and the latents from position `first` on."""
     rows, row_lives = members(row_index, row_count, row_block * BM, n_rows, BM)
     latents, live = members(latent_index, latent_count, first, stop, BN)
     acc = tile_pre_acts(
@@ -83,8 +83,8 @@ def _filter_tile(
         append_few(acc, rows, row_lives, latents, live, limit, pool, counts, width)
     else:
         tl.static_assert(EPILOGUE == "inline")
-        # Places are cheaper than the numbers that `members` has made from them: a thread computes
-        # each where it is used, instead of keeping 64 of them in registers.
+        # Positions are cheaper than the indices that `members` has computed from them: a thread
+        # computes each where it is used, instead of keeping 64 of them in registers.
         end = stop
         if latent_index is None:
             latents = first + tl.arange(0, BN)
@@ -103,7 +103,7 @@ def filter_kernel(
 ):  # fmt: skip
     """Append the keys of values above threshold [n_rows] to pool [n_rows, width].
 
-    The latents are those at the places [first, stop). counts [n_rows] counts the keys; a count
+    The latents are those at positions [first, stop). counts [n_rows] counts the keys; a count
     above width means that the row lost keys.
 
     The slot that a key gets depends on the order in which programs run, but the set of keys does

@@ -27,7 +27,7 @@ Their own sums keep about 14 bits. It must be BK of all float8 tiles.
 def block_of(pid, n_rows, n_latents, BM: tl.constexpr, BN: tl.constexpr, GROUP: tl.constexpr):
     """Return a program's (row block, latent block).
 
-    GROUP row blocks go through the latent blocks in step, so that they share W's rows in L2.
+    GROUP row blocks go through the latent blocks in lockstep, to share W's rows in L2.
     """
     row_blocks = tl.cdiv(n_rows, BM)
     per_group = GROUP * tl.cdiv(n_latents, BN)
@@ -39,10 +39,10 @@ def block_of(pid, n_rows, n_latents, BM: tl.constexpr, BN: tl.constexpr, GROUP: 
 
 @triton.jit
 def members(index, count, first, stop, SIZE: tl.constexpr):
-    """Return the numbers at the places [first, first + SIZE) of a subset, and which exist.
+    """Return the indices at positions [first, first + SIZE) of a subset, and which exist.
 
-    Without a subset (`index` is None), a number is its place. Places from `stop` on do not exist;
-    their number is 0.
+    Without a subset (`index` is None), an index is its position. Positions from `stop` on do not
+    exist; their index is 0.
     """
     places = first + tl.arange(0, SIZE)
     if index is None:
@@ -56,7 +56,7 @@ def members(index, count, first, stop, SIZE: tl.constexpr):
 
 @triton.jit
 def is_past(count, first):
-    """Return True if a subset of size `count` has no member at the place `first` or later."""
+    """Return True if a subset of size `count` has no member at position `first` or later."""
     past = False
     if count is not None:
         past = first >= tl.load(count)

@@ -274,7 +274,7 @@ def test_invalid_codec_settings_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"store.codec='zip': expected one of: none, blosc, int8"):
         StoreConfig(codec="zip").validate()
     StoreWriter(tmp_path / "s", {"a": 4}, codec="blosc")
-    with pytest.raises(StoreMismatchError, match="codec: the store has 'blosc', wanted 'none'"):
+    with pytest.raises(StoreMismatchError, match="codec: the store has 'blosc', requested 'none'"):
         StoreWriter(tmp_path / "s", {"a": 4})
 
 
@@ -320,7 +320,7 @@ def test_flipped_bytes_are_named(tmp_path: Path, codec: str, dtype: str) -> None
                 read = open_store(path).read("a", 0, 16)
             except DamagedDataError as error:
                 assert file.name in str(error) and "decompress" not in str(error)
-            else:  # the flip hit a checksum beside a chunk, which only other readers use
+            else:  # the flip hit a checksum next to a chunk, which only other readers use
                 np.testing.assert_array_equal(read, rows)
         file.write_bytes(good[:-1])
         with pytest.raises(DamagedDataError, match=file.name):

@@ -127,11 +127,11 @@ def test_opening_another_store_shows_what_differs(tmp_path: Path) -> None:
     for change, line in (
         (
             {"dtype": "float32", "chunk_bytes": 96},
-            "dtype: the store has 'bfloat16', wanted 'float32'",
+            "dtype: the store has 'bfloat16', requested 'float32'",
         ),
-        ({"shard_tokens": 32}, "shard_tokens: the store has 16, wanted 32"),
-        ({"chunk_bytes": 100}, "chunk_rows: the store has 4, wanted 8"),
-        ({"n_items": 10}, "planned_items: the store has 9, wanted 10"),
+        ({"shard_tokens": 32}, "shard_tokens: the store has 16, requested 32"),
+        ({"chunk_bytes": 100}, "chunk_rows: the store has 4, requested 8"),
+        ({"n_items": 10}, "planned_items: the store has 9, requested 10"),
         ({"arrays": {"x": 6}}, "arrays: the store has"),
         ({"provenance": {"model": "b", "positions": [0]}}, "provenance.model: the store has 'a'"),
         ({"calibration": {"model.layers.9": Calibration(np.ones(6), np.ones(6), 2.5)}}, "calib"),

@@ -275,5 +275,5 @@ def test_a_format_that_cannot_hold_the_sae_is_left_out(
         export_stage.run(config, run_dir)
     assert not (run_dir / "export" / "only_gated").exists()
     assert (run_dir / "export" / "saelens").is_dir()
-    assert f"export: left out: {message}" in capsys.readouterr().out
+    assert f"export: skipped: {message}" in capsys.readouterr().out
     assert "numpy" not in (run_dir / "export" / "README.md").read_text()

@@ -51,10 +51,12 @@ def test_residuals_in_order_are_a_misfit_and_scattered_ones_are_not() -> None:
 
 def test_wide_intervals() -> None:
     flat = result(N, 0.3 * noise(0.05, len(N)))
-    assert any("cannot be told from 0" in s or "anywhere between" in s for s in objections(flat))
+    assert any(
+        "cannot be distinguished from 0" in s or "anywhere between" in s for s in objections(flat)
+    )
     # A pure power law: its floor is 0.
     power = result(N, 2.0 * N**-0.35 * noise(0.01, len(N)))
-    assert "the floor e cannot be told from 0" in verdict(power)
+    assert "the floor e cannot be distinguished from 0" in verdict(power)
 
 
 @pytest.mark.parametrize(("measured", "said"), [(0.2, True), (0.11, False)])

@@ -236,7 +236,7 @@ def test_pattern_seeds_and_the_heldout_metric(sweep: Path, tmp_path: Path) -> No
     write_run(copy / "seed1-k64", 4096, 64, level(4096, 64), rng, seed=1)
     found = fitted(f"{copy}/*-k64")
     assert {row["k"] for row in found["laws"]} == {64}
-    assert law(found, "L(n)", 64)["points"] == 5  # a second seed is a cell of its own
+    assert law(found, "L(n)", 64)["points"] == 5  # a second seed is a separate cell
     heldout = fitted(f"{copy}/*-k64", metric="heldout_fvu")
     assert "run stage=evaluate" in heldout["left_out"]["seed1-k64"]
     cells, _ = best_of_each(read_sweep(str(copy), "heldout_fvu").cells, "heldout_fvu")

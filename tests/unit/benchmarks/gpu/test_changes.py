@@ -46,7 +46,7 @@ RUNS = {"op": "save and resume", "variant": "clip", "path": "plain", "differing"
         (
             "exact",
             {**BITS, "op": "selection against float64", "error_ratio": 3.0, "passed": False},
-            "selects other latents than float64",
+            "selects different latents from float64",
         ),
         (
             "exact",

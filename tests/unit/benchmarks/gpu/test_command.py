@@ -95,7 +95,7 @@ def test_every_part_runs_with_only_torch_triton_and_numpy(tmp_path: Path) -> Non
     assert {"gemm", "step + clip", "encode + topk", "row update"} <= ops
     for part in PARTS:
         assert f"\n{part.name} " in f"\n{done.stdout}"
-    assert "predicted for H200 beside measured" in done.stdout
+    assert "predicted and measured for H200" in done.stdout
     assert "to change: nothing found" in done.stdout
 
 

@@ -1,4 +1,4 @@
-"""Test the counts and predictions of steps, and the table of predicted beside measured."""
+"""Test the counts and predictions of steps, and the table that compares them with measurements."""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ class Spool(TrackedBackend):
 
     def check(self, config: SubmitConfig, grace_s: float) -> None:
         if config.nodes != 1:
-            raise ConfigError("submit.nodes", config.nodes, "1, as a spool has one machine")
+            raise ConfigError("submit.nodes", config.nodes, "1, because a spool has one machine")
 
     def place(self, config: SubmitConfig) -> Place:
         return Place.SAME_FOLDER
@@ -157,7 +157,7 @@ def test_a_backend_refuses_settings_before_any_work(
 ) -> None:
     code, out, err = run("stage=submit", "submit.scheduler=spool", "submit.nodes=2")
     assert (code, out) == (2, "")
-    assert err == "error: submit.nodes=2: expected 1, as a spool has one machine\n"
+    assert err == "error: submit.nodes=2: expected 1, because a spool has one machine\n"
     assert not (tmp_path / "runs").exists() and not list(spool.iterdir())
 
 

@@ -76,7 +76,7 @@ def test_the_same_tensor_is_listed_once() -> None:
 def test_unknown_kinds_and_options_are_refused_before_any_work() -> None:
     with pytest.raises(ConfigError, match=r"'h.0@nothing'.* one of these kinds after '@': output"):
         require_usable(ModelConfig(hookpoints=["h.1", "h.0@nothing"]))
-    with pytest.raises(ConfigError, match=r"'h.0@output\[side=3\]': expected no other options"):
+    with pytest.raises(ConfigError, match=r"'h.0@output\[side=3\]': expected no options other"):
         require_usable(ModelConfig(hookpoints=["h.0@output[side=3]"]))
     cfg = ModelConfig(hookpoints=["h.0", "h.0@input"], shards=2)
     with pytest.raises(ConfigError, match=r"model.shards=2: .*'input' \(h.0@input\) need a whol"):
@@ -127,7 +127,7 @@ def test_options_choose_a_part_of_the_tensor(tmp_path: Path) -> None:
         found = capture(model, [whole, *heads], IDS)
         with splice(model, heads[1], torch.zeros_like):
             ablated = capture(model, [whole], IDS)[whole]
-        with pytest.raises(ConfigError, match=r"\[side=3\]': expected no other options than head"):
+        with pytest.raises(ConfigError, match=r"\[side=3\]': expected no options other than head"):
             capture(model, [f"{whole}[side=3]"], IDS)
     assert torch.equal(torch.cat([found[head] for head in heads], -1), found[whole])
     assert found[heads[1]].any() and not ablated[:, 1:, 6:].any()

@@ -90,7 +90,7 @@ def test_other_tensors_are_refused_by_name(name: str, skeleton: bool, tmp_path: 
     [
         ({"num_hidden_layers": 5}, r"lack .*model\.layers\.3\..* and 14 more"),
         ({"num_hidden_layers": 2}, r"does not use: model\.layers\.2\..* and 5 more"),
-        ({"intermediate_size": 64}, r"other shapes: .*down_proj\.weight \[16, 32\] instead of"),
+        ({"intermediate_size": 64}, r"different shapes: .*down_proj\.weight \[16, 32\] instead of"),
         ({"vocab_size": 100}, r"embed_tokens\.weight \[63, 16\] instead of \[100, 16\]"),
     ],
 )
@@ -122,7 +122,7 @@ def _other(folder: Path) -> Path:
 
 
 def test_tied_heads_and_other_heads_are_accepted(tmp_path: Path) -> None:
-    """A tied head has no tensor of its own; the rows are the same in every process."""
+    """A tied head has no separate tensor; the rows are the same in every process."""
     save_llama(tmp_path)
     change_tensors(tmp_path, without("lm_head"))
     change_tensors(tmp_path, lambda tensors: {**tensors, "score.weight": torch.ones(2, 16)})
@@ -147,7 +147,7 @@ def save_bert(folder: Path, kind: type = BertModel) -> nn.Module:
 @pytest.mark.parametrize("kind", [BertModel, BertForMaskedLM])
 def test_an_encoder_is_harvested_only_as_a_base_model(kind: type, tmp_path: Path) -> None:
     bert = save_bert(tmp_path, kind)
-    with pytest.raises(ModelError, match=r"bert models read text in both .*model\.kind=base"):
+    with pytest.raises(ModelError, match=r"bert models are bidirectional.*model\.kind=base"):
         load(tmp_path)
     model = load(tmp_path, "base")
     rows = capture(model, ["encoder.layer.1"], IDS)["encoder.layer.1"]

@@ -1,4 +1,4 @@
-"""Test which files of a folder are read as documents, and that the others are told."""
+"""Test which files of a folder are read as documents, and that the others are reported."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_files_that_are_no_documents_are_left_out_and_told(
 ) -> None:
     write(tmp_path, data, other)
     assert read(tmp_path) == [data]
-    assert "left out" in told(tmp_path)
+    assert "skipped" in told(tmp_path)
 
 
 def test_an_empty_path_is_not_the_current_folder(
@@ -83,7 +83,7 @@ def test_a_hidden_folder_can_be_read_when_it_is_named(tmp_path: Path) -> None:
 def test_data_files_win_over_plain_text(tmp_path: Path) -> None:
     write(tmp_path, "urls.txt", "notes.md", "a.jsonl", "b.json")
     assert read(tmp_path) == ["a.jsonl", "b.json"]
-    assert "left out, plain text beside data files: notes.md, urls.txt" in told(tmp_path)
+    assert "skipped, plain text next to data files: notes.md, urls.txt" in told(tmp_path)
     assert read(tmp_path, files="*.txt") == ["urls.txt"]
 
 
@@ -96,7 +96,7 @@ def test_several_formats_of_data_are_refused(tmp_path: Path) -> None:
 
 def test_a_folder_without_documents_says_what_it_has(tmp_path: Path) -> None:
     write(tmp_path, "README.md", "picture.png", ".a.jsonl")
-    message = r"found none.*hidden: \.a\.jsonl.*describe the data: README\.md.*picture\.png"
+    message = r"found none.*hidden: \.a\.jsonl.*descriptions of the data: README\.md.*picture\.png"
     with pytest.raises(TextError, match=message):
         read(tmp_path)
     with pytest.raises(TextError, match=r"that match data\.files='\*\.csv'; found none"):
@@ -132,7 +132,7 @@ HUB = (
 def test_a_snapshot_of_the_hub_gives_its_train_split(tmp_path: Path) -> None:
     write(tmp_path, *HUB, "README.md", ".gitattributes", "dataset_infos.json")
     assert read(tmp_path) == [*HUB[:2]]
-    assert "files of other splits (data.split): 1 of test, 1 of validation" in told(tmp_path)
+    assert "other splits (data.split): 1 of test, 1 of validation" in told(tmp_path)
     assert read(tmp_path, split="validation") == [HUB[2]]
     assert len(read(tmp_path, split="all")) == 4
     with pytest.raises(TextError, match=r"data\.split='dev2'.*'test', 'train', 'validation'"):
@@ -171,7 +171,8 @@ def test_names_tell_splits_only_if_all_do(
 
 def test_names_like_splits_among_others_are_told(tmp_path: Path) -> None:
     write(tmp_path, "corpus.jsonl", "test.jsonl")
-    assert "read like all others, although the names tell splits: test.jsonl" in told(tmp_path)
+    printed = told(tmp_path)
+    assert "read like all others, although these names look like splits: test.jsonl" in printed
 
 
 def test_splits_without_train_must_be_chosen(tmp_path: Path) -> None:
@@ -339,7 +340,7 @@ def test_files_that_were_not_downloaded_are_told(tmp_path: Path) -> None:
         folder = tmp_path / name.replace(".", "-")
         folder.mkdir()
         (folder / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
-        with pytest.raises(TextError, match=rf"{name} is a pointer of Git LFS.*git lfs pull"):
+        with pytest.raises(TextError, match=rf"{name} is a Git LFS pointer.*git lfs pull"):
             read(folder)
 
 

@@ -343,7 +343,7 @@ def test_the_line_of_a_bad_character_is_told(tmp_path: Path) -> None:
 
 def test_a_compressed_file_without_its_suffix_is_told(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_bytes(gzip.compress(lines(RECORDS)))
-    with pytest.raises(TextError, match=r"compressed with gzip; let its name end in \.gz"):
+    with pytest.raises(TextError, match=r"compressed with gzip; rename it to end in \.gz"):
         read(tmp_path / "a.jsonl")
 
 

@@ -80,7 +80,7 @@ def test_an_unreadable_or_empty_text_of_a_mixture_is_named(tmp_path: Path) -> No
     with pytest.raises(TextError, match=r"data\.mixture\[0\]\.path=.*nowhere.*not found"):
         find_text(mixed(a, (str(tmp_path / "nowhere"), 1.0)))
     (tmp_path / "e.jsonl").write_text("")
-    with pytest.raises(TextError, match=r"e\.jsonl' has no document"):
+    with pytest.raises(TextError, match=r"e\.jsonl' contains no documents"):
         list(find_text(mixed(a, (str(tmp_path / "e.jsonl"), 1.0))).documents())
 
 

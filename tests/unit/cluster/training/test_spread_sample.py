@@ -1,4 +1,4 @@
-"""Test that calibration samples cover ordered stores, and that their order is told."""
+"""Test that calibration samples cover ordered stores, and that their order is reported."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_a_harvested_store_gives_the_first_rows_of_its_order(tmp_path: Path) -> 
     """A concurrent run, which calibrates while the store grows, then calibrates like this one."""
     store = write_store(tmp_path / "s", [1.0] * 16, {"tokens_wanted": 16384})
     other = write_store(tmp_path / "o", [2.0] * 16, {"tokens_wanted": 16384})
-    # Batches as large as the sample, as the order within the buffer depends on their size.
+    # Batches as large as the sample, because the order within the buffer depends on their size.
     order = replace(ORDER, batch_tokens=1024)
     for source in (
         StoreSource(store, "a", order),

@@ -61,7 +61,7 @@ def _status(field: str) -> int:
 
 
 def _save(folder: str, asynchronous: bool, short: bool, most_bytes: int) -> int:
-    """Save once in a process of its own; return 0 if the peak is at most `most_bytes` higher."""
+    """Save once in a separate process; return 0 if the peak is at most `most_bytes` higher."""
     import torch.distributed as dist
 
     from sae_core.architectures.registry import build_sae

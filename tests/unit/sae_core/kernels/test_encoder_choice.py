@@ -98,7 +98,7 @@ def test_a_damaged_file_is_ignored_with_a_warning_and_replaced(tmp_path, damage)
     chosen()
     file = kept_file(tmp_path)
     file.write_text(damage(json.loads(file.read_text())))
-    with pytest.warns(UserWarning, match="ignoring the encoder's kept choice"):
+    with pytest.warns(UserWarning, match="ignoring the encoder's saved choice"):
         assert chosen() == FASTEST
     assert Timer.made == 2 and chosen() == FASTEST and Timer.made == 2
 
@@ -109,7 +109,7 @@ def test_a_cache_folder_that_cannot_be_written_is_a_warning(tmp_path, monkeypatc
     monkeypatch.setenv("XDG_CACHE_HOME", str(blocked))
     with pytest.warns(UserWarning) as told:
         assert chosen() == FASTEST
-    assert "cannot be kept" in str(told[-1].message)
+    assert "could not save" in str(told[-1].message)
 
 
 def test_the_cache_folder_is_that_of_the_user(tmp_path, monkeypatch):

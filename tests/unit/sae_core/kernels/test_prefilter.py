@@ -400,7 +400,7 @@ def test_a_certificate_needs_more_than_a_tie_with_the_margin():
 
 
 class OnDevice(StockKernels):
-    """Stock kernels with the interface of asynchronous ones; counts what they are asked for."""
+    """Stock kernels with the interface of asynchronous ones; counts the calls."""
 
     asynchronous = True
 

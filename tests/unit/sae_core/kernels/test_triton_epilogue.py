@@ -105,7 +105,7 @@ def test_a_group_without_hits_runs_only_the_comparisons(monkeypatch):
 
     monkeypatch.setattr(ptx, "_step", step)
     append(torch.ones(1, PACK.value), torch.ones(1), 4, 1, PACK.value)
-    # PACK comparisons, a vote, a branch, and results that nobody uses.
+    # PACK comparisons, a vote, a branch, and unused results.
     assert len(steps) == PACK.value + 2 + PACK.value
 
 

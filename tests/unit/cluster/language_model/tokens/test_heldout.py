@@ -1,4 +1,4 @@
-"""Test what is held out, and that too little text is told before the harvest."""
+"""Test what is held out, and that too little text is reported before the harvest."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def test_the_files_and_counts_are_printed(tmp_path: Path) -> None:
     (folder / "README.md").write_text("a card")
     config.data = replace(config.data, path=str(folder))
     printed = prepare(config, tmp_path)
-    assert "a.jsonl" in printed and "left out, they describe the data: README.md" in printed
+    assert "a.jsonl" in printed and "skipped, descriptions of the data: README.md" in printed
     assert "text: 80 documents: " in printed
     assert "skipped 1 null and 1 blank ones" in printed
     assert "held out for the evaluation, fewer than eval.tokens=" in printed

@@ -1,4 +1,4 @@
-"""How documents fill contexts, and which rows are stored, by the settings of `data`."""
+"""Test how documents fill contexts, and which rows are stored, by the settings of `data`."""
 
 from __future__ import annotations
 
