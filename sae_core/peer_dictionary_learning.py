@@ -109,7 +109,7 @@ def _class_of(file: Path, state: Any) -> str:
     if threshold is None or float(threshold) < 0:
         return "AutoEncoderTopK"  # no threshold was learned, so it can only be the k largest
     raise CheckpointError(
-        f"{config} not found: expected it beside the SAE, because AutoEncoderTopK and "
+        f"{config} not found: expected it next to the SAE, because AutoEncoderTopK and "
         "BatchTopKSAE have the same tensors but select latents in different ways; copy it there"
     )
 

@@ -142,8 +142,8 @@ def _cautions(metrics: dict[str, Any]) -> list[str]:
     share = metrics.get("variance_top_1")
     if share is not None and share >= LARGE_SHARE:
         lines.append(
-            f"1% of the rows hold {share:.0%} of the variance, so fvu mostly measures how well these "
-            "are reconstructed; compare fvu_median, and see data.max_norm_multiple"
+            f"1% of the rows hold {share:.0%} of the variance, so fvu mostly measures how well "
+            "these are reconstructed; compare fvu_median, and see data.max_norm_multiple"
         )
     clean, ablated = metrics.get("ce_clean"), metrics.get("ce_mean")
     if clean is not None and ablated is not None and abs(ablated - clean) < SMALL_CHANGE:
