@@ -74,17 +74,18 @@ def render(config: RunConfig, run_dir: Path) -> str:
         unreadable_lines=log.unreadable_lines,
         metrics=_metric_rows(metrics),
         frequency=_frequency(read_optional_json(run_dir / FREQUENCY)),
-        harvest=flat(harvest) if harvest else None,
+        harvest=flat(_without(harvest, "norms")) if harvest else None,
+        norms=_norms(harvest),
         throughput=_throughput(log),
         config=tree(_settings_that_count(config, source)),
-        environment=flat(_without_starts(read_optional_json(run_dir / ENVIRONMENT))),
+        environment=flat(_without(read_optional_json(run_dir / ENVIRONMENT), "starts")),
         checkpoints=checkpoint_entries(run_dir),
         bytes=bytes_text,
     )
 
 
-def _without_starts(environment: dict[str, Any] | None) -> dict[str, Any]:
-    return {key: value for key, value in (environment or {}).items() if key != "starts"}
+def _without(values: dict[str, Any] | None, left_out: str) -> dict[str, Any]:
+    return {key: value for key, value in (values or {}).items() if key != left_out}
 
 
 def _summary(config: RunConfig, source: Source) -> str:
@@ -219,6 +220,24 @@ def _frequency(data: dict[str, Any] | None) -> dict[str, Any] | None:
         "never": len(counts) - len(alive),
         "median": f"{10 ** statistics.median(alive):.2e}" if alive else "–",
     }
+
+
+def _norms(harvest: dict[str, Any] | None) -> list[dict[str, Any]]:
+    """Return a table for each hookpoint: its norms by position and by token.
+
+    `harvest.json` of earlier commits has none.
+    """
+    tables = []
+    for hookpoint, profile in (harvest or {}).get("norms", {}).items():
+        rows = []
+        for group in profile["by_position"]:
+            span = f"{group['first']:,}" + (
+                f" to {group['last']:,}" if group["last"] > group["first"] else ""
+            )
+            rows.append((f"position {span}", group))
+        rows += [(f"token {group['token']!r}", group) for group in profile["by_token"]]
+        tables.append({"hookpoint": hookpoint, "rows": rows})
+    return tables
 
 
 def _throughput(log: TrainingLog) -> list[tuple[str, str]]:

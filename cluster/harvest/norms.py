@@ -36,7 +36,7 @@ def norm_statistics(rows: Arrays, sidecars: Arrays) -> dict[str, NormStatistics]
     """Return the norms of each hookpoint's rows."""
     found = {}
     for name, values in rows.items():
-        norms = _norms(values)
+        norms = row_norms(values)
         top = int(norms.argmax())
         found[name] = NormStatistics(
             float(np.median(norms)),
@@ -64,7 +64,7 @@ def within(rows: Arrays, limits: Mapping[str, float]) -> NDArray[np.bool_]:
     kept = np.ones(len(next(iter(rows.values()))), np.bool_)
     for name, values in rows.items():
         if name in limits:
-            kept &= _norms(values) <= limits[name]
+            kept &= row_norms(values) <= limits[name]
     return kept
 
 
@@ -97,5 +97,6 @@ def dropped_line(dropped: Counter[int], rows: int, multiple: float, tokenizer: A
     )
 
 
-def _norms(values: NDArray[Any]) -> NDArray[np.float64]:
+def row_norms(values: NDArray[Any]) -> NDArray[np.float64]:
+    """Return the Euclidean norms [n] of rows [n, D]."""
     return np.linalg.norm(values.astype(np.float64), axis=1)

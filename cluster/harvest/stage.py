@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cluster.errors import PlacementError
+from cluster.harvest.norm_profile import as_json
 from cluster.harvest.norms import dropped_line, max_norms, statistics_line
 from cluster.harvest.provenance import describe, matching_store
 from cluster.run_folder.files import HARVEST, HARVEST_STARTS, consumer_name, store_path
@@ -63,8 +64,9 @@ def run(config: RunConfig, run_dir: Path) -> None:
     """Fill the store with `data.tokens` rows per hookpoint. Do nothing if it is already full.
 
     Writes `harvest.json` to the run folder with the keys tokens, items, seconds, tokens_per_s,
-    workers, dropped_by_norm, hookpoints and store_bytes. `seconds`, `tokens_per_s` and
-    `dropped_by_norm` cover this session only, from the start of Ray until the store is finalised.
+    workers, dropped_by_norm, hookpoints, store_bytes and norms (by position and token). `seconds`,
+    `tokens_per_s` and `dropped_by_norm` cover this session only, from the start of Ray until the
+    store is finalised.
     `tokens_per_s` is null if no item was left to compute.
 
     Raises:
@@ -244,7 +246,7 @@ def _create(job: HarvestJob, pool: WorkerPool) -> StoreWriter:
     from activation_store import StoreWriter
 
     job.console.print("harvest: loading the model and calibrating on the first item")
-    calibration, norms = pool.calibrate((0, job.plan.contexts(0)))
+    calibration, norms, profiles = pool.calibrate((0, job.plan.contexts(0)))
     for name, one in norms.items():
         line = statistics_line(name, one, job.tokenizer)
         job.console.print(f"harvest: {line}", markup=False)
@@ -258,7 +260,9 @@ def _create(job: HarvestJob, pool: WorkerPool) -> StoreWriter:
         shard_tokens=store.shard_tokens,
         chunk_bytes=store.chunk_bytes,
         n_items=job.plan.n_items,
-        provenance=job.provenance | ({"max_norms": limits} if limits else {}),
+        provenance=job.provenance
+        | ({"max_norms": limits} if limits else {})
+        | {"norms": as_json(profiles, job.tokenizer)},
         calibration=calibration,
     )
 
@@ -324,6 +328,7 @@ def _write_summary(config: RunConfig, run_dir: Path, path: str, session: dict[st
         **session,
         "hookpoints": list(config.model.hookpoints),
         "store_bytes": store.n_bytes,
+        "norms": (store.header.provenance or {}).get("norms", {}),
     }
     run_dir.mkdir(parents=True, exist_ok=True)
     write_json(run_dir / HARVEST, summary)

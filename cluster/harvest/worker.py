@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cluster.errors import NonFiniteRowsError
+from cluster.harvest.norm_profile import NormProfile, norm_profiles
 from cluster.harvest.norms import NormStatistics, max_norms, norm_statistics, within
 from cluster.openmp import waiting_variables
 from conf.hookpoint import find_hookpoint
@@ -55,6 +56,8 @@ class FirstItem(NamedTuple):
     calibration: dict[str, Calibration]
     """Mean, standard deviation and norm of the rows that are stored."""
     norms: dict[str, NormStatistics]
+    profiles: dict[str, NormProfile]
+    """Norms of all rows by position and token."""
     """Norms of all rows."""
 
 
@@ -107,7 +110,7 @@ class HarvestWorker:
             name: Calibration(*_moments(values[kept].astype(np.float64)))
             for name, values in rows.items()
         }
-        return FirstItem(calibration, norms)
+        return FirstItem(calibration, norms, norm_profiles(rows, sidecars))
 
     def run_item(self, item: int, contexts: NDArray[np.int64]) -> ItemResult:
         """Compute the rows of an item and commit those that are not above the norm's limit.

@@ -69,6 +69,9 @@ def test_rows_of_huge_norm_are_left_out(tmp_path: Path, capsys: pytest.CaptureFi
     assert (one.read("token_id", 0, one.n_tokens) != LOUD).all()
     summary = json.loads((tmp_path / "run-of-1" / "harvest.json").read_text())
     assert summary["dropped_by_norm"] == loud.sum() and summary["tokens"] == one.n_tokens
+    assert summary["norms"] == one.header.provenance["norms"]
+    first = summary["norms"][HOOKPOINT]["by_position"][0]
+    assert (first["first"], first["last"]) == (0, 0) and 0 < first["median"] <= first["largest"]
     (limit,) = one.header.provenance["max_norms"].values()
     assert np.linalg.norm(stored, axis=1).max() < limit < np.linalg.norm(rows, axis=1).max()
 

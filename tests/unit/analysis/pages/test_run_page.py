@@ -49,8 +49,10 @@ def full_run(run_dir: Path, name: str = "a") -> Path:
     )
     counts = {"tokens": 1000, "counts": [0, 0, 1, 10, 100, 1000]}
     (run_dir / "eval" / "frequency.json").write_text(json.dumps(counts))
+    group = {"first": 2, "last": 3, "rows": 1234, "median": 7.125, "largest": 99.5}
+    norms = {"by_position": [group], "by_token": [{**group, "last": 2, "token": name}]}
     (run_dir / "harvest.json").write_text(
-        json.dumps({"tokens_per_s": 3607.0, "store_bytes": 2**20})
+        json.dumps({"tokens_per_s": 3607.0, "store_bytes": 2**20, "norms": {name: norms}})
     )
     (run_dir / "env.json").write_text(json.dumps({"hardware": {"cpu": name}}))
     checkpoint = run_dir / "checkpoints" / "step-00000039"
@@ -75,6 +77,8 @@ def test_full_page(tmp_path: Path) -> None:
         "1 MiB",
         "2 never fired (0 of 1,000 tokens)",
         "step-00000039",
+        '<td>position 2 to 3</td><td class="num">1,234</td><td class="num">7.12</td>',
+        "token &#39;a&#39;",
     ):
         assert shown in text, shown
     assert "run <code>stage" not in text
@@ -91,6 +95,7 @@ def test_empty_run_says_what_is_missing(tmp_path: Path) -> None:
         "env.json not found",
     ):
         assert missing in text, missing
+    assert "<h2>Norms</h2>" not in text
 
 
 def test_names_are_escaped_everywhere(tmp_path: Path) -> None:
