@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 from conf.hookpoint import find_hookpoint
 from conf.schema.run import RunConfig
 from foundation.errors import ConfigError
+from foundation.typed_json import LARGEST_INTEGER
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _CREDENTIALS = re.compile(r"://[^/@\s]*@")
@@ -40,6 +41,7 @@ def validate(config: RunConfig, stages: tuple[str, ...]) -> None:
         )
     if config.seed < 0:
         raise ConfigError("seed", config.seed, "0 or more")
+    _check_known(config)
     _check_finite(config)
     _check_no_credentials(config)
     config.trainer.validate()
@@ -90,12 +92,26 @@ def _check_sweep(config: RunConfig) -> None:
         _check_finite(cell)
 
 
+def _check_known(config: RunConfig) -> None:
+    """Reject keys that `+key=value` added beside the groups, which nothing would read."""
+    known = [one.name for one in fields(config)]
+    for key, value in vars(config).items():
+        if key not in known:
+            raise ConfigError(key, value, f"one of the settings: {', '.join(known)}")
+
+
 def _check_finite(config: RunConfig) -> None:
-    """Reject NaN and infinities, because NaN would pass the range checks of the groups."""
+    """Reject NaN and infinities, because NaN would pass the range checks of the groups.
+
+    Integers are limited, because checkpoints and stores take no others.
+    """
     for group, part in vars(config).items():
-        for key, value in getattr(part, "__dict__", {}).items():
+        for key, value in getattr(part, "__dict__", {group: part}).items():
+            name = group if key == group else f"{group}.{key}"
             if isinstance(value, float) and not math.isfinite(value):
-                raise ConfigError(f"{group}.{key}", value, "a finite number")
+                raise ConfigError(name, value, "a finite number")
+            if isinstance(value, int) and abs(value) > LARGEST_INTEGER:
+                raise ConfigError(name, value, "an integer between -2**62 and 2**62")
 
 
 def _check_no_credentials(config: RunConfig) -> None:

@@ -45,7 +45,7 @@ def describe_error(error: BaseException, arguments: Sequence[str] = ()) -> tuple
         return f"{what}; run the same command again to resume", EXIT_PREEMPTED
     if isinstance(error, KeyboardInterrupt):
         return "interrupted; run the same command again to resume", EXIT_FAILED
-    if isinstance(error, HydraException | OmegaConfBaseException):
+    if isinstance(error, HydraException | OmegaConfBaseException) or _raised_by_hydra(error):
         written = suggestion(arguments)
         remedy = f"; write {written}" if written else ""
         return f"error: {_config_message(error)}{remedy}", EXIT_BAD_INPUT
@@ -58,6 +58,17 @@ def describe_error(error: BaseException, arguments: Sequence[str] = ()) -> tuple
         remedy = "; free space and run the same command again" if error.errno in _FULL else ""
         return f"error: {where}: {error.strerror}{remedy}", EXIT_FAILED
     return None, EXIT_FAILED
+
+
+def _raised_by_hydra(error: BaseException) -> bool:
+    """Return True if Hydra raised the error itself, such as ValueError for `model=null`."""
+    frame = error.__traceback__
+    if frame is None:
+        return False
+    while frame.tb_next is not None:
+        frame = frame.tb_next
+    module = str(frame.tb_frame.f_globals.get("__name__"))
+    return module.partition(".")[0] in ("hydra", "omegaconf", "antlr4")
 
 
 def _config_message(error: BaseException) -> str:

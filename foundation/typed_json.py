@@ -8,7 +8,7 @@ from types import UnionType
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 T = TypeVar("T")
-_LARGEST = 1 << 62
+LARGEST_INTEGER = 1 << 62
 
 
 def from_json(kind: type[T], value: Any) -> T:
@@ -57,5 +57,5 @@ def _fits(hint: Any, value: Any) -> bool:
     if origin is float:
         return type(value) in (int, float) and math.isfinite(value)
     if origin is int:
-        return type(value) is int and abs(value) <= _LARGEST
+        return type(value) is int and abs(value) <= LARGEST_INTEGER
     return type(value) is origin

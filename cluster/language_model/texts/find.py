@@ -146,6 +146,9 @@ def _single(data: DataConfig, keys: str = "data.") -> Text:
         if any(character in root.name for character in "*?["):
             pattern = f"; for a pattern, set {keys}path to the folder and {keys}files={root.name!r}"
         raise TextError(f"{keys}path={str(root)!r} not found; expected a file or a folder{pattern}")
+    if not (root.is_file() or root.is_dir()):
+        # Opening a pipe would wait for ever.
+        raise TextError(f"{keys}path={str(root)!r} is neither a file nor a folder")
     if data.revision is not None:
         raise TextError(
             f"{keys}revision={data.revision!r} is for data sets on the Hub, but {keys}path="

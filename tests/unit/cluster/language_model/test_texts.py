@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import gzip
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -219,3 +220,9 @@ def test_two_formats_of_one_suffix_are_refused(tmp_path: Path) -> None:
     message = "text formats 'plain' and 'also' both read .txt files"
     with TEXT_FORMATS.registered("also", AlsoText()), pytest.raises(TextError, match=message):
         read(tmp_path / "a.txt")
+
+
+def test_a_pipe_is_refused(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.txt")
+    with pytest.raises(TextError, match=r"pipe\.txt' is neither a file nor a folder"):
+        find_text(DataConfig(path=str(tmp_path / "pipe.txt")))
