@@ -11,6 +11,9 @@ from dataclasses import dataclass, field
 from activation_store.codecs.registry import CODECS
 from foundation.errors import ConfigError
 
+OBJECT_SCHEME = "s3://"
+"""Beginning of the address of a store in an object store."""
+
 
 @dataclass
 class MixedStore:
@@ -87,6 +90,11 @@ class StoreConfig:
                 "an entry without a path",
                 "a path in every entry {path: ..., weight: ...}",
             )
+        for path in self.paths:
+            if "://" in path and not path.startswith(OBJECT_SCHEME):
+                raise ConfigError(
+                    "store.path", path, f"a folder, or an address {OBJECT_SCHEME}bucket/prefix"
+                )
         if len(set(self.paths)) < len(self.paths):
             raise ConfigError(
                 "store.mixture",

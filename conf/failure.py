@@ -16,6 +16,7 @@ from foundation.errors import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_PREEMPTED, Found
 from sae_core.architectures.registry import ARCHITECTURES
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
+_WRONG_PATH = (errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.ELOOP)
 _NOISE = (
     "object_type=",
     "reference_type=",
@@ -56,7 +57,8 @@ def describe_error(error: BaseException, arguments: Sequence[str] = ()) -> tuple
             error.filename or "a file in runs_dir, store.path, cache_dir or the temporary folder"
         )
         remedy = "; free space and run the same command again" if error.errno in _FULL else ""
-        return f"error: {where}: {error.strerror}{remedy}", EXIT_FAILED
+        code = EXIT_BAD_INPUT if error.errno in _WRONG_PATH else EXIT_FAILED
+        return f"error: {where}: {error.strerror}{remedy}", code
     return None, EXIT_FAILED
 
 

@@ -16,7 +16,6 @@ from activation_store.storage.atomic_files import Bytes
 
 Parts = Iterable[bytes | Bytes]
 """The content of an object, as buffers that are written one after the other."""
-OBJECT_SCHEME = "s3://"
 
 
 class ReadHandle(ABC):

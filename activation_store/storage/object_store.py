@@ -33,9 +33,10 @@ from obstore.exceptions import (
 )
 from obstore.store import S3Store
 
+from activation_store.config import OBJECT_SCHEME
 from activation_store.errors import MissingDataError, StorageError, StoreFormatError
 from activation_store.storage.atomic_files import STALE_S, Bytes
-from activation_store.storage.base import OBJECT_SCHEME, HeldLock, Parts, ReadHandle, Storage
+from activation_store.storage.base import HeldLock, Parts, ReadHandle, Storage
 from activation_store.storage.lease import Lease
 from foundation.errors import ConfigError
 

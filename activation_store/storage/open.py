@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from activation_store.storage.base import OBJECT_SCHEME, Storage
+from activation_store.config import OBJECT_SCHEME
+from activation_store.storage.base import Storage
 
 
 def open_storage(path: str | Path | Storage) -> Storage:

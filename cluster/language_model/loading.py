@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,13 +40,12 @@ def load_tokenizer(cfg: ModelConfig, cache_dir: Path, kind: str = "text") -> Any
             cache_dir / "models" / key, lambda target: _convert_tokenizer(files, target)
         )
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError) as error:
+        with reading(f"model.path: could not load a tokenizer from {folder}"):
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except ModelError:
         if kind == "token_ids" and not any(folder.glob("token*")):
             return NoTokenizer(config_of(folder))
-        raise ModelError(
-            f"model.path: could not load a tokenizer from {folder}: {one_line(error)}"
-        ) from error
+        raise
     if not tokenizer.is_fast:
         raise ModelError(
             f"model.path: expected a fast tokenizer (tokenizer.json) in {folder}; save one there"
@@ -124,27 +123,21 @@ def _from_folder(folder: Path, cfg: ModelConfig, **options: Any) -> Any:
         ModelError: If they do not, or cannot be read.
     """
     import torch
-    from safetensors import SafetensorError
 
     config = config_of(folder)
     auto = auto_class(config, cfg.kind)
-    quantised = dequantise_on_load(config, folder)
-    with quiet_transformers():
-        try:
-            model, info = auto.from_pretrained(
-                folder,
-                config=config,
-                dtype=getattr(torch, cfg.dtype),
-                trust_remote_code=False,
-                use_safetensors=True,
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,  # reported by name in `info`, and refused
-                **options,
-            )
-        except (OSError, ValueError, ImportError, SafetensorError) as error:
-            raise ModelError(
-                f"model.path: could not load the model in {folder}: {one_line(error)}"
-            ) from error
+    with quiet_transformers(), reading(f"model.path: could not load the model in {folder}"):
+        quantised = dequantise_on_load(config, folder)
+        model, info = auto.from_pretrained(
+            folder,
+            config=config,
+            dtype=getattr(torch, cfg.dtype),
+            trust_remote_code=False,
+            use_safetensors=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # reported by name in `info`, and refused
+            **options,
+        )
     require_complete(model, info, folder, cfg)
     if quantised:
         require_dequantised(model, folder, getattr(torch, cfg.dtype))
@@ -242,7 +235,7 @@ def one_line(error: object) -> str:
 def _convert_tokenizer(files: ModelFiles, target: Path) -> None:
     from transformers import AutoTokenizer
 
-    with quiet_transformers(), _readable_gguf(files):
+    with quiet_transformers(), _reading_gguf(files):
         tokenizer = AutoTokenizer.from_pretrained(files.folder, gguf_file=files.gguf_file)
     tokenizer.save_pretrained(target)
 
@@ -255,7 +248,7 @@ def _convert_weights(files: ModelFiles, cfg: ModelConfig, target: Path) -> None:
     # and cannot be saved.
     gguf_config = getattr(transformers, "GgufConfig", None)
     options = {"quantization_config": gguf_config(dequantize=True)} if gguf_config else {}
-    with quiet_transformers(), _readable_gguf(files):
+    with quiet_transformers(), _reading_gguf(files):
         config = transformers.AutoConfig.from_pretrained(files.folder, gguf_file=files.gguf_file)
         model, info = auto_class(config, cfg.kind).from_pretrained(
             files.folder,
@@ -269,20 +262,31 @@ def _convert_weights(files: ModelFiles, cfg: ModelConfig, target: Path) -> None:
 
 
 @contextmanager
-def _readable_gguf(files: ModelFiles) -> Iterator[None]:
-    """Turn any error while a GGUF file is read into a ModelError.
+def reading(what: str, remedy: str = "") -> Iterator[None]:
+    """Turn any error while transformers reads files into a ModelError.
 
     Given a damaged file, the parsers may raise any exception, such as IndexError or struct.error.
+
+    Args:
+        what: Beginning of the message: what could not be read.
+        remedy: End of the message.
+
+    Raises:
+        ModelError: If the block raises any error.
     """
     try:
         yield
     except ModelError:
         raise
-    except Exception as error:  # the parser has no error of its own
-        raise ModelError(
-            f"model.gguf_file: could not read {files.folder / str(files.gguf_file)}: "
-            f"{one_line(error)}; download it again, or use safetensors weights"
-        ) from error
+    except Exception as error:  # files with wrong values make transformers raise whatever it meets
+        raise ModelError(f"{what}: {one_line(error)}{remedy}") from error
+
+
+def _reading_gguf(files: ModelFiles) -> AbstractContextManager[None]:
+    return reading(
+        f"model.gguf_file: could not read {files.folder / str(files.gguf_file)}",
+        "; download it again, or use safetensors weights",
+    )
 
 
 @contextmanager
@@ -319,11 +323,6 @@ def config_of(folder: Path, gguf_file: str | None = None) -> Any:
     """
     from transformers import AutoConfig
 
-    with quiet_transformers():
-        try:
-            options = {"gguf_file": gguf_file} if gguf_file else {}
-            return AutoConfig.from_pretrained(folder, trust_remote_code=False, **options)
-        except (OSError, ValueError) as error:
-            raise ModelError(
-                f"model.path: could not load the config in {folder}: {one_line(error)}"
-            ) from error
+    options = {"gguf_file": gguf_file} if gguf_file else {}
+    with quiet_transformers(), reading(f"model.path: could not load the config in {folder}"):
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False, **options)

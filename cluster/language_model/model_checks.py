@@ -16,6 +16,7 @@ from cluster.language_model.loading import (
     load_skeleton,
     model_config,
     quiet_transformers,
+    reading,
 )
 from cluster.language_model.sizes import head_width, n_embeddings, text_config
 from conf.schema.model import ModelConfig
@@ -121,15 +122,27 @@ def hookpoint_width(cfg: ModelConfig, hookpoint: str, cache_dir: Path) -> int:
     """
     import torch
 
-    parsed, kind = resolve(hookpoint)
+    resolve(hookpoint)
     try:
         model = model_without_weights(cfg, cache_dir)
+    except ModelError:
+        return _stated_width(cfg, hookpoint, cache_dir)
+    try:
         with torch.device("meta"):
             ids = torch.zeros(1, 2, dtype=torch.int64)
             found = capture(model, [hookpoint], ids, attention_mask=torch.ones_like(ids))
         return int(found[hookpoint].shape[-1])
     except NEEDS_VALUES:
-        pass  # the kind knows the width, too
+        return _stated_width(cfg, hookpoint, cache_dir)
+
+
+def _stated_width(cfg: ModelConfig, hookpoint: str, cache_dir: Path) -> int:
+    """Return the width that the hookpoint's kind expects from the model's configuration.
+
+    Raises:
+        ModelError: If the configuration is not found, or lacks the size.
+    """
+    parsed, kind = resolve(hookpoint)
     try:
         return kind.width(parsed, model_config(cfg, cache_dir).get_text_config())
     except AttributeError as error:
@@ -147,7 +160,8 @@ def model_without_weights(cfg: ModelConfig, cache_dir: Path) -> nn.Module:
     import torch
 
     config = model_config(cfg, cache_dir)
-    with quiet_transformers(), torch.device("meta"):
+    what = f"model.path: could not build the model of {cfg.path!r} from its configuration"
+    with quiet_transformers(), torch.device("meta"), reading(what):
         # The masks of eager attention do not depend on values, which these tensors lack.
         model: nn.Module = auto_class(config, cfg.kind).from_config(
             config,

@@ -34,8 +34,8 @@ def open_run(
     """Create the run's folder if needed, and lock it for this driver while the block runs.
 
     The kernel holds the lock (`flock`), so it is released even if the driver is killed. If this
-    call created the folder and the block ends because of wrong input, before anything was logged
-    or computed, the folder is removed.
+    call created the folder and the block ends because of wrong input or an OSError, before anything
+    was logged or computed, the folder is removed.
 
     Args:
         config: The composed and validated config. It is written to `config.yaml` on the first call.
@@ -69,8 +69,8 @@ def open_run(
                 _agree_on_config(config, run_dir)
                 record_start(run_dir)
             yield run_dir
-        except FoundryError as error:
-            if error.exit_code == EXIT_BAD_INPUT:
+        except (FoundryError, OSError) as error:
+            if getattr(error, "exit_code", EXIT_BAD_INPUT) == EXIT_BAD_INPUT:
                 _remove_untouched(run_dir, missing)
             raise
 

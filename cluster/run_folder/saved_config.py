@@ -78,6 +78,8 @@ def load_config(path: Path) -> RunConfig:
     try:
         _check_plain(path, text)
         values = OmegaConf.create(text)
+        if "stage" not in values:
+            raise _not_plain(path, "no settings")
         schema = RunConfig(sae=_settings_class(path, values)())
         schema.data.max_norm_multiple = None  # as before runs saved this key
         merged = OmegaConf.merge(OmegaConf.structured(schema), values)

@@ -265,3 +265,37 @@ def test_a_multimodal_model_is_loaded_with_its_language_model_head(tmp_path: Pat
     hookpoint = "model.language_model.layers.1"
     assert capture(model, [hookpoint], IDS)[hookpoint].shape == (2, 4, 16)
     assert position_limit(model) == 131072
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"hidden_size": "wide"},
+        {"hidden_size": None},
+        {"num_attention_heads": 0},
+        {"num_attention_heads": 3},
+        {"num_hidden_layers": -1},
+        {"hidden_act": "unheard of"},
+        {"rope_parameters": [1]},
+        {"quantization_config": "fp8"},
+        {"quantization_config": {"quant_method": "fp8", "weight_block_size": 5}},
+    ],
+    ids=str,
+)
+def test_a_configuration_with_wrong_values_is_refused(
+    tmp_path: Path, values: dict[str, object]
+) -> None:
+    """Transformers raises whatever such values make it run into, such as ZeroDivisionError."""
+    save_llama(tmp_path)
+    change_config(tmp_path, **values)
+    for skeleton in (False, True):
+        with pytest.raises(ModelError, match=r"^model\.path: "):
+            load(tmp_path, skeleton=skeleton)
+
+
+@pytest.mark.parametrize("text", ["{", "{}", "[]", ""])
+def test_a_damaged_tokenizer_is_refused(tmp_path: Path, text: str) -> None:
+    save_llama(tmp_path)
+    (tmp_path / "tokenizer.json").write_text(text)
+    with pytest.raises(ModelError, match=r"^model\.path: could not load a tokenizer"):
+        load_tokenizer(ModelConfig(path=str(tmp_path)), tmp_path / "cache")
